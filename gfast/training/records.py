@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run measured, as tidy Parquet files: one file a step, one row a value.
+
+A run folder holds `run.json` (what the run is), `records/step-00000010.parquet` (what was measured at step 10) and the
+trainer's checkpoints. A file is written whole or not at all, and writing a step again replaces the rows with the same key, so
+a run that is killed and resumed neither loses nor doubles a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfast.training.files import read_json, whole_file, write_json
+
+if TYPE_CHECKING:
+    import pandas
+
+COLUMNS = ("run", "objective", "step", "epoch", "quantity", "side", "group", "value")
+KEY = ("run", "objective", "step", "quantity", "side", "group")
+SORT = ("step", "run", "objective", "quantity", "side", "group")
+# What a run is does not depend on when, where or with which command line it was started.
+NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device"})
+
+_TEXT = ("run", "objective", "quantity", "side", "group")
+_FILE = re.compile(r"step-(\d{8,})\.parquet")
+
+
+def step_file(run_folder: str | os.PathLike[str], step: int) -> Path:
+    """The file that holds the rows of one step."""
+    return Path(run_folder) / "records" / f"step-{step:08d}.parquet"
+
+
+def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write the rows of one step to `run_folder/records/`, whole or not at all, and return the file.
+
+    Args:
+        run_folder: the run's folder; it is created if need be.
+        rows: mappings with the keys run, objective, step, epoch, quantity, side, group, value (`side` and `group` may be
+            missing: they are then ""), all of one step. Rows already in the step's file stay, unless a new row has the same
+            (run, objective, step, quantity, side, group): then the new one replaces it.
+
+    Errors: ValueError for no rows, rows of several steps, a missing or unknown key; OSError when the file cannot be written
+    (what was there before is untouched).
+
+    >>> import tempfile
+    >>> row = {"run": "a", "objective": "GA()", "step": 10, "epoch": 1.0, "quantity": "loss", "value": -2.5}
+    >>> write_record(tempfile.mkdtemp(), [row]).name
+    'step-00000010.parquet'
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [_clean(row, index) for index, row in enumerate(rows)]
+    steps = sorted({row["step"] for row in rows})
+    if len(steps) != 1:
+        raise ValueError(
+            f"a record holds the rows of one step, but these {len(rows)} rows have steps {steps}; write them one by one"
+        )
+    path = step_file(run_folder, steps[0])
+    merged = {_key(row): row for row in _read_rows(path)} if path.exists() else {}
+    merged.update((_key(row), row) for row in rows)
+    ordered = sorted(merged.values(), key=lambda row: tuple(row[name] for name in SORT))
+    table = pyarrow.Table.from_pylist(ordered, schema=_schema())
+    with whole_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+    return path
+
+
+def read_records(run_folder: str | os.PathLike[str]) -> pandas.DataFrame:
+    """All rows of a run as one DataFrame with the columns of `COLUMNS`, sorted, one row per key; empty if nothing was recorded.
+
+    Errors: FileNotFoundError when the folder does not exist; ValueError that names a file that is damaged or is no record.
+
+    >>> import tempfile
+    >>> list(read_records(tempfile.mkdtemp()).columns) == list(COLUMNS)
+    True
+    """
+    import pandas
+
+    run_folder = Path(run_folder)
+    if not run_folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no run folder {run_folder}; a run folder is what `gfast unlearn --output_dir` wrote"
+        )
+    rows = [row for step in recorded_steps(run_folder) for row in _read_rows(step_file(run_folder, step))]
+    frame = pandas.DataFrame(rows, columns=list(COLUMNS))
+    kinds = {"step": "int64", "epoch": "float64", "value": "float64", **dict.fromkeys(_TEXT, "str")}
+    frame = frame.astype(kinds)
+    return frame.sort_values(list(SORT), kind="stable").drop_duplicates(list(KEY), keep="last").reset_index(drop=True)
+
+
+def recorded_steps(run_folder: str | os.PathLike[str]) -> list[int]:
+    """The steps that have a record file, in order."""
+    folder = Path(run_folder) / "records"
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for name in os.listdir(folder) if (match := _FILE.fullmatch(name)))
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """A short stable hash of a JSON-like mapping: equal for equal contents in any order.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(config, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_run_info(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) -> Path:
+    """Claim `run_folder` for one run and write `run.json`; the same run may claim it again (to resume), another may not.
+
+    Args:
+        run_folder: the run's folder; it is created if need be.
+        info: what the run is, JSON-like: objective, model, data, seed, argv, versions, counts. Two runs are the same when
+            everything but the keys of `NOT_IN_FINGERPRINT` is equal; `info["config"]`, where present, alone decides.
+
+    Errors: ValueError when the folder holds another run (it says which settings differ) or files of something else.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> write_run_info(folder, {"objective": "GA()", "seed": 0}).name
+    'run.json'
+    >>> write_run_info(folder, {"objective": "NPO(beta=0.1)", "seed": 0})    # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ... holds another run: objective is 'GA()' there and 'NPO(beta=0.1)' here...
+    """
+    run_folder = Path(run_folder)
+    path = run_folder / "run.json"
+    check_run_folder(run_folder, info)
+    if path.exists():
+        return path
+    return write_json(path, {**info, "fingerprint": fingerprint(_identity(info))})
+
+
+def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) -> bool:
+    """True if `run_folder` already holds this very run, False if it is free; ValueError if it holds another."""
+    run_folder = Path(run_folder)
+    if (run_folder / "run.json").exists():
+        found = read_run_info(run_folder)
+        if found.get("fingerprint") != fingerprint(_identity(info)):
+            raise ValueError(
+                f"{run_folder} holds another run: {_difference(_identity(found), _identity(info))}. "
+                "Give another output folder, or the settings of that run to resume it"
+            )
+        return True
+    leftovers = sorted(p.name for p in run_folder.glob("checkpoint-*")) if run_folder.is_dir() else []
+    if leftovers or recorded_steps(run_folder):
+        raise ValueError(
+            f"{run_folder} holds {', '.join(leftovers) or 'records'} but no run.json, so it cannot be told whose they are. "
+            "Give another output folder, or delete them"
+        )
+    return False
+
+
+def read_run_info(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_run_info` wrote. FileNotFoundError when there is no run.json, ValueError when it is damaged."""
+    path = Path(run_folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_folder} is not a run folder: it has no run.json")
+    info = read_json(path)
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(info).__name__}")
+    return info
+
+
+def _identity(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = info.get("config")
+    # Through JSON, so that a tuple in memory equals the list that was read back.
+    chosen = config if isinstance(config, Mapping) else {k: v for k, v in info.items() if k not in NOT_IN_FINGERPRINT}
+    return json.loads(json.dumps(chosen, default=str))
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    shown = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in names[:4]]
+    if len(names) > 4:
+        shown.append(f"and {len(names) - 4} more settings differ")
+    return ", ".join(shown) or "run.json was edited"
+
+
+def _schema() -> Any:
+    import pyarrow
+
+    kinds = {"step": pyarrow.int64(), "epoch": pyarrow.float64(), "value": pyarrow.float64()}
+    return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+
+
+def _clean(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    row = {"side": "", "group": "", **row}
+    missing, unknown = [n for n in COLUMNS if n not in row], sorted(set(row) - set(COLUMNS))
+    if missing or unknown:
+        raise ValueError(
+            f"row {index} of the record lacks {missing} and has unknown keys {unknown}; its keys are {list(COLUMNS)}"
+        )
+    clean = {name: str(row[name]) for name in _TEXT}
+    value = math.nan if row["value"] is None else float(row["value"])
+    epoch = math.nan if row["epoch"] is None else float(row["epoch"])
+    return {**clean, "step": int(row["step"]), "epoch": epoch, "value": value}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # From bytes, not through the memory-mapped dataset reader: the file may be replaced while it is read.
+        table = pyarrow.parquet.ParquetFile(path).read()
+        return table.select(list(COLUMNS)).cast(_schema()).to_pylist()
+    except (pyarrow.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or is not a gfast record ({error}); delete it and run that step again"
+        ) from error
