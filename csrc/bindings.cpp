@@ -1,0 +1,61 @@
+// Every op schema of gfast, and build_info() for `gfast doctor`. Implementations register themselves:
+// csrc/cpu/*.cpp for the CPU key, csrc/cuda/* for the CUDA key; fake tensors and autograd live in Python.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/isa.h"
+
+#ifdef __clang__
+#define GFAST_COMPILER "clang " __clang_version__
+#else
+#define GFAST_COMPILER "gcc " __VERSION__
+#endif
+
+TORCH_LIBRARY(gfast, m) {
+  m.def("logp_rows(Tensor logits, Tensor labels, float scale, float softcap) -> (Tensor logp, Tensor stats)");
+  m.def(
+      "logp_rows_grad(Tensor logits, Tensor labels, Tensor logp, Tensor stats, Tensor coef, float scale, "
+      "float softcap, Tensor(a!) out) -> ()");
+  m.def(
+      "weighted_rows(Tensor logits, Tensor labels, Tensor? ref_logp, float sign, float p_pow, float q_pow, "
+      "float beta, Tensor coef_scale, float scale, float softcap, Tensor(a!)? out) -> (Tensor logp, Tensor weight)");
+  m.def(
+      "kl_rows(Tensor logits, Tensor ref_logits, Tensor labels, Tensor coef_scale, float scale, float softcap, "
+      "float ref_scale, float ref_softcap, Tensor(a!)? out) -> Tensor kl");
+  m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = GFAST_COMPILER;
+  info["flags"] = GFAST_FLAGS;
+  info["torch"] = GFAST_TORCH_VERSION;
+#ifdef GFAST_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_reason"] = GFAST_CUDA_REASON;
+  pybind11::list isas;
+  const std::string built = GFAST_ISAS;
+  for (size_t start = 0; start <= built.size();) {
+    const size_t end = std::min(built.find(',', start), built.size());
+    isas.append(built.substr(start, end - start));
+    start = end + 1;
+  }
+  info["instruction_sets"] = isas;
+  info["instruction_set"] = gfast::isa_name();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gfast's compiled ops; they are reached through torch.ops.gfast";
+  m.def("build_info", &build_info, "Compiler, flags, torch version, CUDA (or why not) and instruction sets built and picked.");
+}
