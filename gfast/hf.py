@@ -1,0 +1,271 @@
+"""Everything gfast knows about Hugging Face model internals: where the decoder, its blocks and its output head are.
+
+No other file names a model class or a model attribute. Supported as families (transformers 4.51 to 5.x): Llama, Mistral, Mixtral,
+Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere 1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT, Bloom, Falcon,
+StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other decoders work as far as their parts can be found: a head that is not listed
+here is never guessed at (`head` returns None and callers take the model's own logits), and a parameter that cannot be placed
+is an error that names it. Models may be wrapped by PEFT, DDP, FSDP or torch.compile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family not in
+# this table may do something else between the hidden states and the logits, so it is not assumed to be plain.
+_PLAIN_HEADS = frozenset(
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe phi phi3 phimoe gemma gpt2 gpt_neo gptj gpt_neox gpt_bigcode opt "
+    "bloom falcon stablelm starcoder2 olmo olmo2 smollm3".split()
+)
+_SCALED_HEADS = {
+    "cohere": lambda config: config.logit_scale,
+    "cohere2": lambda config: config.logit_scale,
+    "granite": lambda config: 1.0 / config.logits_scaling,
+    "granitemoe": lambda config: 1.0 / config.logits_scaling,
+}
+_SOFTCAPPED_HEADS = frozenset({"gemma2", "gemma3_text"})
+
+_BLOCK_LISTS = ("layers", "h", "blocks")
+_EMBEDDINGS = frozenset(
+    "embed_tokens embed_positions embed_in wte wpe word_embeddings word_embeddings_layernorm embed_layer_norm "
+    "embed_layernorm project_in".split()
+)
+_FINAL_NORMS = frozenset("norm final_layernorm final_layer_norm ln_f project_out".split())
+
+_WRAPPER_PREFIX = re.compile(r"^(module\.|base_model\.model\.|_forward_module\.)")
+_WRAPPER_ANYWHERE = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.[^.]+)\."
+)
+_WRAPPED_MODULE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output head: logits = softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias).
+
+    `weight` [V, D], `bias` [V] or None; `softcap` None means no soft cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class _EnoughComputed(Exception):
+    """Ends a forward pass whose wanted hidden state has been captured; never leaves this file."""
+
+
+def unwrap_name(name: str) -> str:
+    """The parameter or module name without what PEFT, DDP, FSDP, activation checkpointing and torch.compile put into it.
+
+    >>> unwrap_name("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    name = _WRAPPER_ANYWHERE.sub("", name)
+    while match := _WRAPPER_PREFIX.match(name):
+        name = name[match.end() :]
+    return name
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside PEFT, DDP, FSDP and torch.compile wrappers.
+
+    Raises ValueError when there is none.
+    """
+    inner = model
+    while not hasattr(type(inner), "base_model_prefix"):
+        children = inner._modules
+        wrapped = next((key for key in _WRAPPED_MODULE if key in children), None)
+        if wrapped is not None:
+            inner = children[wrapped]
+        elif _is_peft(inner):
+            _refuse_prompt_learning(inner)
+            inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.model
+        else:
+            raise ValueError(
+                f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or torch.compile), "
+                f"and found no transformers model inside {type(model).__name__}"
+            )
+    return inner
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The transformer body without the output head, also through wrappers: calling it gives `last_hidden_state` [B, T, D]."""
+    inner = unwrap(model)
+    return getattr(inner, inner.base_model_prefix, inner)
+
+
+def num_layers(model: nn.Module) -> int:
+    """The number L of decoder blocks."""
+    return len(_blocks(model))
+
+
+def head(model: nn.Module) -> Head | None:
+    """The output head if it is a plain linear map of the final hidden states (with scale and soft cap), else None.
+
+    None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced by
+    an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded weights.
+    """
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
+    family = getattr(config, "model_type", None)
+    if family not in _PLAIN_HEADS and family not in _SCALED_HEADS and family not in _SOFTCAPPED_HEADS:
+        return None
+    linear = inner.get_output_embeddings()
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    weight, bias = linear.weight, linear.bias
+    if not _is_plain(weight) or (bias is not None and not _is_plain(bias)):
+        return None
+    scale = float(_SCALED_HEADS[family](config)) if family in _SCALED_HEADS else 1.0
+    softcap = config.final_logit_softcapping if family in _SOFTCAPPED_HEADS else None
+    return Head(weight, bias, scale, float(softcap) if softcap else None)
+
+
+def final_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The hidden states the output head reads (after the final norm), [B, T, D]; no logits are computed.
+
+    Only `input_ids`, `attention_mask` and `position_ids` of the batch reach the model.
+    """
+    return decoder(model)(**_inputs(batch)).last_hidden_state
+
+
+def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
+    """`hidden_states[layer]` of `output_hidden_states=True`, [B, T, D], storing only that one.
+
+    0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm. Blocks after the
+    wanted one are not run. Raises ValueError for a layer outside [0, L].
+    """
+    blocks = _blocks(model)
+    if not isinstance(layer, int) or not 0 <= layer <= len(blocks):
+        raise ValueError(f"layer {layer!r} is not a hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)")
+    if layer == len(blocks):
+        return final_hidden(model, batch)
+    body = decoder(model)
+    if _is_checkpointing(body):
+        # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block
+        # would see a detached tensor with the re-entrant variant.
+        return body(**_inputs(batch), output_hidden_states=True).hidden_states[layer]
+
+    captured: list[Tensor] = []
+    # FSDP keeps state between a module's pre- and post-forward hooks: there the pass has to run to its end.
+    stop = not any("FSDP" in type(module).__name__ for module in unwrap(model).modules())
+
+    def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        captured.append(args[0] if args else kwargs["hidden_states"])
+        if stop:
+            raise _EnoughComputed
+
+    handle = blocks[layer].register_forward_pre_hook(capture, prepend=True, with_kwargs=True)
+    try:
+        body(**_inputs(batch))
+    except _EnoughComputed:
+        pass
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def parameter_units(model: nn.Module) -> dict[str, str | int]:
+    """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
+
+    The part is "embed" (token and position embeddings, embedding norms), the 0-based index of a block, L for a norm after
+    the last block, "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter parameters
+    belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or several.
+    """
+    inner = unwrap(model)
+    owners = _owners(inner)
+    units: dict[str, str | int] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        places = owners.get(id(parameter), [])
+        if len(places) == 1:
+            units[name] = places[0]
+        elif set(places) == {"embed", "lm"}:
+            units[name] = "embed+lm"
+        else:
+            why = f"is shared by several parts ({', '.join(map(str, places))})" if places else "is in none of these parts"
+            raise ValueError(
+                f"cannot attribute the trainable parameter {name!r} {tuple(parameter.shape)} of {type(inner).__name__}: it {why}: "
+                f"embeddings, one of the {num_layers(model)} blocks, the final norm, the output head. "
+                f"Freeze it (requires_grad_(False)) or group by name with groups=callable"
+            )
+    return units
+
+
+def _owners(inner: nn.Module) -> dict[int, list[str | int]]:
+    """id(parameter) -> the distinct parts of the model that hold it."""
+    owners: dict[int, list[str | int]] = {}
+
+    def claim(module: nn.Module | None, place: str | int) -> None:
+        for parameter in module.parameters() if module is not None else ():
+            places = owners.setdefault(id(parameter), [])
+            if place not in places:
+                places.append(place)
+
+    blocks = _blocks(inner)
+    claim(inner.get_input_embeddings(), "embed")
+    for name, child in _body(inner).named_children():
+        if name in _EMBEDDINGS:
+            claim(child, "embed")
+        elif name in _FINAL_NORMS:
+            claim(child, len(blocks))
+    for index, block in enumerate(blocks):
+        claim(block, index)
+    claim(inner.get_output_embeddings(), "lm")
+    return owners
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The module whose direct children are the embeddings, the list of blocks and the final norm."""
+    body = decoder(model)
+    for candidate in (body, getattr(body, "decoder", None)):  # OPT nests one level deeper
+        if candidate is not None and any(isinstance(getattr(candidate, key, None), nn.ModuleList) for key in _BLOCK_LISTS):
+            return candidate
+    raise ValueError(
+        f"cannot find the decoder blocks of {type(unwrap(model)).__name__}: looked for a ModuleList named "
+        f"{', '.join(_BLOCK_LISTS)} in {type(body).__name__}"
+    )
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    body = _body(model)
+    return next(getattr(body, key) for key in _BLOCK_LISTS if isinstance(getattr(body, key, None), nn.ModuleList))
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if batch.get(key) is not None}
+    if "input_ids" not in inputs:
+        raise ValueError(f"the batch has no 'input_ids' (its keys are {sorted(batch)})")
+    return inputs | {"use_cache": False, "return_dict": True}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """A dense floating-point tensor that is here: not a DTensor, a flattened shard, a quantised or an offloaded weight."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta and tensor.dim() > 0
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(m.training and getattr(m, "gradient_checkpointing", False) for m in module.modules())
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__)
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    configs = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, Mapping) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"the PEFT adapter {name!r} is a prompt-learning method ({type(config).__name__}), whose virtual tokens are not part "
+                f"of the decoder; gfast supports adapters that live inside the model's layers (LoRA and its relatives)"
+            )
