@@ -19,8 +19,8 @@ TEMPORARY_PREFIX = ".gfast-partial-"
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` in one step, on any failure it is removed.
 
-    Readers see the old file or the new one, never a part of one: a full disk, an exception or Ctrl-C leaves what was there
-    before. A killed process can leave a hidden temporary file, which no reader looks at.
+    Readers see the old file or the new one, never a part of one: a full disk, an exception or Ctrl-C leaves what was
+    there before. A killed process can leave a hidden temporary file, which no reader looks at.
 
     Errors: OSError when the folder cannot be written or the disk is full, with `path` in the message.
 
@@ -46,7 +46,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    # Without fsync a full disk or a power cut can surface after the rename, and the rename would then have replaced a good file.
+    # Without fsync a full disk or a power cut can surface after the rename, and the rename would then have replaced a
+    # good file.
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -71,7 +72,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` if need be and prove that a file can be written there, so that hours of work do not end in an error."""
+    """Create `folder` if need be and prove that a file can be written there, so that hours of work do not end in an
+    error.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 """What a run measured, as tidy Parquet files: one file a step, one row a value.
 
 A run folder holds `run.json` (what the run is), `records/step-00000010.parquet` (what was measured at step 10) and the
-trainer's checkpoints. A file is written whole or not at all, and writing a step again replaces the rows with the same key, so
-a run that is killed and resumed neither loses nor doubles a step.
+trainer's checkpoints. A file is written whole or not at all, and writing a step again replaces the rows with the same
+key, so a run that is killed and resumed neither loses nor doubles a step.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
 
     Args:
         run_folder: the run's folder; it is created if need be.
-        rows: mappings with the keys run, objective, step, epoch, quantity, side, group, value (`side` and `group` may be
-            missing: they are then ""), all of one step. Rows already in the step's file stay, unless a new row has the same
-            (run, objective, step, quantity, side, group): then the new one replaces it.
+        rows: mappings with the keys run, objective, step, epoch, quantity, side, group, value (`side` and `group` may
+            be missing: they are then ""), all of one step. Rows already in the step's file stay, unless a new row has
+            the same (run, objective, step, quantity, side, group): then the new one replaces it.
 
-    Errors: ValueError for no rows, rows of several steps, a missing or unknown key; OSError when the file cannot be written
-    (what was there before is untouched).
+    Errors: ValueError for no rows, rows of several steps, a missing or unknown key; OSError when the file cannot be
+    written (what was there before is untouched).
 
     >>> import tempfile
     >>> row = {"run": "a", "objective": "GA()", "step": 10, "epoch": 1.0, "quantity": "loss", "value": -2.5}
@@ -74,9 +74,11 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
 
 
 def read_records(run_folder: str | os.PathLike[str]) -> pandas.DataFrame:
-    """All rows of a run as one DataFrame with the columns of `COLUMNS`, sorted, one row per key; empty if nothing was recorded.
+    """All rows of a run as one DataFrame with the columns of `COLUMNS`, sorted, one row per key; empty if nothing was
+    recorded.
 
-    Errors: FileNotFoundError when the folder does not exist; ValueError that names a file that is damaged or is no record.
+    Errors: FileNotFoundError when the folder does not exist; ValueError that names a file that is damaged or is no
+    record.
 
     >>> import tempfile
     >>> list(read_records(tempfile.mkdtemp()).columns) == list(COLUMNS)
@@ -115,12 +117,14 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def write_run_info(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) -> Path:
-    """Claim `run_folder` for one run and write `run.json`; the same run may claim it again (to resume), another may not.
+    """Claim `run_folder` for one run and write `run.json`; the same run may claim it again (to resume), another may
+    not.
 
     Args:
         run_folder: the run's folder; it is created if need be.
-        info: what the run is, JSON-like: objective, model, data, seed, argv, versions, counts. Two runs are the same when
-            everything but the keys of `NOT_IN_FINGERPRINT` is equal; `info["config"]`, where present, alone decides.
+        info: what the run is, JSON-like: objective, model, data, seed, argv, versions, counts. Two runs are the same
+            when everything but the keys of `NOT_IN_FINGERPRINT` is equal; `info["config"]`, where present, alone
+            decides.
 
     Errors: ValueError when the folder holds another run (it says which settings differ) or files of something else.
 
@@ -154,8 +158,8 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
     leftovers = sorted(p.name for p in run_folder.glob("checkpoint-*")) if run_folder.is_dir() else []
     if leftovers or recorded_steps(run_folder):
         raise ValueError(
-            f"{run_folder} holds {', '.join(leftovers) or 'records'} but no run.json, so it cannot be told whose they are. "
-            "Give another output folder, or delete them"
+            f"{run_folder} holds {', '.join(leftovers) or 'records'} but no run.json, so it cannot be told whose they "
+            "are. Give another output folder, or delete them"
         )
     return False
 

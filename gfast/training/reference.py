@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the original model says about the data, computed once and kept per sample."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast.training.files import whole_file
+from gfast.training.fingerprints import data_fingerprint, model_fingerprint
+from gfast.training.state import evaluating
+
+FORMAT = "gfast-reference-1"
+# What can be asked for -> the key in a batch.
+BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_layer_hidden"}
+
+
+class ReferenceCache:
+    """Values of the reference model theta_o per sample: what objectives compare with, without a second model.
+
+    | asked for | batch key | shape of one sample | used by |
+    |---|---|---|---|
+    | `"logp"` | `ref_logp` | [T] fp32, log p(s_i given s_<i; theta_o), 0 at ignored labels | NPO, TNPO, WTNPO, DPO |
+    | `"hidden"` | `ref_hidden` | [T, D] after the final norm, and once the head `ref_head` [V, D] | KL |
+    | `"layer_hidden"` | `ref_layer_hidden` | [T, D], `hidden_states[layer]` | RR |
+
+    Samples are found by `sample_id`, never by position in a batch, so the order of batches is free. The file is
+    safetensors; it names the model and the data by fingerprints over every byte, and loading it for others is a
+    ValueError. A model with PEFT adapters is its own reference with the adapters off.
+
+    >>> cache = ReferenceCache.build(model, dataset, collator, path="reference.safetensors")    # doctest: +SKIP
+    >>> cache = ReferenceCache.load("reference.safetensors", model=model, dataset=dataset)      # doctest: +SKIP
+    >>> cache.get(3)["ref_logp"].shape                                                          # doctest: +SKIP
+    torch.Size([41])
+    """
+
+    def __init__(
+        self,
+        sample_ids: Sequence[int] | Tensor,
+        lengths: Sequence[int] | Tensor,
+        values: dict[str, Tensor],
+        *,
+        head: Tensor | None = None,
+        layer: int | None = None,
+        model_fingerprint: str = "",
+        data_fingerprint: str = "",
+    ) -> None:
+        """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]."""
+        self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64).reshape(-1)  # [S]
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1)  # [S]
+        self.values = values
+        self.head = head
+        self.layer = layer
+        self.model_fingerprint = model_fingerprint
+        self.data_fingerprint = data_fingerprint
+        total = int(self.lengths.sum())
+        for key, value in values.items():
+            if key not in BATCH_KEY.values() or value.shape[0] != total:
+                raise ValueError(
+                    f"{key} {tuple(value.shape)} does not fit: the keys are {sorted(BATCH_KEY.values())}, rows {total}"
+                )
+        ends = self.lengths.cumsum(0).tolist()
+        self._span = {
+            sample: (end - length, end)
+            for sample, length, end in zip(self.sample_ids.tolist(), self.lengths.tolist(), ends, strict=True)
+        }
+        if len(self._span) != self.sample_ids.numel():
+            raise ValueError(
+                "two samples of the data set have the same sample_id; give each data set its own id_offset"
+            )
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    def __contains__(self, sample_id: int) -> bool:
+        return int(sample_id) in self._span
+
+    @property
+    def what(self) -> frozenset[str]:
+        """The quantities it holds, out of "logp", "hidden", "layer_hidden"."""
+        return frozenset(name for name, key in BATCH_KEY.items() if key in self.values)
+
+    def get(self, sample_id: int) -> dict[str, Tensor]:
+        """The stored values of one sample, batch key -> [T, ...]. ValueError for a sample the cache does not hold."""
+        span = self._span.get(int(sample_id))
+        if span is None:
+            known = sorted(self._span)
+            shown = f"{known[0]}..{known[-1]}" if known else "none"
+            raise ValueError(
+                f"sample_id {int(sample_id)} is not in the reference cache ({len(known)} samples, ids {shown}); "
+                "it was built for other data: build it again with ReferenceCache.build"
+            )
+        return {key: value[span[0] : span[1]] for key, value in self.values.items()}
+
+    def join(
+        self, sample_ids: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor, padded_length: int
+    ) -> dict[str, Tensor]:
+        """The values of a batch, right-padded with zeros to [B, padded_length, ...]; what a Collator adds to its batch.
+
+        Errors: ValueError for an unknown sample and for a sample whose token count differs from the one it was built
+        with.
+        """
+        joined = {
+            key: value.new_zeros((len(sample_ids), padded_length, *value.shape[1:]))
+            for key, value in self.values.items()
+        }
+        for row, (sample_id, length) in enumerate(zip(_ints(sample_ids), _ints(lengths), strict=True)):
+            for key, value in self.get(sample_id).items():
+                if value.shape[0] != length:
+                    raise ValueError(
+                        f"sample {sample_id} has {length} tokens, but the reference cache has {value.shape[0]} for "
+                        "it; it was built with another tokenizer, template or max_length: build it again with "
+                        "ReferenceCache.build"
+                    )
+                joined[key][row, :length] = value
+        return joined
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        dataset: Any,
+        collator: Callable[[list[Any]], dict[str, Tensor]],
+        path: str | os.PathLike[str] | None = None,
+        what: Collection[str] = ("logp",),
+        *,
+        layer: int | None = None,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> ReferenceCache:
+        """Run `model` over `dataset` once and keep what it says; with `path`, save it, or load it if it is there
+        already.
+
+        Args:
+            model: the original model; with PEFT adapters it is run with the adapters off. Its train/eval modes are
+                kept.
+            dataset: indexable items for `collator`; every row of a batch has its own `sample_id`.
+            collator: makes batches with input_ids, attention_mask, labels [B, T] and sample_id [B].
+            path: a safetensors file, written whole or not at all.
+            what: out of "logp", "hidden", "layer_hidden" (this one needs `layer`, counted as in `hidden_states`).
+            batch_size: items a forward pass; it changes the values by rounding only.
+
+        Errors: ValueError when the file at `path` is for another model, other data or holds too little.
+        """
+        what = _checked(what, layer)
+        if path is not None and Path(path).exists():
+            return cls.load(path, model=model, dataset=dataset, what=what, layer=layer)
+        if len(dataset) == 0:
+            raise ValueError("the data set is empty, so there is nothing to compute a reference for")
+        parts: dict[int, dict[str, Tensor]] = {}
+        # Similar lengths together: less padding, and the result depends on it by rounding only.
+        order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
+        starts = range(0, len(order), batch_size)
+        if progress:
+            from tqdm.auto import tqdm
+
+            starts = tqdm(starts, desc="Reference", unit="batch", leave=False)
+        with torch.no_grad(), evaluating(model), _adapters_off(model):
+            for start in starts:
+                batch = collator([dataset[index] for index in order[start : start + batch_size]])
+                _keep(parts, _forward(model, batch, what, layer), batch)
+            head = _head_weight(model) if "hidden" in what else None
+        ids = sorted(parts)
+        cache = cls(
+            ids,
+            [next(iter(parts[i].values())).shape[0] for i in ids],
+            {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
+            head=head,
+            layer=layer,
+            model_fingerprint=model_fingerprint(model),
+            data_fingerprint=data_fingerprint(dataset[index] for index in range(len(dataset))),
+        )
+        if path is not None:
+            cache.save(path)
+        return cache
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file, whole or not at all. OSError, with the path, when that is not possible."""
+        from safetensors.torch import save_file
+
+        tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths, **self.values}
+        if self.head is not None:
+            tensors["ref_head"] = self.head
+        description = {
+            "format": FORMAT,
+            "what": sorted(self.what),
+            "layer": self.layer,
+            "model_fingerprint": self.model_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+            "torch": torch.__version__,
+        }
+        with whole_file(path) as temporary:
+            try:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()},
+                    temporary,
+                    metadata={"gfast": json.dumps(description)},
+                )
+            except Exception as error:
+                # safetensors reports a full disk as its own exception type.
+                raise OSError(getattr(error, "errno", None), str(error)) from error
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        dataset: Any = None,
+        what: Collection[str] = (),
+        layer: int | None = None,
+    ) -> ReferenceCache:
+        """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
+
+        Errors: FileNotFoundError; ValueError for a file that is no cache or belongs to another model or other data.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no reference cache {path}; ReferenceCache.build(..., path=...) makes one"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                description = json.loads((file.metadata() or {}).get("gfast", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or is not a safetensors file ({error}); delete it and build it again"
+            ) from error
+        if description.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a {FORMAT} file; delete it and build it again with ReferenceCache.build")
+        cache = cls(
+            tensors.pop("sample_ids"),
+            tensors.pop("lengths"),
+            head=tensors.pop("ref_head", None),
+            values=tensors,
+            layer=description["layer"],
+            model_fingerprint=description["model_fingerprint"],
+            data_fingerprint=description["data_fingerprint"],
+        )
+        try:
+            cache.check(model=model, dataset=dataset, what=what, layer=layer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return cache
+
+    def check(
+        self,
+        *,
+        model: nn.Module | None = None,
+        dataset: Any = None,
+        what: Collection[str] = (),
+        layer: int | None = None,
+    ) -> None:
+        """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`)."""
+        lacking = sorted(set(what) - self.what)
+        if lacking:
+            raise ValueError(
+                f"the reference cache holds {sorted(self.what)} and not {lacking}; build it again with "
+                f"what={sorted(what)}"
+            )
+        if "layer_hidden" in what and layer != self.layer:
+            raise ValueError(
+                f"the reference cache holds hidden states of layer {self.layer}, not {layer}; build it again"
+            )
+        if dataset is not None:
+            found = data_fingerprint(dataset[index] for index in range(len(dataset)))
+            if found != self.data_fingerprint:
+                raise ValueError(
+                    f"the reference cache is for other data (fingerprint {self.data_fingerprint[:12]}, this data has "
+                    f"{found[:12]}): "
+                    "the rows, the tokenizer, the template or max_length differ. Use that data, or delete the file to "
+                    "build it again"
+                )
+        if model is not None:
+            found = model_fingerprint(model)
+            if found != self.model_fingerprint:
+                raise ValueError(
+                    f"the reference cache is for another model (fingerprint {self.model_fingerprint[:12]}, this model "
+                    "has "
+                    f"{found[:12]}): the weights or their dtype differ. Load the original model, or delete the file "
+                    "to build it again"
+                )
+
+
+def _checked(what: Collection[str], layer: int | None) -> frozenset[str]:
+    what = frozenset([what] if isinstance(what, str) else what)
+    if not what or what - set(BATCH_KEY):
+        raise ValueError(f"what={sorted(what)} must be some of {sorted(BATCH_KEY)}")
+    if "layer_hidden" in what and layer is None:
+        raise ValueError('what="layer_hidden" needs layer=, counted as in hidden_states')
+    return what
+
+
+def _forward(model: nn.Module, batch: dict[str, Tensor], what: frozenset[str], layer: int | None) -> dict[str, Tensor]:
+    from gfast import hf
+    from gfast.model_loss import model_logp
+
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    found = {}
+    if "logp" in what:
+        found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+    if "hidden" in what:
+        found["ref_hidden"] = hf.final_hidden(model, batch)  # [B, T, D]
+    if "layer_hidden" in what:
+        found["ref_layer_hidden"] = hf.layer_hidden(model, batch, layer)  # [B, T, D]
+    return found
+
+
+def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    ids, mask = batch.get("sample_id"), batch["attention_mask"].bool()
+    if ids is None or ids.numel() != mask.shape[0]:
+        raise ValueError("the collator's batch has no sample_id for each row; gfast.data.Collator makes such batches")
+    for row, sample_id in enumerate(ids.tolist()):
+        if sample_id in parts:
+            raise ValueError(
+                f"sample_id {sample_id} appears twice in the data set; give each data set its own id_offset"
+            )
+        # A copy: a view would keep the whole padded batch alive.
+        parts[sample_id] = {key: value[row].cpu()[mask[row].cpu()].clone() for key, value in found.items()}
+
+
+def _head_weight(model: nn.Module) -> Tensor:
+    from gfast import hf
+
+    head = hf.head(model)
+    if head is None:
+        raise ValueError(
+            f"KL needs the model's linear output head, and {type(model).__name__} has none that gfast knows"
+        )
+    return head.weight.detach().cpu().clone()
+
+
+def _adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    return (
+        model.disable_adapter()
+        if hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+        else contextlib.nullcontext()
+    )
+
+
+def _length(item: Any) -> int:
+    return len(item["input_ids"]) if isinstance(item, dict) and "input_ids" in item else 0
+
+
+def _ints(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
