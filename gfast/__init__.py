@@ -1,0 +1,57 @@
+"""gfast: fast, exact unlearning losses and gradient effects for language models.
+
+Importing gfast imports torch and nothing heavier; every name below loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "token_logp": "gfast.ops.token_logp",
+    "linear_token_logp": "gfast.ops.linear_token_logp",
+    "unlearn_loss": "gfast.ops.unlearn_loss",
+    "linear_unlearn_loss": "gfast.ops.linear_unlearn_loss",
+    "token_kl": "gfast.ops.token_kl",
+    "linear_token_kl": "gfast.ops.token_kl",
+    "grad_dot": "gfast.ops.grad_dot",
+    "LossOutput": "gfast.ops.common",
+    "model_loss": "gfast.model",
+    "model_logp": "gfast.model",
+    "g_effect": "gfast.geffect",
+    "GEffect": "gfast.geffect",
+    "ReferenceCache": "gfast.training",
+    "UnlearnTrainer": "gfast.training",
+    "UnlearnConfig": "gfast.training",
+    "GEffectCallback": "gfast.training",
+}
+
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from gfast.geffect import GEffect, g_effect
+    from gfast.model import model_logp, model_loss
+    from gfast.ops.common import LossOutput
+    from gfast.ops.grad_dot import grad_dot
+    from gfast.ops.linear_token_logp import linear_token_logp
+    from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
+    from gfast.ops.token_kl import linear_token_kl, token_kl
+    from gfast.ops.token_logp import token_logp
+    from gfast.ops.unlearn_loss import unlearn_loss
+    from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer
+
+
+def __getattr__(name: str):
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'gfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,149 @@
+"""Which implementation serves which op, and why.
+
+Every op has up to four implementations: ``reference`` (plain PyTorch, always there), ``cpp`` (the compiled CPU kernels of
+``gfast._C``), ``triton`` (NVIDIA GPUs, or CPU tensors in Triton's interpreter) and ``cuda`` (compiled CUDA kernels).
+Nothing is probed when gfast is imported; the first call decides, and an automatic choice is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+logger = logging.getLogger("gfast")
+
+IMPLS = ("reference", "cpp", "triton", "cuda")
+ROW_OPS = (
+    "token_logp",
+    "linear_token_logp",
+    "unlearn_loss",
+    "linear_unlearn_loss",
+    "token_kl",
+    "linear_token_kl",
+)
+OPS = (*ROW_OPS, "grad_dot")
+_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def extension() -> tuple[object | None, str]:
+    """The compiled module ``gfast._C`` and, where it is missing, the reason."""
+    try:
+        from gfast import _C  # importing it registers the C++ ops with the dispatcher
+    except ImportError as error:
+        return None, f"gfast._C could not be imported: {error}"
+    return _C, ""
+
+
+@functools.cache
+def _triton_missing() -> str:
+    """Empty when Triton can be imported, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a Triton without a usable driver or with a foreign NumPy fails in many ways
+        return f"triton could not be imported: {error}"
+    return ""
+
+
+def _kernel_missing(op: str) -> str:
+    """Empty when the compiled module holds the CPU kernel behind ``op`` (an older build may not)."""
+    kernel = {"grad_dot": "grad_dots", "unlearn_loss": "weighted_rows"}.get(op, "kl_rows" if "kl" in op else "logp_rows")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
+        return ""
+    return f"gfast._C holds no CPU kernel {kernel}; build the package again"
+
+
+def _interpreting() -> bool:
+    if _triton_missing():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """Empty when ``impl`` can serve ``op`` on ``device`` (and ``dtype``), else the reason in words."""
+    kind = torch.device(device).type
+    if impl == "reference":
+        return ""
+    if impl not in IMPLS:
+        return f"no implementation is called {impl!r}; choose 'auto' or one of {', '.join(IMPLS)}"
+    if op in ROW_OPS and dtype is not None and dtype not in _ROW_DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {dtype}; impl='reference' takes it"
+    if impl == "cpp":
+        if kind != "cpu":
+            return f"the C++ kernels take CPU tensors, not {kind}"
+        return extension()[1] or _kernel_missing(op)
+    if impl == "triton":
+        if op == "grad_dot":
+            return "grad_dot has no Triton kernel"
+        if _triton_missing():
+            return _triton_missing()
+        if kind == "cuda" or (kind == "cpu" and _interpreting()):
+            return ""
+        return f"Triton kernels take CUDA tensors, not {kind} (CPU only with TRITON_INTERPRET=1)"
+    if op != "grad_dot":
+        return f"{op} has no CUDA kernel of its own; on a GPU Triton serves it"
+    if kind != "cuda":
+        return f"the CUDA kernel takes CUDA tensors, not {kind}"
+    module, reason = extension()
+    if module is None:
+        return reason
+    info = module.build_info()
+    return "" if info.get("cuda") else f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
+
+
+@functools.cache
+def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
+    order = ("cpp",) if kind == "cpu" else ("cuda", "triton")
+    reasons = []
+    for impl in order:
+        reason = why_not(op, impl, kind, dtype)
+        if not reason:
+            logger.info("gfast: %s on %s uses impl=%r", op, kind, impl)
+            return impl
+        reasons.append(f"{impl}: {reason}")
+    logger.info("gfast: %s on %s uses impl='reference' (%s)", op, kind, "; ".join(reasons))
+    return "reference"
+
+
+def select(op: str, impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """The implementation that serves ``op``.
+
+    Args:
+        op: one of ``OPS``.
+        impl: "auto" or an explicit choice.
+        device: where the tensors are.
+        dtype: of the logits (row ops only).
+
+    Raises:
+        ValueError: an explicit choice that is unknown or cannot serve the op here, with the reason.
+    """
+    if impl == "auto":
+        return _auto(op, torch.device(device).type, dtype)
+    reason = why_not(op, impl, device, dtype)
+    if reason:
+        raise ValueError(f"gfast: impl={impl!r} cannot serve {op} here: {reason}.")
+    return impl
+
+
+def status() -> list[dict[str, object]]:
+    """One row per op, device kind and implementation: is it available, is it what "auto" takes, and why not."""
+    rows = []
+    for op in OPS:
+        for kind in ("cpu", "cuda"):
+            if kind == "cuda" and not torch.cuda.is_available():
+                rows.append(dict(op=op, device=kind, impl="-", available=False, auto=False, reason="no CUDA device"))
+                continue
+            chosen = _auto(op, kind, None)
+            for impl in IMPLS:
+                reason = why_not(op, impl, kind)
+                rows.append(
+                    dict(op=op, device=kind, impl=impl, available=not reason, auto=impl == chosen, reason=reason)
+                )
+    return rows

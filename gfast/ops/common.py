@@ -1,0 +1,166 @@
+"""What all row ops share: argument checks, reductions, and the loop over row chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
+
+
+class LossOutput(NamedTuple):
+    """Result of a loss op.
+
+    Attributes:
+        loss: 0-dim; with reduction "none" one value a token (shape of labels) or a sequence [S].
+        logp: log-prob of each label, shape of labels, fp32, detached, 0 where ignored.
+        weight: the weight each token's log-prob gradient got, shape of labels, detached, 0 where ignored.
+    """
+
+    loss: Tensor
+    logp: Tensor
+    weight: Tensor
+
+
+def check_rows(name: str, scores: Tensor, labels: Tensor, what: str = "logits") -> None:
+    """Shapes, dtypes and devices of ``scores`` [..., V or D] and ``labels`` [...]; metadata only, no device sync."""
+    if scores.dim() < 1 or scores.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"gfast: {name}: {what} of shape {tuple(scores.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
+            f"not {tuple(labels.shape)}."
+        )
+    if not scores.is_floating_point():
+        raise TypeError(f"gfast: {name}: {what} must be floating point, not {scores.dtype}.")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"gfast: {name}: labels must be int64 (or int32), not {labels.dtype}.")
+    if scores.device != labels.device:
+        raise ValueError(f"gfast: {name}: {what} are on {scores.device} but labels on {labels.device}.")
+
+
+def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> None:
+    """``value`` must have the shape and device of ``labels``."""
+    if value.shape != labels.shape:
+        raise ValueError(
+            f"gfast: {name}: {what} has shape {tuple(value.shape)} but labels {tuple(labels.shape)}; it needs one value a label."
+        )
+    if value.device != labels.device:
+        raise ValueError(f"gfast: {name}: {what} is on {value.device} but labels on {labels.device}.")
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [..., D], weight [V, D], bias [V] of one dtype and device."""
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"gfast: {name}: the head's weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, not {tuple(weight.shape)}."
+        )
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"gfast: {name}: hidden is on {hidden.device} but {what} on {tensor.device}.")
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"gfast: {name}: hidden is {hidden.dtype} but {what} {tensor.dtype}; cast one, or run under torch.autocast."
+            )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"gfast: {name}: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}.")
+
+
+def check_label_range(name: str, labels: Tensor, vocab: int) -> None:
+    """Every label is in [0, V) or -100. On a GPU the check is a device-side assertion: it costs no synchronisation."""
+    bad = ((labels < 0) | (labels >= vocab)) & (labels != IGNORE_INDEX)  # [N]
+    if labels.device.type == "cuda":
+        torch._assert_async(~bad.any(), f"gfast: {name}: a label is outside the vocabulary [0, {vocab})")
+    elif bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(
+            f"gfast: {name}: labels[{where}] (flattened) = {int(labels[where])} is outside the vocabulary [0, {vocab}); "
+            f"use {IGNORE_INDEX} for positions to ignore."
+        )
+
+
+def check_reduction(name: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"gfast: {name}: unknown reduction {reduction!r}; choose one of {', '.join(REDUCTIONS)}.")
+
+
+def sequence_layout(name: str, labels: Tensor, sequence_id: Tensor | None) -> tuple[Tensor, int]:
+    """Flat sequence ids [N] and a static bound S on their number: leading dimensions, or the ids given.
+
+    With ids given the bound is the number of labels, so that nothing waits for the device.
+    """
+    if sequence_id is not None:
+        check_like_labels(name, "sequence_id", sequence_id, labels)
+        return sequence_id.reshape(-1).long(), labels.numel()
+    if labels.dim() <= 1:
+        return torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device), 1
+    length = labels.shape[-1]
+    count = labels.numel() // length if length else 0
+    ids = torch.arange(count, device=labels.device)
+    return ids[:, None].expand(count, length).reshape(-1), count
+
+
+def coef_scale(
+    valid: Tensor,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    sequence_id: Tensor,
+    num_sequences: int,
+    pairs: bool = False,
+) -> Tensor:
+    """The 0-dim factor that turns a sum into the reduction: 1/N, 1/S or 1; 0 tokens give 1 (the sum is 0 anyway)."""
+    if normalizer is not None:
+        if reduction in ("sum", "none"):
+            raise ValueError(f"gfast: normalizer has no meaning with reduction {reduction!r}.")
+        return 1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=valid.device)
+    if reduction == "token_mean":
+        return 1.0 / valid.sum().clamp(min=1).float()
+    if reduction == "sequence_mean":
+        present = torch.zeros(num_sequences, dtype=torch.float32, device=valid.device)
+        present = present.index_add(0, sequence_id, valid.float()) > 0  # [S]
+        if pairs:
+            present = present[: num_sequences // 2] | present[num_sequences // 2 :]
+        return 1.0 / present.sum().clamp(min=1).float()
+    return torch.ones((), dtype=torch.float32, device=valid.device)
+
+
+def check_pairs(name: str, level: str, num_sequences: int) -> None:
+    if level == "pair" and num_sequences % 2:
+        raise ValueError(
+            f"gfast: {name}: DPO needs pairs: an even number of sequences, the first half the forget answers, the second half "
+            f"the preferred answers in the same order; got {num_sequences}."
+        )
+
+
+def raise_if_not_finite(name: str, logp: Tensor) -> None:
+    """The check behind ``check_finite=True``: a NaN or infinite logit shows in its row's log-prob."""
+    bad = ~torch.isfinite(logp.reshape(-1))
+    if bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(
+            f"gfast: {name}: {int(bad.sum())} of {logp.numel()} log-probs are not finite (first at flattened position {where}); "
+            "the logits hold NaN or infinite values there. Lower the learning rate or use a wider dtype."
+        )
+
+
+def default_chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows of logits held at a time: enough to feed the matrix units, little enough to stay small beside the model."""
+    if device.type == "cpu":
+        return 256
+    return int(min(4096, max(512, 2**30 // (2 * max(vocab, 1)))))
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient * factor`` (0-dim) in the gradient's dtype; on a CPU a factor of 1 costs nothing."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
+        return gradient
+    return (gradient * factor).to(gradient.dtype)
+
+
+def row_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, chunk):
+        yield start, min(start + chunk, rows)

@@ -1,0 +1,185 @@
+"""``token_logp``: log-probs of the labels from logits, with a backward that recomputes instead of storing [N, V]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops.backend import extension, select
+from gfast.ops.common import IGNORE_INDEX, check_label_range, check_rows
+
+
+def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
+    """softcap * tanh(scale * z / softcap), or scale * z without a cap, in fp32 (fp64 for fp64 logits)."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = z * scale
+    return softcap * torch.tanh(z / softcap) if softcap > 0 else z
+
+
+def cap_slope(z: Tensor, scale: float, softcap: float) -> Tensor | float:
+    """d capped / d logits, from the capped value."""
+    return scale * (1 - (z / softcap) ** 2) if softcap > 0 else scale
+
+
+def token_logp_reference(logits: Tensor, labels: Tensor) -> Tensor:
+    """The literal definition, differentiable by autograd: log softmax, gather, 0 where ignored."""
+    valid = labels != IGNORE_INDEX
+    log_probs = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
+    picked = log_probs.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid, picked, 0.0)
+
+
+def _logp_rows_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    z = capped(logits, scale, softcap)  # [N, V]
+    if z.shape[0] == 0:
+        return z.new_zeros(0), z.new_zeros(0, 2)
+    valid = labels != IGNORE_INDEX
+    target = labels.clamp(min=0)[:, None]
+    top = z.max(dim=-1, keepdim=True).values
+    others = torch.exp(z - top).scatter(1, target, 0.0).sum(-1)  # [N]
+    z_target = z.gather(1, target)[:, 0] - top[:, 0]
+    log_total = torch.where(z_target == 0, torch.log1p(others), torch.log(others + torch.exp(z_target)))
+    logp = torch.where(valid, z_target - log_total, 0.0)
+    return logp, torch.stack([top[:, 0], log_total], dim=1)
+
+
+def _logp_rows_grad_reference(
+    logits: Tensor,
+    labels: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    if logits.shape[0] == 0:
+        return
+    z = capped(logits, scale, softcap)  # [N, V]
+    valid = (labels != IGNORE_INDEX)[:, None]
+    probs = torch.exp((z - stats[:, :1]) - stats[:, 1:])
+    # the target entry is 1 - p, formed before any rounding: where p is near 1 it is all the signal there is
+    delta = (-probs).scatter(1, labels.clamp(min=0)[:, None], -torch.expm1(logp)[:, None])
+    slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
+    out.copy_(torch.where(valid, coef[:, None] * delta * slope, 0.0))
+
+
+def logp_rows(logits: Tensor, labels: Tensor, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
+    """logp [N] and softmax statistics [N, 2] (maximum, log of the sum relative to it) of logits [N, V]."""
+    impl = select("token_logp", impl, logits.device, logits.dtype)
+    if impl == "cpp":
+        extension()
+        return torch.ops.gfast.logp_rows(logits, labels, scale, softcap)
+    if impl == "triton":
+        from gfast.kernels import rows
+
+        return rows.logp_rows(logits, labels, scale, softcap)
+    return _logp_rows_reference(logits, labels, scale, softcap)
+
+
+def logp_rows_grad(
+    logits: Tensor,
+    labels: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """out [N, V] = coef_i * d logp_i / d logits; ``out`` may be ``logits`` itself."""
+    impl = select("token_logp", impl, logits.device, logits.dtype)
+    if impl == "cpp":
+        torch.ops.gfast.logp_rows_grad(logits, labels, logp, stats, coef, scale, softcap, out)
+    elif impl == "triton":
+        from gfast.kernels import rows
+
+        rows.logp_rows_grad(logits, labels, logp, stats, coef, scale, softcap, out)
+    else:
+        _logp_rows_grad_reference(logits, labels, logp, stats, coef, scale, softcap, out)
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_stride(logits: Tensor) -> Tensor:
+    """Kernels read rows with stride 1 along the vocabulary; anything else is copied once."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+@torch.library.custom_op("gfast::token_logp", mutates_args=())
+def _token_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    check_label_range("token_logp", labels, logits.shape[1])
+    return logp_rows(unit_stride(logits), labels, 1.0, 0.0, impl)
+
+
+@_token_logp.register_fake
+def _(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    dtype = stats_dtype(logits.dtype)
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
+
+
+@torch.library.custom_op("gfast::token_logp_backward", mutates_args=())
+def _token_logp_backward(
+    logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    # .sum() sends a stride-0 gradient: the kernels read coef as a plain vector
+    logp_rows_grad(unit_stride(logits), labels, logp, stats, coef.to(logp.dtype).contiguous(), 1.0, 0.0, out, impl)
+    return out
+
+
+@_token_logp_backward.register_fake
+def _(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup(ctx, inputs, output) -> None:
+    logits, labels, ctx.impl = inputs
+    logp, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, logp, stats)
+
+
+def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
+    if grad_logp is None:
+        return None, None, None
+    logits, labels, logp, stats = ctx.saved_tensors
+    return torch.ops.gfast.token_logp_backward(logits, labels, logp, stats, grad_logp, ctx.impl), None, None
+
+
+_token_logp.register_autograd(_backward, setup_context=_setup)
+
+
+def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
+    r"""Log-probability of each label.
+
+    .. math:: \mathrm{logp}_i = z_{i, y_i} - \log \sum_j e^{z_{ij}}
+
+    Args:
+        logits: [..., V], fp32, bf16, fp16 (or fp64 with the reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
+        labels: [...], int64; -100 is ignored.
+        impl: "auto", "reference", "cpp" or "triton".
+
+    Returns:
+        [...], fp32 (fp64 for fp64 logits), 0 where ignored; differentiable with respect to logits. The backward recomputes
+        the softmax, so nothing of size [N, V] is kept besides the logits.
+
+    Raises:
+        ValueError: a label outside [0, V) that is not -100; shapes or devices that do not match; an unavailable ``impl``.
+        TypeError: logits that are not floating point or labels that are not integers.
+
+    Source: arXiv 2502.19301, section 2.
+
+    Example:
+        >>> import torch, gfast
+        >>> gfast.token_logp(torch.zeros(2, 4), torch.tensor([1, -100])).exp()
+        tensor([0.2500, 1.0000])
+    """
+    check_rows("token_logp", logits, labels)
+    flat = torch.ops.gfast.token_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)[0]
+    return flat.reshape(labels.shape)

@@ -1,0 +1,271 @@
+"""``unlearn_loss``: an unlearning objective from logits; weights, log-probs, loss and gradient in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops.backend import extension, select
+from gfast.ops.common import (
+    IGNORE_INDEX,
+    LossOutput,
+    check_label_range,
+    check_like_labels,
+    check_pairs,
+    check_reduction,
+    check_rows,
+    coef_scale,
+    raise_if_not_finite,
+    scaled,
+    sequence_layout,
+)
+from gfast.ops.token_logp import (
+    _logp_rows_grad_reference,
+    _logp_rows_reference,
+    stats_dtype,
+    token_logp,
+    token_logp_reference,
+    unit_stride,
+)
+from gfast.ops.weights import WeightSpec, sequence_weights, token_weights
+
+
+def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None) -> LossOutput:
+    """The literal definition for leading-dimension sequences, differentiable by autograd; never optimised."""
+    valid = (labels != IGNORE_INDEX).reshape(-1)
+    logp = token_logp_reference(logits, labels).reshape(-1)
+    ref = None if ref_logp is None else ref_logp.reshape(-1).to(logp.dtype)
+    ids, count = sequence_layout("unlearn_loss", labels, None)
+    weight, value, counted = weigh(objective, logp.detach(), ref, valid, ids, count)
+    reduction = reduction or default_reduction(objective)
+    factor = coef_scale(valid, reduction, None, ids, count, pairs=counted.shape[0] * 2 == count and is_pair(objective))
+    surrogate = (weight * logp).sum() * factor
+    loss = value.sum() * factor + surrogate - surrogate.detach()
+    return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
+
+
+def _weighted_rows_reference(logits, labels, ref_logp, spec: WeightSpec, factor, scale, softcap, out):
+    logp, stats = _logp_rows_reference(logits, labels, scale, softcap)
+    weight = torch.where(labels != IGNORE_INDEX, token_weights(spec, logp, ref_logp), 0.0)
+    if out is not None:
+        _logp_rows_grad_reference(logits, labels, logp, stats, weight * factor, scale, softcap, out)
+    return logp, weight
+
+
+def weighted_rows(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    spec: WeightSpec,
+    factor: Tensor,
+    scale: float,
+    softcap: float,
+    out: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits) gets factor * w_i * d logp_i / d logits."""
+    impl = select("unlearn_loss", impl, logits.device, logits.dtype)
+    if impl == "reference":
+        return _weighted_rows_reference(logits, labels, ref_logp, spec, factor, scale, softcap, out)
+    beta = spec.beta if spec.uses_ref else 0.0
+    numbers = (spec.sign, spec.p_pow, spec.q_pow, beta)
+    if impl == "cpp":
+        extension()
+        return torch.ops.gfast.weighted_rows(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
+    from gfast.kernels import rows
+
+    return rows.weighted_rows(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
+
+
+@torch.library.custom_op("gfast::unlearn_rows", mutates_args=())
+def _unlearn_rows(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    numbers: list[float],
+    factor: Tensor,
+    with_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_label_range("unlearn_loss", labels, logits.shape[1])
+    spec = WeightSpec.from_numbers("token", numbers)
+    shape = logits.shape if with_grad else (0, logits.shape[1])
+    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    logp, weight = weighted_rows(
+        unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out if with_grad else None, impl
+    )
+    return logp, weight, out
+
+
+@_unlearn_rows.register_fake
+def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
+    dtype = stats_dtype(logits.dtype)
+    rows, vocab = logits.shape
+    out = torch.empty((rows if with_grad else 0, vocab), dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), out
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Scalar loss whose gradient was written by the same pass that computed it."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ref_logp, numbers, factor, impl):
+        with_grad = ctx.needs_input_grad[0]
+        logp, weight, grad = torch.ops.gfast.unlearn_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl)
+        ctx.save_for_backward(grad)
+        ctx.set_materialize_grads(False)
+        loss = (weight * logp).sum() * factor
+        ctx.mark_non_differentiable(logp, weight)
+        return loss, logp, weight
+
+    @staticmethod
+    def backward(ctx, grad_loss, _logp, _weight):
+        if grad_loss is None:
+            return None, None, None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return scaled(grad, grad_loss), None, None, None, None, None
+
+
+def spec_of(objective) -> WeightSpec | None:
+    """The numbers of a built-in objective; None for a callable of the user's own."""
+    spec = getattr(objective, "spec", None)
+    if spec is not None:
+        return spec()
+    if not callable(objective) or isinstance(objective, type):
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise TypeError(
+            f"gfast: {name} is no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a callable "
+            "(logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through model_loss."
+        )
+    return None
+
+
+def is_pair(objective) -> bool:
+    spec = spec_of(objective)
+    return spec is not None and spec.level == "pair"
+
+
+def default_reduction(objective) -> str:
+    return getattr(objective, "default_reduction", "token_mean")
+
+
+def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
+    """Detached weights [N], values (tokens [N], sequences or pairs [S]) and which values count (bool, same shape)."""
+    spec = spec_of(objective)
+    if spec is None:
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), device=logp.device)
+        if weight.shape != logp.shape:
+            raise ValueError(f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}.")
+        weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
+        return weight, weight * logp, valid
+    if spec.level == "token":
+        weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
+        return weight, torch.where(valid, weight * logp, 0.0), valid
+    return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
+
+
+def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
+    """An objective that needs a reference has one, of the right shape."""
+    spec = spec_of(objective)
+    if spec is not None and spec.uses_ref and ref_logp is None:
+        raise ValueError(
+            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. Compute them once "
+            "with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
+        )
+    if ref_logp is not None:
+        check_like_labels(name, "ref_logp", ref_logp, labels)
+
+
+def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name) -> LossOutput:
+    """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the rest."""
+    valid = (labels != IGNORE_INDEX).reshape(-1)
+    ids, count = sequence_layout(name, labels, sequence_id)
+    spec = spec_of(objective)
+    if spec is not None:
+        check_pairs(name, spec.level, count)
+    flat = logp.reshape(-1)  # [N]
+    ref = None if ref_logp is None else ref_logp.reshape(-1).to(flat.dtype)
+    weight, value, _ = weigh(objective, flat.detach(), ref, valid, ids, count)
+    out_logp, out_weight = flat.detach().reshape(labels.shape), weight.reshape(labels.shape)
+    per_token = weight * flat
+    if reduction == "none":
+        if spec is None or spec.level == "token":
+            return LossOutput(per_token.reshape(labels.shape), out_logp, out_weight)
+        unit = ids % value.shape[0]  # both halves of a pair share a value
+        carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
+        return LossOutput(value + carried - carried.detach(), out_logp, out_weight)
+    factor = coef_scale(valid, reduction, normalizer, ids, count, spec is not None and spec.level == "pair")
+    surrogate = per_token.sum()
+    loss = (value.sum() + surrogate - surrogate.detach()) * factor
+    return LossOutput(loss, out_logp, out_weight)
+
+
+def unlearn_loss(
+    logits: Tensor,
+    labels: Tensor,
+    objective,
+    *,
+    ref_logp: Tensor | None = None,
+    reduction: str | None = None,
+    sequence_id: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> LossOutput:
+    r"""An unlearning objective from logits.
+
+    .. math:: \nabla L_u = \frac{1}{Z} \sum_i w_i \nabla \log p(s_i \mid s_{<i}; \theta)
+
+    Token-level objectives (GA, WGA, SatImp, TNPO, WTNPO, PO, NLL) read the logits once and write their gradient once;
+    sequence-level ones (NPO, SimNPO, DPO) and callables read them once more in the backward.
+
+    Args:
+        logits: [..., V], fp32, bf16, fp16 (fp64: reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
+        labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
+        objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
+        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
+        reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
+        sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
+        normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
+        impl: "auto", "reference", "cpp" or "triton".
+        check_finite: raise on NaN or infinite log-probs (waits for the device).
+
+    Returns:
+        LossOutput(loss, logp, weight).
+
+    Raises:
+        ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, an unknown reduction, an
+            ``impl`` that is not available here.
+        TypeError: wrong dtypes, or something that is no token-weight objective.
+
+    Source: arXiv 2502.19301, sections 3 and 4.
+
+    Example:
+        >>> import torch, gfast
+        >>> from gfast.objectives import WGA
+        >>> logits = torch.zeros(1, 3, 4, requires_grad=True)
+        >>> out = gfast.unlearn_loss(logits, torch.tensor([[0, 1, -100]]), WGA(alpha=1.0))
+        >>> round(out.loss.item(), 4), out.weight.tolist()
+        (-0.3466, [[0.25, 0.25, 0.0]])
+    """
+    name = "unlearn_loss"
+    check_rows(name, logits, labels)
+    check_reference(name, objective, ref_logp, labels)
+    reduction = reduction or default_reduction(objective)
+    check_reduction(name, reduction)
+    spec = spec_of(objective)
+    if spec is not None and spec.level == "token" and reduction != "none":
+        flat_labels = labels.reshape(-1).long()
+        ids, count = sequence_layout(name, labels, sequence_id)
+        factor = coef_scale(flat_labels != IGNORE_INDEX, reduction, normalizer, ids, count)
+        rows = logits.reshape(-1, logits.shape[-1])  # [N, V]
+        dtype = stats_dtype(logits.dtype)
+        ref = ref_logp.detach().reshape(-1).to(dtype).contiguous() if spec.uses_ref else None
+        loss, logp, weight = _TokenLoss.apply(rows, flat_labels, ref, spec.numbers(), factor, impl)
+        out = LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
+    else:
+        logp = token_logp(logits, labels, impl=impl)
+        out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
+    if check_finite:
+        raise_if_not_finite(name, out.logp)
+    return out
