@@ -1,0 +1,218 @@
+"""Maths shared by the Triton row kernels: soft-cap, logarithms that keep small values, one online softmax, token weights.
+
+Everything is fp32 and built from exp, log and arithmetic only: libdevice is missing in Triton's interpreter, and the
+interpreter must run the very code that the GPU runs. Floats that select code or scale it (scale, softcap, powers, beta,
+sign) are `tl.constexpr`, because a Python float argument is fp32 in an eager launch but fp64 under Inductor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+IGNORE_INDEX = -100
+
+# Lowest finite fp32. It stands for "no maximum yet" instead of -inf, so that -inf logits never meet -inf - -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+def tile(vocab: int, row_bytes: int, itemsize: int) -> dict[str, int]:
+    """Shape of one step over a row: R groups of K neighbouring columns, and the warps that share them.
+
+    K columns are 16 bytes, one vector load of one thread, so maxima and sums over K stay inside the thread and the loop
+    needs no barrier. R gives each thread two such loads in flight.
+
+    The gradient kernels read a row twice and must find it in L2 the second time. A program holds on average half its row
+    between the two reads, so the warps grow with the row: 16 warps (two or three programs an SM) up to 256 KiB, i.e.
+    about 35-50 MB of L2 on 132 SMs in the worst case and half of it on average; 32 warps (one program an SM) above.
+    `row_bytes` counts all rows that one program reads twice (two for the KL).
+    """
+    columns = 16 // itemsize
+    if row_bytes <= 8 << 10:
+        warps = 4
+    elif row_bytes <= 64 << 10:
+        warps = 8
+    elif row_bytes <= 256 << 10:
+        warps = 16
+    else:
+        warps = 32
+    groups = min(64 * warps, triton.next_power_of_2(triton.cdiv(vocab, columns)))
+    return {"R": groups, "K": columns, "num_warps": min(warps, max(1, groups // 32))}
+
+
+def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise where a [N, V] tensor cannot be walked row by row: wrong shape, or columns that are not neighbours."""
+    if tensor.shape != shape:
+        raise ValueError(f"gfast: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"gfast: {name} needs stride 1 along the vocabulary, got {tensor.stride(1)}; call .contiguous()")
+
+
+@triton.jit
+def tanh_small(x):
+    # Odd minimax polynomial, good to an fp32 ulp for |x| < 0.625 (Cephes); 1 - 2/(exp(2x) + 1) cancels there.
+    x2 = x * x
+    poly = -5.70498872745e-3 * x2 + 2.06390887954e-2
+    poly = poly * x2 - 5.37397155531e-2
+    poly = poly * x2 + 1.33314422036e-1
+    poly = poly * x2 - 3.33332819422e-1
+    return x + x * (x2 * poly)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    big = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, tanh_small(x), tl.where(x < 0.0, -big, big))
+
+
+@triton.jit
+def log1p_positive(x):
+    """log(1 + x) for x >= 0, inf included, with a small relative error down to the smallest x."""
+    t = x / (x + 2.0)  # log(1 + x) = 2 atanh(t), |t| <= 0.2 where the series is used
+    t2 = t * t
+    poly = t2 * (1.0 / 11.0) + (1.0 / 9.0)
+    poly = poly * t2 + (1.0 / 7.0)
+    poly = poly * t2 + (1.0 / 5.0)
+    poly = poly * t2 + (1.0 / 3.0)
+    return tl.where(x < 0.5, 2.0 * t + 2.0 * t * (t2 * poly), tl.log(1.0 + x))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0 with a small relative error: 2 t / (1 + t) with t = tanh(-x / 2)."""
+    t = tanh(-0.5 * x)
+    return 2.0 * t / (1.0 + t)
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - log1p_positive(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def cap_scale(z, scale: tl.constexpr, softcap: tl.constexpr):
+    """Effective logit z' = softcap tanh(scale z / softcap), or scale z where softcap is 0, in fp32."""
+    z = z.to(tl.float32)  # first: bf16 arithmetic is wrong in the interpreter
+    if softcap > 0.0:
+        z = softcap * tanh(z * (scale / softcap))
+    elif scale != 1.0:
+        z = z * scale
+    return z
+
+
+@triton.jit
+def cap_slope(z, scale: tl.constexpr, softcap: tl.constexpr):
+    """dz'/dz = scale (1 - tanh^2) as 4 e / (1 + e)^2, which keeps its relative accuracy where tanh saturates."""
+    z = z.to(tl.float32)
+    if softcap > 0.0:
+        e = tl.exp(-2.0 * tl.abs(z * (scale / softcap)))
+        r = 1.0 / (1.0 + e)
+        slope = (4.0 * scale) * (e * r * r)
+    else:
+        slope = tl.full(z.shape, scale, tl.float32)
+    return slope
+
+
+@triton.jit
+def columns(R: tl.constexpr, K: tl.constexpr):
+    return tl.arange(0, R)[:, None] * K + tl.arange(0, K)[None, :]  # [R, K]
+
+
+@triton.jit
+def absorb(m, s, z):
+    """Add a block z [R, K] to running maxima m [R] and sums s [R] of exp(z - m)."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
+    return m_new, s
+
+
+@triton.jit
+def max_and_sum(row, y, V, scale: tl.constexpr, softcap: tl.constexpr, policy: tl.constexpr, R: tl.constexpr,
+                K: tl.constexpr):
+    """M = max z' and sum exp(z' - M) over all columns of a row but y, in one read. y = -1 leaves none out."""
+    block: tl.constexpr = R * K
+    cols = columns(R, K)
+    m = tl.full((R,), LOWEST, tl.float32)
+    s = tl.zeros((R,), tl.float32)
+    full = V // block * block
+    for start in range(0, full, block):
+        z = cap_scale(tl.load(row + start + cols, eviction_policy=policy), scale, softcap)
+        m, s = absorb(m, s, tl.where(start + cols == y, float("-inf"), z))
+    if full < V:
+        at = full + cols
+        z = cap_scale(tl.load(row + at, mask=at < V, other=0.0, eviction_policy=policy), scale, softcap)
+        m, s = absorb(m, s, tl.where((at >= V) | (at == y), float("-inf"), z))
+    top = tl.max(m, 0)
+    return top, tl.sum(s * tl.exp(m - top), 0)
+
+
+@triton.jit
+def target_stats(z_y, top, rest):
+    """From z'_y and the other columns' (max, sum): m, log(total), logp, exp(z'_y - m), s_other, all scalars.
+
+    With the target as the maximum log(total) = log1p(s_other), so logp keeps its relative accuracy as p -> 1.
+    """
+    m = tl.maximum(top, z_y)
+    s_other = rest * tl.exp(top - m)
+    e_y = tl.exp(z_y - m)
+    log_total = log1p_positive(tl.where(z_y >= top, s_other, s_other + e_y - 1.0))
+    return m, log_total, (z_y - m) - log_total, e_y, s_other
+
+
+@triton.jit
+def token_weight(logp, log_1mp, ref_logp, sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr,
+                 beta: tl.constexpr):
+    """sign p^p_pow (1-p)^q_pow 2 sigmoid(beta (logp - ref_logp)), formed in log space; a power of 0 is left out."""
+    log_w = tl.full(logp.shape, 0.0, tl.float32)
+    if p_pow != 0.0:
+        log_w += p_pow * logp
+    if q_pow != 0.0:
+        log_w += q_pow * log_1mp
+    if beta > 0.0:
+        log_w += LOG_2 + log_sigmoid(beta * (logp - ref_logp))
+    return sign * tl.exp(log_w)
+
+
+@triton.jit
+def zero_row(row, V, R: tl.constexpr, K: tl.constexpr):
+    cols = columns(R, K)
+    zero = tl.zeros((R, K), tl.float32).to(row.dtype.element_ty)
+    for start in range(0, V, R * K):
+        tl.store(row + start + cols, zero, mask=start + cols < V)
+
+
+@triton.jit
+def gradient_block(row, out, start, y, V, m, others, target, masked: tl.constexpr, scale: tl.constexpr,
+                   softcap: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    """Write others exp(z' - m) dz'/dz for one block of columns and target dz'/dz at column y."""
+    at = start + columns(R, K)
+    if masked:
+        raw = tl.load(row + at, mask=at < V, other=0.0, eviction_policy="evict_first")
+    else:
+        raw = tl.load(row + at, eviction_policy="evict_first")
+    grad = others * tl.exp(cap_scale(raw, scale, softcap) - m)
+    grad = tl.where(at == y, target, grad) * cap_slope(raw, scale, softcap)
+    grad = grad.to(out.dtype.element_ty)  # the one rounding
+    if masked:
+        tl.store(out + at, grad, mask=at < V, eviction_policy="evict_first")
+    else:
+        tl.store(out + at, grad, eviction_policy="evict_first")
+
+
+@triton.jit
+def gradient_row(row, out, y, V, m, others, target, scale: tl.constexpr, softcap: tl.constexpr, R: tl.constexpr,
+                 K: tl.constexpr):
+    """Second sweep. It runs backwards: what the first sweep read last is what the caches are surest to hold still.
+
+    `out` may be `row`: every column is loaded before it is stored, by the same program.
+    """
+    block: tl.constexpr = R * K
+    blocks = V // block
+    if blocks * block < V:
+        gradient_block(row, out, blocks * block, y, V, m, others, target, True, scale, softcap, R, K)
+    for i in range(blocks):
+        start = (blocks - 1 - i) * block
+        gradient_block(row, out, start, y, V, m, others, target, False, scale, softcap, R, K)

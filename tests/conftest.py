@@ -1,0 +1,22 @@
+"""Shared fixtures. Without CUDA, Triton kernels run in its interpreter, which must be chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with small real models and data: $GFAST_SHARED, else `shared` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("GFAST_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no shared models and data at {folder}; set GFAST_SHARED to the folder that holds them")
+    return folder
