@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UnlearnConfig: TrainingArguments plus what unlearning needs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
+
+RETAIN_TERMS = ("none", "nll", "kl", "rr")
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """All of TrainingArguments, and the loss gamma * objective(forget) + alpha * retain_term(retain).
+
+    Defaults that differ from TrainingArguments: learning_rate 1e-5 (unlearning needs small steps), logging_steps 1,
+    report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"].
+
+    Errors: ValueError for an unknown objective or retain term, or parameters the objective does not have.
+
+    >>> config = UnlearnConfig(output_dir="run", objective="WGA", objective_args=["alpha=0.5"], retain_term="nll")
+    >>> str(config.build_objective())
+    'WGA(alpha=0.5) + NLL()'
+    """
+
+    objective: str = field(
+        default="NPO", metadata={"help": f"Forget objective: {', '.join(cls.__name__ for cls in REGISTRY.values())}."}
+    )
+    objective_args: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parameters of the objective, as name=value (alpha=0.5). In YAML a mapping will do."},
+    )
+    retain_term: str = field(
+        default="none",
+        metadata={
+            "help": "Retain objective: none, nll, kl (to the original model) or rr (RMU's).",
+            "choices": RETAIN_TERMS,
+        },
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Factor of the forget objective."})
+    alpha: float = field(default=1.0, metadata={"help": "Factor of the retain objective."})
+    groups: str = field(
+        default="paper",
+        metadata={"help": "Parameter groups of the G-effect: paper (embed, shallow, middle, deep, lm) or layer."},
+    )
+    geffect_every: int = field(
+        default=0,
+        metadata={"help": "Measure the G-effect before training, every so many steps and at the end; 0: never."},
+    )
+    geffect_samples: int = field(
+        default=0,
+        metadata={"help": "Use only the first so many samples of each side for the G-effect; 0: all of them."},
+    )
+    record_every: int = field(
+        default=1, metadata={"help": "Write loss and weights to OUTPUT_DIR/records every so many steps; 0: never."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    report_to: Any = field(
+        default="none", metadata={"help": "Where to send logs besides the records; none by default."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: forget and retain batches are nested."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: it would drop the forget and retain batches")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
+        if self.retain_term not in RETAIN_TERMS:
+            raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
+        for name in ("geffect_every", "geffect_samples", "record_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        self.build_objective()
+
+    def build_objective(self) -> Objective:
+        """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""
+        forget = from_name(self.objective, **parse_parameters(self.objective_args))
+        if self.retain_term == "none":
+            return forget if self.gamma == 1.0 else Mix(forget, gamma=self.gamma)
+        if self.retain_term == "rr":
+            if getattr(forget, "layer", None) is None:
+                raise ValueError(
+                    f"retain_term rr keeps the hidden states of RMU's layer, but {forget} has no layer; use RMU"
+                )
+            retain: Objective = RR(layer=forget.layer)
+        else:
+            retain = {"nll": NLL, "kl": KL}[self.retain_term]()
+        return Mix(forget, retain, gamma=self.gamma, alpha=self.alpha)
+
+
+def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:
+    """Objective parameters from "name=value" strings (or a mapping, as YAML gives).
+
+    >>> parse_parameters(["beta1=5", "beta2=0.5"])
+    {'beta1': 5, 'beta2': 0.5}
+    """
+    if parameters is None:
+        return {}
+    if isinstance(parameters, Mapping):
+        return dict(parameters)
+    found = {}
+    for entry in parameters.split() if isinstance(parameters, str) else parameters:
+        name, equals, value = str(entry).partition("=")
+        try:
+            if not equals or not name.isidentifier():
+                raise ValueError
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"objective_args {entry!r} should read name=number, for instance alpha=0.5") from None
+    return found
