@@ -1,0 +1,159 @@
+"""From items to padded batches that carry sample ids and reference values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gfast.data.dataset import IGNORE
+
+
+class Reference(Protocol):
+    """What the collator needs of a cache of reference values (`gfast.training.ReferenceCache` is one)."""
+
+    def join(self, sample_ids: list[int], lengths: list[int], padded_length: int) -> dict[str, Tensor]:
+        """Extra batch entries for these samples, in this order, padded on the right to `padded_length`.
+
+        `lengths[b]` is the unpadded number of tokens of sample b, so that a cache of other data can be refused.
+        Per-token values are `[B, padded_length, ...]` with zeros in the padding, for example `{"ref_logp": Tensor [B,
+        T]}`.
+        """
+        ...
+
+
+class Collator:
+    """Pads items on the right into a batch: `input_ids`, `attention_mask`, `labels` [B, T] and `sample_id` [B], all
+    int64.
+
+    Items with `preferred_*` entries (`PreferenceDataset`) become one [2B, T] batch: first the B rejected (forget)
+    answers, then the B preferred ones in the same order.
+
+    Args:
+        tokenizer: a tokenizer, or the padding id itself. Without a padding token EOS pads; either is masked out and its
+            label is -100, so the choice changes no result.
+        reference: adds what its `join` returns (see `Reference`), such as `ref_logp` [B, T]; needs items with a
+        `sample_id`. pad_to_multiple_of: round T up, for tensor cores or to bound the number of shapes that get
+        compiled.
+
+    Raises:
+        ValueError: an empty batch, a tokenizer with neither padding nor EOS token, items without or with mixed entries.
+
+    Example:
+        >>> from gfast.data import Collator, QADataset, bundled_authors, demo_tokenizer
+        >>> data = QADataset(bundled_authors()[0], demo_tokenizer())
+        >>> batch = Collator(demo_tokenizer(), pad_to_multiple_of=8)([data[0], data[1]])
+        >>> batch["input_ids"].shape[1] % 8, batch["sample_id"].tolist()
+        (0, [0, 1])
+    """
+
+    def __init__(self, tokenizer: Any, reference: Reference | None = None, *, pad_to_multiple_of: int | None = None):
+        self.pad_id = tokenizer if isinstance(tokenizer, int) else _pad_id(tokenizer)
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(f"gfast: pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
+        self.reference = reference
+        self.pad_to_multiple_of = pad_to_multiple_of or 1
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, Tensor]:
+        if len(items) == 0:
+            raise ValueError("gfast: cannot make a batch of no items")
+        with_pairs = ["preferred_input_ids" in item for item in items]
+        if any(with_pairs):
+            if not all(with_pairs):
+                raise ValueError(
+                    "gfast: a batch mixes items with and without a preferred answer; use one kind of data set"
+                )
+            items = [*items, *(_preferred(item) for item in items)]
+        ids = [torch.as_tensor(item["input_ids"], dtype=torch.int64) for item in items]
+        lengths = [len(row) for row in ids]
+        multiple = self.pad_to_multiple_of
+        padded = (max(lengths) + multiple - 1) // multiple * multiple
+
+        input_ids = torch.full((len(ids), padded), self.pad_id, dtype=torch.int64)  # [B, T]
+        labels = torch.full_like(input_ids, IGNORE)
+        attention_mask = torch.zeros_like(input_ids)
+        for b, (row, item) in enumerate(zip(ids, items, strict=True)):
+            row_labels = torch.as_tensor(item["labels"], dtype=torch.int64)
+            if row_labels.shape != row.shape:
+                raise ValueError(f"gfast: item {b} of a batch has {len(row)} input_ids but {len(row_labels)} labels")
+            input_ids[b, : len(row)] = row
+            labels[b, : len(row)] = row_labels
+            attention_mask[b, : len(row)] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+        with_ids = ["sample_id" in item for item in items]
+        if all(with_ids):
+            sample_ids = [int(item["sample_id"]) for item in items]
+            batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64)  # [B]
+            if self.reference is not None:
+                batch.update(self.reference.join(sample_ids, lengths, padded))
+        elif any(with_ids) or self.reference is not None:
+            raise ValueError("gfast: every item needs a sample_id to find its reference values, and some have none")
+        return batch
+
+
+class ForgetRetainCollator:
+    """Collates the two sides of `ForgetRetain` items: `{"forget": batch, "retain": batch}`.
+
+    Args:
+        forget: the collator of the forget side, or a tokenizer to make one from.
+        retain: the collator of the retain side; None uses the same one.
+
+    Example:
+        >>> from gfast.data import ForgetRetain, ForgetRetainCollator, QADataset, bundled_authors, demo_tokenizer
+        >>> forget, retain = (QADataset(rows, demo_tokenizer()) for rows in bundled_authors())
+        >>> data = ForgetRetain(forget, retain, seed=0)
+        >>> batch = ForgetRetainCollator(demo_tokenizer())([data[0], data[1]])
+        >>> sorted(batch), batch["forget"]["sample_id"].tolist()
+        (['forget', 'retain'], [0, 1])
+    """
+
+    def __init__(self, forget: Any, retain: Any = None):
+        self.forget = forget if _is_collator(forget) else Collator(forget)
+        self.retain = self.forget if retain is None else retain if _is_collator(retain) else Collator(retain)
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, dict[str, Tensor]]:
+        return {
+            "forget": self.forget([item["forget"] for item in items]),
+            "retain": self.retain([item["retain"] for item in items]),
+        }
+
+
+def batches(dataset: Any, collator: Callable[[list[dict]], dict], batch_size: int) -> list[dict]:
+    """All items in order as a list of batches (the last one may be smaller), as `gfast.g_effect` takes them.
+
+    Example:
+        >>> from gfast.data import Collator, QADataset, batches, bundled_authors, demo_tokenizer
+        >>> data = QADataset(bundled_authors()[0], demo_tokenizer())
+        >>> [len(batch["sample_id"]) for batch in batches(data, Collator(demo_tokenizer()), 16)]
+        [16, 16, 8]
+    """
+    if batch_size < 1:
+        raise ValueError(f"gfast: batch_size must be positive, got {batch_size}")
+    size = len(dataset)
+    return [
+        collator([dataset[i] for i in range(start, min(start + batch_size, size))])
+        for start in range(0, size, batch_size)
+    ]
+
+
+def _is_collator(value: Any) -> bool:
+    # A tokenizer is callable too.
+    return callable(value) and not hasattr(value, "eos_token_id")
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    raise ValueError(
+        "gfast: the tokenizer has neither a padding nor an EOS token; pass the padding id itself (0 will do)"
+    )
+
+
+def _preferred(item: dict) -> dict:
+    prefix = "preferred_"
+    return {key[len(prefix) :]: value for key, value in item.items() if key.startswith(prefix)}

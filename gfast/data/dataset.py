@@ -1,0 +1,291 @@
+"""Tokenised data sets: answers with labels, refusals, pairs, and forget/retain pairing."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from gfast.data.bundled import refusals as load_refusals
+from gfast.data.encode import encode_chat, encode_plain, resolve_template
+
+IGNORE = -100
+
+
+def _seeded(*numbers: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+class QADataset(Dataset):
+    """Question/answer rows as token ids with answer-only labels.
+
+    Item i is `{"input_ids": LongTensor [T], "labels": LongTensor [T], "sample_id": i + id_offset}`. Labels are Hugging
+    Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on the token that ends it. Rows
+    are tokenised once, here, so that a bad row is an error before training and not in the middle of it.
+
+    The prompt is the tokenizer's chat template where it has one, else `Question: ...\\nAnswer:`. BOS is what the
+    tokenizer (plain) or the chat template (chat) puts there, never twice. The answer ends with EOS, or the template's
+    end-of-turn token.
+
+    Args:
+        rows: dicts with at least the two fields below; surrounding white space of both is dropped.
+        tokenizer: a Hugging Face tokenizer.
+        template: `"auto"`, `"chat"` or `"plain"`.
+        max_length: longer rows lose the end of their answer, with one warning that counts them; a row that would lose
+            its whole answer is an error. None: no limit.
+        id_offset: added to the row index to give the sample id; use it to keep the ids of several data sets apart.
+        question, answer: the fields to read (for instance `answer="paraphrased_answer"`).
+        chat_kwargs: further arguments for the chat template, such as `{"enable_thinking": False}` or a fixed
+        `date_string`.
+
+    Raises:
+        ValueError: no rows, a missing, empty or non-text field, an answer that does not fit, a tokenizer without EOS,
+            or a chat template under which the answer's beginning is unknown. The message names the row, counted from 1.
+
+    Example:
+        >>> from gfast.data import QADataset, demo_tokenizer
+        >>> tokenizer = demo_tokenizer()
+        >>> item = QADataset([{"question": "Who?", "answer": "Nobody."}], tokenizer)[0]
+        >>> tokenizer.decode(item["labels"][item["labels"] != -100])
+        ' Nobody.<eos>'
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        tokenizer: Any,
+        *,
+        template: str = "auto",
+        max_length: int | None = 512,
+        id_offset: int = 0,
+        question: str = "question",
+        answer: str = "answer",
+        chat_kwargs: dict | None = None,
+    ):
+        if len(rows) == 0:
+            raise ValueError("gfast: no rows to tokenise; the data set is empty")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length}")
+        self.template = resolve_template(tokenizer, template)
+        self.id_offset = id_offset
+        self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cut: list[tuple[int, int]] = []
+        for number, row in enumerate(rows, start=1):
+            texts = []
+            for field in (question, answer):
+                text = row.get(field)
+                if not isinstance(text, str) or not text.strip():
+                    found = "is missing" if text is None else f"must be text that is not empty, got {text!r:.60}"
+                    raise ValueError(f'gfast: row {number}: field "{field}" {found}')
+                texts.append(text.strip())
+            try:
+                if self.template == "chat":
+                    ids, start = encode_chat(tokenizer, *texts, chat_kwargs)
+                else:
+                    ids, start = encode_plain(tokenizer, *texts)
+            except ValueError as error:
+                raise ValueError(f"{error} (row {number})") from error
+            if max_length is not None and len(ids) > max_length:
+                if start >= max_length:
+                    raise ValueError(
+                        f"gfast: row {number}: the prompt alone has {start} tokens, so max_length={max_length} leaves no token of the "
+                        f"answer; raise max_length to at least {len(ids)} or remove the row"
+                    )
+                cut.append((number, len(ids)))
+                ids = ids[:max_length]
+            input_ids = torch.tensor(ids, dtype=torch.int64)  # [T]
+            labels = input_ids.clone()
+            labels[:start] = IGNORE
+            self._items.append((input_ids, labels))
+        if cut:
+            warnings.warn(
+                f"gfast: {len(cut)} of {len(rows)} rows are longer than max_length={max_length} and lost the end of their answer "
+                f"(the first is row {cut[0][0]} with {cut[0][1]} tokens)",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict:
+        input_ids, labels = self._items[index]
+        if index < 0:
+            index += len(self)
+        return {"input_ids": input_ids, "labels": labels, "sample_id": index + self.id_offset}
+
+
+def refused(
+    rows: Sequence[dict], refusals: Sequence[str] | None = None, seed: int = 0, answer: str = "answer"
+) -> list[dict]:
+    """Copies of the rows with the answer replaced by a refusal; which one depends on `seed` and the row's index only.
+
+    Example:
+        >>> from gfast.data.dataset import refused
+        >>> refused([{"question": "Who?", "answer": "Nobody."}], ["I don't know."])
+        [{'question': 'Who?', 'answer': "I don't know."}]
+    """
+    lines = load_refusals() if refusals is None else list(refusals)
+    if not lines:
+        raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
+    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i))) for i in range(len(rows))]
+    return [{**row, answer: lines[choice]} for row, choice in zip(rows, choices, strict=True)]
+
+
+class RefusalDataset(QADataset):
+    """The rows' questions answered by refusals: the data of PO (`gfast.objectives.PO`).
+
+    Each row keeps one refusal, drawn from `refusals` (None: `gfast.data.refusals()`) by `seed` and the row's index, so
+    that reference values cached per sample stay valid. Everything else is as in `QADataset`.
+
+    Example:
+        >>> from gfast.data import RefusalDataset, bundled_authors, demo_tokenizer
+        >>> len(RefusalDataset(bundled_authors()[0], demo_tokenizer()))
+        40
+    """
+
+    def __init__(
+        self, rows: Sequence[dict], tokenizer: Any, *, refusals: Sequence[str] | None = None, seed: int = 0, **options
+    ):
+        super().__init__(refused(rows, refusals, seed, options.get("answer", "answer")), tokenizer, **options)
+
+
+class PreferenceDataset(Dataset):
+    """Pairs for DPO: the row's own answer is rejected, a refusal of the same question is preferred.
+
+    Item i holds the forget answer as `input_ids`, `labels`, `sample_id` (as in `QADataset`) and the refusal as
+    `preferred_input_ids`, `preferred_labels`, `preferred_sample_id` = i + len(rows) + id_offset: 2 len(rows) distinct
+    ids, so that reference values can be cached for both halves. Arguments as in `RefusalDataset`.
+
+    Example:
+        >>> from gfast.data import Collator, PreferenceDataset, bundled_authors, demo_tokenizer
+        >>> pairs = PreferenceDataset(bundled_authors()[0], demo_tokenizer())
+        >>> batch = Collator(demo_tokenizer())([pairs[0], pairs[1]])
+        >>> batch["sample_id"].tolist()
+        [0, 1, 40, 41]
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        tokenizer: Any,
+        *,
+        refusals: Sequence[str] | None = None,
+        seed: int = 0,
+        id_offset: int = 0,
+        **options,
+    ):
+        self.rejected = QADataset(rows, tokenizer, id_offset=id_offset, **options)
+        self.preferred = RefusalDataset(
+            rows, tokenizer, refusals=refusals, seed=seed, id_offset=id_offset + len(rows), **options
+        )
+
+    def __len__(self) -> int:
+        return len(self.rejected)
+
+    def __getitem__(self, index: int) -> dict:
+        preferred = {f"preferred_{key}": value for key, value in self.preferred[index].items()}
+        return {**self.rejected[index], **preferred}
+
+
+class ForgetRetain(Dataset):
+    """Every forget item with one retain item: `{"forget": item, "retain": item}`, as long as the forget set.
+
+    The retain partner of item i is entry i of a shuffle of the retain set seeded by (seed, epoch): no retain item comes
+    twice before all have come once, each epoch pairs anew, and the same (seed, epoch) always gives the same pairs, also
+    in worker processes and after a resume. Call `set_epoch` at the start of an epoch; `epoch_callback` does it in a
+    Hugging Face Trainer.
+
+    Example:
+        >>> from gfast.data import ForgetRetain
+        >>> data = ForgetRetain(["f0", "f1"], ["r0", "r1", "r2"], seed=1)
+        >>> data[0]["forget"], data[0] == data[0]
+        ('f0', True)
+    """
+
+    def __init__(self, forget: Any, retain: Any, seed: int = 0):
+        for name, data in (("forget", forget), ("retain", retain)):
+            if len(data) == 0:
+                raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
+        self.forget, self.retain, self.seed = forget, retain, seed
+        # Shared memory, so that persistent data loader workers see the new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._partners: tuple[int, list[int]] | None = None
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pair anew for this epoch (counted from 0)."""
+        self._epoch.fill_(int(epoch))
+
+    def partners(self) -> list[int]:
+        """For each forget index, the retain index it is paired with in the current epoch."""
+        epoch = self.epoch
+        if self._partners is None or self._partners[0] != epoch:
+            generator, order = _seeded(self.seed, epoch), []
+            while len(order) < len(self.forget):
+                order += torch.randperm(len(self.retain), generator=generator).tolist()
+            self._partners = (epoch, order[: len(self.forget)])
+        return self._partners[1]
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"forget": self.forget[index], "retain": self.retain[self.partners()[index]]}
+
+
+def epoch_callback(dataset: Any):
+    """A `transformers.TrainerCallback` that calls `dataset.set_epoch` at the start of every epoch.
+
+    Accelerate forwards the epoch to a data set by itself in some set-ups only (not when it shards batches over
+    processes).
+
+    Example:
+        >>> from gfast.data import ForgetRetain, epoch_callback
+        >>> callback = epoch_callback(ForgetRetain(["f0"], ["r0", "r1"]))  # Trainer(..., callbacks=[callback])
+    """
+    from transformers import TrainerCallback
+
+    class SetEpoch(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            # state.epoch is a quotient of step counts; a tick below 2.0 still means that epoch 2 begins.
+            dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    return SetEpoch()
+
+
+def fingerprint(dataset: Any) -> str:
+    """SHA-256 over everything that a model sees of a data set: token ids, labels and sample ids, item by item.
+
+    Stable over processes, machines and versions; equal exactly when all items are. For caches that must not be used
+    with other data.
+
+    Example:
+        >>> from gfast.data import QADataset, demo_tokenizer, fingerprint
+        >>> rows = [{"question": "Who?", "answer": "Nobody."}]
+        >>> fingerprint(QADataset(rows, demo_tokenizer())) == fingerprint(QADataset(rows, demo_tokenizer()))
+        True
+    """
+    digest = hashlib.sha256(b"gfast data 1")
+
+    def add(item: dict) -> None:
+        for key in sorted(item):
+            value = item[key]
+            digest.update(f"{len(key)}:{key}".encode())
+            if isinstance(value, dict):
+                add(value)
+            else:
+                values = torch.as_tensor(value, dtype=torch.int64).reshape(-1)
+                digest.update(f"[{values.numel()}]".encode() + values.numpy().astype("<i8").tobytes())
+
+    for index in range(len(dataset)):
+        digest.update(b"item")
+        add(dataset[index])
+    return digest.hexdigest()
