@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact fingerprints of models and data sets: equal if and only if (up to SHA-256) the contents are equal."""
+"""An exact fingerprint of a model: equal if and only if (up to SHA-256) the parameters are equal."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,21 +33,6 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(items: Iterable[Any]) -> str:
-    """SHA-256 over all items of a data set (dicts of tensors, numbers and strings, nested), in the data set's order.
-
-    >>> data_fingerprint([{"input_ids": [1, 2]}]) == data_fingerprint([{"input_ids": torch.tensor([1, 2])}])
-    True
-    """
-    digest = hashlib.sha256()
-    count = 0
-    for item in items:
-        _update(digest, item)
-        count += 1
-    digest.update(f"|{count}".encode())
-    return digest.hexdigest()
-
-
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     from gfast.hf import unwrap_name
 
@@ -65,31 +47,3 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         chosen.append((unwrap_name(name), parameter))
     return chosen
-
-
-def _update(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    elif hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(f"{{{key}:".encode())
-            _update(digest, value[key])
-        digest.update(b"}")
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}:".encode())
-        if all(type(entry) is int for entry in value):
-            digest.update(",".join(map(str, value)).encode())
-        else:
-            for entry in value:
-                _update(digest, entry)
-    elif value is None or isinstance(value, (bool, int, str)):
-        digest.update(f"{value!r};".encode())
-    elif isinstance(value, float):
-        digest.update(("nan;" if math.isnan(value) else f"{value.hex()};").encode())
-    else:
-        raise ValueError(
-            f"cannot fingerprint a {type(value).__name__} in a data set item; use tensors, numbers, strings, lists, "
-            "dicts"
-        )

@@ -64,7 +64,7 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
             f"a record holds the rows of one step, but these {len(rows)} rows have steps {steps}; write them one by one"
         )
     path = step_file(run_folder, steps[0])
-    merged = {_key(row): row for row in _read_rows(path)} if path.exists() else {}
+    merged = {_key(row): row for row in read_step(run_folder, steps[0])}
     merged.update((_key(row), row) for row in rows)
     ordered = sorted(merged.values(), key=lambda row: tuple(row[name] for name in SORT))
     table = pyarrow.Table.from_pylist(ordered, schema=_schema())
@@ -91,7 +91,7 @@ def read_records(run_folder: str | os.PathLike[str]) -> pandas.DataFrame:
         raise FileNotFoundError(
             f"there is no run folder {run_folder}; a run folder is what `gfast unlearn --output_dir` wrote"
         )
-    rows = [row for step in recorded_steps(run_folder) for row in _read_rows(step_file(run_folder, step))]
+    rows = [row for step in recorded_steps(run_folder) for row in read_step(run_folder, step)]
     frame = pandas.DataFrame(rows, columns=list(COLUMNS))
     kinds = {"step": "int64", "epoch": "float64", "value": "float64", **dict.fromkeys(_TEXT, "str")}
     frame = frame.astype(kinds)
@@ -104,6 +104,12 @@ def recorded_steps(run_folder: str | os.PathLike[str]) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for name in os.listdir(folder) if (match := _FILE.fullmatch(name)))
+
+
+def read_step(run_folder: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
+    """The rows of one step, [] if nothing was recorded there; ValueError for a damaged file."""
+    path = step_file(run_folder, step)
+    return _read_rows(path) if path.exists() else []
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfast.data import fingerprint as dataset_fingerprint
 from gfast.training.files import whole_file
-from gfast.training.fingerprints import data_fingerprint, model_fingerprint
+from gfast.training.fingerprints import model_fingerprint
 from gfast.training.state import evaluating
 
 FORMAT = "gfast-reference-1"
@@ -175,7 +176,7 @@ class ReferenceCache:
             head=head,
             layer=layer,
             model_fingerprint=model_fingerprint(model),
-            data_fingerprint=data_fingerprint(dataset[index] for index in range(len(dataset))),
+            data_fingerprint=dataset_fingerprint(dataset),
         )
         if path is not None:
             cache.save(path)
@@ -274,7 +275,7 @@ class ReferenceCache:
                 f"the reference cache holds hidden states of layer {self.layer}, not {layer}; build it again"
             )
         if dataset is not None:
-            found = data_fingerprint(dataset[index] for index in range(len(dataset)))
+            found = dataset_fingerprint(dataset)
             if found != self.data_fingerprint:
                 raise ValueError(
                     f"the reference cache is for other data (fingerprint {self.data_fingerprint[:12]}, this data has "

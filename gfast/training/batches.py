@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forget and retain batches on their way to the loss: sides, reference values, counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast.objectives import Objective
+from gfast.training.reference import ReferenceCache
+from gfast.training.state import evaluating
+
+SIDES = ("forget", "retain")
+_FILLED_BY_ADAPTERS_OFF = {"ref_logp", "ref_hidden", "ref_layer_hidden"}
+
+
+def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """A nested batch by side; a plain batch is a forget batch.
+
+    >>> list(sides({"input_ids": 0}))
+    ['forget']
+    """
+    if any(isinstance(batch.get(side), Mapping) for side in SIDES):
+        return {side: batch[side] for side in SIDES if batch.get(side) is not None}
+    return {"forget": batch}
+
+
+class ReferenceJoin:
+    """A collator that adds reference values by `sample_id` to what another collator made, for each side that has a
+    cache.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], caches: Mapping[str, ReferenceCache]) -> None:
+        self.collator = collator
+        self.caches = dict(caches)
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        batch = self.collator(items)
+        for side, part in sides(batch).items():
+            cache = self.caches.get(side)
+            if cache is not None:
+                joined = join(cache, part)
+                part.update({key: value for key, value in joined.items() if key not in part})
+        return batch
+
+
+def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The cached values of a right-padded batch, aligned with it, [B, T, ...]."""
+    if "sample_id" not in batch:
+        raise ValueError("the batch has no sample_id to look its samples up by; gfast.data.Collator makes such batches")
+    mask = batch["attention_mask"]
+    if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError("the batch is padded on the left; reference values are joined to right-padded batches")
+    return cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A nested batch on `device`."""
+    moved = {}
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            moved[key] = to_device(value, device)
+        else:
+            moved[key] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return moved
+
+
+def require_reference(batch: Mapping[str, Any], objective: Objective, side: str, model: nn.Module, heads: Any) -> None:
+    """ValueError, with what to do, when the batch of `side` lacks what `objective` needs."""
+    lacking = {need for need in objective.needs if need.startswith("ref_") and need not in batch}
+    lacking -= {"ref_head"} if heads.get(side) is not None else set()
+    if lacking and adapters_off(model) is not None:
+        lacking -= _FILLED_BY_ADAPTERS_OFF | {"ref_head"}
+    if lacking:
+        raise ValueError(
+            f"{objective} needs {', '.join(sorted(lacking))} of the original model in each {side} batch. Build it "
+            "once: "
+            f"cache = ReferenceCache.build(model, {side}_dataset, collator, "
+            f"what={sorted(needed_from_cache(objective))}), "
+            f'and pass references={{"{side}": cache}} to UnlearnTrainer'
+        )
+
+
+def needed_from_cache(objective: Objective) -> set[str]:
+    """What a ReferenceCache must hold for `objective`, out of "logp", "hidden", "layer_hidden".
+
+    >>> from gfast.objectives import GA, KL, NPO
+    >>> needed_from_cache(GA()), needed_from_cache(NPO()), needed_from_cache(KL())
+    (set(), {'logp'}, {'hidden'})
+    """
+    names = {"ref_logp": "logp", "ref_hidden": "hidden", "ref_head": "hidden", "ref_layer_hidden": "layer_hidden"}
+    return {names[need] for need in objective.needs if need in names}
+
+
+def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any] | None:
+    """A context in which PEFT adapters are off, or None for a model without adapters."""
+    if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
+        return model.disable_adapter()
+    return None
+
+
+def fill_from_adapters_off(model: nn.Module, batch: dict[str, Any], objective: Objective) -> dict[str, Any]:
+    """Add the reference values `objective` needs and the batch lacks, from the PEFT model with its adapters off."""
+    from gfast import hf
+    from gfast.model_loss import model_logp
+
+    lacking = (objective.needs & _FILLED_BY_ADAPTERS_OFF) - set(batch)
+    off = adapters_off(model) if lacking else None
+    if off is None:
+        return batch
+    batch = dict(batch)
+    with torch.no_grad(), evaluating(model), off:
+        if "ref_logp" in lacking:
+            batch["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+        if "ref_hidden" in lacking:
+            batch["ref_hidden"] = hf.final_hidden(model, batch)  # [B, T, D]
+        if "ref_layer_hidden" in lacking:
+            batch["ref_layer_hidden"] = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
+    return batch
+
+
+def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call `function` as if it were the forward of `module`, through `wrapper`'s own call.
+
+    DDP, FSDP and DeepSpeed prepare their gradient reduction and gather their shards in their forward; a loss that goes
+    round it by calling the inner modules would silently train on local gradients.
+    """
+    if wrapper is module and not _is_sharded(module):
+        return function()
+    original = module.__dict__.get("forward")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        # The parts of the model that `function` calls must find their own forward again.
+        _put_back(module, original)
+        return function()
+
+    module.forward = forward
+    try:
+        return wrapper()
+    finally:
+        _put_back(module, original)
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)

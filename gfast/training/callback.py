@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEffectCallback: the G-effect during training, in any Hugging Face Trainer, without changing the training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from gfast.objectives import Objective
+from gfast.training.records import recorded_steps, write_record
+from gfast.training.state import gradients_kept, rng_kept
+from gfast.training.terms import run_name
+
+logger = logging.getLogger("gfast")
+
+
+class GEffectCallback(TrainerCallback):
+    """Measures G-effects before training, every `every` optimizer steps and after the last one.
+
+    A measurement is written to `<output_dir>/records/` at once, as one whole file a step, before the Trainer saves that step's
+    checkpoint; measuring a step again replaces it. So a run that is killed and resumed loses and doubles nothing. Parameters,
+    gradients, modes, optimizer and random states are as before a measurement: training goes on bit for bit as without it.
+
+    Args:
+        every: optimizer steps between measurements; 0 measures before and after training only.
+        forget, retain: lists of batches (on any device), or functions that return them. Batches carry what the objectives need
+            (`ref_logp` ...). The same batches at every step: the effects of a run can then be compared.
+        objectives: one objective or several; their effects are measured in one go.
+        groups: "paper", "layer" or a function of the parameter name.
+        run_folder: where to write; None is the Trainer's output_dir.
+        run: the run's name in the records; None is the folder's name.
+        options: further arguments for gfast.g_effect (engine=, risk=, direction_dtype=).
+
+    >>> from gfast.objectives import GA, WGA
+    >>> callback = GEffectCallback(every=10, forget=forget_batches, retain=retain_batches, objectives=[GA(), WGA()])
+    ... # doctest: +SKIP
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        every: int,
+        forget: Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
+        retain: Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
+        objectives: Objective | Sequence[Objective],
+        *,
+        groups: Any = "paper",
+        run_folder: str | Path | None = None,
+        run: str | None = None,
+        **options: Any,
+    ) -> None:
+        if every < 0:
+            raise ValueError(
+                f"every is {every}; give the optimizer steps between measurements, or 0 for start and end only"
+            )
+        self.every = every
+        self.forget = forget
+        self.retain = retain
+        self.objectives = [objectives] if isinstance(objectives, Objective) else list(objectives)
+        if not self.objectives:
+            raise ValueError("give at least one objective to measure the G-effect of")
+        self.groups = groups
+        self.run_folder = run_folder
+        self.run = run
+        self.options = options
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step not in self._measured_steps(args):
+            self._measure(args, state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        on_grid = self.every > 0 and state.global_step % self.every == 0
+        if on_grid or state.global_step >= state.max_steps:
+            self._measure(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another step's.
+        if state.global_step not in self._measured_steps(args) and not args.load_best_model_at_end:
+            self._measure(args, state, model)
+
+    def _folder(self, args: Any) -> Path:
+        return Path(args.output_dir if self.run_folder is None else self.run_folder)
+
+    def _measured_steps(self, args: Any) -> set[int]:
+        from gfast.training.records import read_step
+
+        folder = self._folder(args)
+        wanted = {str(objective) for objective in self.objectives}
+        found = set()
+        for step in recorded_steps(folder):
+            rows = read_step(folder, step)
+            if wanted <= {row["objective"] for row in rows if row["quantity"] == "g_effect"}:
+                found.add(step)
+        return found
+
+    def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
+        from gfast.geffect import g_effect
+
+        forget, retain = (side() if callable(side) else side for side in (self.forget, self.retain))
+        with rng_kept(), gradients_kept(model):
+            effects = g_effect(
+                model, self.objectives, forget=list(forget), retain=list(retain), groups=self.groups, **self.options
+            )
+        folder = self._folder(args)
+        run = run_name(str(folder)) if self.run is None else self.run
+        common = {"run": run, "step": state.global_step, "epoch": state.epoch or 0.0}
+        if state.is_world_process_zero:
+            write_record(folder, [{**common, **row} for effect in effects for row in effect_rows(effect)])
+            for effect in effects:
+                logger.info("step %d, G-effect of %s: %s", state.global_step, effect.objective, summary(effect))
+
+
+def effect_rows(effect: Any) -> list[dict[str, Any]]:
+    """A GEffect as record rows without run, step and epoch."""
+    rows = []
+
+    def add(quantity: str, side: str, group: str, value: float) -> None:
+        row = {"objective": str(effect.objective), "quantity": quantity, "side": side, "group": group}
+        rows.append({**row, "value": float(value)})
+
+    for side in ("unlearn", "retain"):
+        for group, value in getattr(effect, side).items():
+            add("g_effect", side, group, value)
+            add("cosine", side, group, effect.cosine(side, group))
+        add("g_effect", side, "total", effect.total(side))
+    return rows
+
+
+def summary(effect: Any) -> str:
+    """Both totals in a few words."""
+    return f"unlearn {effect.total('unlearn'):+.3e}, retain {effect.total('retain'):+.3e}"

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UnlearnTrainer: the Hugging Face Trainer with a forget stream, a retain stream and any gfast objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from gfast.data import epoch_callback
+from gfast.objectives import Mix, Objective
+from gfast.training import batches
+from gfast.training.config import UnlearnConfig
+from gfast.training.reference import ReferenceCache
+from gfast.training.terms import EvaluationNLL, RecordTerms, StepTerms
+
+
+class UnlearnTrainer(Trainer):
+    r"""Trains on :math:`\gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
+
+    Args (besides Trainer's, by keyword):
+        args: UnlearnConfig; it names the objective unless `objective` is given.
+        train_dataset, data_collator: batches are {"forget": batch, "retain": batch} (gfast.data.ForgetRetain and
+            ForgetRetainCollator) or plain Hugging Face batches, which are forget batches.
+        objective: an objective or a Mix.
+        references: {"forget": ReferenceCache, "retain": ReferenceCache}, those that the objective needs. Not needed
+            with PEFT adapters: the reference is then the model with its adapters off, computed each step where no cache
+            is given.
+
+    Each term is normalised by its own count (valid tokens, sequences or pairs) over all micro-batches of an optimizer
+    step and all processes, so gradient accumulation and data parallelism give the gradient of one big batch. Logs hold
+    `loss` and, per term, `forget_loss`, `retain_loss`, `mean_weight` (of the forget tokens' log-prob gradients) and
+    `mean_inverse_confidence` (of 1/p over the forget tokens). Evaluation gives the token-mean NLL.
+
+    Errors: ValueError at the first step, before any work, for a batch that lacks what the objective needs.
+
+    >>> trainer = UnlearnTrainer(model, UnlearnConfig("run", objective="GA"), train_dataset=data,
+    data_collator=collator) ... # doctest: +SKIP
+    >>> trainer.train()    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: UnlearnConfig | None = None,
+        *,
+        objective: Objective | None = None,
+        references: Mapping[str, ReferenceCache] | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        args = UnlearnConfig(output_dir="unlearned") if args is None else args
+        if not isinstance(args, UnlearnConfig):
+            raise ValueError(f"UnlearnTrainer takes an UnlearnConfig as args, not a {type(args).__name__}")
+        if args.n_gpu > 1:
+            # DataParallel replicates the model a step and cannot share one normaliser; torchrun starts one process a
+            # GPU.
+            args._n_gpu = 1
+        super().__init__(model=model, args=args, **trainer_arguments)
+        objective = args.build_objective() if objective is None else objective
+        self.objective = objective if isinstance(objective, Mix) else Mix(objective)
+        self.references = dict(references or {})
+        unknown = set(self.references) - set(batches.SIDES)
+        if unknown:
+            raise ValueError(f"references has the keys {sorted(unknown)}; the keys are forget and retain")
+        if self.references:
+            self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
+        self._heads = {side: cache.head for side, cache in self.references.items() if cache.head is not None}
+        # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.terms = StepTerms()
+        self._normalizers: dict[str, float] = {}
+        self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(epoch_callback(self.train_dataset))
+
+    @property
+    def _parts(self) -> list[tuple[str, Objective, float]]:
+        parts = [("forget", self.objective.forget, self.objective.gamma)]
+        if self.objective.retain is not None:
+            parts.append(("retain", self.objective.retain, self.objective.alpha))
+        return parts
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any = None
+    ) -> tuple[list[Any], int | None]:
+        """The micro-batches of one optimizer step, and what their terms are to be divided by, over all processes."""
+        batch_samples = []
+        for _ in range(num_batches):
+            try:
+                batch_samples.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if not batch_samples:
+            return batch_samples, None
+        self._check_batch(batch_samples[0])
+        counts = [
+            sum(objective.count(batches.sides(batch)[side]["labels"][..., 1:]) for batch in batch_samples)
+            for side, objective, _ in self._parts
+        ]
+        if self.accelerator.num_processes > 1:
+            local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+            counts = self.accelerator.reduce(local, "sum").tolist()
+        self._normalizers = {
+            side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
+        }
+        # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
+        return batch_samples, int(sum(counts))
+
+    def _check_batch(self, batch: Any) -> None:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
+        found = batches.sides(batch)
+        for side, objective, _ in self._parts:
+            if side not in found:
+                raise ValueError(
+                    f"the objective {self.objective} has a {side} term, but the batches hold only {', '.join(found)}; "
+                    "use gfast.data.ForgetRetain with ForgetRetainCollator"
+                )
+            if "labels" not in found[side]:
+                raise ValueError(f"the {side} batch has no labels (its keys are {sorted(found[side])})")
+            batches.require_reference(found[side], objective, side, self.model, self._heads)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The weighted sum of the terms, each divided by its count over the whole optimizer step."""
+        if return_outputs:
+            raise ValueError("UnlearnTrainer computes losses without logits, so there are no outputs to return")
+        found = batches.sides(inputs)
+        self.terms.start_step(self.state.global_step)
+        inner = self.accelerator.unwrap_model(model)
+
+        def losses() -> Tensor:
+            total = None
+            for side, objective, factor in self._parts:
+                loss = factor * self._side_loss(inner, found[side], objective, side)
+                total = loss if total is None else total + loss
+            return total
+
+        # The loss goes to the decoder and the head directly, past the forward that carries Accelerate's autocast.
+        with self.accelerator.autocast():
+            loss = batches.call_inside(model, inner, losses)
+        self.terms.add({"loss": loss})
+        # Data parallelism averages gradients over processes; the terms are already divided by the global count.
+        return loss * self.accelerator.num_processes
+
+    def _side_loss(self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str) -> Tensor:
+        from gfast.model_loss import model_loss
+
+        batch = dict(batch)
+        head = self._heads.get(side)
+        if head is not None and "ref_head" not in batch:
+            if head.device != batch["input_ids"].device:
+                head = self._heads[side] = head.to(batch["input_ids"].device)
+            batch["ref_head"] = head  # [V, D]
+        batch = batches.fill_from_adapters_off(model, batch, objective)
+        normalizer = self._normalizers.get(side) if model.training else None
+        out = model_loss(model, batch, objective, normalizer=normalizer)
+        self.terms.add({f"{side}_loss": out.loss})
+        if side == "forget":
+            self.terms.add_weights(out.weight, out.logp, batch["labels"])
+        return out.loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
+        from gfast.model_loss import model_logp
+
+        found = batches.sides(self._prepare_inputs(inputs))
+        inner = self.accelerator.unwrap_model(model)
+        sums = {}
+        with torch.no_grad(), self.accelerator.autocast():
+            for side, batch in found.items():
+                logp = batches.call_inside(model, inner, lambda batch=batch: model_logp(inner, batch))  # [B, T]
+                tokens = (batch["labels"][..., 1:] != -100).sum()
+                sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
+        if self._evaluation is not None:
+            self._evaluation.add(sums, nested=len(found) > 1)
+        total = sum(sums.values())
+        return (total[0] / total[1].clamp(min=1)).float(), None, None
+
+    _evaluation: EvaluationNLL | None = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested
+        batches.
+        """
+        self._evaluation = EvaluationNLL()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
+        finally:
+            self._evaluation = None
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log with the terms since the last one, averaged over steps."""
+        if "loss" in logs:
+            logs = {**logs, **self.terms.since_last_log(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """Trainer's estimate, summed over the sides."""
+        return sum(super(UnlearnTrainer, self).floating_point_ops(part) for part in batches.sides(inputs).values())
