@@ -1,10 +1,10 @@
 """Everything gfast knows about Hugging Face model internals: where the decoder, its blocks and its output head are.
 
-No other file names a model class or a model attribute. Supported as families (transformers 4.51 to 5.x): Llama, Mistral, Mixtral,
-Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere 1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT, Bloom, Falcon,
-StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other decoders work as far as their parts can be found: a head that is not listed
-here is never guessed at (`head` returns None and callers take the model's own logits), and a parameter that cannot be placed
-is an error that names it. Models may be wrapped by PEFT, DDP, FSDP or torch.compile.
+No other file names a model class or a model attribute. Supported families (transformers 4.51 to 5.x): Llama, Mistral,
+Mixtral, Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere 1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT,
+Bloom, Falcon, StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other decoders work as far as their parts can be found: a head
+that is not listed here is never guessed at (`head` returns None and callers take the model's own logits), and a
+parameter that cannot be placed is an error that names it. Models may be wrapped by PEFT, DDP, FSDP or torch.compile.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family not in
-# this table may do something else between the hidden states and the logits, so it is not assumed to be plain.
+# Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family
+# that is not in these tables may do something else between hidden states and logits, so it is not taken as plain.
 _PLAIN_HEADS = frozenset(
-    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe phi phi3 phimoe gemma gpt2 gpt_neo gptj gpt_neox gpt_bigcode opt "
-    "bloom falcon stablelm starcoder2 olmo olmo2 smollm3".split()
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe phi phi3 phimoe gemma gpt2 gpt_neo gptj gpt_neox "
+    "gpt_bigcode opt bloom falcon stablelm starcoder2 olmo olmo2 smollm3".split()
 )
 _SCALED_HEADS = {
     "cohere": lambda config: config.logit_scale,
@@ -63,7 +63,7 @@ class _EnoughComputed(Exception):
 
 
 def unwrap_name(name: str) -> str:
-    """The parameter or module name without what PEFT, DDP, FSDP, activation checkpointing and torch.compile put into it.
+    """The parameter or module name without what PEFT, DDP, FSDP, checkpointing and torch.compile put into it.
 
     >>> unwrap_name("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
     'model.layers.0.self_attn.q_proj.weight'
@@ -90,16 +90,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.model
         else:
             raise ValueError(
-                f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or torch.compile), "
-                f"and found no transformers model inside {type(model).__name__}"
+                f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or "
+                f"torch.compile), and found no transformers model inside {type(model).__name__}"
             )
     return inner
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The transformer body without the output head, also through wrappers: calling it gives `last_hidden_state` [B, T, D]."""
+    """The transformer body without the output head, also through wrappers; its output has `last_hidden_state`."""
     inner = unwrap(model)
-    return getattr(inner, inner.base_model_prefix, inner)
+    for key in (inner.base_model_prefix, "model"):  # Gemma 3 in transformers 4 names a prefix that it does not have
+        if isinstance(getattr(inner, key, None), nn.Module):
+            return getattr(inner, key)
+    return inner
 
 
 def num_layers(model: nn.Module) -> int:
@@ -110,8 +113,9 @@ def num_layers(model: nn.Module) -> int:
 def head(model: nn.Module) -> Head | None:
     """The output head if it is a plain linear map of the final hidden states (with scale and soft cap), else None.
 
-    None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced by
-    an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded weights.
+    None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced
+    by an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded
+    weights.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
@@ -145,7 +149,9 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     """
     blocks = _blocks(model)
     if not isinstance(layer, int) or not 0 <= layer <= len(blocks):
-        raise ValueError(f"layer {layer!r} is not a hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)")
+        raise ValueError(
+            f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)"
+        )
     if layer == len(blocks):
         return final_hidden(model, batch)
     body = decoder(model)
@@ -176,9 +182,10 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
 def parameter_units(model: nn.Module) -> dict[str, str | int]:
     """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
 
-    The part is "embed" (token and position embeddings, embedding norms), the 0-based index of a block, L for a norm after
-    the last block, "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter parameters
-    belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or several.
+    The part is "embed" (token and position embeddings, embedding norms), the 0-based index of a block, L for a norm
+    after the last block, "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter
+    parameters belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or
+    several.
     """
     inner = unwrap(model)
     owners = _owners(inner)
@@ -192,11 +199,11 @@ def parameter_units(model: nn.Module) -> dict[str, str | int]:
         elif set(places) == {"embed", "lm"}:
             units[name] = "embed+lm"
         else:
-            why = f"is shared by several parts ({', '.join(map(str, places))})" if places else "is in none of these parts"
+            why = f"is shared by several parts ({', '.join(map(str, places))})" if places else "is in no part"
             raise ValueError(
-                f"cannot attribute the trainable parameter {name!r} {tuple(parameter.shape)} of {type(inner).__name__}: it {why}: "
-                f"embeddings, one of the {num_layers(model)} blocks, the final norm, the output head. "
-                f"Freeze it (requires_grad_(False)) or group by name with groups=callable"
+                f"cannot attribute trainable parameter {name!r} {tuple(parameter.shape)} of {type(inner).__name__}: "
+                f"it {why} (embeddings, one of the {num_layers(model)} blocks, the final norm, the output head). "
+                f"Freeze it with requires_grad_(False), or group parameters by name with groups=callable"
             )
     return units
 
@@ -228,7 +235,7 @@ def _body(model: nn.Module) -> nn.Module:
     """The module whose direct children are the embeddings, the list of blocks and the final norm."""
     body = decoder(model)
     for candidate in (body, getattr(body, "decoder", None)):  # OPT nests one level deeper
-        if candidate is not None and any(isinstance(getattr(candidate, key, None), nn.ModuleList) for key in _BLOCK_LISTS):
+        if any(isinstance(getattr(candidate, key, None), nn.ModuleList) for key in _BLOCK_LISTS):
             return candidate
     raise ValueError(
         f"cannot find the decoder blocks of {type(unwrap(model)).__name__}: looked for a ModuleList named "
@@ -249,12 +256,14 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """A dense floating-point tensor that is here: not a DTensor, a flattened shard, a quantised or an offloaded weight."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta and tensor.dim() > 0
+    """A dense floating-point tensor with its data here: no DTensor, no quantised or offloaded weight."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta
 
 
 def _is_checkpointing(module: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(m.training and getattr(m, "gradient_checkpointing", False) for m in module.modules())
+    if not torch.is_grad_enabled():
+        return False
+    return any(child.training and getattr(child, "gradient_checkpointing", False) for child in module.modules())
 
 
 def _is_peft(module: nn.Module) -> bool:
@@ -266,6 +275,6 @@ def _refuse_prompt_learning(model: nn.Module) -> None:
     for name, config in configs.items() if isinstance(configs, Mapping) else ():
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                f"the PEFT adapter {name!r} is a prompt-learning method ({type(config).__name__}), whose virtual tokens are not part "
-                f"of the decoder; gfast supports adapters that live inside the model's layers (LoRA and its relatives)"
+                f"the PEFT adapter {name!r} is a prompt-learning method ({type(config).__name__}), whose virtual "
+                f"tokens are no part of the decoder; gfast supports adapters inside the layers (LoRA and its relatives)"
             )
