@@ -1,0 +1,152 @@
+"""``linear_token_logp``: log-probs of the labels from hidden states and the head, never holding [N, V]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops.common import check_label_range, default_chunk_rows, row_chunks
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head
+from gfast.ops.token_logp import capped, logp_rows, logp_rows_grad, stats_dtype, token_logp_reference
+
+
+def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None) -> Tensor:
+    """The literal definition: all logits, then log softmax."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return token_logp_reference(capped(logits, logit_scale, softcap or 0.0), labels)
+
+
+@torch.library.custom_op("gfast::linear_token_logp", mutates_args=())
+def _linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    softcap: float,
+    chunk_rows: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    check_label_range("linear_token_logp", labels, weight.shape[0])
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows)
+    dtype = stats_dtype(hidden.dtype)
+    logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
+    for start, stop in row_chunks(head.rows, head.chunk):
+        part = slice(start, stop)
+        logp[part], stats[part] = logp_rows(head.logits(start, stop), head.labels[part], scale, softcap, impl)
+    return head.scatter(logp), head.scatter(stats)
+
+
+@_linear_token_logp.register_fake
+def _(hidden, weight, bias, labels, scale, softcap, chunk_rows, impl):
+    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
+    return hidden.new_empty(rows, dtype=dtype), hidden.new_empty((rows, 2), dtype=dtype)
+
+
+@torch.library.custom_op("gfast::linear_token_logp_backward", mutates_args=())
+def _linear_token_logp_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    scale: float,
+    softcap: float,
+    chunk_rows: int,
+    impl: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows)
+    logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
+    head.start_gradients(*need)
+    for start, stop in row_chunks(head.rows, head.chunk):
+        part = slice(start, stop)
+        rows = head.logits(start, stop)
+        logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef[part], scale, softcap, rows, impl)
+        head.add_gradients(start, stop, rows)
+    return head.gradients()
+
+
+@_linear_token_logp_backward.register_fake
+def _(hidden, weight, bias, labels, logp, stats, coef, scale, softcap, chunk_rows, impl, need):
+    return fake_gradients(hidden, weight, tuple(need))
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, *ctx.options = inputs
+    logp, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, logp, stats)
+
+
+def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
+    nothing = (None,) * 8
+    if grad_logp is None:
+        return nothing
+    hidden, weight, bias, labels, logp, stats = ctx.saved_tensors
+    need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
+    grads = torch.ops.gfast.linear_token_logp_backward(
+        hidden, weight, bias, labels, logp, stats, grad_logp, *ctx.options, need
+    )
+    inputs = (hidden, weight, bias)
+    cast = [grad.to(x.dtype) if wanted else None for grad, x, wanted in zip(grads, inputs, need, strict=True)]
+    return (*cast, *nothing[3:])
+
+
+_linear_token_logp.register_autograd(_backward, setup_context=_setup)
+
+
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Log-probability of each label from hidden states and the output head; no tensor of size [N, V] exists.
+
+    .. math:: z_i = \mathrm{cap}(\text{logit\_scale} (W h_i + b)), \quad \mathrm{logp}_i = z_{i, y_i} - \log \sum_j e^{z_{ij}}
+
+    Args:
+        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference); ``hidden[..., i, :]`` scores ``labels[..., i]``.
+        weight: [V, D], same dtype. bias: [V] or None.
+        labels: [...], int64; rows labelled -100 cost nothing.
+        logit_scale, softcap: as in Cohere, Granite and Gemma 2: softcap * tanh(scale * z / softcap).
+        chunk_rows: rows of logits held at a time; None chooses by device and vocabulary.
+        impl: "auto", "reference", "cpp" or "triton".
+
+    Returns:
+        [...], fp32 (fp64 for fp64 inputs), 0 where ignored; differentiable with respect to hidden, weight and bias (the backward
+        recomputes the logits chunk by chunk).
+
+    Raises:
+        ValueError, TypeError: labels outside the vocabulary, mismatched shapes, dtypes or devices, an unavailable ``impl``.
+
+    Source: arXiv 2502.19301, section 2.
+
+    Example:
+        >>> import torch, gfast
+        >>> gfast.linear_token_logp(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, -100])).exp()
+        tensor([0.2500, 1.0000])
+    """
+    name = "linear_token_logp"
+    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    chunk = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device)
+    flat = torch.ops.gfast.linear_token_logp(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1).long(),
+        float(logit_scale),
+        check_cap(name, softcap),
+        chunk,
+        impl,
+    )[0]
+    return flat.reshape(labels.shape)

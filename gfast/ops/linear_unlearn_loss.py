@@ -1,0 +1,317 @@
+"""``linear_unlearn_loss``: an unlearning objective from hidden states and the head; loss and gradients in one pass.
+
+Logits exist one chunk at a time. Once a chunk's log-probs are known its weights follow, the gradient overwrites the chunk in
+place and goes straight into dH and dW: 6 N V D flops, where recomputing the logits in the backward costs 8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops.common import (
+    IGNORE_INDEX,
+    LossOutput,
+    check_label_range,
+    check_pairs,
+    check_reduction,
+    coef_scale,
+    default_chunk_rows,
+    raise_if_not_finite,
+    row_chunks,
+    scaled,
+    sequence_layout,
+)
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, flat_reference, prepare_head
+from gfast.ops.linear_token_logp import linear_token_logp, linear_token_logp_reference
+from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
+from gfast.ops.unlearn_loss import (
+    check_reference,
+    default_reduction,
+    loss_from_logp,
+    spec_of,
+    weigh,
+    weighted_rows,
+)
+from gfast.ops.weights import WeightSpec, sequence_weights
+
+
+def linear_unlearn_loss_reference(hidden, weight, labels, objective, ref_logp=None, reduction=None, **head) -> LossOutput:
+    """The literal definition: all logits, then log softmax, detached weights and autograd."""
+    logp = linear_token_logp_reference(hidden, weight, labels, **head)
+    reduction = reduction or default_reduction(objective)
+    return loss_from_logp(objective, logp, ref_logp, labels, None, reduction, None, "linear_unlearn_loss")
+
+
+def _plan(level: str, ids: Tensor, labels: Tensor, count: int, chunk: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
+
+    A sequence longer than a chunk becomes a span of its own, which takes a first pass for its sums.
+    """
+    valid = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
+    if level == "token":
+        return None, list(row_chunks(valid.shape[0], chunk))
+    unit = ids.index_select(0, valid)
+    if level == "pair":
+        unit = unit % (count // 2)
+    unit, by_unit = torch.sort(unit, stable=True)
+    lengths = torch.unique_consecutive(unit, return_counts=True)[1].tolist()
+    spans, start, stop = [], 0, 0
+    for length in lengths:
+        if stop > start and stop + length - start > chunk:
+            spans.append((start, stop))
+            start = stop
+        stop += length
+    if stop > start:
+        spans.append((start, stop))
+    return valid.index_select(0, by_unit), spans
+
+
+@torch.library.custom_op("gfast::linear_unlearn", mutates_args=())
+def _linear_unlearn(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    given: Tensor | None,
+    ids: Tensor,
+    count: int,
+    level: str,
+    numbers: list[float],
+    factor: Tensor,
+    scale: float,
+    softcap: float,
+    chunk_rows: int,
+    impl: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp [N], weight [N], and factor * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [V, D], db [V] (empty if unwanted).
+
+    With ``given`` [N] the weights are those and nothing is computed from ``numbers``.
+    """
+    check_label_range("linear_unlearn_loss", labels, weight.shape[0])
+    spec = WeightSpec.from_numbers(level, numbers)
+    order, spans = _plan(level, ids, labels, count, chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
+    dtype = stats_dtype(hidden.dtype)
+    ref, given = head.select(ref_logp), head.select(given)
+    ids = head.select(ids)
+    logp, weights = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty(head.rows, dtype=dtype)
+    head.start_gradients(*need)
+    wanted = any(need)
+
+    def token_span(start: int, stop: int) -> None:
+        part, rows = slice(start, stop), head.logits(start, stop)
+        logp[part], weights[part] = weighted_rows(
+            rows,
+            head.labels[part],
+            None if ref is None else ref[part].contiguous(),
+            spec,
+            factor,
+            scale,
+            softcap,
+            rows if wanted else None,
+            impl,
+        )
+        if wanted:
+            head.add_gradients(start, stop, rows)
+
+    def weights_of(start: int, stop: int) -> Tensor:
+        part = slice(start, stop)
+        if given is not None:
+            return given[part].to(dtype)
+        some_ref = None if ref is None else ref[part].to(dtype)
+        everything = torch.ones(stop - start, dtype=torch.bool, device=labels.device)
+        return sequence_weights(spec, logp[part], some_ref, everything, ids[part], count)[0]
+
+    def gradient(start: int, stop: int, rows: Tensor, stats: Tensor) -> None:
+        part = slice(start, stop)
+        coef = (weights[part] * factor).to(dtype)
+        logp_rows_grad(rows, head.labels[part], logp[part], stats, coef, scale, softcap, rows, impl)
+        head.add_gradients(start, stop, rows)
+
+    def sequence_span(start: int, stop: int) -> None:
+        pieces = [(start + a, start + b) for a, b in row_chunks(stop - start, head.chunk)]
+        for a, b in pieces:
+            rows = head.logits(a, b)
+            logp[a:b], stats = logp_rows(rows, head.labels[a:b], scale, softcap, impl)
+        weights[start:stop] = weights_of(start, stop)
+        if not wanted:
+            return
+        if len(pieces) == 1:
+            gradient(start, stop, rows, stats)
+            return
+        for a, b in pieces:  # longer than a chunk: its logits are gone, compute them again
+            rows = head.logits(a, b)
+            gradient(a, b, rows, logp_rows(rows, head.labels[a:b], scale, softcap, impl)[1])
+
+    one_pass = level == "token" and given is None
+    for start, stop in spans:
+        (token_span if one_pass else sequence_span)(start, stop)
+    return head.scatter(logp), head.scatter(weights), *head.gradients()
+
+
+@_linear_unlearn.register_fake
+def _(
+    hidden, weight, bias, labels, ref_logp, given, ids, count, level, numbers, factor, scale, softcap, chunk_rows, impl, need
+):
+    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
+    logp = hidden.new_empty(rows, dtype=dtype)
+    return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, tuple(need))
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Scalar loss whose gradients were accumulated by the pass that computed it."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, labels, ref_logp, given, ids, count, level, numbers, factor, scale, softcap, chunk, impl
+    ):
+        need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
+        # fp16 gradients of one token would vanish if divided by N here: they are divided after the sums instead
+        late = hidden.dtype == torch.float16
+        inner = torch.ones_like(factor) if late else factor
+        logp, weights, *grads = torch.ops.gfast.linear_unlearn(
+            hidden,
+            weight,
+            bias,
+            labels,
+            ref_logp,
+            given,
+            ids,
+            count,
+            level,
+            numbers,
+            inner,
+            scale,
+            softcap,
+            chunk,
+            impl,
+            need,
+        )
+        ctx.save_for_backward(factor if late else None, *grads)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(logp, weights)
+        if given is None and level != "token":
+            spec = WeightSpec.from_numbers(level, numbers)
+            ref = None if ref_logp is None else ref_logp.to(logp.dtype)
+            value = sequence_weights(spec, logp, ref, labels != IGNORE_INDEX, ids, count)[1]
+        else:
+            value = weights * logp
+        return value.sum() * factor, logp, weights
+
+    @staticmethod
+    def backward(ctx, grad_loss, _logp, _weights):
+        nothing = (None,) * 15
+        if grad_loss is None:
+            return nothing
+        late, *grads = ctx.saved_tensors
+        factor = grad_loss if late is None else grad_loss * late
+        cast = [
+            scaled(grad, factor).to(dtype) if wanted else None
+            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return (*cast, *nothing[3:])
+
+
+def linear_unlearn_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    objective,
+    *,
+    bias: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    reduction: str | None = None,
+    sequence_id: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> LossOutput:
+    r"""An unlearning objective from hidden states and the output head, with the gradients computed in the same pass.
+
+    .. math:: \nabla L_u = \frac{1}{Z} \sum_i w_i \nabla \log p(s_i \mid s_{<i}; \theta)
+
+    Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW. Callables see all tokens at
+    once and take a first scoring pass.
+
+    Args:
+        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype. bias: [V] or None.
+        labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
+        objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
+        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
+        reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
+        sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
+        normalizer: replaces the token or sequence count.
+        logit_scale, softcap: logits are softcap * tanh(scale * (W h + b) / softcap).
+        chunk_rows: rows of logits held at a time; None chooses by device and vocabulary.
+        impl: "auto", "reference", "cpp" or "triton".
+        check_finite: raise on NaN or infinite log-probs (waits for the device).
+
+    Returns:
+        LossOutput(loss, logp, weight).
+
+    Raises:
+        ValueError, TypeError: as ``unlearn_loss``, and a head that does not match hidden.
+
+    Source: arXiv 2502.19301, sections 3 and 4.
+
+    Example:
+        >>> import torch, gfast
+        >>> from gfast.objectives import WGA
+        >>> hidden, head = torch.zeros(1, 2, 3, requires_grad=True), torch.ones(4, 3)
+        >>> out = gfast.linear_unlearn_loss(hidden, head, torch.tensor([[0, 1]]), WGA(alpha=1.0))
+        >>> round(out.loss.item(), 4)
+        -0.3466
+    """
+    name = "linear_unlearn_loss"
+    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    check_reference(name, objective, ref_logp, labels)
+    reduction = reduction or default_reduction(objective)
+    check_reduction(name, reduction)
+    cap, logit_scale = check_cap(name, softcap), float(logit_scale)
+    chunk = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device)
+    options = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk, impl=impl)
+    spec = spec_of(objective)
+    if reduction == "none":
+        logp = linear_token_logp(hidden, weight, labels, **options)
+        out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
+    else:
+        flat_labels = labels.reshape(-1).long()
+        valid = flat_labels != IGNORE_INDEX
+        ids, count = sequence_layout(name, labels, sequence_id)
+        level = "token" if spec is None else spec.level
+        check_pairs(name, level, count)
+        factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair")
+        ref, given = flat_reference(name, ref_logp, labels), None
+        ref = None if ref is None else ref.to(stats_dtype(hidden.dtype))
+        if spec is None:
+            with torch.no_grad():
+                logp = linear_token_logp(hidden, weight, labels, **options).reshape(-1)
+            given = weigh(objective, logp, ref, valid, ids, count)[0]
+        loss, logp, weights = _LinearLoss.apply(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            flat_labels,
+            ref if spec is None or spec.uses_ref else None,
+            given,
+            ids,
+            count,
+            level,
+            (spec or WeightSpec()).numbers(),
+            factor,
+            logit_scale,
+            cap,
+            chunk,
+            impl,
+        )
+        out = LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))
+    if check_finite:
+        raise_if_not_finite(name, out.logp)
+    return out
