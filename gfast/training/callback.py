@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfast.objectives import Objective
-from gfast.training.records import recorded_steps, write_record
+from gfast.training.records import read_step, write_record
 from gfast.training.state import gradients_kept, rng_kept
 from gfast.training.terms import run_name
 
@@ -22,14 +22,15 @@ logger = logging.getLogger("gfast")
 class GEffectCallback(TrainerCallback):
     """Measures G-effects before training, every `every` optimizer steps and after the last one.
 
-    A measurement is written to `<output_dir>/records/` at once, as one whole file a step, before the Trainer saves that step's
-    checkpoint; measuring a step again replaces it. So a run that is killed and resumed loses and doubles nothing. Parameters,
-    gradients, modes, optimizer and random states are as before a measurement: training goes on bit for bit as without it.
+    A measurement is written to `<output_dir>/records/` at once, as one whole file a step, before the Trainer saves that
+    step's checkpoint; measuring a step again replaces it. So a run that is killed and resumed loses and doubles
+    nothing. Parameters, gradients, modes, optimizer and random states are as before a measurement: training goes on bit
+    for bit as without it.
 
     Args:
         every: optimizer steps between measurements; 0 measures before and after training only.
-        forget, retain: lists of batches (on any device), or functions that return them. Batches carry what the objectives need
-            (`ref_logp` ...). The same batches at every step: the effects of a run can then be compared.
+        forget, retain: lists of batches (on any device), or functions that return them. Batches carry what the
+            objectives need (`ref_logp` ...). The same batches at every step: the effects of a run can then be compared.
         objectives: one objective or several; their effects are measured in one go.
         groups: "paper", "layer" or a function of the parameter name.
         run_folder: where to write; None is the Trainer's output_dir.
@@ -72,33 +73,30 @@ class GEffectCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        if state.global_step not in self._measured_steps(args):
+        # A fresh start is always measured: what the folder holds for step 0 may be of another model.
+        step = state.global_step
+        if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._measure(args, state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        on_grid = self.every > 0 and state.global_step % self.every == 0
-        if on_grid or state.global_step >= state.max_steps:
+        if self._on_grid(state.global_step) or state.global_step >= state.max_steps:
             self._measure(args, state, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another step's.
-        if state.global_step not in self._measured_steps(args) and not args.load_best_model_at_end:
+        # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another
+        # step's.
+        if not args.load_best_model_at_end and not self._is_measured(args, state.global_step):
             self._measure(args, state, model)
+
+    def _on_grid(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
     def _folder(self, args: Any) -> Path:
         return Path(args.output_dir if self.run_folder is None else self.run_folder)
 
-    def _measured_steps(self, args: Any) -> set[int]:
-        from gfast.training.records import read_step
-
-        folder = self._folder(args)
-        wanted = {str(objective) for objective in self.objectives}
-        found = set()
-        for step in recorded_steps(folder):
-            rows = read_step(folder, step)
-            if wanted <= {row["objective"] for row in rows if row["quantity"] == "g_effect"}:
-                found.add(step)
-        return found
+    def _is_measured(self, args: Any, step: int) -> bool:
+        found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == "g_effect"}
+        return {str(objective) for objective in self.objectives} <= found
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
         from gfast.geffect import g_effect
