@@ -1,0 +1,120 @@
+#include "cpu/checks.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace gfast {
+namespace {
+
+void check_cpu(const char* op, const char* what, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "gfast: ", op, ": ", what, " is on ", x.device(),
+                    " but this op got CPU tensors; move all arguments to one device");
+}
+
+// First and one past the last byte that a [N, V] tensor covers.
+std::pair<const char*, const char*> bytes(const at::Tensor& x) {
+  const char* start = static_cast<const char*>(x.const_data_ptr());
+  if (x.numel() == 0) return {start, start};
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return {start, start + (last + 1) * x.element_size()};
+}
+
+}  // namespace
+
+Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, double scale, double softcap) {
+  check_cpu(op, what, x);
+  TORCH_CHECK_VALUE(x.dim() == 2, "gfast: ", op, ": ", what, " must be [N, V], not ", x.sizes());
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "gfast: ", op, ": ", what,
+                   " must be float32, bfloat16 or float16, not ", type, "; impl='reference' takes it");
+  TORCH_CHECK_VALUE(x.size(1) > 0 || x.size(0) == 0, "gfast: ", op, ": ", what, " of shape ", x.sizes(),
+                    " has an empty vocabulary");
+  TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, "gfast: ", op, ": rows of ", what,
+                    " must be contiguous: stride(1) is ", x.stride(1), ", not 1; call .contiguous()");
+  TORCH_CHECK_VALUE(softcap >= 0, "gfast: ", op, ": softcap must be positive, or 0 for none, not ", softcap);
+  const Dtype dtype = type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
+  return {x.const_data_ptr(), x.stride(0), dtype, static_cast<float>(scale), static_cast<float>(softcap)};
+}
+
+at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
+  check_cpu(op, "labels", labels);
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "gfast: ", op, ": labels must be int64, not ",
+                   labels.scalar_type());
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "gfast: ", op, ": labels must be [", rows,
+                    "], one for each row of logits, not ", labels.sizes());
+  at::Tensor flat = labels.contiguous();
+  const int64_t* y = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows; ++i)
+    TORCH_CHECK_VALUE((y[i] >= 0 && y[i] < vocab) || y[i] == -100, "gfast: labels[", i, "] = ", y[i],
+                      " is outside the vocabulary [0, ", vocab, "); use -100 for positions to ignore");
+  return flat;
+}
+
+at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, int64_t rows, int64_t columns) {
+  check_cpu(op, what, x);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
+  const bool fits = columns == 0 ? x.dim() == 1 && x.size(0) == rows
+                                 : x.dim() == 2 && x.size(0) == rows && x.size(1) == columns;
+  TORCH_CHECK_VALUE(fits, "gfast: ", op, ": ", what, " must be [", rows, columns ? ", " + std::to_string(columns) : "",
+                    "], not ", x.sizes());
+  return x.contiguous();
+}
+
+float check_scalar(const char* op, const char* what, const at::Tensor& x) {
+  check_cpu(op, what, x);
+  TORCH_CHECK_VALUE(x.numel() == 1, "gfast: ", op, ": ", what, " must be a single number (0-dim), not ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
+  return *x.const_data_ptr<float>();
+}
+
+void check_apart(const char* op, const at::Tensor& out, const char* what, const at::Tensor& other) {
+  const auto [a0, a1] = bytes(out);
+  const auto [b0, b1] = bytes(other);
+  TORCH_CHECK_VALUE(a1 <= b0 || b1 <= a0, "gfast: ", op, ": out shares memory with ", what,
+                    "; give it memory of its own", std::string_view(what) == "logits" ? ", or logits itself" : "");
+}
+
+void check_out(const char* op, const at::Tensor& out, const at::Tensor& logits) {
+  check_cpu(op, "out", out);
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes(), "gfast: ", op, ": out must have the shape of logits ",
+                    logits.sizes(), ", not ", out.sizes());
+  TORCH_CHECK_TYPE(out.scalar_type() == logits.scalar_type(), "gfast: ", op, ": out must have the dtype of logits (",
+                   logits.scalar_type(), "), not ", out.scalar_type());
+  TORCH_CHECK_VALUE(out.size(1) <= 1 || out.stride(1) == 1, "gfast: ", op,
+                    ": rows of out must be contiguous: stride(1) is ", out.stride(1), ", not 1");
+  TORCH_CHECK_VALUE(out.size(0) <= 1 || out.stride(0) >= out.size(1), "gfast: ", op,
+                    ": rows of out overlap (stride(0) is ", out.stride(0), "); an expanded tensor cannot be written to");
+  const bool same = out.const_data_ptr() == logits.const_data_ptr() &&
+                    (out.size(0) <= 1 || out.stride(0) == logits.stride(0));
+  if (!same) check_apart(op, out, "logits", logits);
+}
+
+void advise_huge_pages(const at::Tensor& out) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto [start, stop] = bytes(out);
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(stop) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int64_t, float*)>& body) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), rows);
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(rows / std::max<int64_t>(1, 8 * threads), (1 << 18) / vocab));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    static thread_local std::vector<float> scratch;  // kept between calls: faulting it in costs as much as a row
+    scratch.resize(std::max<size_t>(scratch.size(), scratch_floats(vocab)));
+    for (int64_t start; (start = next.fetch_add(step)) < rows;) body(start, std::min(rows, start + step), scratch.data());
+  });
+}
+
+}  // namespace gfast

@@ -1,0 +1,37 @@
+// Argument checks of the CPU row ops, in words, all before anything is written.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <functional>
+#include <optional>
+
+#include "cpu/kernels/rows.h"
+
+namespace gfast {
+
+// `what` [N, V] fp32, bf16 or fp16 on the CPU with contiguous rows, as the kernels' view of it.
+Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, double scale, double softcap);
+
+// labels [N] int64, each -100 or in [0, vocab); returned contiguous.
+at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab);
+
+// `what` [N] or [N, columns] fp32 on the CPU; returned contiguous.
+at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, int64_t rows, int64_t columns = 0);
+
+float check_scalar(const char* op, const char* what, const at::Tensor& x);
+
+// out has the shape and dtype of logits, rows apart from each other, and is the logits themselves or memory of its own.
+void check_out(const char* op, const at::Tensor& out, const at::Tensor& logits);
+void check_apart(const char* op, const at::Tensor& out, const char* what, const at::Tensor& other);
+
+// Asks for huge pages behind an output about to be written for the first time: a fresh tensor costs one page fault per
+// 4 KiB otherwise, more than the kernel itself. No effect on memory that is already mapped.
+void advise_huge_pages(const at::Tensor& out);
+
+// body(begin, end, scratch) over all rows; threads take the next few rows as they finish, since ignored rows are free.
+void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int64_t, float*)>& body);
+
+}  // namespace gfast

@@ -1,0 +1,122 @@
+// KL(ref || model) of each row and its gradient. The vocabulary sum is taken over
+//     p - q + q (log q - log p) = q (exp(-d) - 1 + d),  d = log q - log p,
+// which adds sum(p) - sum(q) = 0 and makes every term nonnegative: a small KL keeps its relative accuracy, and an error
+// in d counts only in second order.
+#include <cmath>
+
+#include "cpu/kernels/map.h"
+
+namespace gfast {
+namespace GFAST_ISA_NS {
+namespace {
+
+struct LogSoftmax {
+  float top;
+  float log_total;
+};
+
+// Writes z' of a row to `values` (filled to whole vectors with -inf) and returns its maximum and log-sum.
+template <typename T, Map map>
+LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values) {
+  const T* row = (const T*)data;
+  float top = -kInf;
+  double total = 0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    const float before = top;
+    const float block_top = f.finish<map>(splat(f.block_max<map>(row + start, n))).value[0];
+    if (block_top > top) {
+      top = block_top;
+      if (total != 0) total *= std::exp((double)before - (double)top);
+    }
+    const vf shift = splat(top == -kInf ? 0.0f : top);
+    vf sum{};
+    for (int64_t j = 0; j < n; j += W) {
+      vf z = f.apply<map>(n - j < W ? load_part(row + start + j, n - j, -kInf) : load(row + start + j)).value;
+      if (n - j < W) z = select(lane_index() < (int32_t)(n - j), z, splat(-kInf));  // softcap has made -inf finite
+      store(values + start + j, z);
+      sum += exp(z - shift);
+    }
+    total += reduce_add(sum);
+  }
+  return {top, (float)log(total)};
+}
+
+using Reader = LogSoftmax (*)(const void*, int64_t, const Mapping&, float*);
+
+Reader pick_reader(const Matrix& m) {
+  Reader reader = nullptr;
+  dispatch(m, [&](auto t, auto map) { reader = &read_row<decltype(t), map.value>; });
+  return reader;
+}
+
+template <typename T>
+void write_row(void* out, const float* values, int64_t n) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store((T*)out + j, load(values + j));
+  if (j < n) store_part((T*)out + j, n - j, load_part(values + j, n - j, 0.0f));
+}
+
+using Writer = void (*)(void*, const float*, int64_t);
+
+// The row's KL; where grad is not null, it gets coef (p - q) dz'/dz and may be p's values.
+template <bool capped>
+double row_kl(const float* zp, const float* zq, int64_t vocab, LogSoftmax sp, LogSoftmax sq, float coef, float softcap,
+              float* grad) {
+  const vf top_p = splat(sp.top), top_q = splat(sq.top), log_p = splat(sp.log_total), log_q = splat(sq.log_total);
+  const float inverse_cap = capped ? 1.0f / softcap : 0.0f;
+  double kl = 0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
+    vf sum{};
+    for (int64_t j = start; j < end; j += W) {
+      const vf z = load(zp + j);
+      const vf lp = (z - top_p) - log_p, lq = (load(zq + j) - top_q) - log_q;
+      const vf p = exp(lp), q = exp(lq);
+      const vf d = lq - lp;
+      const vi near = (d < 0.34f) & (d > -0.34f);
+      vf term = select(near, q * (d * d) * exp_tail(-d), (p - q) + q * d);
+      term = select(q == 0.0f, p, term);
+      sum += term;
+      if (grad != nullptr) {
+        vf g = (p - q) * coef;
+        if (capped) {
+          const vf t = z * inverse_cap;
+          g = g * ((1.0f - t) * (1.0f + t));
+          g = select(z == -kInf, vf{}, g);  // the filler after the row's end
+        }
+        store(grad + j, g);
+      }
+    }
+    kl += reduce_add(sum);
+  }
+  return kl;
+}
+
+}  // namespace
+
+void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
+  const Mapping fp(a.logits), fq(a.ref);
+  const Reader read_p = pick_reader(a.logits), read_q = pick_reader(a.ref);
+  const Writer write = a.logits.dtype == Dtype::f32    ? &write_row<float>
+                       : a.logits.dtype == Dtype::bf16 ? &write_row<bf16>
+                                                       : &write_row<f16>;
+  const int64_t size = a.logits.dtype == Dtype::f32 ? 4 : 2, ref_size = a.ref.dtype == Dtype::f32 ? 4 : 2;
+  float *zp = scratch, *zq = scratch + a.vocab + kBlock;
+  for (int64_t i = begin; i < end; ++i) {
+    char* out = (char*)a.out + i * a.out_stride * size;
+    a.kl[i] = 0;
+    if (a.labels[i] < 0) {
+      if (a.out != nullptr) memset(out, 0, a.vocab * size);
+      continue;
+    }
+    const LogSoftmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp);
+    const LogSoftmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq);
+    const auto row = a.logits.softcap > 0 ? &row_kl<true> : &row_kl<false>;
+    a.kl[i] = (float)row(zp, zq, a.vocab, sp, sq, a.coef_scale * fp.scale, fp.softcap, a.out != nullptr ? zp : nullptr);
+    if (a.out != nullptr) write(out, zp, a.vocab);
+  }
+}
+
+}  // namespace GFAST_ISA_NS
+}  // namespace gfast

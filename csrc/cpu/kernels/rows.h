@@ -1,0 +1,59 @@
+// Arguments of the row kernels: plain pointers and strides (in elements), so that kernels need no torch header.
+#pragma once
+
+#include <cstdint>
+
+namespace gfast {
+
+enum class Dtype { f32, bf16, f16 };
+
+struct Matrix {
+  const void* data;  // [N, vocab], rows contiguous
+  int64_t stride;    // between rows
+  Dtype dtype;
+  float scale;    // z' = softcap * tanh(scale * z / softcap),
+  float softcap;  // or scale * z where softcap is 0
+};
+
+struct RowsArgs {
+  Matrix logits;
+  int64_t vocab;
+  const int64_t* labels;  // [N], -100 ignored
+  void* out;              // [N, vocab] of the logits' dtype, may be the logits themselves; null: no gradient
+  int64_t out_stride;
+};
+
+struct LogpArgs : RowsArgs {
+  float* logp;   // [N]
+  float* stats;  // [N, 2]: max z', log(sum exp(z' - max))
+};
+
+struct GradArgs : RowsArgs {
+  const float* logp;   // [N]
+  const float* stats;  // [N, 2]
+  const float* coef;   // [N]
+};
+
+struct WeightedArgs : RowsArgs {
+  const float* ref_logp;  // [N], read where beta > 0
+  float sign, p_pow, q_pow, beta;
+  float coef_scale;
+  float* logp;    // [N]
+  float* weight;  // [N]
+};
+
+struct KlArgs {
+  Matrix logits, ref;
+  int64_t vocab;
+  const int64_t* labels;
+  float coef_scale;
+  float* kl;  // [N]
+  void* out;
+  int64_t out_stride;
+};
+
+// Floats of scratch that a thread needs for any row kernel: two rows in whole blocks, and one value a block.
+constexpr int64_t kBlock = 2048;
+static constexpr int64_t scratch_floats(int64_t vocab) { return 2 * (vocab + 2 * kBlock) + vocab / kBlock; }
+
+}  // namespace gfast

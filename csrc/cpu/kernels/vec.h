@@ -1,0 +1,221 @@
+// Vectors of W floats by the compiler's vector extensions: one source serves SSE2, NEON, AVX2 and AVX-512. Everything
+// has internal linkage: an inline function shared between instruction sets could be merged by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/isa.h"
+
+namespace gfast {
+namespace GFAST_ISA_NS {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+#define GFAST_INLINE inline __attribute__((always_inline))
+
+constexpr float kInf = __builtin_inff();
+
+GFAST_INLINE vf splat(float x) { return x - vf{}; }
+GFAST_INLINE vu splat_bits(uint32_t x) { return x - vu{}; }
+GFAST_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+GFAST_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+GFAST_INLINE vi lane_index() {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane;
+}
+
+// Hides how x was computed, so that a multiplication before it is rounded and not contracted into an fma after it.
+GFAST_INLINE vf rounded(vf x) {
+#if defined(__x86_64__) || defined(__i386__)
+#ifdef __AVX512F__
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+GFAST_INLINE float reduce_max(vf x) {
+  float r = x[0];
+  for (int i = 1; i < W; ++i) r = x[i] > r ? x[i] : r;
+  return r;
+}
+
+GFAST_INLINE float reduce_add(vf x) {
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+GFAST_INLINE vf load(const float* p) {
+  vf x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+GFAST_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
+
+GFAST_INLINE vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof(h));
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+// Round to nearest even. A NaN here comes from 16-bit inputs or from arithmetic, so its low 16 bits are zero and the
+// rounding term cannot carry out of it.
+GFAST_INLINE void store(bf16* p, vf x) {
+  const vu bits = (vu)x;
+  const vh h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
+  memcpy(p, &h, sizeof(h));
+}
+
+#if defined(__AVX512F__)
+GFAST_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+GFAST_INLINE void store(f16* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__) && defined(__AVX2__)
+GFAST_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+GFAST_INLINE void store(f16* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+GFAST_INLINE vf load(const f16* p) {
+  vh h;
+  memcpy(&h, p, sizeof(h));
+  const vu bits = __builtin_convertvector(h, vu);
+  const vu sign = (bits & 0x8000u) << 16;
+  const vu rest = (bits & 0x7fffu) << 13;
+  const vu normal = rest + (112u << 23);
+  const vu special = rest | 0x7f800000u;  // infinities and NaN
+  // A subnormal is its mantissa times 2^-24: added below 2^-14's mantissa, then 2^-14 taken off again.
+  const vu smallest = splat_bits(113u << 23);
+  const vu subnormal = (vu)((vf)(smallest + rest) - (vf)smallest);
+  vu r = rest < (1u << 23) ? subnormal : normal;
+  r = rest >= (31u << 23) ? special : r;
+  return (vf)(r | sign);
+}
+
+GFAST_INLINE void store(f16* p, vf x) {
+  const vu bits = (vu)x;
+  const vu sign = (bits >> 16) & 0x8000u;
+  const vu mag = bits & 0x7fffffffu;
+  const vu normal = (mag - (112u << 23) + 0xfffu + ((mag >> 13) & 1u)) >> 13;
+  const vf half = splat(0.5f);  // one ulp of 0.5 is 2^-24, the unit of half's subnormals: the addition rounds to it
+  const vu subnormal = (vu)((vf)mag + half) - (vu)half;
+  vu r = mag < (113u << 23) ? subnormal : normal;
+  r = mag >= 0x47800000u ? splat_bits(0x7c00u) : r;
+  r = mag > 0x7f800000u ? splat_bits(0x7e00u) : r;
+  const vh h = __builtin_convertvector(r | sign, vh);
+  memcpy(p, &h, sizeof(h));
+}
+#endif
+
+// The first n < W entries, the other lanes filled.
+template <typename T>
+GFAST_INLINE vf load_part(const T* p, int64_t n, float fill) {
+  T buffer[W] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return select(lane_index() < (int32_t)n, load(buffer), splat(fill));
+}
+
+template <typename T>
+GFAST_INLINE void store_part(T* p, int64_t n, vf x) {
+  T buffer[W];
+  store(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+template <typename T>
+GFAST_INLINE float load_one(const T* p) {
+  return load_part(p, 1, 0.0f)[0];
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2 (a hair more without fma); `power` holds n in its low bits.
+struct Reduced {
+  vf r;
+  vi power;
+};
+
+GFAST_INLINE Reduced reduce_ln2(vf x) {
+  const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const vf t = x * 1.44269504089f + shift;
+  const vf n = t - shift;
+  vf r = x - n * 0.693359375f;  // exact: the constant has 9 significant bits
+  r = r - n * -2.12194440e-4f;
+  return {r, (vi)t};
+}
+
+// (exp(r) - 1 - r) / r^2, relative error of 1 + r + r^2 q(r) below 4e-9 for |r| <= ln(2)/2.
+GFAST_INLINE vf exp_tail(vf r) {
+  vf q = splat(0x1.6a1a72p-10f);
+  q = q * r + 0x1.123fc6p-7f;
+  q = q * r + 0x1.555916p-5f;
+  q = q * r + 0x1.55548ap-3f;
+  return q * r + 0x1.fffffcp-2f;
+}
+
+// exp(x) for x <= 0 (and a little above), within 1 ulp; below -87.3, where the result is subnormal, it is 0, also for
+// -inf; NaN stays NaN.
+GFAST_INLINE vf exp(vf x) {
+  const Reduced reduced = reduce_ln2(x);
+  const vf r = reduced.r;
+  const vf y = (r * r) * exp_tail(r) + r + 1.0f;
+  const vi scaled = (vi)y + (reduced.power << 23);
+  return (vf)(x < -87.3f ? vi{} : scaled);
+}
+
+struct Tanh {
+  vf value;
+  vf slope;  // 1 - value^2 without cancellation
+};
+
+// tanh(x) = -e / (2 + e) sign(x) with e = expm1(-2|x|), so small |x| keep their relative accuracy.
+GFAST_INLINE Tanh tanh(vf x) {
+  const vi sign = (vi)x & INT32_MIN;
+  vf a = (vf)((vi)x ^ sign);
+  a = a > 43.0f ? splat(43.0f) : a;
+  const Reduced reduced = reduce_ln2(-2.0f * a);
+  const vf r = reduced.r;
+  const vf power = (vf)((reduced.power + 127) << 23);  // 2^n, n in [-125, 0]
+  const vf small = (r * r) * exp_tail(r) + r;          // expm1(r)
+  const vf e = power * small + (power - 1.0f);
+  const vf u = power * small + power;  // exp(-2|x|)
+  const vf inverse = 1.0f / (1.0f + u);
+  return {(vf)((vi)(-e * inverse) | sign), 4.0f * u * inverse * inverse};
+}
+
+}  // namespace
+}  // namespace GFAST_ISA_NS
+}  // namespace gfast

@@ -1,0 +1,134 @@
+// CPU implementations of logp_rows, logp_rows_grad, weighted_rows and kl_rows: checks, then the kernels over rows.
+#include "cpu/kernels/rows.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+
+namespace gfast {
+
+GFAST_DECLARE_KERNEL(void, logp_rows, (const LogpArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, logp_rows_grad, (const GradArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, weighted_rows, (const WeightedArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, kl_rows, (const KlArgs&, int64_t, int64_t, float*))
+
+namespace {
+
+using at::Tensor;
+
+template <typename Kernel, typename Args>
+void run(Kernel kernel, const Args& args, int64_t rows) {
+  if (rows == 0) return;
+  for_rows(rows, args.vocab, [&](int64_t begin, int64_t end, float* scratch) { kernel(args, begin, end, scratch); });
+}
+
+template <typename Args>
+void set_out(const char* op, Args& args, const Tensor& out, const Tensor& logits) {
+  check_out(op, out, logits);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = out.stride(0);
+}
+
+std::tuple<Tensor, Tensor> logp_rows_cpu(const Tensor& logits, const Tensor& labels, double scale, double softcap) {
+  LogpArgs args{};
+  args.logits = check_matrix("logp_rows", "logits", logits, scale, softcap);
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  const Tensor y = check_labels("logp_rows", labels, rows, args.vocab);
+  args.labels = y.const_data_ptr<int64_t>();
+  Tensor logp = at::empty({rows}, at::kFloat), stats = at::empty({rows, 2}, at::kFloat);
+  args.logp = logp.mutable_data_ptr<float>();
+  args.stats = stats.mutable_data_ptr<float>();
+  run(GFAST_KERNEL(logp_rows), args, rows);
+  return {logp, stats};
+}
+
+void logp_rows_grad_cpu(const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& stats,
+                        const Tensor& coef, double scale, double softcap, Tensor out) {
+  const char* op = "logp_rows_grad";
+  GradArgs args{};
+  args.logits = check_matrix(op, "logits", logits, scale, softcap);
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  const Tensor y = check_labels(op, labels, rows, args.vocab), p = check_values(op, "logp", logp, rows),
+               s = check_values(op, "stats", stats, rows, 2), c = check_values(op, "coef", coef, rows);
+  args.labels = y.const_data_ptr<int64_t>();
+  args.logp = p.const_data_ptr<float>();
+  args.stats = s.const_data_ptr<float>();
+  args.coef = c.const_data_ptr<float>();
+  set_out(op, args, out, logits);
+  advise_huge_pages(out);
+  run(GFAST_KERNEL(logp_rows_grad), args, rows);
+}
+
+std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor& labels,
+                                             const std::optional<Tensor>& ref_logp, double sign, double p_pow,
+                                             double q_pow, double beta, const Tensor& coef_scale, double scale,
+                                             double softcap, std::optional<Tensor> out) {
+  const char* op = "weighted_rows";
+  WeightedArgs args{};
+  args.logits = check_matrix(op, "logits", logits, scale, softcap);
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  const Tensor y = check_labels(op, labels, rows, args.vocab);
+  args.labels = y.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(beta >= 0, "gfast: weighted_rows: beta must not be negative, it is ", beta);
+  Tensor ref;
+  if (beta > 0) {
+    TORCH_CHECK_VALUE(ref_logp.has_value(), "gfast: weighted_rows: beta = ", beta,
+                      " weighs tokens against a reference model, so ref_logp is needed");
+    ref = check_values(op, "ref_logp", *ref_logp, rows);
+    args.ref_logp = ref.const_data_ptr<float>();
+  }
+  args.sign = static_cast<float>(sign);
+  args.p_pow = static_cast<float>(p_pow);
+  args.q_pow = static_cast<float>(q_pow);
+  args.beta = static_cast<float>(beta);
+  args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
+  if (out.has_value()) {
+    set_out(op, args, *out, logits);
+    advise_huge_pages(*out);
+  }
+  Tensor logp = at::empty({rows}, at::kFloat), weight = at::empty({rows}, at::kFloat);
+  args.logp = logp.mutable_data_ptr<float>();
+  args.weight = weight.mutable_data_ptr<float>();
+  run(GFAST_KERNEL(weighted_rows), args, rows);
+  return {logp, weight};
+}
+
+Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& coef_scale,
+                   double scale, double softcap, double ref_scale, double ref_softcap, std::optional<Tensor> out) {
+  const char* op = "kl_rows";
+  KlArgs args{};
+  args.logits = check_matrix(op, "logits", logits, scale, softcap);
+  args.ref = check_matrix(op, "ref_logits", ref_logits, ref_scale, ref_softcap);
+  TORCH_CHECK_VALUE(ref_logits.sizes() == logits.sizes(), "gfast: kl_rows: ref_logits must have the shape of logits ",
+                    logits.sizes(), ", not ", ref_logits.sizes());
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  const Tensor y = check_labels(op, labels, rows, args.vocab);
+  args.labels = y.const_data_ptr<int64_t>();
+  args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
+  if (out.has_value()) {
+    set_out(op, args, *out, logits);
+    check_apart(op, *out, "ref_logits", ref_logits);
+    advise_huge_pages(*out);
+  }
+  Tensor kl = at::empty({rows}, at::kFloat);
+  args.kl = kl.mutable_data_ptr<float>();
+  run(GFAST_KERNEL(kl_rows), args, rows);
+  return kl;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gfast, CPU, m) {
+  m.impl("logp_rows", &logp_rows_cpu);
+  m.impl("logp_rows_grad", &logp_rows_grad_cpu);
+  m.impl("weighted_rows", &weighted_rows_cpu);
+  m.impl("kl_rows", &kl_rows_cpu);
+}
+
+}  // namespace gfast
