@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a report, drawn for print (PNG) and for light and dark pages (SVG).
+
+Every axis that is compared between objectives is shared between their panels, so that a small curve is a small effect.
+Values are spread over many orders of magnitude: shared axes are symmetric-log, linear around zero.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from gfast.report.runs import Run
+from gfast.report.style import (
+    DARK,
+    LIGHT,
+    Theme,
+    linear_threshold,
+    log_axis,
+    power,
+    recolor,
+    run_color,
+    run_marker,
+    settings,
+    signed_axis,
+    steps_axis,
+    wrap,
+    zero_line,
+)
+
+MAX_PANEL_GROUPS = 8
+PANELS_PER_BAND = 5
+DPI = 160
+
+
+class Pictures(NamedTuple):
+    """One figure as PNG for print, and as SVG for light and for dark pages."""
+
+    png: bytes
+    light: bytes
+    dark: bytes
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure by name, its title and caption for the page, and how to draw it."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[list[Run], Theme], Figure]
+
+    def render(self, runs: list[Run]) -> Pictures:
+        """The pictures of these runs; the same records give the same bytes."""
+        with matplotlib.rc_context(settings(LIGHT)):
+            figure = self.draw(runs, LIGHT)
+            # Laying out is the slow part: once is enough for both formats.
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine("none")
+            png, svg = io.BytesIO(), io.BytesIO()
+            # Without a date and a tool version the same records give the same file.
+            figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        return Pictures(png.getvalue(), svg.getvalue(), recolor(svg.getvalue(), LIGHT, DARK))
+
+
+def drawings(runs: list[Run]) -> list[Drawing]:
+    """The figures that these runs have data for, in the order of the page."""
+    groups = all_groups(runs)
+    found = []
+    if groups:
+        found.append(
+            Drawing(
+                "geffect",
+                "G-effect of each objective on the forget and the retain set",
+                "Top: total G-effect over optimizer steps, one axis for all objectives (where it is symmetric-log, it "
+                "is linear inside the grey band). Bottom: the same divided by both gradient norms, a cosine, which "
+                "compares objectives of different scale. Below zero a step raises that set's NLL: wanted for unlearn "
+                "(gold, circles), damage for retain (blue, squares).",
+                _draw_totals,
+            )
+        )
+        by_group = _draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat
+        found.append(
+            Drawing(
+                "geffect-groups",
+                "G-effect by layer group",
+                "The same G-effect split over the parameters of each layer group; the groups of a run add up to its "
+                "total. One scale for the whole figure, so that a flat panel is a small effect.",
+                by_group,
+            )
+        )
+    if any(len(run.series(name)[0]) for run in runs for name in _TRAINING):
+        found.append(
+            Drawing(
+                "training",
+                "Loss, mean weight and inverse confidence",
+                "Loss is the value each objective reports: compare its course, not its height. Mean weight is the mean "
+                "over forget tokens of the detached factor on each token's gradient (GA has none, so 1). Inverse "
+                "confidence is the mean of 1/p over forget tokens: the factor by which a falling probability "
+                "amplifies an unweighted gradient.",
+                _draw_training,
+            )
+        )
+    if any(len(run.series("risk", side)[0]) for run in runs for side in ("unlearn", "retain")):
+        found.append(
+            Drawing(
+                "nll",
+                "Forget and retain NLL",
+                "Token-mean NLL of the answers. The right panel is the trade-off, each objective from its start (ring) "
+                "to its last recorded step (marker): up is forgotten, right is damage. Ideal runs go straight up.",
+                _draw_nll,
+            )
+        )
+    return found
+
+
+def all_groups(runs: list[Run]) -> list[str]:
+    """Groups of all runs in the order of the first run that has each."""
+    return list(dict.fromkeys(group for run in runs for group in run.groups))
+
+
+def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    keep = np.isfinite(values)
+    return steps[keep], values[keep]
+
+
+def _values(runs: Iterable[Run], keys: Iterable[tuple[str, str, str]]) -> np.ndarray:
+    keys = list(keys)
+    parts = [_finite(*run.series(*key))[1] for run in runs for key in keys]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _sides(ax: Axes, run: Run, theme: Theme, quantity: str, group: str) -> None:
+    for side, color, marker in (("unlearn", theme.unlearn, "o"), ("retain", theme.retain, "s")):
+        steps, values = _finite(*run.series(quantity, side, group))
+        ax.plot(steps, values, color=color, marker=marker, clip_on=True, zorder=3)
+
+
+def _side_legend(figure: Figure, theme: Theme) -> None:
+    handles = [
+        Line2D([], [], color=theme.unlearn, marker="o", label="unlearn: effect on the forget set (wanted below 0)"),
+        Line2D([], [], color=theme.retain, marker="s", label="retain: effect on the retain set (wanted at or above 0)"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+
+
+def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
+    columns = min(len(runs), PANELS_PER_BAND)
+    bands = math.ceil(len(runs) / PANELS_PER_BAND)
+    figure = Figure(figsize=(max(2.35 * columns + 0.6, 6.4), 4.9 * bands + 0.35), layout="constrained")
+    grid = figure.subplots(2 * bands, columns, squeeze=False, sharey="row")
+    pairs = [
+        (grid[2 * (i // columns), i % columns], grid[2 * (i // columns) + 1, i % columns]) for i in range(len(runs))
+    ]
+    keys = [("g_effect", side, "total") for side in ("unlearn", "retain")]
+    for (top, bottom), run in zip(pairs, runs, strict=True):
+        for ax, quantity in ((top, "g_effect"), (bottom, "cosine")):
+            zero_line(ax, theme)
+            _sides(ax, run, theme, quantity, "total")
+            steps_axis(ax)
+        top.set_title(wrap(run.label), fontweight="bold")
+        top.tick_params(labelbottom=False)
+        bottom.set_xlabel("optimizer step")
+    cosines = np.abs(_values(runs, [("cosine", side, "total") for side in ("unlearn", "retain")]))
+    limit = 1.05 if cosines.max(initial=1.0) > 0.5 else max(1.15 * cosines.max(initial=0.0), 1e-6)
+    signed_axis([top for top, _ in pairs], _values(runs, keys), theme)
+    for _, bottom in pairs:
+        bottom.set_ylim(-limit, limit)
+    for band in range(bands):
+        grid[2 * band, 0].set_ylabel("G-effect\n⟨∇NLL, ∇objective⟩")
+        grid[2 * band + 1, 0].set_ylabel("cosine\n(∇NLL, ∇objective)")
+    for ax in grid.flat:
+        if not ax.lines:
+            ax.set_visible(False)
+    _side_legend(figure, theme)
+    return figure
+
+
+def _draw_groups(runs: list[Run], theme: Theme) -> Figure:
+    groups = all_groups(runs)
+    figure = Figure(figsize=(2.1 * len(groups) + 1.5, 1.55 * len(runs) + 0.9), layout="constrained")
+    grid = figure.subplots(len(runs), len(groups), squeeze=False, sharex="row", sharey=True)
+    for row, run in zip(grid, runs, strict=True):
+        for ax, group in zip(row, groups, strict=True):
+            zero_line(ax, theme)
+            _sides(ax, run, theme, "g_effect", group)
+            steps_axis(ax)
+            ax.tick_params(labelbottom=ax in grid[-1])
+        row[-1].annotate(
+            wrap(run.label),
+            (1.04, 0.5),
+            xycoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=9.5,
+            fontweight="bold",
+        )
+    for ax, group in zip(grid[0], groups, strict=True):
+        ax.set_title(group, fontweight="bold")
+    for ax in grid[-1]:
+        ax.set_xlabel("optimizer step")
+    keys = [("g_effect", side, group) for side in ("unlearn", "retain") for group in groups]
+    signed_axis(grid.flat, _values(runs, keys), theme)
+    figure.supylabel("G-effect ⟨∇NLL, ∇objective⟩", fontsize=9)
+    _side_legend(figure, theme)
+    return figure
+
+
+def _draw_heat(runs: list[Run], theme: Theme) -> Figure:
+    """Many groups (one a layer): a map of group by step, one pair an objective."""
+    from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
+
+    groups = all_groups(runs)
+    height = max(1.9, 0.11 * len(groups) + 0.5)
+    figure = Figure(figsize=(8.4, height * len(runs) + 0.8), layout="constrained")
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    values = _values(runs, [("g_effect", side, group) for side in ("unlearn", "retain") for group in groups])
+    top = np.abs(values).max(initial=1e-12)
+    norm = SymLogNorm(linthresh=linear_threshold(values), vmin=-top, vmax=top)
+    colors = LinearSegmentedColormap.from_list("gold-navy", ["#a86f00", "#f2c14e", "#ffffff", "#7f9fe0", "#1d3a7a"])
+    mesh = None
+    for row, run in zip(grid, runs, strict=True):
+        for ax, side in zip(row, ("unlearn", "retain"), strict=True):
+            steps = run.series("g_effect", side, "total")[0]
+            cells = np.full((len(groups), len(steps)), np.nan)
+            for i, group in enumerate(groups):
+                at, found = run.series("g_effect", side, group)
+                cells[i, np.searchsorted(steps, at)] = found
+            mesh = ax.pcolormesh(np.arange(len(steps) + 1), np.arange(len(groups) + 1), cells, norm=norm, cmap=colors)
+            shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 6)).astype(int))
+            ax.set_xticks(shown + 0.5, [str(steps[i]) for i in shown])
+            named = np.unique(np.linspace(0, len(groups) - 1, min(len(groups), 12)).astype(int))
+            ax.set_yticks(named + 0.5, [groups[i] for i in named])
+            ax.grid(False)
+            ax.set_title(f"{wrap(run.label)}\n{side}", fontweight="bold", loc="left")
+    for ax in grid[-1]:
+        ax.set_xlabel("optimizer step")
+    bar = figure.colorbar(mesh, ax=list(grid.flat), fraction=0.04, pad=0.02)
+    exponent = math.floor(math.log10(top))
+    bar.set_ticks([-(10.0**exponent), 0, 10.0**exponent], labels=[power(-(10.0**exponent)), "0", power(10.0**exponent)])
+    bar.set_label("G-effect (below zero: a step raises this set's NLL)")
+    return figure
+
+
+_TRAINING = {
+    "loss": "loss (the objective's own value)",
+    "mean_weight": "mean weight",
+    "mean_inverse_confidence": "mean inverse confidence 1/p",
+}
+
+
+def _objective_lines(ax: Axes, runs: list[Run], theme: Theme, quantity: str, side: str = "") -> None:
+    for i, run in enumerate(runs):
+        steps, values = _finite(*run.series(quantity, side))
+        ax.plot(steps, values, color=run_color(theme, i), marker=run_marker(i))
+    steps_axis(ax)
+    ax.set_xlabel("optimizer step")
+
+
+def _objective_legend(figure: Figure, runs: list[Run], theme: Theme) -> None:
+    handles = [
+        Line2D([], [], color=run_color(theme, i), marker=run_marker(i), label=run.label) for i, run in enumerate(runs)
+    ]
+    longest = max(len(run.label) for run in runs)
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(runs), 120 // (longest + 6))))
+
+
+def _draw_training(runs: list[Run], theme: Theme) -> Figure:
+    present = [name for name in _TRAINING if any(len(_finite(*run.series(name))[0]) for run in runs)]
+    figure = Figure(figsize=(max(3.6 * len(present), 6.4), 3.5), layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+        _objective_lines(ax, runs, theme, name)
+        values = _values(runs, [(name, "", "")])
+        if name == "mean_inverse_confidence" and values.min() > 0:
+            log_axis(ax, values)
+        elif name == "loss":
+            zero_line(ax, theme)
+            signed_axis([ax], values, theme)
+        else:
+            ax.set_ylim(bottom=min(0.0, values.min() * 1.05))
+        ax.set_title(_TRAINING[name], fontweight="bold")
+    _objective_legend(figure, runs, theme)
+    return figure
+
+
+def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
+    figure = Figure(figsize=(10.8, 3.6), layout="constrained")
+    forget, retain, both = figure.subplots(1, 3)
+    values = _values(runs, [("risk", side, "") for side in ("unlearn", "retain")])
+    logarithmic = values.min() > 0 and values.max() > 20 * values.min()
+    for ax, side, title in (
+        (forget, "unlearn", "forget set: wanted up"),
+        (retain, "retain", "retain set: wanted flat"),
+    ):
+        _objective_lines(ax, runs, theme, "risk", side)
+        ax.set_title(title, fontweight="bold")
+        if logarithmic:
+            log_axis(ax, values)
+    forget.set_ylabel("NLL (nats per answer token)")
+    for i, run in enumerate(runs):
+        steps_u, on_forget = _finite(*run.series("risk", "unlearn"))
+        steps_r, on_retain = _finite(*run.series("risk", "retain"))
+        shared, at_u, at_r = np.intersect1d(steps_u, steps_r, return_indices=True)
+        if not len(shared):
+            continue
+        color = run_color(theme, i)
+        both.plot(on_retain[at_r], on_forget[at_u], color=color, marker=run_marker(i), markevery=[-1], markersize=7)
+        both.plot(on_retain[at_r][:1], on_forget[at_u][:1], color=color, marker="o", fillstyle="none", markersize=7)
+    both.set_title("trade-off", fontweight="bold")
+    both.set_xlabel("retain NLL (right: damage)")
+    both.set_ylabel("forget NLL (up: forgotten)")
+    if logarithmic:
+        log_axis(both, values)
+        both.set_xscale("log")
+        both.xaxis.set_major_locator(both.yaxis.get_major_locator())
+        both.set_xlim(both.get_ylim())
+        both.xaxis.set_major_locator(FixedLocator(both.yaxis.get_majorticklocs()))
+        both.xaxis.set_major_formatter(both.yaxis.get_major_formatter())
+        both.xaxis.set_minor_locator(NullLocator())
+    _objective_legend(figure, runs, theme)
+    return figure

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One self-contained page from recorded runs: figures, table, settings and what the numbers say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gfast.report.figures import drawings
+from gfast.report.runs import Run, load_runs
+from gfast.report.tables import COLUMNS, HARM, cells, markdown, reading, summarize
+
+# As on the page; HTML here is ours, everything that comes from a run is escaped by the template.
+FORMULAS = {
+    "GA": ("mean log p", "w = 1"),
+    "WGA": ("mean w log p", "w = p<sup>α</sup>"),
+    "SatImp": ("mean w log p", "w = p<sup>β₁</sup>(1 − p)<sup>β₂</sup>"),
+    "TNPO": ("mean w log p", "w = 2 p<sup>β</sup> / (p<sup>β</sup> + p₀<sup>β</sup>)"),
+    "WTNPO": ("mean w log p", "w = p<sup>α</sup> · 2 p<sup>β</sup> / (p<sup>β</sup> + p₀<sup>β</sup>)"),
+    "NPO": ("(2/β) log(1 + (p/p₀)<sup>β</sup>), p of the whole answer", "w = 2 σ(β log(p/p₀)), one per answer"),
+    "SimNPO": ("−(2/β) log σ(β(NLL/length − δ))", "w = 2 σ(−β(NLL/length − δ)) / length, one per answer"),
+    "DPO": ("−(2/β) log σ(βΔ), Δ = log(p/p₀) of the preferred minus of the rejected answer", "w = ±2 σ(−βΔ)"),
+    "PO": ("mean NLL of a refusal", "w = −1 on the refusal's tokens"),
+    "NLL": ("mean NLL", "w = −1"),
+    "KL": ("mean KL(p₀ ‖ p) over the vocabulary", "a retain term"),
+    "RMU": ("mean ‖h<sub>l</sub> − c u‖² / D", "on hidden states"),
+    "RR": ("mean ‖h<sub>l</sub> − h<sub>l</sub>⁰‖² / D", "a retain term on hidden states"),
+}  # fmt: skip
+
+
+def build_report(
+    run_folders: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    title: str = "G-effect report",
+    samples: Iterable[dict[str, Any]] = (),
+) -> Path:
+    """Write `figures/*.png`, `table.md`, `table.json` and `report.html` from recorded runs and return the page's path.
+
+    Args:
+        run_folders: folders with `records/step-*.parquet` (and `run.json`), as `UnlearnTrainer` writes them, in the
+            order of the page.
+        out: folder of the report; it is created, and what an earlier report wrote there is replaced.
+        title: heading of the page.
+        samples: optional answers to show, dicts with `set` ("forget" or "retain"), `question`, `answer` (the text that
+            was learned) and `replies` (a dict from the name of a model to what it says).
+
+    The page holds everything it shows and needs no network; only its links to the Parquet files lead out, relative to
+    `out`. Each file is written whole or not at all, the page last.
+
+    Errors: ValueError for no folder or the same folder twice; FileNotFoundError naming a folder without records.
+
+    >>> from gfast.report import build_report
+    >>> build_report(["demo/runs/ga", "demo/runs/npo"], "demo", title="GA and NPO")   # doctest: +SKIP
+    PosixPath('demo/report.html')
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    from gfast.training.files import whole_file
+
+    out = Path(out)
+    runs = load_runs([Path(folder) for folder in run_folders])
+    summaries = [summarize(run) for run in runs]
+    figures = []
+    for drawing in drawings(runs):
+        pictures = drawing.render(runs)
+        _write(out / "figures" / f"{drawing.name}.png", pictures.png)
+        figures.append({"drawing": drawing, "light": _data_uri(pictures.light), "dark": _data_uri(pictures.dark)})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gfast.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=title,
+        runs=runs,
+        columns=COLUMNS,
+        rows=[(cells(summary), reading(summary)) for summary in summaries],
+        limits=[limit for limit, _, _ in HARM[:-1]],
+        figures=figures,
+        formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],
+        shared=shared_settings(runs),
+        own=own_settings(runs),
+        files=[(run, [(_link(path, out), path.name) for path in run.record_files]) for run in runs],
+        samples=list(samples),
+    )
+    _write(out / "table.md", markdown(summaries).encode())
+    _write(out / "table.json", (json.dumps(summaries, indent=2, ensure_ascii=False) + "\n").encode())
+    with whole_file(out / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return out / "report.html"
+
+
+def _write(path: Path, content: bytes) -> None:
+    from gfast.training.files import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _link(path: Path, out: Path) -> str:
+    return quote(Path(os.path.relpath(path, out)).as_posix())
+
+
+def _formulas(runs: list[Run]) -> list[tuple[str, tuple[str, str]]]:
+    used = {name for run in runs for name in re.findall(r"\w+", run.objective)}
+    return [(name, formula) for name, formula in FORMULAS.items() if name in used]
+
+
+def flatten(info: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as one level of `outer.inner` names with readable values.
+
+    >>> flatten({"seed": 0, "model": {"hidden": 128}, "argv": ["a", "b"]})
+    {'seed': '0', 'model.hidden': '128', 'argv': 'a b'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in info.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{name}."))
+        elif isinstance(value, (list, tuple)):
+            flat[name] = " ".join(str(item) for item in value)
+        else:
+            flat[name] = f"{value:g}" if isinstance(value, float) else str(value)
+    return flat
+
+
+def shared_settings(runs: list[Run]) -> dict[str, str]:
+    """The settings that every run has in common."""
+    flat = [flatten(run.info) for run in runs]
+    return {key: value for key, value in flat[0].items() if all(other.get(key) == value for other in flat)}
+
+
+def own_settings(runs: list[Run]) -> list[tuple[str, dict[str, str]]]:
+    """What is left of each run's settings, by its label."""
+    shared = shared_settings(runs)
+    return [(run.label, {k: v for k, v in flatten(run.info).items() if k not in shared}) for run in runs]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report knows of a run: its records as series over optimizer steps, and its settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_FIXED_ORDER = {"embed": 0, "embed+lm": 1, "shallow": 2, "middle": 3, "deep": 4, "lm": 10**6, "total": 10**7}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One unlearning run read back from its folder."""
+
+    folder: Path
+    label: str
+    objective: str
+    info: dict[str, Any]
+    records: pd.DataFrame
+
+    def series(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of one recorded quantity, ordered by step; both empty where it was not recorded.
+
+        Values that are not finite are returned as they are, so that a caller can count them.
+        """
+        rows = self.records
+        rows = rows[(rows["quantity"] == quantity) & (rows["side"] == side) & (rows["group"] == group)]
+        rows = rows.sort_values("step", kind="stable")
+        return rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64)
+
+    @property
+    def groups(self) -> list[str]:
+        """Layer groups with a recorded G-effect, from the input of the model to its output, without the total."""
+        names = self.records.loc[self.records["quantity"] == "g_effect", "group"].unique()
+        return sorted((name for name in names if name != "total"), key=_depth)
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.unique(self.records["step"].to_numpy(np.int64))
+
+    @property
+    def record_files(self) -> list[Path]:
+        return sorted((self.folder / "records").glob("*.parquet"))
+
+
+def _depth(group: str) -> tuple[float, str]:
+    if group in _FIXED_ORDER:
+        return (_FIXED_ORDER[group], group)
+    number = re.search(r"\d+", group)
+    return (100 + int(number.group()) if number else 99, group)
+
+
+def load_runs(folders: list[Path]) -> list[Run]:
+    """Read run folders in the given order. Runs of the same objective are told apart by the name of their folder.
+
+    Raises:
+        FileNotFoundError: a folder has no records.
+        ValueError: no folder was given, or one was given twice.
+    """
+    from gfast.training.records import read_records, read_run_info
+
+    folders = [Path(folder) for folder in folders]
+    if not folders:
+        raise ValueError("a report needs at least one run folder (a folder with run.json and records/)")
+    twice = {folder for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1}
+    if twice:
+        raise ValueError(f"run folder given twice: {min(map(str, twice))}")
+    read = []
+    for folder in folders:
+        if not any((folder / "records").glob("*.parquet")):
+            raise FileNotFoundError(
+                f"{folder} holds no records: expected {folder / 'records'}/step-*.parquet; "
+                "pass the folder of a run made by UnlearnTrainer with geffect_every set, or by gfast demo"
+            )
+        info = read_run_info(folder) if (folder / "run.json").exists() else {}
+        # A folder may hold several objectives measured along one run (gfast geffect): each is a curve of its own.
+        frame = read_records(folder)
+        for objective, rows in frame.groupby("objective", sort=False):
+            read.append((folder, str(objective), info, rows.reset_index(drop=True)))
+    names = [_short(objective) for _, objective, _, _ in read]
+    return [
+        Run(folder, name if names.count(name) == 1 else f"{name} · {folder.name}", objective, info, frame)
+        for name, (folder, objective, info, frame) in zip(names, read, strict=True)
+    ]
+
+
+def _short(objective: str) -> str:
+    """The label of an objective on the page: "GA() + KL()" reads "GA + KL"."""
+    return objective.replace("()", "")

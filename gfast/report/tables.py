@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a report: one summary per run, as data, as Markdown, and read aloud in plain sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gfast.report.runs import Run
+
+# A first-order effect under this share of the two gradient norms is called flat: rounding noise, not direction.
+FLAT_COSINE = 1e-3
+
+# Verdicts by retain harm per unlearning; the page prints these limits.
+HARM = ((0.1, "little", "good"), (0.5, "some", "fair"), (math.inf, "heavy", "bad"))
+
+COLUMNS = (
+    ("objective", "Objective"),
+    ("forget_nll", "Forget NLL, before → after"),
+    ("retain_nll", "Retain NLL, before → after"),
+    ("unlearn_peak", "Strongest unlearn G-effect (step)"),
+    ("retain_damage", "Worst retain G-effect (step)"),
+    ("retain_negative", "Recorded steps with retain < 0"),
+    ("damage_ratio", "Retain harm per unlearning"),
+)
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """The summary of one run, JSON-ready; None stands for what was not recorded.
+
+    `unlearn_peak` and `retain_damage` are the lowest totals with their steps (`retain_damage` is None where the retain
+    G-effect was never below zero). `damage_ratio` is the sum of the negative retain totals over the sum of the negative
+    unlearn totals, over the recorded steps. `nonfinite` counts recorded values that are not finite: they are left out.
+    """
+    unlearn_steps, unlearn, bad_unlearn = _clean(run, "g_effect", "unlearn", "total")
+    retain_steps, retain, bad_retain = _clean(run, "g_effect", "retain", "total")
+    _, cosine, _ = _clean(run, "cosine", "retain", "total")
+    harm = np.abs(retain[retain < 0]).sum()
+    gain = np.abs(unlearn[unlearn < 0]).sum()
+    return {
+        "run": run.folder.name,
+        "label": run.label,
+        "objective": run.objective,
+        "recorded_steps": len(run.steps),
+        "last_step": int(run.steps[-1]) if len(run.steps) else None,
+        "forget_nll": _ends(run, "unlearn"),
+        "retain_nll": _ends(run, "retain"),
+        "unlearn_peak": _lowest(unlearn_steps, unlearn),
+        "unlearn_negative": {"steps": int((unlearn < 0).sum()), "of": len(unlearn)} if len(unlearn) else None,
+        "retain_damage": _lowest(retain_steps, retain),
+        "retain_negative": {"steps": int((retain < 0).sum()), "of": len(retain)} if len(retain) else None,
+        "retain_lowest_cosine": float(cosine.min()) if len(cosine) else None,
+        "damage_ratio": float(harm / gain) if gain > 0 and len(retain) else None,
+        "unlearn_total": float(unlearn.sum()) if len(unlearn) else None,
+        "retain_total": float(retain.sum()) if len(retain) else None,
+        "peaks_by_group": {
+            group: {
+                side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in ("unlearn", "retain")
+            }
+            for group in run.groups
+        },
+        "nonfinite": bad_unlearn + bad_retain + sum(_clean(run, "risk", side, "")[2] for side in ("unlearn", "retain")),
+    }  # fmt: skip
+
+
+def _clean(run: Run, quantity: str, side: str, group: str) -> tuple[np.ndarray, np.ndarray, int]:
+    steps, values = run.series(quantity, side, group)
+    keep = np.isfinite(values)
+    return steps[keep], values[keep], int((~keep).sum())
+
+
+def _ends(run: Run, side: str) -> dict[str, float | int] | None:
+    steps, values, _ = _clean(run, "risk", side, "")
+    if not len(values):
+        return None
+    return {
+        "first_step": int(steps[0]),
+        "before": float(values[0]),
+        "last_step": int(steps[-1]),
+        "after": float(values[-1]),
+    }
+
+
+def _lowest(steps: np.ndarray, values: np.ndarray) -> dict[str, float | int] | None:
+    """The lowest value below zero and the first step that has it; None where nothing is below zero."""
+    if not len(values) or values.min() >= 0:
+        return None
+    i = int(values.argmin())
+    return {"value": float(values[i]), "step": int(steps[i])}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits with a real minus sign; large and small numbers as powers of ten; a dash for None."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    else:
+        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "−")
+
+
+def cells(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as the texts of one table row, keyed as in `COLUMNS`."""
+    found = {"objective": summary["label"]}
+    for key in ("forget_nll", "retain_nll"):
+        ends = summary[key]
+        found[key] = f"{number(ends['before'])} → {number(ends['after'])}" if ends else "–"
+    for key, count in (("unlearn_peak", "unlearn_negative"), ("retain_damage", "retain_negative")):
+        lowest = summary[key]
+        none = "never below 0" if summary[count] else "–"
+        found[key] = f"{number(lowest['value'])} ({lowest['step']})" if lowest else none
+    counted = summary["retain_negative"]
+    found["retain_negative"] = f"{counted['steps']} of {counted['of']}" if counted else "–"
+    found["damage_ratio"] = number(summary["damage_ratio"])
+    return found
+
+
+def markdown(summaries: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown; pipes, markup and line breaks in names are escaped."""
+    lines = ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    for summary in summaries:
+        row = cells(summary)
+        lines.append("| " + " | ".join(_escape(row[key]) for key, _ in COLUMNS) + " |")
+    note = (
+        "Retain harm per unlearning is the sum of the negative retain G-effects divided by the sum of the negative "
+        "unlearn G-effects over the recorded steps: 0 is no harm, 1 is as much harm as unlearning."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def _escape(text: str) -> str:
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\|`*_[]" else c for c in text)
+
+
+def reading(summary: dict[str, Any]) -> dict[str, str]:
+    """An honest reading of one run, from its numbers alone: `verdict` (a few words), `tone` and `text` (sentences)."""
+    unlearn, retain = summary["unlearn_negative"], summary["retain_negative"]
+    if not unlearn or not retain:
+        return {"verdict": "no G-effect recorded", "tone": "plain", "text": "This run recorded no total G-effect."}
+    parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
+    forget, kept = summary["forget_nll"], summary["retain_nll"]
+    if forget and kept:
+        gained, lost = forget["after"] - forget["before"], kept["after"] - kept["before"]
+        sentence = (
+            f"NLL went from {number(forget['before'])} to {number(forget['after'])} on the forget set and from "
+            f"{number(kept['before'])} to {number(kept['after'])} on the retain set"
+        )
+        if gained > 0 and lost > 0:
+            sentence += f": {number(lost / gained)} nats lost on retain for each nat forgotten"
+        parts.append(sentence + ".")
+    if summary["nonfinite"]:
+        parts.append(f"{summary['nonfinite']} recorded values were not finite and are left out.")
+    verdict, tone = _verdict(summary)
+    return {"verdict": verdict, "tone": tone, "text": " ".join(parts)}
+
+
+def _unlearn_sentence(summary: dict[str, Any]) -> str:
+    counted, peak = summary["unlearn_negative"], summary["unlearn_peak"]
+    if not peak:
+        return (
+            f"The unlearn G-effect was never negative ({counted['of']} recorded steps): this objective did not unlearn."
+        )
+    share = "all" if counted["steps"] == counted["of"] else str(counted["steps"])
+    return (
+        f"The unlearn G-effect was negative at {share} of {counted['of']} recorded steps, strongest at step "
+        f"{peak['step']} ({number(peak['value'])})."
+    )
+
+
+def _retain_sentence(summary: dict[str, Any]) -> str:
+    counted, damage = summary["retain_negative"], summary["retain_damage"]
+    if not damage:
+        return "The retain G-effect stayed non-negative at every recorded step."
+    share = "all" if counted["steps"] == counted["of"] else str(counted["steps"])
+    sentence = (
+        f"The retain G-effect was negative at {share} of {counted['of']} recorded steps; the damage peaked at step "
+        f"{damage['step']} ({number(damage['value'])})"
+    )
+    ratio, cosine = summary["damage_ratio"], summary["retain_lowest_cosine"]
+    if ratio is not None:
+        sentence += f", and over the run came to {number(ratio)} times the unlearning"
+    if cosine is not None and cosine > -FLAT_COSINE:
+        sentence += f" (its cosine never went below {number(-FLAT_COSINE)}: flat to first order)"
+    return sentence + "."
+
+
+def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
+    """The worse of two ratios decides: retain harm per unlearning, to first order (G-effect) and in NLL."""
+    forget, kept = summary["forget_nll"], summary["retain_nll"]
+    gained = forget["after"] - forget["before"] if forget else None
+    if not summary["unlearn_peak"] or (gained is not None and gained <= 0):
+        return "did not unlearn", "bad"
+    ratios = [summary["damage_ratio"]]
+    if gained is not None and kept:
+        ratios.append((kept["after"] - kept["before"]) / gained)
+    ratio = max(r for r in ratios if r is not None)
+    for limit, words, tone in HARM:
+        if ratio < limit:
+            return f"unlearned, {words} retain harm", tone
+    raise AssertionError("the last limit of HARM is infinite")

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report, from records whose numbers are known."""
+
+import base64
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from gfast.report import build_report
+from gfast.report.runs import load_runs
+from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
+from gfast.report.tables import cells, number, reading, summarize
+from gfast.training.records import write_record, write_run_info
+
+GROUPS = ("embed+lm", "shallow", "middle", "deep")
+# Per recorded step: total unlearn and retain G-effect, forget and retain NLL.
+GA_COURSE = {0: (-4.0, 1.0, 0.1, 0.12), 5: (-400.0, -300.0, 2.0, 1.0), 10: (-50.0, -60.0, 9.0, 7.0)}
+MIX_COURSE = {0: (-4.0, 2.0, 0.1, 0.12), 5: (-40.0, 0.5, 1.0, 0.13), 10: (-20.0, 0.0, 2.1, 0.13)}
+
+
+def write_run(folder, objective, course, groups=GROUPS, **info):
+    write_run_info(folder, {"objective": objective, "model": {"hidden": 8}, "seed": 3, **info})
+    for step, (unlearn, retain, forget_nll, retain_nll) in course.items():
+        common = {"run": folder.name, "objective": objective, "step": step, "epoch": step / 5}
+        rows = []
+        for side, total, nll in (("unlearn", unlearn, forget_nll), ("retain", retain, retain_nll)):
+            shares = {group: total / len(groups) for group in groups} | {"total": total}
+            rows += [{"quantity": "g_effect", "side": side, "group": g, "value": v} for g, v in shares.items()]
+            rows += [{"quantity": "cosine", "side": side, "group": g, "value": v / 500} for g, v in shares.items()]
+            rows.append({"quantity": "risk", "side": side, "value": nll})
+        rows += [
+            {"quantity": "loss", "value": -forget_nll},
+            {"quantity": "mean_weight", "value": 1 / (1 + step)},
+            {"quantity": "mean_inverse_confidence", "value": 2.0**step},
+        ]
+        write_record(folder, [common | row for row in rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with two runs and their report."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = [
+        write_run(folder / "runs" / "ga", "GA()", GA_COURSE, device="cpu"),
+        write_run(folder / "runs" / "mix", "NPO(beta=0.1) + KL()", MIX_COURSE, device="cpu"),
+    ]
+    assert build_report(runs, folder, title="Two objectives") == folder / "report.html"
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what the tests look at."""
+
+    VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.urls, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.urls += [(tag, name, value) for name, value in attributes if name in ("src", "srcset", "href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def test_page_is_whole_and_self_contained(built):
+    source = (built / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert {"title", "table", "figure", "img", "picture"} <= set(page.tags)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in source and "@import" not in source
+    for tag, name, url in page.urls:
+        if tag in ("img", "source"):
+            assert name in ("src", "srcset") and url.startswith("data:image/svg+xml;base64,")
+        else:
+            assert tag == "a" and "://" not in url
+            assert (built / url).is_file(), url
+    records = [url for _, _, url in page.urls if url.endswith(".parquet")]
+    assert records[0] == "runs/ga/records/step-00000000.parquet" and len(records) == 6
+    text = " ".join("".join(page.text).split())
+    assert "Two objectives" in text and "NPO(beta=0.1) + KL" in text and "model.hidden" in text
+    assert not [name for name in os.listdir(built) if name.startswith(".")]
+
+
+def test_figures_are_pictures_of_the_records(built):
+    import matplotlib.image
+
+    names = {path.name for path in (built / "figures").iterdir()}
+    assert names == {"geffect.png", "geffect-groups.png", "training.png", "nll.png"}
+    pictures = {name: matplotlib.image.imread(built / "figures" / name) for name in names}
+    gold = [int(LIGHT.unlearn[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    for name, pixels in pictures.items():
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 900, name
+        ink = (pixels[..., :3].sum(-1) < 2.9).mean()
+        assert 0.01 < ink < 0.6, name
+    for name in ("geffect.png", "geffect-groups.png"):
+        close = abs(pictures[name][..., :3] - gold).max(-1) < 0.02
+        assert close.sum() > 300, name
+
+
+def test_same_records_give_the_same_files(built):
+    files = [built / "report.html", built / "table.json", built / "figures" / "geffect.png"]
+    first = [path.read_bytes() for path in files]
+    build_report([built / "runs" / "ga", built / "runs" / "mix"], built, title="Two objectives")
+    assert [path.read_bytes() for path in files] == first
+
+
+def test_dark_figures_have_the_colours_of_the_dark_page(built):
+    source = (built / "report.html").read_text()
+    dark, light = (base64.b64decode(uri).decode() for uri in re.findall(r"svg\+xml;base64,([\w+/=]+)", source)[:2])
+    for theme, other, svg in ((DARK, LIGHT, dark), (LIGHT, DARK, light)):
+        for name in ("paper", "ink", "unlearn", "retain"):
+            assert getattr(theme, name) in svg and getattr(other, name) not in svg, (theme.name, name)
+
+
+def test_many_layer_groups_become_a_map(tmp_path):
+    groups = ("embed", *(f"layer {i}" for i in range(30)), "norm", "lm")
+    folder = write_run(tmp_path / "ga", "GA()", GA_COURSE, groups=groups)
+    (run,) = load_runs([folder])
+    assert run.groups[:3] == ["embed", "norm", "layer 0"] or run.groups[1:3] == ["layer 0", "layer 1"]
+    assert run.groups[-1] == "lm" and run.groups.index("layer 9") < run.groups.index("layer 10")
+    build_report([folder], tmp_path / "out")
+    assert (tmp_path / "out" / "figures" / "geffect-groups.png").stat().st_size > 10_000
+
+
+def test_numbers_of_the_table(built):
+    ga, mix = json.loads((built / "table.json").read_text())
+    assert ga["objective"] == "GA()" and ga["label"] == "GA"
+    assert ga["forget_nll"] == {"first_step": 0, "before": 0.1, "last_step": 10, "after": 9.0}
+    assert ga["retain_nll"]["after"] == 7.0
+    assert ga["unlearn_peak"] == {"value": -400.0, "step": 5}
+    assert ga["retain_damage"] == {"value": -300.0, "step": 5}
+    assert ga["retain_negative"] == {"steps": 2, "of": 3}
+    assert ga["damage_ratio"] == pytest.approx(360 / 454)
+    assert ga["unlearn_total"] == -454.0 and ga["retain_total"] == -359.0
+    assert ga["peaks_by_group"]["deep"]["unlearn"] == {"value": -100.0, "step": 5}
+    assert mix["retain_damage"] is None and mix["damage_ratio"] == 0.0
+    table = (built / "table.md").read_text().splitlines()
+    assert table[0].count("|") == table[2].count("|") == table[3].count("|")
+    assert table[2].startswith("| GA | 0.1 → 9 | 0.12 → 7 | −400 (5) | −300 (5) | 2 of 3 | 0.793 |")
+    assert "never below 0" in table[3]
+
+
+def test_reading_follows_the_numbers(built):
+    ga, mix = (reading(summarize(run)) for run in load_runs([built / "runs" / "ga", built / "runs" / "mix"]))
+    assert ga["tone"] == "bad" and "heavy retain harm" in ga["verdict"]
+    assert "negative at all of 3 recorded steps, strongest at step 5 (−400)" in ga["text"]
+    assert "negative at 2 of 3 recorded steps; the damage peaked at step 5 (−300)" in ga["text"]
+    assert mix["tone"] == "good" and "stayed non-negative at every recorded step" in mix["text"]
+
+
+def test_reading_of_a_run_that_did_not_unlearn(tmp_path):
+    course = {0: (3.0, 1.0, 0.5, 0.5), 1: (2.0, 1.0, 0.4, 0.4)}
+    (run,) = load_runs([write_run(tmp_path / "nll", "NLL()", course)])
+    said = reading(summarize(run))
+    assert said["tone"] == "bad" and said["verdict"] == "did not unlearn" and "never negative" in said["text"]
+
+
+def test_nll_rise_is_harm_even_where_the_first_order_effect_is_not(tmp_path):
+    course = {0: (-3.0, 0.1, 0.5, 0.5), 1: (-2.0, 0.1, 2.5, 2.4)}
+    (run,) = load_runs([write_run(tmp_path / "x", "GA()", course)])
+    assert "heavy" in reading(summarize(run))["verdict"]
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
+    course = dict(GA_COURSE) | {15: (float("-inf"), float("nan"), float("inf"), 8.0)}
+    folder = write_run(tmp_path / "ga", "GA()", course)
+    build_report([folder], tmp_path / "out")
+    (summary,) = json.loads((tmp_path / "out" / "table.json").read_text(), parse_constant=pytest.fail)
+    assert summary["unlearn_peak"] == {"value": -400.0, "step": 5} and summary["nonfinite"] == 3
+    assert "3 recorded values were not finite" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_text_from_runs_and_data_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script> & $\\frac|1|$"
+    folder = write_run(tmp_path / "ga", f"GA() {evil}", GA_COURSE, data=evil)
+    samples = [{"set": "forget", "question": evil, "answer": evil, "replies": {evil: evil, "empty": ""}}]
+    page_file = build_report([folder], tmp_path / "out", title=evil, samples=samples)
+    page = Page(page_file.read_text())
+    assert "script" not in page.tags
+    assert "".join(page.text).count(evil) >= 8
+    row = (tmp_path / "out" / "table.md").read_text().splitlines()[2]
+    assert "<script" not in row and row.replace("\\|", "").count("|") == 8
+
+
+def test_runs_of_one_objective_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / name, "GA()", GA_COURSE, lr=name) for name in ("seed0", "seed1")]
+    assert [run.label for run in load_runs(folders)] == ["GA · seed0", "GA · seed1"]
+    source = build_report(folders, tmp_path / "out").read_text()
+    assert "../seed0/records/step-00000000.parquet" in source
+
+
+def test_partial_runs_still_make_a_page(tmp_path):
+    row = {"run": "a", "objective": "GA()", "step": 1, "epoch": 0.1, "quantity": "loss", "value": -1.0}
+    write_record(tmp_path / "a", [row])
+    source = build_report([tmp_path / "a"], tmp_path / "out").read_text()
+    assert "no G-effect recorded" in source
+    assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["training.png"]
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="at least one run folder"):
+        build_report([], tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no records"):
+        build_report([tmp_path / "empty"], tmp_path)
+    folder = write_run(tmp_path / "ga", "GA()", GA_COURSE)
+    with pytest.raises(ValueError, match="given twice"):
+        build_report([folder, tmp_path / "x" / ".." / "ga"], tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_helpers():
+    assert number(-0.00001234) == "−1.23e−5" and number(None) == "–" and number(12345.6) == "12346"
+    assert linear_threshold(np.array([0.0, 1e-9, 1e4])) == 0.1
+    assert wrap("NPO(beta=0.1) + KL") == "NPO(beta=0.1) + KL"
+    assert wrap("SatImp(beta1=5.0, beta2=1.0) + 2 KL") == "SatImp(beta1=5.0,\nbeta2=1.0) + 2 KL"
+
+
+def test_cells_show_a_dash_for_what_was_not_recorded(tmp_path):
+    row = {"run": "a", "objective": "GA()", "step": 1, "epoch": 0.1, "quantity": "loss", "value": -1.0}
+    write_record(tmp_path / "a", [row])
+    (run,) = load_runs([tmp_path / "a"])
+    assert set(cells(summarize(run)).values()) == {"GA", "–"}
