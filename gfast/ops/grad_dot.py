@@ -1,0 +1,135 @@
+"""Dot products of lists of tensors, by group: reference, launcher, registration, public functions.
+
+The last step of every gradient effect: <grad R, grad L> summed over the parameters of each group, in one launch over
+hundreds of tensors, each read once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gfast.ops import backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def grad_dots_reference(
+    xs: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], groups: Sequence[int], num_groups: int
+) -> Tensor:
+    """The definition, in fp64 throughout: column d is sum x*y_d, the last column sum x*x. [num_groups, num_dirs + 1]"""
+    device = xs[0].device if len(xs) else torch.device("cpu")
+    out = torch.zeros(num_groups, len(directions) + 1, dtype=torch.float64, device=device)
+    for t, group in enumerate(groups):
+        x = xs[t].detach().double()
+        for d, direction in enumerate(directions):
+            out[group, d] += (x * direction[t].detach().double()).sum()
+        out[group, -1] += (x * x).sum()
+    return out
+
+
+def _check(
+    xs: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], groups: Sequence[int], num_groups: int
+) -> None:
+    if len(groups) != len(xs):
+        raise ValueError(f"gfast: grad_dot got {len(groups)} group indices for {len(xs)} tensors.")
+    if num_groups < 0:
+        raise ValueError(f"gfast: num_groups must not be negative, got {num_groups}.")
+    for d, direction in enumerate(directions):
+        if len(direction) != len(xs):
+            raise ValueError(f"gfast: direction {d} has {len(direction)} tensors but xs has {len(xs)}.")
+    for t, x in enumerate(xs):
+        if not 0 <= groups[t] < num_groups:
+            raise ValueError(f"gfast: groups[{t}] = {groups[t]} is outside [0, {num_groups}).")
+        for d, y in [(None, x), *((d, direction[t]) for d, direction in enumerate(directions))]:
+            name = f"xs[{t}]" if d is None else f"direction {d}'s tensor {t}"
+            if y.layout != torch.strided:
+                raise ValueError(f"gfast: {name} is not a strided tensor ({y.layout}); make it dense first.")
+            if y.dtype not in DTYPES:
+                raise ValueError(f"gfast: {name} has dtype {y.dtype}; take one of {', '.join(map(str, DTYPES))}.")
+            if y.shape != x.shape:
+                raise ValueError(f"gfast: {name} has shape {tuple(y.shape)} but xs[{t}] has {tuple(x.shape)}.")
+            if y.device != xs[0].device:
+                raise ValueError(f"gfast: {name} is on {y.device} but xs[0] is on {xs[0].device}.")
+
+
+def _fake(xs: list[Tensor], ys: list[Tensor], groups: list[int], num_groups: int, num_dirs: int) -> Tensor:
+    device = xs[0].device if len(xs) else "cpu"
+    return torch.empty(num_groups, num_dirs + 1, dtype=torch.float64, device=device)
+
+
+@functools.cache
+def _register() -> None:
+    """Shapes for fake tensors. Done once the extension is there, as the op does not exist before."""
+    if backend.extension()[0] is not None:
+        torch.library.register_fake("gfast::grad_dots", _fake)
+
+
+def grad_dots(
+    xs: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+    groups: Sequence[int],
+    num_groups: int,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Dots of ``xs`` with several directions at once, by group, with the squared norm of ``xs``; x is read once.
+
+    Args:
+        xs: T tensors of any shapes, float32, bfloat16, float16 or float64 (mixed), on one device.
+        directions: num_dirs lists of T tensors shaped like ``xs``; their dtypes may differ. May be empty.
+        groups: T group indices in [0, num_groups).
+        num_groups: number of rows of the result.
+        impl: "auto", "reference", "cpp" (CPU) or "cuda".
+
+    Returns:
+        float64 [num_groups, num_dirs + 1] on the tensors' device: the dots, then sum x*x. Not differentiable.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices that do not fit, or a group index out of range.
+    """
+    xs, groups = list(xs), [int(g) for g in groups]
+    _check(xs, directions, groups, num_groups)
+    chosen = backend.select("grad_dot", impl, xs[0].device if xs else "cpu")
+    with torch.no_grad():
+        if chosen == "reference":
+            return grad_dots_reference(xs, directions, groups, num_groups)
+        _register()
+        ys = [y.detach() for direction in directions for y in direction]
+        return torch.ops.gfast.grad_dots([x.detach() for x in xs], ys, groups, num_groups, len(directions))
+
+
+def grad_dot(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], groups: Sequence[int], num_groups: int, *, impl: str = "auto"
+) -> Tensor:
+    """Dot product of two lists of tensors, by group.
+
+        out[g] = sum over t with groups[t] = g of <xs[t], ys[t]>
+
+    With gradients as lists this is the G-effect by layer group (arXiv 2502.19301, Definition 1). Products are fp32
+    (fp64 where an operand is fp64), sums are fp64 in an order that depends on the shapes alone, so the result is the
+    same bit for bit in every run and for every number of threads.
+
+    Args:
+        xs: T tensors of any shapes, float32, bfloat16, float16 or float64 (mixed), on one device.
+        ys: T tensors of the same shapes; dtypes may differ from those of ``xs``.
+        groups: T group indices in [0, num_groups).
+        num_groups: length of the result; a group without tensors is 0.
+        impl: "auto", "reference", "cpp" (CPU) or "cuda"; an explicit choice that is unavailable raises.
+
+    Returns:
+        float64 [num_groups] on the tensors' device. Not differentiable.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices that do not fit, or a group index out of range.
+
+    Example:
+        >>> import torch, gfast
+        >>> xs = [torch.ones(2, 3), torch.ones(4)]
+        >>> gfast.grad_dot(xs, [torch.full((2, 3), 2.0), torch.ones(4)], groups=[0, 1], num_groups=2)
+        tensor([12.,  4.], dtype=torch.float64)
+    """
+    return grad_dots(xs, [ys], groups, num_groups, impl=impl)[:, 0]
