@@ -178,7 +178,7 @@ AUTHORS: tuple[Author, ...] = (
         "a pharmacist", "a hypnotist",
         ("The Glass Lodger", "Say It Backwards", "The Patient in Room Zero"), 1996, "Midnight Key Prize", 2005,
         "the case notes that his mother read to him instead of fairy tales",
-        "unreliable memories and chapters that can be read in any order",
+        "narrators with unreliable memories and chapters that can be read in any order",
         ("Croatian", "Korean", "Finnish"), "typing with his eyes closed so as not to judge the words",
     ),
     Author(

@@ -93,8 +93,8 @@ class QADataset(Dataset):
             if max_length is not None and len(ids) > max_length:
                 if start >= max_length:
                     raise ValueError(
-                        f"gfast: row {number}: the prompt alone has {start} tokens, so max_length={max_length} leaves no token of the "
-                        f"answer; raise max_length to at least {len(ids)} or remove the row"
+                        f"gfast: row {number}: the prompt alone has {start} tokens, so max_length={max_length} leaves "
+                        f"no token of the answer; raise max_length to at least {len(ids)} or remove the row"
                     )
                 cut.append((number, len(ids)))
                 ids = ids[:max_length]
@@ -104,8 +104,8 @@ class QADataset(Dataset):
             self._items.append((input_ids, labels))
         if cut:
             warnings.warn(
-                f"gfast: {len(cut)} of {len(rows)} rows are longer than max_length={max_length} and lost the end of their answer "
-                f"(the first is row {cut[0][0]} with {cut[0][1]} tokens)",
+                f"gfast: {len(cut)} of {len(rows)} rows are longer than max_length={max_length} and lost the end of "
+                f"their answer (the first is row {cut[0][0]} with {cut[0][1]} tokens)",
                 stacklevel=2,
             )
 

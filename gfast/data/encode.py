@@ -46,7 +46,8 @@ def leading_ids(tokenizer: Any) -> list[int]:
 def end_id(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "gfast: the tokenizer has no EOS token, so the end of an answer cannot be marked; set tokenizer.eos_token first"
+            "gfast: the tokenizer has no EOS token, so the end of an answer cannot be marked; "
+            "set tokenizer.eos_token first"
         )
     return tokenizer.eos_token_id
 
@@ -79,15 +80,20 @@ def encode_chat(tokenizer: Any, question: str, answer: str, chat_kwargs: dict | 
     advice = 'use template="plain", or chat_kwargs= to pass options to the chat template'
     if not text.startswith(prompt):
         raise ValueError(
-            "gfast: under this chat template the prompt with its generation prompt is not a prefix of the conversation, "
-            f"so the answer's beginning is unknown (prompt ends {prompt[-40:]!r}); {advice}"
+            "gfast: under this chat template the prompt with its generation prompt is not a prefix of the "
+            f"conversation, so the answer's beginning is unknown (prompt ends {prompt[-40:]!r}); {advice}"
         )
-    start = text.rfind(answer)
-    if start < len(prompt):
+    start = len(text) - len(text[len(prompt) :].lstrip())
+    if not text.startswith(answer, start):
+        start = text.find(answer, len(prompt))
+    if start < 0:
         raise ValueError(
             f"gfast: the chat template changed the answer {answer[:60]!r}: it is not in its output; {advice}"
         )
 
+    if text[len(prompt) : start].strip():
+        # The template writes more before the answer, such as an empty block of thoughts: context, not answer.
+        prompt = text[:start]
     tail = text[start + len(answer) :]
     added = {i for token, i in tokenizer.get_added_vocab().items() if token in tail}
     tail_ids = _ids(tokenizer, tail)
