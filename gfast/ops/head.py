@@ -72,12 +72,12 @@ class ChunkedHead:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dH [N, D] in hidden's dtype, dW [V, D] and db [V] in at least fp32; an unwanted one is empty."""
-        empty = self.hidden.new_empty(0)
-        grad_hidden = empty if self.grad_hidden is None else self.scatter(self.grad_hidden)
+        # Each its own tensor: a custom op may not return the same one twice.
+        grad_hidden = self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden)
         return (
             grad_hidden,
-            empty if self.grad_weight is None else self.grad_weight,
-            empty if self.grad_bias is None else self.grad_bias,
+            self.hidden.new_empty(0) if self.grad_weight is None else self.grad_weight,
+            self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast.objectives import Objective
+from gfast.objectives import RMU, RR, Objective
 from gfast.training.reference import ReferenceCache
 from gfast.training.state import evaluating
 
@@ -72,7 +72,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 def require_reference(batch: Mapping[str, Any], objective: Objective, side: str, model: nn.Module, heads: Any) -> None:
     """ValueError, with what to do, when the batch of `side` lacks what `objective` needs."""
     lacking = {need for need in objective.needs if need.startswith("ref_") and need not in batch}
-    lacking -= {"ref_head"} if heads.get(side) is not None else set()
+    lacking -= set(heads.get(side, ()))
     if lacking and adapters_off(model) is not None:
         lacking -= _FILLED_BY_ADAPTERS_OFF | {"ref_head"}
     if lacking:
@@ -83,6 +83,13 @@ def require_reference(batch: Mapping[str, Any], objective: Objective, side: str,
             f"what={sorted(needed_from_cache(objective))}), "
             f'and pass references={{"{side}": cache}} to UnlearnTrainer'
         )
+
+
+def count(objective: Objective, labels: Tensor) -> int:
+    """What the default reduction of `objective` divides by, for Hugging Face labels [B, T]."""
+    # Objectives on hidden states look at the positions of the labels themselves, those on log-probs at the ones that
+    # score them.
+    return objective.count(labels if isinstance(objective, (RMU, RR)) else labels[..., 1:])
 
 
 def needed_from_cache(objective: Objective) -> set[str]:
@@ -106,7 +113,7 @@ def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any] | N
 def fill_from_adapters_off(model: nn.Module, batch: dict[str, Any], objective: Objective) -> dict[str, Any]:
     """Add the reference values `objective` needs and the batch lacks, from the PEFT model with its adapters off."""
     from gfast import hf
-    from gfast.model_loss import model_logp
+    from gfast.model import model_logp
 
     lacking = (objective.needs & _FILLED_BY_ADAPTERS_OFF) - set(batch)
     off = adapters_off(model) if lacking else None
@@ -116,8 +123,13 @@ def fill_from_adapters_off(model: nn.Module, batch: dict[str, Any], objective: O
     with torch.no_grad(), evaluating(model), off:
         if "ref_logp" in lacking:
             batch["ref_logp"] = model_logp(model, batch).float()  # [B, T]
-        if "ref_hidden" in lacking:
+        head = hf.head(model) if "ref_hidden" in lacking else None
+        if head is not None:
             batch["ref_hidden"] = hf.final_hidden(model, batch)  # [B, T, D]
+            batch |= {
+                "ref_head": head.weight.detach(),
+                "ref_head_bias": None if head.bias is None else head.bias.detach(),
+            }
         if "ref_layer_hidden" in lacking:
             batch["ref_layer_hidden"] = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
     return batch

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from gfast.objectives import Objective
+from gfast.training.batches import to_device
 from gfast.training.records import read_step, write_record
-from gfast.training.state import gradients_kept, rng_kept
+from gfast.training.state import evaluating, gradients_kept, rng_kept
 from gfast.training.terms import run_name
 
 logger = logging.getLogger("gfast")
+_NLL_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 class GEffectCallback(TrainerCallback):
@@ -35,6 +38,8 @@ class GEffectCallback(TrainerCallback):
         groups: "paper", "layer" or a function of the parameter name.
         run_folder: where to write; None is the Trainer's output_dir.
         run: the run's name in the records; None is the folder's name.
+        label: the objective's name in the records, for a single objective; None is `str(objective)`. A run that trains
+            on GA() + NLL() can record the effect of its GA() under the name of the whole.
         options: further arguments for gfast.g_effect (engine=, risk=, direction_dtype=).
 
     >>> from gfast.objectives import GA, WGA
@@ -53,6 +58,7 @@ class GEffectCallback(TrainerCallback):
         groups: Any = "paper",
         run_folder: str | Path | None = None,
         run: str | None = None,
+        label: str | None = None,
         **options: Any,
     ) -> None:
         if every < 0:
@@ -68,6 +74,9 @@ class GEffectCallback(TrainerCallback):
         self.groups = groups
         self.run_folder = run_folder
         self.run = run
+        if label is not None and len(self.objectives) > 1:
+            raise ValueError("label names a single objective; leave it out for several")
+        self.labels = [str(objective) if label is None else label for objective in self.objectives]
         self.options = options
 
     def on_train_begin(
@@ -96,39 +105,42 @@ class GEffectCallback(TrainerCallback):
 
     def _is_measured(self, args: Any, step: int) -> bool:
         found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == "g_effect"}
-        return {str(objective) for objective in self.objectives} <= found
+        return set(self.labels) <= found
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
         from gfast.geffect import g_effect
 
-        forget, retain = (side() if callable(side) else side for side in (self.forget, self.retain))
+        forget, retain = (list(side() if callable(side) else side) for side in (self.forget, self.retain))
         with rng_kept(), gradients_kept(model):
-            effects = g_effect(
-                model, self.objectives, forget=list(forget), retain=list(retain), groups=self.groups, **self.options
-            )
+            effects = g_effect(model, self.objectives, forget=forget, retain=retain, groups=self.groups, **self.options)
+            risks = {"unlearn": nll(model, forget), "retain": nll(model, retain)}
+        if not state.is_world_process_zero:
+            return
         folder = self._folder(args)
         run = run_name(str(folder)) if self.run is None else self.run
         common = {"run": run, "step": state.global_step, "epoch": state.epoch or 0.0}
-        if state.is_world_process_zero:
-            write_record(folder, [{**common, **row} for effect in effects for row in effect_rows(effect)])
-            for effect in effects:
-                logger.info("step %d, G-effect of %s: %s", state.global_step, effect.objective, summary(effect))
+        rows = []
+        for label, effect in zip(self.labels, effects, strict=True):
+            common["objective"] = label
+            rows += [{**common, **row} for row in effect.rows()]
+            rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
+            logger.info("step %d, G-effect of %s: %s", state.global_step, label, summary(effect))
+        write_record(folder, rows)
 
 
-def effect_rows(effect: Any) -> list[dict[str, Any]]:
-    """A GEffect as record rows without run, step and epoch."""
-    rows = []
+@torch.no_grad()
+def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
+    from gfast.model import model_logp
 
-    def add(quantity: str, side: str, group: str, value: float) -> None:
-        row = {"objective": str(effect.objective), "quantity": quantity, "side": side, "group": group}
-        rows.append({**row, "value": float(value)})
-
-    for side in ("unlearn", "retain"):
-        for group, value in getattr(effect, side).items():
-            add("g_effect", side, group, value)
-            add("cosine", side, group, effect.cosine(side, group))
-        add("g_effect", side, "total", effect.total(side))
-    return rows
+    device = next(model.parameters()).device
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    with evaluating(model):
+        for batch in batches:
+            batch = to_device({key: batch[key] for key in _NLL_KEYS if key in batch}, device)
+            total -= model_logp(model, batch).double().sum()
+            tokens += int((batch["labels"][..., 1:] != -100).sum())
+    return float(total) / max(tokens, 1)
 
 
 def summary(effect: Any) -> str:

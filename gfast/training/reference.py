@@ -48,16 +48,18 @@ class ReferenceCache:
         lengths: Sequence[int] | Tensor,
         values: dict[str, Tensor],
         *,
-        head: Tensor | None = None,
+        head: dict[str, Tensor] | None = None,
         layer: int | None = None,
         model_fingerprint: str = "",
         data_fingerprint: str = "",
     ) -> None:
-        """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]."""
+        """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]; `head` holds
+        the batch entries that all samples share: `ref_head` [V, D] and, where there is one, `ref_head_bias` [V].
+        """
         self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64).reshape(-1)  # [S]
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1)  # [S]
         self.values = values
-        self.head = head
+        self.head = dict(head or {})
         self.layer = layer
         self.model_fingerprint = model_fingerprint
         self.data_fingerprint = data_fingerprint
@@ -167,7 +169,7 @@ class ReferenceCache:
             for start in starts:
                 batch = collator([dataset[index] for index in order[start : start + batch_size]])
                 _keep(parts, _forward(model, batch, what, layer), batch)
-            head = _head_weight(model) if "hidden" in what else None
+            head = _head(model) if "hidden" in what else None
         ids = sorted(parts)
         cache = cls(
             ids,
@@ -186,9 +188,7 @@ class ReferenceCache:
         """Write a safetensors file, whole or not at all. OSError, with the path, when that is not possible."""
         from safetensors.torch import save_file
 
-        tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths, **self.values}
-        if self.head is not None:
-            tensors["ref_head"] = self.head
+        tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths, **self.values, **self.head}
         description = {
             "format": FORMAT,
             "what": sorted(self.what),
@@ -243,7 +243,7 @@ class ReferenceCache:
         cache = cls(
             tensors.pop("sample_ids"),
             tensors.pop("lengths"),
-            head=tensors.pop("ref_head", None),
+            head={name: tensors.pop(name) for name in ("ref_head", "ref_head_bias") if name in tensors},
             values=tensors,
             layer=description["layer"],
             model_fingerprint=description["model_fingerprint"],
@@ -305,7 +305,7 @@ def _checked(what: Collection[str], layer: int | None) -> frozenset[str]:
 
 def _forward(model: nn.Module, batch: dict[str, Tensor], what: frozenset[str], layer: int | None) -> dict[str, Tensor]:
     from gfast import hf
-    from gfast.model_loss import model_logp
+    from gfast.model import model_logp
 
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
@@ -332,7 +332,7 @@ def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: 
         parts[sample_id] = {key: value[row].cpu()[mask[row].cpu()].clone() for key, value in found.items()}
 
 
-def _head_weight(model: nn.Module) -> Tensor:
+def _head(model: nn.Module) -> dict[str, Tensor]:
     from gfast import hf
 
     head = hf.head(model)
@@ -340,7 +340,8 @@ def _head_weight(model: nn.Module) -> Tensor:
         raise ValueError(
             f"KL needs the model's linear output head, and {type(model).__name__} has none that gfast knows"
         )
-    return head.weight.detach().cpu().clone()
+    found = {"ref_head": head.weight, "ref_head_bias": head.bias}
+    return {name: tensor.detach().cpu().clone() for name, tensor in found.items() if tensor is not None}
 
 
 def _adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

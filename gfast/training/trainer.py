@@ -67,7 +67,7 @@ class UnlearnTrainer(Trainer):
             raise ValueError(f"references has the keys {sorted(unknown)}; the keys are forget and retain")
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
-        self._heads = {side: cache.head for side, cache in self.references.items() if cache.head is not None}
+        self._heads = {side: cache.head for side, cache in self.references.items()}
         # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -98,7 +98,7 @@ class UnlearnTrainer(Trainer):
             return batch_samples, None
         self._check_batch(batch_samples[0])
         counts = [
-            sum(objective.count(batches.sides(batch)[side]["labels"][..., 1:]) for batch in batch_samples)
+            sum(batches.count(objective, batches.sides(batch)[side]["labels"]) for batch in batch_samples)
             for side, objective, _ in self._parts
         ]
         if self.accelerator.num_processes > 1:
@@ -149,19 +149,19 @@ class UnlearnTrainer(Trainer):
         return loss * self.accelerator.num_processes
 
     def _side_loss(self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str) -> Tensor:
-        from gfast.model_loss import model_loss
+        from gfast.model import model_loss
 
         batch = dict(batch)
-        head = self._heads.get(side)
-        if head is not None and "ref_head" not in batch:
-            if head.device != batch["input_ids"].device:
-                head = self._heads[side] = head.to(batch["input_ids"].device)
-            batch["ref_head"] = head  # [V, D]
+        device = batch["input_ids"].device
+        if side in self._heads:
+            # Moved once: the head is the largest thing that comes with a batch, and it is always the same.
+            self._heads[side] = {name: tensor.to(device) for name, tensor in self._heads[side].items()}
+            batch |= {name: tensor for name, tensor in self._heads[side].items() if name not in batch}
         batch = batches.fill_from_adapters_off(model, batch, objective)
         normalizer = self._normalizers.get(side) if model.training else None
         out = model_loss(model, batch, objective, normalizer=normalizer)
         self.terms.add({f"{side}_loss": out.loss})
-        if side == "forget":
+        if side == "forget" and out.weight is not None:
             self.terms.add_weights(out.weight, out.logp, batch["labels"])
         return out.loss
 
@@ -169,7 +169,7 @@ class UnlearnTrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
-        from gfast.model_loss import model_logp
+        from gfast.model import model_logp
 
         found = batches.sides(self._prepare_inputs(inputs))
         inner = self.accelerator.unwrap_model(model)

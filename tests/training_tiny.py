@@ -1,0 +1,71 @@
+"""A model, a tokenizer and data small enough to train in milliseconds, for the training tests."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gfast.data import (
+    Collator,
+    ForgetRetain,
+    ForgetRetainCollator,
+    PreferenceDataset,
+    QADataset,
+    RefusalDataset,
+    bundled_authors,
+    demo_tokenizer,
+)
+from gfast.training.config import UnlearnConfig
+
+TOKENIZER = demo_tokenizer()
+FORGET_ROWS, RETAIN_ROWS = (rows[:6] for rows in bundled_authors())
+
+
+def tiny_model(seed: int = 0, layers: int = 2, **config) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    settings = {"vocab_size": len(TOKENIZER), "num_hidden_layers": layers, "initializer_range": 0.3, **sizes, **config}
+    return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def datasets(kind: str = "qa", rows=None):
+    rows = FORGET_ROWS if rows is None else rows
+    make = {"qa": QADataset, "refusal": RefusalDataset, "pairs": PreferenceDataset}[kind]
+    return make(rows, TOKENIZER), QADataset(RETAIN_ROWS, TOKENIZER, id_offset=1000)
+
+
+def pairing(kind: str = "qa", rows=None):
+    """Data set and collator of a training with both sides."""
+    forget, retain = datasets(kind, rows)
+    return ForgetRetain(forget, retain, seed=3), ForgetRetainCollator(TOKENIZER)
+
+
+def collator():
+    return Collator(TOKENIZER)
+
+
+def config(folder, **options) -> UnlearnConfig:
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+        "objective": "GA",
+    }
+    return UnlearnConfig(**{**defaults, **options})
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
