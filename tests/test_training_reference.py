@@ -1,0 +1,140 @@
+"""The reference cache: exact values, found by sample, refused for another model or other data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from training_tiny import FORGET_ROWS, TOKENIZER, collator, copied, datasets, tiny_model
+
+from gfast.data import Collator, QADataset
+from gfast.training import files
+from gfast.training.batches import ReferenceJoin, join
+from gfast.training.reference import ReferenceCache
+
+
+def plain_logp(model, batch):
+    """[B, T] aligned with labels, in fp64, with nothing of gfast's in it."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    labels = batch["labels"]
+    scores = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return torch.nn.functional.pad(torch.where(labels[:, 1:] != -100, scores, 0.0), (1, 0))
+
+
+def test_values_do_not_depend_on_the_batches(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    model.train()
+    model.model.layers[0].eval()
+    caches = [
+        ReferenceCache.build(model, data, collator(), what={"logp", "hidden", "layer_hidden"}, layer=1, batch_size=size)
+        for size in (1, 4, 6)
+    ]
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    double = copied(model).double().eval()
+    for index in (0, 5):
+        batch = collator()([data[index]])
+        expected = plain_logp(double, batch)[0]
+        states = double(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+        for cache in caches:
+            found = cache.get(index)
+            assert found["ref_logp"].dtype == torch.float32
+            torch.testing.assert_close(found["ref_logp"].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found["ref_hidden"].double(), states[-1][0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["ref_layer_hidden"].double(), states[1][0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(caches[0].head["ref_head"], model.lm_head.weight)
+    assert caches[0].what == {"logp", "hidden", "layer_hidden"} and len(caches[0]) == 6 and 5 in caches[0]
+
+
+def test_save_and_load_bit_for_bit(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    path = tmp_path / "cache" / "forget.safetensors"
+    built = ReferenceCache.build(model, data, collator(), path, what={"logp", "hidden"})
+    loaded = ReferenceCache.load(path, model=model, dataset=data, what={"logp"})
+    for index in range(len(data)):
+        for key, value in built.get(index).items():
+            assert torch.equal(loaded.get(index)[key], value)
+    assert torch.equal(loaded.head["ref_head"], built.head["ref_head"])
+    again = ReferenceCache.build(model, data, collator(), path)
+    assert again.what == built.what, "an existing file is loaded and not computed again"
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_another_model_other_data_or_too_little_is_refused(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    path = tmp_path / "reference.safetensors"
+    ReferenceCache.build(model, data, collator(), path, what={"layer_hidden"}, layer=1)
+    other = copied(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 2] += 1e-6
+    with pytest.raises(ValueError, match=r"reference.safetensors: .*for another model .*delete the file"):
+        ReferenceCache.load(path, model=other, dataset=data)
+    with pytest.raises(ValueError, match="for another model"):
+        ReferenceCache.load(path, model=copied(model).bfloat16())
+    changed = [dict(entry) for entry in FORGET_ROWS]
+    changed[4]["answer"] += "!"
+    with pytest.raises(ValueError, match="for other data .*delete the file"):
+        ReferenceCache.load(path, model=model, dataset=QADataset(changed, TOKENIZER))
+    with pytest.raises(ValueError, match=r"not \['logp'\]"):
+        ReferenceCache.load(path, what={"logp"})
+    with pytest.raises(ValueError, match="of layer 1, not 0"):
+        ReferenceCache.load(path, what={"layer_hidden"}, layer=0)
+    with pytest.raises(ValueError, match="for another model"):
+        ReferenceCache.build(other, data, collator(), path, what={"layer_hidden"}, layer=1)
+    with pytest.raises(FileNotFoundError, match="no reference cache"):
+        ReferenceCache.load(tmp_path / "none.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        ReferenceCache.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        ReferenceCache.load(path)
+
+
+def test_joined_values_are_aligned_with_the_batch(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    cache = ReferenceCache.build(model, data, collator(), batch_size=2)
+    items = [data[index] for index in (4, 0, 2)]
+    batch = Collator(TOKENIZER, reference=cache)(items)
+    expected = plain_logp(copied(model).double().eval(), batch)
+    torch.testing.assert_close(batch["ref_logp"].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ReferenceJoin(collator(), {"forget": cache})(items)["ref_logp"], batch["ref_logp"])
+
+
+def test_pairs_have_a_reference_for_both_halves():
+    model, (data, _) = tiny_model(), datasets("pairs")
+    cache = ReferenceCache.build(model, data, collator(), batch_size=4)
+    assert len(cache) == 2 * len(data)
+    batch = Collator(TOKENIZER, reference=cache)([data[3], data[1]])
+    expected = plain_logp(copied(model).double().eval(), batch)
+    torch.testing.assert_close(batch["ref_logp"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_that_are_unknown_or_have_changed():
+    model, (data, _) = tiny_model(), datasets()
+    cache = ReferenceCache.build(model, data, collator())
+    with pytest.raises(ValueError, match=r"sample_id 6 is not in the reference cache \(6 samples, ids 0..5\)"):
+        cache.get(6)
+    with pytest.raises(ValueError, match="has 3 tokens, but the reference cache has"):
+        cache.join([0], [3], 8)
+    left = collator()([data[0], data[1]])
+    left = {key: value.flip(1) if value.dim() == 2 else value for key, value in left.items()}
+    with pytest.raises(ValueError, match="padded on the left"):
+        join(cache, left)
+    with pytest.raises(ValueError, match="needs layer="):
+        ReferenceCache.build(model, data, collator(), what={"layer_hidden"})
+    with pytest.raises(ValueError, match="must be some of"):
+        ReferenceCache.build(model, data, collator(), what={"logits"})
+    with pytest.raises(ValueError, match="appears twice"):
+        ReferenceCache.build(model, [data[0], data[0]], collator())
+
+
+def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch):
+    model, (data, _) = tiny_model(), datasets()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(OSError, match="reference.safetensors: No space left"):
+        ReferenceCache.build(model, data, collator(), tmp_path / "reference.safetensors")
+    assert list(tmp_path.iterdir()) == []
