@@ -1,0 +1,108 @@
+"""The data of a measurement: batches by the set they come from, checked before any work, and global counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfast.objectives import RMU, RR, Mix, Objective
+
+# Batch keys that an objective's `needs` translate to. The reference's head and hidden states may also come from a model
+# with its adapters switched off, so only these two can be demanded here.
+_REQUIRED_KEYS = {"ref_logp": "ref_logp", "ref_layer_hidden": "ref_layer_hidden"}
+_OWN_DATA = frozenset({"preferred", "refusal"})
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective on one set: `source` is "forget", "retain" or "objective" (data that only the objective has)."""
+
+    objective: Objective
+    source: str
+
+
+def terms(objective: Objective) -> list[tuple[float, Term]]:
+    """The objective as a linear combination of terms; factors of 0 are left out."""
+    if not isinstance(objective, Objective):
+        raise ValueError(f"an objective of gfast.objectives is needed (such as GA()), not {objective!r}")
+    if not isinstance(objective, Mix):
+        return [(1.0, Term(objective, _source(objective)))]
+    parts = [(float(objective.gamma), Term(objective.forget, _source(objective.forget)))]
+    if objective.retain is not None:
+        parts.append((float(objective.alpha), Term(objective.retain, "retain")))
+    return [(factor, term) for factor, term in parts if factor != 0.0]
+
+
+def risk_terms(risk: Objective) -> list[Term]:
+    """The risk on both sets. Raises ValueError for a Mix and for objectives with data of their own."""
+    if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & _OWN_DATA:
+        raise ValueError(f"risk must be one objective that is evaluated on forget and on retain data, not {risk!r}")
+    return [Term(risk, "forget"), Term(risk, "retain")]
+
+
+def _source(objective: Objective) -> str:
+    return "objective" if objective.needs & _OWN_DATA else "forget"
+
+
+def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
+    """A list of batches from a batch, a list, a DataLoader or a generator. Raises ValueError for what is not one."""
+    listed = [batches] if isinstance(batches, Mapping) else list(batches if batches is not None else ())
+    if not listed:
+        raise ValueError(f"{name}= holds no batch: a gradient effect needs at least one")
+    for index, batch in enumerate(listed):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"{name}: batch {index} is a {type(batch).__name__}, not a dict with input_ids and labels")
+        for key in ("input_ids", "labels"):
+            if not isinstance(batch.get(key), Tensor) or batch[key].dim() != 2:
+                raise ValueError(f"{name}: batch {index} has no {key!r} of shape [B, T]; its keys are {list(batch)}")
+        if batch["labels"].shape != batch["input_ids"].shape:
+            raise ValueError(
+                f"{name}: batch {index} has labels {tuple(batch['labels'].shape)} but input_ids "
+                f"{tuple(batch['input_ids'].shape)}; labels are aligned with input_ids and shifted by gfast"
+            )
+    return listed
+
+
+class Data:
+    """The batches of a measurement by source, with the global counts that losses are divided by."""
+
+    def __init__(self, forget: Any, retain: Any, objective_batches: Any, used: Iterable[Term]) -> None:
+        used = list(used)
+        self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
+        if objective_batches is not None:
+            self.batches["objective"] = as_batches(objective_batches, "objective_batches")
+        self._check(used)
+
+    def counted(self, term: Term) -> tuple[int, list[tuple[int, Mapping[str, Any]]]]:
+        """The global count of the term's reduction, and the batches that have something to count with their indices."""
+        # hidden-state objectives average over the labelled positions themselves, the others over the positions that
+        # predict them
+        start = 0 if isinstance(term.objective, (RMU, RR)) else 1
+        counts = [term.objective.count(batch["labels"][:, start:]) for batch in self.batches[term.source]]
+        return sum(counts), [(index, self.batches[term.source][index]) for index, count in enumerate(counts) if count]
+
+    def _check(self, used: list[Term]) -> None:
+        own = {need: term for term in used for need in term.objective.needs & _OWN_DATA}
+        if own and "objective" not in self.batches:
+            need, term = next(iter(own.items()))
+            data = "pairs (rejected rows, then preferred rows)" if need == "preferred" else "forget questions refused"
+            raise ValueError(f"{term.objective} has data of its own ({data}): pass it as objective_batches=")
+        if len(own) > 1:
+            raise ValueError("DPO and PO take different objective_batches: measure them in two calls")
+        for term in used:
+            for key in (_REQUIRED_KEYS[need] for need in term.objective.needs if need in _REQUIRED_KEYS):
+                for index, batch in enumerate(self.batches[term.source]):
+                    if batch.get(key) is None:
+                        raise ValueError(
+                            f"{term.objective} needs the original model's {key!r}, and batch {index} of the "
+                            f"{term.source} data has none; add it with a ReferenceCache and the collator that joins it"
+                        )
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

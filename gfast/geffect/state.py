@@ -1,0 +1,57 @@
+"""A model lent to a measurement and given back exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients and no foreign gradient hooks inside; everything restored outside, errors included.
+
+    Training flags are set per module without calling train() or eval(), which some modules override with side effects.
+    Hooks on accumulated gradients are taken off for the time, because optimizers that step in such a hook would change
+    the model. Modules that checkpoint activations keep doing so: they only do it in training mode, and losing it could
+    run out of memory; those with dropout of their own are put in evaluation mode all the same.
+    """
+    modules = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    hooks = [(found, dict(found)) for p, _ in grads if (found := getattr(p, "_post_accumulate_grad_hooks", None))]
+    try:
+        for module, training in modules:
+            module.training = training and _checkpoints_without_dropout(module)
+        for parameter, _ in grads:
+            parameter.grad = None
+        for found, _ in hooks:
+            found.clear()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for found, kept in hooks:
+            found.clear()
+            found.update(kept)
+        for parameter, grad in grads:
+            parameter.grad = grad
+        for module, training in modules:
+            module.training = training
+
+
+def _checkpoints_without_dropout(module: nn.Module) -> bool:
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    return not any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """ValueError for parameters of which this process holds only a part."""
+    fully_sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    for name, parameter in model.named_parameters():
+        if fully_sharded or any(hasattr(parameter, mark) for mark in ("device_mesh", "ds_id")):
+            raise ValueError(
+                f"the parameter {name!r} is sharded over processes (FSDP or ZeRO-3), and the stream engine reads whole "
+                f"parameters: measure the gathered model, or one that is replicated (DDP)"
+            )
