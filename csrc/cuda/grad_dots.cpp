@@ -1,0 +1,85 @@
+// gfast::grad_dots on CUDA: builds the tensor table and launches grad_dots_kernel.cu on the current stream, without
+// a host synchronisation.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "cuda/grad_dots_kernel.h"
+#include "grad_dots_plan.h"
+
+namespace gfast {
+
+namespace {
+
+using cuda::DotArgs;
+using cuda::DotRecord;
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+DotRecord make_record(const DotItem& item, int64_t first, int count) {
+  DotRecord r{};
+  r.x = item.x.const_data_ptr();
+  r.x_type = static_cast<uint8_t>(element_type(item.x));
+  r.numel = item.x.numel();
+  r.chunk_start = item.chunk_start;
+  r.group = static_cast<int32_t>(item.group);
+  bool vector = r.x_type != kDouble && aligned(r.x);
+  for (int d = 0; d < count; ++d) {
+    r.y[d] = item.ys[first + d].const_data_ptr();
+    r.y_type[d] = static_cast<uint8_t>(element_type(item.ys[first + d]));
+    vector = vector && r.y_type[d] != kDouble && r.y_type[d] == r.y_type[0] && aligned(r.y[d]);
+  }
+  const int y_type = count > 0 ? r.y_type[0] : r.x_type;
+  r.path = static_cast<uint8_t>(vector ? r.x_type * 3 + y_type : cuda::kGeneralPath);
+  return r;
+}
+
+at::Tensor grad_dots_cuda(at::TensorList xs, at::TensorList ys, at::IntArrayRef groups, int64_t num_groups,
+                          int64_t num_dirs) {
+  const DotPlan plan = plan_grad_dots(xs, ys, groups, num_groups, num_dirs, cuda::kChunk);
+  const auto options = xs[0].options().dtype(at::kDouble).requires_grad(false);
+  if (plan.num_chunks == 0) return at::zeros({num_groups, num_dirs + 1}, options);
+  TORCH_CHECK_VALUE(plan.num_chunks < (int64_t{1} << 31), "gfast: grad_dots got more than 2^47 elements in one call");
+  const c10::cuda::CUDAGuard guard(xs[0].device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  at::Tensor out = at::empty({num_groups, num_dirs + 1}, options);  // [G, D + 1], written whole
+
+  for (int64_t first = 0; first == 0 || first < num_dirs; first += cuda::kMaxDirs) {
+    const int count = static_cast<int>(std::min<int64_t>(cuda::kMaxDirs, num_dirs - first));
+    at::Tensor partial = at::empty({plan.num_chunks, count + 1}, options);  // [chunks, count + 1]
+    DotArgs args{};
+    args.num_records = static_cast<int>(plan.items.size());
+    args.num_groups = static_cast<int>(num_groups);
+    args.num_chunks = plan.num_chunks;
+    args.partial = partial.mutable_data_ptr<double>();
+    args.out = out.mutable_data_ptr<double>();
+    args.out_columns = static_cast<int>(num_dirs + 1);
+    args.first_column = static_cast<int>(first);
+    args.write_squares = first == 0;
+
+    at::Tensor table;  // on the device; lives until both kernels are enqueued
+    if (args.num_records <= cuda::kInlineRecords) {
+      for (int i = 0; i < args.num_records; ++i) args.inline_records[i] = make_record(plan.items[i], first, count);
+    } else {
+      at::Tensor host = at::empty({static_cast<int64_t>(args.num_records * sizeof(DotRecord))},
+                                  at::TensorOptions(at::kByte).pinned_memory(true));
+      auto* records = reinterpret_cast<DotRecord*>(host.mutable_data_ptr<uint8_t>());
+      for (int i = 0; i < args.num_records; ++i) records[i] = make_record(plan.items[i], first, count);
+      table = host.to(xs[0].device(), /*non_blocking=*/true);
+      args.records = reinterpret_cast<const DotRecord*>(table.const_data_ptr());
+    }
+    C10_CUDA_CHECK(cuda::launch_grad_dots(args, count, stream));
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gfast, CUDA, m) { m.impl("grad_dots", &grad_dots_cuda); }
+
+}  // namespace gfast
