@@ -229,8 +229,8 @@ class _Passes:
         for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so it has no "
-                    f"gradient: check the model's weights and, in float16, its range"
+                    f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
+                    f"is no gradient: check the model's weights and, in float16, its range"
                 )
 
     def _dots(self, index: int, x: Tensor) -> Tensor:
