@@ -129,7 +129,8 @@ def test_jsonl_reads_unicode_and_extra_fields(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(
         "\ufeff".encode()
-        + '{"question": "Où ?", "answer": "東京\u2028là", "extra": [1]}\r\n\n{"question": "a", "answer": "\\u00e9"}'.encode()
+        + '{"question": "Où ?", "answer": "東京\u2028là", "extra": [1]}\r\n\n'.encode()
+        + b'{"question": "a", "answer": "\\u00e9"}'
     )
     assert load_jsonl(file) == [
         {"question": "Où ?", "answer": "東京\u2028là", "extra": [1]},
