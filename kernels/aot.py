@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU: `python -m gfast.kernels.aot [sm ...]`.
 
-Prints registers, spilled bytes and shared memory of each kernel for each target (default sm_80, sm_90, sm_100) and exits
-with 1 if one does not compile or spills. The kernels must not have been imported under TRITON_INTERPRET=1.
+Prints registers, spilled bytes and shared memory of each kernel for each target (default sm_80, sm_90, sm_100); the
+exit status is 1 if one does not compile or spills. The kernels must not have been imported under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gfast.kernels import kl, rows, scale
-from gfast.kernels.common import tile
+from gfast.kernels.common import COMPILER, tile
 
 TARGETS = (80, 90, 100)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -33,7 +33,7 @@ class Spec(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]
     aligned: bool  # pointers, strides and V divisible by 16, as in every model but those with an odd vocabulary
 
 
@@ -46,21 +46,21 @@ class Report(NamedTuple):
     vector_loads: bool  # 128-bit global loads
 
 
-def _row_spec(label: str, kernel: Any, dtype: str, vocab: int, types: str, copies: int = 1, **constants: Any) -> Spec:
-    launch = tile(vocab, copies * vocab * ITEMSIZE[dtype], ITEMSIZE[dtype])
-    warps = launch.pop("num_warps")
+def _row_spec(label: str, kernel: Any, dtype: str, vocab: int, types: str, streams: int = 1, **constants: Any) -> Spec:
+    launch = tile(vocab, streams * vocab * ITEMSIZE[dtype], ITEMSIZE[dtype], streams, vocab % 16 == 0)
+    options = {"num_warps": launch.pop("num_warps"), **COMPILER}
     signature = dict(item.split(":") for item in types.replace("$", dtype).split())
-    return Spec(f"{label} {dtype} V={vocab}", kernel, signature, {**constants, **launch}, warps, vocab % 16 == 0)
+    return Spec(f"{label} {dtype} V={vocab}", kernel, signature, {**constants, **launch}, options, vocab % 16 == 0)
 
 
 def specs() -> Iterator[Spec]:
     """The kernels as the launchers start them, over dtypes, real vocabularies and every constexpr branch."""
     head = "logits:*$ row_stride:i32 labels:*i64 "
-    logp = head + "logp:*fp32 stats:*fp32 V:i32"
-    grad = head + "logp:*fp32 stats:*fp32 coef:*fp32 out:*$ out_stride:i32 V:i32"
-    weighted = head + "ref_logp:*fp32 coef_scale:*fp32 logp:*fp32 weight:*fp32 out:*$ out_stride:i32 V:i32"
+    logp = head + "logp:*fp32 stats:*fp32 N:i32 V:i32"
+    grad = head + "logp:*fp32 stats:*fp32 coef:*fp32 out:*$ out_stride:i32 N:i32 V:i32"
+    weighted = head + "ref_logp:*fp32 coef_scale:*fp32 logp:*fp32 weight:*fp32 out:*$ out_stride:i32 N:i32 V:i32"
     kl_types = ("logits:*$ row_stride:i32 ref_logits:*$ ref_stride:i32 labels:*i64 coef_scale:*fp32 kl:*fp32 out:*$ "
-                "out_stride:i32 V:i32")
+                "out_stride:i32 N:i32 V:i32")
     plain = {"scale": 1.0, "softcap": 0.0}
     capped = {"scale": 1.0, "softcap": 30.0}
     wtnpo = {"sign": 1.0, "p_pow": 1.0, "q_pow": 0.5, "beta": 1.0, "has_out": True}
@@ -69,15 +69,16 @@ def specs() -> Iterator[Spec]:
         yield _row_spec("logp_rows", rows.logp_rows_kernel, dtype, vocab, logp, **form)
         yield _row_spec("logp_rows_grad", rows.logp_rows_grad_kernel, dtype, vocab, grad, **form)
         yield _row_spec("weighted_rows", rows.weighted_rows_kernel, dtype, vocab, weighted, **form, **wtnpo)
-        yield _row_spec("kl_rows", kl.kl_rows_kernel, dtype, vocab, kl_types, copies=2, **form,
+        yield _row_spec("kl_rows", kl.kl_rows_kernel, dtype, vocab, kl_types, streams=2, **form,
                         ref_scale=form["scale"], ref_softcap=form["softcap"], has_out=True)
     ga = {"sign": 1.0, "p_pow": 0.0, "q_pow": 0.0, "beta": 0.0, "has_out": False}
     yield _row_spec("weighted_rows forward", rows.weighted_rows_kernel, "bf16", LLAMA3, weighted, **plain, **ga)
-    yield _row_spec("kl_rows forward", kl.kl_rows_kernel, "bf16", LLAMA3, kl_types, copies=2, scale=0.5, softcap=0.0,
+    yield _row_spec("kl_rows forward", kl.kl_rows_kernel, "bf16", LLAMA3, kl_types, streams=2, scale=0.5, softcap=0.0,
                     ref_scale=1.0, ref_softcap=0.0, has_out=False)
     for dtype in ITEMSIZE:
         signature = {"x": f"*{dtype}", "scale": "*fp32", "numel": "i64"}
-        yield Spec(f"scale_ {dtype}", scale.scale_kernel, signature, {"BLOCK": 4096}, 8, True)
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        yield Spec(f"scale_ {dtype}", scale.scale_kernel, signature, {"BLOCK": 4096}, options, True)
 
 
 def compile_spec(spec: Spec, sm: int) -> Report:
@@ -87,7 +88,7 @@ def compile_spec(spec: Spec, sm: int) -> Report:
     divisible = [n for n, kind in spec.signature.items() if spec.aligned or kind.startswith("*")]
     source = ASTSource(spec.kernel, signature, constexprs={(names.index(n),): v for n, v in spec.constants.items()},
                        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": spec.num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=spec.options)
     registers, spilled = _resources(compiled.asm["cubin"])
     vector = re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]) is not None
     return Report(spec, sm, registers, spilled, compiled.metadata.shared, vector)
@@ -119,8 +120,8 @@ def main(targets: list[int]) -> int:
                 print(f"{spec.label:42} {sm:>4} FAILED: {type(error).__name__}: {error}")
                 continue
             failures += r.spilled > 0
-            print(f"{spec.label:42} {sm:>4} {spec.num_warps:>5} {r.registers:>4} {r.spilled:>5} {r.shared:>6}  "
-                  f"{'yes' if r.vector_loads else 'no'}", flush=True)
+            print(f"{spec.label:42} {sm:>4} {spec.options['num_warps']:>5} {r.registers:>4} {r.spilled:>5} "
+                  f"{r.shared:>6}  {'yes' if r.vector_loads else 'no'}", flush=True)
     print("all kernels compile without spills" if not failures else f"{failures} failed or spilled")
     return int(failures > 0)
 

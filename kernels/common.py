@@ -1,4 +1,4 @@
-"""Maths shared by the Triton row kernels: soft-cap, logarithms that keep small values, one online softmax, token weights.
+"""Maths shared by the Triton row kernels: soft-cap, logarithms that keep small values, online softmax, token weights.
 
 Everything is fp32 and built from exp, log and arithmetic only: libdevice is missing in Triton's interpreter, and the
 interpreter must run the very code that the GPU runs. Floats that select code or scale it (scale, softcap, powers, beta,
@@ -18,18 +18,24 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 
-def tile(vocab: int, row_bytes: int, itemsize: int) -> dict[str, int]:
+# Warps that the row kernels put on one SM, over all its programs, and the registers a thread may then use. A thread has
+# 32 bytes in flight: 32 KiB an SM, about twice what HBM latency asks for.
+WARPS_PER_SM = 32
+COMPILER = {"maxnreg": 64, "enable_fp_fusion": True}
+
+
+def tile(vocab: int, row_bytes: int, itemsize: int, streams: int = 1, aligned: bool = True) -> dict[str, int]:
     """Shape of one step over a row: R groups of K neighbouring columns, and the warps that share them.
 
     K columns are 16 bytes, one vector load of one thread, so maxima and sums over K stay inside the thread and the loop
-    needs no barrier. R gives each thread two such loads in flight.
+    needs no barrier; R gives each thread 32 bytes of loads in flight over all `streams` (matrices read together). Rows
+    that are not 16-byte aligned (odd vocabularies) take K = 1, so that neighbouring threads load neighbouring columns.
 
-    The gradient kernels read a row twice and must find it in L2 the second time. A program holds on average half its row
-    between the two reads, so the warps grow with the row: 16 warps (two or three programs an SM) up to 256 KiB, i.e.
-    about 35-50 MB of L2 on 132 SMs in the worst case and half of it on average; 32 warps (one program an SM) above.
-    `row_bytes` counts all rows that one program reads twice (two for the KL).
+    The gradient kernels read a row twice and must find it in L2 the second time. A program holds half its row between
+    the two reads on average, so longer rows get more warps and thereby fewer programs an SM: 4 of 8 warps up to 64 KiB,
+    2 of 16 warps up to 256 KiB, 1 of 32 warps above. On 132 SMs that is at most 34 MB of a 50 MB L2 up to rows of
+    512 KiB (a 256k vocabulary in bf16). `row_bytes` counts all rows that one program reads twice (two for the KL).
     """
-    columns = 16 // itemsize
     if row_bytes <= 8 << 10:
         warps = 4
     elif row_bytes <= 64 << 10:
@@ -38,8 +44,29 @@ def tile(vocab: int, row_bytes: int, itemsize: int) -> dict[str, int]:
         warps = 16
     else:
         warps = 32
-    groups = min(64 * warps, triton.next_power_of_2(triton.cdiv(vocab, columns)))
+    columns = 16 // itemsize if aligned else 1
+    groups = 32 * warps * (2 if aligned else 8) // streams
+    groups = min(groups, triton.next_power_of_2(triton.cdiv(vocab, columns)))
     return {"R": groups, "K": columns, "num_warps": min(warps, max(1, groups // 32))}
+
+
+def launch(*matrices: torch.Tensor, streams: int = 1) -> tuple[tuple[int], dict[str, int | bool]]:
+    """Grid and launch options for [N, V] matrices; the first `streams` of them are read together.
+
+    The grid is no larger than what runs at once and every program walks over rows, so that the number of rows in flight
+    is known, and the warps that finish a row first already load the next one.
+    """
+    rows, vocab = matrices[0].shape
+    itemsize = max(m.itemsize for m in matrices)
+    # Triton's own rule: it emits vector loads only where pointer and row stride are known multiples of 16.
+    aligned = all(m.data_ptr() % 16 == 0 and m.stride(0) % 16 == 0 for m in matrices)
+    row_bytes = vocab * sum(m.itemsize for m in matrices[:streams])
+    options: dict[str, int | bool] = tile(vocab, row_bytes, itemsize, streams, aligned)
+    programs = 2  # the interpreter runs them one after the other
+    if matrices[0].is_cuda:
+        sms = torch.cuda.get_device_properties(matrices[0].device).multi_processor_count
+        programs = sms * (WARPS_PER_SM // options["num_warps"])
+    return (min(rows, programs),), {**options, **COMPILER}
 
 
 def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -47,7 +74,7 @@ def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"gfast: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"gfast: {name} needs stride 1 along the vocabulary, got {tensor.stride(1)}; call .contiguous()")
+        raise ValueError(f"gfast: {name} has stride {tensor.stride(1)} along the vocabulary, not 1; call .contiguous()")
 
 
 @triton.jit
@@ -64,7 +91,7 @@ def tanh_small(x):
 @triton.jit
 def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
-    big = (1.0 - e) / (1.0 + e)
+    big = (1.0 - e) * (1.0 / (1.0 + e))  # the quotient that cap_slope needs too
     return tl.where(tl.abs(x) < 0.625, tanh_small(x), tl.where(x < 0.0, -big, big))
 
 
@@ -122,6 +149,13 @@ def columns(R: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def is_column(y, start, R: tl.constexpr, K: tl.constexpr):
+    # Against 0..K-1, immediates in the instruction: a comparison of whole column numbers would hold each in a register.
+    offset = y - start - tl.arange(0, R) * K
+    return tl.arange(0, K)[None, :] == offset[:, None]  # [R, K]
+
+
+@triton.jit
 def absorb(m, s, z):
     """Add a block z [R, K] to running maxima m [R] and sums s [R] of exp(z - m)."""
     m_new = tl.maximum(m, tl.max(z, 1))
@@ -135,16 +169,17 @@ def max_and_sum(row, y, V, scale: tl.constexpr, softcap: tl.constexpr, policy: t
     """M = max z' and sum exp(z' - M) over all columns of a row but y, in one read. y = -1 leaves none out."""
     block: tl.constexpr = R * K
     cols = columns(R, K)
+    y = y.to(tl.int32)  # 64-bit column numbers would cost two registers each
     m = tl.full((R,), LOWEST, tl.float32)
     s = tl.zeros((R,), tl.float32)
     full = V // block * block
     for start in range(0, full, block):
         z = cap_scale(tl.load(row + start + cols, eviction_policy=policy), scale, softcap)
-        m, s = absorb(m, s, tl.where(start + cols == y, float("-inf"), z))
+        m, s = absorb(m, s, tl.where(is_column(y, start, R, K), float("-inf"), z))
     if full < V:
         at = full + cols
         z = cap_scale(tl.load(row + at, mask=at < V, other=0.0, eviction_policy=policy), scale, softcap)
-        m, s = absorb(m, s, tl.where((at >= V) | (at == y), float("-inf"), z))
+        m, s = absorb(m, s, tl.where((at >= V) | is_column(y, full, R, K), float("-inf"), z))
     top = tl.max(m, 0)
     return top, tl.sum(s * tl.exp(m - top), 0)
 
@@ -194,7 +229,7 @@ def gradient_block(row, out, start, y, V, m, others, target, masked: tl.constexp
     else:
         raw = tl.load(row + at, eviction_policy="evict_first")
     grad = others * tl.exp(cap_scale(raw, scale, softcap) - m)
-    grad = tl.where(at == y, target, grad) * cap_slope(raw, scale, softcap)
+    grad = tl.where(is_column(y, start, R, K), target, grad) * cap_slope(raw, scale, softcap)
     grad = grad.to(out.dtype.element_ty)  # the one rounding
     if masked:
         tl.store(out + at, grad, mask=at < V, eviction_policy="evict_first")
@@ -211,6 +246,7 @@ def gradient_row(row, out, y, V, m, others, target, scale: tl.constexpr, softcap
     """
     block: tl.constexpr = R * K
     blocks = V // block
+    y = y.to(tl.int32)
     if blocks * block < V:
         gradient_block(row, out, blocks * block, y, V, m, others, target, True, scale, softcap, R, K)
     for i in range(blocks):

@@ -1,4 +1,4 @@
-"""KL(q || p) of rows of logits against a reference's, with its gradient, one program a row.
+"""KL(q || p) of rows of logits against a reference's, with its gradient, each program walking over rows.
 
     kl = sum_v q_v (log q_v - log p_v),   q = softmax(ref z'),   p = softmax(z')
     d logits = coef_scale (p - q) dz'/dz
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gfast.kernels.common import LOWEST, absorb, cap_scale, cap_slope, check_rows, columns, tile, zero_row
+from gfast.kernels.common import LOWEST, absorb, cap_scale, cap_slope, check_rows, columns, launch, zero_row
 
 
 @triton.jit
@@ -52,56 +52,56 @@ def kl_gradient_block(row, ref, out, start, V, m_p, c_p, m_q, c_q, masked: tl.co
 
 
 @triton.jit
-def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scale, kl, out, out_stride, V,
+def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scale, kl, out, out_stride, N, V,
                    scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
                    has_out: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    if tl.load(labels + i) != -100:
-        row = logits + i * row_stride
-        ref = ref_logits + i * ref_stride
-        policy: tl.constexpr = "evict_last" if has_out else "evict_first"
-        block: tl.constexpr = R * K
-        cols = columns(R, K)
-        m_p = tl.full((R,), LOWEST, tl.float32)
-        s_p = tl.zeros((R,), tl.float32)
-        m_q = tl.full((R,), LOWEST, tl.float32)
-        s_q = tl.zeros((R,), tl.float32)
-        t = tl.zeros((R,), tl.float32)
-        blocks = V // block
-        for start in range(0, blocks * block, block):
-            z_p = cap_scale(tl.load(row + start + cols, eviction_policy=policy), scale, softcap)
-            z_q = cap_scale(tl.load(ref + start + cols, eviction_policy=policy), ref_scale, ref_softcap)
-            m_p, s_p, m_q, s_q, t = kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q)
-        if blocks * block < V:
-            at = blocks * block + cols
-            z_p = cap_scale(tl.load(row + at, mask=at < V, other=0.0, eviction_policy=policy), scale, softcap)
-            z_q = cap_scale(tl.load(ref + at, mask=at < V, other=0.0, eviction_policy=policy), ref_scale, ref_softcap)
-            z_p = tl.where(at < V, z_p, float("-inf"))
-            z_q = tl.where(at < V, z_q, float("-inf"))
-            m_p, s_p, m_q, s_q, t = kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q)
-        top_p = tl.max(m_p, 0)
-        top_q = tl.max(m_q, 0)
-        share = tl.exp(m_q - top_q)
-        t = tl.sum(share * (t + s_q * ((m_q - top_q) - (m_p - top_p))), 0)
-        sum_p = tl.sum(s_p * tl.exp(m_p - top_p), 0)
-        sum_q = tl.sum(s_q * share, 0)
-        tl.store(kl + i, t / sum_q - (tl.log(sum_q) - tl.log(sum_p)))
-        if has_out:
-            to = out + i * out_stride
-            c = tl.load(coef_scale)
-            c_p = c / sum_p
-            c_q = c / sum_q
-            # Backwards, as in common.gradient_row: the columns read last are the surest to be in cache still.
+    for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        if tl.load(labels + i) != -100:
+            row = logits + i * row_stride
+            ref = ref_logits + i * ref_stride
+            policy: tl.constexpr = "evict_last" if has_out else "evict_first"
+            block: tl.constexpr = R * K
+            cols = columns(R, K)
+            m_p = tl.full((R,), LOWEST, tl.float32)
+            s_p = tl.zeros((R,), tl.float32)
+            m_q = tl.full((R,), LOWEST, tl.float32)
+            s_q = tl.zeros((R,), tl.float32)
+            t = tl.zeros((R,), tl.float32)
+            blocks = V // block
+            for start in range(0, blocks * block, block):
+                z_p = cap_scale(tl.load(row + start + cols, eviction_policy=policy), scale, softcap)
+                z_q = cap_scale(tl.load(ref + start + cols, eviction_policy=policy), ref_scale, ref_softcap)
+                m_p, s_p, m_q, s_q, t = kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q)
             if blocks * block < V:
-                kl_gradient_block(row, ref, to, blocks * block, V, top_p, c_p, top_q, c_q, True, scale, softcap,
-                                  ref_scale, ref_softcap, R, K)
-            for j in range(blocks):
-                kl_gradient_block(row, ref, to, (blocks - 1 - j) * block, V, top_p, c_p, top_q, c_q, False, scale,
-                                  softcap, ref_scale, ref_softcap, R, K)
-    else:
-        tl.store(kl + i, 0.0)
-        if has_out:
-            zero_row(out + i * out_stride, V, R, K)
+                at = blocks * block + cols
+                z_p = tl.load(row + at, mask=at < V, other=0.0, eviction_policy=policy)
+                z_q = tl.load(ref + at, mask=at < V, other=0.0, eviction_policy=policy)
+                z_p = tl.where(at < V, cap_scale(z_p, scale, softcap), float("-inf"))
+                z_q = tl.where(at < V, cap_scale(z_q, ref_scale, ref_softcap), float("-inf"))
+                m_p, s_p, m_q, s_q, t = kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q)
+            top_p = tl.max(m_p, 0)
+            top_q = tl.max(m_q, 0)
+            share = tl.exp(m_q - top_q)
+            t = tl.sum(share * (t + s_q * ((m_q - top_q) - (m_p - top_p))), 0)
+            sum_p = tl.sum(s_p * tl.exp(m_p - top_p), 0)
+            sum_q = tl.sum(s_q * share, 0)
+            tl.store(kl + i, t / sum_q - (tl.log(sum_q) - tl.log(sum_p)))
+            if has_out:
+                to = out + i * out_stride
+                c = tl.load(coef_scale)
+                c_p = c / sum_p
+                c_q = c / sum_q
+                # Backwards, as in common.gradient_row: the columns read last are the surest to be in cache still.
+                if blocks * block < V:
+                    kl_gradient_block(row, ref, to, blocks * block, V, top_p, c_p, top_q, c_q, True, scale, softcap,
+                                      ref_scale, ref_softcap, R, K)
+                for j in range(blocks):
+                    kl_gradient_block(row, ref, to, (blocks - 1 - j) * block, V, top_p, c_p, top_q, c_q, False, scale,
+                                      softcap, ref_scale, ref_softcap, R, K)
+        else:
+            tl.store(kl + i, 0.0)
+            if has_out:
+                zero_row(out + i * out_stride, V, R, K)
 
 
 def kl_rows(
@@ -127,10 +127,10 @@ def kl_rows(
     kl = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         target = logits if out is None else out
-        row_bytes = vocab * (logits.itemsize + ref_logits.itemsize)
+        grid, options = launch(logits, ref_logits, target, streams=2)
         with torch.cuda.device_of(logits):
-            kl_rows_kernel[(rows,)](
+            kl_rows_kernel[grid](
                 logits, logits.stride(0), ref_logits, ref_logits.stride(0), labels.contiguous(), coef_scale, kl, target,
-                target.stride(0), vocab, float(scale), float(softcap), float(ref_scale), float(ref_softcap),
-                out is not None, **tile(vocab, row_bytes, max(logits.itemsize, ref_logits.itemsize)))
+                target.stride(0), rows, vocab, float(scale), float(softcap), float(ref_scale), float(ref_softcap),
+                out is not None, **options)
     return kl

@@ -1,4 +1,4 @@
-"""Log-probabilities, token weights and logit gradients of rows of logits, one program a row.
+"""Log-probabilities, token weights and logit gradients of rows of logits, each program walking over rows.
 
 With z' the effective logits (soft-cap and scale), y the label and s_other = sum over j != y of exp(z'_j - m):
 
@@ -18,84 +18,85 @@ import triton
 import triton.language as tl
 
 from gfast.kernels.common import (
-    check_rows,
     cap_scale,
+    check_rows,
     gradient_row,
+    launch,
     log1p_positive,
     max_and_sum,
     one_minus_exp,
     target_stats,
-    tile,
     token_weight,
     zero_row,
 )
 
 
 @triton.jit
-def logp_rows_kernel(logits, row_stride, labels, logp, stats, V, scale: tl.constexpr, softcap: tl.constexpr,
+def logp_rows_kernel(logits, row_stride, labels, logp, stats, N, V, scale: tl.constexpr, softcap: tl.constexpr,
                      R: tl.constexpr, K: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    y = tl.load(labels + i)
-    value = 0.0
-    m = 0.0
-    log_total = 0.0
-    if y != -100:
-        row = logits + i * row_stride
-        z_y = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan"))
-        z_y = cap_scale(z_y, scale, softcap)
-        top, rest = max_and_sum(row, y, V, scale, softcap, "evict_first", R, K)
-        m, log_total, value, _, _ = target_stats(z_y, top, rest)
-    tl.store(logp + i, value)
-    tl.store(stats + 2 * i, m)
-    tl.store(stats + 2 * i + 1, log_total)
+    for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        y = tl.load(labels + i)
+        value = 0.0
+        m = 0.0
+        log_total = 0.0
+        if y != -100:
+            row = logits + i * row_stride
+            z_y = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan"))
+            z_y = cap_scale(z_y, scale, softcap)
+            top, rest = max_and_sum(row, y, V, scale, softcap, "evict_first", R, K)
+            m, log_total, value, _, _ = target_stats(z_y, top, rest)
+        tl.store(logp + i, value)
+        tl.store(stats + 2 * i, m)
+        tl.store(stats + 2 * i + 1, log_total)
 
 
 @triton.jit
-def logp_rows_grad_kernel(logits, row_stride, labels, logp, stats, coef, out, out_stride, V, scale: tl.constexpr,
+def logp_rows_grad_kernel(logits, row_stride, labels, logp, stats, coef, out, out_stride, N, V, scale: tl.constexpr,
                           softcap: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    y = tl.load(labels + i)
-    if y != -100:
-        m = tl.load(stats + 2 * i)
-        log_total = tl.load(stats + 2 * i + 1)
-        c = tl.load(coef + i)
-        target = c * one_minus_exp(tl.load(logp + i))
-        others = -c * tl.exp(-log_total)
-        gradient_row(logits + i * row_stride, out + i * out_stride, y, V, m, others, target, scale, softcap, R, K)
-    else:
-        zero_row(out + i * out_stride, V, R, K)
+    for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        y = tl.load(labels + i)
+        if y != -100:
+            m = tl.load(stats + 2 * i)
+            log_total = tl.load(stats + 2 * i + 1)
+            c = tl.load(coef + i)
+            target = c * one_minus_exp(tl.load(logp + i))
+            others = -c * tl.exp(-log_total)
+            gradient_row(logits + i * row_stride, out + i * out_stride, y, V, m, others, target, scale, softcap, R, K)
+        else:
+            zero_row(out + i * out_stride, V, R, K)
 
 
 @triton.jit
-def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp, weight, out, out_stride, V,
+def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp, weight, out, out_stride, N, V,
                          sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr, beta: tl.constexpr,
                          scale: tl.constexpr, softcap: tl.constexpr, has_out: tl.constexpr, R: tl.constexpr,
                          K: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    y = tl.load(labels + i)
-    if y != -100:
-        row = logits + i * row_stride
-        z_y = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan"))
-        z_y = cap_scale(z_y, scale, softcap)
-        policy: tl.constexpr = "evict_last" if has_out else "evict_first"
-        top, rest = max_and_sum(row, y, V, scale, softcap, policy, R, K)
-        m, log_total, value, e_y, s_other = target_stats(z_y, top, rest)
-        ref = value
-        if beta > 0.0:
-            ref = tl.load(ref_logp + i).to(tl.float32)
-        # log(1 - p) = -log1p(e_y / s_other) is accurate at both ends: p -> 0, and p -> 1 down to -inf at p = 1.
-        w = token_weight(value, -log1p_positive(e_y / s_other), ref, sign, p_pow, q_pow, beta)
-        tl.store(logp + i, value)
-        tl.store(weight + i, w)
-        if has_out:
-            total = s_other + e_y
-            c = tl.load(coef_scale) * w
-            gradient_row(row, out + i * out_stride, y, V, m, -c / total, c * (s_other / total), scale, softcap, R, K)
-    else:
-        tl.store(logp + i, 0.0)
-        tl.store(weight + i, 0.0)
-        if has_out:
-            zero_row(out + i * out_stride, V, R, K)
+    for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        y = tl.load(labels + i)
+        if y != -100:
+            row = logits + i * row_stride
+            z_y = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan"))
+            z_y = cap_scale(z_y, scale, softcap)
+            policy: tl.constexpr = "evict_last" if has_out else "evict_first"
+            top, rest = max_and_sum(row, y, V, scale, softcap, policy, R, K)
+            m, log_total, value, e_y, s_other = target_stats(z_y, top, rest)
+            ref = value
+            if beta > 0.0:
+                ref = tl.load(ref_logp + i).to(tl.float32)
+            # log(1 - p) = -log1p(e_y / s_other) is accurate at both ends: p -> 0, and p -> 1 down to -inf at p = 1.
+            w = token_weight(value, -log1p_positive(e_y / s_other), ref, sign, p_pow, q_pow, beta)
+            tl.store(logp + i, value)
+            tl.store(weight + i, w)
+            if has_out:
+                total = s_other + e_y
+                c = tl.load(coef_scale) * w
+                target = c * (s_other / total)
+                gradient_row(row, out + i * out_stride, y, V, m, -c / total, target, scale, softcap, R, K)
+        else:
+            tl.store(logp + i, 0.0)
+            tl.store(weight + i, 0.0)
+            if has_out:
+                zero_row(out + i * out_stride, V, R, K)
 
 
 def logp_rows(
@@ -115,9 +116,10 @@ def logp_rows(
     logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
     stats = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
     if rows:
+        grid, options = launch(logits)
         with torch.cuda.device_of(logits):
-            logp_rows_kernel[(rows,)](logits, logits.stride(0), labels.contiguous(), logp, stats, vocab, float(scale),
-                                      float(softcap), **tile(vocab, vocab * logits.itemsize, logits.itemsize))
+            logp_rows_kernel[grid](logits, logits.stride(0), labels.contiguous(), logp, stats, rows, vocab,
+                                   float(scale), float(softcap), **options)
     return logp, stats
 
 
@@ -139,11 +141,11 @@ def logp_rows_grad(
     check_rows("logits", logits, (rows, vocab))
     check_rows("out", out, (rows, vocab))
     if rows:
+        grid, options = launch(logits, out)
         with torch.cuda.device_of(logits):
-            logp_rows_grad_kernel[(rows,)](
+            logp_rows_grad_kernel[grid](
                 logits, logits.stride(0), labels.contiguous(), logp.contiguous(), stats.contiguous(),
-                coef.contiguous(), out, out.stride(0), vocab, float(scale), float(softcap),
-                **tile(vocab, vocab * logits.itemsize, logits.itemsize))
+                coef.contiguous(), out, out.stride(0), rows, vocab, float(scale), float(softcap), **options)
 
 
 def weighted_rows(
@@ -179,10 +181,10 @@ def weighted_rows(
     weight = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         target = logits if out is None else out
+        grid, options = launch(logits, target)
         with torch.cuda.device_of(logits):
-            weighted_rows_kernel[(rows,)](
+            weighted_rows_kernel[grid](
                 logits, logits.stride(0), labels.contiguous(), logp if ref_logp is None else ref_logp.contiguous(),
-                coef_scale, logp, weight, target, target.stride(0), vocab, float(sign), float(p_pow), float(q_pow),
-                float(beta), float(scale), float(softcap), out is not None,
-                **tile(vocab, vocab * logits.itemsize, logits.itemsize))
+                coef_scale, logp, weight, target, target.stride(0), rows, vocab, float(sign), float(p_pow),
+                float(q_pow), float(beta), float(scale), float(softcap), out is not None, **options)
     return logp, weight

@@ -29,4 +29,5 @@ def scale_(x: torch.Tensor, scale: torch.Tensor) -> None:
     if x.numel():
         block = min(4096, triton.next_power_of_2(x.numel()))
         with torch.cuda.device_of(x):
-            scale_kernel[(triton.cdiv(x.numel(), block),)](x, scale, x.numel(), BLOCK=block, num_warps=8)
+            scale_kernel[(triton.cdiv(x.numel(), block),)](x, scale, x.numel(), BLOCK=block, num_warps=8,
+                                                            enable_fp_fusion=True)

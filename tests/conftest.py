@@ -1,4 +1,4 @@
-"""Shared fixtures. Without CUDA, Triton kernels run in its interpreter, which must be chosen before triton is imported."""
+"""Shared fixtures, and Triton's interpreter where there is no CUDA: it must be chosen before triton is imported."""
 
 from __future__ import annotations
 
