@@ -1,8 +1,7 @@
 // Row kernels over logits: log-probs, their gradient, and the weighted loss with its gradient in one visit of a row.
 //
-// A row is read block by block. Each block is first scanned for its maximum, then exp(z' - running maximum) is summed and
-// kept; the kept values of a block are later brought to the row's maximum by one factor, so no exp is taken twice and
-// the logits are read from memory once.
+// A row is read block by block: exp(z' - running maximum) is summed and kept. The kept values of a block are later brought
+// to the row's maximum by one factor, so no exp is taken twice and the logits are read from memory once.
 #include "cpu/kernels/rows.h"
 
 #include <cmath>
@@ -23,65 +22,99 @@ struct RowStats {
   double logp() const { return zy == top ? 0.0 - log1p(other) : (zy - top) - log(total); }
 };
 
-// Sum of exp(z' - top) over a block without entry `skip` (negative: none left out). Kept: exp(z' - top) * slope / scale.
-template <typename T, Map map, bool keep>
-float block_sum(const T* row, int64_t n, int64_t skip, const Mapping& f, float top, float* kept) {
-  const vf t = splat(top);
-  vf sum0{}, sum1{};
-  int64_t j = 0;
-  const auto full = [&](int64_t end) {
-    for (; j + 2 * W <= end; j += 2 * W) {
-      const Mapped a = f.apply<map>(load(row + j));
-      const Mapped b = f.apply<map>(load(row + j + W));
-      const vf ea = exp(a.value - t), eb = exp(b.value - t);
-      if (keep) store(kept + j, map == Map::capped ? ea * a.slope : ea);
-      if (keep) store(kept + j + W, map == Map::capped ? eb * b.slope : eb);
-      sum0 += ea;
-      sum1 += eb;
-    }
-    for (; j + W <= end; j += W) {
-      const Mapped a = f.apply<map>(load(row + j));
-      const vf e = exp(a.value - t);
-      if (keep) store(kept + j, map == Map::capped ? e * a.slope : e);
-      sum0 += e;
-    }
-  };
-  const auto part = [&](int64_t count, int64_t hole) {
-    const Mapped a = f.apply<map>(load_part(row + j, count, -kInf));
-    const vi lane = lane_index();
-    const vf e = exp(a.value - t);
-    if (keep) store_part(kept + j, count, map == Map::capped ? e * a.slope : e);
-    sum0 += select((lane < (int32_t)count) & (lane != (int32_t)hole), e, vf{});
-    j += count;
-  };
-  if (skip >= 0) {
-    full(skip / W * W);
-    part(n - j < W ? n - j : W, skip - j);
+// What a block is reduced to, and the constants it is visited with.
+template <Map map, bool keep>
+struct BlockVisit {
+  const Mapping& f;
+  vf shift;
+  vf sum0{}, sum1{};  // of exp(z' - shift)
+  vf raw0 = splat(-kInf), raw1 = raw0;  // maxima of f.begin(z)
+
+  // One vector: keeps exp(z' - shift) * slope / scale and returns exp(z' - shift).
+  GFAST_INLINE vf one(vf z, float* kept, vf& raw) {
+    const vf begun = f.template begin<map>(z);
+    raw = max(begun, raw);
+    const Mapped x = f.template finish<map>(begun);
+    const vf e = exp(x.value - shift);
+    if constexpr (keep) store(kept, map == Map::capped ? e * x.slope : e);
+    return e;
   }
-  full(n);
-  if (j < n) part(n - j, -1);
-  return reduce_add(sum0 + sum1);
+
+  template <typename T>
+  GFAST_INLINE int64_t whole(const T* row, int64_t j, int64_t end, float* kept) {
+    for (; j + 2 * W <= end; j += 2 * W) {
+      sum0 += one(load(row + j), kept + j, raw0);
+      sum1 += one(load(row + j + W), kept + j + W, raw1);
+    }
+    for (; j + W <= end; j += W) sum0 += one(load(row + j), kept + j, raw0);
+    return j;
+  }
+
+  // The next `count` <= W entries; entry `hole` is left out of the sum.
+  template <typename T>
+  GFAST_INLINE int64_t part(const T* row, int64_t j, int64_t count, int64_t hole, float* kept) {
+    float e_kept[W];
+    const vf e = one(load_part(row + j, count, -kInf), e_kept, raw0);
+    if constexpr (keep) memcpy(kept + j, e_kept, count * sizeof(float));
+    const vi lane = lane_index();
+    sum0 += select((lane < (int32_t)count) & (lane != (int32_t)hole), e, vf{});
+    return j + count;
+  }
+};
+
+struct Block {
+  float sum;  // of exp(z' - shift) without entry `skip` (negative: none left out)
+  float raw;  // maximum of f.begin(z)
+};
+
+template <Map map, bool keep, typename T>
+Block visit_block(const T* row, int64_t n, int64_t skip, const Mapping& f, float shift, float* kept) {
+  BlockVisit<map, keep> v{f, splat(shift)};
+  int64_t j = 0;
+  if (skip >= 0) {
+    j = v.whole(row, j, skip / W * W, kept);
+    j = v.part(row, j, n - j < W ? n - j : W, skip - j, kept);
+  }
+  j = v.whole(row, j, n, kept);
+  if (j < n) v.part(row, j, n - j, -1, kept);
+  return {reduce_add(v.sum0 + v.sum1), reduce_max(max(v.raw0, v.raw1))};
 }
 
-// One visit of a row. kept [vocab] may be the row itself; block_top [blocks] gets the maximum each block was kept at.
+// One visit of a row. kept [vocab] may be an fp32 row itself; block_shift [blocks] gets what each block was kept under.
+//
+// The shift of a block is the maximum of what came before it: its own maximum is found along the way, and only where
+// that is so much greater that exps could overflow (or nothing finite came before) is the block visited again. fp32 rows
+// are scanned for their maximum first, because kept values may already have replaced them.
 template <typename T, Map map, bool keep>
-RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* kept, float* block_top) {
+RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* kept, float* block_shift) {
+  constexpr bool scan_first = sizeof(T) == sizeof(float);
+  constexpr float headroom = 40.0f;
   const Mapped target = f.apply<map>(splat(load_one(row + y)));
   float raw = -kInf, top = -kInf;
   double other = 0;
+  const auto raise = [&](float block_raw) {
+    if (!(block_raw > raw)) return;
+    raw = block_raw;
+    const float before = top;
+    top = f.finish<map>(splat(raw)).value[0];
+    if (other != 0) other *= std::exp((double)before - (double)top);
+  };
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    const float block_raw = f.block_max<map>(row + start, n);
-    if (block_raw > raw) {
-      raw = block_raw;
-      const float before = top;
-      top = f.finish<map>(splat(raw)).value[0];
-      if (other != 0) other *= std::exp((double)before - (double)top);
-    }
-    block_top[start / kBlock] = top;
     const int64_t skip = y >= start && y < start + n ? y - start : -1;
+    if (scan_first || top == -kInf) raise(f.block_max<map>(row + start, n));
     // With everything so far masked (-inf), subtracting the maximum would give NaN; 0 gives exp(-inf) = 0.
-    other += block_sum<T, map, keep>(row + start, n, skip, f, top == -kInf ? 0.0f : top, kept + start);
+    const auto go = [&] {
+      return visit_block<map, keep>(row + start, n, skip, f, top == -kInf ? 0.0f : top, kept + start);
+    };
+    Block block = go();
+    if (!scan_first && f.finish<map>(splat(block.raw)).value[0] - top > headroom) {
+      raise(block.raw);
+      block = go();
+    }
+    block_shift[start / kBlock] = top;
+    other += block.sum;
+    raise(block.raw);
   }
   const double zy = target.value[0];
   return {top, zy, (double)f.scale * target.slope[0], other, other + std::exp(zy - top)};
@@ -95,10 +128,10 @@ void fill_zero(T* out, int64_t n) {
 // out = kept * factor of the block, then the target's entry from 1 - p before its one rounding.
 template <typename T>
 void write_grad(T* out, int64_t vocab, int64_t y, const RowStats& s, double coef, double scale, const float* kept,
-                const float* block_top) {
+                const float* block_shift) {
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
-    const vf c = splat((float)(-coef * scale * std::exp(block_top[start / kBlock] - s.top) / s.total));
+    const vf c = splat((float)(-coef * scale * std::exp(block_shift[start / kBlock] - s.top) / s.total));
     int64_t j = start;
     for (; j + W <= end; j += W) store(out + j, load(kept + j) * c);
     if (j < end) store_part(out + j, end - j, load_part(kept + j, end - j, 0.0f) * c);
@@ -135,7 +168,7 @@ void logp_rows_impl(const LogpArgs& a, int64_t begin, int64_t end, float* scratc
 template <typename T, Map map, bool grad>
 void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Mapping f(a.logits);
-  float* block_top = scratch + a.vocab;
+  float* block_shift = scratch + a.vocab;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t y = a.labels[i];
     T* out = (T*)a.out + i * a.out_stride;
@@ -147,11 +180,11 @@ void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float
     const T* row = (const T*)a.logits.data + i * a.logits.stride;
     float* kept = scratch;
     if constexpr (grad && sizeof(T) == sizeof(float)) kept = out;  // fp32 gradients hold the exps themselves
-    const RowStats s = visit<T, map, grad>(row, a.vocab, y, f, kept, block_top);
+    const RowStats s = visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift);
     const double logp = s.logp(), weight = token_weight(a, s, logp, i);
     a.logp[i] = (float)logp;
     a.weight[i] = (float)weight;
-    if (grad) write_grad(out, a.vocab, y, s, a.coef_scale * weight, f.scale, kept, block_top);
+    if (grad) write_grad(out, a.vocab, y, s, a.coef_scale * weight, f.scale, kept, block_shift);
   }
 }
 

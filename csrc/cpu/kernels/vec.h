@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -86,18 +86,37 @@ GFAST_INLINE vf load(const float* p) {
 
 GFAST_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
 
-GFAST_INLINE vf load(const bf16* p) {
+// 16-bit words to and from 32-bit lanes. __builtin_convertvector says the same, but GCC splits it into halves.
+#if defined(__AVX512F__)
+GFAST_INLINE vu widen(const void* p) { return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+GFAST_INLINE void narrow(void* p, vu x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x));
+}
+#elif defined(__AVX2__)
+GFAST_INLINE vu widen(const void* p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+GFAST_INLINE void narrow(void* p, vu x) {
+  const __m256i y = (__m256i)x;
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+#else
+GFAST_INLINE vu widen(const void* p) {
   vh h;
   memcpy(&h, p, sizeof(h));
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return __builtin_convertvector(h, vu);
 }
+GFAST_INLINE void narrow(void* p, vu x) {
+  const vh h = __builtin_convertvector(x, vh);
+  memcpy(p, &h, sizeof(h));
+}
+#endif
+
+GFAST_INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 
 // Round to nearest even. A NaN here comes from 16-bit inputs or from arithmetic, so its low 16 bits are zero and the
 // rounding term cannot carry out of it.
 GFAST_INLINE void store(bf16* p, vf x) {
   const vu bits = (vu)x;
-  const vh h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
-  memcpy(p, &h, sizeof(h));
+  narrow(p, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -112,9 +131,7 @@ GFAST_INLINE void store(f16* p, vf x) {
 }
 #else
 GFAST_INLINE vf load(const f16* p) {
-  vh h;
-  memcpy(&h, p, sizeof(h));
-  const vu bits = __builtin_convertvector(h, vu);
+  const vu bits = widen(p);
   const vu sign = (bits & 0x8000u) << 16;
   const vu rest = (bits & 0x7fffu) << 13;
   const vu normal = rest + (112u << 23);
@@ -137,8 +154,7 @@ GFAST_INLINE void store(f16* p, vf x) {
   vu r = mag < (113u << 23) ? subnormal : normal;
   r = mag >= 0x47800000u ? splat_bits(0x7c00u) : r;
   r = mag > 0x7f800000u ? splat_bits(0x7e00u) : r;
-  const vh h = __builtin_convertvector(r | sign, vh);
-  memcpy(p, &h, sizeof(h));
+  narrow(p, r | sign);
 }
 #endif
 
@@ -172,8 +188,12 @@ GFAST_INLINE Reduced reduce_ln2(vf x) {
   const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
   const vf t = x * 1.44269504089f + shift;
   const vf n = t - shift;
+#if defined(__FMA__) || defined(__aarch64__)
+  const vf r = x - n * 0x1.62e430p-1f;  // an fma: the error is n times 2e-9, the rounding of ln(2)
+#else
   vf r = x - n * 0.693359375f;  // exact: the constant has 9 significant bits
   r = r - n * -2.12194440e-4f;
+#endif
   return {r, (vi)t};
 }
 
@@ -186,12 +206,12 @@ GFAST_INLINE vf exp_tail(vf r) {
   return q * r + 0x1.fffffcp-2f;
 }
 
-// exp(x) for x <= 0 (and a little above), within 1 ulp; below -87.3, where the result is subnormal, it is 0, also for
+// exp(x) for x <= 80, within 1 ulp near 0 and 2 ulp far from it; below -87.3, where the result is subnormal, it is 0, also for
 // -inf; NaN stays NaN.
 GFAST_INLINE vf exp(vf x) {
   const Reduced reduced = reduce_ln2(x);
   const vf r = reduced.r;
-  const vf y = (r * r) * exp_tail(r) + r + 1.0f;
+  const vf y = (exp_tail(r) * r + 1.0f) * r + 1.0f;
   const vi scaled = (vi)y + (reduced.power << 23);
   return (vf)(x < -87.3f ? vi{} : scaled);
 }
