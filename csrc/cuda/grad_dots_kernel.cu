@@ -1,7 +1,6 @@
 // Multi-tensor group dots. One launch covers all tensors: a block takes one chunk of kChunk elements of one tensor and
-// writes fp64 partial sums; a second, small launch adds the partials of each group in a fixed order, without atomics, so
-// that results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16 bytes, several of
-// them in flight.
+// writes fp64 partial sums; a second, small launch adds the partials of each group in a fixed order. Without atomics,
+// results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16 bytes, several in flight.
 #include <cuda_fp16.h>
 
 #include "cuda/grad_dots_kernel.h"

@@ -1,0 +1,45 @@
+# make test, make demo: each sets up everything it needs in .venv (once), then runs.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.gfast-installed
+SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+# The CPU build of torch where there is no NVIDIA GPU. PyPI's own Linux wheels bring gigabytes of CUDA libraries.
+CPU_TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+GPU_TORCH := torch>=2.11
+
+.PHONY: test demo install lint cuda-check clean
+
+test: install
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+demo: install
+	$(VENV)/bin/gfast demo $(DEMO_ARGS)
+
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@set -e; if $(PY) -c 'import torch' 2>/dev/null; then \
+	  echo "torch is already in $(VENV)"; \
+	elif nvidia-smi >/dev/null 2>&1; then \
+	  $(PY) -m pip install '$(GPU_TORCH)'; \
+	elif $(PY) -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+	  $(PY) -m pip install '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX); \
+	else \
+	  $(PY) -m pip install '$(CPU_TORCH)'; \
+	fi
+	$(PY) -m pip install -r requirements.txt
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+lint: install
+	$(PY) -m ruff check .
+
+cuda-check:
+	csrc/cuda/compile_check.sh
+
+clean:
+	rm -rf build dist *.egg-info gfast/*.so
