@@ -111,21 +111,22 @@ def coef_scale(
     sequence_id: Tensor,
     num_sequences: int,
     pairs: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The 0-dim factor that turns a sum into the reduction: 1/N, 1/S or 1; 0 tokens give 1 (the sum is 0 anyway)."""
     if normalizer is not None:
         if reduction in ("sum", "none"):
             raise ValueError(f"gfast: normalizer has no meaning with reduction {reduction!r}.")
-        return 1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=valid.device)
+        return 1.0 / torch.as_tensor(normalizer, dtype=dtype, device=valid.device)
     if reduction == "token_mean":
-        return 1.0 / valid.sum().clamp(min=1).float()
+        return 1.0 / valid.sum().clamp(min=1).to(dtype)
     if reduction == "sequence_mean":
         present = torch.zeros(num_sequences, dtype=torch.float32, device=valid.device)
         present = present.index_add(0, sequence_id, valid.float()) > 0  # [S]
         if pairs:
             present = present[: num_sequences // 2] | present[num_sequences // 2 :]
-        return 1.0 / present.sum().clamp(min=1).float()
-    return torch.ones((), dtype=torch.float32, device=valid.device)
+        return 1.0 / present.sum().clamp(min=1).to(dtype)
+    return torch.ones((), dtype=dtype, device=valid.device)
 
 
 def check_pairs(name: str, level: str, num_sequences: int) -> None:

@@ -287,9 +287,10 @@ def linear_unlearn_loss(
         ids, count = sequence_layout(name, labels, sequence_id)
         level = "token" if spec is None else spec.level
         check_pairs(name, level, count)
-        factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair")
+        dtype = stats_dtype(hidden.dtype)
+        factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
         ref, given = flat_reference(name, ref_logp, labels), None
-        ref = None if ref is None else ref.to(stats_dtype(hidden.dtype))
+        ref = None if ref is None else ref.to(dtype)
         if spec is None:
             with torch.no_grad():
                 logp = linear_token_logp(hidden, weight, labels, **options).reshape(-1)

@@ -171,13 +171,13 @@ class _LinearKLLoss(torch.autograd.Function):
         return (*cast, *nothing[3:])
 
 
-def _factor(name: str, labels: Tensor, reduction: str, normalizer) -> tuple[Tensor, Tensor]:
+def _factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     check_reduction(name, reduction)
     if reduction == "none":
         raise ValueError(f"gfast: {name}: reduction 'none' is not offered; use 'token_mean', 'sequence_mean' or 'sum'.")
     flat = labels.reshape(-1).long()
     ids, count = sequence_layout(name, labels, None)
-    return flat, coef_scale(flat != IGNORE_INDEX, reduction, normalizer, ids, count)
+    return flat, coef_scale(flat != IGNORE_INDEX, reduction, normalizer, ids, count, dtype=dtype)
 
 
 def token_kl(
@@ -222,7 +222,7 @@ def token_kl(
         )
     if ref_logits.dtype != logits.dtype:
         raise TypeError(f"gfast: {name}: ref_logits are {ref_logits.dtype} but logits {logits.dtype}; cast one of them.")
-    flat, factor = _factor(name, labels, reduction, normalizer)
+    flat, factor = _factor(name, labels, reduction, normalizer, stats_dtype(logits.dtype))
     vocab = logits.shape[-1]
     return _KLLoss.apply(logits.reshape(-1, vocab), ref_logits.detach().reshape(-1, vocab), flat, factor, impl)
 
@@ -276,7 +276,7 @@ def linear_token_kl(
         raise ValueError(
             f"gfast: {name}: the heads have different vocabularies: {weight.shape[0]} and {ref_weight.shape[0]}."
         )
-    flat, factor = _factor(name, labels, reduction, normalizer)
+    flat, factor = _factor(name, labels, reduction, normalizer, stats_dtype(hidden.dtype))
     return _LinearKLLoss.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

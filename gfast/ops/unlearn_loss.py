@@ -36,9 +36,9 @@ def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=N
     logp = token_logp_reference(logits, labels).reshape(-1)
     ref = None if ref_logp is None else ref_logp.reshape(-1).to(logp.dtype)
     ids, count = sequence_layout("unlearn_loss", labels, None)
-    weight, value, counted = weigh(objective, logp.detach(), ref, valid, ids, count)
+    weight, value = weigh(objective, logp.detach(), ref, valid, ids, count)
     reduction = reduction or default_reduction(objective)
-    factor = coef_scale(valid, reduction, None, ids, count, pairs=counted.shape[0] * 2 == count and is_pair(objective))
+    factor = coef_scale(valid, reduction, None, ids, count, is_pair(objective), logp.dtype)
     surrogate = (weight * logp).sum() * factor
     loss = value.sum() * factor + surrogate - surrogate.detach()
     return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
@@ -128,10 +128,11 @@ class _TokenLoss(torch.autograd.Function):
 
 def spec_of(objective) -> WeightSpec | None:
     """The numbers of a built-in objective; None for a callable of the user's own."""
+    is_class = isinstance(objective, type)
     spec = getattr(objective, "spec", None)
-    if spec is not None:
+    if spec is not None and not is_class:
         return spec()
-    if not callable(objective) or isinstance(objective, type):
+    if not callable(objective) or is_class:
         name = getattr(objective, "__name__", type(objective).__name__)
         raise TypeError(
             f"gfast: {name} is no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a callable "
@@ -150,17 +151,17 @@ def default_reduction(objective) -> str:
 
 
 def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
-    """Detached weights [N], values (tokens [N], sequences or pairs [S]) and which values count (bool, same shape)."""
+    """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2])."""
     spec = spec_of(objective)
     if spec is None:
         weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), device=logp.device)
         if weight.shape != logp.shape:
             raise ValueError(f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}.")
         weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
-        return weight, weight * logp, valid
+        return weight, weight * logp
     if spec.level == "token":
         weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
-        return weight, torch.where(valid, weight * logp, 0.0), valid
+        return weight, weight * logp
     return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
 
 
@@ -185,7 +186,7 @@ def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, no
         check_pairs(name, spec.level, count)
     flat = logp.reshape(-1)  # [N]
     ref = None if ref_logp is None else ref_logp.reshape(-1).to(flat.dtype)
-    weight, value, _ = weigh(objective, flat.detach(), ref, valid, ids, count)
+    weight, value = weigh(objective, flat.detach(), ref, valid, ids, count)
     out_logp, out_weight = flat.detach().reshape(labels.shape), weight.reshape(labels.shape)
     per_token = weight * flat
     if reduction == "none":
@@ -194,7 +195,7 @@ def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, no
         unit = ids % value.shape[0]  # both halves of a pair share a value
         carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
         return LossOutput(value + carried - carried.detach(), out_logp, out_weight)
-    factor = coef_scale(valid, reduction, normalizer, ids, count, spec is not None and spec.level == "pair")
+    factor = coef_scale(valid, reduction, normalizer, ids, count, is_pair(objective), flat.dtype)
     surrogate = per_token.sum()
     loss = (value.sum() + surrogate - surrogate.detach()) * factor
     return LossOutput(loss, out_logp, out_weight)
@@ -257,9 +258,9 @@ def unlearn_loss(
     if spec is not None and spec.level == "token" and reduction != "none":
         flat_labels = labels.reshape(-1).long()
         ids, count = sequence_layout(name, labels, sequence_id)
-        factor = coef_scale(flat_labels != IGNORE_INDEX, reduction, normalizer, ids, count)
         rows = logits.reshape(-1, logits.shape[-1])  # [N, V]
         dtype = stats_dtype(logits.dtype)
+        factor = coef_scale(flat_labels != IGNORE_INDEX, reduction, normalizer, ids, count, dtype=dtype)
         ref = ref_logp.detach().reshape(-1).to(dtype).contiguous() if spec.uses_ref else None
         loss, logp, weight = _TokenLoss.apply(rows, flat_labels, ref, spec.numbers(), factor, impl)
         out = LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))

@@ -68,7 +68,7 @@ def sequence_weights(
     valid: Tensor,
     sequence_id: Tensor,
     num_sequences: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Weights that depend on whole sequences.
 
     Args:
@@ -79,7 +79,7 @@ def sequence_weights(
         num_sequences: S; for level "pair" sequence s < S/2 is rejected and s + S/2 its preferred partner.
 
     Returns:
-        weights [N] (0 where ignored), value per sequence or pair [S] (0 where empty), and which of those count [S] (bool).
+        weights [N] (0 where ignored) and the value of each sequence or pair [S] (0 where it has no valid token).
     """
     # fp64 sums: exact enough that the order in which a GPU adds cannot be seen in the fp32 weights
     delta_logp = logp if not spec.uses_ref else logp - ref_logp  # [N]
@@ -105,4 +105,4 @@ def sequence_weights(
         per_sequence = per_sequence / length.clamp(min=1.0)
     weight = torch.where(valid, per_sequence[sequence_id], 0.0).to(logp.dtype)  # [N]
     value = torch.where(counted, value, 0.0).to(logp.dtype)
-    return weight, value, counted
+    return weight, value
