@@ -64,8 +64,16 @@ def _fake(xs: list[Tensor], ys: list[Tensor], groups: list[int], num_groups: int
 @functools.cache
 def _register() -> None:
     """Shapes for fake tensors. Done once the extension is there, as the op does not exist before."""
-    if backend.extension()[0] is not None:
-        torch.library.register_fake("gfast::grad_dots", _fake)
+    torch.library.register_fake("gfast::grad_dots", _fake)
+
+
+@torch.compiler.assume_constant_result
+def _choose(impl: str, device: str) -> str:
+    """The backend, decided while torch.compile traces."""
+    chosen = backend.select("grad_dot", impl, device)
+    if chosen != "reference":
+        _register()
+    return chosen
 
 
 def grad_dots(
@@ -93,11 +101,10 @@ def grad_dots(
     """
     xs, groups = list(xs), [int(g) for g in groups]
     _check(xs, directions, groups, num_groups)
-    chosen = backend.select("grad_dot", impl, xs[0].device if xs else "cpu")
+    chosen = _choose(impl, xs[0].device.type if xs else "cpu")
     with torch.no_grad():
-        if chosen == "reference":
+        if chosen == "reference" or not xs:  # the dispatcher finds no device in an empty list
             return grad_dots_reference(xs, directions, groups, num_groups)
-        _register()
         ys = [y.detach() for direction in directions for y in direction]
         return torch.ops.gfast.grad_dots([x.detach() for x in xs], ys, groups, num_groups, len(directions))
 
