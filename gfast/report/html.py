@@ -7,7 +7,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,6 +39,7 @@ def build_report(
     out: str | os.PathLike[str],
     title: str = "G-effect report",
     samples: Iterable[dict[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `figures/*.png`, `table.md`, `table.json` and `report.html` from recorded runs and return the page's path.
 
@@ -49,6 +50,7 @@ def build_report(
         title: heading of the page.
         samples: optional answers to show, dicts with `set` ("forget" or "retain"), `question`, `answer` (the text that
             was learned) and `replies` (a dict from the name of a model to what it says).
+        settings: optional lines to put before the settings that the runs recorded.
 
     The page holds everything it shows and needs no network; only its links to the Parquet files lead out, relative to
     `out`. Each file is written whole or not at all, the page last.
@@ -87,7 +89,7 @@ def build_report(
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],
-        shared=shared_settings(runs),
+        shared=flatten(dict(settings or {})) | shared_settings(runs),
         own=own_settings(runs),
         files=[(run, [(_link(path, out), path.name) for path in run.record_files]) for run in runs],
         samples=list(samples),
