@@ -15,6 +15,7 @@ from gfast.objectives import Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
 from gfast.training.reference import ReferenceCache
+from gfast.training.resume import last_checkpoint
 from gfast.training.terms import EvaluationNLL, RecordTerms, StepTerms
 
 
@@ -76,6 +77,13 @@ class UnlearnTrainer(Trainer):
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(epoch_callback(self.train_dataset))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's train; `resume_from_checkpoint=True` takes the newest complete checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if found is None else str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def _parts(self) -> list[tuple[str, Objective, float]]:

@@ -1,0 +1,160 @@
+"""G-effects along a training: the training does not notice, and a run that is killed and resumed loses nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import training_killed
+from safetensors.torch import load_file
+from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
+
+from gfast.data import batches
+from gfast.objectives import GA, NPO, WGA
+from gfast.training.callback import GEffectCallback, nll
+from gfast.training.records import KEY, read_records, recorded_steps
+from gfast.training.resume import last_checkpoint
+from gfast.training.trainer import UnlearnTrainer
+
+
+def measured(every=2, objectives=None, **options):
+    forget, retain = (batches(side, collator(), 4) for side in datasets())
+    return GEffectCallback(every, forget, retain, objectives or [GA(), WGA()], **options)
+
+
+def run(folder, *callbacks, model=None, **options):
+    data, collate = pairing()
+    model = tiny_model(attention_dropout=0.2) if model is None else model
+    torch.manual_seed(7)
+    args = config(folder, objective="WGA", retain_term="nll", **{"max_steps": 5, **options})
+    trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
+    trainer.train()
+    return model
+
+
+def test_training_is_bit_for_bit_the_same_with_and_without_measuring(tmp_path):
+    plain = run(tmp_path / "plain")
+    watched = run(tmp_path / "watched", measured())
+    for name, value in parameters(plain).items():
+        assert torch.equal(value, watched.get_parameter(name)), name
+    records = [read_records(tmp_path / which) for which in ("plain", "watched")]
+    losses = [frame[frame["quantity"] == "loss"]["value"].tolist() for frame in records]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+def test_what_is_measured_when(tmp_path):
+    model = tiny_model()
+    forget, retain = (batches(side, collator(), 4) for side in datasets())
+    expected = nll(model, forget), nll(model, retain)
+    run(tmp_path / "run", measured(), model=model, max_steps=5)
+    frame = read_records(tmp_path / "run")
+    effects = frame[frame["quantity"] == "g_effect"]
+    assert sorted(effects["step"].unique()) == [0, 2, 4, 5]
+    assert set(effects["objective"]) == {"GA()", "WGA(alpha=1.0)"}
+    assert set(effects["group"]) == {"embed", "shallow", "middle", "deep", "lm", "total"}
+    totals = effects[(effects["group"] == "total") & (effects["objective"] == "GA()") & (effects["step"] == 0)]
+    assert totals.set_index("side")["value"]["unlearn"] < 0
+    risk = frame[(frame["quantity"] == "risk") & (frame["objective"] == "GA()")].pivot(
+        index="step", columns="side", values="value"
+    )
+    assert risk.loc[0, "unlearn"] == pytest.approx(expected[0]) and risk.loc[0, "retain"] == pytest.approx(expected[1])
+    assert risk.loc[5, "unlearn"] == pytest.approx(nll(model, forget))
+    assert not frame.duplicated(["run", "objective", "step", "quantity", "side", "group"]).any()
+
+
+def test_it_works_in_a_plain_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    forget, _ = datasets()
+    settings = {"use_cpu": True, "max_steps": 2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), remove_unused_columns=False, **settings)
+
+    def collate(items):
+        batch = collator()(items)
+        batch.pop("sample_id")
+        return batch
+
+    callback = measured(every=0, objectives=GA(), run_folder=tmp_path / "elsewhere", run="mine", label="what I call it")
+    Trainer(tiny_model(), args, train_dataset=forget, data_collator=collate, callbacks=[callback]).train()
+    frame = read_records(tmp_path / "elsewhere")
+    assert recorded_steps(tmp_path / "elsewhere") == [0, 2]
+    assert set(frame["run"]) == {"mine"} and set(frame["objective"]) == {"what I call it"}
+
+
+def test_a_run_stopped_early_is_measured_where_it_stopped(tmp_path):
+    from transformers import TrainerCallback
+
+    class StopAt3(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 3
+
+    run(tmp_path / "run", measured(every=2), StopAt3())
+    frame = read_records(tmp_path / "run")
+    assert sorted(frame[frame["quantity"] == "g_effect"]["step"].unique()) == [0, 2, 3]
+
+
+def test_an_objective_without_its_data_is_said(tmp_path):
+    with pytest.raises(ValueError, match="ref_logp"):
+        run(tmp_path / "run", measured(objectives=NPO()))
+    with pytest.raises(ValueError, match="at least one objective"):
+        GEffectCallback(1, [], [], objectives=[])
+    with pytest.raises(ValueError, match="single objective"):
+        measured(label="one name for two")
+
+
+@pytest.fixture(scope="module")
+def in_another_process():
+    """Runs training_killed.main(folder, where, number) in a process of its own and returns its exit code."""
+    # The server imports everything once; its children start in no time and share no state with this process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_killed"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    def start(folder, where="nowhere", number=0):
+        process = context.Process(target=training_killed.main, args=(str(folder), where, number))
+        process.start()
+        process.join(timeout=120)
+        return process.exitcode
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, in_another_process):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert in_another_process(folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [("step", 1), ("write", 9), ("checkpoint", 4)],
+    ids=["before any checkpoint", "writing a record", "saving a checkpoint"],
+)
+def test_killed_and_resumed_is_as_if_never_killed(tmp_path, uninterrupted, in_another_process, where, number):
+    folder = tmp_path / "run"
+    assert in_another_process(folder, where, number) == -signal.SIGKILL
+    before = set(recorded_steps(folder))
+    read_records(folder)
+    assert in_another_process(folder) == 0
+    assert before <= set(recorded_steps(folder))
+    found, expected = (read_records(which).set_index(list(KEY)) for which in (folder, uninterrupted))
+    assert sorted(set(expected.index.get_level_values("step"))) == list(range(8))
+    assert found.index.equals(expected.index)
+    assert found["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-4, abs=1e-6)
+    weights, whole = (load_file(which / "model.safetensors") for which in (folder, uninterrupted))
+    for name, value in whole.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
+    for step, text in ((2, '{"global_step": 2}'), (4, '{"global_st'), (10, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "none") is None
