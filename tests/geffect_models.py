@@ -34,7 +34,8 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
         )
     else:
         raise AssertionError(kind)
-    attention = "eager" if kind == "gemma2" else "sdpa"  # eager attention takes its softmax in fp32
+    # eager attention takes its softmax in fp32 (but for GPT-2), SDPA does not exist for Gemma 2
+    attention = "eager" if kind in ("gemma2", "gpt2") else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     if dtype == torch.float64:
         exact_norms(model)

@@ -103,7 +103,8 @@ def g_effect(
     if not objectives:
         raise ValueError("the list of objectives is empty")
     used = [term for one in objectives for _, term in terms(one)]
-    data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)])
+    adapters = hasattr(model, "disable_adapter")
+    data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)], adapters)
     group_map = assign(model, groups)
     effects = stream_effects(model, objectives, data, group_map, risk, direction_dtype, bool(norms), progress)
     return effects if several else effects[0]

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gfast.objectives import RMU, RR, Mix, Objective
 
-# Batch keys that an objective's `needs` translate to. The reference's head and hidden states may also come from a model
-# with its adapters switched off, so only these two can be demanded here.
-_REQUIRED_KEYS = {"ref_logp": "ref_logp", "ref_layer_hidden": "ref_layer_hidden"}
+_REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
+_REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
 _OWN_DATA = frozenset({"preferred", "refusal"})
 
 
@@ -68,14 +67,19 @@ def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 class Data:
-    """The batches of a measurement by source, with the global counts that losses are divided by."""
+    """The batches of a measurement by source, with the global counts that losses are divided by.
 
-    def __init__(self, forget: Any, retain: Any, objective_batches: Any, used: Iterable[Term]) -> None:
+    `adapters`: the model has adapters that can be switched off, which gives the original's hidden states.
+    """
+
+    def __init__(
+        self, forget: Any, retain: Any, objective_batches: Any, used: Iterable[Term], adapters: bool = False
+    ) -> None:
         used = list(used)
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:
             self.batches["objective"] = as_batches(objective_batches, "objective_batches")
-        self._check(used)
+        self._check(used, _REFERENCE_KEYS if adapters else _REFERENCE_KEYS_WITHOUT_ADAPTERS)
 
     def counted(self, term: Term) -> tuple[int, list[tuple[int, Mapping[str, Any]]]]:
         """The global count of the term's reduction, and the batches that have something to count with their indices."""
@@ -85,7 +89,7 @@ class Data:
         counts = [term.objective.count(batch["labels"][:, start:]) for batch in self.batches[term.source]]
         return sum(counts), [(index, self.batches[term.source][index]) for index, count in enumerate(counts) if count]
 
-    def _check(self, used: list[Term]) -> None:
+    def _check(self, used: list[Term], reference_keys: frozenset[str]) -> None:
         own = {need: term for term in used for need in term.objective.needs & _OWN_DATA}
         if own and "objective" not in self.batches:
             need, term = next(iter(own.items()))
@@ -94,7 +98,7 @@ class Data:
         if len(own) > 1:
             raise ValueError("DPO and PO take different objective_batches: measure them in two calls")
         for term in used:
-            for key in (_REQUIRED_KEYS[need] for need in term.objective.needs if need in _REQUIRED_KEYS):
+            for key in sorted(term.objective.needs & reference_keys):
                 for index, batch in enumerate(self.batches[term.source]):
                     if batch.get(key) is None:
                         raise ValueError(
@@ -104,5 +108,10 @@ class Data:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """The batch with its tensors on `device`, usable in a backward wherever they were made."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device)
+        return moved.clone() if moved.is_inference() else moved
+
+    return {key: move(value) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,303 @@
+"""g_effect gives the model back as it was, holds no more memory than it says, and refuses bad input before any work."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from geffect_models import batches, tiny  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect import stream  # noqa: E402
+from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RR, TNPO, WGA, Mix  # noqa: E402
+
+
+def data() -> dict:
+    return dict(forget=batches(1), retain=batches(2))
+
+
+def used_model():
+    """A model in the middle of something: gradients present, mixed training flags, a frozen part, a user's hook."""
+    model = tiny("tied_llama")
+    model.train()
+    model.model.layers[1].eval()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        if index % 2:
+            parameter.grad = torch.full_like(parameter, 3.0)
+    return model
+
+
+def snapshot(model) -> tuple:
+    return (
+        [
+            (id(p), id(p.grad), p.requires_grad, p._version, bool(p._post_accumulate_grad_hooks))
+            for p in model.parameters()
+        ],
+        [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        [p.detach().clone() for p in model.parameters()],
+    )
+
+
+def assert_same(before: tuple, after: tuple) -> None:
+    assert before[:2] == after[:2]
+    for one, other in zip(before[2] + before[3], after[2] + after[3], strict=True):
+        assert one is other or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("norms", [None, True])
+def test_model_is_left_as_found(norms):
+    model = used_model()
+    before = snapshot(model)
+    gfast.g_effect(model, Mix(WGA(), NLL()), norms=norms, **data())
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails_at", [0, 2, 5])
+def test_model_is_left_as_found_after_an_exception(monkeypatch, error, fails_at):
+    model = used_model()
+    before = snapshot(model)
+    calls = []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) > fails_at:
+            raise error("stop")
+        return original(*args, **options)
+
+    original = stream.model_loss
+    monkeypatch.setattr(stream, "model_loss", failing)
+    with pytest.raises(error, match="stop"):
+        gfast.g_effect(model, WGA(), **data())
+    assert_same(before, snapshot(model))
+    monkeypatch.setattr(stream, "model_loss", original)
+    gfast.g_effect(model, WGA(), **data())
+
+
+def test_measured_without_dropout_and_the_random_state_is_untouched():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=61, n_layer=2, n_head=2, n_embd=8, n_positions=32, resid_pdrop=0.5)
+    model = transformers.GPT2LMHeadModel(config).train()
+    state = torch.get_rng_state()
+    effect = gfast.g_effect(model, WGA(), **data())
+    assert torch.equal(state, torch.get_rng_state())
+    assert effect == gfast.g_effect(model.eval(), WGA(), **data())
+
+
+def test_optimizer_that_steps_in_the_backward_does_not_step():
+    model = tiny("llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    steps = []
+
+    def step(parameter):
+        steps.append(1)
+        parameter.data.add_(1.0)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    gfast.g_effect(model, WGA(), **data())
+    assert not steps and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    model.lm_head.weight.sum().backward()
+    assert len(steps) == 1  # the user's hooks are back
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(mode):
+    model = tiny("llama")
+    expected = gfast.g_effect(model, WGA(), **data())
+    with mode():
+        assert gfast.g_effect(model, WGA(), **data()) == expected
+        assert not torch.is_grad_enabled()
+
+
+def test_no_gradient_is_held_beside_the_directions(monkeypatch):
+    model = tiny("gpt2")
+    alive_grads, alive_tensors, seen = [], [], []
+    original = stream.grad_dots
+
+    def watched(xs, directions, *args, **options):
+        if len(directions) == 2:  # the objective's pass
+            alive_grads.append(sum(p.grad is not None for p in model.parameters()))
+            alive_tensors.append(sum(ref() is not None for ref in seen))
+            seen.extend(weakref.ref(x) for x in xs)
+        return original(xs, directions, *args, **options)
+
+    monkeypatch.setattr(stream, "grad_dots", watched)
+    gfast.g_effect(model, WGA(), **data())
+    assert len(alive_grads) == 2 * len(list(model.parameters()))
+    assert max(alive_grads) <= 1 and max(alive_tensors) <= 1
+
+
+def test_single_batch_takes_the_gradient_itself_as_direction(monkeypatch):
+    model = tiny("llama", dtype=torch.float32)
+    pointers = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: pointers.setdefault(name, set()).add(grad.data_ptr()))
+    kept = []
+    original = stream._Passes.directions
+
+    def spied(self, *args):
+        out = original(self, *args)
+        kept.extend(tensor.data_ptr() for tensor in self.stored[0])
+        return out
+
+    monkeypatch.setattr(stream._Passes, "directions", spied)
+    gfast.g_effect(model, GA(), forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
+    assert all(pointer in set().union(*pointers.values()) for pointer in kept)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant):
+    model = tiny("llama")
+    expected = gfast.g_effect(model.eval(), [GA(), WGA()], **data())
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ran = []
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    found = gfast.g_effect(model, [GA(), WGA()], **data())
+    for one, other in zip(found, expected, strict=True):
+        assert one.unlearn == pytest.approx(other.unlearn, rel=1e-9)
+    assert len(ran) == 2 * 6  # six batches, each with a recomputed forward
+
+
+def test_autocast():
+    model = tiny("llama", dtype=torch.float32)
+    plain = gfast.g_effect(model, WGA(), **data())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = gfast.g_effect(model, WGA(), **data())
+    assert mixed.total("unlearn") == pytest.approx(plain.total("unlearn"), rel=0.05)
+    assert mixed.total("unlearn") != plain.total("unlearn")
+
+
+def test_unused_parameters_have_no_effect():
+    config = transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    model.model.layers[0].unused = torch.nn.Linear(3, 3)
+    effect = gfast.g_effect(model, WGA(), groups=lambda name: "unused" if "unused" in name else "rest", **data())
+    assert effect.unlearn["unused"] == effect.retain["unused"] == effect.norms["retain"]["unused"] == 0.0
+    assert effect.unlearn["rest"] < 0
+
+
+def test_data_without_labels_gives_zeros():
+    model = tiny("llama")
+    empty = batches(2)
+    for batch in empty:
+        batch["labels"].fill_(-100)
+    effect = gfast.g_effect(model, WGA(), forget=batches(1), retain=empty)
+    assert set(effect.retain.values()) == {0.0} and effect.total("unlearn") < 0
+    assert effect.counts["retain"] == 0
+    effect = gfast.g_effect(model, [WGA(), GA()], forget=empty, retain=batches(1))[0]
+    assert set(effect.unlearn.values()) | set(effect.retain.values()) == {0.0}
+
+
+def test_not_finite_names_the_parameter_or_the_loss(monkeypatch):
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(ValueError, match=r"risk NLL\(\) on the forget data.*1 of .*layers\.1\.mlp\.down_proj\.weight"):
+        gfast.g_effect(model, WGA(), **data())
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NLL\(\) is nan on batch 0 of the forget data"):
+        gfast.g_effect(model, WGA(), **data())
+
+
+def no_passes(monkeypatch) -> None:
+    def never(*args, **options):
+        raise AssertionError("a pass was started")
+
+    monkeypatch.setattr(stream, "model_loss", never)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(forget=[]), "forget= holds no batch"),
+        (dict(retain=iter(())), "retain= holds no batch"),
+        (dict(forget=None), "forget= holds no batch"),
+        (dict(retain=[(1, 2)]), "retain: batch 0 is a tuple"),
+        (dict(forget=[{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]), "forget: batch 0 has no 'labels'"),
+        (
+            dict(forget={"input_ids": torch.zeros(1, 3).long(), "labels": torch.zeros(1, 2).long()}),
+            r"labels \(1, 2\) but input_ids \(1, 3\)",
+        ),
+        (dict(engine="gram"), "no engine 'gram'.*'stream'"),
+        (dict(direction_dtype=torch.float16), "direction_dtype"),
+        (dict(groups="thirds"), "groups must be"),
+        (dict(objective=[]), "list of objectives is empty"),
+        (dict(objective="ga"), "objective of gfast.objectives is needed"),
+        (dict(objective=NPO(), forget=batches(1, with_ref=False)), r"NPO.*'ref_logp', and batch 0 of the forget"),
+        (dict(objective=Mix(GA(), RR(layer=1))), "'ref_layer_hidden', and batch 0 of the retain"),
+        (dict(objective=Mix(GA(), KL())), "KL.*ref_he"),
+        (dict(objective=DPO()), r"DPO\(beta=0\.1\) has data of its own \(pairs"),
+        (dict(objective=[DPO(), PO()], objective_batches=batches(1)), "two calls"),
+        (dict(risk=Mix(GA(), NLL())), "risk must be one objective"),
+        (dict(risk=TNPO(), retain=batches(2, with_ref=False)), "'ref_logp', and batch 0 of the retain"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(monkeypatch, change, message):
+    no_passes(monkeypatch)
+    model = tiny("llama")
+    before = snapshot(model)
+    options = dict(objective=GA()) | data() | change
+    with pytest.raises(ValueError, match=message):
+        gfast.g_effect(model, options.pop("objective"), **options)
+    assert_same(before, snapshot(model))
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    no_passes(monkeypatch)
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 3
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight.*sharded"):
+        gfast.g_effect(model, GA(), **data())
+
+
+def test_objectives_with_data_of_their_own():
+    model = tiny("llama")
+    refused = batches(7)
+    po, nll = gfast.g_effect(model, [PO(), NLL()], objective_batches=refused, **data())
+    swapped = gfast.g_effect(model, NLL(), forget=refused, retain=data()["retain"])
+    assert po.retain == pytest.approx(swapped.retain, rel=1e-9)
+    assert po.unlearn != nll.unlearn
+    pairs = batches(8, rows=6, sizes=(4, 2))
+    dpo = gfast.g_effect(model, DPO(beta=0.2), objective_batches=pairs, **data())
+    assert dpo.total("unlearn") != 0.0
+
+
+def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    gfast.g_effect(tiny("llama"), WGA(), progress=True, **data())
+    assert "g_effect" in capsys.readouterr().err
+
+
+def test_distributed_data_parallel(tmp_path):
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    model = tiny("llama")
+    expected = gfast.g_effect(model, WGA(), **data())
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert gfast.g_effect(wrapped, WGA(), **data()) == expected
+        wrapped(**{key: data()["forget"][0][key] for key in ("input_ids", "labels")}).loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
