@@ -1,6 +1,8 @@
 // The effective logit z' of a logit z: z, scale * z, or softcap * tanh(scale * z / softcap).
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/vec.h"
 
@@ -16,15 +18,23 @@ struct Mapped {
 };
 
 struct Mapping {
-  float scale, softcap, inner;
+  float scale, softcap;
+  float ratio, ratio_rest;  // scale / softcap to twice the precision
 
   explicit Mapping(const Matrix& m)
-      : scale(m.scale), softcap(m.softcap), inner(m.softcap > 0 ? m.scale / m.softcap : m.scale) {}
+      : scale(m.scale),
+        softcap(m.softcap),
+        ratio(m.softcap > 0 ? m.scale / m.softcap : 0),
+        ratio_rest(m.softcap > 0 ? (float)((double)m.scale / m.softcap - ratio) : 0) {}
 
   // The cheap part; what follows is monotone, so maxima are taken of this, before the tanh.
   template <Map map>
   GFAST_INLINE vf begin(vf z) const {
-    return map == Map::identity ? z : rounded(z * inner);
+    if constexpr (map == Map::identity) return z;
+    if constexpr (map == Map::scaled) return rounded(z * scale);
+    z = z < -FLT_MAX ? splat(-FLT_MAX) : z;  // an infinite z would make NaN of the two products
+    z = z > FLT_MAX ? splat(FLT_MAX) : z;
+    return rounded(z * ratio + rounded(z * ratio_rest));
   }
 
   template <Map map>

@@ -221,7 +221,8 @@ struct Tanh {
   vf slope;  // 1 - value^2 without cancellation
 };
 
-// tanh(x) = -e / (2 + e) sign(x) with e = expm1(-2|x|), so small |x| keep their relative accuracy.
+// tanh(x) = -e / (2 + e) sign(x) with e = expm1(-2|x|), so small |x| keep their relative accuracy. The roundings of e and
+// of 2 + e are carried along and put right after the division: about 1 ulp, because softcap multiplies what is left.
 GFAST_INLINE Tanh tanh(vf x) {
   const vi sign = (vi)x & INT32_MIN;
   vf a = (vf)((vi)x ^ sign);
@@ -229,11 +230,25 @@ GFAST_INLINE Tanh tanh(vf x) {
   const Reduced reduced = reduce_ln2(-2.0f * a);
   const vf r = reduced.r;
   const vf power = (vf)((reduced.power + 127) << 23);  // 2^n, n in [-125, 0]
-  const vf small = (r * r) * exp_tail(r) + r;          // expm1(r)
-  const vf e = power * small + (power - 1.0f);
-  const vf u = power * small + power;  // exp(-2|x|)
-  const vf inverse = 1.0f / (1.0f + u);
-  return {(vf)((vi)(-e * inverse) | sign), 4.0f * u * inverse * inverse};
+  const vf tail = rounded((r * r) * exp_tail(r));
+  const vf small = rounded(r + tail);  // expm1(r)
+  const vf small_rest = tail - (small - r);
+  const vf whole = power - 1.0f, fraction = power * small;
+  const vf e = rounded(whole + fraction);
+  const vf from_whole = rounded(e - whole);  // two-sum: either part may be the larger
+  const vf e_rest = (whole - rounded(e - from_whole)) + (fraction - from_whole) + power * small_rest;
+  const vf bottom = rounded(2.0f + e);
+  const vf bottom_rest = (e - (bottom - 2.0f)) + e_rest;
+  const vf inverse = 1.0f / bottom;
+#if defined(__FMA__) || defined(__aarch64__)
+  const vf guess = rounded(-e * inverse);
+  const vf miss = (-e - guess * bottom) - e_rest - guess * bottom_rest;
+  const vf value = guess + miss * inverse;
+#else
+  const vf value = (-e - e_rest) / (bottom + bottom_rest);  // without fma the product above is rounded
+#endif
+  const vf u = fraction + power;  // exp(-2|x|)
+  return {(vf)((vi)value | sign), 4.0f * u * inverse * inverse};
 }
 
 }  // namespace

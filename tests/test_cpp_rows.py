@@ -1,0 +1,403 @@
+"""CPU row kernels against a literal fp64 computation: the error is at most twice plain PyTorch's plus one rounding."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+try:
+    from gfast import _C
+except ImportError as error:
+    pytest.skip(f"gfast._C is not built: {error}", allow_module_level=True)
+
+ops = torch.ops.gfast
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VOCABS = (1, 2, 7, 31, 33, 1000, 32003)
+MAPS = ((1.0, 0.0), (0.7, 0.0), (1.0, 5.0), (1.3, 30.0))  # scale, softcap
+EPS = torch.finfo(torch.float32).eps
+NLL = dict(sign=-1.0, p_pow=0.0, q_pow=0.0, beta=0.0)
+WGA = dict(sign=1.0, p_pow=1.0, q_pow=0.0, beta=0.0)
+
+
+def one(value: float = 1.0) -> Tensor:
+    return torch.tensor(value)
+
+
+def effective(z: Tensor, scale: float, softcap: float) -> Tensor:
+    z = scale * z
+    return softcap * torch.tanh(z / softcap) if softcap > 0 else z
+
+
+def literal(
+    z, y, *, ref=None, sign=1.0, p_pow=0.0, q_pow=0.0, beta=0.0, coef=1.0, scale=1.0, softcap=0.0, dtype=torch.float64
+):
+    """logp [N], weight [N] and d(sum coef w logp)/dz [N, V], in ``dtype``; the gradient in z's dtype."""
+    x = z.to(dtype, copy=True).requires_grad_()  # [N, V]
+    valid, safe = y >= 0, y.clamp(min=0)[:, None]
+    e = effective(x, scale, softcap)
+    full = torch.logsumexp(e, 1)
+    logp = torch.where(valid, e.gather(1, safe)[:, 0] - full, 0.0)
+    with torch.no_grad():
+        others = torch.logsumexp(e.scatter(1, safe, -math.inf), 1) - full  # log(1 - p)
+        log_w = p_pow * logp
+        if q_pow:
+            log_w = log_w + q_pow * others
+        if beta:
+            log_w = log_w + math.log(2) + torch.nn.functional.logsigmoid(beta * (logp - ref.to(dtype)))
+        weight = torch.where(valid, sign * log_w.exp(), 0.0)
+    (coef * weight * logp).sum().backward()
+    grad = x.grad if dtype == torch.float64 else x.grad.to(z.dtype)
+    return logp.detach(), weight, grad
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest relative error of an entry of a vector, or of a row of a matrix (in the 2-norm)."""
+    if value.dim() == 1:
+        value, truth = value[:, None], truth[:, None]
+    # Rows whose entries are subnormal in value's dtype have no relative accuracy; zero rows are compared elsewhere.
+    kept = truth.abs().amax(1) >= torch.finfo(value.dtype).smallest_normal
+    value, truth = value.double()[kept], truth.double()[kept]
+    return float(((value - truth).norm(dim=1) / truth.norm(dim=1)).amax()) if kept.any() else 0.0
+
+
+def check(value: Tensor, plain: Tensor, truth: Tensor) -> None:
+    assert torch.isfinite(value).all()
+    assert error(value, truth) <= 2 * error(plain, truth) + torch.finfo(value.dtype).eps
+
+
+def case(rows: int, vocab: int, dtype: torch.dtype, spread: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed + vocab)
+    z = (torch.randn(rows, vocab, generator=rng) * spread).to(dtype)
+    y = torch.randint(0, vocab, (rows,), generator=rng)
+    if rows > 2:
+        y[1] = -100
+    return z, y
+
+
+def weighted(z, y, out, *, ref=None, sign=1.0, p_pow=0.0, q_pow=0.0, beta=0.0, coef=1.0, scale=1.0, softcap=0.0):
+    return ops.weighted_rows(z, y, ref, sign, p_pow, q_pow, beta, one(coef), scale, softcap, out)
+
+
+def poisoned(z: Tensor) -> Tensor:
+    return torch.full_like(z, math.nan)
+
+
+@pytest.mark.parametrize("scale, softcap", MAPS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_and_logp(dtype, vocab, scale, softcap):
+    z, y = case(33, vocab, dtype)
+    kwargs = dict(WGA, coef=0.25, scale=scale, softcap=softcap)
+    truth, plain = literal(z, y, **kwargs), literal(z, y, **kwargs, dtype=torch.float32)
+    out = poisoned(z)
+    logp, weight = weighted(z, y, out, **kwargs)
+    check(logp, plain[0], truth[0])
+    check(weight, plain[1], truth[1])
+    check(out, plain[2], truth[2])
+    assert (out[1] == 0).all() and logp[1] == 0 and weight[1] == 0
+
+    only_logp, stats = ops.logp_rows(z, y, scale, softcap)
+    assert torch.equal(only_logp, logp)
+    assert torch.equal(weighted(z, y, None, **kwargs)[1], weight)
+    valid = y >= 0
+    e = effective(z.double(), scale, softcap)
+    total = (e - e.amax(1, keepdim=True)).exp().sum(1).log()
+    assert torch.allclose(stats[valid, 0].double(), e.amax(1)[valid], rtol=4 * EPS, atol=0)
+    assert torch.allclose(stats[valid, 1].double(), total[valid], rtol=4 * EPS, atol=4 * EPS * max(1.0, softcap))
+
+    again = poisoned(z)
+    ops.logp_rows_grad(z, y, only_logp, stats, weight * 0.25, scale, softcap, again)
+    check(again, plain[2], truth[2])
+    assert (again[1] == 0).all()
+
+
+WEIGHTS = list(itertools.product((0.0, 0.5, 5.0), (0.0, 2.0), (0.0, 0.1, 2.0), (1.0, -1.0)))
+
+
+@pytest.mark.parametrize("p_pow, q_pow, beta, sign", WEIGHTS)
+def test_every_weight(p_pow, q_pow, beta, sign):
+    z, y = case(33, 301, torch.float32)
+    ref = torch.randn(33, generator=torch.Generator().manual_seed(1)) - 4.0
+    kwargs = dict(ref=ref, sign=sign, p_pow=p_pow, q_pow=q_pow, beta=beta, coef=3.0)
+    truth, plain = literal(z, y, **kwargs), literal(z, y, **kwargs, dtype=torch.float32)
+    out = poisoned(z)
+    logp, weight = weighted(z, y, out, **kwargs)
+    check(weight, plain[1], truth[1])
+    check(out, plain[2], truth[2])
+
+
+@pytest.mark.parametrize("rows", (0, 1, 3))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_counts(dtype, rows):
+    z, y = case(rows, 100, dtype)
+    out = poisoned(z)
+    logp, weight = weighted(z, y, out, **WGA)
+    assert logp.shape == weight.shape == (rows,) and not out.isnan().any()
+    logp, stats = ops.logp_rows(z, y, 1.0, 0.0)
+    assert logp.shape == (rows,) and stats.shape == (rows, 2)
+    assert ops.kl_rows(z, z.clone(), y, one(), 1.0, 0.0, 1.0, 0.0, None).shape == (rows,)
+
+
+@pytest.mark.parametrize("vocab", (7, 5003))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_is_identical(dtype, vocab):
+    z, y = case(5, vocab, dtype)
+    ref = torch.roll(z, 1, 0)
+    for call in (
+        lambda a, out: weighted(a, y, out, **WGA, softcap=20.0),
+        lambda a, out: weighted(a, y, out, **NLL),
+        lambda a, out: ops.kl_rows(a, ref, y, one(), 1.0, 0.0, 1.0, 0.0, out),
+        lambda a, out: ops.logp_rows_grad(a, y, *ops.logp_rows(a, y, 1.0, 0.0), torch.ones(5), 1.0, 0.0, out),
+    ):
+        fresh, same = poisoned(z), z.clone()
+        call(z, fresh)
+        call(same, same)
+        assert torch.equal(fresh, same)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows(dtype):
+    wide, y = case(5, 1040, dtype)
+    z = wide[:, 3:1004]
+    y = y.clamp(max=1000)
+    target = torch.full((5, 1100), 7.0, dtype=dtype)
+    dense = poisoned(z.contiguous())
+    weighted(z, y, target[:, 5:1006], **WGA)
+    weighted(z.contiguous(), y, dense, **WGA)
+    assert torch.equal(target[:, 5:1006], dense)
+    assert (target[:, :5] == 7).all() and (target[:, 1006:] == 7).all()
+    row = z[:1].expand(5, -1)  # stride 0 is fine to read
+    assert torch.equal(ops.logp_rows(row, y, 1.0, 0.0)[0], ops.logp_rows(row.contiguous(), y, 1.0, 0.0)[0])
+
+
+@pytest.mark.parametrize("margin", (5.0, 15.0, 30.0, 60.0))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probability_near_one(dtype, margin):
+    """1 - p keeps its relative accuracy: it is the whole signal once a token is memorised."""
+    z, y = case(4, 3001, dtype, spread=0.5)
+    y = y.clamp(min=0)
+    z.scatter_(1, y[:, None], margin)
+    e = z.double()
+    others = e.scatter(1, y[:, None], -math.inf).logsumexp(1)
+    miss = torch.sigmoid(others - e.gather(1, y[:, None])[:, 0])  # 1 - p
+    out = poisoned(z)
+    coef = 1.0 if margin < 30 else 2.0**40  # lifts fp16's entries off its subnormals
+    if dtype == torch.float16 and margin == 60.0:
+        coef = 2.0**85
+    logp, _ = weighted(z, y, out, sign=1.0, coef=coef)
+    entry = out.gather(1, y[:, None])[:, 0].double() / coef
+    assert torch.allclose(entry, miss, rtol=torch.finfo(dtype).eps + 4 * EPS, atol=0)
+    assert torch.allclose(logp.double(), torch.log1p(-miss), rtol=8 * EPS, atol=0)
+    only, stats = ops.logp_rows(z, y, 1.0, 0.0)
+    ops.logp_rows_grad(z, y, only, stats, torch.full((4,), coef), 1.0, 0.0, out)
+    entry = out.gather(1, y[:, None])[:, 0].double() / coef
+    assert torch.allclose(entry, miss, rtol=torch.finfo(dtype).eps + 4 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(dtype):
+    """Logits up to 1e4, rising so that the running maximum moves far from block to block, p near 0 and exactly 1."""
+    vocab = 9000
+    z = torch.linspace(-1e4, 1e4, vocab).repeat(4, 1).to(dtype)
+    z[1] = z[1].flip(0)
+    z[3] = torch.where(torch.arange(vocab) == 4000, 1e4, -1e4).to(dtype)
+    y = torch.tensor([0, 0, vocab - 1, 4000])
+    out = poisoned(z)
+    kwargs = dict(NLL)
+    logp, weight = weighted(z, y, out, **kwargs)
+    truth, plain = literal(z, y, **kwargs), literal(z, y, **kwargs, dtype=torch.float32)
+    check(logp, plain[0], truth[0])
+    assert logp[3] == 0 and (out[3] == 0).all()
+    check(out[:3], plain[2][:3], truth[2][:3])
+    assert weighted(z, y, None, **WGA)[1][0] == 0
+
+
+@pytest.mark.parametrize("scale", (1.0, 0.7))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_vocabulary(dtype, scale):
+    z, y = case(4, 5000, dtype)
+    z[:, :4200] = -math.inf  # the first two blocks of the kernel hold nothing finite
+    z[2, 4200:] = -math.inf
+    y = torch.tensor([4300, -100, 4999, 4250])
+    z[2, 4999] = 2.0  # p is exactly 1
+    kwargs = dict(WGA, scale=scale)
+    truth, plain = literal(z, y, **kwargs), literal(z, y, **kwargs, dtype=torch.float32)
+    out = poisoned(z)
+    logp, weight = weighted(z, y, out, **kwargs)
+    check(logp, plain[0], truth[0])
+    check(out, plain[2], truth[2])
+    assert (out[:, :4200] == 0).all() and (out[2] == 0).all()
+    assert logp[2] == 0 and weight[2] == 1
+    assert weighted(z, y, None, sign=1.0, p_pow=1.0, q_pow=2.0, scale=scale)[1][2] == 0
+    only, stats = ops.logp_rows(z, y, scale, 0.0)
+    ops.logp_rows_grad(z, y, only, stats, weight, scale, 0.0, out)
+    assert (out[:, :4200] == 0).all() and torch.isfinite(out).all()
+
+
+def test_nan_logits_show():
+    z, y = case(3, 5000, torch.bfloat16)
+    z[0, 4000] = math.nan
+    logp, weight = weighted(z, y, None, **WGA)
+    assert logp[0].isnan() and weight[0].isnan() and not logp[1:].isnan().any()
+    assert ops.kl_rows(z, z.clone(), y, one(), 1.0, 0.0, 1.0, 0.0, None)[0].isnan()
+
+
+def literal_kl(z, r, y, coef, scale, softcap, ref_scale, ref_softcap, dtype):
+    x = z.to(dtype, copy=True).requires_grad_()
+    log_p = torch.log_softmax(effective(x, scale, softcap), 1)
+    log_q = torch.log_softmax(effective(r.to(dtype), ref_scale, ref_softcap), 1)
+    q = log_q.exp()
+    terms = torch.where(q > 0, q * (log_q - log_p).masked_fill(q == 0, 0.0), 0.0)
+    kl = torch.where(y >= 0, terms.sum(1), 0.0)
+    # Written out: autograd through masked entries would give NaN.
+    slope = scale * (1 - torch.tanh(scale * x / softcap) ** 2) if softcap > 0 else torch.full_like(x, scale)
+    grad = torch.where((y >= 0)[:, None], coef * (log_p.exp() - q) * slope, 0.0).detach()
+    return kl.detach(), grad if dtype == torch.float64 else grad.to(z.dtype)
+
+
+@pytest.mark.parametrize("maps", ((1.0, 0.0, 1.0, 0.0), (0.7, 5.0, 1.3, 0.0), (1.0, 0.0, 0.5, 8.0)))
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl(dtype, vocab, maps):
+    z, y = case(33, vocab, dtype)
+    r = (z.float() + 0.3 * case(33, vocab, torch.float32, seed=9)[0]).to(dtype)
+    truth = literal_kl(z, r, y, 0.5, *maps, torch.float64)
+    plain = literal_kl(z, r, y, 0.5, *maps, torch.float32)
+    out = poisoned(z)
+    kl = ops.kl_rows(z, r, y, one(0.5), *maps, out)
+    assert torch.equal(kl, ops.kl_rows(z, r, y, one(0.5), *maps, None))
+    assert kl[1] == 0 and (out[1] == 0).all()
+    if vocab == 1:
+        assert (kl == 0).all() and (out == 0).all()
+        return
+    check(kl, plain[0], truth[0])
+    check(out, plain[1], truth[1])
+
+
+def test_kl_mixed_dtypes_close_and_masked():
+    z, y = case(4, 3000, torch.float32)
+    near = z + 1e-4 * torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
+    # About 5e-9: in fp32 a difference of log-probs would be noise.
+    truth = literal_kl(z, near, y, 1.0, 1.0, 0.0, 1.0, 0.0, torch.float64)[0]
+    kl = ops.kl_rows(z, near, y, one(), 1.0, 0.0, 1.0, 0.0, None)
+    assert torch.allclose(kl.double(), truth, rtol=1e-2, atol=0)
+    assert torch.equal(ops.kl_rows(z, z.clone(), y, one(), 1.0, 0.0, 1.0, 0.0, None), torch.zeros(4))
+    half = near.bfloat16()
+    mixed = ops.kl_rows(z, half, y, one(), 1.0, 0.0, 1.0, 0.0, None)
+    assert torch.equal(mixed, ops.kl_rows(z, half.float(), y, one(), 1.0, 0.0, 1.0, 0.0, None))
+    z[:, :2500] = -math.inf
+    near[:, :2400] = -math.inf
+    out = poisoned(z)
+    kl = ops.kl_rows(z, near, y, one(), 1.0, 0.0, 1.0, 0.0, out)
+    assert kl[0] == math.inf  # the reference has mass where the model has none
+    near[:, :2500] = -math.inf
+    kl = ops.kl_rows(z, near, y, one(), 1.0, 0.0, 1.0, 0.0, out)
+    assert torch.isfinite(kl).all() and torch.isfinite(out).all() and (out[:, :2500] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_rounding_to_sixteen_bits(dtype):
+    """The gradient is the fp32 one rounded to nearest even once, subnormals included."""
+    z, y = case(3, 4001, torch.float16 if dtype == torch.float16 else torch.bfloat16, spread=6.0)
+    stats = torch.zeros(3, 2)
+    logp = torch.full((3,), -1.0)
+    coef = torch.full((3,), -1.0)
+    zeros_at = z.float().clamp(max=0)  # exp(z - 0 - 0) * 1: every size of fp16 number
+    z = zeros_at.to(dtype)
+    out, wide = poisoned(z), poisoned(z.float())
+    ops.logp_rows_grad(z, y, logp, stats, coef, 1.0, 0.0, out)
+    ops.logp_rows_grad(z.float(), y, logp, stats, coef, 1.0, 0.0, wide)
+    assert torch.equal(out, wide.to(dtype))
+
+
+def test_threads_do_not_change_a_bit():
+    z, y = case(37, 3001, torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = poisoned(z)
+            results.append((*weighted(z, y, out, **WGA), out, *ops.logp_rows(z, y, 1.0, 0.0)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif("GFAST_CPU_ISA" in os.environ, reason="runs this file for the other instruction sets")
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+def test_every_instruction_set(isa):
+    """The numerical tests above again, in a process of their own: the set is fixed at first use."""
+    if isa not in _C.build_info()["instruction_sets"] or isa == _C.build_info()["instruction_set"]:
+        pytest.skip(f"{isa} is not built, or is the one tested already")
+    env = {**os.environ, "GFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    probe = f"import torch; from gfast import _C; assert _C.build_info()['instruction_set'] == {isa!r}"
+    done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
+    if "not available on this CPU" in done.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert done.returncode == 0, done.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "not bad and not threads",
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def bad_calls():
+    z, y = case(4, 50, torch.bfloat16)
+    f32 = torch.zeros(4)
+    outside, negative = y.clone(), y.clone()
+    outside[3], negative[3] = 50, -1
+    yield "labels\\[3\\] = 50 is outside the vocabulary \\[0, 50\\)", z, outside, f32, z.shape, {}
+    yield "labels\\[3\\] = -1 is outside", z, negative, f32, z.shape, {}
+    yield "labels must be \\[4\\]", z, y[:3], f32, z.shape, {}
+    yield "labels must be int64", z, y.int(), f32, z.shape, {}
+    yield "logits must be \\[N, V\\]", z[0], y, f32, z.shape, {}
+    yield "float32, bfloat16 or float16", z.double(), y, f32, z.shape, {}
+    yield "rows of logits must be contiguous", z.t().contiguous().t(), y, f32, z.shape, {}
+    yield "out must have the shape", z, y, f32, (4, 51), {}
+    yield "out must have the dtype", z.float(), y, f32, z.shape, {}
+    yield "ref_logp must be \\[4\\]", z, y, f32[:2], z.shape, {}
+    yield "ref_logp must be float32", z, y, f32.double(), z.shape, {}
+    yield "ref_logp is needed", z, y, None, z.shape, {}
+    yield "coef_scale must be a single number", z, y, f32, z.shape, {"coef": torch.ones(2)}
+    yield "coef_scale must be float32", z, y, f32, z.shape, {"coef": torch.ones((), dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("message, z, y, ref, shape, extra", list(bad_calls()))
+def test_bad_arguments_leave_out_untouched(message, z, y, ref, shape, extra):
+    out = torch.full(shape, 7.0, dtype=torch.bfloat16)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.weighted_rows(z, y, ref, 1.0, 1.0, 0.0, 1.0, extra.get("coef", one()), 1.0, 0.0, out)
+    assert (out == 7).all()
+
+
+def test_overlapping_outputs_are_refused():
+    z, y = case(4, 50, torch.float32)
+    memory = torch.zeros(8, 50)
+    with pytest.raises(ValueError, match="rows of out overlap"):
+        weighted(z, y, memory[:1].expand(4, -1), **WGA)
+    with pytest.raises(ValueError, match="shares memory with logits"):
+        weighted(memory[:4], y, memory[1:5], **WGA)
+    with pytest.raises(ValueError, match="shares memory with ref_logits"):
+        ops.kl_rows(z, memory[:4], y, one(), 1.0, 0.0, 1.0, 0.0, memory[:4])
+    with pytest.raises(ValueError, match="stats must be \\[4, 2\\]"):
+        ops.logp_rows_grad(z, y, torch.zeros(4), torch.zeros(4), torch.zeros(4), 1.0, 0.0, memory[:4])
+    with pytest.raises(ValueError, match="ref_logits must have the shape"):
+        ops.kl_rows(z, z[:, :49], y, one(), 1.0, 0.0, 1.0, 0.0, None)
+    assert (memory == 0).all()
