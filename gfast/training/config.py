@@ -29,6 +29,9 @@ class UnlearnConfig(TrainingArguments):
     'WGA(alpha=0.5) + NLL()'
     """
 
+    output_dir: str = field(
+        default="unlearned", metadata={"help": "The run folder: records, checkpoints and the final model."}
+    )
     objective: str = field(
         default="NPO", metadata={"help": f"Forget objective: {', '.join(cls.__name__ for cls in REGISTRY.values())}."}
     )
@@ -98,6 +101,16 @@ class UnlearnConfig(TrainingArguments):
         else:
             retain = {"nll": NLL, "kl": KL}[self.retain_term]()
         return Mix(forget, retain, gamma=self.gamma, alpha=self.alpha)
+
+
+def parse_objective(text: str) -> Objective:
+    """An objective from its name and parameters in one word, as on a command line.
+
+    >>> parse_objective("WGA:alpha=0.5"), parse_objective("SatImp(beta1=5,beta2=1)"), parse_objective("ga")
+    (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
+    """
+    name, _, parameters = text.strip().rstrip(")").replace("(", ":", 1).partition(":")
+    return from_name(name, **parse_parameters(parameters.replace(",", " ")))
 
 
 def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `gfast demo | unlearn | geffect | report | bench | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Command -> module with main(argv) and a line of help. Modules load when their command runs: `gfast --help` loads none.
+COMMANDS = {
+    "demo": (
+        "gfast.demo",
+        "learn, forget and measure on a small model; ends with an HTML report (no download, no GPU)",
+    ),
+    "unlearn": ("gfast.commands.unlearn", "train a model to forget, with any objective, recording what happens"),
+    "geffect": ("gfast.commands.geffect", "measure the G-effect of objectives on a model, without training"),
+    "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
+    "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
+    "doctor": ("gfast.doctor", "say which backends work here, and why the others do not"),
+}
+
+_EXAMPLES = """examples:
+  gfast demo
+  gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA --retain_term nll --output_dir run
+  gfast unlearn --config run.yaml --learning_rate 2e-5
+  gfast geffect --model ORIGINAL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO
+  gfast report run --out report
+
+`gfast COMMAND --help` describes a command. With --debug an error shows its traceback.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = _take_debug(arguments)
+    try:
+        command, rest = _parser().parse_known_args(arguments[:1])[0].command, arguments[1:]
+        if command is None:
+            _parser().print_help()
+            return 0
+        return _run(command, rest)
+    except SystemExit as stop:
+        # argparse ends with 0 after --help and 2 after an error it has already printed.
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt or 'Interrupted; what was written so far is complete.'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has seen enough; nothing more can be said to it.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"gfast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, rest: list[str]) -> int:
+    module = importlib.import_module(COMMANDS[command][0])
+    if command == "doctor":
+        argparse.ArgumentParser(prog="gfast doctor", description=COMMANDS[command][1]).parse_args(rest)
+        return module.main() or 0
+    return module.main(rest) or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:<{width}}{help_line}" for name, (_, help_line) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="gfast",
+        usage="gfast COMMAND [options]",
+        description="Exact and fast unlearning for language models: losses, gradient effects, training.",
+        epilog=f"commands:\n{listed}\n\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below"
+    )
+    return parser
+
+
+def _version() -> str:
+    import gfast
+
+    return f"gfast {gfast.__version__}"
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    # TrainingArguments has a --debug of its own that takes a value; a bare --debug is ours.
+    for index, argument in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
+        if argument == "--debug" and (following.startswith("-") or following in COMMANDS):
+            del arguments[index]
+            return True
+    return False
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    expected = (ValueError, OSError, ImportError, RuntimeError, KeyError)
+    if not isinstance(error, expected) or not text:
+        text = f"{type(error).__name__}: {text or 'no message'} (gfast --debug ... shows where)"
+    text = text.removeprefix("gfast: ")
+    return text if len(text) <= 1000 else text[:1000] + " ... (gfast --debug ... shows the rest)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
