@@ -15,7 +15,6 @@ IGNORE_INDEX = -100
 
 # Lowest finite fp32. It stands for "no maximum yet" instead of -inf, so that -inf logits never meet -inf - -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 # Warps that the row kernels put on one SM, over all its programs, and the registers a thread may then use. A thread has
@@ -115,8 +114,9 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def log_sigmoid(x):
-    return tl.minimum(x, 0.0) - log1p_positive(tl.exp(-tl.abs(x)))
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
@@ -200,15 +200,16 @@ def target_stats(z_y, top, rest):
 @triton.jit
 def token_weight(logp, log_1mp, ref_logp, sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr,
                  beta: tl.constexpr):
-    """sign p^p_pow (1-p)^q_pow 2 sigmoid(beta (logp - ref_logp)), formed in log space; a power of 0 is left out."""
+    """sign p^p_pow (1-p)^q_pow 2 sigmoid(beta (logp - ref_logp)), powers formed in log space, one of 0 left out."""
     log_w = tl.full(logp.shape, 0.0, tl.float32)
     if p_pow != 0.0:
         log_w += p_pow * logp
     if q_pow != 0.0:
         log_w += q_pow * log_1mp
-    if beta > 0.0:
-        log_w += LOG_2 + log_sigmoid(beta * (logp - ref_logp))
-    return sign * tl.exp(log_w)
+    w = sign * tl.exp(log_w)
+    if beta > 0.0:  # a factor rather than a term of log w: one rounding less, and exactly 1 at logp = ref_logp
+        w *= 2.0 * sigmoid(beta * (logp - ref_logp))
+    return w
 
 
 @triton.jit
