@@ -29,6 +29,8 @@ class UnlearnConfig(TrainingArguments):
     'WGA(alpha=0.5) + NLL()'
     """
 
+    _argument_group_name = "training"
+
     output_dir: str = field(
         default="unlearned", metadata={"help": "The run folder: records, checkpoints and the final model."}
     )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags of the commands as dataclasses, read by transformers' HfArgumentParser from flags and a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SOURCES = ("tofu", "jsonl", "bundled")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to work on."""
+
+    _argument_group_name = "model"
+
+    model: str | None = field(
+        default=None, metadata={"help": "The original model: a name on the hub or a local folder. Required."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Its tokenizer; the model's own if not given."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the parameters.", "choices": DTYPES})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "The GGUF file in the model's folder to load from."})
+    lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0: all parameters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter; all linear layers if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("no model given: --model NAME_OR_FOLDER")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r is {self.lora_r}; give 0 (all parameters) or a rank")
+
+
+@dataclass
+class DataArguments:
+    """Which data to forget and to retain."""
+
+    _argument_group_name = "data"
+
+    data: str = field(
+        default="tofu",
+        metadata={
+            "help": "tofu (forget and retain are its configurations), jsonl (they are files of question/answer lines) "
+            "or bundled (a small set of fictitious authors).",
+            "choices": SOURCES,
+        },
+    )
+    data_path: str | None = field(
+        default=None,
+        metadata={"help": "Local folder with the TOFU or JSON lines files; without it TOFU comes from the hub."},
+    )
+    forget: str = field(default="forget01", metadata={"help": "The forget set: TOFU configuration or JSON lines file."})
+    retain: str = field(default="retain99", metadata={"help": "The retain set: TOFU configuration or JSON lines file."})
+    max_forget: int = field(default=0, metadata={"help": "Use only the first so many forget rows; 0: all."})
+    max_retain: int = field(default=0, metadata={"help": "Use only the first so many retain rows; 0: all."})
+    max_length: int = field(default=512, metadata={"help": "Longest sample in tokens; longer answers are cut."})
+    template: str = field(
+        default="auto", metadata={"help": "Prompt format: chat, plain, or auto (chat if the tokenizer has one)."}
+    )
+    refusals: str | None = field(
+        default=None, metadata={"help": "File of refusal lines for PO and DPO; a bundled list if not given."}
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep the original model's values in; OUTPUT_DIR/reference if not given."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.data not in SOURCES:
+            raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
+        for name in ("max_forget", "max_retain"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number of rows, or 0 for all")
+
+
+class CommandParser(HfArgumentParser):
+    """HfArgumentParser with short help, one-line errors, and a YAML file whose values flags override."""
+
+    def __init__(self, types: Sequence[type], prog: str, description: str, hidden: Sequence[str] = ()) -> None:
+        super().__init__(list(types), prog=prog, description=description, usage=f"{prog} [options]")
+        self._hidden = frozenset(hidden)
+        self.add_argument("--config", metavar="FILE.yaml", help="Settings by name in YAML; flags override them.")
+        self.add_argument("--help_all", action="store_true", help="Show every flag, those of TrainingArguments too.")
+
+    def parse(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
+        """The dataclasses, from `argv` over the file of --config over the defaults."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        first.add_argument("--help_all", action="store_true")
+        known, rest = first.parse_known_args(argv)
+        if known.help_all:
+            self.print_help()
+            raise SystemExit(0)
+        if known.config is not None:
+            self.set_defaults(**self._from_yaml(Path(known.config)))
+        if {"-h", "--help"} & set(rest):
+            self._shorten()
+        *parsed, _ = self.parse_args_into_dataclasses(rest, look_for_args_file=False)
+        return tuple(parsed)
+
+    def _shorten(self) -> None:
+        """One spelling a flag, short values, and our own settings before those of TrainingArguments."""
+        inherited = {entry.name for entry in fields(TrainingArguments)} - {"output_dir"}
+        for action in self._actions:
+            if action.dest in self._hidden or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
+            elif action.dest not in ("help", "config"):
+                action.option_strings = action.option_strings[:1]
+                few = action.choices is not None and len(action.choices) <= 4
+                action.metavar = "{" + ",".join(map(str, action.choices)) + "}" if few else "..."
+        for group in self._action_groups:
+            group._group_actions.sort(key=lambda action: action.dest in inherited)
+
+    def _from_yaml(self, path: Path) -> dict[str, Any]:
+        import yaml
+
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no configuration file {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} should map names to values, as in `learning_rate: 1e-5`")
+        known = {entry.name: entry for kind in self.dataclass_types for entry in fields(kind) if entry.init}
+        unknown = [str(name) for name in values if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{path}: unknown setting {', '.join(unknown)}; settings are named like the flags without --"
+            )
+        # As text, argparse converts and checks them like flags: YAML reads 1e-5 as text and 1 as an integer.
+        return {name: str(value) if isinstance(value, (bool, int, float)) else value for name, value in values.items()}
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} ({self.prog} --help lists the flags)")

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: models, tokenizers, rows, data sets and reference caches from flags."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gfast.commands.arguments import DataArguments, ModelArguments
+from gfast.data import (
+    Collator,
+    PreferenceDataset,
+    QADataset,
+    RefusalDataset,
+    batches,
+    bundled_authors,
+    load_jsonl,
+    load_tofu,
+    refusals,
+)
+from gfast.objectives import Objective
+from gfast.training.batches import ReferenceJoin, needed_from_cache
+from gfast.training.reference import ReferenceCache
+
+# Sample ids of the retain set start here, so that those of the two sets never meet.
+RETAIN_IDS = 1 << 32
+
+
+def say(text: str) -> None:
+    """A line about progress, on stderr so that results can be piped."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def show_log() -> None:
+    """Let gfast's own log lines be seen, between progress bars."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    logger = logging.getLogger("gfast")
+    if not logger.handlers:
+        logger.addHandler(Lines())
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    """The tokenizer; ValueError, naming it, when there is none."""
+    name = arguments.tokenizer or arguments.model
+    options = {"gguf_file": arguments.gguf_file} if arguments.gguf_file and not arguments.tokenizer else {}
+    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
+
+
+def load_model(arguments: ModelArguments, name: str | None = None) -> nn.Module:
+    """The causal language model, with LoRA adapters if asked for; ValueError, naming it, when it cannot be loaded."""
+    name = name or arguments.model
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    # transformers 5 renamed the argument.
+    options: dict[str, Any] = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    if arguments.gguf_file:
+        options["gguf_file"] = arguments.gguf_file
+    model = _loaded("model", name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+    if arguments.lora_r:
+        model = _with_lora(model, arguments)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    say(f"Model {name}: {trainable:,} trainable parameters, {next(model.parameters()).dtype}")
+    return model
+
+
+def check_model(arguments: ModelArguments) -> None:
+    """Fail before any work when the model's configuration cannot be found."""
+    if not arguments.gguf_file:
+        _loaded("model", arguments.model, lambda: AutoConfig.from_pretrained(arguments.model))
+
+
+def _loaded(what: str, name: str, load: Any) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "is it complete?" if Path(name).is_dir() else "there is no such local folder; is it a name on the hub?"
+        raise ValueError(f"cannot load the {what} {name!r} ({where}): {reason}") from error
+
+
+def _with_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora_r needs the peft library: pip install peft") from error
+    targets = arguments.lora_targets or "all-linear"
+    config = LoraConfig(
+        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+@dataclass
+class Rows:
+    """Question/answer rows of both sides."""
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]]
+
+
+def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
+    """The rows that the flags name. ValueError for an empty set; errors of the files say where."""
+    if arguments.data == "bundled":
+        forget, retain = bundled_authors()
+    else:
+        forget = _side(arguments, arguments.forget)
+        retain = _side(arguments, arguments.retain) if need_retain else []
+    forget = forget[: arguments.max_forget or None]
+    retain = retain[: arguments.max_retain or None] if need_retain else []
+    for name, rows, wanted in (("forget", forget, True), ("retain", retain, need_retain)):
+        if wanted and not rows:
+            raise ValueError(f"the {name} set ({getattr(arguments, name)}) is empty: it has no rows to train on")
+    return Rows(forget, retain)
+
+
+def _side(arguments: DataArguments, name: str) -> list[dict[str, Any]]:
+    if arguments.data == "tofu":
+        return load_tofu(name, arguments.data_path)
+    return load_jsonl(Path(arguments.data_path or "") / name)
+
+
+class Sides:
+    """Tokenised data sets for an objective and for risks, collators, and the original model's values."""
+
+    def __init__(self, rows: Rows, tokenizer: Any, arguments: DataArguments, seed: int = 0) -> None:
+        self.tokenizer = tokenizer
+        self.arguments = arguments
+        self._options = {"template": arguments.template, "max_length": arguments.max_length}
+        self._rows, self._seed = rows, seed
+        self.forget = QADataset(rows.forget, tokenizer, **self._options)
+        self.retain = QADataset(rows.retain, tokenizer, id_offset=RETAIN_IDS, **self._options) if rows.retain else None
+        self.collator = Collator(tokenizer)
+
+    def of(self, objective: Objective) -> Any:
+        """The forget data as `objective` wants it: pairs for DPO, refused questions for PO, else as it is."""
+        kind = {"dpo": PreferenceDataset, "po": RefusalDataset}.get(objective.key)
+        if kind is None:
+            return self.forget
+        lines = refusals(self.arguments.refusals)
+        return kind(self._rows.forget, self.tokenizer, refusals=lines, seed=self._seed, **self._options)
+
+    def reference(
+        self, model: nn.Module, objectives: Iterable[Objective], side: str, folder: Path | None, batch_size: int
+    ) -> ReferenceCache | None:
+        """What `objectives` need of the original model on one side, from `folder` or computed and kept there."""
+        objectives = list(objectives)
+        what = set().union(*(needed_from_cache(objective) for objective in objectives))
+        if not what:
+            return None
+        data = self.retain if side == "retain" else self.of(objectives[0])
+        layers = {objective.layer for objective in objectives if "layer_hidden" in needed_from_cache(objective)}
+        path = None if folder is None else folder / f"{side}-{'-'.join(sorted(what))}.safetensors"
+        found = path is not None and path.exists()
+        say(f"Reference of the {side} set: {'checking ' + str(path) if found else f'computing {len(data)} samples'}")
+        return ReferenceCache.build(
+            model,
+            data,
+            self.collator,
+            path,
+            what,
+            layer=max(layers, default=None),
+            batch_size=batch_size,
+            progress=True,
+        )
+
+    def batches(self, data: Any, cache: ReferenceCache | None, samples: int, batch_size: int) -> list[dict[str, Any]]:
+        """The first `samples` items (0: all) as batches that carry what `cache` knows, for a G-effect."""
+        limited = [data[index] for index in range(min(samples or len(data), len(data)))]
+        collator = self.collator if cache is None else ReferenceJoin(self.collator, {"forget": cache})
+        found = batches(limited, collator, batch_size)
+        return found if cache is None else [{**batch, **cache.head} for batch in found]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    import gfast
+
+    found = {"gfast": gfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return found | {"python": sys.version.split()[0]}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

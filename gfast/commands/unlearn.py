@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gfast unlearn`: train a model to forget, with any objective.
+
+All flags of transformers' TrainingArguments work, and a YAML file with their names (`--config`), which flags override.
+
+    gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA --objective_args alpha=0.5 \
+        --retain_term nll --geffect_every 10 --output_dir run
+
+A model that has never seen the data is first taught it: `--objective NLL --retain_term nll` minimises the negative
+log-likelihood of both sets. The same command started again goes on from the last complete checkpoint; a folder that
+holds another run is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
+from gfast.commands.common import (
+    Sides,
+    check_model,
+    device_name,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    say,
+    show_log,
+    versions,
+)
+from gfast.data import ForgetRetain, ForgetRetainCollator
+from gfast.objectives import Mix
+from gfast.training.batches import needed_from_cache
+from gfast.training.callback import GEffectCallback
+from gfast.training.config import UnlearnConfig
+from gfast.training.files import read_json, require_writable, write_json
+from gfast.training.records import check_run_folder, write_run_info
+from gfast.training.resume import last_checkpoint
+from gfast.training.trainer import UnlearnTrainer
+
+# Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
+DECISIVE = (
+    "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples record_every learning_rate "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "optim "
+    "optim_args max_grad_norm num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed "
+    "data_seed bf16 fp16 gradient_checkpointing neftune_noise_alpha dataloader_drop_last"
+).split()
+# Of TrainingArguments, what `--help` shows.
+SHOWN = (
+    "output_dir learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm num_train_epochs "
+    "max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps seed bf16 gradient_checkpointing save_strategy save_steps "
+    "save_total_limit logging_steps resume_from_checkpoint use_cpu report_to"
+).split()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    hidden = [entry.name for entry in fields(TrainingArguments) if entry.name not in SHOWN]
+    parser = CommandParser(
+        [ModelArguments, DataArguments, UnlearnConfig],
+        "gfast unlearn",
+        "Train a model to forget, with any objective; every flag of transformers' TrainingArguments works too.",
+        hidden=hidden,
+    )
+    model_arguments, data_arguments, config = parser.parse(argv)
+    return run(model_arguments, data_arguments, config, list(sys.argv[1:] if argv is None else argv))
+
+
+def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str]) -> int:
+    show_log()
+    folder = require_writable(config.output_dir)
+    objective = config.build_objective()
+    both = objective if isinstance(objective, Mix) else Mix(objective)
+    need_retain = both.retain is not None or config.geffect_every > 0
+    rows = load_rows(data_arguments, need_retain)
+    info = describe(model_arguments, data_arguments, config, rows, argv)
+    known = check_run_folder(folder, info)
+    if known and (folder / "result.json").exists():
+        say(f"This run is finished: {read_json(folder / 'result.json')['steps']} steps, model and records in {folder}")
+        return 0
+    checkpoint = _checkpoint(config, folder)
+    check_model(model_arguments)
+    tokenizer = load_tokenizer(model_arguments)
+    sides = Sides(rows, tokenizer, data_arguments, config.seed)
+    say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
+    set_seed(config.seed)
+    model = load_model(model_arguments).to(config.device)
+
+    write_run_info(folder, info | {"device": device_name(config.device)})
+    references = _references(model, both, sides, data_arguments, config, folder)
+    data = sides.of(both.forget)
+    collator: Any = sides.collator
+    if both.retain is not None:
+        data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
+    callbacks = [_measure(objective, both, sides, references, config)] if config.geffect_every else []
+    trainer = UnlearnTrainer(
+        model,
+        config,
+        objective=objective,
+        references=references,
+        train_dataset=data,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if checkpoint is not None:
+        say(f"Resuming from {checkpoint}")
+    started = time.perf_counter()
+    try:
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
+    trainer.save_model()
+    result = {
+        "steps": output.global_step,
+        "train_loss": output.training_loss,
+        "seconds": time.perf_counter() - started,
+        "objective": str(objective),
+    }
+    if trainer.is_world_process_zero():
+        write_json(folder / "result.json", result)
+        say(f"Finished {output.global_step} steps. Model and records: {folder}. Figures: gfast report {folder}")
+    return 0
+
+
+def describe(
+    model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, rows: Any, argv: list[str]
+) -> dict[str, Any]:
+    """run.json: what the run is. `config` in it decides whether another start is the same run."""
+    settings = {name: value for name, value in config.to_dict().items() if name in DECISIVE}
+    data = {
+        name: value for name, value in asdict(data_arguments).items() if name not in ("reference_cache", "data_path")
+    }
+    counts = {"forget": len(rows.forget), "retain": len(rows.retain)}
+    model = asdict(model_arguments)
+    return {
+        "objective": str(config.build_objective()),
+        "model": model_arguments.model,
+        "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
+        "seed": config.seed,
+        "samples": counts,
+        "argv": ["gfast", "unlearn", *argv],
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config": {**settings, **model, **data, "samples": counts},
+    }
+
+
+def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from: the one that was named, else the newest complete one of this run."""
+    asked = config.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("true", "last", "auto", "1"):
+        return last_checkpoint(folder)
+    if str(asked).lower() in ("false", "none", "0"):
+        return None
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(f"{asked} is not a complete checkpoint: it has no trainer_state.json")
+    return Path(asked)
+
+
+def _references(
+    model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path
+) -> dict[str, Any]:
+    where = Path(data_arguments.reference_cache or folder / "reference")
+    found = {}
+    for side, objective in (("forget", both.forget), ("retain", both.retain)):
+        if objective is None:
+            continue
+        # With adapters the original is at hand, and hidden states of a large retain set would fill the disk.
+        if (
+            hasattr(model, "peft_config")
+            and needed_from_cache(objective) != {"logp"}
+            and not data_arguments.reference_cache
+        ):
+            continue
+        cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size)
+        if cache is not None:
+            found[side] = cache
+    return found
+
+
+def _measure(
+    objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig
+) -> GEffectCallback:
+    samples, size = config.geffect_samples, config.per_device_eval_batch_size
+    own = both.forget.key in ("dpo", "po")
+    options: dict[str, Any] = {}
+    if own:
+        options["objective_batches"] = sides.batches(sides.of(both.forget), references.get("forget"), samples, size)
+    return GEffectCallback(
+        config.geffect_every,
+        sides.batches(sides.forget, None if own else references.get("forget"), samples, size),
+        sides.batches(sides.retain, references.get("retain"), samples, size),
+        objective,
+        groups=config.groups,
+        **options,
+    )
+
+
+def _saved_so_far(folder: Path, step: int) -> str:
+    checkpoint = last_checkpoint(folder)
+    saved = f"checkpoint {checkpoint}" if checkpoint else "no checkpoint yet (see --save_steps)"
+    start = "goes on from there" if checkpoint else "starts again from step 0"
+    return (
+        f"Interrupted after step {step}. Saved: all records up to that step in {folder / 'records'}; {saved}. "
+        f"The same command {start}; no recorded step is lost or doubled."
+    )
