@@ -15,9 +15,10 @@ struct LogSoftmax {
   float log_total;
 };
 
-// Writes z' of a row to `values` (filled to whole vectors with -inf) and returns its maximum and log-sum.
+// Writes z' of a row to `values` (filled to whole vectors with -inf) and, for a softcap, dz'/dz / scale to `slopes` where
+// that is not null; returns the maximum and the log-sum.
 template <typename T, Map map>
-LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values) {
+LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values, float* slopes) {
   const T* row = (const T*)data;
   float top = -kInf;
   double total = 0;
@@ -32,7 +33,9 @@ LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* va
     const vf shift = splat(top == -kInf ? 0.0f : top);
     vf sum{};
     for (int64_t j = 0; j < n; j += W) {
-      vf z = f.apply<map>(n - j < W ? load_part(row + start + j, n - j, -kInf) : load(row + start + j)).value;
+      const Mapped x = f.apply<map>(n - j < W ? load_part(row + start + j, n - j, -kInf) : load(row + start + j));
+      if (map == Map::capped && slopes != nullptr) store(slopes + start + j, x.slope);
+      vf z = x.value;
       if (n - j < W) z = select(lane_index() < (int32_t)(n - j), z, splat(-kInf));  // softcap has made -inf finite
       store(values + start + j, z);
       sum += exp(z - shift);
@@ -42,7 +45,7 @@ LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* va
   return {top, (float)log(total)};
 }
 
-using Reader = LogSoftmax (*)(const void*, int64_t, const Mapping&, float*);
+using Reader = LogSoftmax (*)(const void*, int64_t, const Mapping&, float*, float*);
 
 Reader pick_reader(const Matrix& m) {
   Reader reader = nullptr;
@@ -59,19 +62,16 @@ void write_row(void* out, const float* values, int64_t n) {
 
 using Writer = void (*)(void*, const float*, int64_t);
 
-// The row's KL; where grad is not null, it gets coef (p - q) dz'/dz and may be p's values.
-template <bool capped>
-double row_kl(const float* zp, const float* zq, int64_t vocab, LogSoftmax sp, LogSoftmax sq, float coef, float softcap,
-              float* grad) {
+// The row's KL; where grad is not null, it gets coef (p - q) slope (no slopes: 1) and may be p's values.
+double row_kl(const float* zp, const float* zq, const float* slopes, int64_t vocab, LogSoftmax sp, LogSoftmax sq,
+              float coef, float* grad) {
   const vf top_p = splat(sp.top), top_q = splat(sq.top), log_p = splat(sp.log_total), log_q = splat(sq.log_total);
-  const float inverse_cap = capped ? 1.0f / softcap : 0.0f;
   double kl = 0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
     vf sum{};
     for (int64_t j = start; j < end; j += W) {
-      const vf z = load(zp + j);
-      const vf lp = (z - top_p) - log_p, lq = (load(zq + j) - top_q) - log_q;
+      const vf lp = (load(zp + j) - top_p) - log_p, lq = (load(zq + j) - top_q) - log_q;
       const vf p = exp(lp), q = exp(lq);
       const vf d = lq - lp;
       const vi near = (d < 0.34f) & (d > -0.34f);
@@ -80,11 +80,7 @@ double row_kl(const float* zp, const float* zq, int64_t vocab, LogSoftmax sp, Lo
       sum += term;
       if (grad != nullptr) {
         vf g = (p - q) * coef;
-        if (capped) {
-          const vf t = z * inverse_cap;
-          g = g * ((1.0f - t) * (1.0f + t));
-          g = select(z == -kInf, vf{}, g);  // the filler after the row's end
-        }
+        if (slopes != nullptr) g = g * load(slopes + j);
         store(grad + j, g);
       }
     }
@@ -102,7 +98,8 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
                        : a.logits.dtype == Dtype::bf16 ? &write_row<bf16>
                                                        : &write_row<f16>;
   const int64_t size = a.logits.dtype == Dtype::f32 ? 4 : 2, ref_size = a.ref.dtype == Dtype::f32 ? 4 : 2;
-  float *zp = scratch, *zq = scratch + a.vocab + kBlock;
+  const int64_t room = row_floats(a.vocab);
+  float *zp = scratch, *zq = zp + room, *slopes = a.logits.softcap > 0 ? zq + room : nullptr;
   for (int64_t i = begin; i < end; ++i) {
     char* out = (char*)a.out + i * a.out_stride * size;
     a.kl[i] = 0;
@@ -110,10 +107,10 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (a.out != nullptr) memset(out, 0, a.vocab * size);
       continue;
     }
-    const LogSoftmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp);
-    const LogSoftmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq);
-    const auto row = a.logits.softcap > 0 ? &row_kl<true> : &row_kl<false>;
-    a.kl[i] = (float)row(zp, zq, a.vocab, sp, sq, a.coef_scale * fp.scale, fp.softcap, a.out != nullptr ? zp : nullptr);
+    const LogSoftmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
+    const LogSoftmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
+    float* grad = a.out != nullptr ? zp : nullptr;
+    a.kl[i] = (float)row_kl(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
     if (a.out != nullptr) write(out, zp, a.vocab);
   }
 }

@@ -168,7 +168,7 @@ void logp_rows_impl(const LogpArgs& a, int64_t begin, int64_t end, float* scratc
 template <typename T, Map map, bool grad>
 void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Mapping f(a.logits);
-  float* block_shift = scratch + a.vocab;
+  float* block_shift = scratch + row_floats(a.vocab);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t y = a.labels[i];
     T* out = (T*)a.out + i * a.out_stride;

@@ -52,8 +52,10 @@ struct KlArgs {
   int64_t out_stride;
 };
 
-// Floats of scratch that a thread needs for any row kernel: two rows in whole blocks, and one value a block.
 constexpr int64_t kBlock = 2048;
-static constexpr int64_t scratch_floats(int64_t vocab) { return 2 * (vocab + 2 * kBlock) + vocab / kBlock; }
+
+// Scratch for a row in whole vectors or for a value a block, and what a thread needs for any row kernel.
+static constexpr int64_t row_floats(int64_t vocab) { return vocab + kBlock; }
+static constexpr int64_t scratch_floats(int64_t vocab) { return 3 * row_floats(vocab); }
 
 }  // namespace gfast
