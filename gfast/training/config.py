@@ -67,7 +67,7 @@ class UnlearnConfig(TrainingArguments):
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    report_to: Any = field(
+    report_to: str | None = field(
         default="none", metadata={"help": "Where to send logs besides the records; none by default."}
     )
     remove_unused_columns: bool | None = field(

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gfast geffect`: measure the G-effect of objectives on a model, without training.
+
+    gfast geffect --model MODEL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO:beta=0.1 \
+        --reference_model ORIGINAL --output_dir effects
+
+Objectives that compare with the original model read it from `--reference_model`; without it the model is its own
+reference, as at the first step of an unlearning run.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
+from gfast.commands.common import (
+    Sides,
+    check_model,
+    device_name,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    say,
+    show_log,
+    versions,
+)
+from gfast.objectives import Objective
+from gfast.training.callback import nll
+from gfast.training.config import parse_objective
+from gfast.training.files import require_writable, write_json
+from gfast.training.records import check_run_folder, write_record, write_run_info
+from gfast.training.terms import run_name
+
+
+@dataclass
+class GEffectArguments:
+    """What to measure."""
+
+    _argument_group_name = "measurement"
+
+    objectives: list[str] = field(
+        default_factory=lambda: ["GA"],
+        metadata={"help": "Objectives, with parameters after a colon: GA WGA:alpha=0.5 SatImp:beta1=5,beta2=1."},
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "The original model for objectives that need it; the model itself if not given."},
+    )
+    groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
+    engine: str = field(default="auto", metadata={"help": "How to measure; see gfast.g_effect."})
+    norms: bool = field(default=False, metadata={"help": "Measure cosines too; holds one more gradient."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Samples a forward pass; it changes results by rounding only."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Run folder for records (Parquet), geffect.json; none: only print."}
+    )
+    step: int = field(
+        default=0, metadata={"help": "The optimizer step to record the effect under, for series of models."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        [ModelArguments, DataArguments, GEffectArguments],
+        "gfast geffect",
+        "Measure the G-effect of objectives on a model, by layer group, without training.",
+    )
+    model_arguments, data_arguments, arguments = parser.parse(argv)
+    objectives = [parse_objective(text) for text in arguments.objectives]
+    show_log()
+    folder = None if arguments.output_dir is None else require_writable(arguments.output_dir)
+    rows = load_rows(data_arguments)
+    info = {
+        "objectives": [str(objective) for objective in objectives],
+        "model": model_arguments.model,
+        "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
+        "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
+        "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        # A folder takes a series of models and steps, of the same data.
+        "config": {"command": "geffect", "groups": arguments.groups, **_data_settings(data_arguments)},
+    }
+    if folder is not None:
+        check_run_folder(folder, info)
+    check_model(model_arguments)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sides = Sides(rows, load_tokenizer(model_arguments), data_arguments)
+    effects, risks = measure(objectives, sides, model_arguments, data_arguments, arguments, device)
+    for effect in effects:
+        print(effect)
+    if folder is not None:
+        write_run_info(folder, info | {"device": device_name(device)})
+        write_record(folder, _rows(effects, risks, folder, arguments.step))
+        write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
+        say(f"Records and geffect.json: {folder}")
+    return 0
+
+
+def measure(
+    objectives: list[Objective],
+    sides: Sides,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: GEffectArguments,
+    device: torch.device,
+) -> tuple[list[Any], dict[str, float]]:
+    """The effects in the order of the objectives, and the mean NLL of both sides."""
+    from gfast.geffect import g_effect
+
+    kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
+    cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
+    batch_size = arguments.batch_size
+    model = load_model(model_arguments, arguments.reference_model).to(device)
+    caches = {
+        kind: sides.reference(model, members, "forget", cache_folder, batch_size)
+        for kind, members in kinds.items()
+        if members
+    }
+    if arguments.reference_model is not None:
+        # The two models are never in memory together.
+        del model
+        gc.collect()
+        model = load_model(model_arguments).to(device)
+    retain = sides.batches(sides.retain, None, 0, batch_size)
+    plain = sides.batches(sides.forget, None, 0, batch_size)
+    options = {"groups": arguments.groups, "engine": arguments.engine, "norms": arguments.norms or None}
+    found = {}
+    for kind, members in kinds.items():
+        if not members:
+            continue
+        own = sides.batches(sides.of(members[0]), caches[kind], 0, batch_size)
+        extra = {"forget": own} if kind == "plain" else {"forget": plain, "objective_batches": own}
+        effects = g_effect(model, members, retain=retain, progress=sys.stderr.isatty(), **extra, **options)
+        found.update(zip(members, effects, strict=True))
+    return [found[objective] for objective in objectives], {"unlearn": nll(model, plain), "retain": nll(model, retain)}
+
+
+def _kind(objective: Objective) -> str:
+    return objective.key if objective.key in ("dpo", "po") else "plain"
+
+
+def _data_settings(data_arguments: DataArguments) -> dict[str, Any]:
+    return {k: v for k, v in asdict(data_arguments).items() if k not in ("reference_cache", "data_path")}
+
+
+def _rows(effects: list[Any], risks: dict[str, float], folder: Path, step: int) -> list[dict[str, Any]]:
+    rows = []
+    for effect in effects:
+        common = {"run": run_name(str(folder)), "objective": effect.objective, "step": step, "epoch": 0.0}
+        rows += [{**common, **row} for row in effect.rows()]
+        rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
+    return rows
