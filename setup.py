@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake", path=env["PATH"]) or sys.exit("gfast: no cmake; pip install cmake ninja")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         configure = [cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run([*map(str, configure)], check=True, env=env)
         subprocess.run([cmake, "--build", str(work), "--parallel", jobs], check=True, env=env)
 
