@@ -2,6 +2,7 @@
 """The report, from records whose numbers are known."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -137,6 +138,21 @@ def test_many_layer_groups_become_a_map(tmp_path):
     assert run.groups[-1] == "lm" and run.groups.index("layer 9") < run.groups.index("layer 10")
     build_report([folder], tmp_path / "out")
     assert (tmp_path / "out" / "figures" / "geffect-groups.png").stat().st_size > 10_000
+
+
+def test_more_objectives_than_columns_without_norms(tmp_path):
+    from gfast.report.figures import drawings
+
+    folders = [write_run(tmp_path / str(i), f"WGA(alpha={i}.0)", GA_COURSE) for i in range(7)]
+    runs = load_runs(folders)
+    runs = [dataclasses.replace(run, records=run.records[run.records["quantity"] != "cosine"]) for run in runs]
+    figure = drawings(runs)[0].draw(runs, LIGHT)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(figure.axes) == 10 and len(shown) == 7
+    assert [ax.get_title() for ax in shown] == [f"WGA(alpha={i}.0)" for i in range(7)]
+    assert {ax.get_ylim() for ax in shown} == {shown[0].get_ylim()}
+    drawn = [line.get_ydata() for line in shown[6].lines if len(line.get_xdata()) == 3]
+    assert [list(y) for y in drawn] == [[-4, -400, -50], [1, -300, -60]]
 
 
 def test_numbers_of_the_table(built):

@@ -83,10 +83,10 @@ def drawings(runs: list[Run]) -> list[Drawing]:
             Drawing(
                 "geffect",
                 "G-effect of each objective on the forget and the retain set",
-                "Top: total G-effect over optimizer steps, one axis for all objectives (where it is symmetric-log, it "
-                "is linear inside the grey band). Bottom: the same divided by both gradient norms, a cosine, which "
-                "compares objectives of different scale. Below zero a step raises that set's NLL: wanted for unlearn "
-                "(gold, circles), damage for retain (blue, squares).",
+                "Total G-effect over optimizer steps, one axis for all objectives (where it is symmetric-log, it is "
+                "linear inside the grey band), and where the norms are known the same divided by both gradient norms: "
+                "a cosine, which compares objectives of different scale. Below zero a step raises that set's NLL: "
+                "wanted for unlearn (gold, circles), damage for retain (blue, squares).",
                 _draw_totals,
             )
         )
@@ -158,31 +158,29 @@ def _side_legend(figure: Figure, theme: Theme) -> None:
 def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
     columns = min(len(runs), PANELS_PER_BAND)
     bands = math.ceil(len(runs) / PANELS_PER_BAND)
-    figure = Figure(figsize=(max(2.35 * columns + 0.6, 6.4), 4.9 * bands + 0.35), layout="constrained")
-    grid = figure.subplots(2 * bands, columns, squeeze=False, sharey="row")
-    pairs = [
-        (grid[2 * (i // columns), i % columns], grid[2 * (i // columns) + 1, i % columns]) for i in range(len(runs))
-    ]
-    keys = [("g_effect", side, "total") for side in ("unlearn", "retain")]
-    for (top, bottom), run in zip(pairs, runs, strict=True):
-        for ax, quantity in ((top, "g_effect"), (bottom, "cosine")):
+    keys = {name: [(name, side, "total") for side in ("unlearn", "retain")] for name in ("g_effect", "cosine")}
+    cosines = np.abs(_values(runs, keys["cosine"]))
+    shown = ["g_effect", "cosine"] if cosines.size else ["g_effect"]
+    figure = Figure(figsize=(max(2.35 * columns + 0.6, 6.4), 2.45 * bands * len(shown) + 0.35), layout="constrained")
+    grid = figure.subplots(bands * len(shown), columns, squeeze=False, sharey="row")
+    for i, run in enumerate(runs):
+        band, column = divmod(i, columns)
+        panels = grid[band * len(shown) : (band + 1) * len(shown), column]
+        for ax, quantity in zip(panels, shown, strict=True):
             zero_line(ax, theme)
             _sides(ax, run, theme, quantity, "total")
             steps_axis(ax)
-        top.set_title(wrap(run.label), fontweight="bold")
-        top.tick_params(labelbottom=False)
-        bottom.set_xlabel("optimizer step")
-    cosines = np.abs(_values(runs, [("cosine", side, "total") for side in ("unlearn", "retain")]))
-    limit = 1.05 if cosines.max(initial=1.0) > 0.5 else max(1.15 * cosines.max(initial=0.0), 1e-6)
-    signed_axis([top for top, _ in pairs], _values(runs, keys), theme)
-    for _, bottom in pairs:
-        bottom.set_ylim(-limit, limit)
-    for band in range(bands):
-        grid[2 * band, 0].set_ylabel("G-effect\n⟨∇NLL, ∇objective⟩")
-        grid[2 * band + 1, 0].set_ylabel("cosine\n(∇NLL, ∇objective)")
+            ax.tick_params(labelbottom=ax is panels[-1])
+        panels[0].set_title(wrap(run.label), fontweight="bold")
+        panels[-1].set_xlabel("optimizer step")
+    signed_axis(grid[:: len(shown)].flat, _values(runs, keys["g_effect"]), theme)
+    limit = 1.05 if cosines.max(initial=1.0) > 0.5 else max(1.15 * cosines.max(), 1e-6)
+    for ax in grid[1 :: len(shown)].flat if cosines.size else ():
+        ax.set_ylim(-limit, limit)
+    for row, ax in enumerate(grid[:, 0]):
+        ax.set_ylabel(("G-effect\n⟨∇NLL, ∇objective⟩", "cosine\n(∇NLL, ∇objective)")[row % len(shown)])
     for ax in grid.flat:
-        if not ax.lines:
-            ax.set_visible(False)
+        ax.set_visible(bool(ax.lines))  # the last band may have places to spare
     _side_legend(figure, theme)
     return figure
 

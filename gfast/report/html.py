@@ -74,6 +74,10 @@ def build_report(
         pictures = drawing.render(runs)
         _write(out / "figures" / f"{drawing.name}.png", pictures.png)
         figures.append({"drawing": drawing, "light": _data_uri(pictures.light), "dark": _data_uri(pictures.dark)})
+    common = shared_settings(runs)
+    # The full configuration of a training run is a page of its own: it is there to unfold.
+    details = {key: value for key, value in common.items() if key.startswith("config.")}
+    shared = flatten(dict(settings or {})) | {key: value for key, value in common.items() if key not in details}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gfast.report", "."),
         autoescape=True,
@@ -89,7 +93,8 @@ def build_report(
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],
-        shared=flatten(dict(settings or {})) | shared_settings(runs),
+        shared=shared,
+        details=details,
         own=own_settings(runs),
         files=[(run, [(_link(path, out), path.name) for path in run.record_files]) for run in runs],
         samples=list(samples),
