@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
@@ -91,7 +92,7 @@ class CommandParser(HfArgumentParser):
     """HfArgumentParser with short help, one-line errors, and a YAML file whose values flags override."""
 
     def __init__(self, types: Sequence[type], prog: str, description: str, hidden: Sequence[str] = ()) -> None:
-        super().__init__(list(types), prog=prog, description=description, usage=f"{prog} [options]")
+        super().__init__(list(types), prog=prog, description=description, usage=f"{prog} [options]", allow_abbrev=False)
         self._hidden = frozenset(hidden)
         self.add_argument("--config", metavar="FILE.yaml", help="Settings by name in YAML; flags override them.")
         self.add_argument("--help_all", action="store_true", help="Show every flag, those of TrainingArguments too.")
@@ -144,8 +145,15 @@ class CommandParser(HfArgumentParser):
             raise ValueError(
                 f"{path}: unknown setting {', '.join(unknown)}; settings are named like the flags without --"
             )
-        # As text, argparse converts and checks them like flags: YAML reads 1e-5 as text and 1 as an integer.
-        return {name: str(value) if isinstance(value, (bool, int, float)) else value for name, value in values.items()}
+        return {name: self._as_text(name, value) for name, value in values.items()}
+
+    def _as_text(self, name: str, value: Any) -> Any:
+        # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as
+        # False.
+        action = next(action for action in self._actions if action.dest == name)
+        if isinstance(value, bool) and action.type is not string_to_bool:
+            return "yes" if value else "no"
+        return str(value) if isinstance(value, (bool, int, float)) else value
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")

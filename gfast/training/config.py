@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -91,7 +91,7 @@ class UnlearnConfig(TrainingArguments):
 
     def build_objective(self) -> Objective:
         """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""
-        forget = from_name(self.objective, **parse_parameters(self.objective_args))
+        forget = _named(self.objective, parse_parameters(self.objective_args))
         if self.retain_term == "none":
             return forget if self.gamma == 1.0 else Mix(forget, gamma=self.gamma)
         if self.retain_term == "rr":
@@ -112,7 +112,16 @@ def parse_objective(text: str) -> Objective:
     (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
     """
     name, _, parameters = text.strip().rstrip(")").replace("(", ":", 1).partition(":")
-    return from_name(name, **parse_parameters(parameters.replace(",", " ")))
+    return _named(name, parse_parameters(parameters.replace(",", " ")))
+
+
+def _named(name: str, parameters: Mapping[str, Any]) -> Objective:
+    cls = REGISTRY.get(name.lower())
+    required = [entry.name for entry in fields(cls) if entry.default is MISSING] if cls is not None else []
+    missing = [entry for entry in required if entry not in parameters]
+    if missing:
+        raise ValueError(f"{cls.__name__} needs a value for {', '.join(missing)}: --objective_args {missing[0]}=...")
+    return from_name(name, **parameters)
 
 
 def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:

@@ -1,0 +1,274 @@
+"""The command line end to end on a tiny model: files, errors as one line, YAML under flags, resuming."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
+
+from gfast import cli
+from gfast.training.records import read_records, read_run_info, recorded_steps
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder with a model, its tokenizer and two JSON lines files."""
+    folder = tmp_path_factory.mktemp("original")
+    tiny_model().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    for name, rows in (("forget", FORGET_ROWS), ("retain", RETAIN_ROWS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def flags(original, out, **options):
+    chosen = {
+        "model": original,
+        "data": "jsonl",
+        "data_path": original,
+        "forget": "forget.jsonl",
+        "retain": "retain.jsonl",
+        "output_dir": out,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "objective": "WGA",
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        **options,
+    }
+    words = []
+    for name, value in chosen.items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def fails(capsys, words, *argv):
+    """The command ends with exit code 2 and one line on stderr that holds `words`."""
+    capsys.readouterr()
+    assert cli.main(list(argv)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("gfast: error: ") and words in last, last
+    assert "Traceback" not in last
+
+
+def test_help_is_fast_and_lists_the_commands():
+    code = "import sys; from gfast.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert done.stdout.strip().endswith("False"), "help must not import torch"
+    assert cli.main([]) == 0
+    assert cli.main(["--version"]) == 0
+
+
+def test_unlearn_help_shows_our_flags_before_the_trainers(capsys):
+    assert cli.main(["unlearn", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("--objective ") < text.index("--learning_rate ")
+    assert "--push_to_hub" not in text and "--no_" not in text
+    assert cli.main(["unlearn", "--help_all"]) == 0
+    assert "--push_to_hub" in capsys.readouterr().out
+
+
+def test_unlearn_writes_model_and_records(original, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = {"objective_args": ["alpha=0.5"], "retain_term": "kl", "geffect_every": 1, "geffect_samples": 3}
+    assert cli.main(["unlearn", *flags(original, out, **settings)]) == 0
+    assert "gfast report" in capsys.readouterr().err
+    frame = read_records(out)
+    assert recorded_steps(out) == [0, 1, 2]
+    assert set(frame["objective"]) == {"WGA(alpha=0.5) + KL()"} and set(frame["run"]) == {"run"}
+    wanted = {"g_effect", "risk", "loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence"}
+    assert wanted <= set(frame["quantity"])
+    info = read_run_info(out)
+    assert info["samples"] == {"forget": 6, "retain": 6} and info["seed"] == 0 and info["versions"]["gfast"]
+    before, after = load_file(original / "model.safetensors"), load_file(out / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert {path.name for path in (out / "reference").iterdir()} == {"retain-hidden.safetensors"}
+
+    # Again: finished, nothing is trained or changed. With another setting: another run, refused.
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["unlearn", *flags(original, out, **settings)]) == 0
+    assert "finished" in capsys.readouterr().err and (out / "model.safetensors").stat().st_mtime_ns == stamp
+    fails(capsys, "holds another run: max_steps is 2 there and 3 here", "unlearn",
+          *flags(original, out, **settings | {"max_steps": 3}))  # fmt: skip
+
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_yaml_under_flags(original, tmp_path, capsys):
+    settings = flags(original, tmp_path / "run")
+    pairs = dict(zip((word.removeprefix("--") for word in settings[::2]), settings[1::2], strict=True))
+    lines = [f"{name}: {value}" for name, value in pairs.items() if name != "max_steps"]
+    lines += ["objective_args: {alpha: 0.25}", "max_steps: 5", "weight_decay: 1e-3", "retain_term: nll"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    assert (
+        cli.main(["unlearn", "--config", str(tmp_path / "run.yaml"), "--max_steps", "1", "--retain-term", "none"]) == 0
+    )
+    info = read_run_info(tmp_path / "run")
+    assert info["objective"] == "WGA(alpha=0.25)"
+    assert info["config"]["max_steps"] == 1 and info["config"]["weight_decay"] == 1e-3
+
+    for text, words in (
+        ("learning_rat: 1", "unknown setting learning_rat"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("- a list", "should map names to values"),
+        ("a: [", "not valid YAML"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        fails(capsys, words, "unlearn", "--config", str(tmp_path / "bad.yaml"))
+    fails(capsys, "there is no configuration file", "unlearn", "--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO", "PO"])
+def test_objectives_with_data_of_their_own(original, tmp_path, objective):
+    out = tmp_path / "run"
+    settings = {"objective": objective, "geffect_every": 2, "max_steps": 1, "retain_term": "nll"}
+    assert cli.main(["unlearn", *flags(original, out, **settings)]) == 0
+    frame = read_records(out)
+    assert set(frame[frame["quantity"] == "g_effect"]["step"]) == {0, 1}
+    assert (out / "reference").exists() == (objective != "PO")
+
+
+def test_lora(original, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    assert cli.main(["unlearn", *flags(original, out, lora_r=2, objective="TNPO", retain_term="kl", max_steps=1)]) == 0
+    assert (out / "adapter_model.safetensors").is_file()
+    assert {path.name for path in (out / "reference").iterdir()} == {"forget-logp.safetensors"}
+
+
+def test_teaching_then_measuring(original, tmp_path, capsys):
+    taught = tmp_path / "taught"
+    teach = {"objective": "NLL", "retain_term": "nll", "max_steps": 20, "learning_rate": 1e-2}
+    assert cli.main(["unlearn", *flags(original, taught, record_every=0, **teach)]) == 0
+    assert recorded_steps(taught) == []
+    data = ["--data", "jsonl", "--data_path", str(original), "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    objectives = ["--objectives", "GA", "WGA:alpha=0.5", "NPO", "DPO", "PO"]
+    risks = []
+    for name, model in (("before", original), ("after", taught)):
+        capsys.readouterr()
+        out = tmp_path / name
+        command = ["geffect", "--model", str(model), *data, *objectives, "--output_dir", str(out), "--device", "cpu"]
+        assert cli.main(command) == 0
+        assert "G-effect of WGA(alpha=0.5)" in capsys.readouterr().out
+        written = json.loads((out / "geffect.json").read_text())
+        risks.append(written["risk"]["unlearn"])
+        assert len(written["effects"]) == 5
+        frame = read_records(out)
+        totals = frame[(frame["quantity"] == "g_effect") & (frame["group"] == "total") & (frame["side"] == "unlearn")]
+        ga = totals.set_index("objective")["value"]["GA()"]
+        norm = frame[(frame["quantity"] == "risk_norm") & (frame["group"] == "total") & (frame["objective"] == "GA()")]
+        assert ga == pytest.approx(-(norm.set_index("side")["value"]["unlearn"] ** 2), rel=1e-5)
+    assert risks[1] < risks[0]
+    # NPO against the original: a reference other than the model itself changes its weights.
+    command = ["geffect", "--model", str(taught), "--reference_model", str(original), *data, "--objectives", "NPO"]
+    assert cli.main([*command, "--output_dir", str(tmp_path / "third")]) == 0
+    compared = json.loads((tmp_path / "third" / "geffect.json").read_text())["effects"][0]["unlearn"]
+    assert compared != written["effects"][2]["unlearn"]
+
+
+def test_errors_are_one_line_that_says_what_to_do(original, tmp_path, capsys):
+    out = tmp_path / "run"
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "lacking.jsonl").write_text('{"question": "Who?"}\n')
+    (tmp_path / "file").write_text("")
+    for words, options in (
+        ("no model given", {"model": None}),
+        ("cannot load the model", {"model": tmp_path / "nowhere"}),
+        ("no objective is called", {"objective": "GAA"}),
+        ("has no parameter beta", {"objective_args": ["beta=1"]}),
+        ("RMU needs a value for layer", {"objective": "RMU"}),
+        ("use RMU", {"retain_term": "rr"}),
+        ("does not exist", {"forget": "none.jsonl"}),
+        ('field "answer" is missing', {"data_path": tmp_path, "forget": "lacking.jsonl"}),
+        ("is a file; give a folder", {"output_dir": tmp_path / "file"}),
+        ("not a complete checkpoint", {"resume_from_checkpoint": tmp_path}),
+        ("invalid choice", {"data": "csv"}),
+        ("not used", {"learning_rat": 1}),
+    ):  # fmt: skip
+        fails(capsys, words, "unlearn", *flags(original, out, **options))
+        assert not (out / "run.json").exists(), words
+    empty = {"data_path": None, "forget": tmp_path / "empty.jsonl", "retain": original / "retain.jsonl"}
+    fails(capsys, "empty", "unlearn", *flags(original, out, **empty))
+    fails(capsys, "holds no records", "report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "page"))
+    assert cli.main(["dance"]) == 2
+
+
+def test_a_folder_that_cannot_be_written(original, capsys):
+    fails(capsys, "cannot write to the folder /proc/run", "unlearn", *flags(original, "/proc/run"))
+
+
+def test_a_reference_of_another_model_is_refused(original, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    settings = {"objective": "NPO", "reference_cache": cache, "max_steps": 1}
+    assert cli.main(["unlearn", *flags(original, tmp_path / "first", **settings)]) == 0
+    other = tmp_path / "other"
+    tiny_model(seed=1).save_pretrained(other)
+    TOKENIZER.save_pretrained(other)
+    fails(capsys, "for another model", "unlearn", *flags(original, tmp_path / "b", **settings | {"model": other}))
+    fails(capsys, "for other data", "unlearn", *flags(original, tmp_path / "c", **settings, max_forget=3))
+
+
+def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, capsys, monkeypatch):
+    from gfast.training.terms import RecordTerms
+
+    out, record = tmp_path / "run", RecordTerms.on_step_end
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "geffect_every": 2, "retain_term": "nll"}
+    words = flags(original, out, **settings)
+
+    def interrupted(self, args, state, control, **kwargs):
+        record(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordTerms, "on_step_end", interrupted)
+        assert cli.main(["unlearn", *words]) == 130
+    text = capsys.readouterr().err
+    assert "Interrupted after step 3" in text and "checkpoint-2" in text and "goes on from there" in text
+    assert recorded_steps(out) == [0, 1, 2, 3]
+    assert cli.main(["unlearn", *words]) == 0
+    assert "Resuming from" in capsys.readouterr().err
+    whole = tmp_path / "whole" / "run"
+    assert cli.main(["unlearn", *flags(original, whole, **settings)]) == 0
+    found, expected = read_records(out), read_records(whole)
+    assert recorded_steps(out) == [0, 1, 2, 3, 4] and len(found) == len(expected)
+    assert found["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_debug_shows_the_traceback(original, tmp_path):
+    with pytest.raises(ValueError, match="no objective is called"):
+        cli.main(["--debug", "unlearn", *flags(original, tmp_path / "run", objective="GAA")])
+
+
+def test_bench_lists_runs_or_says_where_the_scripts_are(tmp_path, capsys, monkeypatch):
+    import gfast
+
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    (tmp_path / "gfast").mkdir()
+    (bench / "_timing.py").write_text("")
+    (bench / "losses.py").write_text('"""Losses against copies."""\nimport sys\nsys.exit(len(sys.argv) + 5)\n')
+    monkeypatch.setattr(gfast, "__file__", str(tmp_path / "gfast" / "__init__.py"))
+    assert cli.main(["bench"]) == 0
+    text = capsys.readouterr().out
+    assert "losses" in text and "Losses against copies." in text and "_timing" not in text
+    assert cli.main(["bench", "losses", "--rows", "3"]) == 8
+    fails(capsys, "there is no benchmark 'nothing'; there are losses", "bench", "nothing")
+    monkeypatch.setattr(gfast, "__file__", str(tmp_path / "elsewhere" / "gfast" / "__init__.py"))
+    fails(capsys, "source repository", "bench")
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
