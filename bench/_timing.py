@@ -1,0 +1,182 @@
+"""Shared by the benchmarks: interleaved timing, peak extra memory, a record of the environment, JSON results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median, minimum and interquartile range in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {
+        "median_ms": round(1e3 * middle, 4),
+        "min_ms": round(1e3 * min(seconds), 4),
+        "iqr_ms": round(1e3 * (high - low), 4),
+        "repetitions": len(seconds),
+    }
+
+
+def interleaved(
+    steps: dict[str, Callable[[], object]],
+    device: str = "cpu",
+    repetitions: int = 15,
+    warmup: int = 3,
+    budget_s: float = 60.0,
+) -> dict[str, dict[str, float]]:
+    """Times every step once per round, so that a change of the machine's speed hits all of them alike.
+
+    Args:
+        steps: name -> what to time.
+        device: "cuda" times with events around each call, after an idle device.
+        repetitions: rounds; fewer (at least 3) where a step would take more than ``budget_s`` in all.
+        warmup: untimed calls of each step.
+        budget_s: per step.
+
+    Returns:
+        name -> ``summary`` of its times.
+    """
+    longest = 0.0
+    for step in steps.values():
+        for _ in range(warmup):
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            spent = time.perf_counter() - start
+        longest = max(longest, spent)  # of the last warm-up: the first ones compile and allocate
+    rounds = max(3, min(repetitions, int(budget_s / max(longest, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_cuda_seconds(step) if device == "cuda" else _wall_seconds(step))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def _wall_seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = step()
+    seconds = time.perf_counter() - start
+    del result  # outside the timed span
+    return seconds
+
+
+def _cuda_seconds(step: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    result = step()
+    end.record()
+    torch.cuda.synchronize()
+    del result
+    return begin.elapsed_time(end) / 1e3
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int | None:
+    """Bytes that one call of ``step`` needs at its peak beyond what is held before it (its result included).
+
+    CUDA: the allocator's peak. CPU: the process's peak resident memory, reset just before; measure in a fresh process
+    (``peak_in_fresh_process``), where no freed memory is there to be reused. None where the system cannot say.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
+        before = _status_bytes("VmRSS")
+        step()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, RuntimeError):
+        return None
+
+
+def peak_in_fresh_process(script: str, arguments: list[str]) -> int | None:
+    """Runs ``script`` with ``arguments`` in a new interpreter; its last output line is the number, or None."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
+    last = done.stdout.strip().splitlines()[-1]
+    return None if last == "None" else int(last)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def environment(device: str = "cpu") -> dict[str, object]:
+    """What a reader needs to judge a number: device, processor, versions, threads, commit. No paths."""
+    record: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    if device == "cuda":
+        record["cuda"] = torch.version.cuda
+    try:
+        from gfast import _C
+
+        record["gfast_build"] = _C.build_info()["instruction_set"]
+    except ImportError:
+        record["gfast_build"] = "not built"
+    return record
+
+
+def write_json(name: str, payload: dict[str, object]) -> Path:
+    """Writes ``bench/results/NAME`` (or the path given, if it has folders) whole or not at all."""
+    path = Path(name) if len(Path(name).parts) > 1 else RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".part")
+    partial.write_text(json.dumps(payload, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
