@@ -14,7 +14,7 @@ import pytest
 from gfast.report import build_report
 from gfast.report.runs import load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
-from gfast.report.tables import cells, number, reading, summarize
+from gfast.report.tables import cells, comparison, number, reading, summarize
 from gfast.training.records import write_record, write_run_info
 
 GROUPS = ("embed+lm", "shallow", "middle", "deep")
@@ -178,6 +178,8 @@ def test_reading_follows_the_numbers(built):
     assert ga["tone"] == "bad" and "heavy retain harm" in ga["verdict"]
     assert "negative at all of 3 recorded steps, strongest at step 5 (−400)" in ga["text"]
     assert "negative at 2 of 3 recorded steps; the damage peaked at step 5 (−300)" in ga["text"]
+    said = comparison([summarize(run) for run in load_runs([built / "runs" / "ga", built / "runs" / "mix"])])
+    assert "NPO(beta=0.1) + KL gave up the least retain NLL (0.005 nats) and GA the most (0.773)" in said
     assert mix["tone"] == "good" and "stayed non-negative at every recorded step" in mix["text"]
 
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from gfast.report.figures import drawings
 from gfast.report.runs import Run, load_runs
-from gfast.report.tables import COLUMNS, HARM, cells, markdown, reading, summarize
+from gfast.report.tables import COLUMNS, HARM, cells, comparison, markdown, reading, summarize
 
 # As on the page; HTML here is ours, everything that comes from a run is escaped by the template.
 FORMULAS = {
@@ -90,6 +90,7 @@ def build_report(
         runs=runs,
         columns=COLUMNS,
         rows=[(cells(summary), reading(summary)) for summary in summaries],
+        comparison=comparison(summaries),
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],
