@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --no-compile
 STAMP := $(VENV)/.gfast-installed
 SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
@@ -25,14 +26,14 @@ $(STAMP): $(SOURCES)
 	@set -e; if $(PY) -c 'import torch' 2>/dev/null; then \
 	  echo "torch is already in $(VENV)"; \
 	elif nvidia-smi >/dev/null 2>&1; then \
-	  $(PY) -m pip install '$(GPU_TORCH)'; \
+	  $(PIP) '$(GPU_TORCH)'; \
 	elif $(PY) -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
-	  $(PY) -m pip install '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX); \
+	  $(PIP) '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX); \
 	else \
-	  $(PY) -m pip install '$(CPU_TORCH)'; \
+	  $(PIP) '$(CPU_TORCH)'; \
 	fi
-	$(PY) -m pip install -r requirements.txt
-	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 lint: install

@@ -61,7 +61,8 @@ step bench_geffect 90 "$python" bench/geffect.py --device cuda --json "$out/geff
 step tests 240 "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
 step sanitize_grad_dot 100 "${sanitize[@]}" "$python" -m pytest -q -x -m cuda -k "hundreds or layout or any_number" \
   tests/test_grad_dot.py
-step race_grad_dot 60 "${sanitize[@]}" --tool racecheck "$python" -m pytest -q -x -m cuda -k hundreds tests/test_grad_dot.py
+step race_grad_dot 60 "${sanitize[@]}" --tool racecheck "$python" -m pytest -q -x -m cuda -k hundreds \
+  tests/test_grad_dot.py
 step sanitize_triton 120 "${sanitize[@]}" "$python" -m pytest -q -x -k "$few" tests/test_triton.py
 
 say "$failed failed; logs in $out"
