@@ -1,7 +1,7 @@
 """Writes the measured tables of README.md from the JSON files in bench/results/; nothing in them is typed by hand.
 
-    python bench/render.py            # rewrites README.md between the results markers
-    python bench/render.py --check    # exits 1 when README.md is not what the JSON says
+python bench/render.py            # rewrites README.md between the results markers
+python bench/render.py --check    # exits 1 when README.md is not what the JSON says
 """
 
 from __future__ import annotations
@@ -61,7 +61,15 @@ def losses(data: dict[str, Any]) -> str:
                 ]
             )
         if rows:
-            header = ["forward + backward", "ms", "eager takes", "torch.compile takes", "of the floor", "peak MB", "eager MB"]
+            header = [
+                "forward + backward",
+                "ms",
+                "eager takes",
+                "torch.compile takes",
+                "of the floor",
+                "peak MB",
+                "eager MB",
+            ]
             parts.append(f"`{name}`; floor: {LOSS_FLOORS[op]}.\n\n" + table([*header, "compile MB"], rows))
     return "\n\n".join(parts)
 

@@ -43,7 +43,8 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")
     if labels.shape != batch["input_ids"].shape:
         raise ValueError(
-            f"gfast: labels {tuple(labels.shape)} and input_ids {tuple(batch['input_ids'].shape)} must have the same shape; "
+            f"gfast: labels {tuple(labels.shape)} and input_ids {tuple(batch['input_ids'].shape)} must have the "
+            f"same shape; "
             "gfast shifts them itself."
         )
     return labels
@@ -62,7 +63,8 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         impl: as ``linear_token_logp``.
 
     Returns:
-        [B, T], fp32, aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0. Differentiable.
+        [B, T], fp32, aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0.
+        Differentiable.
 
     Raises:
         ValueError: a batch without input_ids or labels, or labels outside the vocabulary.
@@ -102,14 +104,16 @@ def model_loss(
 
     Args:
         model: a causal language model of Hugging Face, possibly wrapped.
-        batch: input_ids, attention_mask, labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with labels,
-            ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs [2B, T].
+        batch: input_ids, attention_mask, labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
+            labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
+            [2B, T].
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
         ref_logp: overrides the batch's.
         reduction, normalizer, impl: as ``linear_unlearn_loss``; KL, RMU and RR know only their mean over positions.
 
     Returns:
-        LossOutput; logp and weight are [B, T] aligned with labels, and None for KL, RMU and RR, which have no token weights.
+        LossOutput; logp and weight are [B, T] aligned with labels, and None for KL, RMU and RR, which have no token
+        weights.
 
     Raises:
         ValueError: missing labels or reference data, labels outside the vocabulary.
@@ -134,7 +138,9 @@ def model_loss(
         hidden = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
         if isinstance(objective, RMU):
             return LossOutput(objective.value(hidden, valid, normalizer), None, None)
-        return LossOutput(objective.value(hidden, _need(batch, "ref_layer_hidden", objective), valid, normalizer), None, None)
+        return LossOutput(
+            objective.value(hidden, _need(batch, "ref_layer_hidden", objective), valid, normalizer), None, None
+        )
     target = shifted(labels)
     if isinstance(objective, KL):
         return LossOutput(_kl(model, batch, target, normalizer, impl), None, None)
@@ -156,7 +162,8 @@ def model_loss(
 def _need(batch: Mapping[str, Any], key: str, objective) -> Tensor:
     if batch.get(key) is None:
         raise ValueError(
-            f"gfast: {objective} needs '{key}' in the batch, computed under the original model; build a gfast.ReferenceCache and "
+            f"gfast: {objective} needs '{key}' in the batch, computed under the original model; build a "
+            f"gfast.ReferenceCache and "
             "give it to the collator."
         )
     return batch[key]
@@ -170,7 +177,8 @@ def _kl(model: nn.Module, batch: Mapping[str, Any], target: Tensor, normalizer, 
     if head is None:
         if off is None:
             raise ValueError(
-                "gfast: KL on a model whose head is no plain linear map needs the model with adapters (PEFT), so that the original's "
+                "gfast: KL on a model whose head is no plain linear map needs the model with adapters (PEFT), so "
+                "that the original's "
                 "logits can be computed by switching them off."
             )
         with torch.no_grad(), original:

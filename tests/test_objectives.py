@@ -1,4 +1,5 @@
-"""Objectives against their formulas, written out again here token by token, and against the identities they must satisfy."""
+"""Objectives against their formulas, written out again here token by token, and against the identities they must
+satisfy."""
 
 import math
 
@@ -46,9 +47,7 @@ def data():
 def table(logits, labels):
     """log p of every valid token as plain floats: {(b, t): logp}."""
     logp = torch.log_softmax(logits, -1)
-    return {
-        (b, t): logp[b, t, labels[b, t]].item() for b in range(B) for t in range(T) if labels[b, t].item() != -100
-    }
+    return {(b, t): logp[b, t, labels[b, t]].item() for b in range(B) for t in range(T) if labels[b, t].item() != -100}
 
 
 TOKEN_FORMULAS = {
@@ -137,7 +136,9 @@ def test_the_gradient_is_that_of_the_value(objective, data):
     torch.testing.assert_close(ours.grad, truth.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("beta, value", [(0.1, 13.862943611198906), (1.0, 1.3862943611198906), (2.0, 0.6931471805599453)])
+@pytest.mark.parametrize(
+    "beta, value", [(0.1, 13.862943611198906), (1.0, 1.3862943611198906), (2.0, 0.6931471805599453)]
+)
 def test_npo_on_the_original_model(beta, value, data):
     logits, labels, _ = data
     ref = gfast.token_logp(logits, labels)
@@ -199,7 +200,8 @@ def test_mix():
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: WGA(alpha=-1), lambda: NPO(beta=0), lambda: TNPO(beta=-1), lambda: SatImp(beta1=-0.1), lambda: DPO(0)]
+    "bad",
+    [lambda: WGA(alpha=-1), lambda: NPO(beta=0), lambda: TNPO(beta=-1), lambda: SatImp(beta1=-0.1), lambda: DPO(0)],
 )
 def test_bad_parameters(bad):
     with pytest.raises(ValueError, match="must be"):

@@ -119,7 +119,8 @@ def test_linear_by_the_law(objective, dtype, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("target", [30.0, 12.0, -30.0])
 def test_the_target_entry_keeps_its_relative_accuracy(impl, target):
-    """Near p = 1 the gradient of the target logit is 1 - p: computed as p - 1 in fp32 it would be 0 or wrong by half."""
+    """Near p = 1 the gradient of the target logit is 1 - p: computed as p - 1 in fp32 it would be 0 or wrong by
+    half."""
     need("unlearn_loss", impl, "cpu", torch.float32)
     logits = torch.zeros(1, 50)
     logits[0, 7] = target
@@ -178,13 +179,18 @@ def test_gradcheck():
     hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: gfast.token_logp(z, labels), logits)
-    assert torch.autograd.gradcheck(lambda *a: gfast.linear_token_logp(a[0], a[1], labels, bias=a[2]), (hidden, weight, bias))
-    # the weights of WGA are detached, so a numerical derivative of its value is another thing: GA, NLL and NPO have none of that
+    assert torch.autograd.gradcheck(
+        lambda *a: gfast.linear_token_logp(a[0], a[1], labels, bias=a[2]), (hidden, weight, bias)
+    )
+    # the weights of WGA are detached, so a numerical derivative of its value is another thing: GA, NLL and NPO have
+    # none of that
     for objective in (GA(), NLL(), NPO(0.5)):
         assert torch.autograd.gradcheck(
-            lambda *a, o=objective: gfast.linear_unlearn_loss(
-                a[0], a[1], labels, o, bias=a[2], ref_logp=ref, softcap=5.0, logit_scale=0.7, chunk_rows=2
-            ).loss,
+            lambda *a, o=objective: (
+                gfast.linear_unlearn_loss(
+                    a[0], a[1], labels, o, bias=a[2], ref_logp=ref, softcap=5.0, logit_scale=0.7, chunk_rows=2
+                ).loss
+            ),
             (hidden, weight, bias),
         )
     ref_hidden, ref_weight = hidden.detach() + 1, weight.detach().clone()  # gradcheck moves the inputs in place
@@ -204,7 +210,9 @@ def test_odd_layouts(impl):
     row = logits[0, 3]
     wide = row.expand(5, -1)  # stride 0 along the rows
     targets = torch.full((5,), 3)
-    torch.testing.assert_close(gfast.token_logp(wide, targets, impl=impl), gfast.token_logp(row[None], targets[:1]).expand(5))
+    torch.testing.assert_close(
+        gfast.token_logp(wide, targets, impl=impl), gfast.token_logp(row[None], targets[:1]).expand(5)
+    )
     torch.testing.assert_close(
         gfast.linear_token_logp(hidden.transpose(0, 1), weight, labels.T, impl=impl),
         gfast.linear_token_logp(hidden, weight, labels, impl=impl).T,
@@ -298,7 +306,9 @@ def test_labels_outside_the_vocabulary(impl):
     for bad in (37, 40, -1, -101):
         wrong = labels.clone()
         wrong[1, 2] = bad
-        with pytest.raises((ValueError, RuntimeError, IndexError), match=rf"= {bad} is outside the vocabulary \[0, 37\)"):
+        with pytest.raises(
+            (ValueError, RuntimeError, IndexError), match=rf"= {bad} is outside the vocabulary \[0, 37\)"
+        ):
             gfast.unlearn_loss(hidden @ weight.T, wrong, WGA(), impl=impl)
         with pytest.raises(ValueError, match="outside the vocabulary"):
             gfast.linear_unlearn_loss(hidden, weight, wrong, WGA(), impl=impl)
@@ -322,7 +332,11 @@ def test_bad_arguments_are_told_in_words():
         (TypeError, "labels must be int64", lambda: gfast.unlearn_loss(logits, labels.float(), WGA())),
         (TypeError, "must be floating point", lambda: gfast.token_logp(logits.long(), labels)),
         (ValueError, r"must be \[V, D\]", lambda: gfast.linear_unlearn_loss(hidden, weight[:, :3], labels, WGA())),
-        (TypeError, "under torch.autocast", lambda: gfast.linear_unlearn_loss(hidden, weight.bfloat16(), labels, WGA())),
+        (
+            TypeError,
+            "under torch.autocast",
+            lambda: gfast.linear_unlearn_loss(hidden, weight.bfloat16(), labels, WGA()),
+        ),
         (ValueError, "bias must be", lambda: gfast.linear_token_logp(hidden, weight, labels, bias=bias[:4])),
         (ValueError, "softcap must be", lambda: gfast.linear_token_logp(hidden, weight, labels, softcap=-1.0)),
         (ValueError, "no implementation is called", lambda: gfast.unlearn_loss(logits, labels, WGA(), impl="fast")),

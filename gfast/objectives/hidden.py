@@ -13,8 +13,8 @@ from gfast.objectives.base import Objective
 
 @dataclass(frozen=True)
 class KL(Objective):
-    r"""Keep the original model's predictions: :math:`L = \frac1N \sum_i \mathrm{KL}(p_o(\cdot | s_{<i}) \,\|\, p(\cdot | s_{<i}))`,
-    mean over the valid tokens of retain data.
+    r"""Keep the original model's predictions: :math:`L = \frac1N \sum_i \mathrm{KL}(p_o(\cdot | s_{<i}) \,\|\, p(\cdot
+    | s_{<i}))`, mean over the valid tokens of retain data.
 
     Source: Maini et al., arXiv 2401.06121; arXiv 2502.19301, appendix. open-unlearning: the retain loss "KL".
 
@@ -31,7 +31,8 @@ class KL(Objective):
 class RMU(Objective):
     r"""Representation misdirection: :math:`L = \frac1N \sum_i \|h_l^{(i)} - c u\|^2 / D` over valid positions.
 
-    ``u`` is drawn once, uniformly from :math:`[0, 1)^D`, from ``seed``: the same seed gives the same direction on every device.
+    ``u`` is drawn once, uniformly from :math:`[0, 1)^D`, from ``seed``: the same seed gives the same direction on
+    every device.
     The 1/D is the published code's scale; the paper's equation 8 has none.
 
     Attributes:
@@ -61,7 +62,8 @@ class RMU(Objective):
 
 @dataclass(frozen=True)
 class RR(Objective):
-    r"""Representation retention: :math:`L = \frac1N \sum_i \|h_l^{(i)} - h_{l,o}^{(i)}\|^2 / D` over valid retain positions.
+    r"""Representation retention: :math:`L = \frac1N \sum_i \|h_l^{(i)} - h_{l,o}^{(i)}\|^2 / D` over valid retain
+    positions.
 
     The original's hidden states of that layer come with the batch (``ref_layer_hidden``), from a ReferenceCache.
 

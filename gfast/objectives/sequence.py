@@ -19,8 +19,8 @@ from gfast.ops.weights import WeightSpec
 class NPO(WeightedObjective):
     r"""Negative preference optimisation: :math:`L = \frac{2}{\beta} \log(1 + (p/p_o)^\beta)`, mean over sequences.
 
-    One weight a sequence: :math:`w = 2 \sigma(\beta (S - S_o))`; on the original model the value is (2 ln 2) / beta and the
-    weight 1.
+    One weight a sequence: :math:`w = 2 \sigma(\beta (S - S_o))`; on the original model the value is (2 ln 2) / beta
+    and the weight 1.
 
     Attributes:
         beta: > 0, inverse temperature.
@@ -46,7 +46,8 @@ class NPO(WeightedObjective):
 
 @dataclass(frozen=True)
 class SimNPO(WeightedObjective):
-    r"""Reference-free, length-normalised NPO: :math:`L = -\frac{2}{\beta} \log \sigma(\beta (\mathrm{NLL}/len - \delta))`.
+    r"""Reference-free, length-normalised NPO: :math:`L = -\frac{2}{\beta} \log \sigma(\beta (\mathrm{NLL}/len -
+    \delta))`.
 
     Weight of each token of the sequence: :math:`w = 2 \sigma(-\beta (\mathrm{NLL}/len - \delta)) / len`.
 
@@ -77,9 +78,9 @@ class DPO(WeightedObjective):
     r"""Direct preference optimisation against the forget answer:
     :math:`L = -\frac{2}{\beta} \log \sigma(\beta (D_{pref} - D_{rej}))`, :math:`D = S - S_o`, mean over pairs.
 
-    The sequences of a batch are pairs: the first half the forget (rejected) answers, the second half the preferred (refusal)
-    answers of the same questions in the same order. Weights: :math:`+2 \sigma(\beta (D_{rej} - D_{pref}))` on the rejected
-    answer's tokens, minus the same on the preferred one's.
+    The sequences of a batch are pairs: the first half the forget (rejected) answers, the second half the preferred
+    (refusal) answers of the same questions in the same order. Weights: :math:`+2 \sigma(\beta (D_{rej} - D_{pref}))`
+    on the rejected answer's tokens, minus the same on the preferred one's.
 
     Attributes:
         beta: > 0, inverse temperature.

@@ -83,7 +83,8 @@ class TNPO(WeightedObjective):
     r"""Token-wise NPO: :math:`w_i = \mathrm{sg}\, 2 p_i^\beta / (p_i^\beta + p_{o,i}^\beta)
     = 2 \sigma(\beta (\log p_i - \log p_{o,i}))`.
 
-    The published code adds 1e-5 to the denominator; here there is no epsilon, and the weight is 1 on the original model.
+    The published code adds 1e-5 to the denominator; here there is no epsilon, and the weight is 1 on the original
+    model.
 
     Attributes:
         beta: > 0, inverse temperature.

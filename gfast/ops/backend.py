@@ -1,8 +1,8 @@
 """Which implementation serves which op, and why.
 
-Every op has up to four implementations: ``reference`` (plain PyTorch, always there), ``cpp`` (the compiled CPU kernels of
-``gfast._C``), ``triton`` (NVIDIA GPUs, or CPU tensors in Triton's interpreter) and ``cuda`` (compiled CUDA kernels).
-Nothing is probed when gfast is imported; the first call decides, and an automatic choice is logged once.
+Every op has up to four implementations: ``reference`` (plain PyTorch, always there), ``cpp`` (the compiled CPU kernels
+of ``gfast._C``), ``triton`` (NVIDIA GPUs, or CPU tensors in Triton's interpreter) and ``cuda`` (compiled CUDA
+kernels). Nothing is probed when gfast is imported; the first call decides, and an automatic choice is logged once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _triton_missing() -> str:
 
 def _kernel_missing(op: str) -> str:
     """Empty when the compiled module holds the CPU kernel behind ``op`` (an older build may not)."""
-    kernel = {"grad_dot": "grad_dots", "unlearn_loss": "weighted_rows"}.get(op, "kl_rows" if "kl" in op else "logp_rows")
+    kernel = {"grad_dot": "grad_dots", "unlearn_loss": "weighted_rows"}.get(
+        op, "kl_rows" if "kl" in op else "logp_rows"
+    )
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
         return ""
     return f"gfast._C holds no CPU kernel {kernel}; build the package again"

@@ -45,7 +45,8 @@ def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> No
     """``value`` must have the shape and device of ``labels``."""
     if value.shape != labels.shape:
         raise ValueError(
-            f"gfast: {name}: {what} has shape {tuple(value.shape)} but labels {tuple(labels.shape)}; it needs one value a label."
+            f"gfast: {name}: {what} has shape {tuple(value.shape)} but labels {tuple(labels.shape)}; it needs one "
+            f"value a label."
         )
     if value.device != labels.device:
         raise ValueError(f"gfast: {name}: {what} is on {value.device} but labels on {labels.device}.")
@@ -55,7 +56,8 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     """hidden [..., D], weight [V, D], bias [V] of one dtype and device."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"gfast: {name}: the head's weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, not {tuple(weight.shape)}."
+            f"gfast: {name}: the head's weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, not "
+            f"{tuple(weight.shape)}."
         )
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -64,7 +66,8 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             raise ValueError(f"gfast: {name}: hidden is on {hidden.device} but {what} on {tensor.device}.")
         if tensor.dtype != hidden.dtype:
             raise TypeError(
-                f"gfast: {name}: hidden is {hidden.dtype} but {what} {tensor.dtype}; cast one, or run under torch.autocast."
+                f"gfast: {name}: hidden is {hidden.dtype} but {what} {tensor.dtype}; cast one, or run under "
+                f"torch.autocast."
             )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"gfast: {name}: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}.")
@@ -78,7 +81,8 @@ def check_label_range(name: str, labels: Tensor, vocab: int) -> None:
     elif bool(bad.any()):
         where = int(bad.nonzero()[0])
         raise ValueError(
-            f"gfast: {name}: labels[{where}] (flattened) = {int(labels[where])} is outside the vocabulary [0, {vocab}); "
+            f"gfast: {name}: labels[{where}] (flattened) = {int(labels[where])} is outside the vocabulary [0, "
+            f"{vocab}); "
             f"use {IGNORE_INDEX} for positions to ignore."
         )
 
@@ -132,7 +136,8 @@ def coef_scale(
 def check_pairs(name: str, level: str, num_sequences: int) -> None:
     if level == "pair" and num_sequences % 2:
         raise ValueError(
-            f"gfast: {name}: DPO needs pairs: an even number of sequences, the first half the forget answers, the second half "
+            f"gfast: {name}: DPO needs pairs: an even number of sequences, the first half the forget answers, the "
+            f"second half "
             f"the preferred answers in the same order; got {num_sequences}."
         )
 
@@ -143,7 +148,8 @@ def raise_if_not_finite(name: str, logp: Tensor) -> None:
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
         raise ValueError(
-            f"gfast: {name}: {int(bad.sum())} of {logp.numel()} log-probs are not finite (first at flattened position {where}); "
+            f"gfast: {name}: {int(bad.sum())} of {logp.numel()} log-probs are not finite (first at flattened "
+            f"position {where}); "
             "the logits hold NaN or infinite values there. Lower the learning rate or use a wider dtype."
         )
 

@@ -9,7 +9,8 @@ from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_
 
 
 def _product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to multiply in. A CPU without 16-bit matrix instructions multiplies those dtypes up to 100 times slower than fp32."""
+    """The dtype to multiply in. A CPU without 16-bit matrix instructions multiplies those dtypes up to 100 times
+    slower than fp32."""
     support = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -30,7 +31,13 @@ class ChunkedHead:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, order: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        order: Tensor | None = None,
     ):
         self.total_rows, self.out_dtype = hidden.shape[0], hidden.dtype
         dtype = _product_dtype(hidden)
@@ -117,7 +124,8 @@ def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]
 
 
 def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
-    """Checks, and the casts autocast would make: hidden, weight and bias in one dtype, gradients flow through the casts."""
+    """Checks, and the casts autocast would make: hidden, weight and bias in one dtype, gradients flow through the
+    casts."""
     check_rows(name, hidden, labels, what="hidden")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):

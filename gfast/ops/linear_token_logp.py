@@ -112,7 +112,8 @@ def linear_token_logp(
 ) -> Tensor:
     r"""Log-probability of each label from hidden states and the output head; no tensor of size [N, V] exists.
 
-    .. math:: z_i = \mathrm{cap}(\text{logit\_scale} (W h_i + b)), \quad \mathrm{logp}_i = z_{i, y_i} - \log \sum_j e^{z_{ij}}
+    .. math:: z_i = \mathrm{cap}(\text{logit\_scale} (W h_i + b)), \quad \mathrm{logp}_i = z_{i, y_i} - \log \sum_j
+    e^{z_{ij}}
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference); ``hidden[..., i, :]`` scores ``labels[..., i]``.
@@ -123,11 +124,12 @@ def linear_token_logp(
         impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
-        [...], fp32 (fp64 for fp64 inputs), 0 where ignored; differentiable with respect to hidden, weight and bias (the backward
-        recomputes the logits chunk by chunk).
+        [...], fp32 (fp64 for fp64 inputs), 0 where ignored; differentiable with respect to hidden, weight and bias
+        (the backward recomputes the logits chunk by chunk).
 
     Raises:
-        ValueError, TypeError: labels outside the vocabulary, mismatched shapes, dtypes or devices, an unavailable ``impl``.
+        ValueError, TypeError: labels outside the vocabulary, mismatched shapes, dtypes or devices, an unavailable
+        ``impl``.
 
     Source: arXiv 2502.19301, section 2.
 

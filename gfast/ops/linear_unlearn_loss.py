@@ -1,7 +1,7 @@
 """``linear_unlearn_loss``: an unlearning objective from hidden states and the head; loss and gradients in one pass.
 
-Logits exist one chunk at a time. Once a chunk's log-probs are known its weights follow, the gradient overwrites the chunk in
-place and goes straight into dH and dW: 6 N V D flops, where recomputing the logits in the backward costs 8.
+Logits exist one chunk at a time. Once a chunk's log-probs are known its weights follow, the gradient overwrites the
+chunk in place and goes straight into dH and dW: 6 N V D flops, where recomputing the logits in the backward costs 8.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ from gfast.ops.unlearn_loss import (
 from gfast.ops.weights import WeightSpec, sequence_weights
 
 
-def linear_unlearn_loss_reference(hidden, weight, labels, objective, ref_logp=None, reduction=None, **head) -> LossOutput:
+def linear_unlearn_loss_reference(
+    hidden, weight, labels, objective, ref_logp=None, reduction=None, **head
+) -> LossOutput:
     """The literal definition: all logits, then log softmax, detached weights and autograd."""
     logp = linear_token_logp_reference(hidden, weight, labels, **head)
     reduction = reduction or default_reduction(objective)
     return loss_from_logp(objective, logp, ref_logp, labels, None, reduction, None, "linear_unlearn_loss")
 
 
-def _plan(level: str, ids: Tensor, labels: Tensor, count: int, chunk: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
+def _plan(
+    level: str, ids: Tensor, labels: Tensor, count: int, chunk: int
+) -> tuple[Tensor | None, list[tuple[int, int]]]:
     """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
 
     A sequence longer than a chunk becomes a span of its own, which takes a first pass for its sums.
@@ -86,7 +90,8 @@ def _linear_unlearn(
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], weight [N], and factor * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [V, D], db [V] (empty if unwanted).
+    """logp [N], weight [N], and factor * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [V, D], db [V] (empty if
+    unwanted).
 
     With ``given`` [N] the weights are those and nothing is computed from ``numbers``.
     """
@@ -154,7 +159,22 @@ def _linear_unlearn(
 
 @_linear_unlearn.register_fake
 def _(
-    hidden, weight, bias, labels, ref_logp, given, ids, count, level, numbers, factor, scale, softcap, chunk_rows, impl, need
+    hidden,
+    weight,
+    bias,
+    labels,
+    ref_logp,
+    given,
+    ids,
+    count,
+    level,
+    numbers,
+    factor,
+    scale,
+    softcap,
+    chunk_rows,
+    impl,
+    need,
 ):
     dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
     logp = hidden.new_empty(rows, dtype=dtype)
@@ -166,7 +186,22 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, ref_logp, given, ids, count, level, numbers, factor, scale, softcap, chunk, impl
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        ref_logp,
+        given,
+        ids,
+        count,
+        level,
+        numbers,
+        factor,
+        scale,
+        softcap,
+        chunk,
+        impl,
     ):
         need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
         # fp16 gradients of one token would vanish if divided by N here: they are divided after the sums instead
@@ -237,8 +272,8 @@ def linear_unlearn_loss(
 
     .. math:: \nabla L_u = \frac{1}{Z} \sum_i w_i \nabla \log p(s_i \mid s_{<i}; \theta)
 
-    Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW. Callables see all tokens at
-    once and take a first scoring pass.
+    Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW. Callables see all
+    tokens at once and take a first scoring pass.
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype. bias: [V] or None.

@@ -80,9 +80,7 @@ def _token_kl(
 
 @_token_kl.register_fake
 def _(logits, ref_logits, labels, factor, with_grad, impl):
-    out = torch.empty(
-        (logits.shape[0] if with_grad else 0, logits.shape[1]), dtype=logits.dtype, device=logits.device
-    )
+    out = torch.empty((logits.shape[0] if with_grad else 0, logits.shape[1]), dtype=logits.dtype, device=logits.device)
     return logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)), out
 
 
@@ -120,10 +118,10 @@ def _linear_token_kl(
 
 
 @_linear_token_kl.register_fake
-def _(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, scale, softcap, chunk_rows, impl, need
-):
-    return hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype)), *fake_gradients(hidden, weight, tuple(need))
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, scale, softcap, chunk_rows, impl, need):
+    return hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype)), *fake_gradients(
+        hidden, weight, tuple(need)
+    )
 
 
 class _KLLoss(torch.autograd.Function):
@@ -191,7 +189,8 @@ def token_kl(
 ) -> Tensor:
     r"""KL divergence of the model from the reference, over valid tokens.
 
-    .. math:: L = \frac1N \sum_i \sum_v q_{iv} (\log q_{iv} - \log p_{iv}), \quad q = \mathrm{softmax}(\text{ref\_logits})
+    .. math:: L = \frac1N \sum_i \sum_v q_{iv} (\log q_{iv} - \log p_{iv}), \quad q =
+    \mathrm{softmax}(\text{ref\_logits})
 
     Args:
         logits, ref_logits: [..., V], fp32, bf16, fp16 (fp64: reference).
@@ -203,7 +202,8 @@ def token_kl(
         0-dim fp32 (fp64) loss, differentiable with respect to logits only.
 
     Raises:
-        ValueError, TypeError: mismatched shapes, dtypes or devices, labels outside the vocabulary, an unavailable ``impl``.
+        ValueError, TypeError: mismatched shapes, dtypes or devices, labels outside the vocabulary, an unavailable
+        ``impl``.
 
     Source: arXiv 2502.19301, appendix; Maini et al., arXiv 2401.06121.
 
@@ -221,7 +221,9 @@ def token_kl(
             f"{tuple(logits.shape)} on {logits.device}."
         )
     if ref_logits.dtype != logits.dtype:
-        raise TypeError(f"gfast: {name}: ref_logits are {ref_logits.dtype} but logits {logits.dtype}; cast one of them.")
+        raise TypeError(
+            f"gfast: {name}: ref_logits are {ref_logits.dtype} but logits {logits.dtype}; cast one of them."
+        )
     flat, factor = _factor(name, labels, reduction, normalizer, stats_dtype(logits.dtype))
     vocab = logits.shape[-1]
     return _KLLoss.apply(logits.reshape(-1, vocab), ref_logits.detach().reshape(-1, vocab), flat, factor, impl)

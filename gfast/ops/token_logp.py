@@ -161,16 +161,18 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     .. math:: \mathrm{logp}_i = z_{i, y_i} - \log \sum_j e^{z_{ij}}
 
     Args:
-        logits: [..., V], fp32, bf16, fp16 (or fp64 with the reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
+        logits: [..., V], fp32, bf16, fp16 (or fp64 with the reference); ``logits[..., i, :]`` scores ``labels[...,
+            i]``.
         labels: [...], int64; -100 is ignored.
         impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
-        [...], fp32 (fp64 for fp64 logits), 0 where ignored; differentiable with respect to logits. The backward recomputes
-        the softmax, so nothing of size [N, V] is kept besides the logits.
+        [...], fp32 (fp64 for fp64 logits), 0 where ignored; differentiable with respect to logits. The backward
+        recomputes the softmax, so nothing of size [N, V] is kept besides the logits.
 
     Raises:
-        ValueError: a label outside [0, V) that is not -100; shapes or devices that do not match; an unavailable ``impl``.
+        ValueError: a label outside [0, V) that is not -100; shapes or devices that do not match; an unavailable
+            ``impl``.
         TypeError: logits that are not floating point or labels that are not integers.
 
     Source: arXiv 2502.19301, section 2.

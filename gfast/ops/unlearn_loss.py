@@ -63,7 +63,8 @@ def weighted_rows(
     out: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits) gets factor * w_i * d logp_i / d logits."""
+    """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits) gets factor * w_i * d logp_i / d
+    logits."""
     impl = select("unlearn_loss", impl, logits.device, logits.dtype)
     if impl == "reference":
         return _weighted_rows_reference(logits, labels, ref_logp, spec, factor, scale, softcap, out)
@@ -135,7 +136,8 @@ def spec_of(objective) -> WeightSpec | None:
     if not callable(objective) or is_class:
         name = getattr(objective, "__name__", type(objective).__name__)
         raise TypeError(
-            f"gfast: {name} is no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a callable "
+            f"gfast: {name} is no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or "
+            f"a callable "
             "(logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through model_loss."
         )
     return None
@@ -156,7 +158,9 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
     if spec is None:
         weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), device=logp.device)
         if weight.shape != logp.shape:
-            raise ValueError(f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}.")
+            raise ValueError(
+                f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}."
+            )
         weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
         return weight, weight * logp
     if spec.level == "token":
@@ -170,7 +174,8 @@ def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tenso
     spec = spec_of(objective)
     if spec is not None and spec.uses_ref and ref_logp is None:
         raise ValueError(
-            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. Compute them once "
+            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. "
+            f"Compute them once "
             "with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
         )
     if ref_logp is not None:
@@ -178,7 +183,8 @@ def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tenso
 
 
 def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name) -> LossOutput:
-    """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the rest."""
+    """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the
+    rest."""
     valid = (labels != IGNORE_INDEX).reshape(-1)
     ids, count = sequence_layout(name, labels, sequence_id)
     spec = spec_of(objective)
@@ -235,7 +241,8 @@ def unlearn_loss(
         LossOutput(loss, logp, weight).
 
     Raises:
-        ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, an unknown reduction, an
+        ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, an unknown
+            reduction, an
             ``impl`` that is not available here.
         TypeError: wrong dtypes, or something that is no token-weight objective.
 

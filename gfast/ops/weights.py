@@ -1,11 +1,13 @@
 """Token weights of the built-in objectives, as numbers that kernels and tensors understand alike.
 
-The gradient of these objectives is ``sum_i w_i grad logp_i`` with detached weights. All of them are one of two families:
+The gradient of these objectives is ``sum_i w_i grad logp_i`` with detached weights. All of them are one of two
+families:
 
     token:     log w_i = p_pow log p_i + q_pow log(1 - p_i) + [beta > 0] (log 2 + log sigmoid(beta (logp_i - ref_i)))
     sequence:  w_i = 2 sigmoid(x_s) / len_s^length_norm,  value_s = (2 / beta) softplus(x_s)
 
-with ``x_s = beta (S_s - S_ref_s)`` (NPO), ``beta (S_s / len_s + delta)`` (SimNPO) or ``beta (D_rejected - D_preferred)``
+with ``x_s = beta (S_s - S_ref_s)`` (NPO), ``beta (S_s / len_s + delta)`` (SimNPO) or ``beta (D_rejected -
+D_preferred)``
 (DPO, level "pair"), where ``S_s`` is the summed log-prob of sequence s and ``D = S - S_ref``.
 """
 
