@@ -116,7 +116,7 @@ def grad_dot(
 
         out[g] = sum over t with groups[t] = g of <xs[t], ys[t]>
 
-    With gradients as lists this is the G-effect by layer group (arXiv 2502.19301, Definition 1). Products are fp32
+    With gradients as lists this is the G-effect by layer group. Products are fp32
     (fp64 where an operand is fp64), sums are fp64 in an order that depends on the shapes alone, so the result is the
     same bit for bit in every run and for every number of threads.
 
@@ -132,6 +132,8 @@ def grad_dot(
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices that do not fit, or a group index out of range.
+
+    Source: arXiv 2502.19301, Definition 1.
 
     Example:
         >>> import torch, gfast
