@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 import training_killed
 from safetensors.torch import load_file
-from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
+from training_tiny import collator, config, datasets, pairing, parameters, server, tiny_model
 
 from gfast.data import batches
 from gfast.objectives import GA, NPO, WGA
@@ -109,15 +106,12 @@ def test_an_objective_without_its_data_is_said(tmp_path):
 @pytest.fixture(scope="module")
 def in_another_process():
     """Runs training_killed.main(folder, where, number) in a process of its own and returns its exit code."""
-    # The server imports everything once; its children start in no time and share no state with this process.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_killed"])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    context = server()
 
     def start(folder, where="nowhere", number=0):
         process = context.Process(target=training_killed.main, args=(str(folder), where, number))
         process.start()
-        process.join(timeout=120)
+        process.join(timeout=300)
         return process.exitcode
 
     return start

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,3 +72,16 @@ def config(folder, **options) -> UnlearnConfig:
 
 def parameters(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def server():
+    """A multiprocessing context whose processes are forked from a server that has imported everything once.
+
+    They start at once, share no state with the test process, and may be killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_killed", "training_parallel"])
+    here = str(Path(__file__).parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    return context
