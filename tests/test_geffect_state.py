@@ -140,16 +140,38 @@ def test_single_batch_takes_the_gradient_itself_as_direction(monkeypatch):
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, name=name: pointers.setdefault(name, set()).add(grad.data_ptr()))
     kept = []
-    original = stream._Passes.directions
+    original = stream._Passes._store
 
-    def spied(self, *args):
-        out = original(self, *args)
-        kept.extend(tensor.data_ptr() for tensor in self.stored[0])
-        return out
+    def spied(self, gradient):
+        kept.extend(tensor.data_ptr() for tensor in gradient)
+        original(self, gradient)
 
-    monkeypatch.setattr(stream._Passes, "directions", spied)
+    monkeypatch.setattr(stream._Passes, "_store", spied)
     gfast.g_effect(model, GA(), forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
+    assert len(kept) == len(pointers)
     assert all(pointer in set().union(*pointers.values()) for pointer in kept)
+
+
+@pytest.mark.parametrize("objective, stored", [(GA(), 1), (WGA(), 1), (Mix(WGA(), NLL()), 2), ([WGA(), GA()], 2)])
+def test_a_pair_of_single_batches_stores_no_more_gradients_than_needed(monkeypatch, objective, stored):
+    model, sizes = tiny("tied_llama"), []
+    original = stream._Passes._dots
+
+    def watched(self, index, x):
+        sizes.append(len(self.stored))
+        return original(self, index, x)
+
+    monkeypatch.setattr(stream._Passes, "_dots", watched)
+    pair = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
+    found = gfast.g_effect(model, objective, **pair)
+    assert max(sizes) == stored
+    split = dict(forget=batches(1), retain=batches(2))
+    expected = gfast.g_effect(model, objective, norms=True, **split)
+    found, expected = (value if isinstance(value, list) else [value] for value in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert one.unlearn == pytest.approx(other.unlearn, rel=1e-9)
+        assert one.retain == pytest.approx(other.retain, rel=1e-9)
+        assert {side: pytest.approx(values, rel=1e-9) for side, values in other.norms.items()} == one.norms
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -208,7 +230,7 @@ def test_data_without_labels_gives_zeros():
 def test_not_finite_names_the_parameter_or_the_loss(monkeypatch):
     model = tiny("llama")
     model.model.layers[1].mlp.down_proj.weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(ValueError, match=r"risk NLL\(\) on the forget data.*1 of .*layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(ValueError, match=r"NLL\(\) on the forget data.*1 of .*layers\.1\.mlp\.down_proj\.weight"):
         gfast.g_effect(model, WGA(), **data())
     model = tiny("llama")
     with torch.no_grad():

@@ -50,9 +50,10 @@ def g_effect(
     data set (one global count of tokens or sequences), so the result does not depend on how it is cut into batches.
 
     The risk's gradient on each set is stored (one gradient's size a set); the objective's gradient is dotted with both
-    as it appears, parameter by parameter, and freed. Passes over the data: 2 for the directions, and one for each
-    distinct term of the objectives that is not a multiple of a direction (GA on forget and NLL on retain data are).
-    The model is measured in evaluation mode and left as found, also after an error: gradients, hooks, training flags.
+    as it appears, parameter by parameter, and freed. One objective on single batches stores one gradient in all.
+    Passes over the data: 2 for the directions, and one for each distinct term of the objectives that is not a multiple
+    of a direction (GA on forget and NLL on retain data are). The model is measured in evaluation mode and left as
+    found, also after an error: gradients, hooks, training flags.
 
     Args:
         model: a Hugging Face causal language model, on any device, possibly wrapped by PEFT, DDP or torch.compile.

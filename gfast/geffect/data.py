@@ -76,18 +76,30 @@ class Data:
         self, forget: Any, retain: Any, objective_batches: Any, used: Iterable[Term], adapters: bool = False
     ) -> None:
         used = list(used)
+        self._known_counts: dict[Term, list[int]] = {}
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:
             self.batches["objective"] = as_batches(objective_batches, "objective_batches")
         self._check(used, _REFERENCE_KEYS if adapters else _REFERENCE_KEYS_WITHOUT_ADAPTERS)
 
-    def counted(self, term: Term) -> tuple[int, list[tuple[int, Mapping[str, Any]]]]:
-        """The global count of the term's reduction, and the batches that have something to count with their indices."""
-        # hidden-state objectives average over the labelled positions themselves, the others over the positions that
-        # predict them
-        start = 0 if isinstance(term.objective, (RMU, RR)) else 1
-        counts = [term.objective.count(batch["labels"][:, start:]) for batch in self.batches[term.source]]
-        return sum(counts), [(index, self.batches[term.source][index]) for index, count in enumerate(counts) if count]
+    def count(self, term: Term) -> int:
+        """The global count that the term's reduction divides by."""
+        return sum(self._counts(term))
+
+    def counted(self, term: Term) -> list[tuple[int, Mapping[str, Any]]]:
+        """The batches that have something to count, with their indices."""
+        batches = self.batches[term.source]
+        return [(index, batches[index]) for index, count in enumerate(self._counts(term)) if count]
+
+    def _counts(self, term: Term) -> list[int]:
+        if term not in self._known_counts:
+            # hidden-state objectives average over the labelled positions themselves, the others over the positions
+            # that predict them
+            start = 0 if isinstance(term.objective, (RMU, RR)) else 1
+            self._known_counts[term] = [
+                term.objective.count(batch["labels"][:, start:]) for batch in self.batches[term.source]
+            ]
+        return self._known_counts[term]
 
     def _check(self, used: list[Term], reference_keys: frozenset[str]) -> None:
         own = {need: term for term in used for need in term.objective.needs & _OWN_DATA}

@@ -47,10 +47,16 @@ def stream_effects(
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
     refuse_sharded(model)
     split = [_split(objective, risk) for objective in objectives]
-    passes = list(dict.fromkeys(job for _, rest in split for job in _jobs(rest, norms)))
-    with _Passes(model, data, groups, progress, 2 + len(passes)) as run, measuring(model):
-        counts, gram = run.directions(risk, direction_dtype)
-        measured = {job: run.objective(job, norms) for job in passes}
+    passes = list(dict.fromkeys(job for _, rest in split for job, _ in _weights(rest, norms)))
+    alone = len(passes) == 1 and not any(any(known) for known, _ in split)
+    with _Passes(model, data, groups, direction_dtype, progress, 2 + len(passes)) as run, measuring(model):
+        swapped = run.swapped(risk, passes[0]) if alone else None
+        if swapped is not None:
+            gram, measured = swapped
+        else:
+            gram = run.directions(risk, keep_last=bool(passes))
+            measured = {job: run.objective(job, norms) for job in passes}
+        counts = {"unlearn": data.count(Term(risk, "forget")), "retain": data.count(Term(risk, "retain"))}
     results = []
     for objective, (known, rest) in zip(objectives, split, strict=True):
         parts = [(factor, measured[job]) for job, factor in _weights(rest, norms)]
@@ -99,15 +105,13 @@ def _weights(rest: Job, norms: bool) -> list[tuple[Job, float]]:
     return [(((1.0, term),), factor) for factor, term in rest]
 
 
-def _jobs(rest: Job, norms: bool) -> list[Job]:
-    return [job for job, _ in _weights(rest, norms)]
-
-
 class _Passes:
     """Forward and backward passes whose gradients go to a consumer, parameter by parameter."""
 
-    def __init__(self, model: nn.Module, data: Data, groups: GroupMap, progress: bool, passes: int) -> None:
-        self.model, self.data = model, data
+    def __init__(
+        self, model: nn.Module, data: Data, groups: GroupMap, dtype: torch.dtype, progress: bool, passes: int
+    ) -> None:
+        self.model, self.data, self.dtype = model, data, dtype
         parameters = dict(model.named_parameters())
         self.names = list(groups.index)
         self.parameters = [parameters[name] for name in self.names]
@@ -124,39 +128,70 @@ class _Passes:
         self.stored.clear()
         self.progress.close()
 
-    def directions(self, risk: Objective, dtype: torch.dtype) -> tuple[dict[str, int], Tensor]:
-        """Store grad R on both sets; returns the counts, and their dot products by group [G, 2, 2]."""
-        counts, gram = {}, torch.zeros(self.num_groups, 2, 2, dtype=torch.float64)
+    def directions(self, risk: Objective, keep_last: bool) -> Tensor:
+        """Store grad R on both sets and return their dot products by group [G, 2, 2].
+
+        Without `keep_last` the second one is dotted and dropped where one batch makes it whole.
+        """
+        gram = torch.zeros(self.num_groups, 2, 2, dtype=torch.float64)
         for side, source in enumerate(_SOURCES):
-            term = Term(risk, source)
-            table, gradient, count = self._accumulate(((1.0, term),))
-            sums = self._by_group(table, f"the risk {risk} on the {source} data")  # [G, side + 1]
+            job, gradient, whole = ((1.0, Term(risk, source)),), None, False
+            if side == 1 and not keep_last and self._batches(job) <= 1:
+                table, whole = self._stream(job)
+            if not whole:
+                table, gradient = self._accumulate(job)
+            sums = self._by_group(table, _label(job))  # [G, side + 1]
             for other in range(side + 1):
                 gram[:, side, other] = gram[:, other, side] = sums[:, other]
-            for index, kept in enumerate(gradient):
-                if kept is not None and kept.dtype != torch.float64 and kept.dtype.itemsize > dtype.itemsize:
-                    gradient[index] = kept.to(dtype)
-            self.stored.append(gradient)
-            counts["unlearn" if source == "forget" else "retain"] = count
-        return counts, gram
+            if gradient is not None:
+                self._store(gradient)
+        return gram
+
+    def swapped(self, risk: Objective, job: Job) -> tuple[Tensor, dict[Job, Measured]] | None:
+        """One objective on single batches: its gradient is the only one stored, and both risks are dotted with it.
+
+        None where that is not possible. The dot product of the two risks stays 0: nothing here needs it.
+        """
+        risks = [((1.0, Term(risk, source)),) for source in _SOURCES]
+        if max(map(self._batches, (job, *risks))) > 1:
+            return None
+        table, gradient = self._accumulate(job)
+        square = self._by_group(table, _label(job))[:, 0]
+        self._store(gradient)
+        gram = torch.zeros(self.num_groups, 2, 2, dtype=torch.float64)
+        dots = torch.zeros(self.num_groups, 2, dtype=torch.float64)
+        for side, risk_job in enumerate(risks):
+            table, whole = self._stream(risk_job)
+            if not whole:
+                self.stored.clear()
+                return None
+            dots[:, side], gram[:, side, side] = self._by_group(table, _label(risk_job)).unbind(1)
+        return gram, {job: Measured(dots, square)}
 
     def objective(self, job: Job, norms: bool) -> Measured:
         """Dots of the gradient of a combination of terms with both directions, and its norm where it can be had."""
-        label = " + ".join(f"{factor:g} {term.objective} on the {term.source} data" for factor, term in job)
-        batches = sum(len(self.data.counted(term)[1]) for _, term in job)
-        if batches > 1 and norms:
-            table, _, _ = self._accumulate(job)
-            exact = True
+        if self._batches(job) > 1 and norms:
+            table, _ = self._accumulate(job)
+            whole = True
         else:
-            table, exact = self._stream(job)
-        sums = self._by_group(table, label)  # [G, 3]
-        return Measured(sums[:, :2], sums[:, 2] if exact or batches == 0 else None)
+            table, whole = self._stream(job)
+        sums = self._by_group(table, _label(job))  # [G, 3]
+        return Measured(sums[:, :2], sums[:, 2] if whole else None)
 
-    def _accumulate(self, job: Job) -> tuple[list[Tensor | None], list[Tensor | None], int]:
-        """The gradient over all batches, its dots with the stored directions and itself, and the global count."""
+    def _store(self, gradient: list[Tensor | None]) -> None:
+        for index, kept in enumerate(gradient):  # one at a time, so that no second copy of all of them exists
+            if kept is not None and kept.dtype != torch.float64 and kept.dtype.itemsize > self.dtype.itemsize:
+                gradient[index] = kept.to(self.dtype)
+        self.stored.append(gradient)
+
+    def _batches(self, job: Job) -> int:
+        return sum(len(self.data.counted(term)) for _, term in job)
+
+    def _accumulate(self, job: Job) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The gradient over all batches: its dots with the stored directions and itself, and the gradient."""
         gradient: list[Tensor | None] = [None] * len(self.parameters)
         table: list[Tensor | None] = [None] * len(self.parameters)
-        work, count = self._work(job)
+        work = self._work(job)
         single = len(work) == 1
 
         def consume(index: int, grad: Tensor, last: bool) -> None:
@@ -174,12 +209,12 @@ class _Passes:
         for index, kept in enumerate(gradient):
             if kept is not None and table[index] is None:
                 table[index] = self._dots(index, kept)
-        return table, gradient, count
+        return table, gradient
 
     def _stream(self, job: Job) -> tuple[list[Tensor | None], bool]:
-        """Dots with the stored directions, nothing kept; and whether the squared norms are those of the gradient."""
+        """Dots with the stored directions, nothing kept; are the squared norms those of the whole gradient?"""
         table: list[Tensor | None] = [None] * len(self.parameters)
-        work, _ = self._work(job)
+        work = self._work(job)
         once = True
 
         def consume(index: int, grad: Tensor, last: bool) -> None:
@@ -191,13 +226,13 @@ class _Passes:
         self._backward(work, consume)
         return table, once and len(work) <= 1
 
-    def _work(self, job: Job) -> tuple[list[Backward], int]:
-        """Every forward and backward of a job, and the global count of its last term."""
-        work, count = [], 0
-        for factor, term in job:
-            count, batches = self.data.counted(term)
-            work += [Backward(factor, term, count, index, batch) for index, batch in batches]
-        return work, count
+    def _work(self, job: Job) -> list[Backward]:
+        """Every forward and backward of a job."""
+        return [
+            Backward(factor, term, self.data.count(term), index, batch)
+            for factor, term in job
+            for index, batch in self.data.counted(term)
+        ]
 
     def _backward(self, work: list[Backward], consume: Callable[[int, Tensor, bool], None]) -> None:
         """Run all work; the gradient of each parameter goes to `consume(index, gradient, in the last batch?)`."""
@@ -284,6 +319,10 @@ def _combine(
     if square is not None:
         norms["objective"] = named(square.clamp(min=0.0).sqrt())
     return GEffect(label, named(dots[:, 0]), named(dots[:, 1]), norms, risk, counts)
+
+
+def _label(job: Job) -> str:
+    return " + ".join(f"{term.objective} on the {term.source} data" for _, term in job)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
