@@ -43,8 +43,7 @@ class GEffectCallback(TrainerCallback):
         options: further arguments for gfast.g_effect (engine=, risk=, direction_dtype=).
 
     >>> from gfast.objectives import GA, WGA
-    >>> callback = GEffectCallback(every=10, forget=forget_batches, retain=retain_batches, objectives=[GA(), WGA()])
-    ... # doctest: +SKIP
+    >>> callback = GEffectCallback(10, forget_batches, retain_batches, [GA(), WGA()])    # doctest: +SKIP
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])    # doctest: +SKIP
     """
 

@@ -38,8 +38,8 @@ class UnlearnTrainer(Trainer):
 
     Errors: ValueError at the first step, before any work, for a batch that lacks what the objective needs.
 
-    >>> trainer = UnlearnTrainer(model, UnlearnConfig("run", objective="GA"), train_dataset=data,
-    data_collator=collator) ... # doctest: +SKIP
+    >>> args = UnlearnConfig("run", objective="GA")    # doctest: +SKIP
+    >>> trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collator)    # doctest: +SKIP
     >>> trainer.train()    # doctest: +SKIP
     """
 
