@@ -221,6 +221,22 @@ def test_cuda_sources_compile_without_torch():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_cmake_configures_with_cuda(tmp_path):
+    """A torch without CUDA cannot link the CUDA build, but CMake must accept it."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if shutil.which("nvcc") is None or cmake is None:
+        pytest.skip("nvcc or cmake is not installed")
+    options = {
+        "GFAST_CUDA": "ON",
+        "GFAST_INCLUDE": ROOT,
+        "GFAST_TORCH_LIB": ROOT,
+        "CMAKE_CUDA_COMPILER": shutil.which("nvcc"),
+    }
+    command = [cmake, "-S", ROOT, "-B", tmp_path, *(f"-D{k}={v}" for k, v in options.items())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_cuda_wish_is_honoured(tmp_path):
     """GFAST_CUDA=1 fails loudly where CUDA cannot be built, and says why; nonsense is refused."""
     import torch
