@@ -191,7 +191,8 @@ def _measure(
 ) -> GEffectCallback:
     samples, size = config.geffect_samples, config.per_device_eval_batch_size
     own = both.forget.key in ("dpo", "po")
-    options: dict[str, Any] = {}
+    # Training has just freed its own gradient: the one that norms need takes its place.
+    options: dict[str, Any] = {"norms": True}
     if own:
         options["objective_batches"] = sides.batches(sides.of(both.forget), references.get("forget"), samples, size)
     return GEffectCallback(

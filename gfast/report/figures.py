@@ -152,7 +152,7 @@ def _side_legend(figure: Figure, theme: Theme) -> None:
         Line2D([], [], color=theme.unlearn, marker="o", label="unlearn: effect on the forget set (wanted below 0)"),
         Line2D([], [], color=theme.retain, marker="s", label="retain: effect on the retain set (wanted at or above 0)"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=2 if figure.get_figwidth() > 8 else 1)
 
 
 def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
@@ -162,13 +162,15 @@ def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
     cosines = np.abs(_values(runs, keys["cosine"]))
     shown = ["g_effect", "cosine"] if cosines.size else ["g_effect"]
     figure = Figure(figsize=(max(2.35 * columns + 0.6, 6.4), 2.45 * bands * len(shown) + 0.35), layout="constrained")
-    grid = figure.subplots(bands * len(shown), columns, squeeze=False, sharey="row")
+    grid = figure.subplots(bands * len(shown), columns, squeeze=False, sharex=True, sharey="row")
     for i, run in enumerate(runs):
         band, column = divmod(i, columns)
         panels = grid[band * len(shown) : (band + 1) * len(shown), column]
         for ax, quantity in zip(panels, shown, strict=True):
             zero_line(ax, theme)
             _sides(ax, run, theme, quantity, "total")
+            if not _values([run], keys[quantity]).size:
+                ax.text(0.5, 0.72, "norm not measured", transform=ax.transAxes, ha="center", color=theme.ink, fontsize="small")
             steps_axis(ax)
             ax.tick_params(labelbottom=ax is panels[-1])
         panels[0].set_title(wrap(run.label), fontweight="bold")
