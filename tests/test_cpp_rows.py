@@ -93,7 +93,7 @@ def poisoned(z: Tensor) -> Tensor:
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_and_logp(dtype, vocab, scale, softcap):
-    z, y = case(33, vocab, dtype)
+    z, y = case(33 if vocab < 10000 else 9, vocab, dtype)
     kwargs = dict(WGA, coef=0.25, scale=scale, softcap=softcap)
     truth, plain = literal(z, y, **kwargs), literal(z, y, **kwargs, dtype=torch.float32)
     out = poisoned(z)
@@ -266,8 +266,8 @@ def literal_kl(z, r, y, coef, scale, softcap, ref_scale, ref_softcap, dtype):
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kl(dtype, vocab, maps):
-    z, y = case(33, vocab, dtype)
-    r = (z.float() + 0.3 * case(33, vocab, torch.float32, seed=9)[0]).to(dtype)
+    z, y = case(33 if vocab < 10000 else 9, vocab, dtype)
+    r = (z.float() + 0.3 * case(z.shape[0], vocab, torch.float32, seed=9)[0]).to(dtype)
     truth = literal_kl(z, r, y, 0.5, *maps, torch.float64)
     plain = literal_kl(z, r, y, 0.5, *maps, torch.float32)
     out = poisoned(z)

@@ -10,15 +10,15 @@ namespace gfast {
 namespace GFAST_ISA_NS {
 namespace {
 
-struct LogSoftmax {
+struct Softmax {
   float top;
-  float log_total;
+  double total;  // of exp(z' - top)
 };
 
 // Writes z' of a row to `values` (filled to whole vectors with -inf) and, for a softcap, dz'/dz / scale to `slopes` where
-// that is not null; returns the maximum and the log-sum.
+// that is not null; returns the maximum and the sum.
 template <typename T, Map map>
-LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values, float* slopes) {
+Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values, float* slopes) {
   const T* row = (const T*)data;
   float top = -kInf;
   double total = 0;
@@ -31,21 +31,24 @@ LogSoftmax read_row(const void* data, int64_t vocab, const Mapping& f, float* va
       if (total != 0) total *= std::exp((double)before - (double)top);
     }
     const vf shift = splat(top == -kInf ? 0.0f : top);
-    vf sum{};
+    vf sum{}, lost{};  // compensated: p - q cancels most of what is common to all entries, but not an error of the total
     for (int64_t j = 0; j < n; j += W) {
       const Mapped x = f.apply<map>(n - j < W ? load_part(row + start + j, n - j, -kInf) : load(row + start + j));
       if (map == Map::capped && slopes != nullptr) store(slopes + start + j, x.slope);
       vf z = x.value;
       if (n - j < W) z = select(lane_index() < (int32_t)(n - j), z, splat(-kInf));  // softcap has made -inf finite
       store(values + start + j, z);
-      sum += exp(z - shift);
+      const vf e = exp(z - shift) - lost;
+      const vf next = sum + e;
+      lost = (next - sum) - e;
+      sum = next;
     }
-    total += reduce_add(sum);
+    for (int i = 0; i < W; ++i) total += (double)sum[i] - (double)lost[i];
   }
-  return {top, (float)log(total)};
+  return {top, total};
 }
 
-using Reader = LogSoftmax (*)(const void*, int64_t, const Mapping&, float*, float*);
+using Reader = Softmax (*)(const void*, int64_t, const Mapping&, float*, float*);
 
 Reader pick_reader(const Matrix& m) {
   Reader reader = nullptr;
@@ -63,23 +66,26 @@ void write_row(void* out, const float* values, int64_t n) {
 using Writer = void (*)(void*, const float*, int64_t);
 
 // The row's KL; where grad is not null, it gets coef (p - q) slope (no slopes: 1) and may be p's values.
-double row_kl(const float* zp, const float* zq, const float* slopes, int64_t vocab, LogSoftmax sp, LogSoftmax sq,
+double row_kl(const float* zp, const float* zq, const float* slopes, int64_t vocab, Softmax sp, Softmax sq,
               float coef, float* grad) {
-  const vf top_p = splat(sp.top), top_q = splat(sq.top), log_p = splat(sp.log_total), log_q = splat(sq.log_total);
+  const vf top_p = splat(sp.top), top_q = splat(sq.top);
+  const vf inverse_p = splat((float)(1 / sp.total)), inverse_q = splat((float)(1 / sq.total));
+  const vf log_ratio = splat((float)log(sq.total / sp.total));
   double kl = 0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
     vf sum{};
     for (int64_t j = start; j < end; j += W) {
-      const vf lp = (load(zp + j) - top_p) - log_p, lq = (load(zq + j) - top_q) - log_q;
-      const vf p = exp(lp), q = exp(lq);
-      const vf d = lq - lp;
+      const vf xp = load(zp + j) - top_p, xq = load(zq + j) - top_q;
+      const vf p = exp(xp) * inverse_p, q = exp(xq) * inverse_q;
+      const vf d = (xq - xp) - log_ratio;
       const vi near = (d < 0.34f) & (d > -0.34f);
-      vf term = select(near, q * (d * d) * exp_tail(-d), (p - q) + q * d);
+      const vf bend = (d * d) * exp_tail(-d);  // exp(-d) - 1 + d
+      vf term = select(near, q * bend, (p - q) + q * d);
       term = select(q == 0.0f, p, term);
       sum += term;
       if (grad != nullptr) {
-        vf g = (p - q) * coef;
+        vf g = select(near, q * (bend - d), p - q) * coef;  // where p is close to q, not by subtracting them
         if (slopes != nullptr) g = g * load(slopes + j);
         store(grad + j, g);
       }
@@ -107,8 +113,8 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (a.out != nullptr) memset(out, 0, a.vocab * size);
       continue;
     }
-    const LogSoftmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
-    const LogSoftmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
+    const Softmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
+    const Softmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
     float* grad = a.out != nullptr ? zp : nullptr;
     a.kl[i] = (float)row_kl(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
     if (a.out != nullptr) write(out, zp, a.vocab);

@@ -1,8 +1,6 @@
 // The effective logit z' of a logit z: z, scale * z, or softcap * tanh(scale * z / softcap).
 #pragma once
 
-#include <cfloat>
-
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/vec.h"
 
@@ -19,22 +17,15 @@ struct Mapped {
 
 struct Mapping {
   float scale, softcap;
-  float ratio, ratio_rest;  // scale / softcap to twice the precision
 
-  explicit Mapping(const Matrix& m)
-      : scale(m.scale),
-        softcap(m.softcap),
-        ratio(m.softcap > 0 ? m.scale / m.softcap : 0),
-        ratio_rest(m.softcap > 0 ? (float)((double)m.scale / m.softcap - ratio) : 0) {}
+  explicit Mapping(const Matrix& m) : scale(m.scale), softcap(m.softcap) {}
 
   // The cheap part; what follows is monotone, so maxima are taken of this, before the tanh.
   template <Map map>
   GFAST_INLINE vf begin(vf z) const {
     if constexpr (map == Map::identity) return z;
     if constexpr (map == Map::scaled) return rounded(z * scale);
-    z = z < -FLT_MAX ? splat(-FLT_MAX) : z;  // an infinite z would make NaN of the two products
-    z = z > FLT_MAX ? splat(FLT_MAX) : z;
-    return rounded(z * ratio + rounded(z * ratio_rest));
+    return rounded(z * scale) / softcap;  // a product with scale / softcap would round once more
   }
 
   template <Map map>

@@ -22,49 +22,60 @@ struct RowStats {
   double logp() const { return zy == top ? 0.0 - log1p(other) : (zy - top) - log(total); }
 };
 
-// What a block is reduced to, and the constants it is visited with.
+struct Block {
+  float sum;  // of exp(z' - shift) without entry `skip` (negative: none left out)
+  float raw;  // maximum of f.begin(z)
+};
+
+// What a block is reduced to, and what it is visited with. Kept: exp(z' - shift) * slope / scale, in the order of pairs.
 template <Map map, bool keep>
 struct BlockVisit {
   const Mapping& f;
   vf shift;
-  vf sum0{}, sum1{};  // of exp(z' - shift)
-  vf raw0 = splat(-kInf), raw1 = raw0;  // maxima of f.begin(z)
+  vf sum0{}, sum1{};
+  vf raw0 = splat(-kInf), raw1 = raw0;
 
-  // One vector: keeps exp(z' - shift) * slope / scale and returns exp(z' - shift).
-  GFAST_INLINE vf one(vf z, float* kept, vf& raw) {
+  struct Entry {
+    vf exp, kept;
+  };
+
+  GFAST_INLINE Entry one(vf z, vf& raw) const {
     const vf begun = f.template begin<map>(z);
     raw = max(begun, raw);
     const Mapped x = f.template finish<map>(begun);
     const vf e = exp(x.value - shift);
-    if constexpr (keep) store(kept, map == Map::capped ? e * x.slope : e);
-    return e;
+    return {e, map == Map::capped ? e * x.slope : e};
   }
 
   template <typename T>
   GFAST_INLINE int64_t whole(const T* row, int64_t j, int64_t end, float* kept) {
     for (; j + 2 * W <= end; j += 2 * W) {
-      sum0 += one(load(row + j), kept + j, raw0);
-      sum1 += one(load(row + j + W), kept + j + W, raw1);
+      const Pair z = load_pair(row + j);
+      const Entry a = one(z.a, raw0), b = one(z.b, raw1);
+      if constexpr (keep) store_pair(kept + j, {a.kept, b.kept});
+      sum0 += a.exp;
+      sum1 += b.exp;
     }
-    for (; j + W <= end; j += W) sum0 += one(load(row + j), kept + j, raw0);
     return j;
   }
 
-  // The next `count` <= W entries; entry `hole` is left out of the sum.
+  // The next n <= 2 W entries; entry `hole` of them is left out of the sum.
   template <typename T>
-  GFAST_INLINE int64_t part(const T* row, int64_t j, int64_t count, int64_t hole, float* kept) {
-    float e_kept[W];
-    const vf e = one(load_part(row + j, count, -kInf), e_kept, raw0);
-    if constexpr (keep) memcpy(kept + j, e_kept, count * sizeof(float));
-    const vi lane = lane_index();
-    sum0 += select((lane < (int32_t)count) & (lane != (int32_t)hole), e, vf{});
-    return j + count;
+  GFAST_INLINE int64_t part(const T* row, int64_t j, int64_t n, int64_t hole, float* kept) {
+    const Pair z = load_pair_part(row + j, n);
+    const Entry a = one(z.a, raw0), b = one(z.b, raw1);
+    // A pair of fp32 is in order and may be the row itself; others have room for a whole pair after the row.
+    if constexpr (keep) store_pair_part(kept + j, sizeof(T) == sizeof(float) ? n : 2 * W, {a.kept, b.kept});
+    float sums[2 * W];
+    store_pair(sums, {a.exp, b.exp});
+    // Softcap makes a finite number of the filling: only real entries are added.
+    for (int64_t h = 0; h < 2 * W; ++h)
+      if (h >= n || h == hole) sums[PairLayout<T>::at(h)] = 0;
+    const Pair kept_sums = load_pair((const float*)sums);
+    sum0 += kept_sums.a;
+    sum1 += kept_sums.b;
+    return j + n;
   }
-};
-
-struct Block {
-  float sum;  // of exp(z' - shift) without entry `skip` (negative: none left out)
-  float raw;  // maximum of f.begin(z)
 };
 
 template <Map map, bool keep, typename T>
@@ -72,8 +83,8 @@ Block visit_block(const T* row, int64_t n, int64_t skip, const Mapping& f, float
   BlockVisit<map, keep> v{f, splat(shift)};
   int64_t j = 0;
   if (skip >= 0) {
-    j = v.whole(row, j, skip / W * W, kept);
-    j = v.part(row, j, n - j < W ? n - j : W, skip - j, kept);
+    j = v.whole(row, j, skip / (2 * W) * (2 * W), kept);
+    j = v.part(row, j, n - j < 2 * W ? n - j : 2 * W, skip - j, kept);
   }
   j = v.whole(row, j, n, kept);
   if (j < n) v.part(row, j, n - j, -1, kept);
@@ -133,8 +144,11 @@ void write_grad(T* out, int64_t vocab, int64_t y, const RowStats& s, double coef
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
     const vf c = splat((float)(-coef * scale * std::exp(block_shift[start / kBlock] - s.top) / s.total));
     int64_t j = start;
-    for (; j + W <= end; j += W) store(out + j, load(kept + j) * c);
-    if (j < end) store_part(out + j, end - j, load_part(kept + j, end - j, 0.0f) * c);
+    const auto pair = [&](Pair e) { return Pair{e.a * c, e.b * c}; };
+    for (; j + 2 * W <= end; j += 2 * W) store_pair(out + j, pair(load_pair(kept + j)));
+    if (j == end) continue;
+    const bool room = sizeof(T) != sizeof(float);  // as in BlockVisit::part
+    store_pair_part(out + j, end - j, pair(room ? load_pair(kept + j) : load_pair_part(kept + j, end - j)));
   }
   store_part(out + y, 1, splat((float)(coef * s.slope * (s.other / s.total))));
 }
@@ -207,9 +221,11 @@ void logp_rows_grad_impl(const GradArgs& a, int64_t begin, int64_t end, float*) 
       const vf e = exp((x.value - top) - log_total) * c;
       return map == Map::capped ? e * x.slope : e;
     };
+    const auto pair = [&](Pair z) { return Pair{entry(z.a), entry(z.b)}; };
     int64_t j = 0;
-    for (; j + W <= a.vocab; j += W) store(out + j, entry(load(row + j)));
-    if (j < a.vocab) store_part(out + j, a.vocab - j, entry(load_part(row + j, a.vocab - j, -kInf)));
+    for (; j + 2 * W <= a.vocab; j += 2 * W) store_pair(out + j, pair(load_pair(row + j)));
+    const int64_t rest = a.vocab - j;
+    if (rest > 0) store_pair_part(out + j, rest, pair(load_pair_part(row + j, rest)));
     store_part(out + y, 1, splat((float)((double)a.coef[i] * f.scale * slope * -expm1((double)a.logp[i]))));
   }
 }

@@ -27,6 +27,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 8)));
 
 struct bf16 {
   uint16_t bits;
@@ -112,12 +113,11 @@ GFAST_INLINE void narrow(void* p, vu x) {
 
 GFAST_INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 
-// Round to nearest even. A NaN here comes from 16-bit inputs or from arithmetic, so its low 16 bits are zero and the
+// Round to nearest even; the result is in the upper halves. A NaN here comes from 16-bit inputs or from arithmetic, so its low 16 bits are zero and the
 // rounding term cannot carry out of it.
-GFAST_INLINE void store(bf16* p, vf x) {
-  const vu bits = (vu)x;
-  narrow(p, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+GFAST_INLINE vu round_bf16(vf x) { return (vu)x + 0x7fffu + (((vu)x >> 16) & 1u); }
+
+GFAST_INLINE void store(bf16* p, vf x) { narrow(p, round_bf16(x) >> 16); }
 
 #if defined(__AVX512F__)
 GFAST_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
@@ -178,6 +178,75 @@ GFAST_INLINE float load_one(const T* p) {
   return load_part(p, 1, 0.0f)[0];
 }
 
+// 2 W entries at a time. bf16 entries stay where they are in their 32-bit words, even ones in a and odd ones in b, which
+// saves the shuffles; other types put the first W in a.
+struct Pair {
+  vf a, b;
+};
+
+template <typename T>
+GFAST_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + W)};
+}
+
+template <typename T>
+GFAST_INLINE void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + W, x.b);
+}
+
+GFAST_INLINE Pair load_pair(const bf16* p) {
+  vu words;
+  memcpy(&words, p, sizeof(words));
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "even entries are expected in the low halves of words"
+#endif
+  return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
+}
+
+GFAST_INLINE void store_pair(bf16* p, Pair x) {
+  const vu a = round_bf16(x.a), b = round_bf16(x.b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const vu words = (vu)_mm256_blend_epi16((__m256i)(a >> 16), (__m256i)b, 0xaa);
+#else
+  const vu words = (a >> 16) | (b & 0xffff0000u);
+#endif
+  memcpy(p, &words, sizeof(words));
+}
+
+// Entry h of a pair is in lane at(h) % W of vector at(h) / W.
+template <typename T>
+struct PairLayout {
+  static constexpr T lowest() { return -kInf; }
+  static int64_t at(int64_t h) { return h; }
+};
+template <>
+struct PairLayout<f16> {
+  static constexpr f16 lowest() { return {0xfc00}; }
+  static int64_t at(int64_t h) { return h; }
+};
+template <>
+struct PairLayout<bf16> {
+  static constexpr bf16 lowest() { return {0xff80}; }
+  static int64_t at(int64_t h) { return h % 2 * W + h / 2; }
+};
+
+// The first n <= 2 W entries, the rest -inf.
+template <typename T>
+GFAST_INLINE Pair load_pair_part(const T* p, int64_t n) {
+  T buffer[2 * W];
+  for (int i = 0; i < 2 * W; ++i) buffer[i] = PairLayout<T>::lowest();
+  memcpy(buffer, p, n * sizeof(T));
+  return load_pair(buffer);
+}
+
+template <typename T>
+GFAST_INLINE void store_pair_part(T* p, int64_t n, Pair x) {
+  T buffer[2 * W];
+  store_pair(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
 // x = n ln 2 + r with |r| <= ln(2)/2 (a hair more without fma); `power` holds n in its low bits.
 struct Reduced {
   vf r;
@@ -221,8 +290,9 @@ struct Tanh {
   vf slope;  // 1 - value^2 without cancellation
 };
 
-// tanh(x) = -e / (2 + e) sign(x) with e = expm1(-2|x|), so small |x| keep their relative accuracy. The roundings of e and
-// of 2 + e are carried along and put right after the division: about 1 ulp, because softcap multiplies what is left.
+// tanh(x) = -e / (2 + e) sign(x) with e = expm1(-2|x|), so small |x| keep their relative accuracy. About 1 ulp, because
+// softcap multiplies what is left: the roundings of e and of 2 + e are carried along and put right after the division, or,
+// where products cannot be had exactly (no fma), doubles are used.
 GFAST_INLINE Tanh tanh(vf x) {
   const vi sign = (vi)x & INT32_MIN;
   vf a = (vf)((vi)x ^ sign);
@@ -231,6 +301,7 @@ GFAST_INLINE Tanh tanh(vf x) {
   const vf r = reduced.r;
   const vf power = (vf)((reduced.power + 127) << 23);  // 2^n, n in [-125, 0]
   const vf tail = rounded((r * r) * exp_tail(r));
+#if defined(__FMA__) || defined(__aarch64__)
   const vf small = rounded(r + tail);  // expm1(r)
   const vf small_rest = tail - (small - r);
   const vf whole = power - 1.0f, fraction = power * small;
@@ -240,14 +311,16 @@ GFAST_INLINE Tanh tanh(vf x) {
   const vf bottom = rounded(2.0f + e);
   const vf bottom_rest = (e - (bottom - 2.0f)) + e_rest;
   const vf inverse = 1.0f / bottom;
-#if defined(__FMA__) || defined(__aarch64__)
   const vf guess = rounded(-e * inverse);
   const vf miss = (-e - guess * bottom) - e_rest - guess * bottom_rest;
   const vf value = guess + miss * inverse;
 #else
-  const vf value = (-e - e_rest) / (bottom + bottom_rest);  // without fma the product above is rounded
+  const vd wide_power = __builtin_convertvector(power, vd);
+  const vd e = wide_power * (__builtin_convertvector(r, vd) + __builtin_convertvector(tail, vd)) + (wide_power - 1.0);
+  const vf value = __builtin_convertvector(-e / (2.0 + e), vf);
+  const vf inverse = __builtin_convertvector(1.0 / (2.0 + e), vf);
 #endif
-  const vf u = fraction + power;  // exp(-2|x|)
+  const vf u = power * (r + tail) + power;  // exp(-2|x|)
   return {(vf)((vi)value | sign), 4.0f * u * inverse * inverse};
 }
 
