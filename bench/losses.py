@@ -122,6 +122,19 @@ def plain(case: Case, inputs: Inputs, upcast: bool, compiled: bool) -> Step:
     return backward_step(inputs, torch.compile(loss, dynamic=False) if compiled else loss)
 
 
+def open_unlearning(case: Case, inputs: Inputs) -> Step | None:
+    """As open-unlearning does: the model is called with labels, so its own loss runs first, upcast, and is dropped."""
+    if case.objective not in ("wga", "npo"):
+        return None
+
+    def loss(*leaves: Tensor) -> Tensor:
+        logits = leaves[0] if case.op == "logits" else F.linear(*leaves)
+        F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), inputs.labels.reshape(-1))
+        return plain_loss(case.objective, logits, inputs.labels, inputs.ref_logp)
+
+    return backward_step(inputs, loss)
+
+
 def gfast_step(case: Case, inputs: Inputs) -> Step:
     objective = OBJECTIVES[case.objective]
     ref = inputs.ref_logp if "ref_logp" in objective.needs else None
@@ -206,6 +219,7 @@ PROVIDERS: dict[str, Callable[[Case, Inputs], Step | None]] = {
     "gfast_out": gfast_out,
     "floor": floor,
     "fresh_copy": fresh_copy,
+    "open_unlearning": open_unlearning,
     "eager": lambda case, inputs: plain(case, inputs, upcast=False, compiled=False),
     "upcast": lambda case, inputs: plain(case, inputs, upcast=True, compiled=False),
     "compile": lambda case, inputs: plain(case, inputs, upcast=False, compiled=True),

@@ -170,7 +170,8 @@ def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
             zero_line(ax, theme)
             _sides(ax, run, theme, quantity, "total")
             if not _values([run], keys[quantity]).size:
-                ax.text(0.5, 0.72, "norm not measured", transform=ax.transAxes, ha="center", color=theme.ink, fontsize="small")
+                where = dict(transform=ax.transAxes, ha="center", fontsize="small")
+                ax.text(0.5, 0.72, "norm not measured", color=theme.ink, **where)
             steps_axis(ax)
             ax.tick_params(labelbottom=ax is panels[-1])
         panels[0].set_title(wrap(run.label), fontweight="bold")
