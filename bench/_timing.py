@@ -39,33 +39,35 @@ def interleaved(
     device: str = "cpu",
     repetitions: int = 15,
     warmup: int = 3,
-    budget_s: float = 60.0,
+    budget_s: float = 20.0,
 ) -> dict[str, dict[str, float]]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
     Args:
         steps: name -> what to time.
         device: "cuda" times with events around each call, after an idle device.
-        repetitions: rounds; fewer (at least 3) where a step would take more than ``budget_s`` in all.
-        warmup: untimed calls of each step.
-        budget_s: per step.
+        repetitions: rounds; a step that would take more than ``budget_s`` in all sits out the later ones.
+        warmup: untimed calls of each step, fewer for a slow one.
+        budget_s: per step, for its timed calls.
 
     Returns:
         name -> ``summary`` of its times.
     """
-    longest = 0.0
-    for step in steps.values():
+    rounds = {}
+    for name, step in steps.items():
         for _ in range(warmup):
             start = time.perf_counter()
             step()
             synchronize(device)
             spent = time.perf_counter() - start
-        longest = max(longest, spent)  # of the last warm-up: the first ones compile and allocate
-    rounds = max(3, min(repetitions, int(budget_s / max(longest, 1e-6))))
+            if spent > budget_s / 4:
+                break
+        rounds[name] = max(1, min(repetitions, int(budget_s / max(spent, 1e-6))))  # the last call: warm
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for turn in range(max(rounds.values(), default=0)):
         for name, step in steps.items():
-            times[name].append(_cuda_seconds(step) if device == "cuda" else _wall_seconds(step))
+            if turn < rounds[name]:
+                times[name].append(_cuda_seconds(step) if device == "cuda" else _wall_seconds(step))
     return {name: summary(values) for name, values in times.items()}
 
 
