@@ -66,6 +66,7 @@ def losses(data: dict[str, Any]) -> str:
             header = [
                 "forward + backward",
                 "ms",
+                "open-unlearning takes",
                 "eager takes",
                 "torch.compile takes",
                 "of the floor",
@@ -99,6 +100,7 @@ def grad_dot(data: dict[str, Any]) -> str:
             f"{row['of_read_bandwidth']:.0%}",
         ]
         for row in data["rows"]
+        if row["provider"] != "copy"
     ]
     header = ["gradient:direction dtypes", "ms", "MiB moved", "GB/s", "of read bandwidth"]
     return f"`grad_dot` over the tensors of {data['model']}.\n\n" + table(header, rows)
