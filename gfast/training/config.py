@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
@@ -87,6 +88,8 @@ class UnlearnConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.label_names is None:
             self.label_names = ["labels"]
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for; the data loader would only warn
         self.build_objective()
 
     def build_objective(self) -> Objective:
