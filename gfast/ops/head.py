@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows
+from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, scaled
 
 
 def _product_dtype(tensor: Tensor) -> torch.dtype:
@@ -111,6 +111,18 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
         total += left.t() @ right
+
+
+def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor | None) -> list[Tensor | None]:
+    """Accumulated gradients of hidden, weight and bias times the loss's own, in the dtypes of the inputs.
+
+    ``ctx.dtypes`` holds those dtypes; ``late`` is the reduction's factor where it was left out of the accumulation.
+    """
+    factor = grad_loss if late is None else grad_loss * late
+    return [
+        scaled(grad, factor).to(dtype) if wanted else None
+        for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    ]
 
 
 def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,10 +19,16 @@ from gfast.ops.common import (
     default_chunk_rows,
     raise_if_not_finite,
     row_chunks,
-    scaled,
     sequence_layout,
 )
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, flat_reference, prepare_head
+from gfast.ops.head import (
+    ChunkedHead,
+    check_cap,
+    fake_gradients,
+    finished_gradients,
+    flat_reference,
+    prepare_head,
+)
 from gfast.ops.linear_token_logp import linear_token_logp, linear_token_logp_reference
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import (
@@ -243,12 +249,7 @@ class _LinearLoss(torch.autograd.Function):
         if grad_loss is None:
             return nothing
         late, *grads = ctx.saved_tensors
-        factor = grad_loss if late is None else grad_loss * late
-        cast = [
-            scaled(grad, factor).to(dtype) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-        ]
-        return (*cast, *nothing[3:])
+        return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
 
 
 def linear_unlearn_loss(

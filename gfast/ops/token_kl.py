@@ -17,7 +17,7 @@ from gfast.ops.common import (
     scaled,
     sequence_layout,
 )
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, prepare_head
 from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
 
 
@@ -161,12 +161,7 @@ class _LinearKLLoss(torch.autograd.Function):
         if grad_loss is None:
             return nothing
         late, *grads = ctx.saved_tensors
-        factor = grad_loss if late is None else grad_loss * late
-        cast = [
-            scaled(grad, factor).to(dtype) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-        ]
-        return (*cast, *nothing[3:])
+        return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
 
 
 def _factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
