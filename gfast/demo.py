@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 import gfast
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
+from gfast.files import read_json, require_writable, write_json
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.report import build_report
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
-from gfast.training.files import read_json, require_writable, write_json
 
 OBJECTIVES: dict[str, Objective] = {
     "ga": GA(),

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from gfast.training import files
+from gfast import files
 from gfast.training.records import (
     COLUMNS,
     read_records,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from training_tiny import FORGET_ROWS, TOKENIZER, collator, copied, datasets, tiny_model
 
+from gfast import files
 from gfast.data import Collator, QADataset
-from gfast.training import files
 from gfast.training.batches import ReferenceJoin, join
 from gfast.training.reference import ReferenceCache
 

@@ -32,10 +32,10 @@ from gfast.commands.common import (
     show_log,
     versions,
 )
+from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
 from gfast.training.callback import nll
 from gfast.training.config import parse_objective
-from gfast.training.files import require_writable, write_json
 from gfast.training.records import check_run_folder, write_record, write_run_info
 from gfast.training.terms import run_name
 

@@ -14,8 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--title", default="G-effect report", help="heading of the page (default: %(default)s)")
     options = parser.parse_args(argv)
 
+    from gfast.files import require_writable
     from gfast.report import build_report
-    from gfast.training.files import require_writable
 
     require_writable(options.out)
     page = build_report([Path(run) for run in options.runs], options.out, title=options.title)

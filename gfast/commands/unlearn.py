@@ -35,11 +35,11 @@ from gfast.commands.common import (
     versions,
 )
 from gfast.data import ForgetRetain, ForgetRetainCollator
+from gfast.files import read_json, require_writable, write_json
 from gfast.objectives import Mix
 from gfast.training.batches import needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
-from gfast.training.files import read_json, require_writable, write_json
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
 from gfast.training.trainer import UnlearnTrainer

@@ -13,7 +13,7 @@ from gfast.objectives import RMU, RR, Mix, Objective
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
 _REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
-_OWN_DATA = frozenset({"preferred", "refusal"})
+OWN_DATA = frozenset({"preferred", "refusal"})
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def terms(objective: Objective) -> list[tuple[float, Term]]:
 
 def risk_terms(risk: Objective) -> list[Term]:
     """The risk on both sets. Raises ValueError for a Mix and for objectives with data of their own."""
-    if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & _OWN_DATA:
+    if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & OWN_DATA:
         raise ValueError(f"risk must be one objective that is evaluated on forget and on retain data, not {risk!r}")
     return [Term(risk, "forget"), Term(risk, "retain")]
 
 
 def _source(objective: Objective) -> str:
-    return "objective" if objective.needs & _OWN_DATA else "forget"
+    return "objective" if objective.needs & OWN_DATA else "forget"
 
 
 def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
@@ -102,7 +102,7 @@ class Data:
         return self._known_counts[term]
 
     def _check(self, used: list[Term], reference_keys: frozenset[str]) -> None:
-        own = {need: term for term in used for need in term.objective.needs & _OWN_DATA}
+        own = {need: term for term in used for need in term.objective.needs & OWN_DATA}
         if own and "objective" not in self.batches:
             need, term = next(iter(own.items()))
             data = "pairs (rejected rows, then preferred rows)" if need == "preferred" else "forget questions refused"

@@ -1,25 +1,165 @@
-"""What a G-effect measurement returns."""
+"""What measurements return: one base for the effects of objectives, samples, tokens and pairs, with one table."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas
 
 SIDES = ("unlearn", "retain")
+# Every result is a tidy table with these columns; those that a kind does not have are empty.
+COLUMNS = ("objective", "quantity", "side", "group", "sample", "token", "other", "value")
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "
     "gradient; call g_effect(..., norms=True)"
 )
 
 
+def standard_error(parts: Tensor, shares: Tensor) -> float:
+    """Standard error of a sum over units (batches or samples) that is divided by a count over the same units.
+
+    The sum e = sum_u parts_u already has the count in it; a unit with twice the share of the count is expected to
+    contribute twice as much, so what varies is r_u = parts_u - e shares_u / sum shares:
+
+        se = sqrt( U / (U - 1) sum_u r_u^2 )
+
+    over the U units with a share. It is the first-order (delta-method) error of a ratio of means.
+
+    Args:
+        parts: [U], fp64. shares: [U], tokens or sequences of each unit.
+
+    Returns:
+        float; NaN for fewer than two units, which show no variation.
+
+    >>> import torch
+    >>> standard_error(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    2.0
+    """
+    counted = shares > 0
+    units = int(counted.sum())
+    if units < 2:
+        return math.nan
+    parts, shares = parts[counted].double(), shares[counted].double()
+    residual = parts - parts.sum() * shares / shares.sum()
+    return math.sqrt(units / (units - 1) * float(residual.square().sum()))
+
+
+class Effect:
+    """The base of all results: groups, the two sides, the tidy table and its file.
+
+    `unlearn` and `retain` map group names, in order from the model's input to its output, to the values of a group:
+    numbers (GEffect), or tensors of samples, tokens or pairs of samples.
+    """
+
+    kind: ClassVar[str]
+    unlearn: dict[str, Any]
+    retain: dict[str, Any]
+    norms: dict[str, dict[str, float]]
+    risk: str
+    counts: dict[str, int]
+
+    @property
+    def groups(self) -> list[str]:
+        """Group names from the model's input to its output."""
+        return list(self.unlearn)
+
+    def rows(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def to_frame(self) -> pandas.DataFrame:
+        """`rows()` as a DataFrame with those of `COLUMNS` that this kind of effect has."""
+        import pandas
+
+        rows = self.rows()
+        used = [name for name in COLUMNS if any(name in row for row in rows)]
+        frame = pandas.DataFrame(rows, columns=used)
+        if "objective" not in used and hasattr(self, "objective"):
+            frame.insert(0, "objective", self.objective)
+        return frame
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table with `COLUMNS` to a Parquet file, whole or not at all; `from_parquet` is its inverse."""
+        import pyarrow
+        import pyarrow.parquet
+
+        from gfast.files import whole_file
+
+        text, whole = pyarrow.string(), pyarrow.int64()
+        kinds = dict(zip(COLUMNS, (text,) * 4 + (whole,) * 3 + (pyarrow.float64(),), strict=True))
+        scalars = {"kind": self.kind, **self._scalars()}
+        schema = pyarrow.schema(kinds.items(), metadata={"gfast_effect": json.dumps(scalars)})
+        table = pyarrow.Table.from_pylist(self.rows(), schema=schema)
+        if hasattr(self, "objective"):
+            names = pyarrow.array([self.objective] * len(table), text)
+            table = table.set_column(0, schema.field(0), names)
+        with whole_file(path) as temporary:
+            pyarrow.parquet.write_table(table, temporary)
+        return Path(path)
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike[str]) -> Any:
+        """The effect that `to_parquet` wrote, of its own class.
+
+        Raises:
+            ValueError: a file that is no such table, or holds another kind of effect than the class it is asked of.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+            scalars = json.loads((table.schema.metadata or {})[b"gfast_effect"])
+        except (pyarrow.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no effect written by gfast ({error})") from error
+        kind = scalars.pop("kind")
+        found = {one.kind: one for one in _kinds(Effect)}.get(kind)
+        if found is None or not issubclass(found, cls):
+            raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
+        rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+        return found._from_rows(rows, scalars)
+
+    @classmethod
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def _scalars(self) -> dict[str, Any]:
+        return {"risk": self.risk, "counts": self.counts}
+
+    def _side(self, side: str) -> dict[str, Any]:
+        if side not in SIDES:
+            raise ValueError(f'side must be "unlearn" or "retain", not {side!r}')
+        return getattr(self, side)
+
+    def _norm_rows(self) -> list[dict[str, Any]]:
+        """Rows of the norms of the risk's gradients, with their total over all groups."""
+        return [
+            {"quantity": "risk_norm", "side": side, "group": group, "value": value}
+            for side in SIDES
+            if side in self.norms
+            for group, value in (*self.norms[side].items(), ("total", math.hypot(*self.norms[side].values())))
+        ]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.groups)} groups: {', '.join(self.groups[:6])}; risk {self.risk})"
+
+
+def _kinds(base: type) -> list[type]:
+    import gfast.geffect.effects  # noqa: F401 - defines the other kinds
+
+    return [one for one in base.__subclasses__() if hasattr(one, "kind")]
+
+
 @dataclass(repr=False)
-class GEffect:
+class GEffect(Effect):
     """The G-effect of one objective on the risk of the forget set and of the retain set, by layer group.
 
         e(D) = < grad R(D), grad L(D_u) >        unlearn: D = D_u; retain: D = D_r
@@ -30,8 +170,14 @@ class GEffect:
         unlearn, retain: group -> e, in order from the model's input to its output.
         norms: "unlearn" and "retain" -> {group: ||grad R(D)||}, and, where it was measured, "objective" ->
             {group: ||grad L||}.
-        counts: what was averaged over: "unlearn" and "retain" -> number of tokens (or sequences) of the risk.
+        counts: what was averaged over: "unlearn" and "retain" -> number of tokens (or sequences) of the risk;
+            "objective" -> what the objective's reduction divides by, "objective_tokens" -> its labelled tokens.
+        errors: "unlearn" and "retain" -> {group or "total": standard error of e over the objective's batches (or
+            samples, where those were measured), the risk's gradient taken as given}; empty where a single batch or an
+            identity shows no variation.
     """
+
+    kind: ClassVar[str] = "objective"
 
     objective: str
     unlearn: dict[str, float]
@@ -39,11 +185,7 @@ class GEffect:
     norms: dict[str, dict[str, float]]
     risk: str = "NLL()"
     counts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> list[str]:
-        """Group names from the model's input to its output."""
-        return list(self.unlearn)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def total(self, side: str) -> float:
         """The G-effect over all parameters: the sum over groups. `side` is "unlearn" or "retain"."""
@@ -61,16 +203,55 @@ class GEffect:
         if "objective" not in self.norms:
             raise ValueError(f"cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
         own = self.norms["objective"]
-        if group is None or group == "total":
+        group = self._group(group)
+        if group == "total":
             effect, scale = self.total(side), math.hypot(*own.values()) * math.hypot(*risk.values())
-        elif group in effects:
-            effect, scale = effects[group], own[group] * risk[group]
         else:
-            raise ValueError(f"there is no group {group!r}; the groups are {', '.join(effects)} and total")
+            effect, scale = effects[group], own[group] * risk[group]
         return effect / scale if scale else math.nan
 
+    def standard_error(self, side: str, group: str | None = None) -> float:
+        """Standard error of the G-effect of a group, or of the total (None).
+
+        Raises:
+            ValueError: an unknown side or group, or nothing to estimate it from.
+        """
+        self._side(side)
+        if not self.errors:
+            raise ValueError(
+                f"the standard error of {self.objective} is not known: it takes two or more batches of an objective "
+                f"that is measured by passes of its own (GA and NLL follow from the directions); token_effect(...)"
+                f".g_effect(objective) gives it over samples, for every objective with token weights"
+            )
+        return self.errors[side][self._group(group)]
+
+    def per_token(self, side: str, group: str | None = None) -> float:
+        """The effect with the objective's gradient per labelled token: e times its count over its number of tokens.
+
+        A sum over sequences (NPO's default) is larger than a mean over tokens by the mean length and says nothing
+        about the objective; on this scale objectives compare.
+
+        Raises:
+            ValueError: an unknown side or group, or an objective of several terms, which has no single count.
+        """
+        if not self.counts.get("objective_tokens"):
+            raise ValueError(
+                f"{self.objective} has no single count to scale by (a combination of terms, or no labelled token)"
+            )
+        group = self._group(group)
+        value = self.total(side) if group == "total" else self._side(side)[group]
+        return value * self.counts["objective"] / self.counts["objective_tokens"]
+
+    def _group(self, group: str | None) -> str:
+        if group is None or group == "total":
+            return "total"
+        if group not in self.unlearn:
+            raise ValueError(f"there is no group {group!r}; the groups are {', '.join(self.unlearn)} and total")
+        return group
+
     def rows(self) -> list[dict[str, Any]]:
-        """Tidy rows {quantity, side, group, value}: g_effect, risk_norm, and where known objective_norm and cosine.
+        """Tidy rows {quantity, side, group, value}: g_effect, risk_norm, and where known standard_error, objective_norm
+        and cosine.
 
         Every quantity has the group "total" too. These are the columns that training records use.
         """
@@ -82,21 +263,17 @@ class GEffect:
 
         for side in SIDES:
             add("g_effect", side, self._side(side), self.total(side))
-        for side in SIDES:
-            add("risk_norm", side, self.norms[side], math.hypot(*self.norms[side].values()))
+        rows += [
+            {"quantity": "standard_error", "side": side, "group": group, "value": value}
+            for side, errors in self.errors.items()
+            for group, value in errors.items()
+        ]
+        rows += self._norm_rows()
         if "objective" in self.norms:
             add("objective_norm", "", self.norms["objective"], math.hypot(*self.norms["objective"].values()))
             for side in SIDES:
                 add("cosine", side, {group: self.cosine(side, group) for group in self.groups}, self.cosine(side))
         return rows
-
-    def to_frame(self) -> pandas.DataFrame:
-        """`rows()` as a DataFrame with the columns objective, quantity, side, group, value."""
-        import pandas
-
-        frame = pandas.DataFrame(self.rows(), columns=["quantity", "side", "group", "value"])
-        frame.insert(0, "objective", self.objective)
-        return frame
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers; `from_dict` reads them back."""
@@ -120,10 +297,20 @@ class GEffect:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
 
-    def _side(self, side: str) -> dict[str, float]:
-        if side not in SIDES:
-            raise ValueError(f'side must be "unlearn" or "retain", not {side!r}')
-        return getattr(self, side)
+    def _scalars(self) -> dict[str, Any]:
+        return {"objective": self.objective, **super()._scalars()}
+
+    @classmethod
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GEffect:
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for row in rows:
+            if row["group"] != "total" or row["quantity"] == "standard_error":
+                found.setdefault(row["quantity"], {}).setdefault(row["side"], {})[row["group"]] = row["value"]
+        norms = found["risk_norm"]
+        if "objective_norm" in found:
+            norms["objective"] = found["objective_norm"][""]
+        sides = {side: found["g_effect"][side] for side in SIDES}
+        return cls(**scalars, **sides, norms=norms, errors=found.get("standard_error", {}))
 
     def __repr__(self) -> str:
         groups = self.groups if len(self.groups) <= 6 else []  # one column a layer would not fit a line

@@ -64,7 +64,7 @@ def build_report(
     import jinja2
     from markupsafe import Markup
 
-    from gfast.training.files import whole_file
+    from gfast.files import whole_file
 
     out = Path(out)
     runs = load_runs([Path(folder) for folder in run_folders])
@@ -108,7 +108,7 @@ def build_report(
 
 
 def _write(path: Path, content: bytes) -> None:
-    from gfast.training.files import whole_file
+    from gfast.files import whole_file
 
     with whole_file(path) as temporary:
         temporary.write_bytes(content)

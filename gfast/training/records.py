@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfast.training.files import read_json, whole_file, write_json
+from gfast.files import read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     import pandas

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast.data import fingerprint as dataset_fingerprint
-from gfast.training.files import whole_file
+from gfast.files import whole_file
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.state import evaluating
 

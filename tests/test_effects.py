@@ -1,0 +1,216 @@
+"""Results of measurements: what follows from token effects, tables, files, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
+from gfast.geffect.results import Effect, GEffect, standard_error
+from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO
+
+SIZES = (3, 0, 2, 4)
+NORMS = {"unlearn": {"embed": 2.0, "deep": 1.5}, "retain": {"embed": 1.0, "deep": 0.25}}
+COUNTS = {"unlearn": 9, "retain": 12}
+
+
+def split(values: torch.Tensor) -> list[torch.Tensor]:
+    return list(values.split(list(SIZES)))
+
+
+def token_effect(with_ref: bool = True) -> TokenEffect:
+    rng = torch.Generator().manual_seed(0)
+
+    def random() -> list[torch.Tensor]:
+        return split(torch.randn(sum(SIZES), generator=rng, dtype=torch.float64))
+
+    logp, ref = ([-value.abs() for value in random()] for _ in range(2))
+    return TokenEffect(
+        {"embed": random(), "deep": random()},
+        {"embed": random(), "deep": random()},
+        logp,
+        labels=split(torch.arange(sum(SIZES)) + 100),
+        positions=split(torch.arange(sum(SIZES)) % 5 + 1),
+        norms=NORMS,
+        ref_logp=ref if with_ref else None,
+        counts=dict(COUNTS),
+    )
+
+
+def literal(effect: TokenEffect, objective: str, side: str, group: str) -> float:
+    """sum over tokens of w_i / Z times the effect, from the formulas alone."""
+    total, tokens = 0.0, sum(SIZES)
+    present = sum(size > 0 for size in SIZES)
+    for s in range(len(SIZES)):
+        ratio = sum(effect.logp[s] - effect.ref_logp[s])
+        for i in range(SIZES[s]):
+            p, p_ref = math.exp(effect.logp[s][i]), math.exp(effect.ref_logp[s][i])
+            weight = {
+                "ga": 1.0 / tokens,
+                "wga": p**0.7 / tokens,
+                "tnpo": 2 * p**1.5 / (p**1.5 + p_ref**1.5) / tokens,
+                "npo": 2 / (1 + math.exp(-0.3 * ratio)) / present,
+                "simnpo": 2 / (1 + math.exp(-0.5 * (sum(effect.logp[s]) / SIZES[s] + 0.2))) / SIZES[s] / present,
+            }[objective]
+            total += weight * float(getattr(effect, side)[group][s][i])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("ga", GA()),
+        ("wga", WGA(0.7)),
+        ("tnpo", TNPO(1.5)),
+        ("npo", NPO(0.3)),
+        ("simnpo", SimNPO(beta=0.5, delta=0.2)),
+    ],
+)
+def test_effects_of_objectives_are_weighted_sums_of_token_effects(name, objective):
+    tokens = token_effect()
+    effect = tokens.g_effect(objective)
+    for side in ("unlearn", "retain"):
+        for group in ("embed", "deep"):
+            assert getattr(effect, side)[group] == pytest.approx(literal(tokens, name, side, group), rel=1e-12)
+    assert effect.counts == COUNTS | {"objective": 3 if name in ("npo", "simnpo") else 9, "objective_tokens": 9}
+    scale = (3 if name in ("npo", "simnpo") else 9) / 9
+    assert effect.per_token("retain", "deep") == pytest.approx(effect.retain["deep"] * scale)
+    assert effect.per_token("unlearn") == pytest.approx(effect.total("unlearn") * scale)
+
+
+def test_standard_errors_are_those_of_a_ratio_over_samples():
+    tokens = token_effect()
+    effect = tokens.g_effect(WGA(0.7))
+    weight = tokens.weights(WGA(0.7))
+    parts = [sum(weight[s] * tokens.retain["deep"][s]) / 9 for s in range(4) if SIZES[s]]
+    shares = [size for size in SIZES if size]
+    whole = sum(parts)
+    residuals = [part - whole * share / 9 for part, share in zip(parts, shares, strict=True)]
+    expected = math.sqrt(3 / 2 * sum(r * r for r in residuals))
+    assert effect.standard_error("retain", "deep") == pytest.approx(expected, rel=1e-12)
+    assert effect.standard_error("retain") > 0
+    with pytest.raises(ValueError, match="no group 'lm'"):
+        effect.standard_error("retain", "lm")
+    with pytest.raises(ValueError, match="two or more batches"):
+        GEffect("GA()", effect.unlearn, effect.retain, NORMS).standard_error("retain")
+    with pytest.raises(ValueError, match="no single count"):
+        GEffect("GA()", effect.unlearn, effect.retain, NORMS).per_token("retain")
+
+
+def test_standard_error_is_the_spread_of_repeated_draws():
+    """The formula against simulation: the error of a ratio whose samples are drawn anew many times."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 20, (4000, 50), generator=rng).double()
+    sums = sizes * (1.0 + 0.5 * torch.randn(4000, 50, generator=rng, dtype=torch.float64))
+    ratios = sums.sum(1) / sizes.sum(1)
+    estimates = [standard_error(sums[k] / sizes[k].sum(), sizes[k]) for k in range(200)]
+    assert sum(estimates) / len(estimates) == pytest.approx(float(ratios.std()), rel=0.05)
+    assert math.isnan(standard_error(torch.ones(3), torch.tensor([1.0, 0.0, 0.0])))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Mix(GA(), NLL()), "no weighting of the forget set's tokens"),
+        (DPO(0.1), "no weighting"),
+        (KL(), "no weighting"),
+        (NPO(0.1), "without ref_logp"),
+    ],
+)
+def test_objectives_that_token_effects_cannot_give(objective, message):
+    with pytest.raises(ValueError, match=message):
+        token_effect(with_ref=False).g_effect(objective)
+
+
+def samples() -> SampleEffect:
+    return token_effect().samples()
+
+
+def gram() -> GramEffect:
+    rng = torch.Generator().manual_seed(1)
+    half = torch.randn(3, 7, generator=rng, dtype=torch.float64)
+    sides = {g: (-half @ half.T, torch.randn(3, 2, generator=rng, dtype=torch.float64)) for g in ("embed", "deep")}
+    tokens = {"forget": torch.tensor([3, 5, 2]), "retain": torch.tensor([4, 6])}
+    return GramEffect({g: u for g, (u, _) in sides.items()}, {g: r for g, (_, r) in sides.items()}, tokens)
+
+
+def test_samples_and_totals_are_sums():
+    tokens = token_effect()
+    found = tokens.samples()
+    assert found.tokens.tolist() == list(SIZES)
+    for s in range(len(SIZES)):
+        assert float(found.unlearn["deep"][s]) == pytest.approx(float(tokens.unlearn["deep"][s].sum()), abs=1e-15)
+        assert float(found.logp[s]) == pytest.approx(float(tokens.logp[s].sum()), abs=1e-15)
+    torch.testing.assert_close(found.total("retain"), found.retain["embed"] + found.retain["deep"])
+    torch.testing.assert_close(tokens.total("unlearn")[3], tokens.unlearn["embed"][3] + tokens.unlearn["deep"][3])
+
+
+def test_gram_gives_sample_effects_and_cosines():
+    pairs = gram()
+    assert pairs.matrix is pairs.retain
+    found = pairs.samples()
+    torch.testing.assert_close(found.retain["deep"], pairs.retain["deep"].sum(1) / 10)
+    torch.testing.assert_close(found.unlearn["embed"], pairs.unlearn["embed"].sum(1) / 10)
+    assert found.norms["unlearn"]["deep"] == pytest.approx(math.sqrt(-float(pairs.unlearn["deep"].sum())) / 10)
+    torch.testing.assert_close(pairs.cosine().diagonal(), torch.ones(3, dtype=torch.float64))
+
+
+def effects() -> list[Effect]:
+    bare = token_effect(with_ref=False)
+    objective = token_effect().g_effect(NPO(0.3))
+    with_norm = GEffect("GA()", objective.unlearn, objective.retain, NORMS | {"objective": {"embed": 0.0, "deep": 2.0}})
+    return [objective, with_norm, samples(), token_effect(), bare, gram()]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_parquet_gives_back_the_same_effect(tmp_path, index):
+    pytest.importorskip("pyarrow")
+    effect = effects()[index]
+    path = effect.to_parquet(tmp_path / "effect.parquet")
+    again = Effect.from_parquet(path)
+    assert type(again) is type(effect)
+    assert_same(again.__dict__, effect.__dict__)
+    assert_same(type(effect).from_parquet(path).__dict__, effect.__dict__)
+    assert [p.name for p in tmp_path.iterdir()] == ["effect.parquet"]
+
+
+def assert_same(a, b) -> None:
+    if isinstance(b, dict):
+        assert list(a) == list(b)
+        for key in b:
+            assert_same(a[key], b[key])
+    elif isinstance(b, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    elif isinstance(b, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_files_that_are_something_else_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = samples().to_parquet(tmp_path / "samples.parquet")
+    with pytest.raises(ValueError, match="holds a sample effect, not a token one"):
+        TokenEffect.from_parquet(path)
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(ValueError, match="no effect written by gfast"):
+        Effect.from_parquet(tmp_path / "text.parquet")
+    parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="no effect written by gfast"):
+        Effect.from_parquet(tmp_path / "other.parquet")
+
+
+def test_frames_are_tidy():
+    pytest.importorskip("pandas")
+    frame = token_effect().to_frame()
+    assert list(frame.columns) == ["quantity", "side", "group", "sample", "token", "value"]
+    one = frame[(frame["quantity"] == "token_effect") & (frame["side"] == "retain") & (frame["group"] == "total")]
+    assert len(one) == sum(SIZES)
+    assert list(samples().to_frame().columns) == ["quantity", "side", "group", "sample", "value"]
+    assert list(gram().to_frame().columns) == ["quantity", "side", "group", "sample", "other", "value"]
+    assert "embed, deep" in repr(samples()).replace("2 groups: ", "")
