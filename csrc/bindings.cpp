@@ -1,5 +1,6 @@
 // Every op schema of gfast, and build_info() for `gfast doctor`. Implementations register themselves:
 // csrc/cpu/*.cpp for the CPU key, csrc/cuda/* for the CUDA key; fake tensors and autograd live in Python.
+#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -39,6 +40,11 @@ pybind11::dict build_info() {
   info["cuda"] = true;
 #else
   info["cuda"] = false;
+#endif
+#ifdef INTRA_OP_PARALLEL  // what at::parallel_for itself asks
+  info["threads"] = true;
+#else
+  info["threads"] = false;
 #endif
   info["cuda_reason"] = GFAST_CUDA_REASON;
   pybind11::list isas;

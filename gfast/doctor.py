@@ -54,6 +54,8 @@ def _build() -> list[str]:
         f"CUDA         {'yes' if info['cuda'] else 'no'}: {info['cuda_reason']}",
         f"CPU kernels  {', '.join(info['instruction_sets'])}; in use: {info['instruction_set']}",
     ]
+    if not info.get("threads"):
+        lines.append("warning      built without OpenMP: the CPU kernels run on one thread")
     if info["torch"] != torch.__version__:
         lines.append(f"warning      torch is now {torch.__version__}: build gfast again")
     return lines

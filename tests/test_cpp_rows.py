@@ -330,6 +330,29 @@ def test_threads_do_not_change_a_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads where Linux lists them")
+@pytest.mark.parametrize(
+    "call",
+    (
+        "torch.ops.gfast.logp_rows(torch.zeros(64, 100), torch.zeros(64, dtype=torch.long), 1.0, 0.0)",
+        "torch.ops.gfast.grad_dots([torch.empty(1 << 20)], [torch.empty(1 << 20)], [0], 1, 1)",
+    ),
+)
+def test_every_thread_is_used(call):
+    """torch's parallel loop compiles to a plain one, silently, where OpenMP is off in the extension."""
+    code = f"""
+import os, torch
+from gfast import _C
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+{call}
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
+
+
 @pytest.mark.skipif("GFAST_CPU_ISA" in os.environ, reason="runs this file for the other instruction sets")
 @pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
 def test_every_instruction_set(isa):
