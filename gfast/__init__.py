@@ -22,7 +22,12 @@ _EXPORTS = {
     "model_loss": "gfast.model",
     "model_logp": "gfast.model",
     "g_effect": "gfast.geffect",
+    "risk_gradients": "gfast.geffect",
+    "Directions": "gfast.geffect",
     "GEffect": "gfast.geffect",
+    "SampleEffect": "gfast.geffect",
+    "TokenEffect": "gfast.geffect",
+    "GramEffect": "gfast.geffect",
     "ReferenceCache": "gfast.training",
     "UnlearnTrainer": "gfast.training",
     "UnlearnConfig": "gfast.training",
@@ -32,7 +37,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from gfast.geffect import GEffect, g_effect
+    from gfast.geffect import Directions, GEffect, GramEffect, SampleEffect, TokenEffect, g_effect, risk_gradients
     from gfast.model import model_logp, model_loss
     from gfast.ops.common import LossOutput
     from gfast.ops.grad_dot import grad_dot

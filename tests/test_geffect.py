@@ -114,16 +114,16 @@ def test_a_pass_for_each_distinct_term_only(monkeypatch):
 
 
 def count_losses(monkeypatch) -> list[str]:
-    from gfast.geffect import stream
+    from gfast.geffect import passes
 
     calls: list[str] = []
-    original = stream.model_loss
+    original = passes.model_loss
 
     def counted(model, batch, objective, **options):
         calls.append(str(objective))
         return original(model, batch, objective, **options)
 
-    monkeypatch.setattr(stream, "model_loss", counted)
+    monkeypatch.setattr(passes, "model_loss", counted)
     return calls
 
 

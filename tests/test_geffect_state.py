@@ -12,7 +12,9 @@ transformers = pytest.importorskip("transformers")
 from geffect_models import batches, tiny  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import stream  # noqa: E402
+from gfast.geffect import directions as directions_of  # noqa: E402
+from gfast.geffect import passes  # noqa: E402
+from gfast.geffect.storage import Store  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RR, TNPO, WGA, Mix  # noqa: E402
 
 
@@ -71,12 +73,12 @@ def test_model_is_left_as_found_after_an_exception(monkeypatch, error, fails_at)
             raise error("stop")
         return original(*args, **options)
 
-    original = stream.model_loss
-    monkeypatch.setattr(stream, "model_loss", failing)
+    original = passes.model_loss
+    monkeypatch.setattr(passes, "model_loss", failing)
     with pytest.raises(error, match="stop"):
         gfast.g_effect(model, WGA(), **data())
     assert_same(before, snapshot(model))
-    monkeypatch.setattr(stream, "model_loss", original)
+    monkeypatch.setattr(passes, "model_loss", original)
     gfast.g_effect(model, WGA(), **data())
 
 
@@ -119,7 +121,7 @@ def test_works_where_gradients_are_off(mode):
 def test_no_gradient_is_held_beside_the_directions(monkeypatch):
     model = tiny("gpt2")
     alive_grads, alive_tensors, seen = [], [], []
-    original = stream.grad_dots
+    original = directions_of.grad_dots
 
     def watched(xs, directions, *args, **options):
         if len(directions) == 2:  # the objective's pass
@@ -128,7 +130,7 @@ def test_no_gradient_is_held_beside_the_directions(monkeypatch):
             seen.extend(weakref.ref(x) for x in xs)
         return original(xs, directions, *args, **options)
 
-    monkeypatch.setattr(stream, "grad_dots", watched)
+    monkeypatch.setattr(directions_of, "grad_dots", watched)
     gfast.g_effect(model, WGA(), **data())
     assert len(alive_grads) == 2 * len(list(model.parameters()))
     assert max(alive_grads) <= 1 and max(alive_tensors) <= 1
@@ -140,13 +142,13 @@ def test_single_batch_takes_the_gradient_itself_as_direction(monkeypatch):
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, name=name: pointers.setdefault(name, set()).add(grad.data_ptr()))
     kept = []
-    original = stream._Passes._store
+    original = Store.finish
 
-    def spied(self, gradient):
-        kept.extend(tensor.data_ptr() for tensor in gradient)
-        original(self, gradient)
+    def spied(self):
+        kept.extend(tensor.data_ptr() for tensor in self.kept)
+        original(self)
 
-    monkeypatch.setattr(stream._Passes, "_store", spied)
+    monkeypatch.setattr(Store, "finish", spied)
     gfast.g_effect(model, GA(), forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
     assert len(kept) == len(pointers)
     assert all(pointer in set().union(*pointers.values()) for pointer in kept)
@@ -155,13 +157,13 @@ def test_single_batch_takes_the_gradient_itself_as_direction(monkeypatch):
 @pytest.mark.parametrize("objective, stored", [(GA(), 1), (WGA(), 1), (Mix(WGA(), NLL()), 2), ([WGA(), GA()], 2)])
 def test_a_pair_of_single_batches_stores_no_more_gradients_than_needed(monkeypatch, objective, stored):
     model, sizes = tiny("tied_llama"), []
-    original = stream._Passes._dots
+    original = directions_of.grad_dots
 
-    def watched(self, index, x):
-        sizes.append(len(self.stored))
-        return original(self, index, x)
+    def watched(xs, directions, *args, **options):
+        sizes.append(len(directions))
+        return original(xs, directions, *args, **options)
 
-    monkeypatch.setattr(stream._Passes, "_dots", watched)
+    monkeypatch.setattr(directions_of, "grad_dots", watched)
     pair = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
     found = gfast.g_effect(model, objective, **pair)
     assert max(sizes) == stored
@@ -243,7 +245,7 @@ def no_passes(monkeypatch) -> None:
     def never(*args, **options):
         raise AssertionError("a pass was started")
 
-    monkeypatch.setattr(stream, "model_loss", never)
+    monkeypatch.setattr(passes, "model_loss", never)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,9 @@ def no_passes(monkeypatch) -> None:
             dict(forget={"input_ids": torch.zeros(1, 3).long(), "labels": torch.zeros(1, 2).long()}),
             r"labels \(1, 2\) but input_ids \(1, 3\)",
         ),
-        (dict(engine="gram"), "no engine 'gram'.*'stream'"),
+        (dict(engine="jvp"), "no engine 'jvp'.*'stream'"),
+        (dict(direction_storage="disk"), "direction_storage must be"),
+        (dict(directions=3), "takes what gfast.risk_gradients returns"),
         (dict(direction_dtype=torch.float16), "direction_dtype"),
         (dict(groups="thirds"), "groups must be"),
         (dict(objective=[]), "list of objectives is empty"),

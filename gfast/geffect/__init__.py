@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import nn
 
-from gfast.geffect.data import Data, risk_terms, terms
+from gfast.geffect.data import terms
+from gfast.geffect.directions import Directions, risk_directions
+from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
 from gfast.geffect.groups import GroupMap, assign
-from gfast.geffect.results import GEffect
+from gfast.geffect.measurement import Measurement
+from gfast.geffect.results import Effect, GEffect
 from gfast.objectives import NLL, Objective
 
 ENGINES = ("stream",)
 Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
-__all__ = ["ENGINES", "GEffect", "GroupMap", "assign", "g_effect"]
+__all__ = [
+    "ENGINES",
+    "Directions",
+    "Effect",
+    "GEffect",
+    "GramEffect",
+    "GroupMap",
+    "SampleEffect",
+    "TokenEffect",
+    "assign",
+    "g_effect",
+    "risk_gradients",
+]
 
 
 @overload
@@ -37,6 +53,8 @@ def g_effect(
     risk: Objective = NLL(),  # noqa: B008 - frozen
     engine: str = "auto",
     direction_dtype: torch.dtype = torch.float32,
+    direction_storage: str | os.PathLike[str] = "device",
+    directions: Directions | None = None,
     norms: bool | None = None,
     objective_batches: Batches | None = None,
     progress: bool = False,
@@ -64,9 +82,14 @@ def g_effect(
             such as ref_logp [B, T].
         groups: "paper", "layer" or a function from parameter name to group; see `assign`.
         risk: R, an objective evaluated on both sets.
-        engine: "auto" or "stream".
-        direction_dtype: storage of the directions. Sums over batches are made in fp32 whatever it is. bfloat16 halves
-            the memory and costs accuracy where the cosine is small.
+        engine: "stream" ("auto" takes it): gradients are dotted as they appear. "sample": no weight gradient ever
+            exists. "token": forward mode, all objectives with token weights from one pass. "gram": no directions
+            either, for micro-batches. They agree; the last three take objectives with token weights only.
+        direction_dtype: dtype of the stored directions. Sums over batches are made in fp32 whatever it is. bfloat16
+            halves the memory and costs accuracy where the cosine is small.
+        direction_storage: "device", "host" (pinned host memory, copied ahead of use) or a folder for memory-mapped
+            safetensors files.
+        directions: what `risk_gradients` returned for this model and data: saves their two passes.
         norms: the norm of the objective's gradient (for `GEffect.cosine`) comes free with a single batch and for
             multiples of the directions. True gives it always, at the price of holding one more gradient.
         objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO.
@@ -95,17 +118,77 @@ def g_effect(
     """
     if engine not in ("auto", *ENGINES):
         raise ValueError(f'there is no engine {engine!r}; choose "auto" or one of {", ".join(map(repr, ENGINES))}')
-    if direction_dtype not in (torch.float64, torch.float32, torch.bfloat16):
-        raise ValueError(f"direction_dtype must be torch.float64, float32 or bfloat16, not {direction_dtype}")
-    from gfast.geffect.stream import stream_effects
-
+    if norms and engine not in ("auto", "stream"):
+        raise ValueError(f"only the stream engine can measure the objective's norm; {engine!r} never has its gradient")
     several = isinstance(objective, Sequence)
     objectives = list(objective) if several else [objective]
     if not objectives:
         raise ValueError("the list of objectives is empty")
     used = [term for one in objectives for _, term in terms(one)]
-    adapters = hasattr(model, "disable_adapter")
-    data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)], adapters)
-    group_map = assign(model, groups)
-    effects = stream_effects(model, objectives, data, group_map, risk, direction_dtype, bool(norms), progress)
+    measurement = Measurement.of(
+        model,
+        forget,
+        retain,
+        used,
+        groups,
+        risk,
+        direction_dtype,
+        direction_storage,
+        directions,
+        progress,
+        objective_batches,
+    )
+    if engine in ("auto", "stream"):
+        from gfast.geffect.stream import stream_effects
+
+        effects = stream_effects(measurement, objectives, bool(norms))
+    else:
+        from gfast.geffect.engines import engine_effects
+
+        effects = engine_effects(engine, measurement, objectives)
     return effects if several else effects[0]
+
+
+def risk_gradients(
+    model: nn.Module,
+    *,
+    forget: Batches,
+    retain: Batches,
+    groups: str | Callable[[str], str] = "paper",
+    risk: Objective = NLL(),  # noqa: B008 - frozen
+    dtype: torch.dtype = torch.float32,
+    storage: str | os.PathLike[str] = "device",
+    progress: bool = False,
+) -> Directions:
+    r"""The gradients of the risk on both sets, measured once for any number of effects of the same model.
+
+        G(D) = grad R(D),    D = forget set and D = retain set
+
+    Args:
+        model, forget, retain, groups, risk, progress: as for `g_effect`.
+        dtype: torch.float32, float64 or bfloat16: what they are stored in; sums over batches are made in fp32.
+        storage: "device", "host" (pinned memory, copied ahead of use) or a folder for memory-mapped safetensors files,
+            which stay there and can be opened again with `Directions.load`.
+
+    Returns:
+        Directions, to be given to `g_effect`, `pg_effect` and `token_effect` as `directions=`.
+
+    Raises:
+        ValueError: as `g_effect`; OSError where the folder cannot be written.
+
+    Source: arXiv 2502.19301, Definition 1.
+
+    Example:
+        >>> import torch, gfast
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model, ids = LlamaForCausalLM(config), torch.arange(12).view(2, 6)
+        >>> data = dict(forget={"input_ids": ids, "labels": ids}, retain={"input_ids": ids, "labels": ids})
+        >>> directions = gfast.risk_gradients(model, **data)
+        >>> effect = gfast.g_effect(model, gfast.objectives.WGA(), directions=directions, **data)
+        >>> directions.get(0, "lm_head.weight").shape
+        torch.Size([32, 16])
+    """
+    measurement = Measurement.of(model, forget, retain, (), groups, risk, dtype, storage, None, progress)
+    return risk_directions(model, measurement.data, measurement.groups, risk, dtype, storage, progress)

@@ -13,6 +13,7 @@ from gfast.objectives import RMU, RR, Mix, Objective
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
 _REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
+SIDE_SOURCES = ("forget", "retain")  # the sets whose risk is looked at, in the order of all tensors
 OWN_DATA = frozenset({"preferred", "refusal"})
 
 
@@ -90,6 +91,14 @@ class Data:
         """The batches that have something to count, with their indices."""
         batches = self.batches[term.source]
         return [(index, batches[index]) for index, count in enumerate(self._counts(term)) if count]
+
+    def shares(self, term: Term) -> list[int]:
+        """What each batch of `counted` contributes to the count."""
+        return [count for count in self._counts(term) if count]
+
+    def tokens(self, term: Term) -> int:
+        """Labelled tokens that are predicted, over all batches of the term."""
+        return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches[term.source])
 
     def _counts(self, term: Term) -> list[int]:
         if term not in self._known_counts:

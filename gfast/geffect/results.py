@@ -20,7 +20,7 @@ SIDES = ("unlearn", "retain")
 COLUMNS = ("objective", "quantity", "side", "group", "sample", "token", "other", "value")
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "
-    "gradient; call g_effect(..., norms=True)"
+    "gradient; call g_effect(..., norms=True) with the stream engine"
 )
 
 
@@ -199,8 +199,8 @@ class GEffect(Effect):
         Raises:
             ValueError: an unknown side or group, or a norm that was not measured (with the remedy).
         """
-        effects, risk = self._side(side), self.norms[side]
-        if "objective" not in self.norms:
+        effects, risk = self._side(side), self.norms.get(side, {})
+        if "objective" not in self.norms or not risk:
             raise ValueError(f"cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
         own = self.norms["objective"]
         group = self._group(group)
@@ -306,7 +306,7 @@ class GEffect(Effect):
         for row in rows:
             if row["group"] != "total" or row["quantity"] == "standard_error":
                 found.setdefault(row["quantity"], {}).setdefault(row["side"], {})[row["group"]] = row["value"]
-        norms = found["risk_norm"]
+        norms = found.get("risk_norm", {})
         if "objective_norm" in found:
             norms["objective"] = found["objective_norm"][""]
         sides = {side: found["g_effect"][side] for side in SIDES}

@@ -1,312 +1,212 @@
-"""The stream engine: risk gradients are stored as directions, an objective's gradient is dotted with them and dropped.
-
-A pass is a forward and backward over a set. A hook on every parameter takes its gradient as soon as it is accumulated,
-so at most one parameter's gradient is alive beside the directions. Shared parameters fire once, with the sum of their
-uses.
-"""
+"""The stream engine: risk gradients are stored as directions; an objective's gradient is dotted with them and freed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gfast.geffect.data import Data, Term, terms, to_device
+from gfast.geffect.data import SIDE_SOURCES, Term, terms
+from gfast.geffect.directions import accumulate, collect, dots, risk_counts
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.results import GEffect
+from gfast.geffect.measurement import Measurement
+from gfast.geffect.passes import Job, Passes, Progress, job_label
+from gfast.geffect.results import SIDES, GEffect, standard_error
 from gfast.geffect.state import measuring, refuse_sharded
-from gfast.model import model_loss
+from gfast.geffect.storage import Store, store_for
 from gfast.objectives import GA, NLL, Objective
-from gfast.ops.grad_dot import grad_dots
-
-_SOURCES = ("forget", "retain")  # order of the two directions everywhere below
 
 
 @dataclass
 class Measured:
-    """Per group: dots of a gradient with the two directions [G, 2] (forget, retain), its squared norm [G] if known."""
+    """Dots of a gradient with the two directions [G, 2] (forget, retain), its squared norm [G] if it is known, and the
+    batches' parts of the dots [batches, G, 2] with their shares of the count [batches] if there are several.
+    """
 
     dots: Tensor
     square: Tensor | None
+    parts: Tensor | None = None
+    shares: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an objective is measured: known[0] G_forget + known[1] G_retain + the jobs, each times its factor."""
+
+    objective: Objective
+    known: tuple[float, float]
+    jobs: tuple[tuple[float, Job], ...]
+
+
+def plans(objectives: Sequence[Objective], risk: Objective | None, norms: bool) -> list[Plan]:
+    """What follows from the directions by construction, and what needs passes: all of it where there are none (risk
+    None).
+    """
+    return [_plan(objective, risk, norms) for objective in objectives]
+
+
+def jobs_of(some: Sequence[Plan]) -> list[Job]:
+    """The distinct jobs of the plans, in order."""
+    return list(dict.fromkeys(job for plan in some for _, job in plan.jobs))
 
 
 def stream_effects(
-    model: nn.Module,
-    objectives: Sequence[Objective],
-    data: Data,
-    groups: GroupMap,
-    risk: Objective,
-    direction_dtype: torch.dtype,
-    norms: bool,
-    progress: bool,
+    measurement: Measurement, objectives: Sequence[Objective], norms: bool
 ) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
+    model, risk, given = measurement.model, measurement.risk, measurement.given
     refuse_sharded(model)
-    split = [_split(objective, risk) for objective in objectives]
-    passes = list(dict.fromkeys(job for _, rest in split for job, _ in _weights(rest, norms)))
-    alone = len(passes) == 1 and not any(any(known) for known, _ in split)
-    with _Passes(model, data, groups, direction_dtype, progress, 2 + len(passes)) as run, measuring(model):
-        swapped = run.swapped(risk, passes[0]) if alone else None
+    wanted = plans(objectives, risk, norms)
+    jobs = jobs_of(wanted)
+    alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
+    with Progress(measurement.progress, "g_effect") as bar, measuring(model):
+        passes = Passes(model, measurement.data, measurement.groups, bar)
+        swapped = _swapped(passes, risk, jobs[0], measurement.dtype) if alone else None
         if swapped is not None:
             gram, measured = swapped
+        elif given is None and not jobs:
+            gram, measured = _gram_of_risks(passes, measurement), {}
         else:
-            gram = run.directions(risk, keep_last=bool(passes))
-            measured = {job: run.objective(job, norms) for job in passes}
-        counts = {"unlearn": data.count(Term(risk, "forget")), "retain": data.count(Term(risk, "retain"))}
+            directions = given or collect(passes, risk, measurement.groups, measurement.dtype, measurement.storage)
+            gram = directions.gram
+            measured = {job: _measure(passes, directions.stores, job, norms) for job in jobs}
+            if given is None:
+                directions.close()
+    return finished(wanted, measurement, gram, measured)
+
+
+def finished(
+    wanted: Sequence[Plan], measurement: Measurement, gram: Tensor, measured: dict[Job, Measured]
+) -> list[GEffect]:
+    """Results from the directions' dot products [G, 2, 2] and the measured jobs, by linearity."""
+    data, risk, groups = measurement.data, measurement.risk, measurement.groups
+    counts = risk_counts(data, risk)
     results = []
-    for objective, (known, rest) in zip(objectives, split, strict=True):
-        parts = [(factor, measured[job]) for job, factor in _weights(rest, norms)]
-        results.append(_combine(str(objective), str(risk), groups, counts, gram, known, parts))
+    for plan in wanted:
+        parts = [(factor, measured[job]) for factor, job in plan.jobs]
+        split = terms(plan.objective)
+        own = {}
+        if len(split) == 1:
+            own = {"objective": data.count(split[0][1]), "objective_tokens": data.tokens(split[0][1])}
+        results.append(_combine(plan, str(risk), groups, counts | own, gram, parts))
     return results
 
 
 def identity_factor(term: Term, risk: Objective) -> float | None:
     """c when the gradient of the term is c times that of the risk on the same set, by construction; else None."""
-    if term.source not in _SOURCES or term.objective.default_reduction != risk.default_reduction:
+    if term.source not in SIDE_SOURCES or term.objective.default_reduction != risk.default_reduction:
         return None
     if term.objective == risk:
         return 1.0
     return -1.0 if {type(term.objective), type(risk)} == {GA, NLL} else None
 
 
-Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
-
-
-class Backward(NamedTuple):
-    """One forward and backward: factor * objective of batch number `index` of its source, over the global count."""
-
-    factor: float
-    term: Term
-    count: int
-    index: int
-    batch: Mapping[str, Any]
-
-
-def _split(objective: Objective, risk: Objective) -> tuple[list[float], Job]:
-    """The objective's gradient as known[0] G_forget + known[1] G_retain + the rest, which needs passes."""
+def _plan(objective: Objective, risk: Objective | None, norms: bool) -> Plan:
     known, rest = [0.0, 0.0], []
     for factor, term in terms(objective):
-        identity = identity_factor(term, risk)
+        identity = None if risk is None else identity_factor(term, risk)
         if identity is None:
             rest.append((factor, term))
         else:
-            known[_SOURCES.index(term.source)] += factor * identity
-    return known, tuple(rest)
+            known[SIDE_SOURCES.index(term.source)] += factor * identity
+    if norms and len(rest) > 1:  # the norm of a sum needs its terms accumulated into one gradient
+        return Plan(objective, tuple(known), ((1.0, tuple(rest)),))
+    return Plan(objective, tuple(known), tuple((factor, ((1.0, term),)) for factor, term in rest))
 
 
-def _weights(rest: Job, norms: bool) -> list[tuple[Job, float]]:
-    """Passes for the rest with the factor of each. Norms of a sum need its terms accumulated into one gradient."""
-    if norms and len(rest) > 1:
-        return [(rest, 1.0)]
-    return [(((1.0, term),), factor) for factor, term in rest]
+def _gram_of_risks(passes: Passes, measurement: Measurement) -> Tensor:
+    """Dot products of the two risk gradients by group [G, 2, 2]; where one batch makes the second whole, it is not
+    stored.
+    """
+    risk, dtype, storage = measurement.risk, measurement.dtype, measurement.storage
+    second = ((1.0, Term(risk, "retain")),)
+    if passes.batches(second) > 1:
+        with collect(passes, risk, measurement.groups, dtype, storage) as directions:
+            return directions.gram
+    first = ((1.0, Term(risk, "forget")),)
+    table, stored = accumulate(passes, first, [], store_for(storage, dtype, "forget", passes.names, passes.device))
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
+    gram[:, 0, 0] = passes.by_group(table, job_label(first))[:, 0]
+    sums = _stream(passes, [stored], second)[0].sum(0)  # [G, 2]
+    gram[:, 0, 1] = gram[:, 1, 0] = sums[:, 0]
+    gram[:, 1, 1] = sums[:, 1]
+    return gram
 
 
-class _Passes:
-    """Forward and backward passes whose gradients go to a consumer, parameter by parameter."""
+def _swapped(
+    passes: Passes, risk: Objective, job: Job, dtype: torch.dtype
+) -> tuple[Tensor, dict[Job, Measured]] | None:
+    """One objective on single batches: its gradient is the only one stored, and both risks are dotted with it.
 
-    def __init__(
-        self, model: nn.Module, data: Data, groups: GroupMap, dtype: torch.dtype, progress: bool, passes: int
-    ) -> None:
-        self.model, self.data, self.dtype = model, data, dtype
-        parameters = dict(model.named_parameters())
-        self.names = list(groups.index)
-        self.parameters = [parameters[name] for name in self.names]
-        self.group_of = torch.tensor([groups.index[name] for name in self.names])  # [P]
-        self.num_groups = len(groups.names)
-        self.device = self.parameters[0].device
-        self.stored: list[list[Tensor | None]] = []
-        self.progress = _bar(progress, passes)
-
-    def __enter__(self) -> _Passes:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stored.clear()
-        self.progress.close()
-
-    def directions(self, risk: Objective, keep_last: bool) -> Tensor:
-        """Store grad R on both sets and return their dot products by group [G, 2, 2].
-
-        Without `keep_last` the second one is dotted and dropped where one batch makes it whole.
-        """
-        gram = torch.zeros(self.num_groups, 2, 2, dtype=torch.float64)
-        for side, source in enumerate(_SOURCES):
-            job, gradient, whole = ((1.0, Term(risk, source)),), None, False
-            if side == 1 and not keep_last and self._batches(job) <= 1:
-                table, whole = self._stream(job)
-            if not whole:
-                table, gradient = self._accumulate(job)
-            sums = self._by_group(table, _label(job))  # [G, side + 1]
-            for other in range(side + 1):
-                gram[:, side, other] = gram[:, other, side] = sums[:, other]
-            if gradient is not None:
-                self._store(gradient)
-        return gram
-
-    def swapped(self, risk: Objective, job: Job) -> tuple[Tensor, dict[Job, Measured]] | None:
-        """One objective on single batches: its gradient is the only one stored, and both risks are dotted with it.
-
-        None where that is not possible. The dot product of the two risks stays 0: nothing here needs it.
-        """
-        risks = [((1.0, Term(risk, source)),) for source in _SOURCES]
-        if max(map(self._batches, (job, *risks))) > 1:
+    None where that is not possible. The dot product of the two risks stays 0: nothing here needs it.
+    """
+    risks = [((1.0, Term(risk, source)),) for source in SIDE_SOURCES]
+    if max(map(passes.batches, (job, *risks))) > 1:
+        return None
+    table, stored = accumulate(passes, job, [], store_for("device", dtype, "forget", passes.names, passes.device))
+    square = passes.by_group(table, job_label(job))[:, 0]
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
+    found = torch.zeros(passes.num_groups, 2, dtype=torch.float64)
+    for side, risk_job in enumerate(risks):
+        sums, whole = _stream(passes, [stored], risk_job)
+        if not whole:
             return None
-        table, gradient = self._accumulate(job)
-        square = self._by_group(table, _label(job))[:, 0]
-        self._store(gradient)
-        gram = torch.zeros(self.num_groups, 2, 2, dtype=torch.float64)
-        dots = torch.zeros(self.num_groups, 2, dtype=torch.float64)
-        for side, risk_job in enumerate(risks):
-            table, whole = self._stream(risk_job)
-            if not whole:
-                self.stored.clear()
-                return None
-            dots[:, side], gram[:, side, side] = self._by_group(table, _label(risk_job)).unbind(1)
-        return gram, {job: Measured(dots, square)}
+        found[:, side], gram[:, side, side] = sums.sum(0).unbind(1)
+    return gram, {job: Measured(found, square)}
 
-    def objective(self, job: Job, norms: bool) -> Measured:
-        """Dots of the gradient of a combination of terms with both directions, and its norm where it can be had."""
-        if self._batches(job) > 1 and norms:
-            table, _ = self._accumulate(job)
-            whole = True
-        else:
-            table, whole = self._stream(job)
-        sums = self._by_group(table, _label(job))  # [G, 3]
-        return Measured(sums[:, :2], sums[:, 2] if whole else None)
 
-    def _store(self, gradient: list[Tensor | None]) -> None:
-        for index, kept in enumerate(gradient):  # one at a time, so that no second copy of all of them exists
-            if kept is not None and kept.dtype != torch.float64 and kept.dtype.itemsize > self.dtype.itemsize:
-                gradient[index] = kept.to(self.dtype)
-        self.stored.append(gradient)
+def _measure(passes: Passes, stores: list[Store], job: Job, norms: bool) -> Measured:
+    """Dots of the gradient of a combination of terms with both directions, and its norm where it can be had."""
+    if passes.batches(job) > 1 and norms:
+        # Accumulated on the device: this gradient is needed for its norm alone.
+        table, _ = accumulate(passes, job, stores, Store(len(passes.names), torch.float64, passes.device))
+        sums = passes.by_group(table, job_label(job))  # [G, 3]
+        return Measured(sums[:, :2], sums[:, 2])
+    sums, whole = _stream(passes, stores, job)  # [batches, G, 3]
+    total = sums.sum(0)
+    parts = shares = None
+    if len(job) == 1 and len(sums) > 1:
+        parts, shares = sums[:, :, :2], torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64)
+    return Measured(total[:, :2], total[:, 2] if whole else None, parts, shares)
 
-    def _batches(self, job: Job) -> int:
-        return sum(len(self.data.counted(term)) for _, term in job)
 
-    def _accumulate(self, job: Job) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """The gradient over all batches: its dots with the stored directions and itself, and the gradient."""
-        gradient: list[Tensor | None] = [None] * len(self.parameters)
-        table: list[Tensor | None] = [None] * len(self.parameters)
-        work = self._work(job)
-        single = len(work) == 1
+def _stream(passes: Passes, stores: list[Store], job: Job) -> tuple[Tensor, bool]:
+    """Dots with the stored gradients by batch and group [batches, G, stores + 1], nothing kept; are the squared norms
+    those of the whole gradient?
+    """
+    work = passes.work(job)
+    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    tables: list[Tensor] = []
+    once = True
 
-        def consume(index: int, grad: Tensor, last: bool) -> None:
-            kept = gradient[index]
-            if kept is None:  # the first one is taken over, not copied; low precision is widened only to add to it
-                gradient[index] = grad if single else grad.to(_sum_dtype(grad))
-            elif kept.dtype == _sum_dtype(kept):
-                kept.add_(grad)
-            else:
-                gradient[index] = kept.to(_sum_dtype(kept)).add_(grad)
-            if last:  # dotted here because the gradient is still in the cache
-                table[index] = self._dots(index, gradient[index])
+    def consume(index: int, grad: Tensor, position: int) -> None:
+        nonlocal once
+        row = dots(stores, index, grad)
+        once &= rows[index] is None  # re-entrant checkpointing of a shared parameter fires twice
+        rows[index] = row if rows[index] is None else rows[index] + row
 
-        self._backward(work, consume)
-        for index, kept in enumerate(gradient):
-            if kept is not None and table[index] is None:
-                table[index] = self._dots(index, kept)
-        return table, gradient
+    def done() -> None:
+        tables.append(passes.table(rows, len(stores) + 1))
+        rows[:] = [None] * len(rows)
 
-    def _stream(self, job: Job) -> tuple[list[Tensor | None], bool]:
-        """Dots with the stored directions, nothing kept; are the squared norms those of the whole gradient?"""
-        table: list[Tensor | None] = [None] * len(self.parameters)
-        work = self._work(job)
-        once = True
-
-        def consume(index: int, grad: Tensor, last: bool) -> None:
-            nonlocal once
-            dots = self._dots(index, grad)
-            once &= table[index] is None
-            table[index] = dots if table[index] is None else table[index] + dots
-
-        self._backward(work, consume)
-        return table, once and len(work) <= 1
-
-    def _work(self, job: Job) -> list[Backward]:
-        """Every forward and backward of a job."""
-        return [
-            Backward(factor, term, self.data.count(term), index, batch)
-            for factor, term in job
-            for index, batch in self.data.counted(term)
-        ]
-
-    def _backward(self, work: list[Backward], consume: Callable[[int, Tensor, bool], None]) -> None:
-        """Run all work; the gradient of each parameter goes to `consume(index, gradient, in the last batch?)`."""
-        position, losses = 0, []
-
-        def hook(index: int) -> Callable[[Tensor], None]:
-            def take(parameter: Tensor) -> None:
-                grad, parameter.grad = parameter.grad, None
-                grad = grad.to_dense() if grad.layout != torch.strided else grad
-                consume(index, grad, position == len(work) - 1)
-
-            return take
-
-        handles = [p.register_post_accumulate_grad_hook(hook(index)) for index, p in enumerate(self.parameters)]
-        try:
-            for position, item in enumerate(work):  # noqa: B007 - read by the hooks
-                batch = to_device(item.batch, self.device)
-                loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
-                losses.append(loss.detach())
-                if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
-                    with torch.autocast(self.device.type, enabled=False):
-                        (loss if item.factor == 1.0 else item.factor * loss).backward()
-                del loss
-                self.progress.update()
-        finally:
-            for handle in handles:
-                handle.remove()
-        # looked at once a pass: a look at every batch would wait for the device each time
-        for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
-                    f"is no gradient: check the model's weights and, in float16, its range"
-                )
-
-    def _dots(self, index: int, x: Tensor) -> Tensor:
-        """[directions + 1] fp64 on the device: dots with the stored directions, then the squared norm."""
-        present = [direction[index] for direction in self.stored]
-        row = grad_dots([x], [[y] for y in present if y is not None], [0], 1)[0]
-        if all(y is not None for y in present):
-            return row
-        full = row.new_zeros(len(present) + 1)
-        full[[i for i, y in enumerate(present) if y is not None] + [len(present)]] = row
-        return full
-
-    def _by_group(self, table: list[Tensor | None], label: str) -> Tensor:
-        """Group sums [G, columns] on the CPU, in the parameters' order whatever order the hooks ran in."""
-        columns = len(self.stored) + 1
-        zero = torch.zeros(columns, dtype=torch.float64, device=self.device)
-        rows = torch.stack([zero if row is None else row.to(self.device) for row in table]).cpu()  # [P, columns]
-        bad = (~torch.isfinite(rows)).any(-1).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"the gradient of {label} is not finite in {len(bad)} of {len(table)} parameters, first in "
-                f"{self.names[int(bad[0])]!r}"
-            )
-        return torch.zeros(self.num_groups, columns, dtype=torch.float64).index_add_(0, self.group_of, rows)
+    passes.backward(work, consume, done)
+    if not tables:
+        return torch.zeros(1, passes.num_groups, len(stores) + 1, dtype=torch.float64), True
+    return passes.by_group(torch.stack(tables), job_label(job)), once and len(work) <= 1
 
 
 def _combine(
-    label: str,
-    risk: str,
-    groups: GroupMap,
-    counts: dict[str, int],
-    gram: Tensor,
-    known: list[float],
-    parts: list[tuple[float, Measured]],
+    plan: Plan, risk: str, groups: GroupMap, counts: dict[str, int], gram: Tensor, parts: list[tuple[float, Measured]]
 ) -> GEffect:
-    """One objective's result from the directions' dot products and its measured parts, by linearity."""
-    coefficients = torch.tensor(known, dtype=torch.float64)  # [2]
-    dots = gram @ coefficients  # [G, 2]
+    """One objective's result from the directions' dot products and its measured parts."""
+    coefficients = torch.tensor(plan.known, dtype=torch.float64)  # [2]
+    total = gram @ coefficients  # [G, 2]
     square: Tensor | None = torch.einsum("gij,i,j->g", gram, coefficients, coefficients)  # [G]
     for factor, part in parts:
-        dots = dots + factor * part.dots
+        total = total + factor * part.dots
         if square is not None and part.square is not None and len(parts) == 1:
             square = square + factor**2 * part.square + 2 * factor * (part.dots @ coefficients)
         else:
@@ -315,29 +215,21 @@ def _combine(
     def named(values: Tensor) -> dict[str, float]:
         return dict(zip(groups.names, values.tolist(), strict=True))
 
-    norms = {"unlearn": named(gram[:, 0, 0].sqrt()), "retain": named(gram[:, 1, 1].sqrt())}
+    norms = {side: named(gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
     if square is not None:
         norms["objective"] = named(square.clamp(min=0.0).sqrt())
-    return GEffect(label, named(dots[:, 0]), named(dots[:, 1]), norms, risk, counts)
+    errors = _errors(groups, *parts[0]) if len(parts) == 1 and not any(plan.known) else {}
+    return GEffect(str(plan.objective), named(total[:, 0]), named(total[:, 1]), norms, risk, counts, errors)
 
 
-def _label(job: Job) -> str:
-    return " + ".join(f"{term.objective} on the {term.source} data" for _, term in job)
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-class _NoBar:
-    def update(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _bar(progress: bool, passes: int) -> Any:
-    if not progress:
-        return _NoBar()
-    from tqdm.auto import tqdm
-
-    return tqdm(desc=f"g_effect, {passes} passes", unit="batch")
+def _errors(groups: GroupMap, factor: float, part: Measured) -> dict[str, dict[str, float]]:
+    """Standard errors over the objective's batches, by side and group; empty where there is one batch."""
+    if part.parts is None:
+        return {}
+    values = factor * torch.cat([part.parts, part.parts.sum(1, keepdim=True)], 1)  # [batches, G + 1, 2]
+    found = {
+        side: {g: standard_error(values[:, i, k], part.shares) for i, g in enumerate((*groups.names, "total"))}
+        for k, side in enumerate(SIDES)
+    }
+    known = all(not math.isnan(value) for side in found.values() for value in side.values())
+    return found if known else {}

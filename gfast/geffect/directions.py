@@ -1,0 +1,221 @@
+"""Directions: the risk's gradients on the forget and the retain set, stored where there is room for them.
+
+Every engine but gram dots gradients with these two. They cost two passes over the data; measured once, they serve any
+number of measurements of the same model: `gfast.risk_gradients` gives them, `directions=` takes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gfast.files import whole_file
+from gfast.geffect.data import SIDE_SOURCES, Data, Term
+from gfast.geffect.groups import GroupMap
+from gfast.geffect.passes import Job, Passes, Progress, job_label
+from gfast.geffect.results import SIDES
+from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.storage import FileStore, Store, store_for
+from gfast.objectives import Objective
+from gfast.ops.grad_dot import grad_dots
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+FORMAT = "gfast-directions-1"
+DESCRIPTION = "directions.json"
+
+
+class Directions:
+    """The gradients of a risk on both sets, parameter by parameter, and what is known of them.
+
+    Attributes:
+        names: trainable parameters, as `model.named_parameters()` calls them, in the model's order.
+        groups: the group of each.
+        gram: fp64 [G, 2, 2], dot products of the two gradients by group; index 0 is the forget set, 1 the retain set.
+        counts: "unlearn" and "retain" -> what the risk was averaged over.
+        risk: readable label of the risk.
+        squares: fp64 [P], squared norm of each parameter of the model that they belong to.
+    """
+
+    def __init__(
+        self, groups: GroupMap, stores: list[Store], gram: Tensor, counts: dict[str, int], risk: str, squares: Tensor
+    ) -> None:
+        self.groups, self.stores, self.gram = groups, stores, gram
+        self.counts, self.risk, self.squares = counts, risk, squares
+        self.names = list(groups.index)
+        self._position = {name: index for index, name in enumerate(self.names)}
+
+    def get(self, side: int, name: str) -> Tensor | None:
+        """The gradient of the risk on a side (0 forget, 1 retain) by a parameter, on the device; None is zero."""
+        return self.stores[side].get(self._position[name])
+
+    def norms(self) -> dict[str, dict[str, float]]:
+        """"unlearn" and "retain" -> {group: norm of the risk's gradient}."""
+        return {
+            side: dict(zip(self.groups.names, self.gram[:, k, k].sqrt().tolist(), strict=True))
+            for k, side in enumerate(SIDES)
+        }
+
+    def check(self, model: nn.Module, groups: GroupMap, risk: Objective) -> None:
+        """Raise ValueError unless these are directions of this model, grouping and risk, and say what differs."""
+        why = "measure them again with gfast.risk_gradients"
+        if str(risk) != self.risk:
+            raise ValueError(f"these directions are of the risk {self.risk}, not {risk}: {why}")
+        if groups != self.groups:
+            missing = sorted(set(groups.index) ^ set(self.groups.index))
+            what = f"parameter {missing[0]!r} is trainable in only one of them" if missing else "the groups differ"
+            raise ValueError(f"these directions are of another model or grouping ({what}): {why}")
+        now = parameter_squares(model, self.names)
+        wrong = ((now - self.squares).abs() > 1e-5 * self.squares.clamp(min=1e-30)).nonzero()
+        if len(wrong):
+            raise ValueError(
+                f"these directions were measured at other weights: {len(wrong)} of {len(self.names)} parameters have "
+                f"changed, first {self.names[int(wrong[0])]!r}; {why}"
+            )
+        for store in self.stores:
+            store.move_to(next(model.parameters()).device)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the directions to a folder (two safetensors files and a description); `load` reads them back."""
+        folder = Path(folder)
+        for store, side in zip(self.stores, SIDES, strict=True):
+            FileStore.write(folder / f"{side}.safetensors", {n: store.get(i) for i, n in enumerate(self.names)})
+        return self._describe(folder)
+
+    def _describe(self, folder: Path) -> Path:
+        description = {
+            "format": FORMAT,
+            "risk": self.risk,
+            "counts": self.counts,
+            "groups": self.groups.names,
+            "parameters": self.groups.index,
+            "gram": self.gram.flatten().tolist(),
+            "squares": self.squares.tolist(),
+        }
+        with whole_file(folder / DESCRIPTION) as temporary:
+            temporary.write_text(json.dumps(description), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Directions:
+        """Directions saved by `save`, memory-mapped: a parameter's part is read when it is asked for.
+
+        Raises:
+            ValueError: a folder that holds no directions, or damaged ones.
+        """
+        folder = Path(folder)
+        try:
+            found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"their format is {found['format']!r}")
+            groups = GroupMap(found["groups"], found["parameters"])
+            names = list(groups.index)
+            stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
+            gram = torch.tensor(found["gram"], dtype=torch.float64).view(len(groups.names), 2, 2)
+            squares = torch.tensor(found["squares"], dtype=torch.float64)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
+        return cls(groups, stores, gram, found["counts"], found["risk"], squares)
+
+    def __enter__(self) -> Directions:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for store in self.stores:
+            store.close()
+
+    def __repr__(self) -> str:
+        return f"Directions({len(self.names)} parameters, risk {self.risk}, {self.counts}, {self.stores[0]})"
+
+
+def risk_directions(
+    model: nn.Module,
+    data: Data,
+    groups: GroupMap,
+    risk: Objective,
+    dtype: torch.dtype = torch.float32,
+    storage: str | os.PathLike[str] = "device",
+    progress: bool = False,
+) -> Directions:
+    """Measure the gradients of the risk on both sets; see `gfast.risk_gradients`."""
+    refuse_sharded(model)
+    with Progress(progress, "risk gradients") as bar, measuring(model):
+        passes = Passes(model, data, groups, bar)
+        return collect(passes, risk, groups, dtype, storage)
+
+
+def collect(
+    passes: Passes, risk: Objective, groups: GroupMap, dtype: torch.dtype, storage: str | os.PathLike[str]
+) -> Directions:
+    """`risk_directions` on a model that is lent already."""
+    stores: list[Store] = []
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
+    for side, source in enumerate(SIDE_SOURCES):
+        job = ((1.0, Term(risk, source)),)
+        into = store_for(storage, dtype, source, passes.names, passes.device)
+        table, gradient = accumulate(passes, job, stores, into)
+        sums = passes.by_group(table, job_label(job))  # [G, side + 1]
+        for other in range(side + 1):
+            gram[:, side, other] = gram[:, other, side] = sums[:, other]
+        stores.append(gradient)
+    counts = risk_counts(passes.data, risk)
+    squares = parameter_squares(passes.model, passes.names)
+    directions = Directions(groups, stores, gram, counts, str(risk), squares)
+    if isinstance(stores[0], FileStore):
+        directions._describe(Path(storage))
+    return directions
+
+
+def risk_counts(data: Data, risk: Objective) -> dict[str, int]:
+    """What the risk is averaged over on each side."""
+    return {"unlearn": data.count(Term(risk, "forget")), "retain": data.count(Term(risk, "retain"))}
+
+
+def accumulate(passes: Passes, job: Job, stores: list[Store], into: Store) -> tuple[Tensor, Store]:
+    """The gradient over all batches of a job, stored: its dots with `stores` and itself [P, len + 1], and the store.
+
+    The sum over batches is made in fp32 (fp64 for fp64) and rounded once, when it is complete.
+    """
+    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    work = passes.work(job)
+    last = len(work) - 1
+
+    def consume(index: int, grad: Tensor, position: int) -> None:
+        whole = into.add(index, grad, single=last == 0)
+        if position == last:  # dotted here because the gradient is still in the cache
+            rows[index] = dots(stores, index, whole)
+
+    passes.backward(work, consume)
+    for index in range(len(rows)):  # a parameter that the last batch did not reach
+        whole = into.sum_of(index) if rows[index] is None else None
+        if whole is not None:
+            rows[index] = dots(stores, index, whole)
+    table = passes.table(rows, len(stores) + 1)
+    into.finish()
+    return table, into
+
+
+def dots(stores: list[Store], index: int, x: Tensor) -> Tensor:
+    """[stores + 1] fp64 on the device of x: its dots with the stored gradients, then its squared norm."""
+    present = [store.get(index) for store in stores]
+    row = grad_dots([x], [[y] for y in present if y is not None], [0], 1)[0]
+    if all(y is not None for y in present):
+        return row
+    full = row.new_zeros(len(present) + 1)
+    full[[i for i, y in enumerate(present) if y is not None] + [len(present)]] = row
+    return full
+
+
+def parameter_squares(model: nn.Module, names: list[str]) -> Tensor:
+    """Squared norms of parameters, fp64 [P] on the CPU: they tell one set of weights from another at one read."""
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    groups = list(range(len(names)))
+    return grad_dots([parameters[name].detach() for name in names], [], groups, len(names))[:, 0].cpu()

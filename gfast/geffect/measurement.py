@@ -1,0 +1,86 @@
+"""What every engine is asked: a model, its data by set, layer groups, a risk, and where directions are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfast.geffect.data import Data, Term, risk_terms
+from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
+from gfast.geffect.groups import GroupMap, assign
+from gfast.geffect.storage import check_storage
+from gfast.objectives import Objective
+
+
+@dataclass
+class Measurement:
+    """A checked request. `given` are directions measured before, or None."""
+
+    model: nn.Module
+    data: Data
+    groups: GroupMap
+    risk: Objective
+    dtype: torch.dtype = torch.float32
+    storage: str | os.PathLike[str] = "device"
+    progress: bool = False
+    given: Directions | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        forget: Any,
+        retain: Any,
+        used: Iterable[Term],
+        groups: str | Callable[[str], str],
+        risk: Objective,
+        direction_dtype: torch.dtype,
+        direction_storage: str | os.PathLike[str],
+        directions: Directions | None,
+        progress: bool,
+        objective_batches: Any = None,
+    ) -> Measurement:
+        """Check everything that can be checked before any work.
+
+        Raises:
+            ValueError: an empty set, a malformed batch, data that an objective needs and a batch lacks, a parameter
+                that no group takes, an unknown grouping, dtype or storage, directions of something else.
+        """
+        if direction_dtype not in DTYPES:
+            raise ValueError(f"direction_dtype must be torch.float64, float32 or bfloat16, not {direction_dtype}")
+        check_storage(direction_storage)
+        adapters = hasattr(model, "disable_adapter")
+        data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)], adapters)
+        group_map = assign(model, groups)
+        if directions is not None:
+            _check_given(directions, model, data, group_map, risk)
+        return cls(model, data, group_map, risk, direction_dtype, direction_storage, progress, directions)
+
+    @contextmanager
+    def directions(self) -> Iterator[Directions]:
+        """The directions that were given, or fresh ones for as long as they are needed."""
+        if self.given is not None:
+            yield self.given
+            return
+        with risk_directions(
+            self.model, self.data, self.groups, self.risk, self.dtype, self.storage, self.progress
+        ) as directions:
+            yield directions
+
+
+def _check_given(given: Any, model: nn.Module, data: Data, groups: GroupMap, risk: Objective) -> None:
+    if not isinstance(given, Directions):
+        raise ValueError(f"directions= takes what gfast.risk_gradients returns, not a {type(given).__name__}")
+    given.check(model, groups, risk)
+    counts = risk_counts(data, risk)
+    if counts != given.counts:
+        raise ValueError(
+            f"these directions were measured on other data: they average over {given.counts} labels, this data has "
+            f"{counts}; measure them again with gfast.risk_gradients"
+        )

@@ -1,0 +1,141 @@
+"""Forward and backward passes over data whose gradients are handed on parameter by parameter and then dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gfast.geffect.data import Data, Term, to_device
+from gfast.geffect.groups import GroupMap
+from gfast.model import model_loss
+
+Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
+Consumer = Callable[[int, Tensor, int], None]  # (parameter's index, its gradient, position in the work)
+
+
+class Backward(NamedTuple):
+    """One forward and backward: factor * objective of batch number `index` of its source, over the global count."""
+
+    factor: float
+    term: Term
+    count: int
+    index: int
+    batch: Mapping[str, Any]
+
+
+class Passes:
+    """Runs jobs over the data; a hook on every parameter takes its gradient as soon as it is accumulated.
+
+    At most one parameter's gradient is alive beside what the consumers keep. Shared parameters fire once, with the sum
+    of their uses.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, groups: GroupMap, progress: Progress) -> None:
+        self.model, self.data, self.progress = model, data, progress
+        parameters = dict(model.named_parameters())
+        self.names = list(groups.index)
+        self.parameters = [parameters[name] for name in self.names]
+        self.group_of = torch.tensor([groups.index[name] for name in self.names])  # [P]
+        self.num_groups = len(groups.names)
+        self.device = self.parameters[0].device
+
+    def batches(self, job: Job) -> int:
+        """The number of forward and backwards that the job takes."""
+        return sum(len(self.data.counted(term)) for _, term in job)
+
+    def work(self, job: Job) -> list[Backward]:
+        """Every forward and backward of a job."""
+        return [
+            Backward(factor, term, self.data.count(term), index, batch)
+            for factor, term in job
+            for index, batch in self.data.counted(term)
+        ]
+
+    def backward(self, work: list[Backward], consume: Consumer, done: Callable[[], None] | None = None) -> None:
+        """Run all work; each parameter's gradient goes to `consume`, and `done` is called after each batch."""
+        position, losses = 0, []
+
+        def hook(index: int) -> Callable[[Tensor], None]:
+            def take(parameter: Tensor) -> None:
+                grad, parameter.grad = parameter.grad, None
+                grad = grad.to_dense() if grad.layout != torch.strided else grad
+                consume(index, grad, position)
+
+            return take
+
+        handles = [p.register_post_accumulate_grad_hook(hook(index)) for index, p in enumerate(self.parameters)]
+        try:
+            for position, item in enumerate(work):  # noqa: B007 - read by the hooks
+                batch = to_device(item.batch, self.device)
+                loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
+                losses.append(loss.detach())
+                if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
+                    with torch.autocast(self.device.type, enabled=False):
+                        (loss if item.factor == 1.0 else item.factor * loss).backward()
+                del loss
+                if done is not None:
+                    done()
+                self.progress.update()
+        finally:
+            for handle in handles:
+                handle.remove()
+        # looked at once a pass: a look at every batch would wait for the device each time
+        for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
+                    f"is no gradient: check the model's weights and, in float16, its range"
+                )
+
+    def table(self, rows: list[Tensor | None], columns: int) -> Tensor:
+        """Rows [columns] of all parameters as one tensor [P, columns] on the device; a missing row is zero."""
+        zero = torch.zeros(columns, dtype=torch.float64, device=self.device)
+        return torch.stack([zero if row is None else row.to(self.device) for row in rows])
+
+    def by_group(self, table: Tensor, label: str) -> Tensor:
+        """Group sums on the CPU of a table [..., P, columns], in the parameters' order whatever order hooks ran in.
+
+        Raises:
+            ValueError: a gradient that is not finite, naming the first parameter.
+        """
+        table = table.cpu()
+        bad = (~torch.isfinite(table)).any(-1)  # [..., P]
+        bad = bad.reshape(-1, bad.shape[-1]).any(0).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
+                f"{self.names[int(bad[0])]!r}"
+            )
+        out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64)
+        return out.index_add_(-2, self.group_of, table)
+
+
+def job_label(job: Job) -> str:
+    """The job in words, for messages."""
+    return " + ".join(f"{term.objective} on the {term.source} data" for _, term in job)
+
+
+class Progress:
+    """A bar that counts batches, or nothing."""
+
+    def __init__(self, show: bool, text: str) -> None:
+        self._bar = None
+        if show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(desc=text, unit="batch")
+
+    def update(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,163 @@
+"""Directions: measured once, kept on the device, in host memory or in a file, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect import Directions, passes  # noqa: E402
+from gfast.geffect.storage import HostStore  # noqa: E402
+from gfast.objectives import GA, NLL, NPO, WGA, Mix, SimNPO  # noqa: E402
+
+OBJECTIVES = [GA(), WGA(0.7), NPO(0.3), Mix(WGA(0.7), NLL(), gamma=0.6)]
+
+
+def data() -> dict:
+    return dict(forget=batches(1), retain=batches(2))
+
+
+@pytest.mark.parametrize("storage", ["device", "host", "folder"])
+@pytest.mark.parametrize("sizes", [(5,), (2, 3)])
+def test_they_are_the_gradients_of_the_risk_wherever_they_lie(tmp_path, storage, sizes):
+    model = tiny("tied_llama").eval()
+    some = dict(forget=batches(1, sizes=sizes), retain=batches(2, sizes=sizes))
+    where = tmp_path / "directions" if storage == "folder" else storage
+    with gfast.risk_gradients(model, **some, dtype=torch.float64, storage=where) as directions:
+        for side, name in enumerate(("forget", "retain")):
+            expected = gradient(model, literal_loss(model, some[name], "nll"))
+            assert list(expected) == directions.names
+            for key, value in expected.items():
+                torch.testing.assert_close(directions.get(side, key), value, rtol=1e-9, atol=1e-12)
+        norm = sum((value * value).sum() for value in expected.values())
+        assert math.hypot(*directions.norms()["retain"].values()) == pytest.approx(math.sqrt(norm))
+
+
+@pytest.mark.parametrize("storage", ["host", "folder"])
+def test_effects_do_not_depend_on_where_directions_lie(tmp_path, storage):
+    model = tiny("gpt2").eval()
+    where = tmp_path / "directions" if storage == "folder" else storage
+    expected = gfast.g_effect(model, OBJECTIVES, **data())
+    assert gfast.g_effect(model, OBJECTIVES, direction_storage=where, **data()) == expected
+    single = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
+    expected = gfast.g_effect(model, OBJECTIVES, **single)
+    assert gfast.g_effect(model, OBJECTIVES, direction_storage=where, **single) == expected
+
+
+def test_measured_once_they_serve_any_number_of_effects(monkeypatch, tmp_path):
+    model = tiny("llama").eval()
+    expected = gfast.g_effect(model, OBJECTIVES, **data())
+    directions = gfast.risk_gradients(model, **data())
+    saved = Directions.load(directions.save(tmp_path / "saved"))
+    calls = []
+    original = passes.model_loss
+    monkeypatch.setattr(passes, "model_loss", lambda m, b, o, **k: calls.append(str(o)) or original(m, b, o, **k))
+    assert gfast.g_effect(model, OBJECTIVES, directions=directions, **data()) == expected
+    assert gfast.g_effect(model, OBJECTIVES, directions=saved, **data()) == expected
+    assert calls == 2 * ["WGA(alpha=0.7)", "WGA(alpha=0.7)", "NPO(beta=0.3)", "NPO(beta=0.3)"]
+    assert gfast.g_effect(model, GA(), directions=directions, **data()) == expected[0]
+
+
+def test_a_folder_given_as_storage_can_be_opened_again(tmp_path):
+    model = tiny("llama", dtype=torch.float32).eval()
+    gfast.risk_gradients(model, **data(), dtype=torch.bfloat16, storage=tmp_path / "d").close()
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        "directions.json",
+        "retain.safetensors",
+        "unlearn.safetensors",
+    ]
+    opened = Directions.load(tmp_path / "d")
+    assert opened.get(0, "lm_head.weight").dtype == torch.bfloat16
+    expected = gfast.g_effect(model, WGA(), direction_dtype=torch.bfloat16, **data())
+    assert gfast.g_effect(model, WGA(), directions=opened, **data()) == expected
+
+
+def changed(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (lambda model: changed(copy.deepcopy(model)), {}, "1 of .* have changed, first 'model.layers.1.mlp.up_proj"),
+        (lambda model: tiny("gpt2").eval(), {}, "another model or grouping .parameter '"),
+        (lambda model: model, dict(groups="layer"), "the groups differ"),
+        (lambda model: model, dict(risk=SimNPO(0.5, 0.2)), "of the risk NLL"),
+        (lambda model: model, dict(forget=batches(5)), "measured on other data"),
+    ],
+)
+def test_directions_of_something_else_are_refused(monkeypatch, other, options, message):
+    model = tiny("llama").eval()
+    directions = gfast.risk_gradients(model, **data())
+    monkeypatch.setattr(passes, "model_loss", None)  # before any work
+    with pytest.raises(ValueError, match=message):
+        gfast.g_effect(other(model), WGA(), directions=directions, **(data() | options))
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no directions"):
+        Directions.load(tmp_path)
+    folder = gfast.risk_gradients(tiny("llama").eval(), **data()).save(tmp_path / "d")
+    whole = (folder / "retain.safetensors").read_bytes()
+    (folder / "retain.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Directions.load(folder)
+    (folder / "retain.safetensors").write_bytes(whole)
+    text = json.loads((folder / "directions.json").read_text())
+    (folder / "directions.json").write_text(json.dumps(text | {"format": "other"}))
+    with pytest.raises(ValueError, match="format is 'other'"):
+        Directions.load(folder)
+
+
+def test_host_directions_are_copied_one_ahead_in_the_order_of_the_last_pass(monkeypatch):
+    """The order of copies, with a stand-in for the device: what follows is on its way before it is asked for."""
+    store = HostStore(3, torch.float32, torch.device("cpu"))
+    store.kept = [torch.full((2,), float(i)) for i in range(3)]
+    copies = []
+    monkeypatch.setattr(HostStore, "_copy", lambda self, i: copies.append(i) or self.kept[i].clone())
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    store.device = torch.device("cuda")
+    for order in ((2, 0, 1), (2, 0, 1), (2, 1, 0)):
+        for index in order:
+            assert torch.equal(store.get(index), store.kept[index])
+    # first pass: each when asked for; second: each one step before; third: one guess was wrong
+    assert copies[:3] == [2, 0, 1]
+    assert copies[3:6] == [2, 0, 1]
+    assert len(copies) <= 12
+
+
+def test_standard_errors_and_counts_over_batches():
+    model = tiny("llama").eval()
+    forget = batches(1, rows=6, sizes=(2, 1, 3))
+    effects = gfast.g_effect(model, OBJECTIVES, forget=forget, retain=batches(2))
+    ga, wga, npo, mix = effects
+    assert ga.errors == {} and mix.errors == {}
+    risk = gradient(model, literal_loss(model, batches(2), "nll"))
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in forget]
+    parts = []
+    for batch, count in zip(forget, tokens, strict=True):
+        own = gradient(model, literal_loss(model, [batch], "wga"))
+        parts.append(sum(float((own[n] * risk[n]).sum()) for n in own) * count / sum(tokens))
+    whole = sum(parts)
+    assert wga.total("retain") == pytest.approx(whole, rel=1e-9)
+    residuals = [part - whole * count / sum(tokens) for part, count in zip(parts, tokens, strict=True)]
+    expected = math.sqrt(3 / 2 * sum(r * r for r in residuals))
+    assert wga.standard_error("retain") == pytest.approx(expected, rel=1e-9)
+    assert npo.standard_error("unlearn", "deep") > 0
+    assert wga.counts["objective"] == wga.counts["objective_tokens"] == sum(tokens) and npo.counts["objective"] == 6
+    assert npo.per_token("retain") == pytest.approx(npo.total("retain") * 6 / sum(tokens))
+    assert "objective" not in mix.counts
+    rows = {(row["quantity"], row["side"], row["group"]): row["value"] for row in wga.rows()}
+    assert rows["standard_error", "retain", "total"] == wga.standard_error("retain")
