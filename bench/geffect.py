@@ -1,216 +1,208 @@
-"""G-effect against the plain forward/backward passes it needs, and against how the paper's published code measures it.
+"""Gradient effects: time and memory of every engine against plain passes, plain loops and other projects.
 
-    python bench/geffect.py                 # a SmolLM2-135M-shaped Llama, fp32, 4 x 72 tokens a batch
+    python bench/geffect.py                 # a SmolLM2-135M-shaped Llama, fp32, 8 x 72 tokens a batch
     python bench/geffect.py --shape tiny    # seconds, to see that it runs
     python bench/geffect.py --json geffect_cpu.json
-    python bench/geffect.py --device cuda --shape llama-3.2-1b --dtype bf16 --tokens 512 --json geffect_gpu.json
+    python bench/geffect.py --sweep length --shape tiny --json geffect_cpu_sweep_length.json    # or batch, depth
+    python bench/geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json geffect_cuda_7b.json
 
-Times are medians over interleaved rounds in one run, after a correctness check. The ratio is to as many plain passes
-(logits, cross-entropy, backward into .grad) on the same batches as the measurement needs: two for GA, whose gradient is
-minus that of the risk, three for another objective. Peak memory is what a call needs beyond the model and its data.
+Times are medians over interleaved rounds in one run. Before timing, every provider's numbers on two rows are compared
+with plain autograd's, group by group, relative to the product of the norms; gfast beyond the tolerance is reported as
+wrong and not timed, others are marked unequal (and refused over 50 %). A floor is what a measurement cannot do without,
+in plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
+the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
+engine replaces the third pass by 9 forwards' worth of tangents; gram needs no more than a training step on both
+batches. Peak memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import sys
+import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from _effect_checks import Truth, error
+from _effect_peers import PEERS
+from _effect_providers import PROVIDERS, plain_forward, plain_pass
+from _models import DTYPES, SHAPES, answers, random_model, rows_of
 from _timing import environment, interleaved, peak_extra_bytes, peak_in_fresh_process, write_json
 
-import gfast
-from gfast.geffect import assign
-from gfast.objectives import GA, WGA
-
-SHAPES = {
-    "smollm2-135m": dict(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.2-1b": dict(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "tiny": dict(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    ),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALL = PROVIDERS | PEERS
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms; bf16: plain autograd's own error
-LAW = 1.05
+NO_RESULT = 0.5
+CHECK_ROWS = 2
+UNITS = {"plain pass": plain_pass, "plain forward": plain_forward}
+SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
+SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
+TIMES_LESS, MEMORY_LESS = 4.0, 3.0  # demanded of g_effect against the published way
 
 
-def plain_loss(model, batch: dict, objective: str) -> torch.Tensor:
-    """Token mean from full logits, written out: NLL, GA or WGA with alpha 1."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].reshape(-1)
-    nll = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets, reduction="none")
-    if objective == "wga":
-        return (-(-nll).detach().exp() * nll).mean()
-    return -nll.mean() if objective == "ga" else nll.mean()
-
-
-def plain_passes(model, work: list[tuple[dict, str]]) -> None:
-    """Forward and backward for each (batch, objective), gradients dropped after each."""
-    for batch, objective in work:
-        plain_loss(model, batch, objective).backward()
-        model.zero_grad(set_to_none=True)
-
-
-def published_way(model, forget: list[dict], retain: list[dict], objective: str) -> dict[str, dict[str, float]]:
-    """As the published code is described: four forward/backwards for each micro-batch, gradients copied to host lists.
-
-    For each side the objective's and the risk's gradient are computed anew, every parameter's gradient is copied to the
-    CPU, the risk's is mixed into a moving average (0.6 old, 0.4 new), and dot products are summed over groups that are
-    matched by name (blocks 0-9, 10-19, 20 and more).
-    """
-
-    def to_host(batch: dict, kind: str) -> list[torch.Tensor]:
-        plain_loss(model, batch, kind).backward()
-        grads = [p.grad.detach().cpu().clone() for p in model.parameters()]
-        model.zero_grad(set_to_none=True)
-        return grads
-
-    def mixed(old: list[torch.Tensor], new: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [0.6 * a + 0.4 * b for a, b in zip(old, new, strict=True)]
-
-    names = [name for name, _ in model.named_parameters()]
-    out: dict[str, dict[str, float]] = {}
-    for side, data in (("unlearn", forget), ("retain", retain)):
-        average_own = average_risk = None
-        for forget_batch, batch in zip(forget, data, strict=True):
-            own, risk = to_host(forget_batch, objective), to_host(batch, "nll")
-            average_own = own if average_own is None else mixed(average_own, own)
-            average_risk = risk if average_risk is None else mixed(average_risk, risk)
-        groups: dict[str, float] = {}
-        for name, a, b in zip(names, average_own, average_risk, strict=True):
-            block = re.search(r"layers\.(\d+)\.", name)
-            group = "other" if block is None else ("0-9", "10-19", "20+")[min(int(block.group(1)) // 10, 2)]
-            groups[group] = groups.get(group, 0.0) + float((a * b).sum())
-        out[side] = groups
-    return out
-
-
-def check(model, forget: dict, retain: dict, tolerance: float) -> float:
-    """Largest error of a group's G-effect against plain autograd, relative to the norms. Exits when too large."""
-    groups = assign(model)
-    effects = gfast.g_effect(model, [GA(), WGA()], forget=forget, retain=retain, norms=True)
-    worst = 0.0
-    for side, batch in (("unlearn", forget), ("retain", retain)):
-        plain_loss(model, batch, "nll").backward()
-        risk = {name: p.grad.clone() for name, p in model.named_parameters()}
-        model.zero_grad(set_to_none=True)
-        for kind, effect in zip(("ga", "wga"), effects, strict=True):
-            plain_loss(model, forget, kind).backward()
-            expected = dict.fromkeys(groups.names, 0.0)
-            for name, p in model.named_parameters():
-                expected[groups.names[groups.index[name]]] += float((p.grad.double() * risk[name].double()).sum())
-            model.zero_grad(set_to_none=True)
-            for group, value in expected.items():
-                scale = effect.norms["objective"][group] * effect.norms[side][group]
-                worst = max(worst, abs(getattr(effect, side)[group] - value) / scale)
-    if worst > tolerance:
-        sys.exit(f"g_effect is wrong: relative error {worst:.2e} against plain autograd; nothing was timed")
-    return worst
-
-
-def make_batch(vocab: int, rows: int, tokens: int, seed: int, device: str) -> dict:
-    ids = torch.randint(0, vocab, (rows, tokens), generator=torch.Generator().manual_seed(seed)).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-
-def setup(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, dict]:
-    """A random model of the shape (no dropout), a forget batch and a retain batch."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape])).to(args.device, DTYPES[args.dtype]).eval()
-    vocab = SHAPES[args.shape]["vocab_size"]
-    forget, retain = (make_batch(vocab, args.batch, args.tokens, seed, args.device) for seed in (1, 2))
+def setup(settings: dict[str, Any]) -> tuple[torch.nn.Module, dict, dict]:
+    """A random model of the shape, a forget batch and a retain batch."""
+    model = random_model(settings["shape"], settings["dtype"], settings["device"], settings["layers"])
+    vocab, device = SHAPES[settings["shape"]]["vocab_size"], settings["device"]
+    forget, retain = (answers(vocab, settings["batch"], settings["tokens"], seed, device) for seed in (1, 2))
     return model, forget, retain
 
 
-def cases(model, forget: dict, retain: dict) -> dict[str, Callable[[], object]]:
-    pair = [(forget, "nll"), (retain, "nll")]
-    return {
-        "2 plain passes": lambda: plain_passes(model, pair),
-        "3 plain passes": lambda: plain_passes(model, [*pair, (forget, "wga")]),
-        "g_effect(GA)": lambda: gfast.g_effect(model, GA(), forget=forget, retain=retain),
-        "g_effect(WGA)": lambda: gfast.g_effect(model, WGA(), forget=forget, retain=retain),
-        "published way, GA": lambda: published_way(model, [forget], [retain], "ga"),
-        "published way, WGA": lambda: published_way(model, [forget], [retain], "wga"),
+def checked(model, forget: dict, retain: dict, names: list[str], tolerance: float) -> dict[str, dict[str, Any]]:
+    """For each provider its error, or why there is none: skipped, failed, wrong (of those nothing is timed)."""
+    found: dict[str, dict[str, Any]] = {}
+    small = [rows_of(batch, 0, CHECK_ROWS) for batch in (forget, retain)]
+    truth = Truth(model, *small)
+    for name in names:
+        provider = ALL[name]
+        if (why := provider.why_not(model, forget)) is not None:
+            found[name] = {"skipped": why}
+            continue
+        kind = "effect, GA" if name == "g_effect(GA)" else provider.kind
+        try:
+            gap = error(truth, provider.run(model, *small), kind, provider.parameters)
+        except Exception as problem:
+            found[name] = {"failed": f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"}
+            continue
+        ours = name in PROVIDERS and "effect" in name
+        found[name] = {"error": gap}
+        if gap > (tolerance if ours else NO_RESULT):
+            found[name]["wrong"] = f"error {gap:.2e} of the norms' product against plain autograd: not timed"
+        elif gap > tolerance:
+            found[name]["unequal"] = f"error {gap:.2e} of the norms' product"
+    return found
+
+
+def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a provider, after one for each unit."""
+    model, forget, retain = setup(settings)
+    notes = checked(model, forget, retain, names, TOLERANCE[settings["dtype"]])
+    good = [name for name in names if "error" in notes[name] and "wrong" not in notes[name]]
+    steps: dict[str, Callable[[], object]] = {
+        name: (lambda unit=unit: unit(model, forget)) for name, unit in UNITS.items()
     }
+    for name in good:
+        steps[name] = lambda run=ALL[name].run: run(model, forget, retain)
+    times = interleaved(steps, settings["device"], args.repetitions, warmup=1, budget_s=args.budget)
+    one, forward = (times[name]["median_ms"] for name in UNITS)
+    rows: list[dict[str, Any]] = []
+    for name, time in times.items():
+        row: dict[str, Any] = {"name": name, **time}
+        if name in good:
+            provider = ALL[name]
+            row |= {"kind": provider.kind, "parameters": provider.parameters, **notes[name]}
+            row |= {"passes": provider.passes, "forwards": provider.forwards}
+            if floor := provider.passes * one + provider.forwards * forward:
+                row["ratio"] = round(time["median_ms"] / floor, 4)
+                if provider.law is not None:
+                    row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
+        if not args.no_memory:
+            row["peak_extra_mb"] = peak_mb(name, settings, lambda step=steps[name]: step())
+        rows.append(row)
+    rows += [{"name": name, "kind": ALL[name].kind, **notes[name]} for name in names if name not in good]
+    return rows
 
 
-def peak_mb(name: str, args: argparse.Namespace) -> float | None:
+def peak_mb(name: str, settings: dict[str, Any], step: Callable[[], object]) -> float | None:
     """Peak extra memory of a case; on a CPU in a fresh process, where no freed memory is there to be reused."""
-    arguments = ["--measure", name]
-    for key in ("shape", "dtype", "batch", "tokens", "device", "threads"):
-        if getattr(args, key) is not None:
-            arguments += [f"--{key}", str(getattr(args, key))]
-    size = peak_in_fresh_process(__file__, arguments)
+    if settings["device"] == "cuda":
+        size = peak_extra_bytes(step, "cuda")
+    else:
+        size = peak_in_fresh_process(__file__, ["--measure", json.dumps({"name": name, **settings})])
     return None if size is None else round(size / 2**20, 1)
+
+
+def measure(description: str) -> None:
+    settings = json.loads(description)
+    name = settings.pop("name")
+    model, forget, retain = setup(settings)
+    if name in UNITS:
+        print(peak_extra_bytes(lambda: UNITS[name](model, forget), settings["device"]))
+    else:
+        print(peak_extra_bytes(lambda: ALL[name].run(model, forget, retain), settings["device"]))
+
+
+def against_published(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """g_effect(WGA) against the published way, both paddings: how many times less time and memory it takes."""
+    by_name = {row["name"]: row for row in rows if "median_ms" in row}
+    ours, found = by_name.get("g_effect(WGA)"), []
+    for name in ("published way", "published way, padded"):
+        if ours is None or name not in by_name:
+            continue
+        time = round(by_name[name]["median_ms"] / ours["median_ms"], 2)
+        row = {"against": name, "times_less": time, "time_law": TIMES_LESS, "time_law_met": time >= TIMES_LESS}
+        sizes = [by_name[name].get("peak_extra_mb"), ours.get("peak_extra_mb")]
+        if all(sizes):
+            memory = round(sizes[0] / sizes[1], 2)
+            row |= {"memory_less": memory, "memory_law": MEMORY_LESS, "memory_law_met": memory >= MEMORY_LESS}
+        found.append(row)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'':<24}{'ms':>10}{'ratio':>8}{'peak MB':>10}{'error':>10}"]
+    for row in rows:
+        note = next((note for note in ("skipped", "failed", "wrong") if note in row), None)
+        if note is not None:
+            lines.append(f"{row['name']:<24}{note.upper()}: {row[note]}")
+            continue
+        law = "" if "law" not in row else f"  law {row['law']:.2f}: {'met' if row['law_met'] else 'MISSED'}"
+        ratio, size, gap = row.get("ratio"), row.get("peak_extra_mb"), row.get("error")
+        lines.append(
+            f"{row['name']:<24}{row['median_ms']:>10.1f}{'' if ratio is None else f'{ratio:.3f}':>8}"
+            f"{'' if size is None else size:>10}{'' if gap is None else f'{gap:.0e}':>10}{law}"
+            f"{'  UNEQUAL' if 'unequal' in row else ''}"
+            f"{'  Linear layers only' if row.get('parameters') == 'linear' else ''}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=72)
+    parser.add_argument("--layers", type=int, help="cut the model to this depth")
+    parser.add_argument("--providers", help="separated by semicolons; default: all, a sweep takes fewer: " + SWEPT)
+    parser.add_argument("--sweep", choices=SWEEPS, help="over the batch, the length or the depth")
+    parser.add_argument("--values", type=lambda text: [int(v) for v in text.split(",")], help="the sweep's values")
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds per case; at least 3 repetitions are made")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds a provider")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", help="file name under bench/results, or a path")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", help="file name under bench/results, or a path; a sweep writes after every value")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, forget, retain = setup(args)
-    steps = cases(model, forget, retain)
     if args.measure:
-        print(peak_extra_bytes(steps[args.measure], args.device))
+        measure(args.measure)
         return
-
-    error = check(model, forget, retain, TOLERANCE[args.dtype])
-    print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens; error {error:.1e} of the norms' product")
-    times = interleaved(steps, args.device, args.repetitions, warmup=1, budget_s=args.budget)
-    rows = []
-    print(f"{'':<20}{'ms':>10}{'ratio':>8}{'peak MB':>10}")
-    for name, time in times.items():
-        floor = "3 plain passes" if "3" in name or "WGA" in name else "2 plain passes"
-        ratio = round(time["median_ms"] / times[floor]["median_ms"], 4)
-        peak = peak_mb(name, args)
-        rows.append({"name": name, **time, "floor": floor, "ratio": ratio, "peak_extra_mb": peak})
-        met = "" if not name.startswith("g_effect") else "  law met" if ratio <= LAW else "  law MISSED"
-        shown = "?" if peak is None else peak
-        print(f"{name:<20}{time['median_ms']:>10.1f}{ratio:>8.3f}{shown:>10}{met}", flush=True)
-    if args.json:
-        settings = {key: getattr(args, key) for key in ("shape", "dtype", "batch", "tokens")}
-        settings["parameters"] = sum(p.numel() for p in model.parameters())
-        record = {"environment": environment(args.device), "settings": settings}
-        payload = record | {"law": LAW, "error": error, "rows": rows}
-        print(f"wrote {write_json(args.json, payload).name}")
+    swept = [name for name in ALL if name in SWEPT]
+    names = args.providers.split(";") if args.providers else swept if args.sweep else list(ALL)
+    if unknown := [name for name in names if name not in ALL]:
+        parser.error(f"unknown provider {unknown[0]!r}; choose from {'; '.join(ALL)}")
+    if args.batch < CHECK_ROWS and args.sweep != "batch":
+        parser.error(f"--batch must be at least {CHECK_ROWS}: that many rows are checked")
+    settings = {key: getattr(args, key) for key in ("shape", "dtype", "batch", "tokens", "layers", "device")}
+    swept_key = {"batch": "batch", "length": "tokens", "depth": "layers"}.get(args.sweep or "")
+    results: list[dict[str, Any]] = []
+    for value in (args.values or SWEEPS[args.sweep]) if args.sweep else [None]:
+        at = settings if value is None else settings | {swept_key: value}
+        print(f"\n{at['shape']}, {at['dtype']}, {at['batch']} x {at['tokens']} tokens, {at['device']}", flush=True)
+        rows = bench(at, names, args)
+        print(table(rows), flush=True)
+        results += rows if value is None else [{args.sweep: value, **row} for row in rows]
+        published = [] if args.sweep else against_published(rows)
+        for row in published:
+            print(f"g_effect(WGA) takes {row['times_less']}x less time than the {row['against']}", end="")
+            print(f" and {row['memory_less']}x less memory" if "memory_less" in row else "")
+        if args.json:
+            model = random_model(args.shape, args.dtype, "meta", args.layers)
+            record = settings | {"parameters": sum(p.numel() for p in model.parameters())}
+            payload = {"environment": environment(args.device), "settings": record, "sweep": args.sweep}
+            write_json(args.json, payload | {"published": published, "rows": results})
 
 
 if __name__ == "__main__":

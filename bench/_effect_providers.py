@@ -1,0 +1,235 @@
+"""Who measures gradient effects: gfast's engines, plain loops, and the published code's way.
+
+Each provider takes (model, forget batch, retain batch) and returns {"unlearn": ..., "retain": ...}, each a dict from
+group to a tensor: a number, one value a sample [S], one a label token [N], or a matrix [S_forget, S_retain]. Who has
+groups of its own, or none, calls its only group "total".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from _models import Batch, padded, rows_of
+from torch import Tensor, nn
+
+import gfast
+from gfast.geffect import ENGINES
+from gfast.objectives import GA, WGA
+
+Sides = dict[str, dict[str, Tensor]]
+PUBLISHED_WIDTH = 500  # tokens to which the published code pads every sample
+TOKEN_UNITS = 9  # forward units of the tangents of two directions by group (DESIGN: about 9)
+VMAP_BYTES = 2**31  # per-sample gradients are held at once: only where they fit easily
+
+
+@dataclass(frozen=True)
+class Effects:
+    """A provider. ``passes`` and ``forwards`` are the plain passes and forwards it cannot do without."""
+
+    run: Callable[[nn.Module, Batch, Batch], Sides]
+    kind: str  # "effect", "sample", "token" or "gram"
+    what: str
+    passes: float = 0
+    forwards: float = 0
+    law: float | None = None
+    package: str | None = None
+    needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
+    parameters: str = "all"  # or "linear": the Linear layers of the blocks
+
+    def why_not(self, model: nn.Module, forget: Batch) -> str | None:
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        return self.needs(model, forget)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """NLL [B, T - 1] from full logits, 0 at ignored labels."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
+
+
+def plain_loss(model: nn.Module, batch: Batch, objective: str) -> Tensor:
+    """Token mean written out: NLL, GA or WGA with alpha 1."""
+    nll = token_losses(model, batch)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    if objective == "wga":
+        return -((-nll).detach().exp() * nll).sum() / count
+    return (-nll if objective == "ga" else nll).sum() / count
+
+
+def plain_pass(model: nn.Module, batch: Batch, objective: str = "nll") -> None:
+    plain_loss(model, batch, objective).backward()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def plain_forward(model: nn.Module, batch: Batch) -> Tensor:
+    return plain_loss(model, batch, "nll")
+
+
+def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient."""
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    parts = [(a[name].float() * b[name].float()).sum().double() for name in a if name in b]
+    return torch.stack(parts).sum()
+
+
+def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | None, objective: str = "wga") -> Sides:
+    """As the published code is described: four forward/backwards for each micro-batch, gradients copied to host lists.
+
+    For each side the objective's and the risk's gradient are computed anew, every parameter's gradient is copied to the
+    CPU, the risk's is mixed into a moving average (0.6 old, 0.4 new; a single micro-batch leaves it as it is), and dot
+    products are summed over groups that are matched by name (blocks 0-9, 10-19, 20 and more).
+    """
+    if width is not None:
+        forget, retain = padded(forget, width), padded(retain, width)
+
+    def to_host(batch: Batch, kind: str) -> list[Tensor]:
+        plain_loss(model, batch, kind).backward()
+        grads = [p.grad.detach().cpu().clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return grads
+
+    names = [name for name, _ in model.named_parameters()]
+    out: Sides = {}
+    for side, batch in (("unlearn", forget), ("retain", retain)):
+        own, risk = to_host(forget, objective), to_host(batch, "nll")
+        groups: dict[str, float] = {}
+        for name, a, b in zip(names, own, risk, strict=True):
+            block = re.search(r"layers\.(\d+)\.", name)
+            group = "other" if block is None else ("0-9", "10-19", "20+")[min(int(block.group(1)) // 10, 2)]
+            groups[group] = groups.get(group, 0.0) + float((a * b).sum())
+        out[side] = {"total": torch.tensor(sum(groups.values()), dtype=torch.float64)}
+    return out
+
+
+def clone_loop(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+    """The loop most people would write: three backwards, the gradients cloned, dots summed."""
+    risks = {"unlearn": gradient(model, plain_loss(model, forget, "nll"))}
+    risks["retain"] = gradient(model, plain_loss(model, retain, "nll"))
+    own = gradient(model, plain_loss(model, forget, "wga"))
+    return {side: {"total": _dot(own, risk)} for side, risk in risks.items()}
+
+
+def sample_loop(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+    """A backward for each sample."""
+    risks = [gradient(model, plain_loss(model, batch, "nll")) for batch in (forget, retain)]
+    rows = []
+    for row in range(forget["labels"].shape[0]):
+        own = gradient(model, -token_losses(model, rows_of(forget, row, row + 1)).sum())
+        rows.append(torch.stack([_dot(own, risk) for risk in risks]))
+    values = torch.stack(rows)  # [S, 2]
+    return {"unlearn": {"total": values[:, 0]}, "retain": {"total": values[:, 1]}}
+
+
+def sample_vmap(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+    """torch.func: all per-sample gradients at once. Right padding is left to the causal mask, which vmap can trace."""
+    risks = [gradient(model, plain_loss(model, batch, "nll")) for batch in (forget, retain)]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logp(weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        arguments = {"input_ids": ids[None], "use_cache": False}
+        logits = torch.func.functional_call(model, weights, (), arguments).logits[0, :-1]  # [T - 1, V]
+        return -F.cross_entropy(logits, labels[1:], reduction="sum")
+
+    grads = torch.func.vmap(torch.func.grad(logp), in_dims=(None, 0, 0))(
+        parameters, forget["input_ids"], forget["labels"]
+    )
+    sums = [sum((g.flatten(1) @ risk[name].flatten()).double() for name, g in grads.items()) for risk in risks]
+    return {"unlearn": {"total": sums[0]}, "retain": {"total": sums[1]}}
+
+
+def _vmap_fits(model: nn.Module, forget: Batch) -> str | None:
+    size = forget["labels"].shape[0] * sum(p.numel() * p.element_size() for p in model.parameters())
+    return None if size <= VMAP_BYTES else f"its per-sample gradients would take {size / 2**30:.1f} GiB"
+
+
+def _gfast_missing(name: str) -> Callable[[nn.Module, Batch], str | None]:
+    def why(model: nn.Module, batch: Batch) -> str | None:
+        return None if hasattr(gfast, name) else f"this version has no gfast.{name}"
+
+    return why
+
+
+def _no_engine(engine: str) -> Callable[[nn.Module, Batch], str | None]:
+    return lambda model, batch: None if engine in ENGINES else f"g_effect has no engine {engine!r} in this version"
+
+
+def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, Batch], Sides]:
+    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+        found = gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine)
+        return {
+            side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(found, side).items()}
+            for side in ("unlearn", "retain")
+        }
+
+    return run
+
+
+def _engine(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
+    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+        found = getattr(gfast, name)(model, forget=forget, retain=retain)
+        sides: Sides = {"unlearn": dict(found.unlearn), "retain": dict(found.retain)}
+        if kind == "token":
+            return {side: {g: torch.cat(list(rows)) for g, rows in groups.items()} for side, groups in sides.items()}
+        return sides
+
+    return run
+
+
+PROVIDERS: dict[str, Effects] = {
+    "g_effect(GA)": Effects(g_effect(GA()), "effect", "stream engine, GA", 2, law=1.05),
+    "g_effect(WGA)": Effects(g_effect(WGA()), "effect", "stream engine, WGA", 3, law=1.05),
+    "g_effect(WGA), sample": Effects(
+        g_effect(WGA(), "sample"), "effect", "sample engine", 3, 1, 1.15, needs=_no_engine("sample")
+    ),
+    "g_effect(WGA), gram": Effects(g_effect(WGA(), "gram"), "effect", "gram engine", 2, needs=_no_engine("gram")),
+    "g_effect(WGA), token": Effects(
+        g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 1.15, needs=_no_engine("token")
+    ),
+    "clone loop, WGA": Effects(clone_loop, "effect", "three backwards, gradients cloned", 3),
+    "published way": Effects(
+        lambda m, f, r: published_way(m, f, r, None), "effect", "published code's way, padding to the longest", 3
+    ),
+    "published way, padded": Effects(
+        lambda m, f, r: published_way(m, f, r, PUBLISHED_WIDTH),
+        "effect",
+        f"published code's way, padding to {PUBLISHED_WIDTH} tokens as it does",
+        3,
+    ),
+    "pg_effect": Effects(
+        _engine("pg_effect", "sample"), "sample", "one value a sample", 3, 1, 1.15, needs=_gfast_missing("pg_effect")
+    ),
+    "sample loop": Effects(sample_loop, "sample", "a backward for each sample", 3, 1),
+    "vmap(grad)": Effects(sample_vmap, "sample", "torch.func, all gradients at once", 3, 1, needs=_vmap_fits),
+    "token_effect": Effects(
+        _engine("token_effect", "token"),
+        "token",
+        "one value a label token",
+        2,
+        TOKEN_UNITS,
+        1.15,
+        needs=_gfast_missing("token_effect"),
+    ),
+    "gram_effect": Effects(
+        _engine("gram_effect", "gram"),
+        "gram",
+        "all pairs of samples, both sides",
+        2,
+        law=1.0,
+        needs=_gfast_missing("gram_effect"),
+    ),
+}

@@ -1,0 +1,238 @@
+"""Who computes a loss: gfast, what trainers write, torch.compile, other projects' fused heads, and the floors.
+
+A provider makes a step for a case, or None where it does not apply. ``why_not`` says why one cannot run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from _loss_cases import OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_loss, step_of
+from torch import Tensor
+
+import gfast
+
+
+@dataclass(frozen=True)
+class Provider:
+    make: Callable[[Case, Inputs], Step | None]
+    what: str
+    package: str | None = None  # must be importable
+    gpu_only: bool = False
+    ours: bool = False  # a wrong result is a bug of this repository: never timed
+    floor: bool = False  # computes no loss
+
+    def why_not(self, device: str) -> str | None:
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        return "needs a GPU" if self.gpu_only and device != "cuda" else None
+
+
+def _logits(case: Case, leaves: tuple[Tensor, ...]) -> Tensor:
+    return leaves[0] if case.op == "logits" else F.linear(*leaves)
+
+
+def plain(case: Case, inputs: Inputs, upcast: bool = False, compiled: bool = False) -> Step:
+    def loss(*leaves: Tensor) -> Tensor:
+        logits = _logits(case, leaves)
+        return plain_loss(case.objective, logits.float() if upcast else logits, inputs.labels, inputs.ref_logp)
+
+    return step_of(case, inputs, torch.compile(loss, dynamic=False) if compiled else loss)
+
+
+def open_unlearning(case: Case, inputs: Inputs) -> Step | None:
+    if case.objective not in ("wga", "npo"):
+        return None
+
+    def loss(*leaves: Tensor) -> Tensor:
+        logits = _logits(case, leaves)
+        F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), inputs.labels.reshape(-1))
+        return plain_loss(case.objective, logits, inputs.labels, inputs.ref_logp)
+
+    return step_of(case, inputs, loss)
+
+
+def _reference(case: Case, inputs: Inputs) -> Tensor | None:
+    return inputs.ref_logp if "ref_logp" in OBJECTIVES[case.objective].needs else None
+
+
+def gfast_loss(case: Case, inputs: Inputs) -> Step:
+    objective, ref = OBJECTIVES[case.objective], _reference(case, inputs)
+    op = gfast.unlearn_loss if case.op == "logits" else gfast.linear_unlearn_loss
+    return step_of(case, inputs, lambda *leaves: op(*leaves, inputs.labels, objective, ref_logp=ref).loss)
+
+
+class _Produced(torch.autograd.Function):
+    """Stands for the head that makes the logits: its output is no leaf, so it may be overwritten."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def gfast_inplace(case: Case, inputs: Inputs) -> Step | None:
+    if case.op != "logits" or case.mode != "train" or "inplace" not in inspect.signature(gfast.unlearn_loss).parameters:
+        return None
+    # its own logits: each call leaves the gradient in them, which the next call takes for logits (as slow or fast)
+    own = Inputs((inputs.tensors[0].clone(),), inputs.labels, inputs.ref_logp)
+    objective, ref = OBJECTIVES[case.objective], _reference(case, inputs)
+
+    def loss(leaf: Tensor) -> Tensor:
+        return gfast.unlearn_loss(_Produced.apply(leaf), own.labels, objective, ref_logp=ref, inplace=True).loss
+
+    return step_of(case, own, loss)
+
+
+def gfast_logp(case: Case, inputs: Inputs) -> Step | None:
+    if case.mode != "nograd" or case.objective != "nll":
+        return None
+    op = gfast.token_logp if case.op == "logits" else gfast.linear_token_logp
+    count = inputs.valid
+    return step_of(case, inputs, lambda *leaves: -op(*leaves, inputs.labels).sum() / count)
+
+
+def floor(case: Case, inputs: Inputs) -> Step:
+    """No loss can do less: move the logits' bytes, or multiply as often as the mode needs."""
+    if case.op == "logits":
+        logits = inputs.tensors[0]
+        if case.mode != "train":  # nothing is written: half of a copy moves as many bytes as reading it all
+            logits = logits.flatten(0, 1)[: max(1, case.rows // 2)]
+        out = torch.empty_like(logits)
+        return lambda: (out.copy_(logits),)
+    hidden = inputs.tensors[0].flatten(0, 1)[inputs.labels.flatten() != -100]
+    native = _products(case.mode, hidden, inputs.tensors[1])
+    # Many CPUs multiply bf16 more slowly than fp32: the floor is the faster, its operands converted beforehand.
+    if case.device == "cuda" or case.dtype == "fp32":
+        return native
+    wide = _products(case.mode, hidden.float(), inputs.tensors[1].float())
+    seconds = []
+    for step in (native, wide):
+        step()
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return native if seconds[0] < seconds[1] else wide
+
+
+def _products(mode: str, hidden: Tensor, weight: Tensor) -> Step:
+    """Logits, and where the mode wants them dH and dW, into memory that exists."""
+    logits = hidden @ weight.T
+    d_hidden = torch.empty_like(hidden) if mode in ("train", "frozen") else None
+    d_weight = torch.empty_like(weight) if mode == "train" else None
+
+    def step() -> tuple[Tensor, ...]:
+        torch.mm(hidden, weight.T, out=logits)
+        if d_hidden is not None:
+            torch.mm(logits, weight, out=d_hidden)
+        if d_weight is not None:
+            torch.mm(logits.T, hidden, out=d_weight)
+        return (logits,)
+
+    return step
+
+
+def fresh_copy(case: Case, inputs: Inputs) -> Step | None:
+    return (lambda: (inputs.tensors[0].clone(),)) if case.op == "logits" and case.mode == "train" else None
+
+
+def torch_chunked(case: Case, inputs: Inputs) -> Step | None:
+    if (case.op, case.objective) != ("linear", "nll") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    options, labels = torch.nn.LinearCrossEntropyOptions(), inputs.labels.flatten()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels, options=options)
+
+    return step_of(case, inputs, loss)
+
+
+def torch_chunked_rows(case: Case, inputs: Inputs) -> Step | None:
+    if (case.op, case.objective) != ("linear", "nll") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    chunk = min(case.rows, 256 if case.device == "cpu" else 4096)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None, acc_policy="accurate")
+    labels = inputs.labels.flatten()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels, options=options)
+
+    return step_of(case, inputs, loss)
+
+
+def liger(case: Case, inputs: Inputs) -> Step | None:
+    if case.op != "linear" or case.objective not in ("nll", "wga"):
+        return None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    wga = case.objective == "wga"
+    module, labels = LigerFusedLinearCrossEntropyLoss(use_token_scaling=wga), inputs.labels.flatten()
+    sign = -1.0 if wga else 1.0
+    return step_of(case, inputs, lambda hidden, weight: sign * module(weight, hidden.flatten(0, 1), labels))
+
+
+def cce(case: Case, inputs: Inputs, **options: object) -> Step | None:
+    if case.op != "linear":
+        return None
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        if case.objective == "nll":
+            return linear_cross_entropy(hidden, weight, inputs.labels, **options)
+        nll = linear_cross_entropy(hidden, weight, inputs.labels, reduction="none", **options)
+        return objective_of_nll(case.objective, nll, inputs.labels, inputs.ref_logp)
+
+    return step_of(case, inputs, loss)
+
+
+def trl(case: Case, inputs: Inputs) -> Step | None:
+    if case.op != "linear":
+        return None
+    from trl.kernels import ChunkedLogProbFunction
+
+    mask = inputs.labels != -100
+    targets = inputs.labels[mask]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        kept = hidden[mask]  # [n, D], as its head does on a GPU
+        logp = ChunkedLogProbFunction.apply(kept, weight, None, targets, 1.0, TRL_TILE, None, 1.0, ())[0]
+        nll = torch.zeros(mask.shape, dtype=logp.dtype, device=logp.device).masked_scatter(mask, -logp)
+        return objective_of_nll(case.objective, nll, inputs.labels, inputs.ref_logp)
+
+    return step_of(case, inputs, loss)
+
+
+TRL_TILE = 32768  # vocabulary entries a tile, TRL's own choice
+
+PROVIDERS: dict[str, Provider] = {
+    "gfast": Provider(gfast_loss, "unlearn_loss or linear_unlearn_loss", ours=True),
+    "gfast_inplace": Provider(gfast_inplace, "unlearn_loss that overwrites the logits", ours=True),
+    "gfast_logp": Provider(gfast_logp, "token_logp or linear_token_logp, for scoring", ours=True),
+    "floor": Provider(floor, "bare copy or matrix products", floor=True),
+    "fresh_copy": Provider(fresh_copy, "a copy into new memory, as a gradient needs", floor=True),
+    "open_unlearning": Provider(open_unlearning, "the model's own loss first, upcast and dropped, then the objective"),
+    "eager": Provider(plain, "cross entropy in the logits' dtype, weights from it"),
+    "upcast": Provider(lambda c, i: plain(c, i, upcast=True), "the same on logits.float()"),
+    "compile": Provider(lambda c, i: plain(c, i, compiled=True), "eager under torch.compile"),
+    "compile_upcast": Provider(lambda c, i: plain(c, i, upcast=True, compiled=True), "upcast under torch.compile"),
+    "torch_chunked": Provider(torch_chunked, "F.linear_cross_entropy with its default options"),
+    "torch_chunked_rows": Provider(torch_chunked_rows, "the same with large chunks and fp32 accumulation"),
+    "liger": Provider(liger, "Liger's fused linear cross entropy (WGA: token scaling)", "liger_kernel", True),
+    "cce": Provider(cce, "Cut Cross-Entropy as it comes: filters gradients", "cut_cross_entropy", True),
+    "cce_exact": Provider(
+        lambda c, i: cce(c, i, filter_eps=None), "Cut Cross-Entropy without filter", "cut_cross_entropy", True
+    ),
+    "cce_torch": Provider(
+        lambda c, i: cce(c, i, impl="torch_compile"), "Cut Cross-Entropy's torch.compile path", "cut_cross_entropy"
+    ),
+    "trl": Provider(trl, "TRL's fused LM head", "trl"),
+}
