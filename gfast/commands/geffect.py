@@ -4,6 +4,8 @@
     gfast geffect --model MODEL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO:beta=0.1 \
         --reference_model ORIGINAL --output_dir effects
 
+    gfast geffect --per token ...          # every token of every forget answer; or sample: every answer
+
 Objectives that compare with the original model read it from `--reference_model`; without it the model is its own
 reference, as at the first step of an unlearning run.
 """
@@ -36,7 +38,7 @@ from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
 from gfast.training.callback import nll
 from gfast.training.config import parse_objective
-from gfast.training.records import check_run_folder, write_record, write_run_info
+from gfast.training.records import check_run_folder, effect_file, token_texts_file, write_record, write_run_info
 from gfast.training.terms import run_name
 
 
@@ -55,6 +57,10 @@ class GEffectArguments:
         metadata={"help": "The original model for objectives that need it; the model itself if not given."},
     )
     groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
+    per: str = field(
+        default="objective",
+        metadata={"help": "objective, or sample or token: effects of each forget answer or of each of its tokens."},
+    )
     engine: str = field(default="auto", metadata={"help": "How to measure; see gfast.g_effect."})
     norms: bool = field(default=False, metadata={"help": "Measure cosines too; holds one more gradient."})
     batch_size: int = field(
@@ -69,6 +75,8 @@ class GEffectArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.per not in ("objective", "sample", "token"):
+            raise ValueError(f"per is {self.per!r}; choose objective, sample or token")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
 
@@ -81,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     model_arguments, data_arguments, arguments = parser.parse(argv)
     objectives = [parse_objective(text) for text in arguments.objectives]
+    if arguments.per != "objective" and any(_kind(one) != "plain" for one in objectives):
+        raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
     show_log()
     folder = None if arguments.output_dir is None else require_writable(arguments.output_dir)
     rows = load_rows(data_arguments)
@@ -100,28 +110,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_model(model_arguments)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments)
-    effects, risks = measure(objectives, sides, model_arguments, data_arguments, arguments, device)
+    model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
+    one_by_one = None
+    if arguments.per == "objective":
+        effects = by_objective(model, objectives, batches, arguments)
+    else:
+        one_by_one = by_part(model, batches, arguments)
+        effects = [one_by_one.g_effect(one) for one in objectives] if arguments.per == "token" else []
+        print(in_words(one_by_one))
     for effect in effects:
         print(effect)
+        if arguments.norms:
+            print(cosines(effect))
     if folder is not None:
+        risks = {"unlearn": nll(model, batches["forget"]), "retain": nll(model, batches["retain"])}
         write_run_info(folder, info | {"device": device_name(device)})
-        write_record(folder, _rows(effects, risks, folder, arguments.step))
-        write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
-        say(f"Records and geffect.json: {folder}")
+        if one_by_one is not None:
+            one_by_one.to_parquet(effect_file(folder, arguments.per, arguments.step))
+            write_json(token_texts_file(folder), token_texts(sides, rows))
+        if effects:
+            write_record(folder, _rows(effects, risks, folder, arguments.step))
+            write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
+        say(f"Records and effects: {folder}")
     return 0
 
 
-def measure(
+def prepared(
     objectives: list[Objective],
     sides: Sides,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     arguments: GEffectArguments,
     device: torch.device,
-) -> tuple[list[Any], dict[str, float]]:
-    """The effects in the order of the objectives, and the mean NLL of both sides."""
-    from gfast.geffect import g_effect
-
+) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+    """The model, and the batches of both sets and of each kind of objective: plain, dpo, po."""
     kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
@@ -136,18 +158,73 @@ def measure(
         del model
         gc.collect()
         model = load_model(model_arguments).to(device)
-    retain = sides.batches(sides.retain, None, 0, batch_size)
-    plain = sides.batches(sides.forget, None, 0, batch_size)
+    found = {"retain": sides.batches(sides.retain, None, 0, batch_size)}
+    found["forget"] = sides.batches(sides.forget, None, 0, batch_size)
+    for kind, cache in caches.items():
+        found[kind] = sides.batches(sides.of(kinds[kind][0]), cache, 0, batch_size)
+    return model, found
+
+
+def by_objective(
+    model: Any, objectives: list[Objective], batches: dict[str, list[dict[str, Any]]], arguments: GEffectArguments
+) -> list[Any]:
+    """The effects in the order of the objectives."""
+    from gfast.geffect import g_effect
+
     options = {"groups": arguments.groups, "engine": arguments.engine, "norms": arguments.norms or None}
     found = {}
-    for kind, members in kinds.items():
+    for kind in ("plain", "dpo", "po"):
+        members = [one for one in objectives if _kind(one) == kind]
         if not members:
             continue
-        own = sides.batches(sides.of(members[0]), caches[kind], 0, batch_size)
-        extra = {"forget": own} if kind == "plain" else {"forget": plain, "objective_batches": own}
-        effects = g_effect(model, members, retain=retain, progress=sys.stderr.isatty(), **extra, **options)
+        own = batches[kind]
+        extra = {"forget": own} if kind == "plain" else {"forget": batches["forget"], "objective_batches": own}
+        effects = g_effect(model, members, retain=batches["retain"], progress=sys.stderr.isatty(), **extra, **options)
         found.update(zip(members, effects, strict=True))
-    return [found[objective] for objective in objectives], {"unlearn": nll(model, plain), "retain": nll(model, retain)}
+    return [found[objective] for objective in objectives]
+
+
+def by_part(model: Any, batches: dict[str, list[dict[str, Any]]], arguments: GEffectArguments) -> Any:
+    """The effects of each forget answer, or of each of its tokens."""
+    from gfast.geffect import pg_effect, token_effect
+
+    measure = pg_effect if arguments.per == "sample" else token_effect
+    options = {"groups": arguments.groups, "progress": sys.stderr.isatty()}
+    return measure(model, forget=batches["plain"], retain=batches["retain"], **options)
+
+
+def cosines(effect: Any) -> str:
+    """The cosines of an effect, in the columns of its groups."""
+    groups = [*(effect.groups if len(effect.groups) <= 6 else []), "total"]
+    lines = [
+        f"{name:<8}" + "".join(f"{effect.cosine(side, group):>12.4g}" for group in groups)
+        for name, side in (("cos unl.", "unlearn"), ("cos ret.", "retain"))
+    ]
+    return "\n".join(lines)
+
+
+def in_words(effect: Any) -> str:
+    """How the effects of answers or tokens are spread, in three lines."""
+    lines = [f"Effects of {'answers' if effect.kind == 'sample' else 'answer tokens'} on {effect.risk}, all parameters"]
+    for side in ("unlearn", "retain"):
+        total = effect.total(side)
+        values = torch.cat(total) if isinstance(total, list) else total[effect.tokens > 0]
+        low, middle, high = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)).tolist()
+        below = float((values < 0).double().mean())
+        lines.append(
+            f"{side:<8} {len(values)} values, 10/50/90 %: {low:.4g} {middle:.4g} {high:.4g}; {below:.0%} below zero"
+        )
+    return "\n".join(lines)
+
+
+def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
+    """The question and the pieces of the labelled answer of each forget row, for figures."""
+    found = []
+    for row, item in zip(rows.forget, sides.forget, strict=True):
+        ids = [token for token, label in zip(item["input_ids"][1:], item["labels"][1:], strict=True) if label != -100]
+        pieces = [sides.tokenizer.decode([int(token)]) for token in ids]
+        found.append({"question": row.get("question", ""), "pieces": pieces})
+    return found
 
 
 def _kind(objective: Objective) -> str:

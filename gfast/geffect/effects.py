@@ -7,7 +7,7 @@ hyper-parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,6 +51,37 @@ class SampleEffect(Effect):
     def total(self, side: str) -> Tensor:
         """The effects over all parameters, fp64 [S]: the sum over groups."""
         return torch.stack(list(self._side(side).values())).sum(0)
+
+    def weights(self, objective: Objective) -> Tensor:
+        """The detached weight that an objective with one weight a sequence gives each sample's log p(s), fp64 [S].
+
+        Raises:
+            ValueError: an objective whose weights differ from token to token (except where they are constant), or one
+                that needs logp or ref_logp, and they were not recorded.
+        """
+        spec = getattr(objective, "spec", None)
+        found = spec() if callable(spec) and not objective.needs & OWN_DATA else None
+        token_weights = found is None or (found.level == "token" and (found.p_pow or found.q_pow or found.beta))
+        if token_weights or found.level == "pair":
+            raise ValueError(
+                f"{objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or with "
+                f"token_effect(...) and its g_effect(objective)"
+            )
+        if found.level == "token":
+            return torch.full((len(self.tokens),), found.sign, dtype=torch.float64)
+        for name in ("logp", "ref_logp") if found.uses_ref else ("logp",):
+            if getattr(self, name) is None:
+                raise ValueError(f"{objective} needs {name} of the samples, which was not recorded")
+        ids, spread = self._spread()
+        ref = spread(self.ref_logp) if found.uses_ref else None
+        valid = torch.ones(len(ids), dtype=torch.bool)
+        weight, _ = weigh(objective, spread(self.logp), ref, valid, ids, len(self.tokens))
+        return torch.zeros(len(self.tokens), dtype=torch.float64).index_copy(0, ids, weight)
+
+    def _spread(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Sample of each token [N], and what spreads a sum over its tokens."""
+        ids = torch.repeat_interleave(torch.arange(len(self.tokens)), self.tokens)
+        return ids, lambda values: (values / self.tokens.clamp(min=1))[ids]
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, sample, value}; the quantity is sample_effect, tokens, logp, ref_logp or

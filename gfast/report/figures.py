@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from gfast.report.effects import draw_samples, draw_tokens, weighted_samples
 from gfast.report.runs import Run
 from gfast.report.style import (
     DARK,
@@ -64,9 +65,10 @@ class Drawing:
         """The pictures of these runs; the same records give the same bytes."""
         with matplotlib.rc_context(settings(LIGHT)):
             figure = self.draw(runs, LIGHT)
-            # Laying out is the slow part: once is enough for both formats.
-            figure.get_layout_engine().execute(figure)
-            figure.set_layout_engine("none")
+            # Laying out is the slow part: once is enough for both formats. The figure of tokens places them itself.
+            if figure.get_layout_engine() is not None:
+                figure.get_layout_engine().execute(figure)
+                figure.set_layout_engine("none")
             png, svg = io.BytesIO(), io.BytesIO()
             # Without a date and a tool version the same records give the same file.
             figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
@@ -120,6 +122,29 @@ def drawings(runs: list[Run]) -> list[Drawing]:
                 "Token-mean NLL of the answers. The right panel is the trade-off, each objective from its start (ring) "
                 "to its last recorded step (marker): up is forgotten, right is damage. Ideal runs go straight up.",
                 _draw_nll,
+            )
+        )
+    if any(weighted_samples(run) for run in runs):
+        found.append(
+            Drawing(
+                "samples",
+                "Answers: weight and effect",
+                "Left, the weight an objective gives an answer, the mean and the range of the middle 80 %, over "
+                "optimizer steps. Right, one point an answer and step (pale at first, dark at last): the effect of "
+                "lowering its log-probability on the NLL of the forget set and of the retain set, by the range of its "
+                "weight. Points below zero raise that set's NLL; the lower left does damage. Axes are symmetric-log.",
+                draw_samples,
+            )
+        )
+    if any(run.effects("token") and run.texts for run in runs):
+        found.append(
+            Drawing(
+                "tokens",
+                "Tokens: where an objective spends its damage",
+                "The first forget answers, token by token: the colour is the effect of lowering the token's "
+                "log-probability on the retain NLL (orange raises it, blue lowers it), the size is the weight that the "
+                "objective gives it. Large orange words are what unlearning pays for.",
+                draw_tokens,
             )
         )
     return found

@@ -44,6 +44,22 @@ class Run:
     def steps(self) -> np.ndarray:
         return np.unique(self.records["step"].to_numpy(np.int64))
 
+    def effects(self, kind: str) -> list[tuple[int, Any]]:
+        """Steps and effects of samples or tokens (`kind`), ordered by step; empty where none were recorded."""
+        from gfast.geffect import Effect
+
+        files = sorted((self.folder / "effects").glob(f"{kind}-*.parquet"))
+        return [(int(path.stem.rpartition("-")[2]), Effect.from_parquet(path)) for path in files]
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        """The words behind the tokens, a dict a sample; empty where they were not recorded."""
+        from gfast.files import read_json
+        from gfast.training.records import token_texts_file
+
+        path = token_texts_file(self.folder)
+        return read_json(path) if path.exists() else []
+
     @property
     def record_files(self) -> list[Path]:
         return sorted((self.folder / "records").glob("*.parquet"))

@@ -37,6 +37,16 @@ def step_file(run_folder: str | os.PathLike[str], step: int) -> Path:
     return Path(run_folder) / "records" / f"step-{step:08d}.parquet"
 
 
+def effect_file(run_folder: str | os.PathLike[str], kind: str, step: int) -> Path:
+    """The file of the effects of samples or tokens ("sample", "token") at one step."""
+    return Path(run_folder) / "effects" / f"{kind}-{step:08d}.parquet"
+
+
+def token_texts_file(run_folder: str | os.PathLike[str]) -> Path:
+    """The file with the words behind the tokens of a run: a JSON list, {"question": ..., "pieces": [...]} a sample."""
+    return Path(run_folder) / "effects" / "token-texts.json"
+
+
 def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write the rows of one step to `run_folder/records/`, whole or not at all, and return the file.
 
