@@ -25,13 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         raise FileNotFoundError(
             "the benchmarks are the scripts in the folder bench/ of gfast's source repository, and this installation "
-            "has "
-            "none; check the repository out, run pip install -e . in it and call gfast bench again"
+            "has none; check the repository out, run pip install -e . in it and call gfast bench again"
         )
     if options.name is None:
         print("Benchmarks (gfast bench NAME --help):")
         for name, path in found.items():
-            print(f"  {name:<12}{_first_line(path)}")
+            print(f"  {name:<{max(map(len, found)) + 2}}{_first_line(path)}")
         return 0
     if options.name not in found:
         raise ValueError(f"there is no benchmark {options.name!r}; there are {', '.join(found)}")

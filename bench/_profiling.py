@@ -1,0 +1,104 @@
+"""Named ranges put around gfast's functions from outside, a profiled run, its trace and its tables.
+
+The ranges exist only while a profile script runs: the functions themselves carry none, so they cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+TRACES = Path("runs") / "traces"  # git-ignored: a trace is megabytes
+
+
+@contextlib.contextmanager
+def named(where: dict[str, str]) -> Iterator[list[str]]:
+    """Wrap "package.module:Name.attribute" -> range name for the time; yields those that do not exist (any more)."""
+    undo, missing = [], []
+    for path, label in where.items():
+        module, _, attribute = path.partition(":")
+        *outer, name = attribute.split(".")
+        try:
+            owner: Any = importlib.import_module(module)
+            for part in outer:
+                owner = getattr(owner, part)
+            function = getattr(owner, name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+            continue
+        undo.append((owner, name, function))
+        setattr(owner, name, _ranged(function, label))
+    try:
+        yield missing
+    finally:
+        for owner, name, function in reversed(undo):
+            setattr(owner, name, function)
+
+
+def _ranged(function: Callable, label: str) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record_function(label):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def profiled(step: Callable[[], object], where: dict[str, str], device: str, trace: Path, top: int) -> dict[str, Any]:
+    """Run a step under the profiler; leaves a trace, prints the ranges and the top ops, returns both as rows.
+
+    The first call is not profiled. Times of ranges contain what runs inside them; those of ops do not.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with named(where) as missing:
+        step()
+        with profile(activities=activities, record_shapes=False) as run:
+            with record_function("step"):
+                step()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    run.export_chrome_trace(str(trace))
+    events = run.key_averages()
+    cuda = device == "cuda"
+    whole = next(e for e in events if e.key == "step").cpu_time_total
+    labels = set(where.values())
+    ranges = [
+        {
+            "range": e.key,
+            "calls": e.count,
+            "ms": round(e.cpu_time_total / 1e3, 3),
+            "device_ms": round(e.device_time_total / 1e3, 3) if cuda else None,
+            "share": round(e.cpu_time_total / whole, 4),
+        }
+        for e in events
+        if (e.key in labels or e.key.startswith("gfast::")) and e.cpu_time_total > 0
+    ]
+    ranges.sort(key=lambda row: -row["ms"])
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    ops = [
+        {
+            "op": e.key,
+            "calls": e.count,
+            "self_ms": round(e.self_cpu_time_total / 1e3, 3),
+            "self_device_ms": round(e.self_device_time_total / 1e3, 3) if cuda else None,
+        }
+        for e in sorted(events, key=lambda e: -getattr(e, order))
+        if e.key not in labels and e.key != "step"
+    ][:top]
+    print(f"step: {whole / 1e3:.2f} ms on the host; ranges (with what runs inside them):")
+    for row in ranges:
+        there = f"{row['device_ms']:>10.2f} ms device" if cuda else ""
+        print(f"  {row['range']:<40}{row['calls']:>7} x {row['ms']:>10.2f} ms {row['share']:>7.1%}{there}")
+    print(events.table(sort_by=order, row_limit=top, max_name_column_width=60))
+    if missing:
+        print(f"not found, so without a range: {', '.join(missing)}")
+    print(f"trace: {trace} (open it in ui.perfetto.dev or chrome://tracing)")
+    return {"step_ms": round(whole / 1e3, 3), "ranges": ranges, "ops": ops, "missing": missing}
