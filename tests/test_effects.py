@@ -214,3 +214,37 @@ def test_frames_are_tidy():
     assert list(samples().to_frame().columns) == ["quantity", "side", "group", "sample", "value"]
     assert list(gram().to_frame().columns) == ["quantity", "side", "group", "sample", "other", "value"]
     assert "embed, deep" in repr(samples()).replace("2 groups: ", "")
+
+
+def test_histories_add_up_over_steps(tmp_path):
+    pytest.importorskip("pyarrow")
+    from gfast.geffect import EffectHistory
+    from gfast.training.records import read_records, write_record
+
+    def at(scale: float) -> GEffect:
+        sides = ({"embed": scale, "deep": 2 * scale}, {"embed": -scale, "deep": 0.5})
+        return GEffect("GA()", *sides, NORMS | {"objective": {"embed": 1.0, "deep": 2.0}})
+
+    effects = {0: at(-1.0), 4: at(-2.0), 5: at(3.0)}
+    history = EffectHistory.of(dict(reversed(effects.items())))
+    assert history.steps == [0, 4, 5]
+    assert history.values("unlearn") == [-3.0, -6.0, 9.0]
+    assert history.cumulative("unlearn") == [0.0, -12.0, -18.0]
+    assert history.cumulative("retain", "deep", learning_rate=0.1) == pytest.approx([0.0, 0.2, 0.25])
+    for step, effect in effects.items():
+        common = {"run": "a", "objective": effect.objective, "step": step, "epoch": 0.0}
+        write_record(tmp_path, [common | row for row in [*effect.rows(), {"quantity": "loss", "value": 1.0}]])
+    records = read_records(tmp_path)
+    again = EffectHistory.from_records(records)
+    assert again.steps == history.steps
+    assert [effect.unlearn for effect in again.effects] == [effect.unlearn for effect in history.effects]
+    assert again.effects[0].groups == ["embed", "deep"]  # from input to output, not by name as in the file
+    assert again.cumulative("retain") == history.cumulative("retain")
+    frame = again.to_frame()
+    rows = frame[(frame["quantity"] == "cumulative") & (frame["side"] == "unlearn") & (frame["group"] == "total")]
+    assert rows["value"].tolist() == [0.0, -12.0, -18.0]
+    with pytest.raises(ValueError, match="no objective"):
+        EffectHistory.from_records(records[records["quantity"] == "loss"])
+    other = GEffect("NPO(beta=1.0)", effects[0].unlearn, effects[0].retain, NORMS)
+    with pytest.raises(ValueError, match="of one objective, and these"):
+        EffectHistory.of({0: effects[0], 1: other})

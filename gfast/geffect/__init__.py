@@ -13,6 +13,7 @@ from gfast.geffect.data import terms
 from gfast.geffect.directions import Directions, risk_directions
 from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
 from gfast.geffect.groups import GroupMap, assign
+from gfast.geffect.history import EffectHistory
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.results import Effect, GEffect
 from gfast.objectives import NLL, Objective
@@ -24,6 +25,7 @@ __all__ = [
     "ENGINES",
     "Directions",
     "Effect",
+    "EffectHistory",
     "GEffect",
     "GramEffect",
     "GroupMap",

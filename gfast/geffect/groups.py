@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import nn
 from gfast import hf
 
 _RUNS = ("shallow", "middle", "deep")
+_FIXED_ORDER = {"embed": 0, "embed+lm": 1, "shallow": 2, "middle": 3, "deep": 4, "lm": 10**6, "total": 10**7}
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,11 @@ def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> Gr
         raise ValueError("the model has no trainable parameter: a gradient effect needs at least one requires_grad")
     position = {group: index for index, group in enumerate(names)}
     return GroupMap(names, {name: position[group] for name, group in named.items()})
+
+
+def depth(group: str) -> tuple[float, str]:
+    """Sorts names of groups from the model's input to its output, where only the names are known."""
+    if group in _FIXED_ORDER:
+        return (_FIXED_ORDER[group], group)
+    number = re.search(r"\d+", group)
+    return (100 + int(number.group()) if number else 99, group)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_FIXED_ORDER = {"embed": 0, "embed+lm": 1, "shallow": 2, "middle": 3, "deep": 4, "lm": 10**6, "total": 10**7}
+from gfast.geffect.groups import depth
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Run:
     def groups(self) -> list[str]:
         """Layer groups with a recorded G-effect, from the input of the model to its output, without the total."""
         names = self.records.loc[self.records["quantity"] == "g_effect", "group"].unique()
-        return sorted((name for name in names if name != "total"), key=_depth)
+        return sorted((name for name in names if name != "total"), key=depth)
 
     @property
     def steps(self) -> np.ndarray:
@@ -63,13 +62,6 @@ class Run:
     @property
     def record_files(self) -> list[Path]:
         return sorted((self.folder / "records").glob("*.parquet"))
-
-
-def _depth(group: str) -> tuple[float, str]:
-    if group in _FIXED_ORDER:
-        return (_FIXED_ORDER[group], group)
-    number = re.search(r"\d+", group)
-    return (100 + int(number.group()) if number else 99, group)
 
 
 def load_runs(folders: list[Path]) -> list[Run]:

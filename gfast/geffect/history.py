@@ -1,0 +1,102 @@
+"""G-effects of one objective along a run: by step, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gfast.geffect.groups import depth
+from gfast.geffect.results import SIDES, GEffect
+
+if TYPE_CHECKING:
+    import pandas
+
+_QUANTITIES = ("g_effect", "standard_error", "risk_norm", "objective_norm")
+
+
+@dataclass
+class EffectHistory:
+    """The G-effects that were measured along a run, by optimizer step.
+
+    Attributes:
+        steps: optimizer steps, ascending. effects: the GEffect at each of them.
+
+    >>> def at(e): return GEffect("GA()", {"all": e}, {"all": -e}, {})
+    >>> history = EffectHistory.of({0: at(-1.0), 10: at(-3.0), 15: at(-2.0)})
+    >>> history.cumulative("unlearn")
+    [0.0, -10.0, -25.0]
+    """
+
+    steps: list[int]
+    effects: list[GEffect]
+
+    @classmethod
+    def of(cls, effects: Mapping[int, GEffect]) -> EffectHistory:
+        """From effects by step. Raises ValueError for none, or for effects of several objectives or groupings."""
+        steps = sorted(effects)
+        found = [effects[step] for step in steps]
+        for what in ("objective", "groups", "risk"):
+            several = {str(getattr(effect, what)) for effect in found}
+            if len(several) != 1:
+                raise ValueError(f"a history is of one {what}, and these effects have {sorted(several) or 'none'}")
+        return cls(steps, found)
+
+    @classmethod
+    def from_records(cls, rows: pandas.DataFrame | Iterable[Mapping[str, Any]]) -> EffectHistory:
+        """From the records of a run (`gfast.training.read_records`), of one objective.
+
+        Raises:
+            ValueError: no G-effect among them, or those of several objectives: choose one first.
+        """
+        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        by_step: dict[int, list[Mapping[str, Any]]] = {}
+        for row in records:
+            if row["quantity"] in _QUANTITIES:
+                by_step.setdefault(int(row["step"]), []).append(row)
+        objectives = {str(row["objective"]) for found in by_step.values() for row in found}
+        if len(objectives) != 1:
+            raise ValueError(f"the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
+        (objective,) = objectives
+        scalars = {"objective": objective, "risk": "NLL()", "counts": {}}
+        for found in by_step.values():
+            found.sort(key=lambda row: depth(str(row["group"])))
+        return cls.of({step: GEffect._from_rows(found, scalars) for step, found in by_step.items()})
+
+    def values(self, side: str, group: str | None = None) -> list[float]:
+        """The G-effect at each step, of a group or of all parameters (None)."""
+        return [effect._side(side)[group] if group else effect.total(side) for effect in self.effects]
+
+    def cumulative(self, side: str, group: str | None = None, learning_rate: float = 1.0) -> list[float]:
+        """The G-effects of all optimizer steps before each measured one, added up.
+
+            C_k = learning_rate * sum over measured j < k of (step_{j+1} - step_j) e_j
+
+        A step between two measurements counts with the effect at the earlier one. For plain gradient descent with that
+        learning rate, -C_k is the first-order change of the risk since the first measurement; other optimizers scale
+        and delay it.
+
+        Returns:
+            one float a measured step, the first 0.
+        """
+        values, total = self.values(side, group), [0.0]
+        for k in range(1, len(values)):
+            total.append(total[-1] + learning_rate * (self.steps[k] - self.steps[k - 1]) * values[k - 1])
+        return total
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A DataFrame with the columns objective, step, quantity, side, group, value; the quantity cumulative too."""
+        import pandas
+
+        pairs = zip(self.steps, self.effects, strict=True)
+        rows = [{"step": step, **row} for step, effect in pairs for row in effect.rows()]
+        for side in SIDES:
+            for group in (*self.effects[0].groups, "total"):
+                added = self.cumulative(side, None if group == "total" else group)
+                rows += [
+                    {"step": step, "quantity": "cumulative", "side": side, "group": group, "value": value}
+                    for step, value in zip(self.steps, added, strict=True)
+                ]
+        frame = pandas.DataFrame(rows, columns=["step", "quantity", "side", "group", "value"])
+        frame.insert(0, "objective", self.effects[0].objective)
+        return frame
