@@ -32,7 +32,7 @@ def _back(values: Tensor) -> Tensor:
     return nn.functional.pad(values[:, :-1], (1, 0))
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def model_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     keys = ("input_ids", "attention_mask", "position_ids")
     return model(**{key: batch[key] for key in keys if batch.get(key) is not None}, use_cache=False).logits
 
@@ -82,7 +82,7 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
     labels = shifted(_labels(batch))
     head = hf.head(model)
     if head is None:
-        return _back(token_logp(_logits(model, batch), labels, impl=impl))
+        return _back(token_logp(model_logits(model, batch), labels, impl=impl))
     hidden = hf.final_hidden(model, batch)
     return _back(linear_token_logp(hidden, head.weight, labels, impl=impl, **_head_options(head)))
 
@@ -151,7 +151,7 @@ def model_loss(
         options["ref_logp"] = nn.functional.pad(reference[:, 1:], (0, 1))
     head = hf.head(model)
     if head is None:
-        out = unlearn_loss(_logits(model, batch), target, objective, **options)
+        out = unlearn_loss(model_logits(model, batch), target, objective, **options)
     else:
         hidden = hf.final_hidden(model, batch)
         out = linear_unlearn_loss(hidden, head.weight, target, objective, **options, **_head_options(head))
@@ -182,8 +182,8 @@ def _kl(model: nn.Module, batch: Mapping[str, Any], target: Tensor, normalizer, 
                 "logits can be computed by switching them off."
             )
         with torch.no_grad(), original:
-            ref_logits = _logits(model, batch)
-        return token_kl(_logits(model, batch), ref_logits, target, normalizer=normalizer, impl=impl)
+            ref_logits = model_logits(model, batch)
+        return token_kl(model_logits(model, batch), ref_logits, target, normalizer=normalizer, impl=impl)
     if off is not None:
         with torch.no_grad(), original:
             ref_hidden, ref_head = hf.final_hidden(model, batch), hf.head(model)

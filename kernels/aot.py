@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gfast.kernels import kl, rows, scale
+from gfast.kernels import kl, row_dot, rows, scale
 from gfast.kernels.common import COMPILER, tile
 
 TARGETS = (80, 90, 100)
@@ -81,6 +82,16 @@ def specs() -> Iterator[Spec]:
         signature = {"x": f"*{dtype}", "scale": "*fp32", "numel": "i64"}
         options = {"num_warps": 8, "enable_fp_fusion": True}
         yield Spec(f"scale_ {dtype}", scale.scale_kernel, signature, {"BLOCK": 4096}, options, True)
+    for a, b, g in [("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "fp32"),
+                    ("fp16", "fp16", "fp16")]:
+        types = f"a:*{a} a_stride:i32 b:*{b} b_stride:i32 g:*{g} g_stride:i32 out:*fp64"
+        signature = dict(item.split(":") for item in f"{types} n:i32 d_in:i32 d_out:i32 splits:i32".split())
+        wide = max(a, b, g, key=ITEMSIZE.get)
+        launch = row_dot.tile(ITEMSIZE[wide])
+        options = {"num_warps": launch.pop("num_warps"), "num_stages": launch.pop("num_stages")}
+        product = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[wide]
+        yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, {"PRODUCT": product, **launch},
+                   options, True)
 
 
 def compile_spec(spec: Spec, sm: int) -> Report:

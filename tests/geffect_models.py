@@ -32,6 +32,18 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
             final_logit_softcapping=2.0,
             attn_logit_softcapping=None,
         )
+    elif kind == "gpt_neox":
+        config = transformers.GPTNeoXConfig(**sizes, intermediate_size=24)
+    elif kind == "opt":
+        config = transformers.OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32)
+    elif kind == "phi":
+        config = transformers.PhiConfig(**sizes, intermediate_size=24, pad_token_id=0)
+    elif kind == "mistral":
+        config = transformers.MistralConfig(**sizes, num_key_value_heads=2, intermediate_size=24)
+    elif kind == "mixtral":
+        config = transformers.MixtralConfig(
+            **sizes, num_key_value_heads=2, intermediate_size=24, num_local_experts=3, num_experts_per_tok=2
+        )
     else:
         raise AssertionError(kind)
     # eager attention takes its softmax in fp32 (but for GPT-2), SDPA does not exist for Gemma 2
@@ -39,6 +51,8 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     if dtype == torch.float64:
         exact_norms(model)
+    if kind == "mixtral" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product of transformers 5 takes no fp64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))

@@ -24,7 +24,7 @@ ROW_OPS = (
     "token_kl",
     "linear_token_kl",
 )
-OPS = (*ROW_OPS, "grad_dot")
+OPS = (*ROW_OPS, "grad_dot", "linear_row_dot")
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,11 +75,13 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
         return ""
     if impl not in IMPLS:
         return f"no implementation is called {impl!r}; choose 'auto' or one of {', '.join(IMPLS)}"
-    if op in ROW_OPS and dtype is not None and dtype not in _ROW_DTYPES:
+    if op in (*ROW_OPS, "linear_row_dot") and dtype is not None and dtype not in _ROW_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}; impl='reference' takes it"
     if impl == "cpp":
         if kind != "cpu":
             return f"the C++ kernels take CPU tensors, not {kind}"
+        if op == "linear_row_dot":
+            return "on a CPU the library's matrix product is all its time: reference is that"
         return extension()[1] or _kernel_missing(op)
     if impl == "triton":
         if op == "grad_dot":

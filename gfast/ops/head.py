@@ -8,16 +8,16 @@ from torch import Tensor
 from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, scaled
 
 
-def _product_dtype(tensor: Tensor) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to multiply in. A CPU without 16-bit matrix instructions multiplies those dtypes up to 100 times
     slower than fp32."""
     support = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    if tensor.device.type == "cpu" and tensor.dtype in support and not support[tensor.dtype]():
+    if device.type == "cpu" and dtype in support and not support[dtype]():
         return torch.float32
-    return tensor.dtype
+    return dtype
 
 
 class ChunkedHead:
@@ -40,7 +40,7 @@ class ChunkedHead:
         order: Tensor | None = None,
     ):
         self.total_rows, self.out_dtype = hidden.shape[0], hidden.dtype
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden.dtype, hidden.device)
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if order is None:
             order = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]

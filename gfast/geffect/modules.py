@@ -1,0 +1,282 @@
+"""How the gradient of every kind of module is made of its inputs and of the gradients of its outputs.
+
+The sample and gram engines never form a weight gradient. For each row t of a module call (a token of a sample) the
+gradient of a parameter gets one of three shares, and every supported module reduces to them:
+
+    Outer    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D)
+    Lookup   b_t at row id_t    an embedding
+    Sum      v_t                a bias (v = b), a norm's weight (v = b * x_hat)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast import hf
+from gfast.geffect.groups import GroupMap
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Row t has the share b_t a_t^T in a gradient [D_out, D_in]; a [n, D_in], b [n, D_out]."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Row t adds b_t to row ids_t of a gradient [V, D]; ids int64 [n], b [n, D]."""
+
+    ids: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Row t adds terms_t; terms [n, size of the parameter], fp32 or wider where they were computed here."""
+
+    terms: Tensor
+
+
+Share = Outer | Lookup | Sum
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module with trainable parameters of its own, and a rule for it.
+
+    `parameters` maps its attributes ("weight", "bias") to names of `model.named_parameters()`, trainable ones only.
+    `unit` is the weight with which a norm returns x_hat.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    parameters: dict[str, str]
+    unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where all trainable parameters are used: modules, and the head where it is taken in chunks."""
+
+    modules: list[Site]
+    head: hf.Head | None
+    head_parameters: dict[str, str]  # of the chunked head, as in Site.parameters
+
+
+def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
+    """The uses of every trainable parameter.
+
+    Raises:
+        ValueError: a parameter whose module has no rule; the message names both and says what to do instead.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters() if name in groups.index}
+    head = hf.head(model)
+    head_module = None if head is None else hf.unwrap(model).get_output_embeddings()
+    modules = []
+    for path, module in model.named_modules():
+        own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
+        if not own or module is head_module:
+            continue
+        kind, why = hf.module_kind(module), f"gfast has no rule for a {type(module).__name__}"
+        if hf.is_routed(path):
+            kind, why = None, "experts of a mixture see tokens in an order of their own"
+        elif kind == "embedding" and (module.max_norm is not None or module.scale_grad_by_freq):
+            kind, why = None, "an embedding with max_norm or scale_grad_by_freq has no gradient by rows"
+        unit = _norm_unit(module) if kind == "norm" else 1.0
+        if kind is None or unit is None:
+            name = next(iter(own.values()))
+            shape = tuple(model.get_parameter(name).shape)
+            raise ValueError(
+                f"the {engine} engine cannot attribute the trainable parameter {name!r} {shape} of the module "
+                f"{path!r}: {why}. Freeze it with requires_grad_(False), or use engine='stream' or 'token', which take "
+                f"any module"
+            )
+        modules.append(Site(path, module, kind, own, unit))
+    used = {} if head is None else {"weight": head.weight, "bias": head.bias}
+    return Sites(modules, head, {key: names[id(p)] for key, p in used.items() if p is not None and id(p) in names})
+
+
+class Watch:
+    """Hooks on sites: in a backward, `consume(name, share)` gets every parameter's shares as soon as they are known.
+
+    Inputs are kept from a module's forward to its backward, as training does; outputs that need no gradient (those of
+    frozen embeddings, or of the first trainable module) are made the start of the graph. Rows of a share are the
+    batch's samples one after the other, equally many each.
+
+    Use it as a context manager around forward and backward passes, and call `start` before each forward.
+    """
+
+    def __init__(self, sites: list[Site], consume: Callable[[str, Share], None], engine: str) -> None:
+        self.sites, self.consume, self.engine = sites, consume, engine
+        self.shape = (0, 0)  # of the batch: B, T
+        self.ran: set[str] = set()
+
+    def __enter__(self) -> Watch:
+        self.handles = []
+        for site in self.sites:
+            if site.kind == "embedding":
+                self.handles.append(site.module.register_forward_pre_hook(self._expand, with_kwargs=True))
+            hook = partial(self._forward, site)
+            self.handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def start(self, rows: int, length: int) -> None:
+        """A batch [rows, length] comes next."""
+        self.shape = (rows, length)
+
+    def check_all_ran(self) -> None:
+        """ValueError naming a site that no forward called: its gradient is unknown, not zero."""
+        for site in self.sites:
+            if site.name not in self.ran:
+                raise ValueError(
+                    f"the module {site.name!r} owns trainable parameters but was not called, or was called inside "
+                    f"compiled code where gfast cannot see it: the {self.engine} engine cannot attribute it. Freeze it "
+                    f"with requires_grad_(False), or use engine='stream'"
+                )
+
+    def _expand(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Positions [T] or [1, T] that all samples share are looked up once a sample, to have a gradient each."""
+        rows, length = self.shape
+
+        def expanded(value: Any) -> Any:
+            shared = (
+                isinstance(value, Tensor) and not value.is_floating_point() and value.shape in ((length,), (1, length))
+            )
+            return value.expand(rows, length) if shared else value
+
+        return tuple(map(expanded, args)), {key: expanded(value) for key, value in kwargs.items()}
+
+    def _forward(
+        self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        self.ran.add(site.name)
+        if site.kind == "embedding":
+            kept, scale = hf.embedding_lookup(module, args, kwargs)
+        else:
+            kept, scale = (*args, *kwargs.values())[0], 1.0
+            if len(args) + len(kwargs) != 1 or not isinstance(kept, Tensor) or not isinstance(output, Tensor):
+                raise ValueError(
+                    f"the {self.engine} engine cannot attribute the module {site.name!r}: it was called with more than "
+                    f"one tensor. Freeze it, or use engine='stream'"
+                )
+            kept = kept.detach()
+        result = None
+        if not output.requires_grad:
+            # the start of the graph; a copy, because what follows may change a module's output in place
+            output = result = output.detach().requires_grad_().clone()
+        # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
+        output.register_hook(partial(self._backward, site, [kept, kept._version, scale]))
+        return result
+
+    def _backward(self, site: Site, call: list[Any], grad: Tensor) -> None:
+        kept, version, scale = call
+        call.clear()  # the input is not needed any longer
+        if kept._version != version:
+            raise ValueError(
+                f"the input of {site.name!r} was changed in place after the module had read it: the {self.engine} "
+                f"engine cannot attribute it. Freeze it, or use engine='stream'"
+            )
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            for name, share in self._shares(site, kept, grad.detach(), scale):
+                self.consume(name, share)
+
+    def _shares(self, site: Site, kept: Tensor, grad: Tensor, scale: Tensor | float) -> Iterator[tuple[str, Share]]:
+        weight, bias = site.parameters.get("weight"), site.parameters.get("bias")
+        size = grad.shape[-1] if site.kind != "norm" else site.module.weight.numel()
+        rows, length = self.shape
+        flat = grad.dim() == 2 and grad.shape[0] == rows * length
+        if not flat and grad.shape[0] != rows:
+            raise ValueError(
+                f"the {self.engine} engine cannot attribute the module {site.name!r}: in a batch of {rows} samples of "
+                f"{length} tokens its output has the shape {tuple(grad.shape)}, whose rows cannot be told apart by "
+                f"sample. Measure one sample a batch, freeze it, or use engine='stream'"
+            )
+        b = grad.reshape(-1, size)  # [n, D_out]
+        if weight is not None:
+            if site.kind == "embedding":
+                ids = kept.reshape(-1)
+                b = b * scale if isinstance(scale, Tensor) or scale != 1.0 else b
+                if site.module.padding_idx is not None:
+                    b = b.masked_fill((ids == site.module.padding_idx)[:, None], 0.0)
+                yield weight, Lookup(ids, b)
+            elif site.kind == "norm":
+                x_hat = _normalized(site, kept).reshape(-1, size)  # [n, D], fp32 or fp64
+                yield weight, Sum(x_hat.mul_(b))
+            else:
+                a = kept.reshape(-1, kept.shape[-1])  # [n, D_in]
+                yield weight, Outer(a, b) if site.kind == "linear" else Outer(b, a)
+        if bias is not None:
+            yield bias, Sum(b)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@contextmanager
+def _with_weight(module: nn.Module, fill: float | Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """The module with another weight and a bias of zero, in `dtype`."""
+    own = dict(module._parameters)
+    try:
+        for attribute, parameter in own.items():
+            if parameter is not None:
+                value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                module._parameters[attribute] = value + fill if attribute == "weight" else value
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+def _normalized(site: Site, x: Tensor) -> Tensor:
+    """x_hat, by the module's own code: what it returns with the weight at which it passes x_hat on."""
+    x = _wide(x)
+    with _with_weight(site.module, site.unit, x.dtype):
+        out = site.module.forward(x)
+    return out.clone() if out.data_ptr() == x.data_ptr() else _wide(out)
+
+
+def _norm_unit(module: nn.Module) -> float | None:
+    """The weight with which a norm returns x_hat: 1, or 0 where it multiplies by 1 + w; None for something else.
+
+    Tried on two rows: the output must be x_hat * (w + 1 - unit) element by element.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *weight.shape, generator=generator).to(weight.device)
+    other = torch.randn(weight.shape, generator=generator).to(weight.device)
+
+    def output(fill: float | Tensor) -> Tensor:
+        with _with_weight(module, fill, x.dtype):
+            return module.forward(x.clone())
+
+    try:
+        with torch.no_grad():
+            for unit in (1.0, 0.0):
+                x_hat = output(unit)
+                if not torch.isfinite(x_hat).all() or not x_hat.any():
+                    continue
+                expected = x_hat * (other + 1.0 - unit)
+                if torch.allclose(output(other), expected, rtol=1e-4, atol=1e-5 * math.sqrt(weight.numel())):
+                    return unit
+    except (RuntimeError, TypeError):
+        return None  # not a function of one tensor of the weight's width
+    return None

@@ -1,0 +1,183 @@
+"""A pass that forms no weight gradient: parameters frozen, the seed of the backward given by token weights.
+
+    seed = sum_i w_i grad logp_i        (w detached)
+
+The decoder runs to its final hidden states, the head goes chunk by chunk (logits, their gradient in the same memory,
+dH), and dH runs back through the decoder. What each trainable parameter gets is handed over row by row, see `modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gfast import hf
+from gfast.geffect.data import Term
+from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
+from gfast.model import model_logits, model_logp, shifted
+from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
+from gfast.ops.head import ChunkedHead, check_cap, prepare_head
+from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
+from gfast.ops.unlearn_loss import check_reference, spec_of, weigh, weighted_rows
+from gfast.ops.weights import WeightSpec
+
+# consume(name, share, place): `place` int64 [n] are the rows' positions among all B * T, None for rows in their order
+Consumer = Callable[[str, Share, Tensor | None], None]
+
+
+class Seeds(NamedTuple):
+    """The token weights of a seed: a formula that the row kernels evaluate, or given values.
+
+    given, ref_logp: [B, T] at the positions that score (one before the label's).
+    """
+
+    spec: WeightSpec = WeightSpec()
+    given: Tensor | None = None
+    ref_logp: Tensor | None = None
+
+
+def check_weighted(term: Term, engine: str) -> None:
+    """ValueError for an objective that is no weighted sum of token log-probs."""
+    try:
+        spec_of(term.objective)
+    except TypeError:
+        raise ValueError(
+            f"{term.objective} has no token weights, and the {engine} engine measures only objectives that have: use "
+            f"engine='stream'"
+        ) from None
+
+
+def seeds_of(model: nn.Module, batch: Mapping[str, Any], objective: Any) -> Seeds:
+    """The detached weights of an objective on a batch. Those that depend on whole sequences take a scoring pass."""
+    reference = batch.get("ref_logp")
+    check_reference("g_effect", objective, reference, batch["labels"])
+    ref = None if reference is None else _to_scoring(reference)
+    spec = spec_of(objective)
+    if spec is not None and spec.level == "token":
+        return Seeds(spec, None, ref if spec.uses_ref else None)
+    labels = shifted(batch["labels"])
+    with torch.no_grad():
+        logp = _to_scoring(model_logp(model, batch)).reshape(-1)
+    ids, count = sequence_layout("g_effect", labels, None)
+    valid = (labels != IGNORE_INDEX).reshape(-1)
+    ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
+    return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(labels.shape))
+
+
+def _to_scoring(values: Tensor) -> Tensor:
+    """[B, T] aligned with labels, moved to the positions that score them."""
+    return nn.functional.pad(values[:, 1:], (0, 1))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, no module checkpoints activations (the inputs are kept in any case)."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for module, _ in modules:
+            module.training = False
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modules:
+            module.training = training
+
+
+class SeededPasses:
+    """Forwards and backwards over batches, with all shares going to `consume`.
+
+    A context manager; the model must be frozen, see `frozen`.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites, consume: Consumer, engine: str) -> None:
+        self.model, self.sites, self.consume = model, sites, consume
+        self.ran = False
+        self.watch = Watch(sites.modules, lambda name, share: consume(name, share, None), engine)
+
+    def __enter__(self) -> SeededPasses:
+        self.watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.watch.__exit__(*error)
+
+    def finish(self) -> None:
+        """ValueError for a module with trainable parameters that no pass has called."""
+        if self.ran:
+            self.watch.check_all_ran()
+
+    def run(self, batch: Mapping[str, Any], seeds: Seeds) -> Tensor:
+        """One batch (on the device); returns the log-probs [B, T] at the positions that score, 0 where ignored."""
+        labels = shifted(batch["labels"])
+        self.watch.start(*labels.shape)
+        self.ran = True
+        if self.sites.head is None:
+            return self._own_logits(batch, labels, seeds)
+        return self._chunked(batch, labels, seeds)
+
+    def _own_logits(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
+        logits = model_logits(self.model, batch)  # [B, T, V]
+        rows = logits.detach().reshape(-1, logits.shape[-1])
+        check_label_range("labels", labels.reshape(-1), rows.shape[1])
+        grad = torch.empty_like(rows)
+        logp = _rows_gradient(rows, labels.reshape(-1), _flat(seeds), 1.0, 0.0, grad)
+        if logits.requires_grad:
+            self._backward(logits, grad.view(logits.shape))
+        return logp.view(labels.shape)
+
+    def _chunked(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
+        head, names = self.sites.head, self.sites.head_parameters
+        hidden = hf.final_hidden(self.model, batch)  # [B, T, D]
+        flat_labels = labels.reshape(-1)
+        h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, flat_labels)
+        check_label_range("labels", flat_labels, weight.shape[0])
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            chunks = ChunkedHead(h, weight, bias, flat_labels, default_chunk_rows(weight.shape[0], h.device))
+            seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
+            place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
+            chunks.start_gradients(hidden.requires_grad, False, False)
+            logp = h.new_zeros(chunks.rows, dtype=stats_dtype(h.dtype))
+            for start, stop in row_chunks(chunks.rows, chunks.chunk):
+                part = slice(start, stop)
+                rows = chunks.logits(start, stop)  # [chunk, V]
+                some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
+                scale, cap = float(head.logit_scale), check_cap("g_effect", head.softcap)
+                logp[part] = _rows_gradient(rows, chunks.labels[part], some, scale, cap, rows)
+                chunks.add_gradients(start, stop, rows)
+                if "weight" in names:
+                    self.consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
+                if "bias" in names:
+                    self.consume(names["bias"], Sum(rows), place[part])
+            grad = chunks.gradients()[0]
+            logp = chunks.scatter(logp).view(labels.shape)
+        if hidden.requires_grad:
+            self._backward(hidden, grad.view(hidden.shape).to(hidden.dtype))
+        return logp
+
+    def _backward(self, output: Tensor, grad: Tensor) -> None:
+        with torch.autocast(output.device.type, enabled=False):
+            output.backward(grad)
+
+
+def _flat(seeds: Seeds) -> Seeds:
+    return Seeds(*(x.reshape(-1) if isinstance(x, Tensor) else x for x in seeds))
+
+
+def _rows_gradient(rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor) -> Tensor:
+    """out [n, V] = w_i d logp_i / d rows (may be `rows` itself); returns logp [n]."""
+    dtype = stats_dtype(rows.dtype)
+    if seeds.given is None:
+        ref = None if seeds.ref_logp is None else seeds.ref_logp.to(dtype).contiguous()
+        one = torch.ones((), dtype=dtype, device=rows.device)
+        return weighted_rows(rows, labels, ref, seeds.spec, one, scale, cap, out, "auto")[0]
+    logp, stats = logp_rows(rows, labels, scale, cap, "auto")
+    logp_rows_grad(rows, labels, logp, stats, seeds.given.to(dtype).contiguous(), scale, cap, out, "auto")
+    return logp

@@ -1,0 +1,68 @@
+"""Row dots of a GEMM that is never stored: out_t = b_t . (G a_t), with the row dot as the epilogue of each tile."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def tile(itemsize: int) -> dict[str, int]:
+    """Tiles of the GEMM for products of this size: 16-bit ones go to the tensor cores, fp32 ones stay exact fp32."""
+    if itemsize == 2:
+        return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+    return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def row_dot_kernel(a, a_stride, b, b_stride, g, g_stride, out, n, d_in, d_out, splits, PRODUCT: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out[row, split] fp64: the columns of G a that this split takes, times b. Splits are added by the launcher."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    inside = rows < n
+    a_rows = a + rows.to(tl.int64)[:, None] * a_stride + tl.arange(0, BK)[None, :]
+    total = tl.zeros((BM,), tl.float64)
+    for start in range(split * BN, d_out, splits * BN):
+        columns = start + tl.arange(0, BN)
+        x_at = a_rows
+        w_at = g + columns.to(tl.int64)[:, None] * g_stride + tl.arange(0, BK)[None, :]
+        product = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, d_in, BK):
+            left = tl.arange(0, BK)[None, :] < d_in - k
+            x = tl.load(x_at, mask=inside[:, None] & left, other=0.0)  # [BM, BK]
+            w = tl.load(w_at, mask=(columns[:, None] < d_out) & left, other=0.0)  # [BN, BK]
+            product = tl.dot(x.to(PRODUCT), tl.trans(w.to(PRODUCT)), product, input_precision="ieee")
+            x_at += BK
+            w_at += BK
+        # 64 bits: an output head's b is [n, V]
+        y_at = b + rows.to(tl.int64)[:, None] * b_stride + columns[None, :]
+        y = tl.load(y_at, mask=inside[:, None] & (columns[None, :] < d_out), other=0.0)  # [BM, BN]
+        total += tl.sum(product * y.to(tl.float32), 1).to(tl.float64)  # [BM]
+    tl.store(out + rows.to(tl.int64) * splits + split, total, mask=inside)
+
+
+def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """fp64 [n] from a [n, D_in], b [n, D_out] and the direction [D_out, D_in], fp32, bf16 or fp16 in any mixture.
+
+    >>> linear_row_dot(torch.ones(1, 2), torch.ones(1, 3), torch.ones(3, 2))
+    """
+    a, b, direction = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, direction))
+    n, d_in = a.shape
+    d_out = b.shape[1]
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype)
+    options = tile(dtype.itemsize)
+    blocks = triton.cdiv(n, options["BM"])
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    splits = max(1, min(triton.cdiv(d_out, options["BN"]), triton.cdiv(2 * programs, max(blocks, 1))))
+    out = a.new_empty((n, splits), dtype=torch.float64)
+    if n:
+        # the interpreter's 16-bit products are wrong: it multiplies the same values in fp32
+        product = tl.float32 if knobs.runtime.interpret else PRODUCTS[dtype]
+        with torch.cuda.device_of(a):
+            row_dot_kernel[(blocks, splits)](a, a.stride(0), b, b.stride(0), direction, direction.stride(0), out, n,
+                                             d_in, d_out, splits, PRODUCT=product, **options)
+    return out.sum(1)

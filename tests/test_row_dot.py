@@ -1,0 +1,122 @@
+"""linear_row_dot: every implementation against the definition in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gfast.ops.backend import why_not
+from gfast.ops.row_dot import linear_row_dot, linear_row_dot_reference, row_sums
+
+SHAPES = [(1, 1, 1), (5, 3, 7), (300, 40, 24), (70, 24, 130), (3, 200, 9), (0, 4, 5), (65, 64, 64), (4, 0, 3)]
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def inputs(shape: tuple[int, int, int], dtypes: tuple = (F32, F32, F32)):
+    n, d_in, d_out = shape
+    generator = torch.Generator().manual_seed(n + 7 * d_in + 31 * d_out)
+    sizes = ((n, d_in), (n, d_out), (d_out, d_in))
+    return tuple(torch.randn(size, generator=generator).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True))
+
+
+def available(impl: str) -> None:
+    reason = why_not("linear_row_dot", impl, "cpu", F32)
+    if reason:
+        pytest.skip(reason)
+
+
+def assert_right(a, b, direction, impl: str) -> None:
+    """Error relative to the product of norms of each row: at most that of a plain GEMM in the products' dtype."""
+    found = linear_row_dot(a, b, direction, impl=impl)
+    assert found.dtype == F64 and found.shape == (a.shape[0],)
+    truth = linear_row_dot_reference(a, b, direction)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype)
+    plain = ((a.to(dtype) @ direction.to(dtype).t()).double() * b.double()).sum(-1)
+    scale = (a.double().norm(dim=1) * b.double().norm(dim=1)) * direction.double().norm()
+    allowed = 2 * (plain - truth).abs().max() if len(truth) else 0.0
+    assert ((found - truth).abs() <= allowed + torch.finfo(dtype).eps * scale).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape, impl):
+    available(impl)
+    assert_right(*inputs(shape), impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, BF16, BF16), (BF16, BF16, F32), (F32, BF16, F32), (F16, F16, F16), (F32, F32, BF16)]
+)
+def test_dtypes(dtypes, impl):
+    available(impl)
+    assert_right(*inputs((90, 40, 72), dtypes), impl)
+
+
+def test_fp64_is_exact_and_only_for_the_reference():
+    a, b, direction = inputs((40, 30, 20), (F64, F64, F64))
+    torch.testing.assert_close(
+        linear_row_dot(a, b, direction), linear_row_dot_reference(a, b, direction), rtol=1e-13, atol=1e-13
+    )
+    with pytest.raises(ValueError, match="float64"):
+        linear_row_dot(a, b, direction, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_strided_inputs(impl):
+    available(impl)
+    a, b, direction = inputs((20, 12, 18))
+    expected = linear_row_dot(a, b, direction, impl=impl)
+    for x, y, g in [
+        (a.t().contiguous().t(), b, direction),
+        (a, torch.cat([b, b], 1)[:, :18], direction.t().contiguous().t()),
+        (a.repeat_interleave(2, 0)[::2], b, torch.cat([direction, direction])[:18]),
+    ]:
+        torch.testing.assert_close(linear_row_dot(x, y, g, impl=impl), expected, rtol=1e-6, atol=1e-5)
+    rows = a[:1].expand(20, -1)
+    torch.testing.assert_close(
+        linear_row_dot(rows, b, direction, impl=impl), linear_row_dot(rows.clone(), b, direction, impl=impl)
+    )
+
+
+def test_sums_do_not_lose_accuracy_with_length():
+    """A constant row, where an fp32 sum term after term would be off by hundreds of roundings."""
+    terms = torch.full((2, 1_000_033), 0.1)
+    exact = terms.double().sum(1)
+    assert ((row_sums(terms) - exact).abs() <= 8 * torch.finfo(F32).eps * exact).all()
+
+
+def test_repeats_bit_for_bit():
+    a, b, direction = inputs((600, 64, 96))
+    assert torch.equal(linear_row_dot(a, b, direction), linear_row_dot(a, b, direction))
+
+
+def test_opcheck_and_compile():
+    a, b, direction = inputs((6, 4, 5))
+    torch.library.opcheck(torch.ops.gfast.linear_row_dot.default, (a, b, direction, "reference"))
+    compiled = torch.compile(linear_row_dot, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, b, direction), linear_row_dot(a, b, direction))
+
+
+def test_is_not_differentiable():
+    a, b, direction = inputs((6, 4, 5))
+    assert not linear_row_dot(a.requires_grad_(), b, direction).requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(a=torch.ones(3)), "a must be a matrix"),
+        (dict(b=torch.ones(4, 2)), "a has 3 rows but b 4"),
+        (dict(direction=torch.ones(5, 2)), r"direction must be \[2, 5\]"),
+        (dict(a=torch.ones(3, 5, dtype=torch.int64)), "a is torch.int64"),
+        (dict(direction=torch.ones(2, 5, device="meta")), "a is on cpu but direction on meta"),
+        (dict(impl="cpp"), "library's matrix product"),
+        (dict(impl="cuda"), "impl='cuda' cannot serve linear_row_dot"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(a=torch.ones(3, 5), b=torch.ones(3, 2), direction=torch.ones(2, 5), impl="auto") | change
+    impl = arguments.pop("impl")
+    with pytest.raises(ValueError, match=message):
+        linear_row_dot(*arguments.values(), impl=impl)
