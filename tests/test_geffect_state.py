@@ -199,6 +199,21 @@ def test_autocast():
     assert mixed.total("unlearn") != plain.total("unlearn")
 
 
+def test_fp16_gradients_do_not_underflow():
+    exact, low = tiny("llama").eval(), tiny("llama").half().double().eval()
+    exact.load_state_dict(low.state_dict())
+    small = WGA(alpha=3.5)  # at p of about 1/61 its weights are below fp16's smallest number, 6e-8, at many tokens
+    truth = gfast.g_effect(exact, small, **data())
+    found = gfast.g_effect(low.half(), small, **data())
+    lost = gfast.g_effect(low, small, loss_scale=1.0, **data())  # what the scale is there for
+    error, without = (abs(one.total("unlearn") / truth.total("unlearn") - 1) for one in (found, lost))
+    assert error < 0.05 and without > 0.5, (error, without)
+    with pytest.raises(ValueError, match="not finite.*loss scale of 1e.09: try loss_scale=1.0"):
+        gfast.g_effect(low, WGA(), loss_scale=1e9, **data())
+    with pytest.raises(ValueError, match="loss_scale must be positive"):
+        gfast.g_effect(low, WGA(), loss_scale=0.0, **data())
+
+
 def test_unused_parameters_have_no_effect():
     config = transformers.MixtralConfig(
         vocab_size=61,

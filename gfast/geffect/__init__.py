@@ -59,6 +59,7 @@ def g_effect(
     directions: Directions | None = None,
     norms: bool | None = None,
     objective_batches: Batches | None = None,
+    loss_scale: float | None = None,
     progress: bool = False,
 ) -> GEffect | list[GEffect]:
     r"""The G-effect of unlearning objectives on the risk of forget and retain data, by layer group.
@@ -95,6 +96,8 @@ def g_effect(
         norms: the norm of the objective's gradient (for `GEffect.cosine`) comes free with a single batch and for
             multiples of the directions. True gives it always, at the price of holding one more gradient.
         objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO.
+        loss_scale: what losses are multiplied by before the backward and gradients divided by after it; None is 1, and
+            1024 where fp16 is at work.
         progress: show a bar (needs tqdm).
 
     Returns:
@@ -139,6 +142,7 @@ def g_effect(
         directions,
         progress,
         objective_batches,
+        loss_scale,
     )
     if engine in ("auto", "stream"):
         from gfast.geffect.stream import stream_effects
@@ -160,6 +164,7 @@ def risk_gradients(
     risk: Objective = NLL(),  # noqa: B008 - frozen
     dtype: torch.dtype = torch.float32,
     storage: str | os.PathLike[str] = "device",
+    loss_scale: float | None = None,
     progress: bool = False,
 ) -> Directions:
     r"""The gradients of the risk on both sets, measured once for any number of effects of the same model.
@@ -167,7 +172,7 @@ def risk_gradients(
         G(D) = grad R(D),    D = forget set and D = retain set
 
     Args:
-        model, forget, retain, groups, risk, progress: as for `g_effect`.
+        model, forget, retain, groups, risk, loss_scale, progress: as for `g_effect`.
         dtype: torch.float32, float64 or bfloat16: what they are stored in; sums over batches are made in fp32.
         storage: "device", "host" (pinned memory, copied ahead of use) or a folder for memory-mapped safetensors files,
             which stay there and can be opened again with `Directions.load`.
@@ -193,4 +198,4 @@ def risk_gradients(
         torch.Size([32, 16])
     """
     measurement = Measurement.of(model, forget, retain, (), groups, risk, dtype, storage, None, progress)
-    return risk_directions(model, measurement.data, measurement.groups, risk, dtype, storage, progress)
+    return risk_directions(model, measurement.data, measurement.groups, risk, dtype, storage, progress, loss_scale)

@@ -144,11 +144,12 @@ def risk_directions(
     dtype: torch.dtype = torch.float32,
     storage: str | os.PathLike[str] = "device",
     progress: bool = False,
+    loss_scale: float | None = None,
 ) -> Directions:
     """Measure the gradients of the risk on both sets; see `gfast.risk_gradients`."""
     refuse_sharded(model)
     with Progress(progress, "risk gradients") as bar, measuring(model):
-        passes = Passes(model, data, groups, bar)
+        passes = Passes(model, data, groups, bar, loss_scale)
         return collect(passes, risk, groups, dtype, storage)
 
 

@@ -30,6 +30,7 @@ class Measurement:
     storage: str | os.PathLike[str] = "device"
     progress: bool = False
     given: Directions | None = None
+    loss_scale: float | None = None
 
     @classmethod
     def of(
@@ -45,6 +46,7 @@ class Measurement:
         directions: Directions | None,
         progress: bool,
         objective_batches: Any = None,
+        loss_scale: float | None = None,
     ) -> Measurement:
         """Check everything that can be checked before any work.
 
@@ -55,12 +57,14 @@ class Measurement:
         if direction_dtype not in DTYPES:
             raise ValueError(f"direction_dtype must be torch.float64, float32 or bfloat16, not {direction_dtype}")
         check_storage(direction_storage)
+        if loss_scale is not None and not 0 < loss_scale < float("inf"):
+            raise ValueError(f"loss_scale must be positive, not {loss_scale}")
         adapters = hasattr(model, "disable_adapter")
         data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)], adapters)
         group_map = assign(model, groups)
         if directions is not None:
             _check_given(directions, model, data, group_map, risk)
-        return cls(model, data, group_map, risk, direction_dtype, direction_storage, progress, directions)
+        return cls(model, data, group_map, risk, direction_dtype, direction_storage, progress, directions, loss_scale)
 
     @contextmanager
     def directions(self) -> Iterator[Directions]:
@@ -69,7 +73,7 @@ class Measurement:
             yield self.given
             return
         with risk_directions(
-            self.model, self.data, self.groups, self.risk, self.dtype, self.storage, self.progress
+            self.model, self.data, self.groups, self.risk, self.dtype, self.storage, self.progress, self.loss_scale
         ) as directions:
             yield directions
 

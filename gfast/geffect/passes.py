@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
+from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss
 
 Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
@@ -34,7 +35,9 @@ class Passes:
     of their uses.
     """
 
-    def __init__(self, model: nn.Module, data: Data, groups: GroupMap, progress: Progress) -> None:
+    def __init__(
+        self, model: nn.Module, data: Data, groups: GroupMap, progress: Progress, loss_scale: float | None = None
+    ) -> None:
         self.model, self.data, self.progress = model, data, progress
         parameters = dict(model.named_parameters())
         self.names = list(groups.index)
@@ -42,6 +45,7 @@ class Passes:
         self.group_of = torch.tensor([groups.index[name] for name in self.names])  # [P]
         self.num_groups = len(groups.names)
         self.device = self.parameters[0].device
+        self.loss_scale = default_loss_scale(self.parameters) if loss_scale is None else float(loss_scale)
 
     def batches(self, job: Job) -> int:
         """The number of forward and backwards that the job takes."""
@@ -63,6 +67,8 @@ class Passes:
             def take(parameter: Tensor) -> None:
                 grad, parameter.grad = parameter.grad, None
                 grad = grad.to_dense() if grad.layout != torch.strided else grad
+                if self.loss_scale != 1.0:  # divided out in fp32: in fp16 it would underflow after all
+                    grad = grad.to(sum_dtype(grad)) / self.loss_scale
                 consume(index, grad, position)
 
             return take
@@ -74,8 +80,9 @@ class Passes:
                 loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
+                    factor = item.factor * self.loss_scale
                     with torch.autocast(self.device.type, enabled=False):
-                        (loss if item.factor == 1.0 else item.factor * loss).backward()
+                        (loss if factor == 1.0 else factor * loss).backward()
                 del loss
                 if done is not None:
                     done()
@@ -106,12 +113,20 @@ class Passes:
         bad = (~torch.isfinite(table)).any(-1)  # [..., P]
         bad = bad.reshape(-1, bad.shape[-1]).any(0).nonzero()
         if len(bad):
+            scale = "" if self.loss_scale == 1.0 else f" (with a loss scale of {self.loss_scale:g}: try loss_scale=1.0)"
             raise ValueError(
                 f"the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
-                f"{self.names[int(bad[0])]!r}"
+                f"{self.names[int(bad[0])]!r}{scale}"
             )
         out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64)
         return out.index_add_(-2, self.group_of, table)
+
+
+def default_loss_scale(parameters: list[nn.Parameter]) -> float:
+    """1, or 1024 where fp16 is at work, whose smallest number is 6e-8: small gradients would become zero."""
+    device = parameters[0].device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return 1024.0 if autocast or any(p.dtype == torch.float16 for p in parameters) else 1.0
 
 
 def job_label(job: Job) -> str:

@@ -63,7 +63,7 @@ def stream_effects(
     jobs = jobs_of(wanted)
     alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
     with Progress(measurement.progress, "g_effect") as bar, measuring(model):
-        passes = Passes(model, measurement.data, measurement.groups, bar)
+        passes = Passes(model, measurement.data, measurement.groups, bar, measurement.loss_scale)
         swapped = _swapped(passes, risk, jobs[0], measurement.dtype) if alone else None
         if swapped is not None:
             gram, measured = swapped
