@@ -163,6 +163,29 @@ def test_in_place_is_identical(dtype, vocab):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", (1 << 18, (1 << 18) + 5))
+def test_outputs_larger_than_the_caches_are_the_same(dtype, vocab):
+    """From 32 MiB on, memory that was written before is written past the caches, where rows are aligned."""
+    rows = 40 if dtype == torch.float32 else 72
+    z = case(rows, 1000, dtype)[0].repeat(1, vocab // 1000 + 1)[:, :vocab].contiguous()
+    y = torch.arange(rows) * 31
+    y[1] = -100
+    out = poisoned(z)
+    assert out.nbytes >= 32 << 20
+    logp, weight = weighted(z, y, out, **WGA)
+    small = poisoned(z[:8])
+    weighted(z[:8], y[:8], small, **WGA)
+    assert torch.equal(out[:8], small)
+    stats = ops.logp_rows(z, y, 1.0, 0.0)[1]
+    again = poisoned(z)
+    ops.logp_rows_grad(z, y, logp, stats, weight, 1.0, 0.0, again)
+    ops.logp_rows_grad(z[:8], y[:8], logp[:8], stats[:8], weight[:8], 1.0, 0.0, small)
+    assert torch.equal(again[:8], small)
+    weighted(z, y, z, **WGA)
+    assert torch.equal(z, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows(dtype):
     wide, y = case(5, 1040, dtype)
     z = wide[:, 3:1004]

@@ -106,6 +106,22 @@ void advise_huge_pages(const at::Tensor& out) {
 #endif
 }
 
+bool is_mapped(const at::Tensor& out) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const auto [start, stop] = bytes(out);
+  if (start == stop) return false;
+  for (const char* p : {start, start + (stop - start) / 2, stop - 1}) {
+    unsigned char resident = 0;
+    if (mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / page * page), 1, &resident) != 0) return false;
+    if ((resident & 1) == 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int64_t, float*)>& body) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), rows);
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(rows / std::max<int64_t>(1, 8 * threads), (1 << 18) / vocab));

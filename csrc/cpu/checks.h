@@ -31,6 +31,9 @@ void check_apart(const char* op, const at::Tensor& out, const char* what, const 
 // 4 KiB otherwise, more than the kernel itself. No effect on memory that is already mapped.
 void advise_huge_pages(const at::Tensor& out);
 
+// Has the memory of `out` been written to before? False also where the system cannot say.
+bool is_mapped(const at::Tensor& out);
+
 // body(begin, end, scratch) over all rows; threads take the next few rows as they finish, since ignored rows are free.
 void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int64_t, float*)>& body);
 

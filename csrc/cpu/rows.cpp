@@ -24,9 +24,17 @@ void run(Kernel kernel, const Args& args, int64_t rows) {
   for_rows(rows, args.vocab, [&](int64_t begin, int64_t end, float* scratch) { kernel(args, begin, end, scratch); });
 }
 
+// Outputs of at least this size are written around the caches: they would not stay there until they are read. Not so
+// fresh memory: the system zeroes each page at its first store, which leaves it in the cache.
+bool streams(const Tensor& out, const Tensor& logits) {
+  constexpr size_t large = size_t{32} << 20;
+  return out.const_data_ptr() != logits.const_data_ptr() && out.nbytes() >= large && is_mapped(out);
+}
+
 template <typename Args>
 void set_out(const char* op, Args& args, const Tensor& out, const Tensor& logits) {
   check_out(op, out, logits);
+  advise_huge_pages(out);
   args.out = out.mutable_data_ptr();
   args.out_stride = out.stride(0);
 }
@@ -59,7 +67,7 @@ void logp_rows_grad_cpu(const Tensor& logits, const Tensor& labels, const Tensor
   args.stats = s.const_data_ptr<float>();
   args.coef = c.const_data_ptr<float>();
   set_out(op, args, out, logits);
-  advise_huge_pages(out);
+  args.stream = streams(out, logits);
   run(GFAST_KERNEL(logp_rows_grad), args, rows);
 }
 
@@ -89,7 +97,7 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
   args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
   if (out.has_value()) {
     set_out(op, args, *out, logits);
-    advise_huge_pages(*out);
+    args.stream = streams(*out, logits);
   }
   Tensor logp = at::empty({rows}, at::kFloat), weight = at::empty({rows}, at::kFloat);
   args.logp = logp.mutable_data_ptr<float>();
@@ -114,7 +122,6 @@ Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   if (out.has_value()) {
     set_out(op, args, *out, logits);
     check_apart(op, *out, "ref_logits", ref_logits);
-    advise_huge_pages(*out);
   }
   Tensor kl = at::empty({rows}, at::kFloat);
   args.kl = kl.mutable_data_ptr<float>();

@@ -22,6 +22,10 @@ struct RowStats {
   double logp() const { return zy == top ? 0.0 - log1p(other) : (zy - top) - log(total); }
 };
 
+// fp32 rows are scanned for their maximum before they are visited, because kept values may replace them.
+template <typename T>
+constexpr bool scan_first = sizeof(T) == sizeof(float);
+
 struct Block {
   float sum;  // of exp(z' - shift) without entry `skip` (negative: none left out)
   float raw;  // maximum of f.begin(z)
@@ -50,6 +54,7 @@ struct BlockVisit {
   template <typename T>
   GFAST_INLINE int64_t whole(const T* row, int64_t j, int64_t end, float* kept) {
     for (; j + 2 * W <= end; j += 2 * W) {
+      if constexpr (!scan_first<T>) prefetch_pair(row + j);
       const Pair z = load_pair(row + j);
       const Entry a = one(z.a, raw0), b = one(z.b, raw1);
       if constexpr (keep) store_pair(kept + j, {a.kept, b.kept});
@@ -94,11 +99,9 @@ Block visit_block(const T* row, int64_t n, int64_t skip, const Mapping& f, float
 // One visit of a row. kept [vocab] may be an fp32 row itself; block_shift [blocks] gets what each block was kept under.
 //
 // The shift of a block is the maximum of what came before it: its own maximum is found along the way, and only where
-// that is so much greater that exps could overflow (or nothing finite came before) is the block visited again. fp32 rows
-// are scanned for their maximum first, because kept values may already have replaced them.
+// that is so much greater that exps could overflow (or nothing finite came before) is the block visited again.
 template <typename T, Map map, bool keep>
 RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* kept, float* block_shift) {
-  constexpr bool scan_first = sizeof(T) == sizeof(float);
   constexpr float headroom = 40.0f;
   const Mapped target = f.apply<map>(splat(load_one(row + y)));
   float raw = -kInf, top = -kInf;
@@ -113,13 +116,13 @@ RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* 
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     const int64_t skip = y >= start && y < start + n ? y - start : -1;
-    if (scan_first || top == -kInf) raise(f.block_max<map>(row + start, n));
+    if (scan_first<T> || top == -kInf) raise(f.block_max<map>(row + start, n));
     // With everything so far masked (-inf), subtracting the maximum would give NaN; 0 gives exp(-inf) = 0.
     const auto go = [&] {
       return visit_block<map, keep>(row + start, n, skip, f, top == -kInf ? 0.0f : top, kept + start);
     };
     Block block = go();
-    if (!scan_first && f.finish<map>(splat(block.raw)).value[0] - top > headroom) {
+    if (!scan_first<T> && f.finish<map>(splat(block.raw)).value[0] - top > headroom) {
       raise(block.raw);
       block = go();
     }
@@ -137,7 +140,7 @@ void fill_zero(T* out, int64_t n) {
 }
 
 // out = kept * factor of the block, then the target's entry from 1 - p before its one rounding.
-template <typename T>
+template <typename T, bool streamed>
 void write_grad(T* out, int64_t vocab, int64_t y, const RowStats& s, double coef, double scale, const float* kept,
                 const float* block_shift) {
   for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -145,7 +148,10 @@ void write_grad(T* out, int64_t vocab, int64_t y, const RowStats& s, double coef
     const vf c = splat((float)(-coef * scale * std::exp(block_shift[start / kBlock] - s.top) / s.total));
     int64_t j = start;
     const auto pair = [&](Pair e) { return Pair{e.a * c, e.b * c}; };
-    for (; j + 2 * W <= end; j += 2 * W) store_pair(out + j, pair(load_pair(kept + j)));
+    for (; j + 2 * W <= end; j += 2 * W) {
+      const Pair g = pair(load_pair(kept + j));
+      streamed ? stream_pair(out + j, g) : store_pair(out + j, g);
+    }
     if (j == end) continue;
     const bool room = sizeof(T) != sizeof(float);  // as in BlockVisit::part
     store_pair_part(out + j, end - j, pair(room ? load_pair(kept + j) : load_pair_part(kept + j, end - j)));
@@ -192,14 +198,20 @@ void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float
       continue;
     }
     const T* row = (const T*)a.logits.data + i * a.logits.stride;
+    const bool streamed = grad && a.stream && can_stream(out);
     float* kept = scratch;
-    if constexpr (grad && sizeof(T) == sizeof(float)) kept = out;  // fp32 gradients hold the exps themselves
+    if constexpr (grad && sizeof(T) == sizeof(float)) {
+      if (!streamed) kept = out;  // fp32 gradients hold the exps themselves
+    }
     const RowStats s = visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift);
     const double logp = s.logp(), weight = token_weight(a, s, logp, i);
     a.logp[i] = (float)logp;
     a.weight[i] = (float)weight;
-    if (grad) write_grad(out, a.vocab, y, s, a.coef_scale * weight, f.scale, kept, block_shift);
+    if (!grad) continue;
+    const auto write = streamed ? &write_grad<T, true> : &write_grad<T, false>;
+    write(out, a.vocab, y, s, a.coef_scale * weight, f.scale, kept, block_shift);
   }
+  end_stream();
 }
 
 template <typename T, Map map>
@@ -223,11 +235,21 @@ void logp_rows_grad_impl(const GradArgs& a, int64_t begin, int64_t end, float*) 
     };
     const auto pair = [&](Pair z) { return Pair{entry(z.a), entry(z.b)}; };
     int64_t j = 0;
-    for (; j + 2 * W <= a.vocab; j += 2 * W) store_pair(out + j, pair(load_pair(row + j)));
+    const auto whole = [&](auto put) {
+      for (; j + 2 * W <= a.vocab; j += 2 * W) {
+        prefetch_pair(row + j);
+        put(out + j, pair(load_pair(row + j)));
+      }
+    };
+    if (a.stream && can_stream(out))
+      whole([](T* p, Pair g) { stream_pair(p, g); });
+    else
+      whole([](T* p, Pair g) { store_pair(p, g); });
     const int64_t rest = a.vocab - j;
     if (rest > 0) store_pair_part(out + j, rest, pair(load_pair_part(row + j, rest)));
     store_part(out + y, 1, splat((float)((double)a.coef[i] * f.scale * slope * -expm1((double)a.logp[i]))));
   }
+  end_stream();
 }
 
 }  // namespace

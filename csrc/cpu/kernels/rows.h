@@ -21,6 +21,7 @@ struct RowsArgs {
   const int64_t* labels;  // [N], -100 ignored
   void* out;              // [N, vocab] of the logits' dtype, may be the logits themselves; null: no gradient
   int64_t out_stride;
+  bool stream;  // write out around the caches
 };
 
 struct LogpArgs : RowsArgs {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX2__
+#if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
@@ -189,8 +189,7 @@ GFAST_INLINE Pair load_pair(const T* p) {
   return {load(p), load(p + W)};
 }
 
-template <typename T>
-GFAST_INLINE void store_pair(T* p, Pair x) {
+GFAST_INLINE void store_pair(float* p, Pair x) {
   store(p, x.a);
   store(p + W, x.b);
 }
@@ -204,14 +203,73 @@ GFAST_INLINE Pair load_pair(const bf16* p) {
   return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
 }
 
-GFAST_INLINE void store_pair(bf16* p, Pair x) {
+// The pair in its 16-bit type and in order, one vector of 2 W words.
+GFAST_INLINE vu packed(const bf16*, Pair x) {
   const vu a = round_bf16(x.a), b = round_bf16(x.b);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  const vu words = (vu)_mm256_blend_epi16((__m256i)(a >> 16), (__m256i)b, 0xaa);
+  return (vu)_mm256_blend_epi16((__m256i)(a >> 16), (__m256i)b, 0xaa);
 #else
-  const vu words = (a >> 16) | (b & 0xffff0000u);
+  return (a >> 16) | (b & 0xffff0000u);
 #endif
+}
+
+GFAST_INLINE vu packed(const f16*, Pair x) {
+#if defined(__AVX512F__)
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+  const __m256i a = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.a, nearest), b = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.b, nearest);
+  return (vu)_mm512_inserti64x4(_mm512_zextsi256_si512(a), b, 1);
+#else
+  f16 buffer[2 * W];
+  store(buffer, x.a);
+  store(buffer + W, x.b);
+  vu words;
+  memcpy(&words, buffer, sizeof(words));
+  return words;
+#endif
+}
+
+template <typename T>
+GFAST_INLINE void store_pair(T* p, Pair x) {
+  const vu words = packed(p, x);
   memcpy(p, &words, sizeof(words));
+}
+
+// Stores around the caches, for outputs far larger than those: an ordinary store reads the line from memory before it
+// replaces all of it. p is aligned to a vector; end_stream() before anybody else may look.
+#if defined(__AVX512F__)
+GFAST_INLINE void stream(void* p, vu x) { _mm512_stream_si512((__m512i*)p, (__m512i)x); }
+#elif defined(__AVX2__)
+GFAST_INLINE void stream(void* p, vu x) { _mm256_stream_si256((__m256i*)p, (__m256i)x); }
+#elif defined(__SSE2__)
+GFAST_INLINE void stream(void* p, vu x) { _mm_stream_si128((__m128i*)p, (__m128i)x); }
+#else
+GFAST_INLINE void stream(void* p, vu x) { memcpy(p, &x, sizeof(x)); }
+#endif
+
+GFAST_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
+GFAST_INLINE void stream_pair(T* p, Pair x) {
+  stream(p, packed(p, x));
+}
+
+GFAST_INLINE void stream_pair(float* p, Pair x) {
+  stream(p, (vu)x.a);
+  stream(p + W, (vu)x.b);
+}
+
+GFAST_INLINE bool can_stream(const void* p) { return (uintptr_t)p % sizeof(vf) == 0; }
+
+// Asks for what will be read a page from here. The hardware's own prefetch stops at the end of each 4 KiB page and
+// leaves a core at a third of the speed that it can read at.
+template <typename T>
+GFAST_INLINE void prefetch_pair(const T* p) {
+  constexpr int ahead = 4096, line = 64, bytes = 2 * W * sizeof(T);
+  for (int k = 0; k < bytes; k += line) __builtin_prefetch((const char*)p + ahead + k);
 }
 
 // Entry h of a pair is in lane at(h) % W of vector at(h) / W.
