@@ -22,6 +22,7 @@ _EXPORTS = {
     "model_loss": "gfast.model",
     "model_logp": "gfast.model",
     "g_effect": "gfast.geffect",
+    "pg_effect": "gfast.geffect",
     "risk_gradients": "gfast.geffect",
     "Directions": "gfast.geffect",
     "GEffect": "gfast.geffect",
@@ -37,7 +38,16 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from gfast.geffect import Directions, GEffect, GramEffect, SampleEffect, TokenEffect, g_effect, risk_gradients
+    from gfast.geffect import (
+        Directions,
+        GEffect,
+        GramEffect,
+        SampleEffect,
+        TokenEffect,
+        g_effect,
+        pg_effect,
+        risk_gradients,
+    )
     from gfast.model import model_logp, model_loss
     from gfast.ops.common import LossOutput
     from gfast.ops.grad_dot import grad_dot

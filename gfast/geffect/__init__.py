@@ -16,9 +16,10 @@ from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.history import EffectHistory
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.results import Effect, GEffect
+from gfast.geffect.sample import pg_effect
 from gfast.objectives import NLL, Objective
 
-ENGINES = ("stream",)
+ENGINES = ("stream", "sample")
 Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TokenEffect",
     "assign",
     "g_effect",
+    "pg_effect",
     "risk_gradients",
 ]
 

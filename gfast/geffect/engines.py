@@ -21,11 +21,13 @@ def engine_effects(engine: str, measurement: Measurement, objectives: Sequence[O
     wanted = plans(objectives, measurement.risk, norms=False)
     jobs = jobs_of(wanted)
     with measurement.directions() as directions:
-        from gfast.geffect import sample, token
-
         if engine == "sample":
+            from gfast.geffect import sample
+
             found = [sample.objective_dots(measurement, directions, _term(job)) for job in jobs]
         else:
+            from gfast.geffect import token
+
             found = token.objective_dots(measurement, directions, [_term(job) for job in jobs])
         measured = {job: Measured(dots, None) for job, dots in zip(jobs, found, strict=True)}
         return finished(wanted, measurement, directions.gram, measured)
