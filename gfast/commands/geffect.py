@@ -186,9 +186,9 @@ def by_objective(
 
 def by_part(model: Any, batches: dict[str, list[dict[str, Any]]], arguments: GEffectArguments) -> Any:
     """The effects of each forget answer, or of each of its tokens."""
-    from gfast.geffect import pg_effect, token_effect
+    from gfast import geffect
 
-    measure = pg_effect if arguments.per == "sample" else token_effect
+    measure = geffect.pg_effect if arguments.per == "sample" else geffect.token_effect
     options = {"groups": arguments.groups, "progress": sys.stderr.isatty()}
     return measure(model, forget=batches["plain"], retain=batches["retain"], **options)
 
