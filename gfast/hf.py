@@ -9,13 +9,18 @@ parameter that cannot be placed is an error that names it. Models may be wrapped
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_log = logging.getLogger("gfast")
 
 # Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family
 # that is not in these tables may do something else between hidden states and logits, so it is not taken as plain.
@@ -142,6 +147,47 @@ def final_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Only `input_ids`, `attention_mask` and `position_ids` of the batch reach the model.
     """
     return decoder(model)(**_inputs(batch)).last_hidden_state
+
+
+def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The model's own logits, [B, T, V], from the same inputs as `final_hidden`; PEFT's adapters are inside."""
+    return unwrap(model)(**_inputs(batch)).logits
+
+
+@contextmanager
+def differentiable_forward(model: nn.Module) -> Iterator[None]:
+    """Attention and mixtures of experts as plain PyTorch operations inside, as they were outside.
+
+    Attention by SDPA or written out (eager) stays; other kernels (flash, flex) become SDPA, or eager attention where
+    the model has no SDPA; experts run one by one. What was switched is logged once.
+    """
+    inner = unwrap(model)
+    attention = "sdpa" if getattr(inner, "_supports_sdpa", False) else "eager"
+    switches = (
+        ("_attn_implementation", ("sdpa", "eager"), attention),
+        ("_experts_implementation", ("eager",), "eager"),
+    )
+    configs = {id(found): found for m in inner.modules() if (found := getattr(m, "config", None)) is not None}
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        for config in configs.values():
+            for key, fine, instead in switches:
+                # the attribute behind the property, whose setter would reach into other configurations
+                name = f"{key}_internal" if hasattr(config, f"{key}_internal") else key
+                found = getattr(config, name, None)
+                if found is not None and found not in fine:
+                    changed.append((config, name, found))
+                    setattr(config, name, instead)
+                    _log_switch(type(inner).__name__, key.strip("_"), str(found), instead)
+        yield
+    finally:
+        for config, name, found in reversed(changed):
+            setattr(config, name, found)
+
+
+@functools.cache
+def _log_switch(model: str, what: str, found: str, instead: str) -> None:
+    _log.info("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
 
 
 def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:

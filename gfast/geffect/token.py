@@ -1,0 +1,306 @@
+"""The token engine: the effect of every label token, by group, in one pass of forward mode along the stored directions.
+
+    e(D, i) = < grad R(D), grad logp_i > = d/de logp_i(theta + e grad R(D))
+
+One stream a group and a side (`gfast.geffect.forward`). The output head is reversed: with b_i = d logp_i / d logits
+and dH_i = W' b_i, computed once, a stream's effect on token i is the dot product of dH_i with its tangent of the final
+hidden state, so the head's cost does not grow with the streams. Forward units: 1, and for each side 1 (what parameters
+add) and as many as streams are alive in a layer: about 9 for two sides by the groups of the paper. No activations are
+kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast import hf
+from gfast.geffect.data import Term, to_device
+from gfast.geffect.directions import Directions
+from gfast.geffect.effects import TokenEffect
+from gfast.geffect.forward import Dual, ForwardMode
+from gfast.geffect.measurement import Measurement
+from gfast.geffect.passes import Progress
+from gfast.geffect.state import measuring, refuse_sharded
+from gfast.model import shifted
+from gfast.objectives import NLL, Objective
+from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
+from gfast.ops.head import ChunkedHead
+from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
+from gfast.ops.unlearn_loss import spec_of, weigh
+
+
+def token_effect(
+    model: nn.Module,
+    *,
+    forget: Any,
+    retain: Any,
+    groups: str | Callable[[str], str] = "paper",
+    risk: Objective = NLL(),  # noqa: B008 - frozen
+    direction_dtype: torch.dtype = torch.float32,
+    direction_storage: str | os.PathLike[str] = "device",
+    directions: Directions | None = None,
+    progress: bool = False,
+) -> TokenEffect:
+    r"""The effect of each label token's log-probability on the risk of forget and retain data, by layer group.
+
+        e(D, i) = < grad R(D), grad log p(s_i | s_<i; theta) >
+
+    The G-effect of every objective with token weights is a weighted sum of these, so one measurement serves every
+    objective and every setting of its hyper-parameters: `TokenEffect.g_effect(objective)`.
+
+    Two passes with gradients give the directions grad R(D); then one forward pass over the forget set carries their
+    derivatives along, by group and side, and keeps no activations. Its cost is one forward, and for each side one more
+    and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 5 for groups="layer".
+    Every kind of module is covered as long as it is made of PyTorch operations. The model is measured in evaluation
+    mode and left as found, also after an error.
+
+    Args:
+        model: a Hugging Face causal language model, possibly wrapped by PEFT, DDP or torch.compile. Attention kernels
+            that are neither SDPA nor eager, and fused experts, give way to plain operations for the pass (logged).
+        forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`.
+            Tangents have the model's dtype, and directions are rounded to it where they are used.
+
+    Returns:
+        TokenEffect: samples are the rows of the forget batches in order, tokens their labels in order; ref_logp is
+        there if every batch has it.
+
+    Raises:
+        ValueError: as `g_effect`; later for an operation that has no forward derivative (an autograd.Function, a custom
+            kernel), naming the module, and for effects that are not finite.
+
+    Source: arXiv 2502.19301, Definition 1, for single tokens.
+
+    Example:
+        >>> import torch
+        >>> from gfast.geffect.token import token_effect
+        >>> from gfast.objectives import NPO, WGA
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> batch = {"input_ids": ids, "labels": ids}
+        >>> tokens = token_effect(LlamaForCausalLM(config), forget=batch, retain=batch)
+        >>> [len(one) for one in tokens.total("unlearn")]
+        [5, 5]
+        >>> grid = [tokens.g_effect(WGA(alpha=alpha)) for alpha in (0.0, 0.5, 1.0)]
+    """
+    return token_effects(
+        Measurement.of(
+            model, forget, retain, (), groups, risk, direction_dtype, direction_storage, directions, progress
+        )
+    )
+
+
+@dataclass
+class Tokens:
+    """The label tokens of a batch in order: n tokens of B rows, on the CPU.
+
+    Attributes:
+        effects: [2, G, n] fp64, sides forget and retain.
+        logp: [n] fp64. ref_logp: the same under the original model, or None.
+        labels, rows, positions: [n] int64; rows and positions are the place of the label in input_ids [B, T].
+        sequences: B.
+    """
+
+    effects: Tensor
+    logp: Tensor
+    ref_logp: Tensor | None
+    labels: Tensor
+    rows: Tensor
+    positions: Tensor
+    sequences: int
+
+
+def token_effects(measurement: Measurement) -> TokenEffect:
+    """`token_effect` of a request that is checked."""
+    refuse_sharded(measurement.model)
+    with measurement.directions() as directions:
+        measured = measure_tokens(measurement, directions, measurement.data.batches["forget"])
+        norms, counts = directions.norms(), dict(directions.counts)
+
+    def by_sample(take: Callable[[Tokens], Tensor]) -> list[Tensor]:
+        out: list[Tensor] = []
+        for batch in measured:
+            out += take(batch).split(torch.bincount(batch.rows, minlength=batch.sequences).tolist())
+        return out
+
+    names = measurement.groups.names
+    sides = [
+        {name: by_sample(lambda batch, side=side, g=g: batch.effects[side, g]) for g, name in enumerate(names)}
+        for side in (0, 1)
+    ]
+    with_ref = all(batch.ref_logp is not None for batch in measured)
+    return TokenEffect(
+        *sides,
+        logp=by_sample(lambda batch: batch.logp),
+        labels=by_sample(lambda batch: batch.labels),
+        positions=by_sample(lambda batch: batch.positions),
+        norms=norms,
+        ref_logp=by_sample(lambda batch: batch.ref_logp) if with_ref else None,
+        risk=str(measurement.risk),
+        counts=counts,
+    )
+
+
+def objective_dots(measurement: Measurement, directions: Directions, terms: Sequence[Term]) -> list[Tensor]:
+    """< grad L, G > by group and side, fp64 [G, 2], of every term's data-set loss, from the effects of its tokens.
+
+    Each set of batches is measured once, whatever the number of terms on it.
+
+    Raises:
+        ValueError: a term whose gradient is no weighted sum of token log-prob gradients, with the remedy.
+    """
+    for term in terms:
+        refuse_unweighted(term)
+    refuse_sharded(measurement.model)
+    data, out = measurement.data, {}
+    for source in dict.fromkeys(term.source for term in terms):
+        measured = measure_tokens(measurement, directions, data.batches[source])
+        for term in (term for term in terms if term.source == source):
+            dots = torch.zeros(2, len(measurement.groups.names), dtype=torch.float64)
+            for batch in measured:
+                dots += batch.effects @ token_weights(term.objective, batch)
+            out[term] = dots.t() / max(data.count(term), 1)
+    return [out[term] for term in terms]
+
+
+def refuse_unweighted(term: Term) -> None:
+    """ValueError for objectives that are no weighting of tokens."""
+    try:
+        spec_of(term.objective)
+    except TypeError:
+        raise ValueError(
+            f"{term.objective} has no token weights, so effects of tokens do not give its G-effect: measure it with "
+            f'engine="stream"'
+        ) from None
+
+
+def token_weights(objective: Any, batch: Tokens) -> Tensor:
+    """Detached weights [n] fp64 of the objective on a batch's tokens."""
+    valid = torch.ones(len(batch.logp), dtype=torch.bool)
+    weight, _ = weigh(objective, batch.logp, batch.ref_logp, valid, batch.rows, batch.sequences)
+    return weight
+
+
+def measure_tokens(
+    measurement: Measurement, directions: Directions, batches: Sequence[Mapping[str, Any]]
+) -> list[Tokens]:
+    """Effects of the label tokens of every batch."""
+    model, groups = measurement.model, measurement.groups
+    parameters = dict(model.named_parameters())
+    along = {
+        parameters[name]: [(2 * group + side, partial(directions.get, side, name)) for side in (0, 1)]
+        for name, group in groups.index.items()
+    }
+    device, out = next(iter(along)).device, []
+    with Progress(measurement.progress, "token effects") as bar, _ready(model):
+        mode = ForwardMode(along, model)
+        for batch in batches:
+            out.append(_measure(mode, model, to_device(batch, device), len(groups.names)))
+            bar.update()
+    return out
+
+
+@contextlib.contextmanager
+def _ready(model: nn.Module) -> Iterator[None]:
+    """The model lent, in evaluation mode throughout, without compiled code and kernels that have no forward mode."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(measuring(model))
+        for module in model.modules():  # no activations are kept here, so checkpointing modules need no exception
+            module.training = False
+        stack.enter_context(hf.differentiable_forward(model))
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int) -> Tokens:
+    labels = shifted(batch["labels"])  # [B, T] at the positions that score them
+    flat = labels.reshape(-1)
+    order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
+    head = hf.head(model)
+    with mode:
+        out = hf.logits(model, batch) if head is None else hf.final_hidden(model, batch)
+    # [n] log-probs, [2 G, n] effects of streams
+    measured = _by_logits(out, flat, order, groups) if head is None else _by_head(mode, out, head, flat, order, groups)
+    logp, effects = (value.double().cpu() for value in measured)
+    length = labels.shape[1]
+    rows, positions = order // length, order % length + 1
+    reference = batch.get("ref_logp")
+    if not bool(torch.isfinite(effects).all()):
+        raise ValueError("token effects are not finite: check the model's weights and, in float16, its range")
+    return Tokens(
+        effects.view(groups, 2, -1).transpose(0, 1).contiguous(),
+        logp,
+        None if reference is None else reference[rows, positions].double().cpu(),
+        *(index.cpu() for index in (flat[order], rows, positions)),
+        sequences=labels.shape[0],
+    )
+
+
+def _by_head(
+    mode: ForwardMode, hidden: Tensor, head: hf.Head, labels: Tensor, order: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] and effects [2 G, n] from final hidden states [B, T, D] and the head they go through."""
+    value, streams, tangents = _parts(hidden, order)
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    vocab, scale, softcap = weight.shape[0], head.logit_scale, head.softcap or 0.0
+    check_label_range("token_effect", labels, vocab)
+    rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(vocab, weight.device))
+    rows.start_gradients(True, False, False)
+    own = {name: mode.directions_of(part) for name, part in (("weight", head.weight), ("bias", head.bias))}
+    logp = value.new_empty(rows.rows, dtype=stats_dtype(value.dtype))
+    effects = torch.zeros(2 * groups, rows.rows, dtype=torch.float64, device=value.device)
+    for start, stop in row_chunks(rows.rows, rows.chunk):
+        part, chunk = slice(start, stop), rows.logits(start, stop)
+        logp[part] = _slopes(chunk, rows.labels[part], scale, softcap)  # chunk is b now, [chunk, V]
+        rows.add_gradients(start, stop, chunk)
+        for stream, direction in own["weight"]:
+            # b . (G h) as (b G) . h: no second [chunk, V]
+            effects[stream, part] += _row_dots(chunk @ direction.to(chunk.dtype), rows.hidden[part])
+        for stream, direction in own["bias"]:
+            effects[stream, part] += (chunk @ direction.to(chunk.dtype)).double()
+    for stream, tangent in zip(streams, tangents, strict=True):
+        effects[stream] += _row_dots(rows.grad_hidden, tangent)
+    return logp, effects
+
+
+def _by_logits(logits: Tensor, labels: Tensor, order: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The same from the model's own logits [B, T, V], for heads that are no plain linear map."""
+    value, streams, tangents = _parts(logits, order)
+    check_label_range("token_effect", labels, value.shape[-1])
+    logp = _slopes(value, labels[order], 1.0, 0.0)
+    effects = torch.zeros(2 * groups, len(order), dtype=torch.float64, device=value.device)
+    for stream, tangent in zip(streams, tangents, strict=True):
+        effects[stream] = _row_dots(value, tangent)
+    return logp, effects
+
+
+def _parts(out: Tensor, order: Tensor) -> tuple[Tensor, tuple[int, ...], list[Tensor]]:
+    """Rows [n, ...] of a tensor [B, T, ...], its streams, and the same rows of their tangents."""
+    width = out.shape[-1]
+    if type(out) is not Dual:
+        return out.reshape(-1, width)[order], (), []
+    pair = out.pair
+    tangents = [tangent.reshape(-1, width)[order] for tangent in pair.each()]
+    return pair.primal.reshape(-1, width)[order], pair.streams, tangents
+
+
+def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """Log-probs [n] of logits [n, V], which d logp_i / d logits overwrites."""
+    logp, stats = logp_rows(logits, labels, scale, softcap, "auto")
+    logp_rows_grad(logits, labels, logp, stats, torch.ones_like(logp), scale, softcap, logits, "auto")
+    return logp
+
+
+def _row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """[n] fp64 dot products of the rows of two matrices [n, D]."""
+    return (x.double() * y.double()).sum(-1)

@@ -1,0 +1,297 @@
+"""Forward mode with stacked tangents against torch.func.jvp, one stream at a time, function by function."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gfast.geffect.forward import Dual, ForwardMode, ForwardModeError
+
+
+def parameter(*shape: int, seed: int = 0, positive: bool = False) -> nn.Parameter:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return nn.Parameter(values.abs() + 0.5 if positive else values)
+
+
+def directions_for(parameters, streams):
+    """Random directions: `streams` has the stream ids of each parameter."""
+    generator = torch.Generator().manual_seed(9)
+    return {
+        p: {stream: torch.randn(p.shape, generator=generator, dtype=p.dtype) for stream in some}
+        for p, some in zip(parameters, streams, strict=True)
+    }
+
+
+def run(function, parameters, along):
+    given = {p: [(s, lambda tangent=tangent: tangent) for s, tangent in some.items()] for p, some in along.items()}
+    with ForwardMode(given, nn.Module()):
+        return function(*parameters)
+
+
+def check(function, parameters, streams=None, rtol=1e-12):
+    """Values and tangents of every output."""
+    streams = streams or [(2 * i, 2 * i + 1) for i in range(len(parameters))]
+    along = directions_for(parameters, streams)
+    found = run(function, parameters, along)
+    found = found if isinstance(found, (tuple, list)) else (found,)
+    every = sorted(set().union(*map(set, streams)))
+    values = tuple(p.detach().clone() for p in parameters)
+    for stream in every:
+        tangents = tuple(along[p].get(stream, torch.zeros_like(p)).detach() for p in parameters)
+
+        def listed(*inputs):
+            out = function(*inputs)
+            return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+        expected, moved = torch.func.jvp(listed, values, tangents)
+        for item, value, tangent in zip(found, expected, moved, strict=True):
+            if type(item) is Dual:
+                assert torch.allclose(item.pair.primal, value, rtol=rtol, atol=0)
+                own = dict(zip(item.pair.streams, item.pair.each(), strict=True))
+                actual = own.get(stream, torch.zeros_like(tangent))
+                assert actual.shape == tangent.shape and actual.dtype == tangent.dtype
+                assert (actual - tangent).abs().max() <= rtol * max(tangent.abs().max().item(), 1.0)
+            else:
+                assert not tangent.any()
+    return found
+
+
+# which streams each parameter belongs to
+TWO_STREAMS = [[(0, 1), (2, 3)], [(0, 1, 4), (1, 4)], [(1,), (0, 1, 2)], [(0, 2), (0, 2)], [(0,), ()]]
+THREE_STREAMS = [[(0, 1), (0, 1), (0, 1)], [(0,), (1,), (2,)], [(0, 1), (1,), ()], [(), (0,), (1,)]]
+MASK = torch.tensor([[True, False, True], [False, True, True]])
+INDEX = torch.tensor([1, 0, 1])
+
+
+def in_place_on_views(x, y):
+    x = x * 1.0
+    x[:, 1:].mul_(y[:, 1:])
+    x[0] = y[1] * 2
+    x += y.sum()
+    return x
+
+
+def scattered(x, y):
+    out = torch.zeros(4, 3, dtype=x.dtype)
+    out.index_add_(0, INDEX[:2], x * y)
+    out[3] = y[0]
+    return out * 2
+
+
+def stop(x, y):
+    with torch.no_grad():
+        scale = (x * y).sum()
+    return (x * scale + x.detach() * y + x.data).sum()
+
+
+UNARY = {
+    "views": lambda x: x.view(3, 2).transpose(0, 1).unsqueeze(1).expand(2, 4, 3).reshape(-1)[2:9],
+    "chunk": lambda x: x.chunk(2, dim=-1),
+    "split": lambda x: x.split([1, 2], dim=1),
+    "iteration": lambda x: [row * 2 for row in x],
+    "transposed": lambda x: x.T @ x.mT.T,
+    "reductions": lambda x: x.sum(-1, keepdim=True) + x.mean() + x.var(0),
+    "silu": F.silu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "relu in place": lambda x: F.relu(x * 1.0, inplace=True) * 2,
+    "powers": lambda x: x**2 + torch.rsqrt(x.abs() + 1) + 2**x,
+    "reversed": lambda x: 1 - x + 1 / x - (-x),
+    "softmax": lambda x: F.softmax(x, dim=-1) + torch.softmax(x, 0),
+    "log softmax": lambda x: F.log_softmax(x, dim=-1),
+    "topk": lambda x: x.topk(2, dim=-1)[0] * 3,
+    "boolean index": lambda x: x[MASK],
+    "two indices": lambda x: x[:, None][torch.tensor([0, 1]), :, INDEX[:2]],
+    "index and slice": lambda x: x[:, INDEX],
+    "masked fill": lambda x: x.masked_fill(MASK, 3.0),
+    "pad": lambda x: F.pad(x, (1, 2), value=5.0),
+    "where": lambda x: torch.where(MASK, x, 1.0),
+    "gather": lambda x: x.gather(1, INDEX.expand(2, 3)),
+    "embedding": lambda x: F.embedding(torch.tensor([[0, 1], [1, 1]]), x),
+    "single precision": lambda x: (x.float() * 2).to(torch.float32).double(),
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
+    "rms norm": lambda x: F.rms_norm(x, (3,), eps=1e-3),
+    "layer norm": lambda x: F.layer_norm(x, (3,)),
+    "new like": lambda x: torch.zeros_like(x) + x + x.new_ones(3),
+    "integers": lambda x: x * (x > 0).long() * x.argmax(-1, keepdim=True),
+}
+BINARY = {
+    "arithmetic": lambda x, y: x * y + x / y - torch.sub(x, y, alpha=2) + torch.add(x, y, alpha=3),
+    "broadcast": lambda x, y: x[:, None] * y[0] + x[:, :1] - y.sum(0, keepdim=True),
+    "cat": lambda x, y: torch.cat([x, torch.ones(2, 1, dtype=x.dtype), y], -1),
+    "stack": lambda x, y: torch.stack((x, y), dim=1),
+    "matmul": lambda x, y: x @ y.T,
+    "batched matmul": lambda x, y: torch.matmul(x.view(2, 1, 3), y.view(2, 3, 1)),
+    "bmm": lambda x, y: torch.bmm(x[:, None], y[:, :, None]),
+    "matmul with a matrix": lambda x, y: x.view(1, 2, 3) @ y.T,
+    "linear": lambda x, y: F.linear(x.view(2, 1, 3), y, y[:, 0]),
+    "addmm": lambda x, y: torch.addmm(y[0, :2], x, y.T),
+    "baddbmm": lambda x, y: torch.baddbmm(x[:, None], x[:, None], y[:, None].expand(2, 3, 3), alpha=0.5),
+    "norm": lambda x, y: F.layer_norm(x, (3,), y[0], y[1]),
+    "into a plain tensor": scattered,
+    "in place by name": lambda x, y: (x * 1).add_(y).mul_(y).div_(y + 4).clamp_(min=-0.5),
+    "in place after sharing": lambda x, y: [(z := x * 2), (w := z + 1).mul_(y), z, w],
+}
+
+
+@pytest.mark.parametrize("name", UNARY)
+@pytest.mark.parametrize("derived", [False, True])
+def test_one_argument(name, derived):
+    function = UNARY[name]
+    check((lambda x: function(x * 1.5)) if derived else function, [parameter(2, 3)])
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("streams", TWO_STREAMS)
+@pytest.mark.parametrize("derived", [False, True])
+def test_two_arguments(name, streams, derived):
+    function = BINARY[name]
+    if derived:
+        check(lambda x, y: function(x * 1.5, y + 0.25), [parameter(2, 3), parameter(2, 3, seed=1)], streams)
+    else:
+        check(function, [parameter(2, 3), parameter(2, 3, seed=1)], streams)
+
+
+def test_in_place_on_views():
+    check(in_place_on_views, [parameter(2, 3), parameter(2, 3, seed=1)], [(0, 2), (0, 2)])
+
+
+def test_tangents_stop_where_gradients_do():
+    """Against backward: jvp goes through detach and no_grad, training does not."""
+    parameters = [parameter(2, 3), parameter(2, 3, seed=1)]
+    along = directions_for(parameters, [(0, 1), (0, 1)])
+    out = run(stop, parameters, along)
+    grads = torch.autograd.grad(stop(*parameters), parameters)
+    for stream, tangent in zip(out.pair.streams, out.pair.each(), strict=True):
+        expected = sum((along[p][stream] * g).sum() for p, g in zip(parameters, grads, strict=True))
+        assert tangent.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+ATTENTION = {
+    "plain": {},
+    "causal": dict(is_causal=True),
+    "bool mask": dict(attn_mask=CAUSAL & (torch.arange(5) > 0)),  # the first query sees nothing
+    "float mask": dict(attn_mask=torch.randn(2, 1, 5, 5, dtype=torch.float64).masked_fill(~CAUSAL, -math.inf)),
+    "scale": dict(is_causal=True, scale=0.3),
+    "grouped": dict(is_causal=True, enable_gqa=True),
+    "grouped, mask": dict(attn_mask=CAUSAL.expand(2, 4, 5, 5), enable_gqa=True),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("streams", THREE_STREAMS)
+@pytest.mark.parametrize("scores", [2**22, 40])
+def test_attention(name, streams, scores, monkeypatch):
+    from gfast.geffect import forward_rules
+
+    monkeypatch.setattr(forward_rules, "_SCORES", scores)  # few: runs of queries
+    options = ATTENTION[name]
+    heads = 2 if options.get("enable_gqa") else 4
+    inputs = [parameter(2, 5, 4, 6), parameter(2, 5, heads, 6, seed=1), parameter(2, 5, heads, 3, seed=2)]
+
+    def attention(q, k, v):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            heads_first = [item.transpose(1, 2) * 1.0 for item in (q, k, v)]
+            return F.scaled_dot_product_attention(*heads_first, **options)
+
+    check(attention, inputs, streams)
+
+
+def test_streams_begin_where_their_parameters_are_used():
+    x, y = parameter(2, 3), parameter(2, 3, seed=1)
+    seen = []
+
+    def function(x, y):
+        hidden = x * 2
+        seen.append(getattr(hidden, "pair", None))
+        return hidden + y
+
+    (out,) = check(function, [x, y])
+    assert seen[0].streams == (0, 1) and out.pair.streams == (0, 1, 2, 3)
+
+
+def test_no_graph_is_recorded_and_parameters_stay():
+    x = parameter(2, 3)
+    before = x.detach().clone()
+    out = run(lambda x: (x * 2).add_(1), [x], directions_for([x], [(0,)]))
+    assert not out.pair.primal.requires_grad and not out.pair.stacked().requires_grad
+    assert torch.equal(x, before)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def view_of_plain(x):
+    base = torch.zeros(4, 3, dtype=x.dtype)
+    base[:2].copy_(x)
+    return base
+
+
+def in_place_under_a_view(x):
+    plain = x * 1
+    part = plain[0]
+    plain.add_(x)
+    shared = plain + 1
+    plain.mul_(2)
+    return part + shared.sum()
+
+
+REFUSED = {
+    "autograd.Function": (Twice.apply, "Twice"),
+    "autograd.Function of a derived tensor": (lambda x: Twice.apply(x * 2), "Twice"),
+    "numpy": (lambda x: (x * 2).numpy(), "numpy"),
+    "raw memory": (lambda x: (x * 2).data_ptr(), "data_ptr"),
+    "dropout": (lambda x: F.dropout(x, 0.5, training=True), "random"),
+    "random": (lambda x: (x * 2).bernoulli_(0.5), "bernoulli_"),
+    "out=": (lambda x: torch.mul(x, 2, out=torch.empty(2, 3, dtype=x.dtype)), "out="),
+    "a view of a plain tensor": (view_of_plain, "view"),
+    "a shared tensor with views": (in_place_under_a_view, "views"),
+    "a parameter": (lambda x: x.mul_(2), "parameter"),
+    "attribute": (lambda x: setattr(x * 2, "data", torch.zeros(2, 3)), "data"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    function, words = REFUSED[name]
+    x = parameter(2, 3)
+    before = x.detach().clone()
+    with pytest.raises(ForwardModeError, match=rf"{words}.*engine='stream'"):
+        run(function, [x], directions_for([x], [(0, 1)]))
+    assert torch.equal(x, before)
+
+
+def test_custom_operators_are_refused():
+    from gfast.ops.token_logp import token_logp
+
+    x = parameter(2, 3)
+    with pytest.raises(ForwardModeError, match="token_logp"):
+        run(lambda x: token_logp(x.float() * 2, INDEX[:2], impl="reference"), [x], directions_for([x], [(0,)]))
+
+
+def test_outside_of_the_pass():
+    x = parameter(2, 3)
+    out = run(lambda x: x * 2, [x], directions_for([x], [(0,)]))
+    with pytest.raises(ForwardModeError, match="outside of the pass"):
+        out + 1
+    assert "streams" in repr(out)
+
+
+def test_autograd_functions_work_again_afterwards():
+    x = parameter(2, 3)
+    with pytest.raises(ForwardModeError):
+        run(Twice.apply, [x], directions_for([x], [(0,)]))
+    Twice.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))
