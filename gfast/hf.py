@@ -149,11 +149,6 @@ def final_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return decoder(model)(**_inputs(batch)).last_hidden_state
 
 
-def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's own logits, [B, T, V], from the same inputs as `final_hidden`; PEFT's adapters are inside."""
-    return unwrap(model)(**_inputs(batch)).logits
-
-
 @contextmanager
 def differentiable_forward(model: nn.Module) -> Iterator[None]:
     """Attention and mixtures of experts as plain PyTorch operations inside, as they were outside.

@@ -99,6 +99,7 @@ UNARY = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "relu in place": lambda x: F.relu(x * 1.0, inplace=True) * 2,
     "powers": lambda x: x**2 + torch.rsqrt(x.abs() + 1) + 2**x,
+    "power of another shape": lambda x: (x.abs() + 1) ** torch.tensor([[[2.0]], [[3.0]]], dtype=x.dtype),
     "reversed": lambda x: 1 - x + 1 / x - (-x),
     "softmax": lambda x: F.softmax(x, dim=-1) + torch.softmax(x, 0),
     "log softmax": lambda x: F.log_softmax(x, dim=-1),
@@ -187,9 +188,9 @@ ATTENTION = {
 @pytest.mark.parametrize("streams", THREE_STREAMS)
 @pytest.mark.parametrize("scores", [2**22, 40])
 def test_attention(name, streams, scores, monkeypatch):
-    from gfast.geffect import forward_rules
+    from gfast.geffect import forward_layers
 
-    monkeypatch.setattr(forward_rules, "_SCORES", scores)  # few: runs of queries
+    monkeypatch.setattr(forward_layers, "_SCORES", scores)  # few: runs of queries
     options = ATTENTION[name]
     heads = 2 if options.get("enable_gqa") else 4
     inputs = [parameter(2, 5, 4, 6), parameter(2, 5, heads, 6, seed=1), parameter(2, 5, heads, 3, seed=2)]

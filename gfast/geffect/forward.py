@@ -72,6 +72,11 @@ class Pair:
         return out
 
 
+def primal(value: Any) -> Any:
+    """The value of a pair, or what is none as it is."""
+    return value.primal if isinstance(value, Pair) else value
+
+
 class Dual(Tensor):
     """What model code holds in place of a tensor with tangents. It has no memory of its own: code that bypasses
     torch functions cannot read the value and lose the tangents."""

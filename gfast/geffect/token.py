@@ -28,13 +28,15 @@ from gfast.geffect.effects import TokenEffect
 from gfast.geffect.forward import Dual, ForwardMode
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress
+from gfast.geffect.seeded import check_weighted
 from gfast.geffect.state import measuring, refuse_sharded
-from gfast.model import shifted
+from gfast.model import model_logits, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
 from gfast.ops.head import ChunkedHead
+from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
-from gfast.ops.unlearn_loss import spec_of, weigh
+from gfast.ops.unlearn_loss import weigh
 
 
 def token_effect(
@@ -159,7 +161,7 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
         ValueError: a term whose gradient is no weighted sum of token log-prob gradients, with the remedy.
     """
     for term in terms:
-        refuse_unweighted(term)
+        check_weighted(term, "token")
     refuse_sharded(measurement.model)
     data, out = measurement.data, {}
     for source in dict.fromkeys(term.source for term in terms):
@@ -170,17 +172,6 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
                 dots += batch.effects @ token_weights(term.objective, batch)
             out[term] = dots.t() / max(data.count(term), 1)
     return [out[term] for term in terms]
-
-
-def refuse_unweighted(term: Term) -> None:
-    """ValueError for objectives that are no weighting of tokens."""
-    try:
-        spec_of(term.objective)
-    except TypeError:
-        raise ValueError(
-            f"{term.objective} has no token weights, so effects of tokens do not give its G-effect: measure it with "
-            f'engine="stream"'
-        ) from None
 
 
 def token_weights(objective: Any, batch: Tokens) -> Tensor:
@@ -228,7 +219,7 @@ def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], grou
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
     head = hf.head(model)
     with mode:
-        out = hf.logits(model, batch) if head is None else hf.final_hidden(model, batch)
+        out = model_logits(hf.unwrap(model), batch) if head is None else hf.final_hidden(model, batch)
     # [n] log-probs, [2 G, n] effects of streams
     measured = _by_logits(out, flat, order, groups) if head is None else _by_head(mode, out, head, flat, order, groups)
     logp, effects = (value.double().cpu() for value in measured)
@@ -303,4 +294,5 @@ def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Ten
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:
     """[n] fp64 dot products of the rows of two matrices [n, D]."""
-    return (x.double() * y.double()).sum(-1)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return row_sums(x.to(wide) * y.to(wide))
