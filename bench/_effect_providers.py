@@ -41,6 +41,12 @@ class Effects:
     needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
     parameters: str = "all"  # or "linear": the Linear layers of the blocks
 
+    @property
+    def floor(self) -> str:
+        """In words."""
+        units = ((self.passes, "plain pass", "plain passes"), (self.forwards, "forward", "forwards"))
+        return " + ".join(f"{count:g} {one if count == 1 else many}" for count, one, many in units if count)
+
     def why_not(self, model: nn.Module, forget: Batch) -> str | None:
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"

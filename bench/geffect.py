@@ -7,12 +7,13 @@
     python bench/geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json geffect_cuda_7b.json
 
 Times are medians over interleaved rounds in one run. Before timing, every provider's numbers on two rows are compared
-with plain autograd's, group by group, relative to the product of the norms; gfast beyond the tolerance is reported as
-wrong and not timed, others are marked unequal (and refused over 50 %). A floor is what a measurement cannot do without,
-in plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
-the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
-engine replaces the third pass by 9 forwards' worth of tangents; gram needs no more than a training step on both
-batches. Peak memory is what a call needs beyond the model and its data.
+with plain autograd's, group by group, relative to the product of the norms (models of over 50 million parameters are
+cut to four blocks for this); gfast beyond the tolerance is reported as wrong and not timed, others are marked unequal
+(and refused over 50 %). A floor is what a measurement cannot do without, in plain passes (logits, cross entropy,
+backward into .grad) and plain forwards timed in the same rounds: two passes for the risks' gradients and one for the
+objective's; a sample engine adds a forward's worth of dot products; the token engine replaces the third pass by 9
+forwards' worth of tangents; gram needs no more than a training step on both batches. Peak memory is what a call needs
+beyond the model and its data.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ALL = PROVIDERS | PEERS
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms; bf16: plain autograd's own error
 NO_RESULT = 0.5
 CHECK_ROWS = 2
+CHECK_LAYERS, CHECK_PARAMETERS = 4, 50_000_000  # a check holds a dozen gradients: larger models are checked cut short
 UNITS = {"plain pass": plain_pass, "plain forward": plain_forward}
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
 SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
@@ -47,16 +49,17 @@ def setup(settings: dict[str, Any]) -> tuple[torch.nn.Module, dict, dict]:
     return model, forget, retain
 
 
-def checked(model, forget: dict, retain: dict, names: list[str], tolerance: float) -> dict[str, dict[str, Any]]:
-    """For each provider its error, or why there is none: skipped, failed, wrong (of those nothing is timed)."""
+def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    """For each provider its error, or why there is none: failed, wrong (of those nothing is timed)."""
     found: dict[str, dict[str, Any]] = {}
+    tolerance = TOLERANCE[settings["dtype"]]
+    if _parameters(settings) > CHECK_PARAMETERS and (settings["layers"] or CHECK_LAYERS + 1) > CHECK_LAYERS:
+        settings = settings | {"layers": CHECK_LAYERS}
+    model, forget, retain = setup(settings)
     small = [rows_of(batch, 0, CHECK_ROWS) for batch in (forget, retain)]
     truth = Truth(model, *small)
     for name in names:
         provider = ALL[name]
-        if (why := provider.why_not(model, forget)) is not None:
-            found[name] = {"skipped": why}
-            continue
         kind = "effect, GA" if name == "g_effect(GA)" else provider.kind
         try:
             gap = error(truth, provider.run(model, *small), kind, provider.parameters)
@@ -72,10 +75,19 @@ def checked(model, forget: dict, retain: dict, names: list[str], tolerance: floa
     return found
 
 
+def _parameters(settings: dict[str, Any]) -> int:
+    model = random_model(settings["shape"], settings["dtype"], "meta", settings["layers"])
+    return sum(p.numel() for p in model.parameters())
+
+
 def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a provider, after one for each unit."""
     model, forget, retain = setup(settings)
-    notes = checked(model, forget, retain, names, TOLERANCE[settings["dtype"]])
+    missing = {name: why for name in names if (why := ALL[name].why_not(model, forget)) is not None}
+    del model  # while the check holds its gradients
+    notes = {name: {"skipped": why} for name, why in missing.items()}
+    notes |= checked(settings, [name for name in names if name not in missing])
+    model, _, _ = setup(settings)
     good = [name for name in names if "error" in notes[name] and "wrong" not in notes[name]]
     steps: dict[str, Callable[[], object]] = {
         name: (lambda unit=unit: unit(model, forget)) for name, unit in UNITS.items()
@@ -90,9 +102,8 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
         if name in good:
             provider = ALL[name]
             row |= {"kind": provider.kind, "parameters": provider.parameters, **notes[name]}
-            row |= {"passes": provider.passes, "forwards": provider.forwards}
             if floor := provider.passes * one + provider.forwards * forward:
-                row["ratio"] = round(time["median_ms"] / floor, 4)
+                row["ratio"], row["floor"] = round(time["median_ms"] / floor, 4), provider.floor
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
         if not args.no_memory:
@@ -199,8 +210,7 @@ def main() -> None:
             print(f"g_effect(WGA) takes {row['times_less']}x less time than the {row['against']}", end="")
             print(f" and {row['memory_less']}x less memory" if "memory_less" in row else "")
         if args.json:
-            model = random_model(args.shape, args.dtype, "meta", args.layers)
-            record = settings | {"parameters": sum(p.numel() for p in model.parameters())}
+            record = settings | {"parameters": _parameters(settings)}
             payload = {"environment": environment(args.device), "settings": record, "sweep": args.sweep}
             write_json(args.json, payload | {"published": published, "rows": results})
 

@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call, without a network: build with CUDA, doctor, all tests,
-# compute-sanitizer over the kernels' tests, benchmarks.
+# Everything that needs an NVIDIA GPU, in one call, without a network: build with CUDA, doctor, benchmarks, all tests,
+# profiles, compute-sanitizer over the kernels' tests; the most telling first.
 #
 #   bench/on_gpu.sh [output folder]          default: bench/results/gpu
 #
+# Results are KIND_cuda*.json, logs NAME.log, traces in traces/. Benchmarks write after every case, beside the result of
+# an earlier call, which is replaced by a whole one only: a step that fails or runs out of time loses nothing (what it
+# had is partial/KIND_cuda*.json, and becomes the result where there was none). For README and docs/benchmarks.md copy the
+# results to bench/results, then run bench/plots.py and bench/render.py.
+#
 # A failing step does not stop the others; the exit status is the number of failed steps. PYTHON chooses the interpreter
-# (it needs torch with CUDA, cmake, ninja, pytest), GFAST_GPU_SECONDS the total time (default 530), GFAST_GPU_STEPS the
-# steps (default: all, as listed at the end of this file).
+# (it needs torch with CUDA, cmake, ninja, pytest; Liger, cut-cross-entropy, TRL, kronfluence and bergson are measured
+# where they are importable), GFAST_GPU_SECONDS the total time (default 530), GFAST_GPU_STEPS the steps (default: all,
+# as listed at the end of this file).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/gpu}
-mkdir -p "$out"
+mkdir -p "$out/partial"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${GFAST_GPU_SECONDS:-530}))
@@ -25,11 +31,11 @@ say() { echo "$@" | tee -a "$out/summary.txt"; }
 step() {
   local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS rc=0
   shift 2
-  if [ -n "$wanted" ] && [[ " $wanted " != *" $name "* ]]; then return; fi
+  if [ -n "$wanted" ] && [[ " $wanted " != *" $name "* ]]; then return 0; fi
   if [ "$left" -lt 5 ]; then
     say "SKIPPED $name: no time left"
     failed=$((failed + 1))
-    return
+    return 1
   fi
   timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1 || rc=$?
   if [ "$rc" -eq 0 ]; then
@@ -38,6 +44,18 @@ step() {
     say "FAILED  $name (exit $rc after $((SECONDS - start)) s); the end of $name.log:"
     tail -n 25 "$out/$name.log" | tee -a "$out/summary.txt"
     failed=$((failed + 1))
+  fi
+  return "$rc"
+}
+
+# bench NAME SECONDS RESULT SCRIPT [ARGUMENTS...]: a benchmark on the GPU whose result is $out/RESULT.json
+bench() {
+  local name=$1 limit=$2 result=$3.json script=$4 whole=1
+  shift 4
+  rm -f "$out/partial/$result"
+  step "$name" "$limit" "$python" "bench/$script.py" --device cuda "$@" --json "$out/partial/$result" || whole=0
+  if [ -f "$out/partial/$result" ] && { [ "$whole" -eq 1 ] || [ ! -f "$out/$result" ]; }; then
+    mv "$out/partial/$result" "$out/$result"
   fi
 }
 
@@ -51,14 +69,37 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 sanitize=(compute-sanitizer --error-exitcode 86 --launch-timeout 60 --target-processes all)
 few='test_few_rows or test_weight_families or test_logp_rows_and_grad or test_kl_rows or test_scale'
+fast=gfast,gfast_logp,floor,eager,compile,liger,cce,cce_exact,trl,torch_chunked_rows
+lines=gfast,floor,eager,compile,liger,cce,trl,torch_chunked
+large=(--shapes llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
 
 step build 150 env GFAST_CUDA=1 GFAST_CUDA_ARCH="$arch" "$python" setup.py build_ext --inplace
 step doctor 60 "$python" -m gfast.doctor
-step tests_grad_dot 90 "$python" -m pytest -q -ra tests/test_grad_dot.py
-step bench_grad_dot 80 "$python" bench/grad_dot.py --device cuda --json "$out/grad_dot_cuda.json"
-step bench_losses 150 "$python" bench/losses.py --device cuda --shapes small --json "$out/losses_cuda.json"
-step bench_geffect 90 "$python" bench/geffect.py --device cuda --json "$out/geffect_cuda.json"
+bench losses 170 losses_cuda losses "${large[@]}" --objectives wga,nll
+bench grad_dot 80 grad_dot_cuda grad_dot
+bench geffect 100 geffect_cuda geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
 step tests 240 "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
+bench geffect_7b 150 geffect_cuda_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
+  --repetitions 3 --providers 'g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
+bench losses_modes 120 losses_cuda_modes losses "${large[@]}" --ops linear --objectives wga,nll \
+  --modes frozen,nograd,forward --providers "$fast"
+bench losses_batches 90 losses_cuda_batches losses "${large[@]}" --ops linear --objectives wga,npo \
+  --batches tofu,long --providers "$fast"
+bench losses_shapes 150 losses_cuda_shapes losses --shapes all --rows 8192 --dtypes bf16 --objectives wga --budget 1 \
+  --providers "$fast"
+bench overhead 80 overhead_cuda overhead --shapes tiny,smollm2-135m --dtype bf16 --rounds 3
+bench sweep_rows 90 losses_cuda_sweep_rows losses --sweep rows --values 512,1024,2048,4096,8192,16384 \
+  --shapes llama-3.2-1b --dtypes bf16 --objectives wga --budget 1 --providers "$lines"
+bench sweep_vocab 90 losses_cuda_sweep_vocab losses --sweep vocab --shapes llama-3.2-1b --rows 4096 --dtypes bf16 \
+  --objectives wga --budget 1 --providers "$lines"
+for sweep in batch length depth; do
+  bench "sweep_$sweep" 60 "geffect_cuda_sweep_$sweep" geffect --sweep "$sweep" --shape smollm2-135m --dtype bf16 \
+    --budget 1 --repetitions 5
+done
+bench profile_losses 60 profile_losses_cuda profile_losses --shape llama-3.1-8b --rows 8192 --traces "$out/traces"
+bench profile_geffect 60 profile_geffect_cuda profile_geffect --shape llama-3.2-1b --dtype bf16 --batch 8 \
+  --tokens 256 --traces "$out/traces"
+step micro 60 "$python" -m pytest -q bench --benchmark-only --benchmark-json "$out/micro.json"
 step sanitize_grad_dot 100 "${sanitize[@]}" "$python" -m pytest -q -x -m cuda -k "hundreds or layout or any_number" \
   tests/test_grad_dot.py
 step race_grad_dot 60 "${sanitize[@]}" --tool racecheck "$python" -m pytest -q -x -m cuda -k hundreds \

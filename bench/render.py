@@ -1,131 +1,101 @@
-"""Writes the measured tables of README.md from the JSON files in bench/results/; nothing in them is typed by hand.
+"""Writes README.md's measured tables and docs/benchmarks.md from bench/results/*.json; nothing is typed by hand.
 
-python bench/render.py            # rewrites README.md between the results markers
-python bench/render.py --check    # exits 1 when README.md is not what the JSON says
+python bench/render.py            # rewrites README.md between the results markers, and docs/benchmarks.md
+python bench/render.py --check    # exits 1 when either is not what the JSON says
+
+A result is bench/results/KIND_cpu*.json or KIND_cuda*.json. Pictures are those of bench/plots.py, where they exist.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from _tables import KINDS, where
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-LOSS_FLOORS = {"logits": "a copy of the logits", "linear": "three bare GEMMs"}
+DOCUMENT = Path("docs") / "benchmarks.md"
+PICTURES = Path("docs") / "benchmarks"
+README_PICTURES = ("losses_cpu.png", "geffect_cpu.png", "losses_cuda.png", "geffect_cuda.png")
+TITLES = {
+    "geffect": "Gradient effects",
+    "losses": "Losses",
+    "grad_dot": "Dot products",
+    "overhead": "Training with measurements",
+    "profile_losses": "Where the time of a loss goes",
+    "profile_geffect": "Where the time of a gradient effect goes",
+}
+INTRODUCTION = """# Benchmarks
+
+Written by `python bench/render.py` from `bench/results/*.json`, the pictures by `python bench/plots.py`. Every provider
+was compared with fp64 or plain autograd before it was timed, in the same script: what is wrong is refused, what rounds
+or filters is timed and marked. Medians of interleaved repetitions; memory is what a call needs beyond its inputs.
+"""
 
 
-def number(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}{unit}" if value < 100 else f"{value:,.0f}{unit}"
+def kind_of(path: Path) -> str | None:
+    kind = path.stem.split("_cpu")[0].split("_cuda")[0]
+    return kind if kind in KINDS else None
 
 
-def times(value: float | None, base: float | None) -> str:
-    return f"{value / base:.2f}x" if value and base else ""
+def results(root: Path) -> list[tuple[str, Path, dict[str, Any]]]:
+    found = [(kind_of(path), path) for path in sorted((root / "bench" / "results").glob("*.json"))]
+    order = list(KINDS)
+    named = [(kind, path, json.loads(path.read_text())) for kind, path in found if kind is not None]
+    return sorted(named, key=lambda item: (order.index(item[0]), item[1].name))
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def readme(root: Path) -> str:
+    """The part between the markers: short tables and the overview pictures."""
+    parts = [
+        f"![{name.removesuffix('.png').replace('_', ' on ')}]({(PICTURES / name).as_posix()})"
+        for name in README_PICTURES
+        if (root / PICTURES / name).is_file()
+    ]
+    for kind, path, data in results(root):
+        short = KINDS[kind][0]
+        if short is None or data.get("sweep"):
+            continue
+        parts.append(f"{short(data)}\n\n<sub>{path.name}: {where(data['environment'])}</sub>")
+    parts.append(f"All of it, with every provider, sweep and profile: [{DOCUMENT.name}]({DOCUMENT.as_posix()}).")
+    return "\n\n".join(parts)
 
 
-def where(environment: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment.items() if isinstance(value, (str, int)) and value)
-
-
-def losses(data: dict[str, Any]) -> str:
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in data["rows"]:
-        key = (row["op"], row["head"], tuple(row["shape"]), row["dtype"], row["objective"])
-        cases.setdefault(key, {})[row["provider"]] = row
-    parts = []
-    for op, name in (("logits", "unlearn_loss"), ("linear", "linear_unlearn_loss")):
-        rows = []
-        for (kind, head, shape, dtype, objective), found in cases.items():
-            ours = found.get("gfast")
-            if kind != op or ours is None or "median_ms" not in ours:
-                continue
-            eager, compiled = found.get("eager", {}), found.get("compile", {})
-            twice = found.get("open_unlearning", {})
-            rows.append(
-                [
-                    f"{objective.upper()}, {dtype}, {' x '.join(map(str, shape))} ({head})",
-                    number(ours["median_ms"]),
-                    times(twice.get("median_ms"), ours["median_ms"]),
-                    times(eager.get("median_ms"), ours["median_ms"]),
-                    times(compiled.get("median_ms"), ours["median_ms"]),
-                    number(ours.get("times_floor"), "x"),
-                    number(ours.get("peak_extra_mb")),
-                    number(eager.get("peak_extra_mb")),
-                    number(compiled.get("peak_extra_mb")),
-                ]
-            )
-        if rows:
-            header = [
-                "forward + backward",
-                "ms",
-                "open-unlearning takes",
-                "eager takes",
-                "torch.compile takes",
-                "of the floor",
-                "peak MB",
-                "eager MB",
+def document(root: Path) -> str:
+    """docs/benchmarks.md: everything."""
+    parts, last = [INTRODUCTION.rstrip()], None
+    pictures = sorted((root / PICTURES).glob("*.png"))
+    for kind, path, data in results(root):
+        if kind != last:
+            parts.append(f"## {TITLES[kind]}")
+            parts += [
+                f"![{p.stem.replace('_', ' ')}]({PICTURES.name}/{p.name})" for p in pictures if kind_of(p) == kind
             ]
-            parts.append(f"`{name}`; floor: {LOSS_FLOORS[op]}.\n\n" + table([*header, "compile MB"], rows))
-    return "\n\n".join(parts)
-
-
-def geffect(data: dict[str, Any]) -> str:
-    settings = data["settings"]
-    rows = [
-        [row["name"], number(row["median_ms"]), f"{row['ratio']:.2f} of {row['floor']}", number(row["peak_extra_mb"])]
-        for row in data["rows"]
-    ]
-    title = (
-        f"`g_effect` of one batch pair: {settings['shape']}-shaped model, {settings['dtype']}, "
-        f"{settings['batch']} x {settings['tokens']} tokens a batch."
-    )
-    return f"{title}\n\n" + table(["", "ms", "ratio", "peak extra MB"], rows)
-
-
-def grad_dot(data: dict[str, Any]) -> str:
-    rows = [
-        [
-            f"{row['provider']}, {row['case']}, {row['directions']} direction{'s' * (row['directions'] > 1)}",
-            number(row["median_ms"]),
-            number(row["bytes"] / 2**20),
-            number(row["gb_per_s"]),
-            f"{row['of_read_bandwidth']:.0%}",
-        ]
-        for row in data["rows"]
-        if row["provider"] != "copy"
-    ]
-    header = ["gradient:direction dtypes", "ms", "MiB moved", "GB/s", "of read bandwidth"]
-    return f"`grad_dot` over the tensors of {data['model']}.\n\n" + table(header, rows)
-
-
-def rendered() -> str:
-    parts = []
-    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
-        data = json.loads(path.read_text())
-        kind = path.stem.split("_cpu")[0].split("_cuda")[0]
-        body = {"losses": losses, "geffect": geffect, "grad_dot": grad_dot}.get(kind)
-        if body is not None:
-            parts.append(f"{body(data)}\n\n<sub>{path.name}: {where(data['environment'])}</sub>")
-    return "\n\n".join(parts)
+            last = kind
+        parts.append(f"### {path.stem}\n\n{where(data['environment'])}\n\n{KINDS[kind][1](data)}")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}\n{rendered()}\n{END}{after}"
-    if "--check" in sys.argv:
-        return int(wanted != text)
-    readme.write_text(wanted)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    page, report = args.root / "README.md", args.root / DOCUMENT
+    before, rest = page.read_text().split(BEGIN)
+    wanted = {page: f"{before}{BEGIN}\n{readme(args.root)}\n{END}{rest.split(END)[1]}", report: document(args.root)}
+    changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    if args.check:
+        for path in changed:
+            print(f"{path.relative_to(args.root)} is not what bench/results says: run python bench/render.py")
+        return int(bool(changed))
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(wanted[path])
     return 0
 
 

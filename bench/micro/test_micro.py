@@ -20,7 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, D, V = 4, 16, 64, 1000
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 OBJECTIVES = pytest.mark.parametrize(
-    "objective", [GA(), WGA(alpha=1.0), TNPO(beta=1.0), NPO(beta=0.1), SimNPO(), DPO(), NLL()], ids=lambda o: type(o).__name__
+    "objective",
+    [GA(), WGA(alpha=1.0), TNPO(beta=1.0), NPO(beta=0.1), SimNPO(), DPO(), NLL()],
+    ids=lambda o: type(o).__name__,
 )
 
 

@@ -1,0 +1,357 @@
+"""The benchmark scripts end to end on tiny shapes: what they measure, what they refuse, what is made of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+ENVIRONMENT = {"device", "cores", "threads", "torch", "python", "commit", "date", "gfast_build"}
+
+# One interpreter for all scripts: each imports torch and transformers, which takes longer than the measurements.
+RUN = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+for line in sys.stdin.read().splitlines():
+    script, *arguments = line.split("\\t")
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run(lines: list[list[str]], **environment: str) -> str:
+    text = "\n".join("\t".join([str(BENCH / f"{line[0]}.py"), *line[1:]]) for line in lines)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(BENCH)],
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:
+    """A copy of README with results of tiny runs beside it, and what the runs printed."""
+    root = tmp_path_factory.mktemp("bench")
+    shutil.copy(ROOT / "README.md", root / "README.md")
+    results = root / "bench" / "results"
+    results.mkdir(parents=True)
+    few = ["--repetitions", "2", "--budget", "1", "--no-memory"]
+    loss = ["losses", "--shapes", "tiny", *few, "--providers", "gfast,gfast_logp,floor,fresh_copy,eager,liger"]
+    effect = ["geffect", "--shape", "tiny", *few, "--tokens", "12"]
+    providers = [
+        "--providers",
+        "g_effect(GA);g_effect(WGA);clone loop, WGA;published way;sample loop;pg_effect;gram_effect",
+    ]
+
+    def to(name: str) -> list[str]:
+        return ["--json", str(results / name)]
+
+    modes = ["--rows", "64", "--objectives", "wga,nll", "--modes", "train,forward,frozen,nograd"]
+    lines = [
+        [*loss, *modes, "--batches", "full,tofu", "--dtypes", "fp32", *to("losses_cpu.json")],
+        [*loss, "--sweep", "vocab", "--values", "256,512", "--rows", "64", *to("losses_cpu_sweep_vocab.json")],
+        [*effect, "--batch", "2", *providers, *to("geffect_cpu.json")],
+        [
+            *effect,
+            "--sweep",
+            "length",
+            "--values",
+            "6,12",
+            "--batch",
+            "2",
+            *providers,
+            *to("geffect_cpu_sweep_length.json"),
+        ],
+        ["overhead", "--shapes", "tiny", "--rounds", "1", "--batch", "2", "--tokens", "10", *to("overhead_cpu.json")],
+        ["profile_losses", "--shape", "tiny", "--rows", "64", "--traces", str(root), *to("profile_losses_cpu.json")],
+        [
+            "profile_geffect",
+            "--shape",
+            "tiny",
+            "--tokens",
+            "12",
+            "--traces",
+            str(root),
+            *to("profile_geffect_cpu.json"),
+        ],
+    ]
+    return root, run(lines)
+
+
+def read(root: Path, name: str) -> dict:
+    data = json.loads((root / "bench" / "results" / name).read_text())
+    assert ENVIRONMENT <= set(data["environment"])
+    assert str(Path.home()) not in json.dumps(data["environment"])
+    return data
+
+
+def test_losses_in_every_mode_and_batch(made):
+    rows = read(made[0], "losses_cpu.json")["rows"]
+    cases = {(row["op"], row["objective"], row["mode"], row["batch"]) for row in rows}
+    assert len(cases) == 2 * 2 * 4 * 2 - 4  # logits have no frozen head
+    for row in rows:
+        if row["provider"] == "liger":
+            assert row["skipped"] in ("not installed", "needs a GPU")
+            continue
+        assert row["median_ms"] > 0 and row["repetitions"] >= 1
+        assert (row.get("gb_per_s") if row["op"] == "logits" else row.get("tflop_per_s")) is not None
+        if row["provider"] not in ("floor", "fresh_copy"):
+            assert row["relative_error"] < 1e-5
+    assert {row["valid"] for row in rows if row["batch"] == "full"} == {64}
+    assert all(0 < row["valid"] < 40 for row in rows if row["batch"] == "tofu")
+    lawful = {(row["op"], row["mode"]) for row in rows if row["provider"] == "gfast" and "law" in row}
+    assert lawful == {("logits", "train"), ("linear", "train"), ("linear", "frozen"), ("linear", "nograd")}
+    floors = {row["mode"]: row for row in rows if row["op"] == "linear" and row["provider"] == "floor"}
+    assert set(floors) == {"train", "forward", "frozen", "nograd"}
+
+
+def test_sweeps_have_a_row_at_every_value(made):
+    rows = read(made[0], "losses_cpu_sweep_vocab.json")["rows"]
+    assert {row["vocab"] for row in rows if row["provider"] == "gfast"} == {256, 512}
+    data = read(made[0], "geffect_cpu_sweep_length.json")
+    assert data["sweep"] == "length"
+    assert {row["length"] for row in data["rows"] if row["name"] == "g_effect(WGA)"} == {6, 12}
+
+
+def test_geffect_rows_and_laws(made):
+    data = read(made[0], "geffect_cpu.json")
+    rows = {row["name"]: row for row in data["rows"]}
+    assert {"plain pass", "plain forward", "g_effect(WGA)", "clone loop, WGA", "sample loop"} <= set(rows)
+    for name in ("g_effect(GA)", "g_effect(WGA)", "clone loop, WGA", "published way", "sample loop"):
+        assert rows[name]["error"] < 1e-5 and rows[name]["median_ms"] > 0
+    assert rows["g_effect(GA)"]["floor"] == "2 plain passes" and rows["g_effect(GA)"]["law"] == 1.05
+    for name in ("pg_effect", "gram_effect"):  # in this version, or the row says that it is not
+        assert "skipped" in rows[name] or rows[name]["error"] < 1e-5
+    assert data["published"][0]["against"] == "published way"
+    assert data["settings"]["parameters"] > 1000
+
+
+def test_profiles_leave_traces_with_the_named_ranges(made):
+    root, printed = made
+    for name, ranges in (
+        ("profile_losses_cpu.json", {"gfast::row kernel", "gfast::chunk/head GEMM"}),
+        ("profile_geffect_cpu.json", {"gfast::pass", "gfast::batch/forward", "gfast::batch/backward"}),
+    ):
+        runs = read(root, name)["runs"]
+        found = {row["range"] for one in runs for row in one["ranges"]}
+        assert ranges <= found
+        assert all(one["ops"] and one["step_ms"] > 0 for one in runs)
+    traces = sorted(root.glob("*.json"))
+    assert [trace.name.split("_")[0] for trace in traces] == ["geffect", "losses", "losses"]
+    for trace in traces:
+        assert any(
+            event.get("name", "").startswith("gfast::") for event in json.loads(trace.read_text())["traceEvents"]
+        )
+    assert "Self CPU time total" in printed
+
+
+def test_ranges_are_gone_after_a_profile(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import _profiling
+    import profile_geffect
+    import profile_losses
+
+    from gfast.ops.head import ChunkedHead
+
+    before = ChunkedHead.logits
+    optional = ("sample", "gram", "token")  # engines that a version may not have
+    with _profiling.named(profile_losses.RANGES | profile_geffect.RANGES) as missing:
+        assert ChunkedHead.logits is not before
+        assert [path for path in missing if path.split(":")[0].rpartition(".")[2] not in optional] == []
+    assert ChunkedHead.logits is before
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import losses
+
+    return losses
+
+
+def test_wrong_losses_are_reported_and_not_timed(losses, monkeypatch):
+    from dataclasses import replace
+
+    def off_by(name: str, factor: float) -> None:
+        provider = losses.PROVIDERS[name]
+
+        def make(case, inputs):
+            step = provider.make(case, inputs)
+            return lambda: tuple(factor * value for value in step())
+
+        monkeypatch.setitem(losses.PROVIDERS, name, replace(provider, make=make))
+
+    def broken(case, inputs):
+        raise RuntimeError("no kernel")
+
+    off_by("gfast", 1.001)
+    off_by("eager", 1.001)
+    off_by("open_unlearning", 2.0)
+    monkeypatch.setitem(losses.PROVIDERS, "upcast", replace(losses.PROVIDERS["upcast"], make=broken))
+    case = losses.Case("logits", "wga", "tiny", 32, 512, 64, "fp32", "train", "full", "cpu")
+    args = argparse.Namespace(repetitions=1, budget=1.0, no_memory=True)
+    names = ["gfast", "eager", "open_unlearning", "upcast", "floor"]
+    rows = {row["provider"]: row for row in losses.bench(case, names, args)}
+    assert "not timed" in rows["gfast"]["wrong"] and "median_ms" not in rows["gfast"]
+    assert "unequal" in rows["eager"] and rows["eager"]["median_ms"] > 0  # a peer that rounds is shown, and marked
+    assert "not timed" in rows["open_unlearning"]["wrong"] and "median_ms" not in rows["open_unlearning"]
+    assert rows["upcast"]["failed"] == "RuntimeError: no kernel"
+    printed = losses.table(list(rows.values()))
+    assert "WRONG" in printed and "UNEQUAL" in printed and "FAILED" in printed
+
+
+def test_memory_is_measured_in_a_fresh_process(losses):
+    case = losses.Case("logits", "wga", "tiny", 32, 4096, 512, "fp32", "train", "full", "cpu")
+    size = losses.memory(case, "fresh_copy", lambda: None)
+    assert size is None or 7.5 <= size <= 12  # MiB: a copy of 512 x 4096 in fp32 is 8
+
+
+def test_wrong_effects_are_reported_and_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from dataclasses import replace
+
+    import geffect
+
+    def off_by(name: str, factor: float) -> None:
+        provider = geffect.ALL[name]
+
+        def wrong(model, forget, retain):
+            found = provider.run(model, forget, retain)
+            return {s: {group: factor * value for group, value in groups.items()} for s, groups in found.items()}
+
+        monkeypatch.setitem(geffect.ALL, name, replace(provider, run=wrong))
+
+    off_by("g_effect(WGA)", 1.001)
+    off_by("clone loop, WGA", 1.001)
+    off_by("sample loop", -1.0)
+    settings = {"shape": "tiny", "dtype": "fp32", "batch": 2, "tokens": 10, "layers": 1, "device": "cpu"}
+    notes = geffect.checked(settings, ["g_effect(GA)", "g_effect(WGA)", "clone loop, WGA", "sample loop"])
+    assert "wrong" not in notes["g_effect(GA)"]
+    assert "not timed" in notes["g_effect(WGA)"]["wrong"]
+    assert "unequal" in notes["clone loop, WGA"] and "wrong" not in notes["clone loop, WGA"]
+    assert "wrong" in notes["sample loop"]
+
+
+def test_effects_of_another_shape_are_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import _effect_checks
+    import geffect
+    import torch
+
+    settings = {"shape": "tiny", "dtype": "fp32", "batch": 2, "tokens": 10, "layers": 1, "device": "cpu"}
+    truth = _effect_checks.Truth(*geffect.setup(settings))
+    some = {"total": torch.zeros(3, dtype=torch.float64)}
+    assert _effect_checks.error(truth, {"unlearn": some, "retain": some}, "sample") == float("inf")
+
+
+def test_pages_are_what_the_results_say(made):
+    root = shutil.copytree(made[0], made[0].parent / "pages")
+    render = [sys.executable, str(BENCH / "render.py"), "--root", str(root)]
+    assert subprocess.run([*render, "--check"], capture_output=True).returncode == 1
+    subprocess.run(render, check=True)
+    assert subprocess.run([*render, "--check"], capture_output=True).returncode == 0
+    page, report = (root / "README.md").read_text(), (root / "docs" / "benchmarks.md").read_text()
+    between = page.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    runs = [lines for lines in between.split("\n\n") if lines.startswith("|")]
+    assert runs and all(len(lines.splitlines()) <= 13 for lines in runs)  # the README stays readable
+    assert "docs/benchmarks.md" in between and "`liger`" in report and "skipped: " in report
+    path = root / "bench" / "results" / "geffect_cpu.json"
+    path.write_text(path.read_text().replace('"median_ms": ', '"median_ms": 1'))
+    told = subprocess.run([*render, "--check"], capture_output=True, text=True)
+    assert told.returncode == 1 and "README.md" in told.stdout and "python bench/render.py" in told.stdout
+
+
+def test_pages_of_this_repository_are_rendered():
+    done = subprocess.run([sys.executable, str(BENCH / "render.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_pictures_of_every_kind(made):
+    root = shutil.copytree(made[0], made[0].parent / "pictures")
+    run([["plots", "--root", str(root)]])
+    drawn = {path.name for path in (root / "docs" / "benchmarks").glob("*.png")}
+    assert drawn == {"geffect_cpu.png", "geffect_cpu_sweeps.png", "losses_cpu.png", "losses_cpu_sweep_vocab.png"}
+    subprocess.run([sys.executable, str(BENCH / "render.py"), "--root", str(root)], check=True)
+    assert "docs/benchmarks/losses_cpu.png" in (root / "README.md").read_text()
+    assert "benchmarks/geffect_cpu_sweeps.png" in (root / "docs" / "benchmarks.md").read_text()
+
+
+def test_overhead_of_measuring(made):
+    rows = read(made[0], "overhead_cpu.json")["rows"]
+    assert [row["every"] for row in rows] == [None, 10, 5, 1]
+    assert all(row["step_ms"] > 0 for row in rows) and rows[0]["of_plain_step"] == 1.0
+    assert rows[3]["step_ms"] > rows[0]["step_ms"] and rows[3]["floor_ms"] > 0
+
+
+def test_micro_benchmarks_run_once():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", str(BENCH / "micro")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_micro_benchmarks_are_not_collected_by_default():
+    assert 'testpaths = ["tests"]' in (ROOT / "pyproject.toml").read_text()
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *get_device_capability*) echo 90; exit 0 ;;
+  -c*|*gfast.doctor*) exit 0 ;;
+esac
+result=''
+while [ $# -gt 0 ]; do [ "$1" = --json ] && result=$2; shift; done
+[ -n "$result" ] && echo "$CONTENT" > "$result"
+exit "$STATUS"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and timeout")
+def test_on_gpu_never_loses_an_earlier_result(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    out = tmp_path / "out"
+
+    def call(content: str, status: int) -> int:
+        environment = {"PYTHON": str(python), "GFAST_GPU_STEPS": "losses grad_dot", "CONTENT": content}
+        environment["STATUS"] = str(status)
+        return subprocess.run(
+            ["bash", str(BENCH / "on_gpu.sh"), str(out)], env={**os.environ, **environment}, capture_output=True
+        ).returncode
+
+    assert call("part", 1) == 2  # two steps failed, and what they had is better than nothing
+    assert (out / "losses_cuda.json").read_text() == "part\n"
+    assert call("whole", 0) == 0
+    assert call("part of the next", 1) == 2
+    assert (out / "losses_cuda.json").read_text() == "whole\n"
+    assert (out / "partial" / "losses_cuda.json").read_text() == "part of the next\n"
+    assert "FAILED  losses" in (out / "summary.txt").read_text()
+
+
+def test_on_gpu_passes_only_arguments_that_the_scripts_take():
+    """Every call in on_gpu.sh parses: a typo there would only show on a GPU."""
+    text = (BENCH / "on_gpu.sh").read_text().replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line.lstrip().startswith("bench ")]
+    assert len(lines) >= 12
+    for words in lines:
+        script = (BENCH / f"{words[4]}.py").read_text()
+        for flag in [word for word in words if word.startswith("--")]:
+            assert f'"{flag}"' in script, f"{words[4]} has no {flag}"
