@@ -26,6 +26,9 @@ TORCH_LIBRARY(gfast, m) {
   m.def(
       "kl_rows(Tensor logits, Tensor ref_logits, Tensor labels, Tensor coef_scale, float scale, float softcap, "
       "float ref_scale, float ref_softcap, Tensor(a!)? out) -> Tensor kl");
+  m.def("fold_columns(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
+  m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
+  m.def("huge_pages(Tensor(a!) fresh) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");
 }
 

@@ -383,7 +383,7 @@ def test_opcheck():
     reference = ref.reshape(-1).float()
     torch.library.opcheck(
         ops.linear_unlearn,
-        (h, weight, bias, flat, reference, None, ids, 2, "sequence", numbers, factor, 1.0, 0.0, 4, "auto", need_all),
+        (h, weight, bias, flat, reference, None, ids, 2, 3, "sequence", numbers, factor, 1.0, 0.0, 4, "auto", need_all),
     )
     torch.library.opcheck(
         ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, 1.0, 0.0, 4, "auto", need_all)

@@ -20,7 +20,7 @@ from gfast.geffect.data import Term
 from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
 from gfast.model import model_logits, model_logp, shifted
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
-from gfast.ops.head import ChunkedHead, check_cap, prepare_head
+from gfast.ops.head import ChunkedHead, check_cap, prepare_head, valid_rows
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import check_reference, spec_of, weigh, weighted_rows
 from gfast.ops.weights import WeightSpec
@@ -140,7 +140,8 @@ class SeededPasses:
         h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, flat_labels)
         check_label_range("labels", flat_labels, weight.shape[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            chunks = ChunkedHead(h, weight, bias, flat_labels, default_chunk_rows(weight.shape[0], h.device))
+            rows = default_chunk_rows(*weight.shape, h.device)
+            chunks = ChunkedHead(h, weight, bias, flat_labels, rows, valid_rows(flat_labels))
             seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
             place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
             chunks.start_gradients(hidden.requires_grad, False, False)

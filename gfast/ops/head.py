@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, scaled
+from gfast.ops import common
+from gfast.ops.backend import extension
+from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, row_chunks, scaled
+
+_FOLD_ROWS = 1024  # batch rows folded together: a head is read once for that many
+_TILE_ENTRIES = 2**20  # logits in a tile of the vocabulary: 2 MiB in 16 bits, what one core's second cache holds
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -20,97 +27,209 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the finished dW. fp16 stays wide: its reduction factor is applied later, and sums before it can overflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; on a CPU in huge pages where the system has them: faulting a head-sized tensor in 4 KiB at
+    a time takes as long as the product that is written to it."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and out.numel() * out.itemsize >= 2**22 and extension()[0] is not None:
+        torch.ops.gfast.huge_pages(out)
+    return out
+
+
+def valid_rows(labels: Tensor) -> Tensor | None:
+    """Indices of the rows whose label counts, or None where all rows stay (also where looking would wait)."""
+    if not common.may_wait(labels.device):
+        return None
+    order = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
+    return None if order.shape[0] == labels.shape[0] else order
+
+
 class ChunkedHead:
-    """Logits of compacted rows, one preallocated chunk at a time, and the accumulation of dH, dW and db.
+    """Logits of some rows, one chunk at a time, and the accumulation of dH, dW and db.
 
     Args:
-        hidden: [N, D], all rows, ignored ones included.
+        hidden: [N, D], all rows.
         weight: [V, D]. bias: [V] or None.
-        labels: int64 [N]. Rows labelled -100 are left out of every product.
+        labels: int64 [N].
         chunk: rows of logits held at a time.
+        order: the rows that take part, in order (see ``valid_rows``); None: all as they come. Rows labelled -100 among
+            them must get zeros as the gradient of their logits.
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        chunk: int,
-        order: Tensor | None = None,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, order: Tensor | None
     ):
-        self.total_rows, self.out_dtype = hidden.shape[0], hidden.dtype
-        dtype = product_dtype(hidden.dtype, hidden.device)
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if order is None:
-            order = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-            self.index = None if order.shape[0] == hidden.shape[0] else order
-        else:
-            self.index = order
-        kept = hidden if self.index is None else hidden.index_select(0, self.index)
-        self.hidden = kept.to(dtype).contiguous()  # [n, D]
-        self.labels = labels if self.index is None else labels.index_select(0, self.index)  # [n]
+        self.total_rows, self.index = hidden.shape[0], order
+        self.dtype, self.out_dtype = product_dtype(hidden.dtype, hidden.device), hidden.dtype
+        if not common.may_wait(labels.device):
+            # ignored rows stay: whatever padding holds (NaN times a zero gradient is NaN) must not reach dW
+            hidden = torch.where((labels != IGNORE_INDEX)[:, None], hidden, 0)
+        self.hidden = self.select(hidden).to(self.dtype).contiguous()  # [n, D]
+        self.labels = self.select(labels).contiguous()  # [n]
         self.rows = self.hidden.shape[0]
         self.chunk = min(chunk, max(self.rows, 1))
-        self.buffer = self.hidden.new_empty(self.chunk, weight.shape[0])  # [chunk, V], the only logits there ever are
+        self._weight, self._bias = weight, bias
+        self.vocab = weight.shape[0]
+        self._cast: tuple[Tensor, Tensor | None] | None = None
+        self._buffer: Tensor | None = None
 
     def select(self, values: Tensor | None) -> Tensor | None:
-        """Per-row values [N] of the rows that are kept [n]."""
+        """Per-row values [N] of the rows that take part [n]."""
         if values is None or self.index is None:
             return values
         return values.index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Values of the kept rows [n, ...] at their places among all rows [N, ...], 0 elsewhere."""
+        """Values of these rows [n, ...] at their places among all rows [N, ...], 0 elsewhere."""
         if self.index is None:
             return values
         out = values.new_zeros(self.total_rows, *values.shape[1:])
         return out.index_copy_(0, self.index, values)
 
+    def _in_product_dtype(self) -> tuple[Tensor, Tensor | None]:
+        if self._cast is None:
+            self._cast = self._weight.to(self.dtype), None if self._bias is None else self._bias.to(self.dtype)
+        return self._cast
+
     def logits(self, start: int, stop: int) -> Tensor:
-        """Logits [stop - start, V] of a chunk, before scale and cap, in the buffer."""
-        out = self.buffer[: stop - start]
-        torch.mm(self.hidden[start:stop], self.weight.t(), out=out)
-        if self.bias is not None:
-            out += self.bias
-        return out
+        """Logits [stop - start, V] of a chunk, before scale and cap, in the one buffer there is."""
+        weight, bias = self._in_product_dtype()
+        if self._buffer is None:
+            self._buffer = _fresh((self.chunk, self.vocab), self.dtype, self.hidden.device)
+        out = self._buffer[: stop - start]
+        if bias is None:
+            return torch.mm(self.hidden[start:stop], weight.t(), out=out)
+        return torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out)  # one rounding, not two
+
+    def fold(self, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+        """logp [n] and statistics [n, 2] as ``logp_rows``, holding a tile of the vocabulary at a time (CPU kernels).
+
+        A tile [t, n] is written transposed, W's rows against the batch: the product's operands are then read as they
+        lie in memory, and the fold finds the tile in cache with the batch along its vector lanes.
+        """
+        states = []
+        for start, stop in row_chunks(self.rows, _FOLD_ROWS):
+            rows = stop - start
+            columns = self.hidden[start:stop].t()  # [D, n]
+            state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
+            step = min(self.vocab, max(512, min(8192, _TILE_ENTRIES // rows // 64 * 64)))
+            buffer = self.hidden.new_empty(step, rows)
+            for first in range(0, self.vocab, step):
+                part = slice(first, min(first + step, self.vocab))
+                tile = buffer[: part.stop - first]
+                if self._bias is None:
+                    torch.mm(self._weight[part].to(self.dtype), columns, out=tile)
+                else:
+                    bias = self._bias[part, None].to(self.dtype)
+                    torch.addmm(bias, self._weight[part].to(self.dtype), columns, out=tile)
+                torch.ops.gfast.fold_columns(tile, self.labels[start:stop], first, scale, softcap, state)
+            states.append(state)
+        top, rest, target = torch.cat(states, dim=1) if states else self.hidden.new_empty((3, 0), dtype=torch.float64)
+        logp, stats = finished_stats(top, rest, target)
+        ignored = self.labels == IGNORE_INDEX
+        return logp.masked_fill(ignored, 0.0).float(), stats.masked_fill(ignored[:, None], 0.0).float()
 
     def start_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        vocab, dim = self.weight.shape
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self._need_weight, self._added = need_weight, 0
         self.grad_hidden = torch.empty_like(self.hidden) if need_hidden else None
-        self.grad_weight = self.hidden.new_zeros(vocab, dim, dtype=wide) if need_weight else None
-        self.grad_bias = self.hidden.new_zeros(vocab, dtype=wide) if need_bias else None
+        self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=_wide(self.dtype)) if need_bias else None
+        self._total: Tensor | None = None  # of dW [V, D]
 
     def add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
         """The chunk's share of every gradient that is wanted; ``grad_logits`` [stop - start, V]."""
+        weight, _ = self._in_product_dtype()
+        hidden = self.hidden[start:stop]
         if self.grad_hidden is not None:
-            torch.mm(grad_logits, self.weight, out=self.grad_hidden[start:stop])
-        if self.grad_weight is not None:
-            _accumulate_product(self.grad_weight, grad_logits, self.hidden[start:stop])
+            torch.mm(grad_logits, weight, out=self.grad_hidden[start:stop])
+        if self._need_weight:
+            if self._total is None:
+                # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
+                only = stop - start == self.rows and self.dtype == _grad_dtype(self.dtype)
+                dtype = self.dtype if only else _wide(self.dtype)
+                self._total = _fresh(tuple(weight.shape), dtype, weight.device)
+            _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
+        self._added += 1
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dH [N, D] in hidden's dtype, dW [V, D] and db [V] in at least fp32; an unwanted one is empty."""
+        """dH [N, D] in hidden's dtype, dW [V, D] in weight's (fp32 for fp16), db [V] in at least fp32; an unwanted one
+        is empty."""
         # Each its own tensor: a custom op may not return the same one twice.
-        grad_hidden = self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden)
+        grad_weight = self.hidden.new_empty(0)
+        if self._need_weight:
+            dtype = _grad_dtype(self._weight.dtype)
+            grad_weight, self._total = self._total, None
+            if grad_weight is None:
+                grad_weight = torch.zeros_like(self._weight, dtype=dtype)
+            elif grad_weight.dtype != dtype:
+                self._buffer = None  # dead by now: its memory pays for this copy
+                grad_weight = _fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
         return (
-            grad_hidden,
-            self.hidden.new_empty(0) if self.grad_weight is None else self.grad_weight,
+            self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden.to(self.out_dtype)),
+            grad_weight,
             self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
         )
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, D] += left.T @ right, with left [n, V] and right [n, D] possibly narrower than total."""
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total [V, D] += left.T @ right, or = for the first; left [n, V] and right [n, D] possibly narrower than total."""
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        if first:
+            torch.mm(left.t(), right, out=total)
+        else:
+            total.addmm_(left.t(), right)
     elif left.is_cuda:
         # the matrix units accumulate in fp32 anyway: asking for fp32 out avoids rounding every chunk's share
-        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+        if first:
+            torch.mm(left.t(), right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
-        total += left.t() @ right
+        # A CPU product has the dtype of its factors. It is taken a cached tile at a time, so that no product of the
+        # head's size exists and only the sum itself moves through memory.
+        step = max(512, _TILE_ENTRIES // right.shape[1])
+        buffer = left.new_empty(min(step, total.shape[0]), right.shape[1])
+        for part in _parts(total.shape[0], step):
+            share = buffer[: part.stop - part.start]
+            torch.mm(left[:, part].t(), right, out=share)
+            if first:
+                total[part].copy_(share)
+            elif extension()[0] is not None:
+                torch.ops.gfast.accumulate(total[part], share)
+            else:
+                total[part] += share
+
+
+def _parts(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def finished_stats(top: Tensor, rest: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logp [n] and statistics [n, 2] (maximum, log of the sum relative to it) from the parts of a row.
+
+    Args:
+        top: maximum of the logits but the label's [n]; -inf where there is none. Any other shift does as well.
+        rest: sum of exp(z - top) over all but the label [n].
+        target: logit of the label [n].
+    """
+    m = torch.maximum(top, target)
+    m = torch.where(m == -torch.inf, 0.0, m)  # all masked: -inf - -inf would be NaN
+    others = rest * torch.exp(top - m)
+    distance = target - m  # <= 0
+    # with the label as the maximum log p = -log1p(others), which keeps its relative accuracy as p -> 1
+    log_total = torch.where(distance == 0, torch.log1p(others), torch.log(others + torch.exp(distance)))
+    return distance - log_total, torch.stack([m, log_total], dim=1)
 
 
 def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor | None) -> list[Tensor | None]:
@@ -127,8 +246,11 @@ def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor
 
 def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of ``ChunkedHead.gradients`` for tracing."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    shapes = ((hidden.shape, hidden.dtype), (weight.shape, wide), (weight.shape[:1], wide))
+    shapes = (
+        (hidden.shape, hidden.dtype),
+        (weight.shape, _grad_dtype(weight.dtype)),
+        (weight.shape[:1], _wide(weight.dtype)),
+    )
     return tuple(
         torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else hidden.new_empty(0)
         for (shape, dtype), wanted in zip(shapes, need, strict=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gfast.ops.backend import select
 from gfast.ops.common import check_label_range, default_chunk_rows, row_chunks
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head, valid_rows
 from gfast.ops.token_logp import capped, logp_rows, logp_rows_grad, stats_dtype, token_logp_reference
 
 
@@ -28,7 +29,10 @@ def _linear_token_logp(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check_label_range("linear_token_logp", labels, weight.shape[0])
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
+    if select("linear_token_logp", impl, hidden.device, hidden.dtype) == "cpp":
+        logp, stats = head.fold(scale, softcap)
+        return head.scatter(logp), head.scatter(stats)
     dtype = stats_dtype(hidden.dtype)
     logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
     for start, stop in row_chunks(head.rows, head.chunk):
@@ -58,7 +62,7 @@ def _linear_token_logp_backward(
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
     logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
     head.start_gradients(*need)
     for start, stop in row_chunks(head.rows, head.chunk):
@@ -120,7 +124,8 @@ def linear_token_logp(
         weight: [V, D], same dtype. bias: [V] or None.
         labels: [...], int64; rows labelled -100 cost nothing.
         logit_scale, softcap: as in Cohere, Granite and Gemma 2: softcap * tanh(scale * z / softcap).
-        chunk_rows: rows of logits held at a time; None chooses by device and vocabulary.
+        chunk_rows: rows of logits held at a time where whole rows are needed: in the backward, and in the forward where
+            no kernel folds tiles of the vocabulary; None chooses by device and head.
         impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
@@ -140,7 +145,7 @@ def linear_token_logp(
     """
     name = "linear_token_logp"
     hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
-    chunk = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device)
+    chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
     flat = torch.ops.gfast.linear_token_logp(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -30,6 +30,7 @@ from gfast.ops.head import (
     prepare_head,
 )
 from gfast.ops.linear_token_logp import linear_token_logp, linear_token_logp_reference
+from gfast.ops.plan import plan_chunks, sequence_length
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import (
     check_reference,
@@ -51,32 +52,6 @@ def linear_unlearn_loss_reference(
     return loss_from_logp(objective, logp, ref_logp, labels, None, reduction, None, "linear_unlearn_loss")
 
 
-def _plan(
-    level: str, ids: Tensor, labels: Tensor, count: int, chunk: int
-) -> tuple[Tensor | None, list[tuple[int, int]]]:
-    """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
-
-    A sequence longer than a chunk becomes a span of its own, which takes a first pass for its sums.
-    """
-    valid = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-    if level == "token":
-        return None, list(row_chunks(valid.shape[0], chunk))
-    unit = ids.index_select(0, valid)
-    if level == "pair":
-        unit = unit % (count // 2)
-    unit, by_unit = torch.sort(unit, stable=True)
-    lengths = torch.unique_consecutive(unit, return_counts=True)[1].tolist()
-    spans, start, stop = [], 0, 0
-    for length in lengths:
-        if stop > start and stop + length - start > chunk:
-            spans.append((start, stop))
-            start = stop
-        stop += length
-    if stop > start:
-        spans.append((start, stop))
-    return valid.index_select(0, by_unit), spans
-
-
 @torch.library.custom_op("gfast::linear_unlearn", mutates_args=())
 def _linear_unlearn(
     hidden: Tensor,
@@ -87,6 +62,7 @@ def _linear_unlearn(
     given: Tensor | None,
     ids: Tensor,
     count: int,
+    length: int,
     level: str,
     numbers: list[float],
     factor: Tensor,
@@ -103,7 +79,7 @@ def _linear_unlearn(
     """
     check_label_range("linear_unlearn_loss", labels, weight.shape[0])
     spec = WeightSpec.from_numbers(level, numbers)
-    order, spans = _plan(level, ids, labels, count, chunk_rows)
+    order, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
     dtype = stats_dtype(hidden.dtype)
     ref, given = head.select(ref_logp), head.select(given)
@@ -133,8 +109,8 @@ def _linear_unlearn(
         if given is not None:
             return given[part].to(dtype)
         some_ref = None if ref is None else ref[part].to(dtype)
-        everything = torch.ones(stop - start, dtype=torch.bool, device=labels.device)
-        return sequence_weights(spec, logp[part], some_ref, everything, ids[part], count)[0]
+        valid = head.labels[part] != IGNORE_INDEX
+        return sequence_weights(spec, logp[part], some_ref, valid, ids[part], count)[0]
 
     def gradient(start: int, stop: int, rows: Tensor, stats: Tensor) -> None:
         part = slice(start, stop)
@@ -173,6 +149,7 @@ def _(
     given,
     ids,
     count,
+    length,
     level,
     numbers,
     factor,
@@ -201,6 +178,7 @@ class _LinearLoss(torch.autograd.Function):
         given,
         ids,
         count,
+        length,
         level,
         numbers,
         factor,
@@ -222,6 +200,7 @@ class _LinearLoss(torch.autograd.Function):
             given,
             ids,
             count,
+            length,
             level,
             numbers,
             inner,
@@ -245,7 +224,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _logp, _weights):
-        nothing = (None,) * 15
+        nothing = (None,) * 16
         if grad_loss is None:
             return nothing
         late, *grads = ctx.saved_tensors
@@ -311,7 +290,7 @@ def linear_unlearn_loss(
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
     cap, logit_scale = check_cap(name, softcap), float(logit_scale)
-    chunk = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device)
+    chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
     options = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk, impl=impl)
     spec = spec_of(objective)
     if reduction == "none":
@@ -340,6 +319,7 @@ def linear_unlearn_loss(
             given,
             ids,
             count,
+            sequence_length(labels, sequence_id),
             level,
             (spec or WeightSpec()).numbers(),
             factor,

@@ -17,7 +17,7 @@ from gfast.ops.common import (
     scaled,
     sequence_layout,
 )
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, prepare_head
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, prepare_head, valid_rows
 from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
 
 
@@ -101,8 +101,9 @@ def _linear_token_kl(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_label_range("linear_token_kl", labels, weight.shape[0])
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows)
-    ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk_rows)
+    order = valid_rows(labels)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
+    ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk_rows, order)
     kl = hidden.new_empty(head.rows, dtype=stats_dtype(hidden.dtype))
     head.start_gradients(*need)
     wanted = any(need)
@@ -285,6 +286,6 @@ def linear_token_kl(
         factor,
         float(logit_scale),
         check_cap(name, softcap),
-        chunk_rows or default_chunk_rows(weight.shape[0], hidden.device),
+        chunk_rows or default_chunk_rows(*weight.shape, hidden.device),
         impl,
     )

@@ -1,0 +1,73 @@
+"""Which rows go into which chunk of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops import common
+from gfast.ops.common import row_chunks
+from gfast.ops.head import valid_rows
+
+Spans = list[tuple[int, int]]
+
+
+def plan_chunks(
+    level: str, labels: Tensor, ids: Tensor, count: int, length: int, chunk: int
+) -> tuple[Tensor | None, Spans]:
+    """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
+
+    Rows without a label are left out where the host may look at the labels. Where it may not (a CUDA graph records),
+    all rows stay and the boundaries follow from shapes alone; with sequence ids given they cannot, so everything
+    becomes one span.
+
+    Args:
+        level: "token", "sequence" or "pair".
+        labels: int64 [N]. ids: sequence of each row, int64 [N].
+        count: bound S on the sequences; for pairs s and s + S/2 belong together.
+        length: rows of each sequence where all have the same number and lie one after the other, else 0.
+        chunk: rows held at a time.
+
+    Returns:
+        The rows that take part in their order (None: all as they come), and spans of that order. A span longer than
+        ``chunk`` takes a first pass for its sums.
+    """
+    if not common.may_wait(labels.device):
+        return _plan_by_shape(level, labels, count, length, chunk)
+    order = valid_rows(labels)
+    if level == "token":
+        return order, list(row_chunks(labels.shape[0] if order is None else order.shape[0], chunk))
+    unit = ids if order is None else ids.index_select(0, order)
+    if level == "pair":
+        unit = unit % (count // 2)
+    unit, by_unit = torch.sort(unit, stable=True)
+    lengths = torch.unique_consecutive(unit, return_counts=True)[1].tolist()
+    spans, start, stop = [], 0, 0
+    for rows in lengths:
+        if stop > start and stop + rows - start > chunk:
+            spans.append((start, stop))
+            start = stop
+        stop += rows
+    if stop > start:
+        spans.append((start, stop))
+    return by_unit if order is None else order.index_select(0, by_unit), spans
+
+
+def _plan_by_shape(level: str, labels: Tensor, count: int, length: int, chunk: int) -> tuple[Tensor | None, Spans]:
+    rows = labels.shape[0]
+    if level == "token":
+        return None, list(row_chunks(rows, chunk))
+    if length == 0 or rows == 0:
+        return None, [(0, rows)] if rows else []
+    if level == "sequence":
+        return None, [(a * length, b * length) for a, b in row_chunks(count, max(1, chunk // length))]
+    half = count // 2
+    order = torch.arange(rows, device=labels.device).view(2, half, length).transpose(0, 1).reshape(-1)
+    return order, [(a * 2 * length, b * 2 * length) for a, b in row_chunks(half, max(1, chunk // (2 * length)))]
+
+
+def sequence_length(labels: Tensor, sequence_id: Tensor | None) -> int:
+    """``length`` of ``plan_chunks`` for labels [..., T]: T, or 0 where ids say which row is whose."""
+    if sequence_id is not None:
+        return 0
+    return labels.shape[-1] if labels.dim() > 1 else labels.numel()
