@@ -23,6 +23,7 @@ _EXPORTS = {
     "model_logp": "gfast.model",
     "g_effect": "gfast.geffect",
     "pg_effect": "gfast.geffect",
+    "token_effect": "gfast.geffect",
     "risk_gradients": "gfast.geffect",
     "Directions": "gfast.geffect",
     "GEffect": "gfast.geffect",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         g_effect,
         pg_effect,
         risk_gradients,
+        token_effect,
     )
     from gfast.model import model_logp, model_loss
     from gfast.ops.common import LossOutput

@@ -177,6 +177,34 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
     assert compared != written["effects"][2]["unlearn"]
 
 
+def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
+    from gfast.geffect import Effect, SampleEffect, TokenEffect
+    from gfast.training.records import effect_file, token_texts_file
+
+    data = ["--data", "jsonl", "--data_path", str(original), "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    out = tmp_path / "effects"
+    command = ["geffect", "--model", str(original), *data, "--objectives", "NPO", "WGA", "--device", "cpu"]
+    assert cli.main([*command, "--output_dir", str(out), "--norms", "true"]) == 0
+    assert "cos ret." in capsys.readouterr().out
+    whole = json.loads((out / "geffect.json").read_text())["effects"]
+    for per, kind in (("sample", SampleEffect), ("token", TokenEffect)):
+        assert cli.main([*command, "--per", per, "--step", "3", "--output_dir", str(out)]) == 0
+        assert "10/50/90 %" in capsys.readouterr().out
+        assert type(Effect.from_parquet(effect_file(out, per, 3))) is kind
+    tokens = Effect.from_parquet(effect_file(out, "token", 3))
+    for effect in json.loads((out / "geffect.json").read_text())["effects"]:  # of the tokens, by objective
+        same = next(one for one in whole if one["objective"] == effect["objective"])
+        assert effect["retain"] == pytest.approx(same["retain"], rel=1e-4, abs=1e-6)
+    texts = json.loads(token_texts_file(out).read_text())
+    assert [len(text["pieces"]) for text in texts] == [len(one) for one in tokens.logp]
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Answers: weight and effect" in page and "spends its damage" in page
+    own = ["geffect", "--model", str(original), *data, "--objectives", "DPO", "--per", "token"]
+    fails(capsys, "DPO and PO have data of their own", *own)
+    fails(capsys, "choose objective, sample or token", *command, "--per", "word")
+
+
 def test_errors_are_one_line_that_says_what_to_do(original, tmp_path, capsys):
     out = tmp_path / "run"
     (tmp_path / "empty.jsonl").write_text("")

@@ -17,9 +17,10 @@ from gfast.geffect.history import EffectHistory
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.results import Effect, GEffect
 from gfast.geffect.sample import pg_effect
+from gfast.geffect.token import token_effect
 from gfast.objectives import NLL, Objective
 
-ENGINES = ("stream", "sample")
+ENGINES = ("stream", "sample", "token")
 Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "g_effect",
     "pg_effect",
     "risk_gradients",
+    "token_effect",
 ]
 
 
