@@ -23,6 +23,12 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
         )
     elif kind == "qwen2":
         config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, intermediate_size=24)
+    elif kind == "qwen3":
+        config = transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=4, intermediate_size=24)
+    elif kind == "gemma3":
+        config = transformers.Gemma3TextConfig(
+            **sizes, num_key_value_heads=2, head_dim=4, intermediate_size=24, sliding_window=6
+        )
     elif kind == "gemma2":
         config = transformers.Gemma2Config(
             **sizes,
@@ -47,7 +53,7 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
     else:
         raise AssertionError(kind)
     # eager attention takes its softmax in fp32 (but for GPT-2), SDPA does not exist for Gemma 2
-    attention = "eager" if kind in ("gemma2", "gpt2") else "sdpa"
+    attention = "eager" if kind in ("gemma2", "gemma3", "gpt2") else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     if dtype == torch.float64:
         exact_norms(model)

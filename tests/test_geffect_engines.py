@@ -14,7 +14,7 @@ from gfast.geffect import ENGINES  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO  # noqa: E402
 
 LAYERS = 3
-FAMILIES = ["llama", "tied_llama", "qwen2", "mistral", "phi", "gemma2", "gpt2", "gpt_neox", "opt", "mixtral"]
+FAMILIES = "llama tied_llama qwen2 qwen3 mistral phi gemma2 gemma3 gpt2 gpt_neox opt mixtral".split()
 OBJECTIVES = {
     "ga": GA(),
     "wga": WGA(alpha=0.7),
@@ -53,7 +53,7 @@ def test_every_engine_gives_the_literal_g_effect(kind, engine):
             gfast.g_effect(model, WGA(), engine=engine, **some)
         return
     # these take attention's softmax or a norm in fp32 whatever the model's dtype is
-    rtol = 1e-5 if kind in ("gemma2", "mixtral") else 1e-8
+    rtol = 1e-5 if kind in ("gemma2", "gemma3", "mixtral") else 1e-8
     effects = gfast.g_effect(model, list(OBJECTIVES.values()), engine=engine, **some)
     risks = [gradient(model, literal_loss(model, some[side], "nll")) for side in ("forget", "retain")]
     names = gfast.geffect.assign(model)

@@ -245,7 +245,7 @@ def _by_head(
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     vocab, scale, softcap = weight.shape[0], head.logit_scale, head.softcap or 0.0
     check_label_range("token_effect", labels, vocab)
-    rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(vocab, weight.device))
+    rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(*weight.shape, weight.device), None)
     rows.start_gradients(True, False, False)
     own = {name: mode.directions_of(part) for name, part in (("weight", head.weight), ("bias", head.bias))}
     logp = value.new_empty(rows.rows, dtype=stats_dtype(value.dtype))
