@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -47,23 +48,26 @@ def interleaved(
         steps: name -> what to time.
         device: "cuda" times with events around each call, after an idle device.
         repetitions: rounds; a step that would take more than ``budget_s`` in all sits out the later ones.
-        warmup: untimed calls of each step, fewer for a slow one.
-        budget_s: per step, for its timed calls.
+        warmup: untimed calls of each step, at least 1, fewer for a slow one.
+        budget_s: per step, for its timed calls; a step that takes more in its first call is timed by that alone.
 
     Returns:
         name -> ``summary`` of its times.
     """
-    rounds = {}
+    rounds: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
-        for _ in range(warmup):
+        warm: list[float] = []
+        while len(warm) < warmup and not (warm and warm[-1] > budget_s / 4):
             start = time.perf_counter()
             step()
             synchronize(device)
-            spent = time.perf_counter() - start
-            if spent > budget_s / 4:
-                break
-        rounds[name] = max(1, min(repetitions, int(budget_s / max(spent, 1e-6))))  # the last call: warm
-    times: dict[str, list[float]] = {name: [] for name in steps}
+            warm.append(time.perf_counter() - start)
+        if warm[0] > budget_s:  # so slow that a cold start is nothing: no second call
+            times[name].append(warm[0])
+            rounds[name] = 0
+        else:
+            rounds[name] = max(1, min(repetitions, int(budget_s / max(warm[-1], 1e-6))))
     for turn in range(max(rounds.values(), default=0)):
         for name, step in steps.items():
             if turn < rounds[name]:
@@ -119,13 +123,39 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int | N
         return None
 
 
-def peak_in_fresh_process(script: str, arguments: list[str]) -> int | None:
-    """Runs ``script`` with ``arguments`` in a new interpreter; its last output line is the number, or None."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
-    last = done.stdout.strip().splitlines()[-1]
-    return None if last == "None" else int(last)
+def peak_in_fresh_process(
+    measure: Callable[[str], int | None], description: str, preload: Sequence[str] = ()
+) -> int | None:
+    """``measure(description)`` in a new process, with as many threads as here.
+
+    The process is forked from a server that has imported ``preload`` and done nothing else: that saves the seconds that
+    importing torch takes, and leaves no freed memory to be reused.
+    """
+    here = str(Path(__file__).resolve().parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # the server imports by it
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "gfast", *preload])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, measure, description, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = "the process died"
+    process.join()
+    if isinstance(found, str):
+        raise RuntimeError(f"measuring memory failed: {found}")
+    return found
+
+
+def _measure(sender: Connection, measure: Callable[[str], int | None], description: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        sender.send(measure(description))
+    except Exception as problem:
+        sender.send(f"{type(problem).__name__}: {problem}")
 
 
 def _cpu_name() -> str:

@@ -118,18 +118,18 @@ def peak_mb(name: str, settings: dict[str, Any], step: Callable[[], object]) -> 
     if settings["device"] == "cuda":
         size = peak_extra_bytes(step, "cuda")
     else:
-        size = peak_in_fresh_process(__file__, ["--measure", json.dumps({"name": name, **settings})])
+        description = json.dumps({"name": name, **settings})
+        size = peak_in_fresh_process(measure, description, ["_effect_peers", "transformers.models.llama"])
     return None if size is None else round(size / 2**20, 1)
 
 
-def measure(description: str) -> None:
+def measure(description: str) -> int | None:
     settings = json.loads(description)
     name = settings.pop("name")
     model, forget, retain = setup(settings)
     if name in UNITS:
-        print(peak_extra_bytes(lambda: UNITS[name](model, forget), settings["device"]))
-    else:
-        print(peak_extra_bytes(lambda: ALL[name].run(model, forget, retain), settings["device"]))
+        return peak_extra_bytes(lambda: UNITS[name](model, forget), settings["device"])
+    return peak_extra_bytes(lambda: ALL[name].run(model, forget, retain), settings["device"])
 
 
 def against_published(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,13 +183,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", help="file name under bench/results, or a path; a sweep writes after every value")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.measure:
-        measure(args.measure)
-        return
     swept = [name for name in ALL if name in SWEPT]
     names = args.providers.split(";") if args.providers else swept if args.sweep else list(ALL)
     if unknown := [name for name in names if name not in ALL]:

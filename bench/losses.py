@@ -131,11 +131,12 @@ def memory(case: Case, name: str, step: Step) -> float | None:
     if case.device == "cuda":
         size = peak_extra_bytes(step, "cuda")
     else:
-        size = peak_in_fresh_process(__file__, ["--measure", json.dumps({"provider": name, **asdict(case)})])
+        description = json.dumps({"provider": name, **asdict(case)})
+        size = peak_in_fresh_process(measure, description, ["_loss_providers", "torch._inductor.compile_fx"])
     return None if size is None else round(size / 2**20, 1)
 
 
-def measure(description: str) -> None:
+def measure(description: str) -> int | None:
     fields = json.loads(description)
     name = fields.pop("provider")
     case = Case(**fields)
@@ -146,7 +147,7 @@ def measure(description: str) -> None:
     step = PROVIDERS[name].make(case, make_inputs(case))
     if compiled:
         step()  # the compiler's memory is not the step's either
-    print(peak_extra_bytes(step))
+    return peak_extra_bytes(step)
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -221,13 +222,9 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", help="file name under bench/results, or a path; written after every case")
     parser.add_argument("--list", action="store_true", help="list the providers and stop")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.measure:
-        measure(args.measure)
-        return
     if args.list:
         for name, provider in PROVIDERS.items():
             why = provider.why_not(args.device)

@@ -41,6 +41,7 @@ LOSS_NAMES = {
     "trl": "TRL",
     "fresh_copy": "copy into new memory",
 }
+MEASURES = ("floor", "plain pass", "plain forward")
 GFAST_EFFECTS = ("g_effect", "pg_effect", "gram_effect", "token_effect")
 
 
@@ -70,14 +71,16 @@ def logarithmic(ax: Axes, values: list[int], label: str, unit: str) -> None:
     ax.set_ylabel(unit)
 
 
-def lines(ax: Axes, series: dict[str, list[tuple[int, float]]], names: list[str], floor: str | None) -> None:
+def lines(ax: Axes, series: dict[str, list[tuple[int, float]]], names: list[str]) -> None:
+    """A line each, always in the look of its place in `names`; a panel without any is left out."""
+    ax.set_visible(any(series.values()))
     for name in series:
         points = sorted(series[name])
         if not points:
             continue
         x, y = zip(*points, strict=True)
-        if name == floor:
-            ax.plot(x, y, color=FLOOR_GREY, linestyle=":", label="floor", zorder=1)
+        if name in MEASURES:
+            ax.plot(x, y, color=FLOOR_GREY, linestyle=":", label=name, zorder=1)
             continue
         wide = name.startswith(("gfast", *GFAST_EFFECTS))
         ax.plot(x, y, **style(names.index(name)), label=LOSS_NAMES.get(name, name), linewidth=2.2 if wide else 1.4)
@@ -120,9 +123,9 @@ def loss_sweep(data: Data, path: Path) -> Path:
             ax = grid[line, column]
             series = {
                 name: [(row[by], row[field]) for row in some if row["provider"] == name and row.get(field)]
-                for name in ["floor", *LOSS_LINES]
+                for name in ["floor"] * (field == "median_ms") + LOSS_LINES
             }
-            lines(ax, series, LOSS_LINES, "floor" if field == "median_ms" else None)
+            lines(ax, series, LOSS_LINES)
             logarithmic(ax, sorted({row[by] for row in some}), label, unit)
             if line == 0:
                 what = f"{OPS[op]}, {first['objective'].upper()}, {first['dtype']}"
@@ -131,13 +134,16 @@ def loss_sweep(data: Data, path: Path) -> Path:
     return save(figure, path)
 
 
-def bars(ax: Axes, names: list[str], values: list[float], ours: list[bool], unit: str, digits: str = ".3g") -> None:
+def color(name: str) -> str:
+    """gfast, what is no competitor but a measure, and the others."""
+    if name in MEASURES:
+        return FLOOR_GREY
+    return LIGHT.cycle[1] if name.startswith(("gfast", *GFAST_EFFECTS)) else LIGHT.cycle[0]
+
+
+def bars(ax: Axes, names: list[str], values: list[float], colors: list[str], unit: str) -> None:
     """Horizontal bars, the first on top, each with its number."""
     places = list(range(len(names)))[::-1]
-    colors = [
-        LIGHT.cycle[1] if own else FLOOR_GREY if name == "floor" else LIGHT.cycle[0]
-        for name, own in zip(names, ours, strict=True)
-    ]
     ax.barh(places, values, color=colors, height=0.7)
     ax.set_yticks(places, names)
     ax.set_xlabel(unit)
@@ -145,7 +151,7 @@ def bars(ax: Axes, names: list[str], values: list[float], ours: list[bool], unit
     ax.grid(visible=False, axis="y")
     ax.set_xlim(0, 1.16 * max(values))
     for place, value in zip(places, values, strict=True):
-        text = f"{value:,.0f}" if value >= 1000 else format(value, digits)
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         ax.text(value, place, f" {text}", va="center", ha="left", fontsize=7.5)
 
 
@@ -168,10 +174,10 @@ def loss_bars(data: list[Data], path: Path) -> Path | None:
         names = [name for name in found if name != "fresh_copy"]
         names.sort(key=lambda name: found[name]["times_floor"])
         labels = [LOSS_NAMES.get(name, name) + (" ≠" if "unequal" in found[name] else "") for name in names]
-        ours = [name.startswith("gfast") for name in names]
+        colors = [color(name) for name in names]
         milliseconds = found["floor"]["median_ms"] if "floor" in found else None
         unit = "time in floors" + (f" (1 = {milliseconds:.3g} ms)" if milliseconds else "")
-        bars(ax, labels, [found[name]["times_floor"] for name in names], ours, unit)
+        bars(ax, labels, [found[name]["times_floor"] for name in names], colors, unit)
         title = f"{OPS[op]}, {objective.upper()}, {dtype}\n{MODES[mode]}, {' x '.join(map(str, shape))}"
         ax.set_title(title, loc="left")
     return save(figure, path)
@@ -185,13 +191,13 @@ def effect_bars(data: Data, path: Path) -> Path:
         1, 1 + memory, figsize=(5.2 + 3.2 * memory, 0.27 * len(rows) + 1.3), layout="constrained", squeeze=False
     )
     names = [row["name"] + (" *" if row.get("parameters") == "linear" else "") for row in rows]
-    ours = [row["name"].startswith(GFAST_EFFECTS) for row in rows]
-    bars(axes[0, 0], names, [row["median_ms"] / 1e3 for row in rows], ours, "seconds")
+    colors = [color(row["name"]) for row in rows]
+    bars(axes[0, 0], names, [row["median_ms"] / 1e3 for row in rows], colors, "seconds")
     settings_ = data["settings"]
     shape = f"{settings_['shape']}, {settings_['dtype']}, {settings_['batch']} x {settings_['tokens']} tokens a batch"
-    axes[0, 0].set_title(f"Gradient effects of a batch pair: {shape}", loc="left")
+    axes[0, 0].set_title(f"Gradient effects of a batch pair\n{shape}", loc="left")
     if memory:
-        bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") or 0.0 for row in rows], ours, "peak extra MB")
+        bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") or 0.0 for row in rows], colors, "peak extra MB")
     if any(name.endswith("*") for name in names):
         figure.supxlabel("* the Linear layers of the blocks only", fontsize=7.5, ha="right", x=0.99)
     return save(figure, path)
@@ -202,7 +208,8 @@ def effect_sweeps(data: list[Data], path: Path) -> Path:
     fields = [("median_ms", "milliseconds")]
     if any(row.get("peak_extra_mb") for one in data for row in one["rows"]):
         fields.append(("peak_extra_mb", "peak extra MB"))
-    names = list(dict.fromkeys(row["name"] for one in data for row in one["rows"] if "median_ms" in row))
+    found = dict.fromkeys(row["name"] for one in data for row in one["rows"] if "median_ms" in row)
+    names = [name for name in found if name != "plain forward"]
     names.sort(key=lambda name: not name.startswith(GFAST_EFFECTS))
     figure, grid = plt.subplots(
         len(fields), len(data), figsize=(3.5 * len(data), 2.7 * len(fields) + 0.9), layout="constrained", squeeze=False
@@ -215,7 +222,7 @@ def effect_sweeps(data: list[Data], path: Path) -> Path:
                 name: [(row[one["sweep"]], row[field]) for row in rows if row["name"] == name and row.get(field)]
                 for name in names
             }
-            lines(grid[line, column], series, names, None)
+            lines(grid[line, column], series, [name for name in names if name not in MEASURES])
             logarithmic(grid[line, column], sorted({row[one["sweep"]] for row in rows}), units[one["sweep"]], unit)
         chosen = one["settings"]
         fixed = {"batch": f"{chosen['batch']} samples", "length": f"{chosen['tokens']} tokens"}

@@ -22,6 +22,7 @@ from _timing import environment, write_json
 
 RANGES = {
     "gfast.ops.head:ChunkedHead.logits": "gfast::chunk/head GEMM",
+    "gfast.ops.head:ChunkedHead.fold": "gfast::head GEMM in tiles, folded",
     "gfast.ops.head:ChunkedHead.add_gradients": "gfast::chunk/dH and dW GEMMs",
     "gfast.ops.head:_accumulate_product": "gfast::chunk/dW GEMM",
     "gfast.ops.head:ChunkedHead.gradients": "gfast::gradients put together",

@@ -219,6 +219,32 @@ def test_memory_is_measured_in_a_fresh_process(losses):
     assert size is None or 7.5 <= size <= 12  # MiB: a copy of 512 x 4096 in fp32 is 8
 
 
+def test_a_measurement_of_memory_that_fails_says_why(losses):
+    from _timing import peak_in_fresh_process
+
+    with pytest.raises(RuntimeError, match="measuring memory failed: KeyError"):
+        peak_in_fresh_process(losses.measure, "{}", ["_loss_providers"])
+
+
+def test_slow_steps_are_called_once(losses):
+    import time
+
+    from _timing import interleaved
+
+    calls = {"slow": 0, "fast": 0}
+
+    def step(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    times = interleaved(
+        {"slow": lambda: step("slow", 0.2), "fast": lambda: step("fast", 0.001)}, repetitions=5, budget_s=0.1
+    )
+    assert calls == {"slow": 1, "fast": 3 + 5}
+    assert times["slow"]["repetitions"] == 1 and times["slow"]["median_ms"] >= 200
+    assert times["fast"]["repetitions"] == 5
+
+
 def test_wrong_effects_are_reported_and_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     from dataclasses import replace
