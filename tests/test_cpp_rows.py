@@ -340,6 +340,18 @@ def test_rounding_to_sixteen_bits(dtype):
     assert torch.equal(out, wide.to(dtype))
 
 
+@pytest.mark.parametrize("size", (0, 1, 33, 5000, 300_001))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype, size):
+    x = torch.randn(size + 1, generator=torch.Generator().manual_seed(size)).to(dtype)
+    for factor in (0.37, 0.0, -2.0):
+        out = x.clone()
+        ops.scale_(out[1:], one(factor))
+        assert torch.equal(out[1:], (x[1:].float() * factor).to(dtype)) and out[0] == x[0]
+    with pytest.raises(ValueError, match="must be contiguous"):
+        ops.scale_(torch.zeros(3, 2).t(), one())
+
+
 def test_threads_do_not_change_a_bit():
     z, y = case(37, 3001, torch.bfloat16)
     before, results = torch.get_num_threads(), []

@@ -398,7 +398,7 @@ def test_full_graph_compile(objective):
     def step(h, w, b):
         out = gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, ref_logp=ref, softcap=20.0)
         logits = torch.nn.functional.linear(h, w, b)
-        return out.loss + gfast.unlearn_loss(logits, labels, objective, ref_logp=ref).loss
+        return out.loss + gfast.unlearn_loss(logits, labels, objective, ref_logp=ref, inplace=True).loss
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -1,6 +1,7 @@
 // CPU implementations of logp_rows, logp_rows_grad, weighted_rows and kl_rows: checks, then the kernels over rows.
 #include "cpu/kernels/rows.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,6 +13,7 @@ namespace gfast {
 GFAST_DECLARE_KERNEL(void, logp_rows, (const LogpArgs&, int64_t, int64_t, float*))
 GFAST_DECLARE_KERNEL(void, logp_rows_grad, (const GradArgs&, int64_t, int64_t, float*))
 GFAST_DECLARE_KERNEL(void, weighted_rows, (const WeightedArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, scale_values, (void*, Dtype, int64_t, int64_t, float))
 GFAST_DECLARE_KERNEL(void, kl_rows, (const KlArgs&, int64_t, int64_t, float*))
 
 namespace {
@@ -129,6 +131,16 @@ Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   return kl;
 }
 
+// torch's own x.mul_() takes three times as long for bfloat16.
+void scale_cpu(Tensor x, const Tensor& factor) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), "gfast: scale_: x must be contiguous, its strides are ", x.strides());
+  const Matrix m = check_matrix("scale_", "x", x.view({x.numel(), 1}), 1.0, 0.0);
+  const float by = check_scalar("scale_", "factor", factor);
+  void* data = x.mutable_data_ptr();
+  auto* kernel = GFAST_KERNEL(scale_values);
+  at::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) { kernel(data, m.dtype, begin, end, by); });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gfast, CPU, m) {
@@ -136,6 +148,7 @@ TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("logp_rows_grad", &logp_rows_grad_cpu);
   m.impl("weighted_rows", &weighted_rows_cpu);
   m.impl("kl_rows", &kl_rows_cpu);
+  m.impl("scale_", &scale_cpu);
 }
 
 }  // namespace gfast

@@ -52,9 +52,12 @@ def _triton_missing() -> str:
 
 def _kernel_missing(op: str) -> str:
     """Empty when the compiled module holds the CPU kernel behind ``op`` (an older build may not)."""
-    kernel = {"grad_dot": "grad_dots", "unlearn_loss": "weighted_rows", "linear_token_logp": "fold_columns"}.get(
-        op, "kl_rows" if "kl" in op else "logp_rows"
-    )
+    kernel = {
+        "grad_dot": "grad_dots",
+        "unlearn_loss": "weighted_rows",
+        "linear_token_logp": "fold_columns",
+        "scale": "scale_",
+    }.get(op, "kl_rows" if "kl" in op else "logp_rows")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
         return ""
     return f"gfast._C holds no CPU kernel {kernel}; build the package again"

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gfast.ops.backend import why_not
+
 IGNORE_INDEX = -100
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 
@@ -178,11 +180,39 @@ def may_wait(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient * factor`` (0-dim) in the gradient's dtype; on a CPU a factor of 1 costs nothing."""
-    if not torch.compiler.is_compiling() and reads_are_free(factor.device) and float(factor) == 1.0:
+def graph_is_kept() -> bool:
+    """Inside a backward: may this graph be run again (``retain_graph``)? True where torch does not say."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
+
+
+def scaled(ctx, gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient * factor`` (0-dim) in the gradient's dtype, in a backward whose ``ctx`` keeps ``gradient``.
+
+    It is scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by
+    a kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned
+    stays as it is.
+    """
+    if torch.compiler.is_compiling():
+        return (gradient * factor).to(gradient.dtype)
+    kept = graph_is_kept()
+    on_host = reads_are_free(factor.device)
+    if on_host and float(factor) == 1.0:
+        ctx.lent = kept  # the caller now holds the memory that a later backward starts from
         return gradient
-    return (gradient * factor).to(gradient.dtype)
+    if kept or getattr(ctx, "lent", False):
+        return (gradient * factor).to(gradient.dtype)
+    if gradient.is_contiguous():
+        where = gradient.device, gradient.dtype
+        if gradient.is_cuda and not why_not("unlearn_loss", "triton", *where):
+            from gfast.kernels.scale import scale_
+
+            scale_(gradient, factor)
+            return gradient
+        if on_host and not why_not("scale", "cpp", *where):
+            torch.ops.gfast.scale_(gradient, factor.float())
+            return gradient
+    return gradient.mul_(factor)
 
 
 def row_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -239,7 +239,7 @@ def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor
     """
     factor = grad_loss if late is None else grad_loss * late
     return [
-        scaled(grad, factor).to(dtype) if wanted else None
+        scaled(ctx, grad, factor).to(dtype) if wanted else None
         for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
 

@@ -137,7 +137,7 @@ class _KLLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if grad_loss is None:
             return None, None, None, None, None
-        return scaled(ctx.saved_tensors[0], grad_loss), None, None, None, None
+        return scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None, None, None
 
 
 class _LinearKLLoss(torch.autograd.Function):

@@ -19,9 +19,11 @@ from gfast.ops.common import (
     scaled,
     sequence_layout,
 )
+from gfast.ops.overwrite import Overwritten
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
+    logp_rows_grad,
     stats_dtype,
     token_logp,
     token_logp_reference,
@@ -106,25 +108,18 @@ def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), out
 
 
-class _TokenLoss(torch.autograd.Function):
-    """Scalar loss whose gradient was written by the same pass that computed it."""
+class _Loss(torch.autograd.Function):
+    """Ties a loss to logits whose gradient was written by the pass that computed it."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ref_logp, numbers, factor, impl):
-        with_grad = ctx.needs_input_grad[0]
-        logp, weight, grad = torch.ops.gfast.unlearn_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl)
+    def forward(ctx, logits, loss, grad):
         ctx.save_for_backward(grad)
         ctx.set_materialize_grads(False)
-        loss = (weight * logp).sum() * factor
-        ctx.mark_non_differentiable(logp, weight)
-        return loss, logp, weight
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad_loss, _logp, _weight):
-        if grad_loss is None:
-            return None, None, None, None, None, None
-        (grad,) = ctx.saved_tensors
-        return scaled(grad, grad_loss), None, None, None, None, None
+    def backward(ctx, grad_loss):
+        return None if grad_loss is None else scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None
 
 
 def spec_of(objective) -> WeightSpec | None:
@@ -207,6 +202,50 @@ def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, no
     return LossOutput(loss, out_logp, out_weight)
 
 
+def _scalar_loss(
+    name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace
+) -> LossOutput:
+    spec = spec_of(objective)
+    level = "given" if spec is None else spec.level
+    flat = labels.reshape(-1).long()  # [N]
+    valid = flat != IGNORE_INDEX
+    ids, count = sequence_layout(name, labels, sequence_id)
+    check_pairs(name, level, count)
+    dtype = stats_dtype(logits.dtype)
+    factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
+    ref = None if ref_logp is None else ref_logp.detach().reshape(-1).to(dtype).contiguous()  # [N]
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    memory = None
+    if inplace and wanted and not torch.compiler.is_compiling():
+        check_label_range(name, flat, logits.shape[-1])  # before the logits are touched
+        memory = Overwritten(name, logits)
+    rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
+    if level == "token":
+        ref = ref if spec.uses_ref else None
+        if memory is None:
+            numbers = spec.numbers()
+            logp, weight, grad = torch.ops.gfast.unlearn_rows(rows, flat, ref, numbers, factor, wanted, impl)
+        else:
+            memory.start()
+            logp, weight = weighted_rows(rows, flat, ref, spec, factor, 1.0, 0.0, rows, impl)
+        value = weight * logp
+    else:
+        logp, stats = torch.ops.gfast.token_logp(rows, flat, impl)
+        weight, value = weigh(objective, logp, ref, valid, ids, count)
+        coef = weight * factor
+        if memory is not None:
+            memory.start()
+            logp_rows_grad(rows, flat, logp, stats, coef, 1.0, 0.0, rows, impl)
+        elif wanted:
+            grad = torch.ops.gfast.token_logp_backward(rows, flat, logp, stats, coef, impl)
+    loss = value.sum() * factor
+    if memory is not None:
+        loss = memory.finished(loss)
+    elif wanted:
+        loss = _Loss.apply(logits, loss, grad.view(logits.shape))
+    return LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
+
+
 def unlearn_loss(
     logits: Tensor,
     labels: Tensor,
@@ -218,13 +257,15 @@ def unlearn_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
     check_finite: bool = False,
+    inplace: bool = False,
 ) -> LossOutput:
     r"""An unlearning objective from logits.
 
     .. math:: \nabla L_u = \frac{1}{Z} \sum_i w_i \nabla \log p(s_i \mid s_{<i}; \theta)
 
     Token-level objectives (GA, WGA, SatImp, TNPO, WTNPO, PO, NLL) read the logits once and write their gradient once;
-    sequence-level ones (NPO, SimNPO, DPO) and callables read them once more in the backward.
+    sequence-level ones (NPO, SimNPO, DPO) and callables read them once more. The backward only multiplies by the
+    upstream gradient.
 
     Args:
         logits: [..., V], fp32, bf16, fp16 (fp64: reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
@@ -236,14 +277,18 @@ def unlearn_loss(
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
         impl: "auto", "reference", "cpp" or "triton".
         check_finite: raise on NaN or infinite log-probs (waits for the device).
+        inplace: the gradient overwrites the logits, which saves as much memory as they take and the time to fill
+            it. They hold no logits after the call, so compute metrics before it. What else of the graph needs them
+            raises in the backward; a leaf that requires grad, or rows that do not lie evenly in memory (a slice
+            along the sequence: pad the labels with -100 instead), raise at once. Where no gradient is wanted, and
+            under torch.compile, which plans memory itself, the logits are left alone.
 
     Returns:
         LossOutput(loss, logp, weight).
 
     Raises:
         ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, an unknown
-            reduction, an
-            ``impl`` that is not available here.
+            reduction, an ``impl`` that is not available here, logits that ``inplace`` cannot overwrite.
         TypeError: wrong dtypes, or something that is no token-weight objective.
 
     Source: arXiv 2502.19301, sections 3 and 4.
@@ -261,19 +306,18 @@ def unlearn_loss(
     check_reference(name, objective, ref_logp, labels)
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
-    spec = spec_of(objective)
-    if spec is not None and spec.level == "token" and reduction != "none":
-        flat_labels = labels.reshape(-1).long()
-        ids, count = sequence_layout(name, labels, sequence_id)
-        rows = logits.reshape(-1, logits.shape[-1])  # [N, V]
-        dtype = stats_dtype(logits.dtype)
-        factor = coef_scale(flat_labels != IGNORE_INDEX, reduction, normalizer, ids, count, dtype=dtype)
-        ref = ref_logp.detach().reshape(-1).to(dtype).contiguous() if spec.uses_ref else None
-        loss, logp, weight = _TokenLoss.apply(rows, flat_labels, ref, spec.numbers(), factor, impl)
-        out = LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
-    else:
+    if reduction == "none":
+        if inplace:
+            raise ValueError(
+                f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is "
+                f"only known in the backward."
+            )
         logp = token_logp(logits, labels, impl=impl)
         out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
+    else:
+        out = _scalar_loss(
+            name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace
+        )
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

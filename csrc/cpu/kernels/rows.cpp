@@ -271,5 +271,23 @@ void weighted_rows(const WeightedArgs& a, int64_t begin, int64_t end, float* scr
   });
 }
 
+void scale_values(void* data, Dtype dtype, int64_t begin, int64_t end, float factor) {
+  const auto scale = [&](auto* x) {
+    const auto pair = [&](Pair v) { return Pair{v.a * factor, v.b * factor}; };
+    int64_t j = begin;
+    for (; j + 2 * W <= end; j += 2 * W) {
+      prefetch_pair(x + j);
+      store_pair(x + j, pair(load_pair(x + j)));
+    }
+    if (j < end) store_pair_part(x + j, end - j, pair(load_pair_part(x + j, end - j)));
+  };
+  if (dtype == Dtype::f32)
+    scale((float*)data);
+  else if (dtype == Dtype::bf16)
+    scale((bf16*)data);
+  else
+    scale((f16*)data);
+}
+
 }  // namespace GFAST_ISA_NS
 }  // namespace gfast

@@ -1,0 +1,107 @@
+"""Gradients that overwrite the logits they belong to, without autograd ever reading one for the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gfast.ops.common import graph_is_kept, scaled
+
+
+class Overwritten:
+    """Logits whose memory a loss may fill with their gradient.
+
+    ``start`` puts the loss in the logits' place in the graph and makes the logits themselves the result of an operation
+    without a derivative: whoever saved them for a backward finds them modified, and whoever uses them later gets an
+    error in the backward. Then the logits may be written, and ``finished`` gives the loss its value.
+
+    Args:
+        name: of the public op, for messages.
+        logits: [..., V], not a leaf, rows evenly spaced and contiguous.
+    """
+
+    def __init__(self, name: str, logits: Tensor):
+        if logits.is_leaf:
+            raise ValueError(
+                f"gfast: {name}: inplace=True would overwrite a leaf that requires grad; only computed logits may be "
+                f"overwritten."
+            )
+        try:
+            rows = logits.detach().view(-1, logits.shape[-1])
+        except RuntimeError:
+            raise ValueError(
+                f"gfast: {name}: inplace=True needs rows that lie evenly in memory, not strides {logits.stride()} of "
+                f"shape {tuple(logits.shape)}. Instead of cutting the logits along the sequence, give all of them and "
+                f"pad the labels with -100."
+            ) from None
+        if (rows.shape[1] > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
+            raise ValueError(
+                f"gfast: {name}: inplace=True needs contiguous rows that do not overlap, not strides "
+                f"{logits.stride()} of shape {tuple(logits.shape)}."
+            )
+        self.name, self.logits = name, logits
+
+    def start(self) -> None:
+        logits, self.logits = self.logits, None  # kept, they would hold this object in a cycle
+        self.grad: Tensor | None = logits.detach()
+        self.loss = _Loss.apply(logits, self)
+        _Gone.apply(logits, self.name)
+
+    def finished(self, loss: Tensor) -> Tensor:
+        """The logits hold the gradient now and ``loss`` (0-dim) is its value; returns the loss that autograd knows."""
+        self.version = self.grad._version
+        value, self.loss = self.loss, None
+        with torch.no_grad():
+            value.copy_(loss)
+        return value
+
+    def take(self, ctx, grad_loss: Tensor) -> Tensor:
+        """The gradient times the upstream one."""
+        grad = self.grad
+        if grad is None:
+            raise RuntimeError(
+                f"gfast: backward through {self.name} a second time: pass retain_graph=True to the first."
+            )
+        if self.version != grad._version:
+            raise RuntimeError(
+                f"gfast: the logits were modified after {self.name}(inplace=True) had put their gradient there."
+            )
+        if not graph_is_kept():
+            self.grad = None
+        return scaled(ctx, grad, grad_loss)
+
+
+class _Loss(torch.autograd.Function):
+    """A scalar whose gradient ``memory`` will hold. Autograd's own way to keep a tensor would refuse it, as it is
+    written to after this."""
+
+    @staticmethod
+    def forward(ctx, logits, memory):
+        ctx.memory = memory
+        ctx.set_materialize_grads(False)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return logits.new_empty((), dtype=wide)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return None if grad_loss is None else ctx.memory.take(ctx, grad_loss), None
+
+
+class _Gone(torch.autograd.Function):
+    """The logits after the call: a result of them that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, logits, name):
+        ctx.name = name
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is not None:
+            raise RuntimeError(
+                f"gfast: the logits were used after {ctx.name}(inplace=True), when they held their gradient: use them "
+                f"before that call, or leave inplace off."
+            )
+        return None, None

@@ -1,0 +1,124 @@
+"""Backwards of the loss ops: upstream gradients, kept graphs, and gradients that overwrite the logits."""
+
+import pytest
+import torch
+from test_ops_losses import assert_law, need, problem, run, squared
+
+import gfast
+from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO
+
+
+@pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss", "token_kl", "linear_token_kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_backward_changes_what_another_returned(op, dtype):
+    """Gradients are scaled in place, but only where nobody else holds them."""
+    hidden, weight, _, labels, _ = problem(dtype=dtype)
+    inputs = (hidden @ weight.T,) if op in ("unlearn_loss", "token_kl") else (hidden, weight)
+    inputs = [x.requires_grad_() for x in inputs]
+    targets = [x.detach() * 0.5 for x in inputs] if "kl" in op else []
+    out = getattr(gfast, op)(*inputs, *targets, labels, *([] if "kl" in op else [WGA()]))
+    loss = out if "kl" in op else out.loss
+    expected = [x.clone() for x in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    results, factors = [], (0.0, 1.0, 0.25, 1.0, -3.0)
+    for index, factor in enumerate(factors):
+        results.append(torch.autograd.grad(factor * loss, inputs, retain_graph=index + 1 < len(factors)))
+    for factor, result in zip(factors, results, strict=True):
+        for ours, exact in zip(result, expected, strict=True):
+            assert_law([ours], [exact * factor], [exact.double() * factor], dtype, f"factor {factor}")
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+def test_scaling_takes_no_new_memory():
+    logits = torch.randn(4, 50).requires_grad_()
+    loss = gfast.unlearn_loss(logits, torch.arange(4), WGA()).loss
+    memory = loss.grad_fn.saved_tensors[0].data_ptr()
+    (loss / 4).backward()
+    assert logits.grad.data_ptr() == memory
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(0.3), SimNPO(), DPO(0.3), squared], ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+def test_in_place_is_the_same(objective, impl, flat):
+    need("unlearn_loss", impl, "cpu", torch.float32)
+    hidden, weight, _, labels, ref = problem(dtype=torch.float32)
+    ids = torch.arange(4)[:, None].expand(4, 7)
+
+    def loss(h, w, inplace):
+        logits, arguments = h @ w.T, [labels, ref.float(), ids]
+        if flat:  # views are overwritten through their base
+            logits, arguments = logits.reshape(28, -1), [x.reshape(-1) for x in arguments]
+        if isinstance(objective, DPO):
+            arguments[2] = None if not flat else arguments[2] % 2  # one pair
+        y, r, s = arguments
+        before = logits.data_ptr()
+        out = gfast.unlearn_loss(logits, y, objective, ref_logp=r, sequence_id=s, impl=impl, inplace=inplace)
+        out = out.loss / 3
+        if inplace:
+            assert logits.data_ptr() == before and (logits.detach()[y == -100] == 0).all()
+        return out
+
+    if flat and isinstance(objective, DPO):
+        pytest.skip("pairs are leading dimensions")
+    expected = run(lambda h, w: loss(h, w, False), (hidden, weight))
+    for ours, exact in zip(run(lambda h, w: loss(h, w, True), (hidden, weight)), expected, strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_overwritten_logits_are_never_read_as_logits():
+    hidden, weight, _, labels, _ = problem(dtype=torch.float32)
+    hidden.requires_grad_()
+
+    def in_place(logits):
+        return gfast.unlearn_loss(logits, labels, WGA(), inplace=True).loss
+
+    logits = hidden @ weight.T
+    earlier = (logits * logits).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (in_place(logits) + earlier).backward()
+    logits = hidden @ weight.T
+    loss = in_place(logits)
+    with pytest.raises(RuntimeError, match="used after unlearn_loss"):
+        (loss + logits.sum()).backward()
+    logits = hidden @ weight.T
+    loss = in_place(logits)
+    with pytest.raises(RuntimeError, match="used after unlearn_loss"):
+        (loss + in_place(logits)).backward()
+    logits = hidden @ weight.T
+    loss = in_place(logits)
+    logits.detach().zero_()
+    with pytest.raises(RuntimeError, match="were modified after"):
+        loss.backward()
+    loss = in_place(hidden @ weight.T)
+    (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (twice,) = torch.autograd.grad(2 * loss, hidden)
+    torch.testing.assert_close(twice, 2 * once)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+def test_what_cannot_be_overwritten():
+    hidden, weight, _, labels, ref = problem(dtype=torch.float32)
+    hidden.requires_grad_()
+    logits = hidden @ weight.T
+    kept = logits.detach().clone()
+    outside = labels.clone()
+    outside[2, 1] = 40
+    row, leaf = logits[:, :1].expand(-1, 7, -1), kept.clone().requires_grad_()
+    for message, call in (
+        ("a leaf that requires", lambda: gfast.unlearn_loss(leaf, labels, WGA(), inplace=True)),
+        ("lie evenly in memory", lambda: gfast.unlearn_loss(logits[:, :-1], labels[:, 1:], WGA(), inplace=True)),
+        ("in memory|do not overlap", lambda: gfast.unlearn_loss(row, labels, WGA(), inplace=True)),
+        ("one number", lambda: gfast.unlearn_loss(logits, labels, WGA(), reduction="none", inplace=True)),
+        ("outside the vocabulary", lambda: gfast.unlearn_loss(logits, outside, WGA(), inplace=True)),
+        ("returned shape", lambda: gfast.unlearn_loss(logits, labels, lambda p, r, s: p[:2], inplace=True)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert torch.equal(logits, kept)
+    with torch.no_grad():  # no gradient wanted: nothing is written
+        gfast.unlearn_loss(logits, labels, WGA(), inplace=True)
+    gfast.unlearn_loss(kept, labels, NPO(), ref_logp=ref, inplace=True)
+    assert torch.equal(logits, kept)
+    gfast.unlearn_loss(logits, labels, WGA(), inplace=True).loss.backward()  # the refused calls left the graph whole
