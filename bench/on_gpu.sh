@@ -69,17 +69,19 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 sanitize=(compute-sanitizer --error-exitcode 86 --launch-timeout 60 --target-processes all)
 few='test_few_rows or test_weight_families or test_logp_rows_and_grad or test_kl_rows or test_scale'
+all=gfast,gfast_inplace,floor,fresh_copy,open_unlearning,eager,upcast,compile,liger,cce,cce_exact,trl,torch_chunked
+all+=,torch_chunked_rows
 fast=gfast,gfast_logp,floor,eager,compile,liger,cce,cce_exact,trl,torch_chunked_rows
 lines=gfast,floor,eager,compile,liger,cce,trl,torch_chunked
 large=(--shapes llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
 
 step build 150 env GFAST_CUDA=1 GFAST_CUDA_ARCH="$arch" "$python" setup.py build_ext --inplace
 step doctor 60 "$python" -m gfast.doctor
-bench losses 170 losses_cuda losses "${large[@]}" --objectives wga,nll
+bench losses 170 losses_cuda losses "${large[@]}" --objectives wga,nll --providers "$all"
 bench grad_dot 80 grad_dot_cuda grad_dot
 bench geffect 100 geffect_cuda geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
 step tests 240 "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
-bench geffect_7b 150 geffect_cuda_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
+bench geffect_7b 200 geffect_cuda_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
   --repetitions 3 --providers 'g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 bench losses_modes 120 losses_cuda_modes losses "${large[@]}" --ops linear --objectives wga,nll \
   --modes frozen,nograd,forward --providers "$fast"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -372,12 +374,38 @@ def test_on_gpu_never_loses_an_earlier_result(tmp_path):
     assert "FAILED  losses" in (out / "summary.txt").read_text()
 
 
-def test_on_gpu_passes_only_arguments_that_the_scripts_take():
-    """Every call in on_gpu.sh parses: a typo there would only show on a GPU."""
-    text = (BENCH / "on_gpu.sh").read_text().replace("\\\n", " ")
-    lines = [line.split() for line in text.splitlines() if line.lstrip().startswith("bench ")]
+@pytest.mark.parametrize("name", ["on_gpu.sh", "on_cpu.sh"])
+def test_scripts_are_called_with_what_they_know(name, monkeypatch):
+    """Flags, providers and names in the shell scripts: a typo there would only show hours later, or on a GPU."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import _loss_cases
+    import _loss_providers
+    import geffect
+
+    known = {*_loss_providers.PROVIDERS, *geffect.ALL, *_loss_cases.HEADS, *_loss_cases.MODES, *_loss_cases.BATCHES}
+    text = (BENCH / name).read_text().replace("\\\n", " ")
+    variables = dict(re.findall(r"^(\w+)=(\(.*\)|'.*'|[\w,]+)$", text, re.M))
+    variables |= {key: variables[key] + more for key, more in re.findall(r"^(\w+)\+=([\w,]+)$", text, re.M)}
+    lines = [shlex.split(line) for line in text.splitlines() if line.lstrip().startswith("bench ")]
     assert len(lines) >= 12
     for words in lines:
-        script = (BENCH / f"{words[4]}.py").read_text()
-        for flag in [word for word in words if word.startswith("--")]:
-            assert f'"{flag}"' in script, f"{words[4]} has no {flag}"
+        script = next(word for word in words[2:] if (BENCH / f"{word}.py").is_file())
+        words = words[words.index(script) + 1 :]
+        while any(word.startswith("${") for word in words):  # arrays of arguments
+            words = [part for w in words for part in (shlex.split(variables[w[2:-4]][1:-1]) if w[0:2] == "${" else [w])]
+        source = (BENCH / f"{script}.py").read_text()
+        for flag, value in zip(words, [*words[1:], ""], strict=False):
+            if flag.startswith("--"):
+                assert f'"{flag}"' in source, f"{script} has no {flag}"
+            if flag in ("--providers", "--modes", "--batches", "--shapes"):
+                for key in re.findall(r"\$(\w+)", value):
+                    value = value.replace(f"${key}", variables[key].strip("'"))
+                wanted = set(value.split(";" if script == "geffect" else ","))
+                shapes = set(_models_shapes()) if script in ("overhead", "geffect") else {"all"}
+                assert wanted <= known | shapes, wanted - known - shapes
+
+
+def _models_shapes():
+    from _models import SHAPES
+
+    return SHAPES
