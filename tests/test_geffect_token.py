@@ -431,6 +431,7 @@ def test_what_has_no_forward_mode_is_named(module, what):
     assert "model.layers.1.mlp.act_fn" in str(error.value)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Bloom evaluates plain operations in transformers 4")
 def test_autograd_functions_of_families_are_refused_by_name():
     config = transformers.BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4)
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -15,6 +15,7 @@ behind torch.autograd.Function or custom operators, raw memory) is an error that
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,39 +30,106 @@ class ForwardModeError(ValueError):
     """An operation through which no tangent can be carried."""
 
 
+Term = tuple[Tensor, Any]  # tangents [K, ...] and a factor without streams (a tensor, a number or None)
+_TERMS = 3  # more than this are added up: each costs a read of its tangents
+
+
+class Memory:
+    """What views of the same tangents have in common.
+
+    Attributes:
+        shared: other pairs count on the tangents as they are, so that writing in place copies them first.
+        viewed: there are views, so that they cannot be copied.
+    """
+
+    __slots__ = ("shared", "viewed")
+
+    def __init__(self) -> None:
+        self.shared = self.viewed = False
+
+
 class Pair:
     """A value and its tangents.
+
+    Tangents may be a sum of products that nobody has computed yet: sum_j base_j * factor_j, where the bases have K
+    streams and the factors none. Chains of elementwise operations so take one pass over memory for all of them.
 
     Attributes:
         primal: [*shape].
         streams: ids of the K streams that have a tangent here, ascending.
-        shared: another pair may hold the same tangents, so that writing in place copies them first.
-        viewed: a view of the primal and of the tangents was handed out, or this is one.
+        memory: common to a pair and its views.
     """
 
-    __slots__ = ("_tangent", "primal", "shared", "streams", "viewed")
+    __slots__ = ("__weakref__", "_tangent", "_terms", "memory", "primal", "streams")
 
-    def __init__(self, primal: Tensor, streams: Streams, tangent: Tensor | list[Tensor]) -> None:
-        self.primal, self.streams, self._tangent = primal, streams, tangent
-        self.shared = self.viewed = False
+    def __init__(
+        self,
+        primal: Tensor,
+        streams: Streams,
+        tangent: Tensor | list[Tensor] | None = None,
+        terms: list[Term] | None = None,
+    ) -> None:
+        self.primal, self.streams, self._tangent, self._terms = primal, streams, tangent, terms
+        self.memory = Memory()
+        if terms is not None and len(terms) > _TERMS:
+            self.stacked()
 
     def stacked(self) -> Tensor:
         """The tangents as one tensor [K, *shape]."""
+        if self._terms is not None:
+            self._tangent, self._terms = self._added_up(), None
         if isinstance(self._tangent, list):
             self._tangent = torch.stack(self._tangent)
         return self._tangent
 
     def each(self) -> Sequence[Tensor]:
         """K tangents [*shape]; those of a parameter are not copied together for it."""
-        return self._tangent if isinstance(self._tangent, list) else self._tangent.unbind(0)
+        return self._tangent if self.apart else self.stacked().unbind(0)
 
     @property
     def apart(self) -> bool:
         """The tangents are separate tensors, as those of parameters and of views of parameters are."""
         return isinstance(self._tangent, list)
 
+    @property
+    def lazy(self) -> bool:
+        return self._terms is not None
+
+    def terms(self, dim: int, factor: Any = None) -> list[Term]:
+        """The tangents times a factor as terms that broadcast with values of `dim` dimensions; nothing is computed."""
+        found: list[Term] = [(self.stacked(), None)] if self._terms is None else self._terms
+        missing = dim - self.primal.dim()
+        out = []
+        for base, own in found:
+            if missing:
+                base = base.reshape(base.shape[0], *[1] * missing, *base.shape[1:])
+            out.append((base, own if factor is None else factor if own is None else own * factor))
+        return out
+
+    def _added_up(self) -> Tensor:
+        full = (len(self.streams), *self.primal.shape)
+        products = sorted(self._terms, key=lambda term: term[1] is None)
+        (base, factor), rest = products[0], products[1:]
+        out = base if factor is None else base * factor
+        if factor is None:
+            self.memory.shared = True
+            if rest or out.shape != full:
+                out = out.expand(full).clone()
+        elif out.shape != full:
+            out = out.expand(full).contiguous()
+        for base, factor in rest:
+            if factor is None:
+                out += base
+            elif isinstance(factor, Tensor) and factor.dtype == base.dtype == out.dtype:
+                out.addcmul_(base, factor)
+            elif isinstance(factor, Tensor):
+                out += base * factor
+            else:
+                out.add_(base, alpha=factor)
+        return out.to(self.primal.dtype)
+
     def set_tangent(self, streams: Streams, tangent: Tensor) -> None:
-        self.streams, self._tangent = streams, tangent
+        self.streams, self._tangent, self._terms, self.memory = streams, tangent, None, Memory()
 
     def on(self, streams: Streams) -> Tensor:
         """The tangents on a superset of the pair's streams [len(streams), *shape], 0 where it has none."""
@@ -117,6 +185,20 @@ def union(*several: Streams) -> Streams:
     return tuple(sorted(set().union(*several)))
 
 
+_WRITING = frozenset(
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
+    "__ior__ __ixor__ __ilshift__ __irshift__".split()
+)
+
+
+def writes(func: Callable, kwargs: Mapping[str, Any]) -> bool:
+    """Does a torch function change one of its arguments?"""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name in _WRITING
+    return name.endswith("_") or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
 class ForwardMode(TorchFunctionMode):
     """Context in which model code carries tangents.
 
@@ -134,11 +216,14 @@ class ForwardMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._parameters = {id(parameter): (parameter, streams) for parameter, streams in directions.items()}
+        self._pending: weakref.WeakSet[Pair] = weakref.WeakSet()  # with tangents that are not added up
         self._promoted: dict[int, tuple[Tensor, Pair]] = {}  # plain tensors that got tangents by an in-place write
         self._model = model
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._pending and writes(func, kwargs):
+            self._add_up()  # before what they are made of changes
         if not self._concerned(args) and not (kwargs and self._concerned(kwargs.values())):
             return func(*args, **kwargs)
         from gfast.geffect.forward_rules import apply
@@ -149,6 +234,11 @@ class ForwardMode(TorchFunctionMode):
             return self._wrapped(apply(self, func, paired_args, paired, args))
         except ForwardModeError as error:
             raise self._named(error) from error.__cause__
+
+    def _add_up(self) -> None:
+        for pair in list(self._pending):
+            pair.stacked()
+        self._pending.clear()
 
     def _concerned(self, values: Any) -> bool:
         """Does any argument carry a tangent, or is it a parameter?"""
@@ -186,7 +276,9 @@ class ForwardMode(TorchFunctionMode):
         found = [(stream, tangent) for stream, tangent in found if tangent is not None]
         if not found:
             return parameter.detach()
-        return Pair(parameter.detach(), tuple(stream for stream, _ in found), [tangent for _, tangent in found])
+        pair = Pair(parameter.detach(), tuple(stream for stream, _ in found), [tangent for _, tangent in found])
+        pair.memory.shared = pair.memory.viewed = True  # nothing may write into a parameter
+        return pair
 
     def directions_of(self, parameter: Tensor | None) -> list[tuple[int, Tensor]]:
         """Streams and directions of a parameter; none for a constant."""
@@ -203,6 +295,8 @@ class ForwardMode(TorchFunctionMode):
 
     def _wrapped(self, out: Any) -> Any:
         if isinstance(out, Pair):
+            if out.lazy:
+                self._pending.add(out)
             return Dual(out)
         if isinstance(out, tuple) and any(isinstance(item, Pair) for item in out):
             items = [Dual(item) if isinstance(item, Pair) else item for item in out]

@@ -50,6 +50,9 @@ def add(func: Callable, a: Any, b: Any, *, alpha: float = 1) -> Any:
     out = func(primal(a), primal(b)) if alpha == 1 else func(primal(a), primal(b), alpha=alpha)
     sign = -alpha if func.__name__ == "sub" else alpha
     if isinstance(a, Pair) and isinstance(b, Pair):
+        if a.streams == b.streams and (a.lazy or b.lazy):
+            terms = a.terms(out.dim()) + b.terms(out.dim(), None if sign == 1 else sign)
+            return Pair(out, a.streams, terms=terms)
         left, right = lifted(a, out.dim()), lifted(b, out.dim())
         if a.streams == b.streams:
             return Pair(out, a.streams, torch.add(left, right, alpha=sign))
@@ -57,12 +60,13 @@ def add(func: Callable, a: Any, b: Any, *, alpha: float = 1) -> Any:
             return total(out, [(b.streams, right * sign if sign != 1 else right.clone()), (a.streams, left)])
         return total(out, [(a.streams, left.clone()), (b.streams, right * sign if sign != 1 else right)])
     pair = a if isinstance(a, Pair) else b
+    if pair.lazy or pair is b and sign != 1:
+        return Pair(out, pair.streams, terms=pair.terms(out.dim(), sign if pair is b and sign != 1 else None))
     tangent = lifted(pair, out.dim())
-    if pair is b and sign != 1:
-        tangent = tangent * sign
     same = tangent.shape[1:] == out.shape and tangent.dtype == out.dtype
     result = Pair(out, pair.streams, tangent if same else tangent.expand(-1, *out.shape).to(out.dtype))
-    result.shared = pair.shared = True
+    result.memory = pair.memory
+    pair.memory.shared = True
     return result
 
 
@@ -71,13 +75,15 @@ def mul(func: Callable, a: Any, b: Any) -> Any:
     out = func(x, y)
     if not (isinstance(a, Pair) and isinstance(b, Pair)):
         pair, factor = (a, y) if isinstance(a, Pair) else (b, x)
-        return total(out, [(pair.streams, lifted(pair, out.dim()) * factor)])
+        return Pair(out, pair.streams, terms=pair.terms(out.dim(), factor))
+    if a.streams == b.streams:
+        return Pair(out, a.streams, terms=a.terms(out.dim(), y) + b.terms(out.dim(), x))
     if set(a.streams) < set(b.streams):
         a, b, x, y = b, a, y, x
-    left = lifted(a, out.dim()) * y  # [K, *out.shape]
-    if set(b.streams) <= set(a.streams) and left.dtype == out.dtype and left.shape[1:] == out.shape:
+    left = Pair(out, a.streams, terms=a.terms(out.dim(), y)).stacked()  # [K, *out.shape], its own: there is a factor
+    if set(b.streams) <= set(a.streams):
         where = places(b.streams, a.streams)
-        if isinstance(where, slice):
+        if isinstance(where, slice) and left.dtype == x.dtype == b.primal.dtype:
             left[where].addcmul_(lifted(b, out.dim()), x)
             return Pair(out, a.streams, left)
     return total(out, [(a.streams, left), (b.streams, lifted(b, out.dim()) * x)])
@@ -87,7 +93,42 @@ def div(func: Callable, a: Any, b: Any, **options: Any) -> Any:
     if isinstance(b, Pair) or options:
         return NotImplemented
     out = func(a.primal, b)
-    return total(out, [(a.streams, lifted(a, out.dim()) / b)])
+    return Pair(out, a.streams, terms=a.terms(out.dim(), 1.0 / b))
+
+
+def neg(func: Callable, x: Pair) -> Pair:
+    return Pair(func(x.primal), x.streams, terms=x.terms(x.primal.dim(), -1.0))
+
+
+def cast(func: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """to, float and their like: the tangents are cast when they are added up."""
+    if not isinstance(x, Pair) or x.apart:
+        return NotImplemented
+    out = func(x.primal, *(primal(arg) for arg in args), **kwargs)
+    if out is x.primal:
+        return x
+    if not out.is_floating_point():
+        return out
+    if out.device != x.primal.device:
+        return NotImplemented
+    return Pair(out, x.streams, terms=x.terms(out.dim()))
+
+
+def mean(func: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A mean over the last dimension of a product that nobody has computed: a matrix product for every row."""
+    dims = args[0] if args else kwargs.get("dim")
+    if not isinstance(x, Pair) or not x.lazy or dims not in (-1, [-1], (-1,)) or "dtype" in kwargs:
+        return NotImplemented
+    ((base, factor), *rest), shape = x.terms(x.primal.dim()), x.primal.shape
+    full = (len(x.streams), *shape)
+    if rest or not isinstance(factor, Tensor) or factor.shape != shape or base.shape != full:
+        return NotImplemented
+    if not base.dtype == factor.dtype == x.primal.dtype:
+        return NotImplemented
+    rows = base.reshape(len(x.streams), -1, shape[-1]).transpose(0, 1)  # [n, K, D]
+    dots = torch.bmm(rows, factor.reshape(-1, shape[-1], 1)).div_(shape[-1])  # [n, K, 1]
+    out = func(x.primal, *args, **kwargs)
+    return Pair(out, x.streams, dots.transpose(0, 1).reshape(len(x.streams), *out.shape))
 
 
 def joined(func: Callable, tensors: Any, dim: int = 0) -> Any:
@@ -253,7 +294,7 @@ def attention(
     scale = 1.0 / math.sqrt(depth) if scale is None else scale
     streams = union(*(item.streams for item in (query, key, value) if isinstance(item, Pair)))
     moved = [dict(zip(i.streams, i.each(), strict=True)) if isinstance(i, Pair) else {} for i in (query, key, value)]
-    tangent = out.new_empty((len(streams), *out.shape))
+    tangent = empty_like(out, streams)
 
     def rows(x: Tensor, start: int, stop: int) -> Tensor:  # [B, H, T, d] -> [B H_kv, share n, d]
         return x[:, :, start:stop].reshape(batch * kv_heads, share * (stop - start), -1)
@@ -296,9 +337,16 @@ def attention(
     return Pair(out, streams, tangent)
 
 
+def empty_like(out: Tensor, streams: Streams) -> Tensor:
+    """Room for tangents [K, *shape] in the order in memory that the value has: what views it must view them too."""
+    order = sorted(range(out.dim()), key=out.stride, reverse=True)
+    room = out.new_empty((len(streams), *(out.shape[i] for i in order)))
+    return room.permute(0, *(order.index(i) + 1 for i in range(out.dim())))
+
+
 def view_of(base: Pair, pair: Pair) -> Pair:
     """Marks both where the new pair's values are in the base's memory."""
     if pair.primal._is_view() or pair.primal.untyped_storage()._cdata == base.primal.untyped_storage()._cdata:
-        base.viewed = pair.viewed = True
-        pair.shared = base.shared
+        pair.memory = base.memory
+        base.memory.viewed = True
     return pair

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gfast.geffect import forward_layers as layers
-from gfast.geffect.forward import Dual, ForwardMode, ForwardModeError, Pair, primal, union
+from gfast.geffect.forward import Dual, ForwardMode, ForwardModeError, Pair, primal, union, writes
 
 # functions of what a tensor is, of its value without a derivative, or that make a new tensor like it
 _ABOUT = frozenset(
@@ -65,7 +65,9 @@ def apply(mode: ForwardMode, func: Callable, args: tuple, kwargs: dict, original
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not str(func).startswith("aten"):
         raise ForwardModeError(f"the custom operator {func} has no forward derivative")
     try:
-        if _writes(name, kwargs):
+        if kwargs.get("out") is not None:
+            raise ForwardModeError(f"torch function {name!r} with out=")
+        if writes(func, kwargs):
             return _in_place(mode, func, name, args, kwargs, originals)
         if name in _RULES:
             out = _RULES[name](func, *args, **kwargs)
@@ -99,14 +101,6 @@ def primals(values: Any) -> Any:
 
 def _pairs(values: Any) -> int:
     return sum(isinstance(leaf, Pair) for leaf in pytree.tree_leaves(values))
-
-
-def _writes(name: str, kwargs: dict) -> bool:
-    if kwargs.get("out") is not None:
-        raise ForwardModeError(f"torch function {name!r} with out=")
-    if name.startswith("__"):
-        return name == "__setitem__" or name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    return name.endswith("_") or bool(kwargs.get("inplace"))
 
 
 # ---------------------------------------------------------------------------------------------- general forms
@@ -184,7 +178,7 @@ def _elementwise(func: Callable, args: tuple, kwargs: dict) -> Any:
     value, slope = torch.func.jvp(lambda x: func(x, *args[1:], **kwargs), (x,), (torch.ones_like(x),))
     if value.shape != x.shape:  # another argument is larger
         return _general(func, args, kwargs)
-    return Pair(value, pair.streams, pair.stacked() * slope)
+    return Pair(value, pair.streams, terms=pair.terms(x.dim(), slope))
 
 
 def _in_place(mode: ForwardMode, func: Callable, name: str, args: tuple, kwargs: dict, originals: tuple) -> Any:
@@ -195,11 +189,10 @@ def _in_place(mode: ForwardMode, func: Callable, name: str, args: tuple, kwargs:
         raise ForwardModeError(f"torch function {name!r} writes into a parameter")
     if not isinstance(target, Pair):
         target = mode.promote(target, streams)
-    elif target.streams != streams or target.shared:
-        if target.viewed:
+    elif target.streams != streams or target.memory.shared:
+        if target.memory.viewed:
             raise ForwardModeError(f"torch function {name!r} writes into a tensor of which there are views")
         target.set_tangent(streams, target.on(streams).clone())
-        target.shared = False
     plain = {key: value for key, value in kwargs.items() if key != "inplace"}
 
     def changed(x: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -224,6 +217,10 @@ _RULES: dict[str, Callable] = {
     "multiply": layers.mul,
     "div": layers.div,
     "true_divide": layers.div,
+    "neg": layers.neg,
+    "negative": layers.neg,
+    "mean": layers.mean,
+    **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "type_as"), layers.cast),
     "cat": layers.joined,
     "concat": layers.joined,
     "stack": layers.joined,
