@@ -180,6 +180,11 @@ def may_wait(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+def runs_now(x: Tensor) -> bool:
+    """A plain tensor in plain eager mode: nothing records the call or stands in for the values."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor
+
+
 def graph_is_kept() -> bool:
     """Inside a backward: may this graph be run again (``retain_graph``)? True where torch does not say."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

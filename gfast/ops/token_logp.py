@@ -109,10 +109,15 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("gfast::token_logp", mutates_args=())
-def _token_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    check_label_range("token_logp", labels, logits.shape[1])
+def label_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """``logp_rows`` of logits of any strides, after a check of the labels."""
+    impl = select("token_logp", impl, logits.device, logits.dtype)
+    if impl != "cpp":  # which checks for itself
+        check_label_range("token_logp", labels, logits.shape[1])
     return logp_rows(unit_stride(logits), labels, 1.0, 0.0, impl)
+
+
+_token_logp = torch.library.custom_op("gfast::token_logp", label_logp, mutates_args=())
 
 
 @_token_logp.register_fake
@@ -122,14 +127,15 @@ def _(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
 
 
-@torch.library.custom_op("gfast::token_logp_backward", mutates_args=())
-def _token_logp_backward(
-    logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str
-) -> Tensor:
+def label_logp_gradient(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
+    """[N, V], coef_i * d logp_i / d logits, in memory of its own."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     # .sum() sends a stride-0 gradient: the kernels read coef as a plain vector
     logp_rows_grad(unit_stride(logits), labels, logp, stats, coef.to(logp.dtype).contiguous(), 1.0, 0.0, out, impl)
     return out
+
+
+_token_logp_backward = torch.library.custom_op("gfast::token_logp_backward", label_logp_gradient, mutates_args=())
 
 
 @_token_logp_backward.register_fake

@@ -16,6 +16,7 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     raise_if_not_finite,
+    runs_now,
     scaled,
     sequence_layout,
 )
@@ -23,6 +24,8 @@ from gfast.ops.overwrite import Overwritten
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
+    label_logp,
+    label_logp_gradient,
     logp_rows_grad,
     stats_dtype,
     token_logp,
@@ -80,7 +83,6 @@ def weighted_rows(
     return rows.weighted_rows(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
 
 
-@torch.library.custom_op("gfast::unlearn_rows", mutates_args=())
 def _unlearn_rows(
     logits: Tensor,
     labels: Tensor,
@@ -90,7 +92,9 @@ def _unlearn_rows(
     with_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_label_range("unlearn_loss", labels, logits.shape[1])
+    impl = select("unlearn_loss", impl, logits.device, logits.dtype)
+    if impl != "cpp":  # which checks for itself
+        check_label_range("unlearn_loss", labels, logits.shape[1])
     spec = WeightSpec.from_numbers("token", numbers)
     shape = logits.shape if with_grad else (0, logits.shape[1])
     out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
@@ -100,7 +104,10 @@ def _unlearn_rows(
     return logp, weight, out
 
 
-@_unlearn_rows.register_fake
+_unlearn_rows_op = torch.library.custom_op("gfast::unlearn_rows", _unlearn_rows, mutates_args=())
+
+
+@_unlearn_rows_op.register_fake
 def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
     dtype = stats_dtype(logits.dtype)
     rows, vocab = logits.shape
@@ -209,7 +216,9 @@ def _scalar_loss(
     level = "given" if spec is None else spec.level
     flat = labels.reshape(-1).long()  # [N]
     valid = flat != IGNORE_INDEX
-    ids, count = sequence_layout(name, labels, sequence_id)
+    ids, count = None, 0
+    if sequence_id is not None or level != "token" or reduction == "sequence_mean":
+        ids, count = sequence_layout(name, labels, sequence_id)
     check_pairs(name, level, count)
     dtype = stats_dtype(logits.dtype)
     factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
@@ -217,27 +226,30 @@ def _scalar_loss(
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
+        impl = select(name, impl, logits.device, logits.dtype)
         check_label_range(name, flat, logits.shape[-1])  # before the logits are touched
         memory = Overwritten(name, logits)
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
+    now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
     if level == "token":
         ref = ref if spec.uses_ref else None
         if memory is None:
-            numbers = spec.numbers()
-            logp, weight, grad = torch.ops.gfast.unlearn_rows(rows, flat, ref, numbers, factor, wanted, impl)
+            unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
+            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), factor, wanted, impl)
         else:
             memory.start()
             logp, weight = weighted_rows(rows, flat, ref, spec, factor, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
-        logp, stats = torch.ops.gfast.token_logp(rows, flat, impl)
+        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, flat, impl)
         weight, value = weigh(objective, logp, ref, valid, ids, count)
         coef = weight * factor
         if memory is not None:
             memory.start()
             logp_rows_grad(rows, flat, logp, stats, coef, 1.0, 0.0, rows, impl)
         elif wanted:
-            grad = torch.ops.gfast.token_logp_backward(rows, flat, logp, stats, coef, impl)
+            gradient = label_logp_gradient if now else torch.ops.gfast.token_logp_backward
+            grad = gradient(rows, flat, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
         loss = memory.finished(loss)
@@ -315,9 +327,7 @@ def unlearn_loss(
         logp = token_logp(logits, labels, impl=impl)
         out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
     else:
-        out = _scalar_loss(
-            name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace
-        )
+        out = _scalar_loss(name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace)
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out
