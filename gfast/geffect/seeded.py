@@ -94,12 +94,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class SeededPasses:
     """Forwards and backwards over batches, with all shares going to `consume`.
 
-    A context manager; the model must be frozen, see `frozen`.
+    A context manager; the model must be frozen, see `frozen`. With `whole_head` the head's share comes as one, whose
+    b [n, V] may be kept; else a chunk of rows at a time, whose b is gone when `consume` returns.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, consume: Consumer, engine: str) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sites, consume: Consumer, engine: str, whole_head: bool = False
+    ) -> None:
         self.model, self.sites, self.consume = model, sites, consume
-        self.ran = False
+        self.ran, self.whole_head = False, whole_head
         self.watch = Watch(sites.modules, lambda name, share: consume(name, share, None), engine)
 
     def __enter__(self) -> SeededPasses:
@@ -140,8 +143,8 @@ class SeededPasses:
         h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, flat_labels)
         check_label_range("labels", flat_labels, weight.shape[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            rows = default_chunk_rows(*weight.shape, h.device)
-            chunks = ChunkedHead(h, weight, bias, flat_labels, rows, valid_rows(flat_labels))
+            chunk = len(h) if self.whole_head else default_chunk_rows(*weight.shape, h.device)
+            chunks = ChunkedHead(h, weight, bias, flat_labels, chunk, valid_rows(flat_labels))
             seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
             place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
             chunks.start_gradients(hidden.requires_grad, False, False)

@@ -1,0 +1,246 @@
+"""Dot products between the gradients of pairs of samples, from rows: no gradient of a parameter's size is formed.
+
+For a Linear, samples i and j have the gradients W_i = sum_{t in i} b_t a_t^T and W_j, and
+
+    <W_i, W_j> = sum over t in i, u in j of (a_t . a_u) (b_t . b_u)
+
+With n rows on a side that costs n^2 (D_in + D_out) products, forming the samples' gradients block by block costs
+2 n D_in D_out: pairs win while n is below about D_in D_out / (D_in + D_out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gfast.geffect.modules import Lookup, Outer, Share
+from gfast.ops.head import product_dtype
+
+# What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a
+# buffer. Measured on a CPU at 72 rows a sample.
+_THIN = 1.3
+_FULL = 0.9
+_BLOCK_ROWS = 256  # rows of token pairs held at a time
+_KEPT_PRODUCTS = 1 << 22  # elements of products of inputs that are kept for the next module
+_BUFFER = 1 << 20  # elements of the block of all samples' gradients: it stays in the cache
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Shares of the samples of a batch, sorted by sample, without most of the rows that are zero.
+
+    share: what each row adds to the gradient; or fp64 [S, size], whole gradients of the samples, for small parameters.
+    counts: rows of each sample.
+    """
+
+    share: Outer | Lookup | Tensor
+    counts: list[int]
+
+    @property
+    def size(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def membership(self) -> Tensor:
+        """[S, n] of ones and zeros: sums over the rows of each sample, as a product in a fixed order."""
+        owner = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts, dtype=torch.int64))
+        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.share.b.device)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and the one after the last of each sample."""
+        out, start = [], 0
+        for count in self.counts:
+            out.append((start, start + count))
+            start += count
+        return out
+
+
+def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
+    """The share's rows, without those that are zero if there are many; `owner` int64 [n], ascending: their samples."""
+    if not isinstance(share, (Outer, Lookup)):
+        member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
+        return Rows(member @ share.terms.double(), [0] * samples)
+    # a norm, not any: it is several times faster on a CPU, and NaN is kept to be named later
+    used = torch.linalg.vector_norm(share.b, torch.inf, dim=-1) != 0
+    if isinstance(share, Outer):
+        used &= torch.linalg.vector_norm(share.a, torch.inf, dim=-1) != 0
+    kept = used.nonzero()[:, 0]
+    if len(kept) > _FULL * len(used):  # leaving out a few rows would not pay for the copy
+        kept = torch.arange(len(used), device=used.device)
+    counts = torch.bincount(owner[kept], minlength=samples).tolist()
+    if len(kept) < len(used):
+        parts = (share.a, share.b) if isinstance(share, Outer) else (share.ids, share.b)
+        share = type(share)(*(part.index_select(0, kept) for part in parts))
+    return Rows(share, counts)
+
+
+class InputProducts:
+    """Products a_t . a_u of one pair of inputs, kept for the next module: queries, keys and values read one input."""
+
+    def __init__(self) -> None:
+        self._inputs: tuple[Tensor, ...] = ()
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+
+    def holds(self, x: Tensor, y: Tensor) -> bool:
+        """Are products of these inputs kept?"""
+        return bool(self._blocks) and _same(x, self._inputs[0]) and _same(y, self._inputs[1])
+
+    def get(self, x: Tensor, y: Tensor, start: int, stop: int, first: int) -> Tensor:
+        """x[start:stop] y[first:]^T."""
+        if not self.holds(x, y):
+            self._inputs, self._blocks = (x, y), {}  # holding the inputs keeps their memory from being used again
+        key = (start, first)
+        if key not in self._blocks:
+            found = _mm(x[start:stop], y[first:])
+            if sum(block.numel() for block in self._blocks.values()) + found.numel() > _KEPT_PRODUCTS:
+                return found
+            self._blocks[key] = found
+        return self._blocks[key]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+
+
+class Caches(NamedTuple):
+    """One cache for products with the batch that passes by, one for those of the kept batch with itself."""
+
+    other: InputProducts
+    own: InputProducts
+
+    @classmethod
+    def new(cls) -> Caches:
+        return cls(InputProducts(), InputProducts())
+
+
+def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -> tuple[Tensor, Tensor | None]:
+    """<g_i, g_j> for samples i of `left` and j of `right`, fp64 [S_l, S_r]; with `own` those of left with itself too.
+
+    Both must be of one parameter. Taking both at once forms left's gradients once, where they are formed.
+    """
+    caches = caches or Caches.new()
+    if isinstance(left.share, Outer) and isinstance(right.share, Outer):
+        if left.size == 0 or (right.size == 0 and not own):
+            return _zeros(left, right), _zeros(left, left) if own else None
+        if _gradients_are_cheaper(left, right, own, caches.other.holds(left.share.a, right.share.a)):
+            return _by_gradients(left, right, own)
+        return _by_pairs(left, right, caches.other), _by_own_pairs(left, caches.own) if own else None
+    return _mixed(left, right), own_products(left) if own else None
+
+
+def own_products(rows: Rows) -> Tensor:
+    """<g_i, g_j> for samples i and j of `rows`, fp64 [S, S]."""
+    if isinstance(rows.share, Outer):
+        empty = Rows(Outer(rows.share.a[:0], rows.share.b[:0]), [])
+        return products(rows, empty, own=True)[1]
+    return _mixed(rows, rows)
+
+
+def _zeros(left: Rows, right: Rows) -> Tensor:
+    return torch.zeros(len(left.counts), len(right.counts), dtype=torch.float64, device=left.share.b.device)
+
+
+def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs_known: bool) -> bool:
+    """By multiplications: of pairs of rows, or of forming the samples' gradients and multiplying those."""
+    d_in, d_out = left.share.a.shape[1], left.share.b.shape[1]
+    n, m, samples, others = left.size, right.size, len(left.counts), len(right.counts)
+    pairs = (n * m + (n * n / 2 if own else 0)) * (d_out if inputs_known else d_in + d_out)
+    rows = n + m + _THIN * samples * (others + (samples if own else 0))
+    return _THIN * rows * d_in * d_out < pairs
+
+
+def _mm(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T in fp32 or fp64: 16-bit products are accumulated in fp32, and on a CPU rounded once to 16 bits."""
+    dtype = product_dtype(torch.promote_types(x.dtype, y.dtype), x.device)
+    if x.is_cuda and dtype.itemsize == 2:
+        return torch.mm(x.to(dtype), y.to(dtype).t(), out_dtype=torch.float32)
+    out = torch.mm(x.to(dtype), y.to(dtype).t())
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def _sample_sums(terms: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """[S_l, S_r] fp64 sums of terms [n, m] by the samples of rows and columns; left [S_l, n], right [S_r, m]."""
+    return (left.to(terms.dtype) @ terms).double() @ right.double().t()
+
+
+def _by_pairs(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
+    out = _zeros(left, right)
+    for start in range(0, left.size, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, left.size)
+        terms = _mm(left.share.b[start:stop], right.share.b)  # [block, m]
+        terms.mul_(inputs.get(left.share.a, right.share.a, start, stop, 0))
+        out += _sample_sums(terms, left.membership[:, start:stop], right.membership)
+    return out
+
+
+def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
+    """Half of the pairs: blocks of whole samples against themselves and the samples after them."""
+    out, bounds, first = _zeros(rows, rows), rows.bounds(), 0
+    while first < len(bounds):
+        last, start = first + 1, bounds[first][0]
+        while last < len(bounds) and bounds[last][1] - start <= _BLOCK_ROWS // 2:
+            last += 1
+        stop = bounds[last - 1][1]
+        terms = _mm(rows.share.b[start:stop], rows.share.b[start:])
+        terms.mul_(inputs.get(rows.share.a, rows.share.a, start, stop, start))
+        sums = _sample_sums(terms, rows.membership[first:last, start:stop], rows.membership[first:, start:])
+        out[first:last, first:] = sums
+        out[last:, first:last] = sums[:, last - first :].t()
+        first = last
+    return out
+
+
+def _by_gradients(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of all samples, a block of output rows at a time in one buffer, and their dot products."""
+    a, b = left.share.a, left.share.b
+    (d_in, d_out), samples, others = (a.shape[1], b.shape[1]), len(left.counts), len(right.counts)
+    total = samples + others
+    dtype = product_dtype(torch.promote_types(a.dtype, b.dtype), a.device)
+    tile = max(1, min(d_out, _BUFFER // (total * d_in)))
+    buffer = torch.zeros(total, tile, d_in, dtype=dtype, device=a.device)
+    work = [(0, left), (samples, right)]
+    out = torch.zeros(samples, total, dtype=torch.float64, device=a.device)
+    for start in range(0, d_out, tile):
+        width = min(tile, d_out - start)
+        for offset, rows in work:
+            _gradient_block(rows, dtype, start, width, buffer[offset : offset + len(rows.counts), :width])
+        block = buffer[:, :width].reshape(total, width, d_in).transpose(0, 1)  # [width, S, D_in]
+        block = block if dtype == torch.float64 else block.float()
+        # fp32 sums over one row of the gradient at a time, fp64 beyond
+        out += torch.bmm(block[:, :samples], block.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return out[:, samples:], out[:, :samples] if own else None
+
+
+def _gradient_block(rows: Rows, dtype: torch.dtype, start: int, width: int, out: Tensor) -> None:
+    """out [S, width, D_in] = rows `start` to `start + width` of the gradient of each sample."""
+    b = rows.share.b[:, start : start + width].to(dtype)  # [n, width]
+    a = rows.share.a.to(dtype)
+    samples = len(rows.counts)
+    if samples and rows.counts.count(rows.counts[0]) == samples:
+        torch.bmm(b.view(samples, -1, width).transpose(1, 2), a.view(samples, -1, a.shape[1]), out=out)
+        return
+    for sample, (first, last) in enumerate(rows.bounds()):
+        torch.mm(b[first:last].t(), a[first:last], out=out[sample])
+
+
+def _mixed(left: Rows, right: Rows) -> Tensor:
+    """Products of small parameters, of embeddings, and of an embedding with the head that it is tied to."""
+    if isinstance(left.share, Tensor):
+        return left.share @ right.share.t()
+    if isinstance(left.share, Lookup) and isinstance(right.share, Outer):
+        return _mixed(right, left).t()
+    out = _zeros(left, right)
+    for start in range(0, left.size, _BLOCK_ROWS):
+        part, ids = slice(start, start + _BLOCK_ROWS), right.share.ids
+        if isinstance(left.share, Outer):  # row u of the embedding meets column ids_u of the head's output gradient
+            terms = _mm(left.share.a[part], right.share.b)
+            terms.mul_(left.share.b[part].index_select(1, ids))
+        else:
+            terms = _mm(left.share.b[part], right.share.b)
+            terms.mul_(left.share.ids[part, None] == ids)
+        out += _sample_sums(terms, left.membership[:, part], right.membership)
+    return out

@@ -1,0 +1,333 @@
+"""gram_effect and the gram engine against gradients of single samples, parameter by parameter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from geffect_models import batches, gradient, logps, tiny  # noqa: E402
+from test_geffect_sample import (  # noqa: E402
+    KINDS,
+    any_trainable,
+    data,
+    each,
+    literal_samples,
+    lora_model,
+    measured,
+    shift,
+    square,
+)
+from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect import gram, products  # noqa: E402
+from gfast.geffect.data import Term  # noqa: E402
+from gfast.geffect.gram import gram_dots, gram_effect  # noqa: E402
+from gfast.geffect.modules import Lookup, Outer, Sum  # noqa: E402
+from gfast.geffect.products import Rows, own_products, rows_of  # noqa: E402
+from gfast.geffect.sample import pg_effect  # noqa: E402
+from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
+
+
+def assert_gram(effect, forget: list[dict], retain: list[dict], rtol: float = 1e-9) -> None:
+    """Every group is one parameter; errors are relative to the product of the norms of the two gradients."""
+    assert len(effect.groups) == len(forget[0])
+    for side, others in (("unlearn", forget), ("retain", retain)):
+        for group, name in zip(effect.groups, forget[0], strict=True):
+            found = getattr(effect, side)[group]
+            assert found.shape == (len(forget), len(others)) and found.dtype == torch.float64
+            for i, x in enumerate(forget):
+                for j, y in enumerate(others):
+                    scale = (x[name].norm() * y[name].norm()).item()
+                    floor = 1e-6 * (square(x) * square(y)) ** 0.5  # a gradient that is zero in theory is rounding
+                    expected = -(x[name] * y[name]).sum().item()
+                    assert abs(found[i, j].item() - expected) <= rtol * max(scale, floor), (side, group, i, j)
+
+
+@pytest.fixture(params=["pairs", "gradients", "cheaper"])
+def way(request, monkeypatch):
+    """How Linears are multiplied: forced one way or the other, and by what is cheaper."""
+    used = []
+    if request.param != "cheaper":
+        monkeypatch.setattr(products, "_gradients_are_cheaper", lambda *args: request.param == "gradients")
+    for name in ("_by_pairs", "_by_gradients"):
+        original = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: used.append(n) or f(*a))
+    yield used
+    if request.param != "cheaper":
+        assert set(used) <= {"_by_" + request.param}
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
+def test_matches_autograd_in_fp64_every_way(kind, way):
+    model = tiny(kind).eval()
+    forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
+    assert_gram(gram_effect(model, groups=each, **data()), forget, retain)
+    assert way  # the calls
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama", "tied_llama", "gpt2")])
+def test_matches_autograd_in_fp64(kind):
+    model = tiny(kind).eval()
+    effect = gram_effect(model, groups=each, **data())
+    forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
+    # transformers take some attention softmaxes in fp32, which autograd of one row and of a batch round differently
+    assert_gram(effect, forget, retain, 1e-5 if kind in ("gemma2", "opt", "phi") else 1e-9)
+    assert effect.tokens["forget"].tolist() == [4, 4, 6, 8, 7]
+    assert gram_effect(model, **data()).groups == gfast.geffect.assign(model).names
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora(kind):
+    model = lora_model(kind)
+    forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
+    assert_gram(gram_effect(model, groups=each, **data()), forget, retain)
+
+
+def test_frozen_parts_and_a_head_that_hf_does_not_know(monkeypatch):
+    model = tiny("tied_llama").eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name or "embed" in name)
+    monkeypatch.setattr(gfast.hf, "head", lambda model: None)
+    forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
+    assert_gram(gram_effect(model, groups=each, **data()), forget, retain)
+
+
+def test_a_module_called_twice_adds_up():
+    model = tiny("llama").eval()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    layer = model.model.layers[2]
+    original = layer.mlp.forward
+    layer.mlp.forward = lambda x: original(original(x))
+    forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
+    assert_gram(gram_effect(model, groups=each, **data()), forget, retain)
+    samples = pg_effect(model, groups=each, **data())
+    risk = sum(x["model.layers.2.mlp.up_proj.weight"] for x in forget) / -29
+    expected = [(x["model.layers.2.mlp.up_proj.weight"] * risk).sum() for x in forget]
+    found = samples.unlearn["model.layers.2.mlp.up_proj.weight"]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0)
+
+
+def test_does_not_depend_on_batches_or_padding_side():
+    model = tiny("gpt2").eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("wte" in name or "h.1" in name or "ln_f" in name)
+
+    def effect(sizes, retain_sizes=(5,), left=False):
+        sets = [batches(1, sizes=sizes), batches(2, sizes=retain_sizes)]
+        for batch in (batch for one in sets for batch in one):
+            batch["labels"][:, 0] = -100
+            if left:
+                lengths = batch["attention_mask"].sum(1).tolist()
+                for key in batch:
+                    batch[key] = torch.stack([shift(v, n) for v, n in zip(batch[key], lengths, strict=True)])
+                batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return gram_effect(model, forget=sets[0], retain=sets[1])
+
+    whole = effect((5,))
+    assert torch.equal(whole.unlearn["shallow"], effect((5,)).unlearn["shallow"])
+    for other in (effect((2, 1, 2)), effect((1, 1, 1, 1, 1), (2, 3)), effect((2, 3), left=True)):
+        for side in ("unlearn", "retain"):
+            for group, values in getattr(whole, side).items():
+                torch.testing.assert_close(getattr(other, side)[group], values, rtol=1e-8, atol=1e-9)
+
+
+def test_sums_are_the_effects_of_samples_and_its_own_side_is_a_gram_matrix():
+    model = tiny("llama").eval()
+    found, expected = gram_effect(model, **data()).samples(), pg_effect(model, **data())
+    for side in ("unlearn", "retain"):
+        for group, values in getattr(expected, side).items():
+            torch.testing.assert_close(getattr(found, side)[group], values, rtol=1e-9, atol=1e-9)
+    own = gram_effect(model, **data()).total("unlearn")
+    torch.testing.assert_close(own, own.t(), rtol=1e-12, atol=0)
+    assert torch.linalg.eigvalsh(-own).min() > 0
+
+
+def test_rows_without_labels_are_zero():
+    model = tiny("llama").eval()
+    forget, retain = data()["forget"], data()["retain"]
+    forget[1]["labels"][0] = -100
+    retain[0]["labels"][:] = -100
+    effect = gram_effect(model, forget=forget, retain=retain)
+    total = effect.total("retain")
+    assert (total[:, 0] == 0).all() and (total[2] == 0).all()
+    assert (total[[0, 1, 3, 4], 1:] != 0).all()
+    assert (effect.total("unlearn")[2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "objective", [GA(), WGA(0.7), TNPO(1.5), NPO(0.3), SimNPO(), NLL()], ids=lambda objective: objective.key
+)
+@pytest.mark.parametrize("kind", ["tied_llama", "gpt2"])
+def test_objectives_as_the_stream_engine_measures_them(kind, objective):
+    model = tiny(kind).eval()
+    expected = gfast.g_effect(model, objective, **data())
+    dots = gram_dots(measured(model, [Term(objective, "forget")]), Term(objective, "forget"))
+    for index, group in enumerate(expected.groups):
+        # ref_logp and with it some weights are fp32 in the stream engine
+        assert dots[index, 0].item() == pytest.approx(expected.unlearn[group], rel=1e-6, abs=1e-9)
+        assert dots[index, 1].item() == pytest.approx(expected.retain[group], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("objective", [KL(), RMU(layer=1)], ids=lambda objective: objective.key)
+def test_objectives_without_token_weights_are_refused(objective):
+    with pytest.raises(ValueError, match="no token weights, and the gram engine.*engine='stream'"):
+        gram_dots(measured(tiny("llama")), Term(objective, "forget"))
+
+
+def test_a_module_without_a_rule_is_refused_by_name():
+    before = snapshot(model := tiny("mixtral"))
+    with pytest.raises(ValueError, match=r"gram engine.*layers\.0\.(mlp|block_sparse_moe).*engine='stream'"):
+        gram_effect(model, **data())
+    assert_same(before, snapshot(model))
+
+
+def test_a_module_that_is_not_called_is_refused():
+    model = tiny("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(2, 2).double()
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.spare' owns trainable.*not called"):
+        gram_effect(model, **data())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails_at", [None, 0, 50, 200])
+def test_model_is_left_as_found(monkeypatch, error, fails_at):
+    model = used_model()
+    before = snapshot(model)
+    calls = []
+    original = gram.rows_of
+
+    def failing(*args):
+        calls.append(any_trainable(model))
+        if fails_at is not None and len(calls) > fails_at:
+            raise error("stop")
+        return original(*args)
+
+    monkeypatch.setattr(gram, "rows_of", failing)
+    if fails_at is None:
+        gram_effect(model, **data())
+        assert len(calls) > 200 and not any(calls)  # no weight gradient ever exists
+    else:
+        with pytest.raises(error, match="stop"):
+            gram_effect(model, **data())
+    assert_same(before, snapshot(model))
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model = tiny("llama", dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"the gradient of log p is not finite in \d+ of \d+ parameters, first in 'm"):
+        gram_effect(model, **data())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_as_good_as_plain_autograd(dtype, way):
+    """The law: at most twice the error of autograd in the same dtype, and a rounding; over all parameters."""
+    low = tiny("tied_llama").to(dtype).eval()
+    exact = copy.deepcopy(low).double()
+    truth, plain = literal_samples(exact, data()["forget"]), literal_samples(low, data()["forget"])
+    found = gram_effect(low, **data()).total("unlearn")
+    error = allowed = 0.0
+    for i in range(5):
+        for j in range(5):
+            scale = (square(truth[i]) * square(truth[j])) ** 0.5
+            expected = float(sum((truth[i][n] * truth[j][n]).sum() for n in truth[i]))
+            other = float(sum((plain[i][n].double() * plain[j][n].double()).sum() for n in plain[i]))
+            error = max(error, abs(-found[i, j].item() - expected) / scale)
+            allowed = max(allowed, abs(other - expected) / scale)
+    assert error <= 2 * allowed + torch.finfo(dtype).eps
+
+
+def literal_gradients(share, owner: list[int], samples: int, shape: tuple[int, ...]) -> torch.Tensor:
+    out = torch.zeros(samples, *shape, dtype=torch.float64)
+    for row, sample in enumerate(owner):
+        if isinstance(share, Outer):
+            out[sample] += torch.outer(share.b[row], share.a[row])
+        elif isinstance(share, Lookup):
+            out[sample, share.ids[row]] += share.b[row]
+        else:
+            out[sample] += share.terms[row].view(shape)
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("outer", "outer"), ("outer", "lookup"), ("lookup", "outer"), ("lookup", "lookup"), ("sum", "sum")],
+)
+@pytest.mark.parametrize("rows", [7, 600])
+def test_products_of_every_pair_of_shares(left, right, rows, way):
+    generator = torch.Generator().manual_seed(rows)
+
+    def made(kind: str, n: int, samples: int):
+        owner = torch.randint(0, samples, (n,), generator=generator).sort().values  # a sample may have no row
+        b = torch.randn(n, 9 if kind == "outer" else 6, generator=generator, dtype=torch.float64)
+        b[::3] = 0.0
+        if kind == "outer":
+            share = Outer(torch.randn(n, 6, generator=generator, dtype=torch.float64), b)
+        elif kind == "lookup":
+            share = Lookup(torch.randint(0, 9, (n,), generator=generator), b)
+        else:
+            share = Sum(b)
+        truth = literal_gradients(share, owner.tolist(), samples, (6,) if kind == "sum" else (9, 6))
+        return rows_of(share, owner, samples), truth
+
+    (x, x_truth), (y, y_truth) = made(left, rows, 11), made(right, rows // 2, 4)
+    assert left == "sum" or x.size == rows - len(range(0, rows, 3))
+    cross, own = products.products(x, y, own=True)
+    torch.testing.assert_close(cross, x_truth @ y_truth.t(), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(own, x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(own_products(x), x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
+    assert bool(way) == (left == "outer")
+
+
+def test_products_with_a_batch_without_rows():
+    empty = rows_of(Outer(torch.zeros(0, 6), torch.zeros(0, 9)), torch.zeros(0, dtype=torch.int64), 3)
+    some = rows_of(Outer(torch.ones(8, 6), torch.ones(8, 9)), torch.arange(8) // 2, 4)
+    assert torch.equal(products.products(empty, some, own=False)[0], torch.zeros(3, 4, dtype=torch.float64))
+    cross, own = products.products(some, empty, own=True)
+    assert torch.equal(cross, torch.zeros(4, 3, dtype=torch.float64)) and (own == 4 * 6 * 9).all()
+
+
+def test_a_few_rows_of_zeros_are_kept_and_many_left_out():
+    a, b = torch.ones(40, 3), torch.ones(40, 2)
+    owner = torch.arange(40) // 10
+    b[5] = 0.0
+    assert rows_of(Outer(a, b), owner, 4).counts == [10, 10, 10, 10]
+    b[20:] = 0.0
+    found = rows_of(Outer(a, b), owner, 4)
+    assert found.counts == [9, 10, 0, 0] and len(found.share.a) == 19
+    assert isinstance(found, Rows)
+
+
+def test_products_of_inputs_are_not_mixed_up():
+    inputs = products.InputProducts()
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+    first = inputs.get(x, y, 0, 5, 0)
+    assert inputs.get(x, y, 0, 5, 0) is first and inputs.holds(x, y)
+    other = y.clone()
+    assert not inputs.holds(x, other)
+    torch.testing.assert_close(inputs.get(x, other.mul_(2), 0, 5, 0), 2 * first)
+    torch.testing.assert_close(inputs.get(x, other, 2, 5, 1), 2 * first[2:, 1:])
+
+
+def test_progress_bar_and_bad_input(capsys):
+    pytest.importorskip("tqdm")
+    gram_effect(tiny("llama"), progress=True, **data())
+    assert "gram" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="retain= holds no batch"):
+        gram_effect(tiny("llama"), forget=data()["forget"], retain=[])
+
+
+def test_gradients_of_one_sample_agree_with_its_logp():
+    """The literal helper itself: gradients of the literal log-prob of a row alone and within its batch."""
+    model = tiny("llama").eval()
+    batch = data()["forget"][0]
+    whole = gradient(model, logps(model, batch)[0][1].sum())
+    alone = literal_samples(model, [batch])[1]
+    for name in whole:
+        torch.testing.assert_close(whole[name], alone[name], rtol=1e-9, atol=1e-12)
