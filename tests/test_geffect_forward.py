@@ -234,6 +234,25 @@ def test_attention_lies_in_memory_as_its_value_does():
     assert out.shape == (2, 3, 8)
 
 
+def test_view_of_tangents_in_another_order():
+    """Where tangents do not lie in memory as the value does, a view copies them and neither may be written to."""
+    x = parameter(2, 3)
+
+    def disordered(write):
+        def function(x):
+            y = x * 1
+            y.pair.set_tangent(y.pair.streams, y.pair.stacked().mT.contiguous().mT)
+            z = y.view(6)
+            assert torch.equal(z.pair.stacked(), y.pair.stacked().reshape(2, 6))
+            return write(y, z)
+
+        return function
+
+    for write in (lambda y, z: y.add_(1), lambda y, z: z.add_(1)):
+        with pytest.raises(ForwardModeError, match="views"):
+            run(disordered(write), [x], directions_for([x], [(0, 1)]))
+
+
 def test_streams_begin_where_their_parameters_are_used():
     x, y = parameter(2, 3), parameter(2, 3, seed=1)
     seen = []

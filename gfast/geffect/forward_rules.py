@@ -162,7 +162,15 @@ def _linear_in_one(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     if isinstance(out, Tensor):
         if not out.is_floating_point():
             return out
-        tangent = [call(one) for one in pair.each()] if pair.apart else torch.func.vmap(call)(pair.stacked())
+        try:
+            tangent = [call(one) for one in pair.each()] if pair.apart else torch.func.vmap(call)(pair.stacked())
+        except RuntimeError:
+            if name != "view" or pair.apart:
+                raise
+            # the tangents lie in memory in another order than the value: a copy, which nothing may write into
+            result = Pair(out, pair.streams, pair.stacked().reshape(-1, *out.shape))
+            result.memory.shared = result.memory.viewed = pair.memory.shared = pair.memory.viewed = True
+            return result
         return layers.view_of(pair, Pair(out, pair.streams, tangent))
     if pair.apart:
         columns = zip(*(call(one) for one in pair.each()), strict=True)
