@@ -274,6 +274,20 @@ def test_no_graph_is_recorded_and_parameters_stay():
     assert torch.equal(x, before)
 
 
+def test_requests_for_gradients_are_ignored():
+    """Hooks for training with checkpoints make the embeddings' output require gradients."""
+    x, plain = parameter(2, 3), torch.ones(2, 3, dtype=torch.float64)
+
+    def function(x):
+        derived = (x * 2).requires_grad_(True)
+        plain.requires_grad_()
+        plain.requires_grad = True
+        return derived * plain
+
+    out = run(function, [x], directions_for([x], [(0,)]))
+    assert not out.pair.primal.requires_grad and not out.pair.stacked().requires_grad and not plain.requires_grad
+
+
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

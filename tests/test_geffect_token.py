@@ -187,6 +187,12 @@ def test_a_wrapped_model_gives_the_same():
     plain = token_effect(model, forget=forget, retain=retain, direction_dtype=torch.float64)
     compiled = token_effect(torch.compile(model), forget=forget, retain=retain, direction_dtype=torch.float64)
     assert torch.equal(stacked(plain), stacked(compiled))
+    directions = risk_gradients(model, forget=forget, retain=retain, dtype=torch.float64)
+    for block in model.transformer.h:
+        block.compile()
+    assert torch.equal(
+        stacked(plain), stacked(token_effect(model, forget=forget, retain=retain, directions=directions))
+    )
 
 
 def test_both_padding_sides_and_any_batches():
@@ -305,22 +311,36 @@ def test_sums_are_the_risk_gradients_squares():
         assert math.sqrt(square) == pytest.approx(tokens.norms["unlearn"][group], rel=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_error_is_at_most_twice_autograds(kind, dtype):
-    truth_model, _ = made(kind)
-    model, exact = tiny(kind, dtype=dtype).eval(), tiny(kind, dtype=dtype).eval().double()
-    del truth_model
+    narrow = torch.bfloat16 if dtype == "autocast" else dtype
+    stored = torch.float32 if dtype == "autocast" else dtype
+    model, exact = tiny(kind, dtype=stored).eval(), tiny(kind, dtype=stored).eval().double()
     exact_norms(exact)
     forget, retain = data()
     groups = assign(model)
     with risk_gradients(exact, forget=forget, retain=retain, dtype=torch.float64) as directions:
         truth = literal(exact, forget, directions, groups)
-        plain = literal(model, forget, directions, groups)
-        found = stacked(token_effect(model, forget=forget, retain=retain, directions=directions))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            plain = literal(model, forget, directions, groups)
+            found = stacked(token_effect(model, forget=forget, retain=retain, directions=directions))
     scale = truth.square().mean(-1).sqrt()  # [2, G]
     error, allowed = ((x - truth).square().mean(-1).sqrt() / scale for x in (found, plain))
-    assert (error <= 2 * allowed + torch.finfo(dtype).eps).all(), (error, allowed)
+    assert (error <= 2 * allowed + torch.finfo(narrow).eps).all(), (error, allowed)
+
+
+def test_small_directions_survive_half_precision():
+    """2^-30 times the directions give 2^-30 times the effects, bit for bit, far below what float16 can hold."""
+    model = tiny("llama", dtype=torch.float16).eval()
+    forget, retain = data()
+    with risk_gradients(model, forget=forget, retain=retain) as directions:
+        whole = stacked(token_effect(model, forget=forget, retain=retain, directions=directions))
+        for store in directions.stores:
+            store.kept = [None if kept is None else kept * 2.0**-30 for kept in store.kept]
+        directions.gram *= 2.0**-60
+        small = stacked(token_effect(model, forget=forget, retain=retain, directions=directions))
+    assert torch.equal(small, whole * 2.0**-30) and (whole != 0).any()
 
 
 # ------------------------------------------------------------------------------------------- the model afterwards
@@ -340,6 +360,7 @@ def state_of(model):
 @pytest.mark.parametrize("failure", [None, RuntimeError("broken"), KeyboardInterrupt()])
 def test_model_is_left_as_found(failure):
     model, _ = made("mixtral")
+    model.gradient_checkpointing_enable()
     model.train()
     model.model.layers[0].eval()
     forget, retain = data()

@@ -199,6 +199,11 @@ def writes(func: Callable, kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
+def _asks_for_gradients(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "requires_grad_" or name == "__set__" and func.__self__.__name__ == "requires_grad"
+
+
 class ForwardMode(TorchFunctionMode):
     """Context in which model code carries tangents.
 
@@ -219,9 +224,12 @@ class ForwardMode(TorchFunctionMode):
         self._pending: weakref.WeakSet[Pair] = weakref.WeakSet()  # with tangents that are not added up
         self._promoted: dict[int, tuple[Tensor, Pair]] = {}  # plain tensors that got tangents by an in-place write
         self._model = model
+        self.kind = next(iter(directions)).device.type if directions else "cpu"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _asks_for_gradients(func):  # as hooks for checkpointed training do: it would record a graph
+            return args[0] if func.__name__ == "requires_grad_" else None
         if self._pending and writes(func, kwargs):
             self._add_up()  # before what they are made of changes
         if not self._concerned(args) and not (kwargs and self._concerned(kwargs.values())):

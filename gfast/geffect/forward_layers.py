@@ -297,13 +297,13 @@ def attention(
     tangent = empty_like(out, streams)
 
     def rows(x: Tensor, start: int, stop: int) -> Tensor:  # [B, H, T, d] -> [B H_kv, share n, d]
-        return x[:, :, start:stop].reshape(batch * kv_heads, share * (stop - start), -1)
+        return x[:, :, start:stop].reshape(batch * kv_heads, share * (stop - start), -1).to(out.dtype)
 
     def flat(x: Tensor) -> Tensor:  # [B, H_kv, S, d] -> [B H_kv, S, d]
-        return x.reshape(batch * kv_heads, keys, -1)
+        return x.reshape(batch * kv_heads, keys, -1).to(out.dtype)
 
     mask = None if attn_mask is None else attn_mask.expand(batch, heads, length, keys)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
     flat_k, flat_v = flat(k), flat(v)
     for start, stop in row_chunks(length, max(1, _SCORES // (batch * heads * keys))):
         some_q = rows(q, start, stop)
@@ -316,7 +316,7 @@ def attention(
         elif mask is not None:
             scores += mask[:, :, start:stop]
         seen = scores.amax(-1, keepdim=True) != -math.inf  # a query that sees no key has output 0
-        probs = torch.where(seen, torch.softmax(scores, -1), 0.0).to(q.dtype).view(len(flat_k), -1, keys)
+        probs = torch.where(seen, torch.softmax(scores, -1), 0.0).to(out.dtype).view(len(flat_k), -1, keys)
         scaled_probs, some_out = probs * scale, rows(out, start, stop)
         for index, stream in enumerate(streams):
             dq, dk, dv = (found.get(stream) for found in moved)

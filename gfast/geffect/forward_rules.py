@@ -6,6 +6,7 @@ with `Pair` in place of tensors that carry tangents, and return pairs or plain t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from gfast.geffect.forward import Dual, ForwardMode, ForwardModeError, Pair, pri
 _ABOUT = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed get_device "
     "element_size storage_offset __len__ __hash__ __repr__ __format__ is_same_size is_inference is_tensor result_type "
-    "promote_types requires_grad_ retain_grad register_hook "
+    "promote_types retain_grad register_hook "
     "item tolist __bool__ __float__ __int__ __index__ __contains__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ "
     "__gt__ __ge__ equal allclose isclose isnan isinf isfinite isneginf isposinf argmax argmin argsort nonzero any all "
     "count_nonzero one_hot logical_not logical_and logical_or logical_xor bincount unique searchsorted bucketize isin "
@@ -70,7 +71,7 @@ def apply(mode: ForwardMode, func: Callable, args: tuple, kwargs: dict, original
         if writes(func, kwargs):
             return _in_place(mode, func, name, args, kwargs, originals)
         if name in _RULES:
-            out = _RULES[name](func, *args, **kwargs)
+            out = _by_rule(_RULES[name], func, args, kwargs, mode.kind)
             if out is not NotImplemented:
                 return out
         if name in _LINEAR or name in _LIKE or name in _LINEAR_GETTERS:
@@ -87,6 +88,21 @@ def apply(mode: ForwardMode, func: Callable, args: tuple, kwargs: dict, original
         raise
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ForwardModeError(f"torch function {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _by_rule(rule: Callable, func: Callable, args: tuple, kwargs: dict, kind: str) -> Any:
+    """Autocast chooses the dtype of the value; what a rule does with tangents follows that one, without autocast."""
+    if not torch.is_autocast_enabled(kind):
+        return rule(func, *args, **kwargs)
+    dtype = torch.get_autocast_dtype(kind)
+
+    @functools.wraps(func)
+    def under_autocast(*some: Any, **options: Any) -> Any:
+        with torch.autocast(kind, dtype=dtype):
+            return func(*some, **options)
+
+    with torch.autocast(kind, enabled=False):
+        return rule(under_autocast, *args, **kwargs)
 
 
 def originals_or(args: tuple, originals: tuple) -> tuple:

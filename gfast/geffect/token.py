@@ -26,6 +26,7 @@ from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
 from gfast.geffect.effects import TokenEffect
 from gfast.geffect.forward import Dual, ForwardMode
+from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress
 from gfast.geffect.seeded import check_weighted
@@ -187,17 +188,39 @@ def measure_tokens(
     """Effects of the label tokens of every batch."""
     model, groups = measurement.model, measurement.groups
     parameters = dict(model.named_parameters())
-    along = {
-        parameters[name]: [(2 * group + side, partial(directions.get, side, name)) for side in (0, 1)]
+    scales = _scales(directions, groups, parameters)  # [G, 2]
+
+    def along(name: str, side: int) -> Tensor | None:
+        direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
+        return direction if direction is None or scale == 1.0 else direction * scale
+
+    streams = {
+        parameters[name]: [(2 * group + side, partial(along, name, side)) for side in (0, 1)]
         for name, group in groups.index.items()
     }
-    device, out = next(iter(along)).device, []
+    device, out = next(iter(streams)).device, []
     with Progress(measurement.progress, "token effects") as bar, _ready(model):
-        mode = ForwardMode(along, model)
+        mode = ForwardMode(streams, model)
         for batch in batches:
-            out.append(_measure(mode, model, to_device(batch, device), len(groups.names)))
+            tokens = _measure(mode, model, to_device(batch, device), len(groups.names))
+            tokens.effects /= scales.t()[:, :, None]
+            out.append(tokens)
             bar.update()
     return out
+
+
+def _scales(directions: Directions, groups: GroupMap, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Factors of the directions by group and side [G, 2], powers of 2: 1, but in float16 such that their entries are
+    about 1/64, where a gradient's own would vanish and tangents of larger ones overflow.
+    """
+    scales = torch.ones(len(groups.names), 2, dtype=torch.float64)
+    if all(parameters[name].dtype != torch.float16 for name in groups.index):
+        return scales
+    sizes = torch.zeros(len(groups.names), dtype=torch.float64)
+    for name, group in groups.index.items():
+        sizes[group] += parameters[name].numel()
+    mean = (directions.gram.diagonal(dim1=1, dim2=2) / sizes[:, None]).sqrt()  # [G, 2]
+    return torch.where(mean > 0, torch.exp2(-6 - mean.clamp(min=1e-300).log2().round()), scales)
 
 
 @contextlib.contextmanager
