@@ -151,6 +151,7 @@ def test_one_chunk_or_many_by_the_law(chunk, dtype, monkeypatch):
 def largest_tensors(*known):
     """dtype -> entries of the largest tensor of that dtype that an op returned, not counting those already known."""
     seen, known = {}, {x.data_ptr() for x in known}
+    head._spare.memory = None  # a larger chunk kept from before would be counted whole
 
     def watch(func, out):
         for x in out if isinstance(out, (tuple, list)) else [out]:
@@ -183,6 +184,31 @@ def test_what_memory_exists():
         with largest_tensors(hidden, weight) as seen:
             gfast.linear_unlearn_loss(hidden, weight, labels, WGA(), chunk_rows=chunk).loss.backward()
         assert seen[torch.float32] <= wide and seen[torch.bfloat16] == max(chunk * V, D * V)
+
+
+def test_a_chunk_is_kept_for_the_next_call_and_shared_with_nobody(monkeypatch):
+    hidden, weight, bias, labels = rows_problem(20, 16, 300, torch.float32)
+
+    def step(h, w, b, objective=None):
+        return gfast.linear_unlearn_loss(h, w, labels, objective or WGA(), bias=b)
+
+    def meanwhile(logp, ref_logp, ids):  # a weight callable that runs the op itself
+        run(step, (hidden + 1, weight, bias))
+        return logp.exp()
+
+    expected = run(step, (hidden, weight, bias))
+    kept = head._spare.memory.data_ptr()
+    torch.testing.assert_close(run(step, (hidden, weight, bias)), expected, rtol=0, atol=0)
+    assert head._spare.memory.data_ptr() == kept
+    inside = run(lambda h, w, b: step(h, w, b, meanwhile), (hidden, weight, bias))
+    torch.testing.assert_close(inside, expected)
+    with torch.no_grad():  # poison: nothing may start from what the last call left
+        head._spare.memory.view(torch.float32).fill_(torch.nan)
+    torch.testing.assert_close(run(step, (hidden, weight, bias)), expected, rtol=0, atol=0)
+    monkeypatch.setattr(head, "_SPARE_BYTES", 100)
+    head._spare.memory = None
+    run(step, (hidden, weight, bias))
+    assert head._spare.memory is None
 
 
 @pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(0.3), SimNPO(), DPO(0.3), SatImp(2.0, 1.0)], ids=str)

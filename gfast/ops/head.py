@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from gfast.ops import common
 from gfast.ops.backend import extension
 from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, row_chunks, scaled
 
-_FOLD_ROWS = 1024  # batch rows folded together: a head is read once for that many
+_FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
 _TILE_ENTRIES = 2**20  # logits in a tile of the vocabulary: 2 MiB in 16 bits, what one core's second cache holds
 
 
@@ -43,6 +44,32 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cpu" and out.numel() * out.itemsize >= 2**22 and extension()[0] is not None:
         torch.ops.gfast.huge_pages(out)
     return out
+
+
+_SPARE_BYTES = 2**26
+_spare = threading.local()
+
+
+def _is_lendable(size: int, like: Tensor) -> bool:
+    return like.device.type == "cpu" and size <= _SPARE_BYTES and type(like) in (Tensor, torch.nn.Parameter)
+
+
+def _borrowed(rows: int, vocab: int, like: Tensor) -> Tensor:
+    """Memory for a chunk of logits [rows, V] of the dtype and device of ``like``. On a CPU a chunk of up to 64 MiB is kept for the thread's next call:
+    faulting it in again costs 5% of the products of a head with D = 576. Larger chunks belong to wider heads, whose
+    products take so much longer that it cannot be seen."""
+    size = rows * vocab * like.itemsize
+    if not _is_lendable(size, like):
+        return _fresh((rows, vocab), like.dtype, like.device)
+    kept, _spare.memory = getattr(_spare, "memory", None), None  # taken out: a call inside this one gets its own
+    if kept is None or kept.numel() < size:
+        kept = _fresh((size,), torch.uint8, like.device)
+    return kept[:size].view(like.dtype).view(rows, vocab)
+
+
+def _give_back(chunk: Tensor | None) -> None:
+    if chunk is not None and _is_lendable(chunk.untyped_storage().nbytes(), chunk):
+        _spare.memory = torch.empty(0, dtype=torch.uint8).set_(chunk.untyped_storage())
 
 
 def valid_rows(labels: Tensor) -> Tensor | None:
@@ -104,7 +131,7 @@ class ChunkedHead:
         """Logits [stop - start, V] of a chunk, before scale and cap, in the one buffer there is."""
         weight, bias = self._in_product_dtype()
         if self._buffer is None:
-            self._buffer = _fresh((self.chunk, self.vocab), self.dtype, self.hidden.device)
+            self._buffer = _borrowed(self.chunk, self.vocab, self.hidden)
         out = self._buffer[: stop - start]
         if bias is None:
             return torch.mm(self.hidden[start:stop], weight.t(), out=out)
@@ -164,6 +191,8 @@ class ChunkedHead:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dH [N, D] in hidden's dtype, dW [V, D] in weight's (fp32 for fp16), db [V] in at least fp32; an unwanted one
         is empty."""
+        _give_back(self._buffer)
+        self._buffer = None
         # Each its own tensor: a custom op may not return the same one twice.
         grad_weight = self.hidden.new_empty(0)
         if self._need_weight:
@@ -172,7 +201,6 @@ class ChunkedHead:
             if grad_weight is None:
                 grad_weight = torch.zeros_like(self._weight, dtype=dtype)
             elif grad_weight.dtype != dtype:
-                self._buffer = None  # dead by now: its memory pays for this copy
                 grad_weight = _fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
         return (
             self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden.to(self.out_dtype)),
