@@ -15,6 +15,7 @@ MODES = {
     "frozen": "forward + backward, frozen head",
     "nograd": "without gradient",
 }
+SHORT_MODES = {"train": "", "frozen": "frozen head", "nograd": "no gradient"}
 SHORT_LOSS_PEERS = {  # column of the README: provider
     "open-unlearning": "open_unlearning",
     "eager": "eager",
@@ -90,15 +91,15 @@ def short_losses(data: Data) -> str:
         rows = []
         for (kind, objective, mode, batch, dtype, head, shape), found in by_case(data["rows"]).items():
             ours = found.get("gfast", {})
-            if kind != op or mode not in ("train", "frozen", "nograd") or "median_ms" not in ours:
+            if kind != op or mode not in SHORT_MODES or "median_ms" not in ours:
                 continue
-            what = [objective.upper(), dtype, " x ".join(map(str, shape)), f"({head})"]
-            what += [MODES[mode]] * (mode != "train") + [f"{batch} batch"] * (batch != "full")
+            what = [f"{objective.upper()} {dtype} {' x '.join(map(str, shape))} ({head})"]
+            what += [SHORT_MODES[mode]] * (mode != "train") + [f"{batch} batch"] * (batch != "full")
             peers = [times(found.get(peer), ours) for peer in SHORT_LOSS_PEERS.values()]
             sizes = [found.get(peer, {}).get("peak_extra_mb") for peer in ("gfast", "eager", "compile")]
             cells = [number(ours["median_ms"]), number(ours.get("times_floor"), "x"), *peers, *map(number, sizes)]
             # what people run first: training on whole batches
-            rows.append(((mode != "train", batch != "full"), [" ".join(what), *cells]))
+            rows.append(((mode != "train", batch != "full"), [", ".join(what), *cells]))
         rows = [cells for _, cells in sorted(rows, key=lambda item: item[0])][:MOST_ROWS]
         if rows:
             head = ["", "ms", "floors", *SHORT_LOSS_PEERS, "peak MB", "eager MB", "compile MB"]
@@ -130,10 +131,15 @@ def losses(data: Data) -> str:
     return "\n\n".join(parts)
 
 
+def model_name(settings: Data) -> str:
+    """The shape, and how deep where that is not the shape's own depth."""
+    return settings["shape"] + (f" cut to {settings['layers']} blocks" if settings.get("layers") else "")
+
+
 def _geffect_title(data: Data) -> str:
     settings = data["settings"]
     return (
-        f"Gradient effects of one batch pair: {settings['shape']}-shaped model, {settings['dtype']}, "
+        f"Gradient effects of one batch pair: {model_name(settings)}, {settings['dtype']}, "
         f"{settings['batch']} x {settings['tokens']} tokens a batch"
     )
 

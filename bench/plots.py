@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _tables import MODES, OPS, by_case
+from _tables import MODES, OPS, by_case, model_name
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from render import PICTURES, ROOT, results
@@ -193,8 +193,8 @@ def effect_bars(data: Data, path: Path) -> Path:
     names = [row["name"] + (" *" if row.get("parameters") == "linear" else "") for row in rows]
     colors = [color(row["name"]) for row in rows]
     bars(axes[0, 0], names, [row["median_ms"] / 1e3 for row in rows], colors, "seconds")
-    settings_ = data["settings"]
-    shape = f"{settings_['shape']}, {settings_['dtype']}, {settings_['batch']} x {settings_['tokens']} tokens a batch"
+    used = data["settings"]
+    shape = f"{model_name(used)}, {used['dtype']}, {used['batch']} x {used['tokens']} tokens a batch"
     axes[0, 0].set_title(f"Gradient effects of a batch pair\n{shape}", loc="left")
     if memory:
         bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") or 0.0 for row in rows], colors, "peak extra MB")
@@ -227,7 +227,7 @@ def effect_sweeps(data: list[Data], path: Path) -> Path:
         chosen = one["settings"]
         fixed = {"batch": f"{chosen['batch']} samples", "length": f"{chosen['tokens']} tokens"}
         kept = [text for key, text in fixed.items() if key != one["sweep"]]
-        grid[0, column].set_title(f"{chosen['shape']}, {', '.join(kept)}", loc="left")
+        grid[0, column].set_title(f"{model_name(chosen)}\n{', '.join(kept)}", loc="left")
     legend_below(figure, grid)
     return save(figure, path)
 

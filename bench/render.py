@@ -42,6 +42,10 @@ def kind_of(path: Path) -> str | None:
     return kind if kind in KINDS else None
 
 
+def device_of(path: Path) -> str:
+    return "cuda" if "_cuda" in path.stem else "cpu"
+
+
 def results(root: Path) -> list[tuple[str, Path, dict[str, Any]]]:
     found = [(kind_of(path), path) for path in sorted((root / "bench" / "results").glob("*.json"))]
     order = list(KINDS)
@@ -56,11 +60,17 @@ def readme(root: Path) -> str:
         for name in README_PICTURES
         if (root / PICTURES / name).is_file()
     ]
-    for kind, path, data in results(root):
-        short = KINDS[kind][0]
-        if short is None or data.get("sweep"):
+    for name, device in dict.fromkeys((kind, device_of(path)) for kind, path, _ in results(root)):
+        short = KINDS[name][0]
+        here = [(path, data) for kind, path, data in results(root) if (kind, device_of(path)) == (name, device)]
+        here = [(path, data) for path, data in here if not data.get("sweep")]
+        if short is None or not here:
             continue
-        parts.append(f"{short(data)}\n\n<sub>{path.name}: {where(data['environment'])}</sub>")
+        notes = [f"<sub>{path.name}: {where(data['environment'])}</sub>" for path, data in here]
+        if name == "losses":  # one table of all files, as a head and a row a file would be more frame than content
+            parts += [short({"rows": [row for _, data in here for row in data["rows"]]}), "<br>\n".join(notes)]
+        else:
+            parts += [f"{short(data)}\n\n{note}" for (_, data), note in zip(here, notes, strict=True)]
     parts.append(f"All of it, with every provider, sweep and profile: [{DOCUMENT.name}]({DOCUMENT.as_posix()}).")
     return "\n\n".join(parts)
 
