@@ -356,13 +356,19 @@ def test_threads_do_not_change_a_bit():
     z, y = case(37, 3001, torch.bfloat16)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out = poisoned(z)
-            results.append((*weighted(z, y, out, **WGA), out, *ops.logp_rows(z, y, 1.0, 0.0)))
+            out, again, toward, flat = (poisoned(z) for _ in range(4))
+            logp, weight = weighted(z, y, out, **WGA)
+            _, stats = ops.logp_rows(z, y, 1.0, 0.0)
+            ops.logp_rows_grad(z, y, logp, stats, weight, 1.0, 0.0, again)
+            kl = ops.kl_rows(z, z.roll(1, 0), y, one(), 1.0, 0.0, 1.0, 0.0, toward)
+            ops.scale_(flat.copy_(z), one(0.3))
+            results.append((logp, weight, out, stats, again, kl, toward, flat))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads where Linux lists them")

@@ -200,7 +200,7 @@ def scaled(ctx, gradient: Tensor, factor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return (gradient * factor).to(gradient.dtype)
-    kept = graph_is_kept()
+    kept = graph_is_kept() or torch.is_grad_enabled()  # or this very backward is recorded
     on_host = reads_are_free(factor.device)
     if on_host and float(factor) == 1.0:
         ctx.lent = kept  # the caller now holds the memory that a later backward starts from
