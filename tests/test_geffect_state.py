@@ -276,6 +276,7 @@ def no_passes(monkeypatch) -> None:
             r"labels \(1, 2\) but input_ids \(1, 3\)",
         ),
         (dict(engine="jvp"), "no engine 'jvp'.*'stream'"),
+        (dict(engine="sample", norms=True), "only the stream engine"),
         (dict(direction_storage="disk"), "direction_storage must be"),
         (dict(directions=3), "takes what gfast.risk_gradients returns"),
         (dict(direction_dtype=torch.float16), "direction_dtype"),

@@ -12,6 +12,7 @@ from torch import nn
 from gfast.geffect.data import terms
 from gfast.geffect.directions import Directions, risk_directions
 from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
+from gfast.geffect.gram import gram_effect
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.history import EffectHistory
 from gfast.geffect.measurement import Measurement
@@ -20,7 +21,7 @@ from gfast.geffect.sample import pg_effect
 from gfast.geffect.token import token_effect
 from gfast.objectives import NLL, Objective
 
-ENGINES = ("stream", "sample", "token")
+ENGINES = ("stream", "sample", "token", "gram")
 Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "TokenEffect",
     "assign",
     "g_effect",
+    "gram_effect",
     "pg_effect",
     "risk_gradients",
     "token_effect",
