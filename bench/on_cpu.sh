@@ -30,25 +30,26 @@ bench() {
 head=(--shapes smollm2-135m --dtypes bf16)
 lines=gfast,floor,open_unlearning,eager,torch_chunked,trl
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
-cut=(--shape smollm2-135m --providers "$effects;sample loop" --repetitions 3 --budget 2)
+grown='g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
+cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 2)
 
 bench logits losses --ops logits --shapes small --objectives wga,npo --dtypes bf16 --budget 3 --json losses_cpu.json
 bench logits losses --ops logits --shapes small --objectives wga --dtypes fp32 --budget 3 --json losses_cpu_fp32.json
-bench linear losses --ops linear "${head[@]}" --objectives wga,nll --budget 5 --json losses_cpu_linear.json
+bench linear losses --ops linear "${head[@]}" --objectives wga,nll --budget 3 --json losses_cpu_linear.json
 bench modes losses --ops linear "${head[@]}" --objectives wga --modes train,frozen,nograd --batches tofu \
   --providers gfast,floor,eager,trl --budget 3 --json losses_cpu_modes.json
-bench sweeps losses --sweep rows --values 128,256,512,1024 "${head[@]}" --objectives nll --providers "$lines" \
+bench sweeps losses --sweep rows --values 128,256,512,1024 --ops linear "${head[@]}" --objectives nll --providers "$lines" \
   --budget 1 --json losses_cpu_sweep_rows.json
 bench sweeps losses --sweep vocab --values 16384,32768,65536,131072 --ops linear "${head[@]}" --rows 256 \
   --objectives nll --providers "$lines" --budget 1 --json losses_cpu_sweep_vocab.json
 bench grad_dot grad_dot --repetitions 9 --json grad_dot_cpu.json
-bench geffect geffect --batch 4 --tokens 72 --budget 12 --json geffect_cpu.json \
+bench geffect geffect --batch 4 --tokens 72 --budget 8 --json geffect_cpu.json \
   --providers "$effects;published way, padded;sample loop;kronfluence, identity;bergson"
 bench gram geffect --batch 8 --tokens 72 --budget 12 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_cpu_gram.json
-bench geffect_sweeps geffect --sweep length --values 32,64,128,256 --layers 4 --batch 4 "${cut[@]}" \
+bench geffect_sweeps geffect --sweep length --values 32,64,128 --layers 4 --batch 4 "${cut[@]}" \
   --json geffect_cpu_sweep_length.json
-bench geffect_sweeps geffect --sweep depth --values 2,4,8,16 --batch 2 --tokens 48 "${cut[@]}" \
+bench geffect_sweeps geffect --sweep depth --values 2,4,8 --batch 2 --tokens 48 "${cut[@]}" \
   --json geffect_cpu_sweep_depth.json
 bench overhead overhead --batch 2 --tokens 48 --rounds 1 --json overhead_cpu.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --json profile_losses_cpu.json
