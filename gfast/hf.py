@@ -118,12 +118,13 @@ def num_layers(model: nn.Module) -> int:
     return len(_blocks(model))
 
 
-def head(model: nn.Module) -> Head | None:
+def head(model: nn.Module, sharded: bool = False) -> Head | None:
     """The output head if it is a plain linear map of the final hidden states (with scale and soft cap), else None.
 
     None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced
     by an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded
-    weights.
+    weights. With ``sharded`` a vocabulary-parallel head (a DTensor sharded on dim 0 by tensor parallelism) is returned
+    too; FSDP shards, whose processes see different data, never are.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
@@ -131,10 +132,14 @@ def head(model: nn.Module) -> Head | None:
     if family not in _PLAIN_HEADS and family not in _SCALED_HEADS and family not in _SOFTCAPPED_HEADS:
         return None
     linear = inner.get_output_embeddings()
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+    if type(linear) is not nn.Linear:
         return None
     weight, bias = linear.weight, linear.bias
-    if not _is_plain(weight) or (bias is not None and not _is_plain(bias)):
+    parallel = sharded and _is_vocab_parallel(inner, weight, bias)
+    hooks = [*linear._forward_hooks.values(), *linear._forward_pre_hooks.values()]
+    if any(not (parallel and _is_tensor_parallel_hook(hook)) for hook in hooks):
+        return None
+    if not parallel and (not _is_plain(weight) or (bias is not None and not _is_plain(bias))):
         return None
     scale = float(_SCALED_HEADS[family](config)) if family in _SCALED_HEADS else 1.0
     softcap = config.final_logit_softcapping if family in _SOFTCAPPED_HEADS else None
@@ -342,6 +347,20 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plain(tensor: Tensor) -> bool:
     """A dense floating-point tensor with its data here: no DTensor, no quantised or offloaded weight."""
     return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _is_vocab_parallel(model: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+    """A head sharded over the vocabulary by tensor parallelism: every process sees the same hidden states."""
+    if type(weight.data).__name__ != "DTensor" or any("FSDP" in type(module).__name__ for module in model.modules()):
+        return False
+    mesh, placements = weight.device_mesh, weight.placements
+    alike = bias is None or (type(bias.data).__name__ == "DTensor" and bias.placements == placements)
+    return alike and mesh.ndim == 1 and placements[0].is_shard(0)
+
+
+def _is_tensor_parallel_hook(hook: Any) -> bool:
+    """torch's tensor parallelism only moves inputs and outputs between layouts in its hooks."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.tensor")
 
 
 def _is_checkpointing(module: nn.Module) -> bool:

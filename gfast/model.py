@@ -80,7 +80,7 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         torch.Size([1, 3])
     """
     labels = shifted(_labels(batch))
-    head = hf.head(model)
+    head = hf.head(model, sharded=True)
     if head is None:
         return _back(token_logp(model_logits(model, batch), labels, impl=impl))
     hidden = hf.final_hidden(model, batch)
@@ -149,7 +149,7 @@ def model_loss(
     options = dict(reduction=reduction, normalizer=normalizer, impl=impl)
     if reference is not None:
         options["ref_logp"] = nn.functional.pad(reference[:, 1:], (0, 1))
-    head = hf.head(model)
+    head = hf.head(model, sharded=True)
     if head is None:
         out = unlearn_loss(model_logits(model, batch), target, objective, **options)
     else:

@@ -55,9 +55,12 @@ def _is_lendable(size: int, like: Tensor) -> bool:
 
 
 def _borrowed(rows: int, vocab: int, like: Tensor) -> Tensor:
-    """Memory for a chunk of logits [rows, V] of the dtype and device of ``like``. On a CPU a chunk of up to 64 MiB is kept for the thread's next call:
-    faulting it in again costs 5% of the products of a head with D = 576. Larger chunks belong to wider heads, whose
-    products take so much longer that it cannot be seen."""
+    """Memory for a chunk of logits [rows, V] of the dtype and device of ``like``.
+
+    On a CPU a chunk of up to 64 MiB is kept for the thread's next call: faulting it in again costs 5% of the products
+    of a head with D = 576. Larger chunks belong to wider heads, whose products take so much longer that it cannot be
+    seen.
+    """
     size = rows * vocab * like.itemsize
     if not _is_lendable(size, like):
         return _fresh((rows, vocab), like.dtype, like.device)
@@ -138,32 +141,36 @@ class ChunkedHead:
         return torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out)  # one rounding, not two
 
     def fold(self, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        """logp [n] and statistics [n, 2] as ``logp_rows``, holding a tile of the vocabulary at a time (CPU kernels).
+        """logp [n] and statistics [n, 2] as ``logp_rows``, holding a tile of the vocabulary at a time (CPU kernels)."""
+        logp, stats = finished_stats(*self.fold_state(0, scale, softcap))
+        ignored = self.labels == IGNORE_INDEX
+        return logp.masked_fill(ignored, 0.0).float(), stats.masked_fill(ignored[:, None], 0.0).float()
+
+    def fold_state(self, offset: int, scale: float, softcap: float) -> Tensor:
+        """fp64 [3, n]: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
 
         A tile [t, n] is written transposed, W's rows against the batch: the product's operands are then read as they
-        lie in memory, and the fold finds the tile in cache with the batch along its vector lanes.
+        lie in memory, and the fold finds the tile in cache with the batch along its vector lanes. ``offset`` is the
+        vocabulary entry of W's first row; a label that is not among W's rows has the logit -inf.
         """
-        states = []
+        states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
         for start, stop in row_chunks(self.rows, _FOLD_ROWS):
             rows = stop - start
             columns = self.hidden[start:stop].t()  # [D, n]
             state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
             step = min(self.vocab, max(512, min(8192, _TILE_ENTRIES // rows // 64 * 64)))
             buffer = self.hidden.new_empty(step, rows)
-            for first in range(0, self.vocab, step):
-                part = slice(first, min(first + step, self.vocab))
-                tile = buffer[: part.stop - first]
+            for part in _parts(self.vocab, step):
+                tile, weight = buffer[: part.stop - part.start], self._weight[part].to(self.dtype)
                 if self._bias is None:
-                    torch.mm(self._weight[part].to(self.dtype), columns, out=tile)
+                    torch.mm(weight, columns, out=tile)
                 else:
-                    bias = self._bias[part, None].to(self.dtype)
-                    torch.addmm(bias, self._weight[part].to(self.dtype), columns, out=tile)
-                torch.ops.gfast.fold_columns(tile, self.labels[start:stop], first, scale, softcap, state)
+                    torch.addmm(self._bias[part, None].to(self.dtype), weight, columns, out=tile)
+                torch.ops.gfast.fold_columns(
+                    tile, self.labels[start:stop], offset + part.start, scale, softcap, state
+                )
             states.append(state)
-        top, rest, target = torch.cat(states, dim=1) if states else self.hidden.new_empty((3, 0), dtype=torch.float64)
-        logp, stats = finished_stats(top, rest, target)
-        ignored = self.labels == IGNORE_INDEX
-        return logp.masked_fill(ignored, 0.0).float(), stats.masked_fill(ignored[:, None], 0.0).float()
+        return torch.cat(states, dim=1)
 
     def start_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         self._need_weight, self._added = need_weight, 0

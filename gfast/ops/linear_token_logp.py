@@ -9,6 +9,7 @@ from gfast.ops.backend import select
 from gfast.ops.common import check_label_range, default_chunk_rows, row_chunks
 from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head, valid_rows
 from gfast.ops.token_logp import capped, logp_rows, logp_rows_grad, stats_dtype, token_logp_reference
+from gfast.ops.vocab_parallel import is_sharded, local_shard
 
 
 def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None) -> Tensor:
@@ -121,7 +122,9 @@ def linear_token_logp(
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference); ``hidden[..., i, :]`` scores ``labels[..., i]``.
-        weight: [V, D], same dtype. bias: [V] or None.
+        weight: [V, D], same dtype. bias: [V] or None. A DTensor sharded on dim 0 of a mesh with one dimension is a
+            vocabulary-parallel head: every process of the mesh calls with the same hidden states and labels (hidden
+            may be a DTensor), and gets the same log-probs; gradients of weight and bias stay with their rows.
         labels: [...], int64; rows labelled -100 cost nothing.
         logit_scale, softcap: as in Cohere, Granite and Gemma 2: softcap * tanh(scale * z / softcap).
         chunk_rows: rows of logits held at a time where whole rows are needed: in the backward, and in the forward where
@@ -144,13 +147,19 @@ def linear_token_logp(
         tensor([0.2500, 1.0000])
     """
     name = "linear_token_logp"
+    if is_sharded(weight):
+        hidden, weight, bias, *place = local_shard(name, hidden, weight, bias)
+        op = torch.ops.gfast.sharded_token_logp
+    else:
+        op, place = torch.ops.gfast.linear_token_logp, ()
     hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
     chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
-    flat = torch.ops.gfast.linear_token_logp(
+    flat = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         labels.reshape(-1).long(),
+        *place,
         float(logit_scale),
         check_cap(name, softcap),
         chunk,

@@ -40,6 +40,7 @@ from gfast.ops.unlearn_loss import (
     weigh,
     weighted_rows,
 )
+from gfast.ops.vocab_parallel import is_sharded
 from gfast.ops.weights import WeightSpec, sequence_weights
 
 
@@ -256,7 +257,8 @@ def linear_unlearn_loss(
     tokens at once and take a first scoring pass.
 
     Args:
-        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype. bias: [V] or None.
+        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor: see
+            ``linear_token_logp``; the backward computes the logits once more then). bias: [V] or None.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
         ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
@@ -285,7 +287,9 @@ def linear_unlearn_loss(
         -0.3466
     """
     name = "linear_unlearn_loss"
-    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    sharded = is_sharded(weight)
+    if not sharded:
+        hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
     check_reference(name, objective, ref_logp, labels)
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
@@ -293,7 +297,7 @@ def linear_unlearn_loss(
     chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
     options = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk, impl=impl)
     spec = spec_of(objective)
-    if reduction == "none":
+    if reduction == "none" or sharded:
         logp = linear_token_logp(hidden, weight, labels, **options)
         out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
     else:

@@ -19,6 +19,7 @@ from gfast.ops.common import (
 )
 from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, prepare_head, valid_rows
 from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
+from gfast.ops.vocab_parallel import is_sharded
 
 
 def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
@@ -266,6 +267,8 @@ def linear_token_kl(
         0.0
     """
     name = "linear_token_kl"
+    if is_sharded(weight) or is_sharded(ref_weight):
+        raise TypeError(f"gfast: {name}: vocabulary-parallel heads are not supported; gather them with full_tensor().")
     hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
     ref_hidden, ref_weight = ref_hidden.detach().to(hidden.dtype), ref_weight.detach().to(hidden.dtype)
     ref_bias = None if ref_bias is None else ref_bias.detach().to(hidden.dtype)
