@@ -21,10 +21,11 @@ from gfast.geffect.modules import Lookup, Outer, Share
 from gfast.ops.head import product_dtype
 
 # What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a
-# buffer. Measured on a CPU at 72 rows a sample.
-_THIN = 1.3
+# buffer. Measured at 72 rows a sample; a CPU's 16-bit matrix units want larger ones.
+_THIN, _THIN_16_BIT = 1.3, 3.0
 _FULL = 0.9
-_BLOCK_ROWS = 256  # rows of token pairs held at a time
+_BLOCK_ROWS = 512  # rows of token pairs held at a time
+_OWN_ROWS = 160  # the same against themselves, where a block's own half is computed twice
 _KEPT_PRODUCTS = 1 << 22  # elements of products of inputs that are kept for the next module
 _BUFFER = 1 << 20  # elements of the block of all samples' gradients: it stays in the cache
 
@@ -64,10 +65,9 @@ def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
     if not isinstance(share, (Outer, Lookup)):
         member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
         return Rows(member @ share.terms.double(), [0] * samples)
-    # a norm, not any: it is several times faster on a CPU, and NaN is kept to be named later
-    used = torch.linalg.vector_norm(share.b, torch.inf, dim=-1) != 0
+    used = _used(share.b)
     if isinstance(share, Outer):
-        used &= torch.linalg.vector_norm(share.a, torch.inf, dim=-1) != 0
+        used &= _used(share.a)
     kept = used.nonzero()[:, 0]
     if len(kept) > _FULL * len(used):  # leaving out a few rows would not pay for the copy
         kept = torch.arange(len(used), device=used.device)
@@ -76,6 +76,15 @@ def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
         parts = (share.a, share.b) if isinstance(share, Outer) else (share.ids, share.b)
         share = type(share)(*(part.index_select(0, kept) for part in parts))
     return Rows(share, counts)
+
+
+def _used(x: Tensor) -> Tensor:
+    """Which rows hold something else than zeros (NaN is something). Few columns tell it of most rows."""
+    used = (x[:, :16] != 0).any(-1)
+    doubtful = (~used).nonzero()[:, 0]
+    if len(doubtful):
+        used[doubtful] = (x[doubtful] != 0).any(-1)
+    return used
 
 
 class InputProducts:
@@ -149,8 +158,10 @@ def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs_known: boo
     d_in, d_out = left.share.a.shape[1], left.share.b.shape[1]
     n, m, samples, others = left.size, right.size, len(left.counts), len(right.counts)
     pairs = (n * m + (n * n / 2 if own else 0)) * (d_out if inputs_known else d_in + d_out)
-    rows = n + m + _THIN * samples * (others + (samples if own else 0))
-    return _THIN * rows * d_in * d_out < pairs
+    on_cpu = left.share.b.device.type == "cpu"
+    thin = _THIN_16_BIT if on_cpu and left.share.b.dtype.itemsize == 2 else _THIN
+    rows = n + m + thin * samples * (others + (samples if own else 0))
+    return thin * rows * d_in * d_out < pairs
 
 
 def _mm(x: Tensor, y: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
     out, bounds, first = _zeros(rows, rows), rows.bounds(), 0
     while first < len(bounds):
         last, start = first + 1, bounds[first][0]
-        while last < len(bounds) and bounds[last][1] - start <= _BLOCK_ROWS // 2:
+        while last < len(bounds) and bounds[last][1] - start <= _OWN_ROWS:
             last += 1
         stop = bounds[last - 1][1]
         terms = _mm(rows.share.b[start:stop], rows.share.b[start:])
