@@ -31,19 +31,32 @@ Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* value
       if (total != 0) total *= std::exp((double)before - (double)top);
     }
     const vf shift = splat(top == -kInf ? 0.0f : top);
-    vf sum{}, lost{};  // compensated: p - q cancels most of what is common to all entries, but not an error of the total
-    for (int64_t j = 0; j < n; j += W) {
-      const Mapped x = f.apply<map>(n - j < W ? load_part(row + start + j, n - j, -kInf) : load(row + start + j));
+    // Compensated: p - q cancels most of what is common to all entries, but not an error of the total. Two sums, as
+    // each waits four additions long for its last.
+    vf sum[2]{}, lost[2]{};
+    const auto visit = [&](vf z, int64_t j, int64_t real, int k) {
+      const Mapped x = f.apply<map>(z);
       if (map == Map::capped && slopes != nullptr) store(slopes + start + j, x.slope);
-      vf z = x.value;
-      if (n - j < W) z = select(lane_index() < (int32_t)(n - j), z, splat(-kInf));  // softcap has made -inf finite
-      store(values + start + j, z);
-      const vf e = exp(z - shift) - lost;
-      const vf next = sum + e;
-      lost = (next - sum) - e;
-      sum = next;
+      // softcap has made the filling finite
+      const vf value = real < W ? select(lane_index() < (int32_t)real, x.value, splat(-kInf)) : x.value;
+      store(values + start + j, value);
+      const vf e = exp(value - shift) - lost[k];
+      const vf next = sum[k] + e;
+      lost[k] = (next - sum[k]) - e;
+      sum[k] = next;
+    };
+    int64_t j = 0;
+    for (; j + 2 * W <= n; j += 2 * W) {
+      prefetch_pair(row + start + j);
+      visit(load(row + start + j), j, W, 0);
+      visit(load(row + start + j + W), j + W, W, 1);
     }
-    for (int i = 0; i < W; ++i) total += (double)sum[i] - (double)lost[i];
+    for (; j < n; j += W) {
+      const int64_t real = n - j < W ? n - j : W;
+      visit(real < W ? load_part(row + start + j, real, -kInf) : load(row + start + j), j, real, 0);
+    }
+    for (int k = 0; k < 2; ++k)
+      for (int i = 0; i < W; ++i) total += (double)sum[k][i] - (double)lost[k][i];
   }
   return {top, total};
 }

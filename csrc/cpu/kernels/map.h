@@ -49,8 +49,6 @@ struct Mapping {
     vf m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
     int64_t j = 0;
     for (; j + 4 * W <= n; j += 4 * W) {
-      prefetch_pair(row + j);
-      prefetch_pair(row + j + 2 * W);
       m0 = max(begin<map>(load(row + j)), m0);
       m1 = max(begin<map>(load(row + j + W)), m1);
       m2 = max(begin<map>(load(row + j + 2 * W)), m2);

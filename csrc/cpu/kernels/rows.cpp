@@ -54,7 +54,7 @@ struct BlockVisit {
   template <typename T>
   GFAST_INLINE int64_t whole(const T* row, int64_t j, int64_t end, float* kept) {
     for (; j + 2 * W <= end; j += 2 * W) {
-      if constexpr (!scan_first<T>) prefetch_pair(row + j);
+      prefetch_pair(row + j);
       const Pair z = load_pair(row + j);
       const Entry a = one(z.a, raw0), b = one(z.b, raw1);
       if constexpr (keep) store_pair(kept + j, {a.kept, b.kept});

@@ -264,11 +264,12 @@ GFAST_INLINE void stream_pair(float* p, Pair x) {
 
 GFAST_INLINE bool can_stream(const void* p) { return (uintptr_t)p % sizeof(vf) == 0; }
 
-// Asks for what will be read a page from here. The hardware's own prefetch stops at the end of each 4 KiB page and
-// leaves a core at a third of the speed that it can read at.
+// Asks for the pair that will be read 2048 elements from here, a block of the row kernels. The hardware's own prefetch
+// stops at the end of each 4 KiB page and leaves a core at a third of the speed that it can read at. Only loops that
+// compute should ask: one that asks faster than memory answers waits for it all the same.
 template <typename T>
 GFAST_INLINE void prefetch_pair(const T* p) {
-  constexpr int ahead = 4096, line = 64, bytes = 2 * W * sizeof(T);
+  constexpr int ahead = 2048 * sizeof(T), line = 64, bytes = 2 * W * sizeof(T);
   for (int k = 0; k < bytes; k += line) __builtin_prefetch((const char*)p + ahead + k);
 }
 
