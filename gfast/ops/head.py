@@ -195,6 +195,10 @@ class ChunkedHead:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
         self._added += 1
 
+    def keep_chunk(self) -> None:
+        """The caller keeps the chunk that ``logits`` gave last: its memory is not lent to the next call."""
+        self._buffer = None
+
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dH [N, D] in hidden's dtype, dW [V, D] in weight's (fp32 for fp16), db [V] in at least fp32; an unwanted one
         is empty."""
