@@ -61,7 +61,7 @@ def token_effect(
 
     Two passes with gradients give the directions grad R(D); then one forward pass over the forget set carries their
     derivatives along, by group and side, and keeps no activations. Its cost is one forward, and for each side one more
-    and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 5 for groups="layer".
+    and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 6 for groups="layer".
     Every kind of module is covered as long as it is made of PyTorch operations. The model is measured in evaluation
     mode and left as found, also after an error.
 
