@@ -344,9 +344,14 @@ def empty_like(out: Tensor, streams: Streams) -> Tensor:
     return room.permute(0, *(order.index(i) + 1 for i in range(out.dim())))
 
 
+def overlap(a: Pair, b: Pair) -> bool:
+    """Are the values in the same memory?"""
+    return a.primal.untyped_storage()._cdata == b.primal.untyped_storage()._cdata
+
+
 def view_of(base: Pair, pair: Pair) -> Pair:
-    """Marks both where the new pair's values are in the base's memory."""
-    if pair.primal._is_view() or pair.primal.untyped_storage()._cdata == base.primal.untyped_storage()._cdata:
+    """The pair; if its values are in the base's memory, so are its tangents, and both know it."""
+    if overlap(base, pair):
         pair.memory = base.memory
         base.memory.viewed = True
     return pair

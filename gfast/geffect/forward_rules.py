@@ -152,7 +152,16 @@ def _general(func: Callable, args: tuple, kwargs: dict) -> Any:
 
     for i, tangent in zip(differentiable, torch.func.vmap(tangents)(*(p.on(streams) for p in pairs)), strict=True):
         results[i] = Pair(results[i], streams, tangent)
+        for pair in pairs:
+            if layers.overlap(pair, results[i]):
+                _lock(pair, results[i])
     return pytree.tree_unflatten(results, shape)
+
+
+def _lock(*pairs: Pair) -> None:
+    """The values of these share memory and their tangents do not: nothing may write into them."""
+    for pair in pairs:
+        pair.memory.shared = pair.memory.viewed = True
 
 
 def _linear_in_one(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
@@ -183,9 +192,9 @@ def _linear_in_one(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
         except RuntimeError:
             if name != "view" or pair.apart:
                 raise
-            # the tangents lie in memory in another order than the value: a copy, which nothing may write into
+            # the tangents lie in memory in another order than the value: a copy
             result = Pair(out, pair.streams, pair.stacked().reshape(-1, *out.shape))
-            result.memory.shared = result.memory.viewed = pair.memory.shared = pair.memory.viewed = True
+            _lock(pair, result)
             return result
         return layers.view_of(pair, Pair(out, pair.streams, tangent))
     if pair.apart:
