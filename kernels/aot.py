@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gfast.kernels import head as output_head
 from gfast.kernels import kl, row_dot, rows, scale
 from gfast.kernels.common import COMPILER, tile
 
@@ -92,6 +93,15 @@ def specs() -> Iterator[Spec]:
         product = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[wide]
         yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, {"PRODUCT": product, **launch},
                    options, True)
+    types = ("hidden:*$ hidden_stride:i32 weight:*$ weight_stride:i32 bias:*$ labels:*i64 top:*fp32 rest:*fp32 "
+             "target:*fp32 N:i32 V:i32 D:i32 run:i32")
+    for dtype, form in [("bf16", plain), ("fp16", capped)]:
+        launch = output_head.tile(ITEMSIZE[dtype])
+        options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+        signature = dict(item.split(":") for item in types.replace("$", dtype).split())
+        product = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
+        yield Spec(f"head_stats {dtype}", output_head.head_stats_kernel, signature,
+                   {**form, "has_bias": form is capped, "LOGITS": product, "PRODUCT": product, **launch}, options, True)
 
 
 def compile_spec(spec: Spec, sm: int) -> Report:

@@ -140,19 +140,36 @@ class ChunkedHead:
             return torch.mm(self.hidden[start:stop], weight.t(), out=out)
         return torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out)  # one rounding, not two
 
-    def fold(self, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        """logp [n] and statistics [n, 2] as ``logp_rows``, holding a tile of the vocabulary at a time (CPU kernels)."""
-        logp, stats = finished_stats(*self.fold_state(0, scale, softcap))
+    def folds(self, impl: str) -> bool:
+        """Whether ``impl`` (resolved) reduces logits to statistics without a chunk of them. On a GPU only 16-bit
+        products go to the matrix units from Triton; fp32 ones are left to the library."""
+        return impl == "cpp" or (impl == "triton" and self.out_dtype in (torch.bfloat16, torch.float16))
+
+    def fold(self, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
+        """logp [n] and statistics [n, 2] as ``logp_rows``, holding at most a tile of the vocabulary at a time."""
+        logp, stats = finished_stats(*self.fold_state(0, scale, softcap, impl).double())
         ignored = self.labels == IGNORE_INDEX
         return logp.masked_fill(ignored, 0.0).float(), stats.masked_fill(ignored[:, None], 0.0).float()
 
-    def fold_state(self, offset: int, scale: float, softcap: float) -> Tensor:
-        """fp64 [3, n]: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
+    def fold_state(self, offset: int, scale: float, softcap: float, impl: str) -> Tensor:
+        """[3, n]: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
 
-        A tile [t, n] is written transposed, W's rows against the batch: the product's operands are then read as they
-        lie in memory, and the fold finds the tile in cache with the batch along its vector lanes. ``offset`` is the
-        vocabulary entry of W's first row; a label that is not among W's rows has the logit -inf.
+        ``offset`` is the vocabulary entry of W's first row; a label that is not among W's rows has the logit -inf.
         """
+        if impl == "cpp":
+            return self._fold_tiles(offset, scale, softcap)
+        from gfast.kernels.head import head_stats
+
+        weight, bias = self._in_product_dtype()
+        labels = self.labels - offset
+        state = head_stats(self.hidden, weight, bias, labels, scale, softcap)
+        state[2].masked_fill_((labels < 0) | (labels >= self.vocab), -torch.inf)
+        return state
+
+    def _fold_tiles(self, offset: int, scale: float, softcap: float) -> Tensor:
+        """``fold_state`` in fp64 on a CPU. A tile [t, n] is written transposed, W's rows against the batch: the
+        product's operands are then read as they lie in memory, and the fold finds the tile in cache with the batch
+        along its vector lanes."""
         states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
         for start, stop in row_chunks(self.rows, _FOLD_ROWS):
             rows = stop - start

@@ -31,8 +31,9 @@ def _linear_token_logp(
 ) -> tuple[Tensor, Tensor]:
     check_label_range("linear_token_logp", labels, weight.shape[0])
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
-    if select("linear_token_logp", impl, hidden.device, hidden.dtype) == "cpp":
-        logp, stats = head.fold(scale, softcap)
+    chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
+    if head.folds(chosen):
+        logp, stats = head.fold(scale, softcap, chosen)
         return head.scatter(logp), head.scatter(stats)
     dtype = stats_dtype(hidden.dtype)
     logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)

@@ -74,8 +74,9 @@ def _own_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
 def _shard_state(head: ChunkedHead, first: int, scale: float, softcap: float, impl: str) -> Tensor:
     """[3, n]: maximum of this shard's logits but the label's, sum of their exps relative to it, the label's or -inf."""
-    if select("linear_token_logp", impl, head.hidden.device, head.out_dtype) == "cpp":
-        return head.fold_state(first, scale, softcap)
+    chosen = select("linear_token_logp", impl, head.hidden.device, head.out_dtype)
+    if head.folds(chosen):
+        return head.fold_state(first, scale, softcap, chosen)
     own, foreign = _own_labels(head.labels, first, head.vocab)
     state = head.hidden.new_empty((3, head.rows), dtype=stats_dtype(head.out_dtype))
     for start, stop in row_chunks(head.rows, head.chunk):
