@@ -55,7 +55,7 @@ def _build() -> list[str]:
         f"CPU kernels  {', '.join(info['instruction_sets'])}; in use: {info['instruction_set']}",
     ]
     if not info.get("threads"):
-        lines.append("warning      built without OpenMP: the CPU kernels run on one thread")
+        lines.append("warning      built without OpenMP: the CPU kernels run on one thread (build with CXX=g++)")
     if info["torch"] != torch.__version__:
         lines.append(f"warning      torch is now {torch.__version__}: build gfast again")
     return lines
