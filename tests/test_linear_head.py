@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_ops_losses import DEVICES, assert_law, need, problem, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,6 +186,44 @@ def test_one_chunk_or_many_by_the_law(chunk, dtype, monkeypatch):
     found = run(ours, (hidden, weight, bias))
     assert [x.dtype for x in found[1:]] == [dtype] * 3
     assert_law(found, run(literal, (hidden, weight, bias)), run(literal, wide), dtype)
+
+
+def test_the_products_a_gpu_takes_exist():
+    """bf16 products summed in fp32: no GPU is needed to see that torch knows the call."""
+    left, right, total = (torch.empty(*s, device="meta", dtype=d) for s, d in (
+        ((8, 6), torch.bfloat16), ((8, 4), torch.bfloat16), ((6, 4), torch.float32)))
+    assert hasattr(torch.ops.aten.addmm, "dtype_out")
+    assert torch.mm(left.t(), right, out_dtype=torch.float32, out=total).dtype == torch.float32
+    assert torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total).dtype == torch.float32
+
+
+def test_without_the_extension_the_sum_over_chunks_is_the_same(monkeypatch):
+    monkeypatch.setattr(head, "_TILE_ENTRIES", 1)
+    hidden, weight, bias, labels = rows_problem(40, 16, 1111, torch.bfloat16)
+
+    def step(h, w):
+        return gfast.linear_unlearn_loss(h, w, labels, WGA(), chunk_rows=10)
+
+    expected = run(step, (hidden, weight))
+    monkeypatch.setattr(head, "_compiled", lambda op: False)
+    torch.testing.assert_close(run(step, (hidden, weight)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_gradient_checkpointing(reentrant):
+    hidden, weight, bias, labels = rows_problem(20, 16, 300, torch.float32)
+    for objective in (WGA(), NPO(0.3)):
+
+        def step(h, w, b, objective=objective):
+            h = h * 2
+            loss = gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, ref_logp=-torch.ones(20)).loss
+            return loss + gfast.linear_token_logp(h, w, labels, bias=b).mean()
+
+        def checkpointed(h, w, b, step=step):
+            return torch.utils.checkpoint.checkpoint(step, h, w, b, use_reentrant=reentrant)
+
+        inputs = (hidden, weight, bias)
+        torch.testing.assert_close(run(checkpointed, inputs), run(step, inputs), rtol=0, atol=0)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -37,11 +38,17 @@ def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@functools.cache
+def _compiled(op: str) -> bool:
+    """Whether the compiled extension is there and holds ``op`` (an older build may not)."""
+    return extension()[0] is not None and hasattr(torch.ops.gfast, op)
+
+
 def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory; on a CPU in huge pages where the system has them: faulting a head-sized tensor in 4 KiB at
     a time takes as long as the product that is written to it."""
     out = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and out.numel() * out.itemsize >= 2**22 and extension()[0] is not None:
+    if device.type == "cpu" and out.numel() * out.itemsize >= 2**22 and _compiled("huge_pages"):
         torch.ops.gfast.huge_pages(out)
     return out
 
@@ -244,15 +251,15 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
             torch.mm(left.t(), right, out=total)
         else:
             total.addmm_(left.t(), right)
-    elif left.is_cuda:
+    elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         # the matrix units accumulate in fp32 anyway: asking for fp32 out avoids rounding every chunk's share
         if first:
             torch.mm(left.t(), right, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
-        # A CPU product has the dtype of its factors. It is taken a cached tile at a time, so that no product of the
-        # head's size exists and only the sum itself moves through memory.
+        # Elsewhere a product has the dtype of its factors. It is taken a cached tile at a time, so that no product of
+        # the head's size exists and only the sum itself moves through memory.
         step = max(512, _TILE_ENTRIES // right.shape[1])
         buffer = left.new_empty(min(step, total.shape[0]), right.shape[1])
         for part in _parts(total.shape[0], step):
@@ -260,7 +267,7 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
             torch.mm(left[:, part].t(), right, out=share)
             if first:
                 total[part].copy_(share)
-            elif extension()[0] is not None:
+            elif total.device.type == "cpu" and _compiled("accumulate"):
                 torch.ops.gfast.accumulate(total[part], share)
             else:
                 total[part] += share
