@@ -100,7 +100,8 @@ def model_loss(
     r"""An objective of a model on a batch, without the logits of the whole batch.
 
     The decoder runs to its final hidden states, the labels are shifted here, and the head goes through
-    ``linear_unlearn_loss``. A head that is no plain linear map falls back to the model's own logits.
+    ``linear_unlearn_loss``, also where tensor parallelism has sharded it over the vocabulary. A head that is no plain
+    linear map falls back to the model's own logits.
 
     Args:
         model: a causal language model of Hugging Face, possibly wrapped.
