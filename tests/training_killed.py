@@ -9,9 +9,10 @@ import torch
 from training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
 from transformers import TrainerCallback
 
+from gfast import files
 from gfast.data import batches
 from gfast.objectives import WGA
-from gfast.training import callback, files
+from gfast.training import callback
 from gfast.training.trainer import UnlearnTrainer
 
 
