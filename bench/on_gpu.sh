@@ -107,6 +107,8 @@ step sanitize_grad_dot 100 "${sanitize[@]}" "$python" -m pytest -q -x -m cuda -k
 step race_grad_dot 60 "${sanitize[@]}" --tool racecheck "$python" -m pytest -q -x -m cuda -k hundreds \
   tests/test_grad_dot.py
 step sanitize_triton 120 "${sanitize[@]}" "$python" -m pytest -q -x -k "$few" tests/test_triton.py
+step sanitize_products 90 "${sanitize[@]}" "$python" -m pytest -q -x -k "test_shapes or fused_gpu_forward" \
+  tests/test_row_dot.py tests/test_linear_head.py
 
 say "$failed failed; logs in $out"
 exit "$failed"
