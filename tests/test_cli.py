@@ -203,6 +203,10 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     own = ["geffect", "--model", str(original), *data, "--objectives", "DPO", "--per", "token"]
     fails(capsys, "DPO and PO have data of their own", *own)
     fails(capsys, "choose objective, sample or token", *command, "--per", "word")
+    alone = tmp_path / "alone"  # the effects of answers alone make a report too
+    assert cli.main([*command, "--per", "sample", "--output_dir", str(alone)]) == 0
+    assert cli.main(["report", str(alone), "--out", str(tmp_path / "second")]) == 0
+    assert "Answers: weight and effect" in (tmp_path / "second" / "report.html").read_text()
 
 
 def test_errors_are_one_line_that_says_what_to_do(original, tmp_path, capsys):

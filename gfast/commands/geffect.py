@@ -77,6 +77,8 @@ class GEffectArguments:
     def __post_init__(self) -> None:
         if self.per not in ("objective", "sample", "token"):
             raise ValueError(f"per is {self.per!r}; choose objective, sample or token")
+        if self.norms and self.per != "objective":
+            raise ValueError(f"norms has no meaning with per {self.per}: only whole objectives have a gradient norm")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
 
@@ -128,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if one_by_one is not None:
             one_by_one.to_parquet(effect_file(folder, arguments.per, arguments.step))
             write_json(token_texts_file(folder), token_texts(sides, rows))
+        write_record(folder, _rows(objectives, effects, risks, folder, arguments.step))
         if effects:
-            write_record(folder, _rows(effects, risks, folder, arguments.step))
             write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
         say(f"Records and effects: {folder}")
     return 0
@@ -235,10 +237,14 @@ def _data_settings(data_arguments: DataArguments) -> dict[str, Any]:
     return {k: v for k, v in asdict(data_arguments).items() if k not in ("reference_cache", "data_path")}
 
 
-def _rows(effects: list[Any], risks: dict[str, float], folder: Path, step: int) -> list[dict[str, Any]]:
+def _rows(
+    objectives: list[Objective], effects: list[Any], risks: dict[str, float], folder: Path, step: int
+) -> list[dict[str, Any]]:
+    """Records of every objective: its effect, unless only samples were measured, and the risks."""
     rows = []
-    for effect in effects:
-        common = {"run": run_name(str(folder)), "objective": effect.objective, "step": step, "epoch": 0.0}
-        rows += [{**common, **row} for row in effect.rows()]
+    for index, objective in enumerate(objectives):
+        common = {"run": run_name(str(folder)), "objective": str(objective), "step": step, "epoch": 0.0}
+        if effects:
+            rows += [{**common, **row} for row in effects[index].rows()]
         rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
     return rows

@@ -91,7 +91,8 @@ def draw_samples(runs: list[Run], theme: Theme) -> Figure:
 
 
 def _in(weight: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """A weight of exactly 1, that of an untouched model, belongs to the range that ends there."""
+    """A weight of 1, that of an untouched model, belongs to the range that ends there, whatever its rounding."""
+    weight = np.round(weight, 4)
     above = weight > 1.0 if limits[0] == 1.0 else weight >= limits[0]
     return above & ((weight < limits[1]) | (limits[1] == 1.0) & (weight == 1.0))
 
@@ -109,7 +110,8 @@ def _joint(
         ax.hexbin(x, y, gridsize=24, mincnt=1, bins="log", cmap=shades, xscale="linear", yscale="linear")
     else:
         ax.scatter(x, y, c=color, cmap=shades, vmin=-0.25, vmax=1, s=9, linewidths=0, zorder=3)
-    ax.text(0.03, 0.04, f"{len(x)} answers", transform=ax.transAxes, fontsize=8, color=theme.ink)
+    where = dict(transform=ax.transAxes, ha="right", va="top", fontsize=8, color=theme.ink)
+    ax.text(0.97, 0.97, f"{len(x)} answers", **where)
 
 
 def _effect_axes(ax: Axes, effects: np.ndarray) -> None:
@@ -118,7 +120,8 @@ def _effect_axes(ax: Axes, effects: np.ndarray) -> None:
     low, high = effects.min(initial=0.0), effects.max(initial=0.0)
     highest = math.floor(math.log10(max(-low, high, threshold) * 1.8))
     lowest = round(math.log10(threshold))
-    powers = [10.0**k for k in range(highest, lowest - 1, -max(1, math.ceil((highest - lowest) / 2)))]
+    last = lowest if highest - lowest > 1 else lowest - 1  # labels close to zero would cover its own
+    powers = [10.0**k for k in range(highest, last, -max(1, math.ceil((highest - lowest) / 2)))]
     for axis, limit in ((ax.xaxis, ax.set_xlim), (ax.yaxis, ax.set_ylim)):
         (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("symlog", linthresh=threshold, linscale=0.5)
         limit(low * 1.8 if low < 0 else -threshold, high * 1.8 if high > 0 else threshold)
@@ -167,7 +170,8 @@ def draw_tokens(runs: list[Run], theme: Theme) -> Figure:
     scale = np.linspace(0, 1, 256)[None]
     bar.imshow(colors(scale), aspect="auto", extent=(0, 1, 0, 1))
     bar.set_yticks([])
-    bar.set_xticks([0, 0.5, 1], [f"−{top:.2g}", "0", f"{top:.2g}"])
+    end = f"{top:,.0f}" if top >= 100 else f"{top:.2g}"
+    bar.set_xticks([0, 0.5, 1], [f"−{end}", "0", end])
     bar.grid(False)
     place = dict(transform=bar.transAxes, va="center", fontsize=8.5)
     bar.text(-0.02, 0.5, "unlearning it raises the retain NLL", ha="right", **place)
