@@ -28,7 +28,7 @@ bench() {
 }
 
 head=(--shapes smollm2-135m --dtypes bf16)
-lines=gfast,floor,open_unlearning,eager,torch_chunked,trl
+lines=gfast,floor,open_unlearning,eager,trl  # torch_chunked takes seconds a call on a CPU: it is in `linear`
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 2)

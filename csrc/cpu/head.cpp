@@ -1,4 +1,4 @@
-// What the output head needs besides matrix products on the CPU: fold_columns, accumulate, huge_pages.
+// What the output head needs besides matrix products on the CPU: fold_columns, accumulate.
 #include "cpu/kernels/head.h"
 
 #include <ATen/Parallel.h>
@@ -55,14 +55,11 @@ void accumulate_cpu(Tensor total, const Tensor& share) {
                    [&](int64_t begin, int64_t end) { kernel(sum, data, dtype, begin, end); });
 }
 
-void huge_pages_cpu(Tensor fresh) { advise_huge_pages(fresh); }
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("fold_columns", &fold_columns_cpu);
   m.impl("accumulate", &accumulate_cpu);
-  m.impl("huge_pages", &huge_pages_cpu);
 }
 
 }  // namespace gfast

@@ -160,8 +160,6 @@ class SeededPasses:
                     self.consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
                 if "bias" in names:
                     self.consume(names["bias"], Sum(rows), place[part])
-            if self.whole_head:
-                chunks.keep_chunk()
             grad = chunks.gradients()[0]
             logp = chunks.scatter(logp).view(labels.shape)
         if hidden.requires_grad:

@@ -39,6 +39,12 @@ def extension() -> tuple[object | None, str]:
 
 
 @functools.cache
+def compiled(op: str) -> bool:
+    """Whether the compiled extension is there and holds ``op`` (an older build may not)."""
+    return extension()[0] is not None and hasattr(torch.ops.gfast, op)
+
+
+@functools.cache
 def _triton_missing() -> str:
     """Empty when Triton can be imported, else the reason."""
     if importlib.util.find_spec("triton") is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import why_not
+from gfast.ops.backend import compiled, why_not
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
@@ -218,6 +219,17 @@ def scaled(ctx, gradient: Tensor, factor: Tensor) -> Tensor:
             torch.ops.gfast.scale_(gradient, factor.float())
             return gradient
     return gradient.mul_(factor)
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a gradient or a chunk of logits.
+
+    On a CPU 4 MiB and more come from the extension's pool: what a step frees, the next one takes. New memory is zeroed
+    by the system first, which takes longer than the kernel or the product that fills it.
+    """
+    if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= 2**22 and compiled("fresh"):
+        return torch.ops.gfast.fresh(list(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def row_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:

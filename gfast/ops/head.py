@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from gfast.ops import common
-from gfast.ops.backend import extension
-from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, row_chunks, scaled
+from gfast.ops.backend import compiled
+from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, fresh, row_chunks, scaled
 
 _FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
 _TILE_ENTRIES = 2**20  # logits in a tile of the vocabulary: 2 MiB in 16 bits, what one core's second cache holds
@@ -36,50 +34,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the finished dW. fp16 stays wide: its reduction factor is applied later, and sums before it can overflow."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-@functools.cache
-def _compiled(op: str) -> bool:
-    """Whether the compiled extension is there and holds ``op`` (an older build may not)."""
-    return extension()[0] is not None and hasattr(torch.ops.gfast, op)
-
-
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on a CPU in huge pages where the system has them: faulting a head-sized tensor in 4 KiB at
-    a time takes as long as the product that is written to it."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and out.numel() * out.itemsize >= 2**22 and _compiled("huge_pages"):
-        torch.ops.gfast.huge_pages(out)
-    return out
-
-
-_SPARE_BYTES = 2**26
-_spare = threading.local()
-
-
-def _is_lendable(size: int, like: Tensor) -> bool:
-    return like.device.type == "cpu" and size <= _SPARE_BYTES and type(like) in (Tensor, torch.nn.Parameter)
-
-
-def _borrowed(rows: int, vocab: int, like: Tensor) -> Tensor:
-    """Memory for a chunk of logits [rows, V] of the dtype and device of ``like``.
-
-    On a CPU a chunk of up to 64 MiB is kept for the thread's next call: faulting it in again costs 5% of the products
-    of a head with D = 576. Larger chunks belong to wider heads, whose products take so much longer that it cannot be
-    seen.
-    """
-    size = rows * vocab * like.itemsize
-    if not _is_lendable(size, like):
-        return _fresh((rows, vocab), like.dtype, like.device)
-    kept, _spare.memory = getattr(_spare, "memory", None), None  # taken out: a call inside this one gets its own
-    if kept is None or kept.numel() < size:
-        kept = _fresh((size,), torch.uint8, like.device)
-    return kept[:size].view(like.dtype).view(rows, vocab)
-
-
-def _give_back(chunk: Tensor | None) -> None:
-    if chunk is not None and _is_lendable(chunk.untyped_storage().nbytes(), chunk):
-        _spare.memory = torch.empty(0, dtype=torch.uint8).set_(chunk.untyped_storage())
 
 
 def valid_rows(labels: Tensor) -> Tensor | None:
@@ -141,7 +95,7 @@ class ChunkedHead:
         """Logits [stop - start, V] of a chunk, before scale and cap, in the one buffer there is."""
         weight, bias = self._in_product_dtype()
         if self._buffer is None:
-            self._buffer = _borrowed(self.chunk, self.vocab, self.hidden)
+            self._buffer = fresh((self.chunk, self.vocab), self.dtype, self.hidden.device)
         out = self._buffer[: stop - start]
         if bias is None:
             return torch.mm(self.hidden[start:stop], weight.t(), out=out)
@@ -213,20 +167,15 @@ class ChunkedHead:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
                 only = stop - start == self.rows and self.dtype == _grad_dtype(self.dtype)
                 dtype = self.dtype if only else _wide(self.dtype)
-                self._total = _fresh(tuple(weight.shape), dtype, weight.device)
+                self._total = fresh(tuple(weight.shape), dtype, weight.device)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
         self._added += 1
 
-    def keep_chunk(self) -> None:
-        """The caller keeps the chunk that ``logits`` gave last: its memory is not lent to the next call."""
-        self._buffer = None
-
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dH [N, D] in hidden's dtype, dW [V, D] in weight's (fp32 for fp16), db [V] in at least fp32; an unwanted one
         is empty."""
-        _give_back(self._buffer)
         self._buffer = None
         # Each its own tensor: a custom op may not return the same one twice.
         grad_weight = self.hidden.new_empty(0)
@@ -236,7 +185,7 @@ class ChunkedHead:
             if grad_weight is None:
                 grad_weight = torch.zeros_like(self._weight, dtype=dtype)
             elif grad_weight.dtype != dtype:
-                grad_weight = _fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
+                grad_weight = fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
         return (
             self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden.to(self.out_dtype)),
             grad_weight,
@@ -267,7 +216,7 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
             torch.mm(left[:, part].t(), right, out=share)
             if first:
                 total[part].copy_(share)
-            elif total.device.type == "cpu" and _compiled("accumulate"):
+            elif total.device.type == "cpu" and compiled("accumulate"):
                 torch.ops.gfast.accumulate(total[part], share)
             else:
                 total[part] += share

@@ -13,6 +13,7 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     default_chunk_rows,
+    fresh,
     row_chunks,
     scaled,
     sequence_layout,
@@ -73,7 +74,7 @@ def _token_kl(
 ) -> tuple[Tensor, Tensor]:
     check_label_range("token_kl", labels, logits.shape[1])
     shape = logits.shape if with_grad else (0, logits.shape[1])
-    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(tuple(shape), logits.dtype, logits.device)
     target = out if with_grad else None
     kl = kl_rows(unit_stride(logits), unit_stride(ref_logits), labels, factor, 1.0, 0.0, 1.0, 0.0, target, impl)
     return kl, out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import extension, select
-from gfast.ops.common import IGNORE_INDEX, check_label_range, check_rows
+from gfast.ops.common import IGNORE_INDEX, check_label_range, check_rows, fresh
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -129,7 +129,7 @@ def _(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 
 def label_logp_gradient(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
     """[N, V], coef_i * d logp_i / d logits, in memory of its own."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(tuple(logits.shape), logits.dtype, logits.device)
     # .sum() sends a stride-0 gradient: the kernels read coef as a plain vector
     logp_rows_grad(unit_stride(logits), labels, logp, stats, coef.to(logp.dtype).contiguous(), 1.0, 0.0, out, impl)
     return out

@@ -15,6 +15,7 @@ from gfast.ops.common import (
     check_reduction,
     check_rows,
     coef_scale,
+    fresh,
     raise_if_not_finite,
     runs_now,
     scaled,
@@ -97,7 +98,7 @@ def _unlearn_rows(
         check_label_range("unlearn_loss", labels, logits.shape[1])
     spec = WeightSpec.from_numbers("token", numbers)
     shape = logits.shape if with_grad else (0, logits.shape[1])
-    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(tuple(shape), logits.dtype, logits.device)
     logp, weight = weighted_rows(
         unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out if with_grad else None, impl
     )

@@ -1,0 +1,85 @@
+// Memory of gradients that come and go: what a training step frees, the next one takes. Fresh memory is zeroed by the
+// system page by page, which for a gradient of the logits or of the head takes longer than the kernel that fills it.
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <list>
+#include <mutex>
+
+#include "cpu/checks.h"
+
+namespace gfast {
+
+namespace {
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+class Pool {
+ public:
+  // A kept block of at least `bytes` and at most a quarter more, else new memory.
+  Block take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = kept_.begin(); it != kept_.end(); ++it) {
+        if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
+        const Block found = *it;
+        held_ -= found.bytes;
+        kept_.erase(it);
+        return found;
+      }
+    }
+    constexpr size_t page = size_t{2} << 20;
+    const size_t whole = (bytes + page - 1) / page * page;
+    void* data = nullptr;
+    TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, page, whole) == 0, "gfast: no memory for a gradient of ",
+                     bytes, " bytes");
+    return {data, whole};
+  }
+
+  // Keeps the block, and the newest of the others, within the limit.
+  void give(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.push_front(block);
+    held_ += block.bytes;
+    while (held_ > limit_) {
+      held_ -= kept_.back().bytes;
+      std::free(kept_.back().data);
+      kept_.pop_back();
+    }
+  }
+
+ private:
+  static size_t limit() {
+    const char* text = std::getenv("GFAST_POOL_MIB");
+    return (text == nullptr || *text == 0 ? size_t{512} : std::strtoull(text, nullptr, 10)) << 20;
+  }
+
+  std::mutex mutex_;
+  std::list<Block> kept_;  // newest first
+  size_t held_ = 0;
+  const size_t limit_ = limit();
+};
+
+Pool& pool() {
+  static Pool* const one = new Pool;  // never destroyed: tensors may outlive static objects
+  return *one;
+}
+
+at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
+  const size_t bytes = c10::multiply_integers(size) * c10::elementSize(dtype);
+  const Block block = pool().take(bytes);
+  at::Tensor out = at::from_blob(
+      block.data, size, [block](void*) { pool().give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
+  advise_huge_pages(out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gfast, CompositeExplicitAutograd, m) { m.impl("fresh", &fresh); }
+
+}  // namespace gfast
