@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that README.md and docs/benchmarks.md show of a CPU: measures (about a quarter of an hour on two quiet
+# Everything that README.md and docs/benchmarks.md show of a CPU: measures (about 25 minutes on two quiet
 # cores), draws, renders.
 #
 #   bench/on_cpu.sh [NAME ...]        some of: logits linear modes sweeps grad_dot geffect gram geffect_sweeps overhead
@@ -28,7 +28,8 @@ bench() {
 }
 
 head=(--shapes smollm2-135m --dtypes bf16)
-lines=gfast,floor,open_unlearning,eager,trl  # torch_chunked takes seconds a call on a CPU: it is in `linear`
+# torch's chunked head takes seconds a call on a CPU: it is in the step linear only
+lines=gfast,floor,open_unlearning,eager,trl
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 2)
