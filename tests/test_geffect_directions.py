@@ -86,10 +86,20 @@ def changed(model):
     return model
 
 
+def stepped(model):
+    """After one step of a size as in fine-tuning."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-5 * torch.randn_like(parameter).sign())
+    return model
+
+
 @pytest.mark.parametrize(
     ("other", "options", "message"),
     [
         (lambda model: changed(copy.deepcopy(model)), {}, "1 of .* have changed, first 'model.layers.1.mlp.up_proj"),
+        (stepped, {}, "measured at other weights"),
         (lambda model: tiny("gpt2").eval(), {}, "another model or grouping .parameter '"),
         (lambda model: model, dict(groups="layer"), "the groups differ"),
         (lambda model: model, dict(risk=SimNPO(0.5, 0.2)), "of the risk NLL"),

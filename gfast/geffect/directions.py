@@ -69,8 +69,9 @@ class Directions:
             missing = sorted(set(groups.index) ^ set(self.groups.index))
             what = f"parameter {missing[0]!r} is trainable in only one of them" if missing else "the groups differ"
             raise ValueError(f"these directions are of another model or grouping ({what}): {why}")
+        # The sums repeat to about 1e-8 between instruction sets and devices; one small optimizer step shows above that.
         now = parameter_squares(model, self.names)
-        wrong = ((now - self.squares).abs() > 1e-5 * self.squares.clamp(min=1e-30)).nonzero()
+        wrong = ((now - self.squares).abs() > 1e-7 * self.squares.clamp(min=1e-30)).nonzero()
         if len(wrong):
             raise ValueError(
                 f"these directions were measured at other weights: {len(wrong)} of {len(self.names)} parameters have "
