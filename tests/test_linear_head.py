@@ -57,7 +57,7 @@ def rows_problem(n, D, V, dtype, seed=0):
 @pytest.mark.parametrize("n, V", [(1, 1), (7, 33), (33, 700), (64, 513), (130, 1111)])
 def test_the_fold_by_the_law(n, V, form, dtype, monkeypatch):
     need("linear_token_logp", "cpp", "cpu", dtype)
-    monkeypatch.setattr(head, "_TILE_ENTRIES", 1)  # tiles of 512 entries: labels fall into first, last and partial ones
+    monkeypatch.setattr(head, "_TILE_BYTES", 1)  # tiles of 512 entries: labels fall into first, last and partial ones
     hidden, weight, bias, labels = rows_problem(n, 24, V, dtype)
     labels[: n // 4] = -100
     labels[-1] = V - 1
@@ -172,7 +172,7 @@ def test_the_fold_on_other_instruction_sets(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [8, 40, 1000])
 def test_one_chunk_or_many_by_the_law(chunk, dtype, monkeypatch):
-    monkeypatch.setattr(head, "_TILE_ENTRIES", 1)  # dW by tiles of 512 entries
+    monkeypatch.setattr(head, "_TILE_BYTES", 1)  # dW by tiles of 512 entries
     hidden, weight, bias, labels = rows_problem(100, 16, 1111, dtype)
     labels[:20] = -100
     wide = [x.double() for x in (hidden, weight, bias)]
@@ -198,7 +198,7 @@ def test_the_products_a_gpu_takes_exist():
 
 
 def test_without_the_extension_the_sum_over_chunks_is_the_same(monkeypatch):
-    monkeypatch.setattr(head, "_TILE_ENTRIES", 1)
+    monkeypatch.setattr(head, "_TILE_BYTES", 1)
     hidden, weight, bias, labels = rows_problem(40, 16, 1111, torch.bfloat16)
 
     def step(h, w):
@@ -240,28 +240,48 @@ def largest_tensors(*known):
         yield seen
 
 
-def test_what_memory_exists():
-    """bf16: no fp32 of the head's size where one chunk holds all rows, nothing of it at all where the head is frozen,
-    and no chunk of logits where nothing is differentiated."""
+@pytest.mark.parametrize("native", [True, False], ids=["16-bit products", "fp32 products"])
+def test_what_memory_exists(native, monkeypatch):
+    """bf16: nothing of the head's size but dW, in fp32 only where several chunks are summed; no chunk of logits where
+    nothing is differentiated. A head that is multiplied in fp32 is converted a tile at a time."""
     need("linear_token_logp", "cpp", "cpu", torch.bfloat16)
-    V, D, n = 40_000, 32, 64
+    monkeypatch.setattr(head, "_native", lambda dtype: native)
+    V, D, n = 40_000, 64, 32
+    chunk_dtype = torch.bfloat16 if native else torch.float32
+    tile = 2**21 // 4  # entries of 2 MiB in fp32
     hidden, weight, _, labels = rows_problem(n, D, V, torch.bfloat16)
-    bf16_products = head.product_dtype(hidden.dtype, hidden.device) == torch.bfloat16
     with largest_tensors(hidden, weight) as seen, torch.no_grad():
         gfast.linear_token_logp(hidden, weight, labels)
-    tile = 8192 * n
-    assert seen[torch.bfloat16] <= max(tile, V * D if not bf16_products else 0)
-    if not bf16_products:
-        return
+    assert seen[chunk_dtype] <= tile < n * V
     hidden.requires_grad_()
     with largest_tensors(hidden, weight) as seen:
         gfast.linear_unlearn_loss(hidden, weight, labels, WGA()).loss.backward()
-    assert seen[torch.float32] <= 8 * n and seen[torch.bfloat16] == n * V
+    assert seen[chunk_dtype] == n * V and all(size <= n * V for size in seen.values())
     weight.requires_grad_()
-    for chunk, wide in ((n, 8 * n), (n // 4, V * D)):
+    for chunk in (n, n // 4):
         with largest_tensors(hidden, weight) as seen:
             gfast.linear_unlearn_loss(hidden, weight, labels, WGA(), chunk_rows=chunk).loss.backward()
-        assert seen[torch.float32] <= wide and seen[torch.bfloat16] == max(chunk * V, D * V)
+        whole = chunk == n
+        assert seen[torch.bfloat16] == V * D
+        assert seen[torch.float32] <= (chunk * V if not native else tile) if whole else seen[torch.float32] == V * D
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, monkeypatch):
+    need("linear_token_logp", "cpp", "cpu", torch.bfloat16)
+    monkeypatch.setattr(head, "_native", lambda dtype: False)
+    monkeypatch.setattr(head, "_TILE_BYTES", 2**15)  # many tiles
+    hidden, weight, b, labels = rows_problem(20, 16, 1000, torch.bfloat16)
+
+    def step(h, w, c):
+        c = c if bias else None
+        loss = gfast.linear_unlearn_loss(h, w, labels, WGA(), bias=c, chunk_rows=8).loss
+        return loss + gfast.linear_token_logp(h, w, labels, bias=c).sin().sum()
+
+    wide = [x.float() for x in (hidden, weight, b)]
+    for ours, exact in zip(run(step, (hidden, weight, b)), run(step, wide), strict=True):
+        if exact is not None:
+            torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=2**-8, atol=1e-6)
 
 
 def test_chunks_of_calls_inside_each_other_are_apart():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,19 +14,25 @@ from gfast.ops.backend import compiled
 from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, fresh, row_chunks, scaled
 
 _FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
-_TILE_ENTRIES = 2**20  # logits in a tile of the vocabulary: 2 MiB in 16 bits, what one core's second cache holds
+_TILE_BYTES = 2**21  # of a tile of the vocabulary: what one core's second cache holds
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply in. A CPU without 16-bit matrix instructions multiplies those dtypes up to 100 times
-    slower than fp32."""
-    support = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if device.type == "cpu" and dtype in support and not support[dtype]():
-        return torch.float32
-    return dtype
+    """The dtype to multiply in. A CPU without matrix or dot product instructions for 16 bits multiplies those dtypes 3
+    to 100 times slower than fp32."""
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and not _native(dtype) else dtype
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies a 16-bit dtype by instructions of its own."""
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # on x86 that is also true where oneDNN emulates bf16 by AVX-512, in four times the time that fp32 takes
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,7 +78,7 @@ class ChunkedHead:
         self.chunk = min(chunk, max(self.rows, 1))
         self._weight, self._bias = weight, bias
         self.vocab = weight.shape[0]
-        self._cast: tuple[Tensor, Tensor | None] | None = None
+        self._wide_tile: Tensor | None = None
         self._buffer: Tensor | None = None
 
     def select(self, values: Tensor | None) -> Tensor | None:
@@ -86,20 +94,36 @@ class ChunkedHead:
         out = values.new_zeros(self.total_rows, *values.shape[1:])
         return out.index_copy_(0, self.index, values)
 
-    def _in_product_dtype(self) -> tuple[Tensor, Tensor | None]:
-        if self._cast is None:
-            self._cast = self._weight.to(self.dtype), None if self._bias is None else self._bias.to(self.dtype)
-        return self._cast
+    def _tiles(self, step: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
+
+        All at once where that is their own dtype and no ``step`` is asked for. Otherwise a tile at a time passes through
+        one buffer, which is gone with the next: W in fp32 never exists whole, and the product finds it in cache.
+        """
+        weight, bias = self._weight, self._bias
+        narrow = weight.dtype != self.dtype
+        if narrow:
+            fitting = max(64, _TILE_BYTES // (self.dtype.itemsize * weight.shape[1]) // 64 * 64)
+            step = min(fitting, step or fitting)
+            if self._wide_tile is None:
+                self._wide_tile = self.hidden.new_empty(min(fitting, self.vocab), weight.shape[1])
+        for part in _parts(self.vocab, step or max(self.vocab, 1)):
+            tile = weight[part]
+            if narrow:
+                tile = self._wide_tile[: tile.shape[0]].copy_(tile)
+            yield part, tile, None if bias is None else bias[part].to(self.dtype)
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Logits [stop - start, V] of a chunk, before scale and cap, in the one buffer there is."""
-        weight, bias = self._in_product_dtype()
         if self._buffer is None:
             self._buffer = fresh((self.chunk, self.vocab), self.dtype, self.hidden.device)
         out = self._buffer[: stop - start]
-        if bias is None:
-            return torch.mm(self.hidden[start:stop], weight.t(), out=out)
-        return torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out)  # one rounding, not two
+        for part, weight, bias in self._tiles():
+            if bias is None:
+                torch.mm(self.hidden[start:stop], weight.t(), out=out[:, part])
+            else:
+                torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out[:, part])  # one rounding, not two
+        return out
 
     def folds(self, impl: str) -> bool:
         """Whether ``impl`` (resolved) reduces logits to statistics without a chunk of them. On a GPU only 16-bit
@@ -121,9 +145,9 @@ class ChunkedHead:
             return self._fold_tiles(offset, scale, softcap)
         from gfast.kernels.head import head_stats
 
-        weight, bias = self._in_product_dtype()
         labels = self.labels - offset
-        state = head_stats(self.hidden, weight, bias, labels, scale, softcap)
+        hidden = self.hidden.to(self.out_dtype)  # an interpreting CPU may multiply in another
+        state = head_stats(hidden, self._weight, self._bias, labels, scale, softcap)
         state[2].masked_fill_((labels < 0) | (labels >= self.vocab), -torch.inf)
         return state
 
@@ -136,14 +160,16 @@ class ChunkedHead:
             rows = stop - start
             columns = self.hidden[start:stop].t()  # [D, n]
             state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
-            step = min(self.vocab, max(512, min(8192, _TILE_ENTRIES // rows // 64 * 64)))
-            buffer = self.hidden.new_empty(step, rows)
-            for part in _parts(self.vocab, step):
-                tile, weight = buffer[: part.stop - part.start], self._weight[part].to(self.dtype)
-                if self._bias is None:
+            fitting = _TILE_BYTES // (self.dtype.itemsize * rows)
+            buffer = None
+            for part, weight, bias in self._tiles(max(512, min(8192, fitting // 64 * 64))):
+                if buffer is None:
+                    buffer = self.hidden.new_empty(weight.shape[0], rows)
+                tile = buffer[: weight.shape[0]]
+                if bias is None:
                     torch.mm(weight, columns, out=tile)
                 else:
-                    torch.addmm(self._bias[part, None].to(self.dtype), weight, columns, out=tile)
+                    torch.addmm(bias[:, None], weight, columns, out=tile)
                 torch.ops.gfast.fold_columns(
                     tile, self.labels[start:stop], offset + part.start, scale, softcap, state
                 )
@@ -158,16 +184,20 @@ class ChunkedHead:
 
     def add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
         """The chunk's share of every gradient that is wanted; ``grad_logits`` [stop - start, V]."""
-        weight, _ = self._in_product_dtype()
         hidden = self.hidden[start:stop]
         if self.grad_hidden is not None:
-            torch.mm(grad_logits, weight, out=self.grad_hidden[start:stop])
+            out = self.grad_hidden[start:stop]
+            for part, weight, _ in self._tiles():
+                if part.start == 0:
+                    torch.mm(grad_logits[:, part], weight, out=out)
+                else:
+                    out.addmm_(grad_logits[:, part], weight)
         if self._need_weight:
             if self._total is None:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
-                only = stop - start == self.rows and self.dtype == _grad_dtype(self.dtype)
-                dtype = self.dtype if only else _wide(self.dtype)
-                self._total = fresh(tuple(weight.shape), dtype, weight.device)
+                finished, wide = _grad_dtype(self._weight.dtype), _wide(self.dtype)
+                only = stop - start == self.rows and self.dtype in (finished, wide)
+                self._total = fresh(tuple(self._weight.shape), finished if only else wide, self._weight.device)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
@@ -194,7 +224,7 @@ class ChunkedHead:
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total [V, D] += left.T @ right, or = for the first; left [n, V] and right [n, D] possibly narrower than total."""
+    """total [V, D] += left.T @ right, or = for the first; left [n, V] and right [n, D] may have another dtype."""
     if left.dtype == total.dtype:
         if first:
             torch.mm(left.t(), right, out=total)
@@ -209,7 +239,7 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
     else:
         # Elsewhere a product has the dtype of its factors. It is taken a cached tile at a time, so that no product of
         # the head's size exists and only the sum itself moves through memory.
-        step = max(512, _TILE_ENTRIES // right.shape[1])
+        step = max(256, _TILE_BYTES // (left.dtype.itemsize * right.shape[1]))
         buffer = left.new_empty(min(step, total.shape[0]), right.shape[1])
         for part in _parts(total.shape[0], step):
             share = buffer[: part.stop - part.start]
