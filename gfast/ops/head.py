@@ -97,8 +97,8 @@ class ChunkedHead:
     def _tiles(self, step: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
 
-        All at once where that is their own dtype and no ``step`` is asked for. A head in another dtype passes a tile at
-        a time through one buffer, each gone with the next: it never exists whole in fp32, and products find it in cache.
+        All at once where that is their own dtype and no ``step`` is asked for. A head in another dtype passes a
+        tile at a time through one buffer, each gone with the next: never whole in fp32, and products find it in cache.
         """
         weight, bias = self._weight, self._bias
         narrow = weight.dtype != self.dtype
