@@ -7,12 +7,13 @@ import socket
 import pytest
 import torch
 import vocab_parallel
-from test_ops_losses import problem
+from test_ops_losses import problem, run, squared
 from torch import nn
 from training_tiny import server
 
 import gfast
-from gfast.objectives import WGA
+from gfast.objectives import DPO, NPO, WGA, SatImp
+from gfast.ops.head import ChunkedHead
 
 
 def free_port() -> int:
@@ -66,12 +67,36 @@ def test_other_layouts_are_refused(mesh):
     torch.testing.assert_close(alone, gfast.linear_token_logp(hidden, weight, labels))
 
 
+@pytest.mark.parametrize(
+    "objective, scoring", [(WGA(), 0), (SatImp(), 0), (NPO(0.3), 0), (DPO(), 0), (squared, 1)], ids=str
+)
+def test_logits_are_computed_once(mesh, objective, scoring, monkeypatch):
+    """One product with the head a chunk: the backward computes no logits; only a callable takes a first pass."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    products, logits = [], ChunkedHead.logits
+    monkeypatch.setattr(ChunkedHead, "logits", lambda *a: products.append(a[1:]) or logits(*a))
+    hidden, weight, _, labels, ref = problem()
+    results = []
+    for head in (weight, distribute_tensor(weight, mesh, [Shard(0)])):
+        products.clear()
+
+        def loss(h, w):
+            return gfast.linear_unlearn_loss(h, w, labels, objective, ref_logp=ref, chunk_rows=14)
+
+        results.append(run(loss, (hidden, head)))
+        chunks = len(set(products))
+        assert chunks == 2 and len(products) == chunks * (1 + scoring)
+    whole, (*rest, grad_weight) = results
+    torch.testing.assert_close([*rest, grad_weight.full_tensor()], whole, rtol=1e-10, atol=1e-12)
+
+
 def test_opcheck(mesh):
     hidden, weight, bias, labels, _ = problem(dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (hidden.reshape(28, -1), weight, bias)]
     group = mesh.get_group().group_name
     arguments = (*leaves, labels.reshape(-1), 0, 37, group, 1.0, 0.0, 9, "auto")
-    torch.library.opcheck(torch.ops.gfast.sharded_token_logp, arguments)
+    torch.library.opcheck(torch.ops.gfast.linear_token_logp, arguments)
 
 
 def test_a_head_under_fsdp_is_not_taken_for_a_vocabulary_parallel_one(mesh):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_ops_losses import problem
+from test_ops_losses import assert_law, problem, run, squared
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,37 +14,82 @@ import gfast
 from gfast import hf
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA
 from gfast.ops.backend import why_not
+from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
+
+
+def split(x, mesh):
+    return distribute_tensor(x, mesh, [Shard(0)])
+
+
+def gathered(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def compare(mesh, impl: str, dtype: torch.dtype, V: int, tolerance: dict[str, float]) -> None:
     hidden, weight, bias, labels, ref = problem(V=V, dtype=dtype)
     ref = ref.to(dtype)
-    labels[1] = torch.tensor([0, V // 2, V // 2 + 1, V - 1, 0, V - 1, V // 2 - 1])  # both sides of every boundary
+    if V > 1:  # both sides of every boundary
+        labels[1] = torch.tensor([0, V // 2, V // 2 + 1, V - 1, 0, V - 1, V // 2 - 1])
     form = dict(logit_scale=0.7, softcap=5.0, chunk_rows=5, impl=impl)
 
     def loss(h, w, b, objective, reduction):
-        out = gfast.linear_unlearn_loss(
-            h, w, labels, objective, bias=b, ref_logp=ref, reduction=reduction, **form
-        )
+        out = gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, ref_logp=ref, reduction=reduction, **form)
         return out, gfast.linear_token_logp(h, w, labels, bias=b, **form)
 
-    for objective, reduction in ((WGA(), None), (TNPO(), "sum"), (NPO(0.3), None), (DPO(0.3), None), (NLL(), "none")):
+    for objective, reduction in (
+        (WGA(), None), (TNPO(), "sum"), (NPO(0.3), None), (DPO(0.3), None), (NLL(), "none"), (squared, None)
+    ):  # fmt: skip
         whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         truth, truth_logp = loss(*whole, objective, reduction)
         (truth.loss.sum() + truth_logp.sin().sum()).backward()
-        for layout in ("plain", "replicated", "split"):
+        for layout in ("plain", "replicated", "split") if objective == WGA() else ("plain",):
             placement = [Shard(1)] if layout == "split" else [Replicate()]
             h = hidden.clone() if layout == "plain" else distribute_tensor(hidden, mesh, placement)
-            parts = [h, distribute_tensor(weight, mesh, [Shard(0)]), distribute_tensor(bias, mesh, [Shard(0)])]
-            parts = [x.requires_grad_() for x in parts]
+            parts = [x.requires_grad_() for x in (h, split(weight, mesh), split(bias, mesh))]
             out, logp = loss(*parts, objective, reduction)
             (out.loss.sum() + logp.sin().sum()).backward()
             for ours, exact in zip((*out, logp), (*truth, truth_logp), strict=True):
                 torch.testing.assert_close(ours, exact, **tolerance)
-            assert isinstance(parts[1].grad, DTensor) and parts[1].grad.to_local().shape[0] <= V // 2 + 1
+            if V > 1:
+                assert isinstance(parts[1].grad, DTensor) and parts[1].grad.to_local().shape[0] <= V // 2 + 1
             for ours, exact in zip(parts, whole, strict=True):
-                grad = ours.grad.full_tensor() if isinstance(ours.grad, DTensor) else ours.grad
-                torch.testing.assert_close(grad, exact.grad, **tolerance)
+                torch.testing.assert_close(gathered(ours.grad), exact.grad, **tolerance)
+
+
+def by_the_law(mesh, impl: str, dtype: torch.dtype) -> None:
+    """Each process's error is at most twice that of plain PyTorch with the whole head in one process."""
+    hidden, weight, bias, labels, ref = problem(T=40, D=16, V=101, dtype=dtype)
+    form = dict(logit_scale=0.5, softcap=8.0)
+    wide = [x.double() for x in (hidden, weight, bias)]
+    for objective in (WGA(), NPO(0.3)):
+
+        def literal(h, w, b):
+            return linear_unlearn_loss_reference(h, w, labels, objective, ref_logp=ref, bias=b, **form)  # noqa: B023
+
+        def ours(h, w, b):
+            options = dict(ref_logp=ref, bias=b, chunk_rows=64, impl=impl, **form)
+            return gfast.linear_unlearn_loss(h, w, labels, objective, **options)  # noqa: B023
+
+        inputs = (hidden, weight, bias)
+        found = run(ours, (hidden, split(weight, mesh), split(bias, mesh)))
+        assert_law(map(gathered, found), run(literal, inputs), run(literal, wide), dtype, impl)
+
+
+def masked(mesh, impl: str, dtype: torch.dtype) -> None:
+    """A shard of nothing but masked logits (a padded vocabulary) adds nothing, also to labels that lie in it."""
+    hidden, weight, bias, labels, _ = problem(dtype=dtype)
+    bias[19:] = -torch.inf
+
+    def logp(h, w, b):
+        return gfast.linear_token_logp(h, w, labels % 19, bias=b, impl=impl)
+
+    truth = run(logp, (hidden, weight, bias))
+    ours = [gathered(x) for x in run(logp, (hidden, split(weight, mesh), split(bias, mesh)))]
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+    outside = gfast.linear_token_logp(
+        hidden, split(weight, mesh), labels.clamp(min=19), bias=split(bias, mesh), impl=impl
+    )
+    assert (outside == -torch.inf).all()
 
 
 def compare_models(mesh) -> None:
@@ -74,13 +119,16 @@ def check(rank: int, world: int, port: int) -> None:
     init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
         mesh = init_device_mesh("cpu", (world,))
-        compare(mesh, "reference", torch.float64, 37, dict(rtol=1e-9, atol=1e-11))
+        for V in (37, 1):  # 1: fewer rows than processes
+            compare(mesh, "reference", torch.float64, V, dict(rtol=1e-9, atol=1e-11))
         for impl in ("reference", "cpp"):
-            if not why_not("linear_token_logp", impl, "cpu", torch.float32):
-                compare(mesh, impl, torch.float32, 37, dict(rtol=1e-4, atol=2e-6))
+            if why_not("linear_token_logp", impl, "cpu", torch.float32):
+                continue
+            compare(mesh, impl, torch.float32, 37, dict(rtol=1e-4, atol=2e-6))
+            compare(mesh, impl, torch.float32, 1, dict(rtol=1e-4, atol=2e-6))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                by_the_law(mesh, impl, dtype)
+            masked(mesh, impl, torch.float32)
         compare_models(mesh)
-        hidden, weight, _, labels, _ = problem(V=1)  # fewer rows than processes
-        alone = gfast.linear_token_logp(hidden, distribute_tensor(weight, mesh, [Shard(0)]), labels.clamp(max=0))
-        assert (alone == 0).all()
     finally:
         destroy_process_group()

@@ -130,12 +130,6 @@ class ChunkedHead:
         products go to the matrix units from Triton; fp32 ones are left to the library."""
         return impl == "cpp" or (impl == "triton" and self.out_dtype in (torch.bfloat16, torch.float16))
 
-    def fold(self, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
-        """logp [n] and statistics [n, 2] as ``logp_rows``, holding at most a tile of the vocabulary at a time."""
-        logp, stats = finished_stats(*self.fold_state(0, scale, softcap, impl).double())
-        ignored = self.labels == IGNORE_INDEX
-        return logp.masked_fill(ignored, 0.0).float(), stats.masked_fill(ignored[:, None], 0.0).float()
-
     def fold_state(self, offset: int, scale: float, softcap: float, impl: str) -> Tensor:
         """[3, n]: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
 

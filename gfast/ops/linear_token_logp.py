@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import check_label_range, default_chunk_rows, row_chunks
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, prepare_head, valid_rows
-from gfast.ops.token_logp import capped, logp_rows, logp_rows_grad, stats_dtype, token_logp_reference
-from gfast.ops.vocab_parallel import is_sharded, local_shard
+from gfast.ops.common import check_label_range, row_chunks
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, valid_rows
+from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
+from gfast.ops.vocab_parallel import LocalHead, Shard, local_head
 
 
 def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None) -> Tensor:
@@ -24,27 +24,33 @@ def _linear_token_logp(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    first: int,
+    vocab: int,
+    group: str,
     scale: float,
     softcap: float,
     chunk_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    check_label_range("linear_token_logp", labels, weight.shape[0])
+    """logp [N] and statistics [N, 2]; ``first``, ``vocab``, ``group``: the ``Shard`` that weight [v, D] and bias [v]
+    are."""
+    check_label_range("linear_token_logp", labels, vocab)
+    shard = Shard(first, vocab, group)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
     chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
     if head.folds(chosen):
-        logp, stats = head.fold(scale, softcap, chosen)
+        logp, stats = shard.fold(head, scale, softcap, chosen)
         return head.scatter(logp), head.scatter(stats)
     dtype = stats_dtype(hidden.dtype)
     logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
     for start, stop in row_chunks(head.rows, head.chunk):
         part = slice(start, stop)
-        logp[part], stats[part] = logp_rows(head.logits(start, stop), head.labels[part], scale, softcap, impl)
+        logp[part], stats[part] = shard.logp_rows(head.logits(start, stop), head.labels[part], scale, softcap, impl)
     return head.scatter(logp), head.scatter(stats)
 
 
 @_linear_token_logp.register_fake
-def _(hidden, weight, bias, labels, scale, softcap, chunk_rows, impl):
+def _(hidden, weight, bias, labels, first, vocab, group, scale, softcap, chunk_rows, impl):
     dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
     return hidden.new_empty(rows, dtype=dtype), hidden.new_empty((rows, 2), dtype=dtype)
 
@@ -58,25 +64,29 @@ def _linear_token_logp_backward(
     logp: Tensor,
     stats: Tensor,
     coef: Tensor,
+    first: int,
+    vocab: int,
+    group: str,
     scale: float,
     softcap: float,
     chunk_rows: int,
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shard = Shard(first, vocab, group)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
     logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
     head.start_gradients(*need)
     for start, stop in row_chunks(head.rows, head.chunk):
         part = slice(start, stop)
         rows = head.logits(start, stop)
-        logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef[part], scale, softcap, rows, impl)
+        shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef[part], scale, softcap, impl)
         head.add_gradients(start, stop, rows)
-    return head.gradients()
+    return shard.gradients(head)
 
 
 @_linear_token_logp_backward.register_fake
-def _(hidden, weight, bias, labels, logp, stats, coef, scale, softcap, chunk_rows, impl, need):
+def _(hidden, weight, bias, labels, logp, stats, coef, first, vocab, group, scale, softcap, chunk_rows, impl, need):
     return fake_gradients(hidden, weight, tuple(need))
 
 
@@ -89,7 +99,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
-    nothing = (None,) * 8
+    nothing = (None,) * 11
     if grad_logp is None:
         return nothing
     hidden, weight, bias, labels, logp, stats = ctx.saved_tensors
@@ -103,6 +113,13 @@ def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
 
 
 _linear_token_logp.register_autograd(_backward, setup_context=_setup)
+
+
+def flat_logp(head: LocalHead, labels: Tensor, scale: float, softcap: float, impl: str) -> Tensor:
+    """``linear_token_logp`` [N] of checked arguments."""
+    hidden, weight, bias, shard, chunk = head
+    flat = labels.reshape(-1).long()
+    return torch.ops.gfast.linear_token_logp(hidden, weight, bias, flat, *shard, scale, softcap, chunk, impl)[0]
 
 
 def linear_token_logp(
@@ -148,22 +165,5 @@ def linear_token_logp(
         tensor([0.2500, 1.0000])
     """
     name = "linear_token_logp"
-    if is_sharded(weight):
-        hidden, weight, bias, *place = local_shard(name, hidden, weight, bias)
-        op = torch.ops.gfast.sharded_token_logp
-    else:
-        op, place = torch.ops.gfast.linear_token_logp, ()
-    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
-    chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
-    flat = op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        labels.reshape(-1).long(),
-        *place,
-        float(logit_scale),
-        check_cap(name, softcap),
-        chunk,
-        impl,
-    )[0]
-    return flat.reshape(labels.shape)
+    head = local_head(name, hidden, weight, bias, labels, chunk_rows)
+    return flat_logp(head, labels, float(logit_scale), check_cap(name, softcap), impl).reshape(labels.shape)

@@ -16,22 +16,14 @@ from gfast.ops.common import (
     check_pairs,
     check_reduction,
     coef_scale,
-    default_chunk_rows,
     raise_if_not_finite,
     row_chunks,
     sequence_layout,
 )
-from gfast.ops.head import (
-    ChunkedHead,
-    check_cap,
-    fake_gradients,
-    finished_gradients,
-    flat_reference,
-    prepare_head,
-)
-from gfast.ops.linear_token_logp import linear_token_logp, linear_token_logp_reference
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, flat_reference
+from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference
 from gfast.ops.plan import plan_chunks, sequence_length
-from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
+from gfast.ops.token_logp import stats_dtype
 from gfast.ops.unlearn_loss import (
     check_reference,
     default_reduction,
@@ -40,8 +32,8 @@ from gfast.ops.unlearn_loss import (
     weigh,
     weighted_rows,
 )
-from gfast.ops.vocab_parallel import is_sharded
-from gfast.ops.weights import WeightSpec, sequence_weights
+from gfast.ops.vocab_parallel import Shard, local_head
+from gfast.ops.weights import WeightSpec, sequence_weights, weights_and_values
 
 
 def linear_unlearn_loss_reference(
@@ -67,6 +59,9 @@ def _linear_unlearn(
     level: str,
     numbers: list[float],
     factor: Tensor,
+    first: int,
+    vocab: int,
+    group: str,
     scale: float,
     softcap: float,
     chunk_rows: int,
@@ -76,9 +71,11 @@ def _linear_unlearn(
     """logp [N], weight [N], and factor * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [V, D], db [V] (empty if
     unwanted).
 
-    With ``given`` [N] the weights are those and nothing is computed from ``numbers``.
+    With ``given`` [N] the weights are those and nothing is computed from ``numbers``. ``first``, ``vocab``, ``group``:
+    the ``Shard`` that weight [v, D] and bias [v] are.
     """
-    check_label_range("linear_unlearn_loss", labels, weight.shape[0])
+    check_label_range("linear_unlearn_loss", labels, vocab)
+    shard = Shard(first, vocab, group)
     spec = WeightSpec.from_numbers(level, numbers)
     order, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
@@ -86,10 +83,11 @@ def _linear_unlearn(
     ref, given = head.select(ref_logp), head.select(given)
     ids = head.select(ids)
     logp, weights = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty(head.rows, dtype=dtype)
+    stats = hidden.new_empty((head.rows, 2), dtype=dtype)
     head.start_gradients(*need)
     wanted = any(need)
 
-    def token_span(start: int, stop: int) -> None:
+    def row_span(start: int, stop: int) -> None:
         part, rows = slice(start, stop), head.logits(start, stop)
         logp[part], weights[part] = weighted_rows(
             rows,
@@ -105,39 +103,32 @@ def _linear_unlearn(
         if wanted:
             head.add_gradients(start, stop, rows)
 
-    def weights_of(start: int, stop: int) -> Tensor:
-        part = slice(start, stop)
+    def weights_of(part: slice) -> Tensor:
         if given is not None:
             return given[part].to(dtype)
         some_ref = None if ref is None else ref[part].to(dtype)
         valid = head.labels[part] != IGNORE_INDEX
-        return sequence_weights(spec, logp[part], some_ref, valid, ids[part], count)[0]
+        return weights_and_values(spec, logp[part], some_ref, valid, ids[part], count)[0]
 
-    def gradient(start: int, stop: int, rows: Tensor, stats: Tensor) -> None:
-        part = slice(start, stop)
-        coef = (weights[part] * factor).to(dtype)
-        logp_rows_grad(rows, head.labels[part], logp[part], stats, coef, scale, softcap, rows, impl)
-        head.add_gradients(start, stop, rows)
-
-    def sequence_span(start: int, stop: int) -> None:
+    def whole_span(start: int, stop: int) -> None:
         pieces = [(start + a, start + b) for a, b in row_chunks(stop - start, head.chunk)]
         for a, b in pieces:
-            rows = head.logits(a, b)
-            logp[a:b], stats = logp_rows(rows, head.labels[a:b], scale, softcap, impl)
-        weights[start:stop] = weights_of(start, stop)
-        if not wanted:
-            return
-        if len(pieces) == 1:
-            gradient(start, stop, rows, stats)
-            return
-        for a, b in pieces:  # longer than a chunk: its logits are gone, compute them again
-            rows = head.logits(a, b)
-            gradient(a, b, rows, logp_rows(rows, head.labels[a:b], scale, softcap, impl)[1])
+            rows, part = head.logits(a, b), slice(a, b)
+            logp[part], stats[part] = shard.logp_rows(rows, head.labels[part], scale, softcap, impl)
+        weights[start:stop] = weights_of(slice(start, stop))
+        for a, b in pieces if wanted else ():
+            if len(pieces) > 1:  # longer than a chunk: its logits are gone, compute them again
+                rows = head.logits(a, b)
+            part = slice(a, b)
+            coef = (weights[part] * factor).to(dtype)
+            shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef, scale, softcap, impl)
+            head.add_gradients(a, b, rows)
 
-    one_pass = level == "token" and given is None
+    # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
+    by_row = level == "token" and given is None and not group
     for start, stop in spans:
-        (token_span if one_pass else sequence_span)(start, stop)
-    return head.scatter(logp), head.scatter(weights), *head.gradients()
+        (row_span if by_row else whole_span)(start, stop)
+    return head.scatter(logp), head.scatter(weights), *shard.gradients(head)
 
 
 @_linear_unlearn.register_fake
@@ -154,6 +145,9 @@ def _(
     level,
     numbers,
     factor,
+    first,
+    vocab,
+    group,
     scale,
     softcap,
     chunk_rows,
@@ -183,6 +177,7 @@ class _LinearLoss(torch.autograd.Function):
         level,
         numbers,
         factor,
+        shard,
         scale,
         softcap,
         chunk,
@@ -205,6 +200,7 @@ class _LinearLoss(torch.autograd.Function):
             level,
             numbers,
             inner,
+            *shard,
             scale,
             softcap,
             chunk,
@@ -225,7 +221,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _logp, _weights):
-        nothing = (None,) * 16
+        nothing = (None,) * 17
         if grad_loss is None:
             return nothing
         late, *grads = ctx.saved_tensors
@@ -257,8 +253,8 @@ def linear_unlearn_loss(
     tokens at once and take a first scoring pass.
 
     Args:
-        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor: see
-            ``linear_token_logp``; the backward computes the logits once more then). bias: [V] or None.
+        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor is a
+            vocabulary-parallel head: see ``linear_token_logp``). bias: [V] or None.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
         ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
@@ -287,18 +283,14 @@ def linear_unlearn_loss(
         -0.3466
     """
     name = "linear_unlearn_loss"
-    sharded = is_sharded(weight)
-    if not sharded:
-        hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    head = local_head(name, hidden, weight, bias, labels, chunk_rows)
     check_reference(name, objective, ref_logp, labels)
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
-    cap, logit_scale = check_cap(name, softcap), float(logit_scale)
-    chunk = chunk_rows or default_chunk_rows(*weight.shape, hidden.device)
-    options = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk, impl=impl)
+    form = float(logit_scale), check_cap(name, softcap)
     spec = spec_of(objective)
-    if reduction == "none" or sharded:
-        logp = linear_token_logp(hidden, weight, labels, **options)
+    if reduction == "none":
+        logp = flat_logp(head, labels, *form, impl).reshape(labels.shape)
         out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
     else:
         flat_labels = labels.reshape(-1).long()
@@ -306,18 +298,18 @@ def linear_unlearn_loss(
         ids, count = sequence_layout(name, labels, sequence_id)
         level = "token" if spec is None else spec.level
         check_pairs(name, level, count)
-        dtype = stats_dtype(hidden.dtype)
+        dtype = stats_dtype(head.hidden.dtype)
         factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
         ref, given = flat_reference(name, ref_logp, labels), None
         ref = None if ref is None else ref.to(dtype)
         if spec is None:
             with torch.no_grad():
-                logp = linear_token_logp(hidden, weight, labels, **options).reshape(-1)
+                logp = flat_logp(head, labels, *form, impl)
             given = weigh(objective, logp, ref, valid, ids, count)[0]
         loss, logp, weights = _LinearLoss.apply(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
+            head.hidden,
+            head.weight,
+            head.bias,
             flat_labels,
             ref if spec is None or spec.uses_ref else None,
             given,
@@ -327,9 +319,9 @@ def linear_unlearn_loss(
             level,
             (spec or WeightSpec()).numbers(),
             factor,
-            logit_scale,
-            cap,
-            chunk,
+            head.shard,
+            *form,
+            head.chunk,
             impl,
         )
         out = LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))

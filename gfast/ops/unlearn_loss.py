@@ -33,7 +33,7 @@ from gfast.ops.token_logp import (
     token_logp_reference,
     unit_stride,
 )
-from gfast.ops.weights import WeightSpec, sequence_weights, token_weights
+from gfast.ops.weights import WeightSpec, token_weights, weights_and_values
 
 
 def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None) -> LossOutput:
@@ -166,10 +166,7 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
             )
         weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
         return weight, weight * logp
-    if spec.level == "token":
-        weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
-        return weight, weight * logp
-    return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
+    return weights_and_values(spec, logp, ref_logp, valid, sequence_id, num_sequences)
 
 
 def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:

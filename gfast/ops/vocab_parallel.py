@@ -2,7 +2,8 @@
 
 A process reduces its own logits to (maximum, sum of the others' exps, the label's logit) a row; three numbers a row are
 merged across the processes, and from the merged statistics each one forms the gradient of its own logits. dW stays
-where its rows are; dH is summed over the processes.
+where its rows are; dH is summed over the processes. The ops over a head are written once: a ``Shard`` says which rows
+of the head are here, and a whole head is the shard that holds all of them.
 """
 
 from __future__ import annotations
@@ -12,21 +13,136 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import select
-from gfast.ops.common import IGNORE_INDEX, check_label_range, row_chunks
-from gfast.ops.head import ChunkedHead, fake_gradients, finished_stats, valid_rows
+from gfast.ops.common import IGNORE_INDEX, default_chunk_rows
+from gfast.ops.head import ChunkedHead, finished_stats, prepare_head
 from gfast.ops.token_logp import cap_slope, capped, logp_rows, logp_rows_grad, stats_dtype
 
 
-class HeadShard(NamedTuple):
-    """The rows [first, first + weight.shape[0]) of a head of ``vocab`` rows that this process holds."""
+class Shard(NamedTuple):
+    """The rows of a head that are here, as three arguments of an op.
+
+    Attributes:
+        first: vocabulary entry of the first of them.
+        vocab: rows of the whole head, V.
+        group: name of the group of processes that hold a part each; "" for a whole head. All of them must work through
+            the same chunks of the same labels, as every chunk's statistics are merged. With fewer rows than processes
+            some hold none; they take part all the same.
+    """
+
+    first: int
+    vocab: int
+    group: str
+
+    def gathered(self, state: Tensor) -> Tensor:
+        """``state`` [k, n] of every process, [processes, k, n]."""
+        from torch import distributed
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        # the older of its two names warns where there are both
+        all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        group = _resolve_process_group(self.group)
+        out = state.new_empty(group.size() * state.shape[0], state.shape[1])
+        if out.numel():
+            all_gather(out, state.contiguous(), group=group)
+        return out.view(group.size(), *state.shape)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """``x`` summed over the processes, in fp32 (fp64); of a whole head ``x`` itself."""
+        if not self.group or not x.numel():
+            return x
+        from torch.distributed import all_reduce
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        x = x.to(stats_dtype(x.dtype), copy=True)
+        all_reduce(x, group=_resolve_process_group(self.group))
+        return x
+
+    def columns(self, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Labels as columns of this shard's ``size``, and which rows have theirs elsewhere: for those column 0 stands
+        in."""
+        valid = labels != IGNORE_INDEX
+        foreign = valid & ((labels < self.first) | (labels >= self.first + size))
+        return torch.where(valid, torch.where(foreign, 0, labels - self.first), IGNORE_INDEX), foreign
+
+    def fold(self, head: ChunkedHead, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
+        """``logp_rows`` of all rows, holding at most a tile of the vocabulary at a time."""
+        state = head.fold_state(self.first, scale, softcap, impl) if head.vocab else _nothing(head.labels)
+        return self._finished(state, head.labels, stats_dtype(head.out_dtype))
+
+    def logp_rows(self, rows: Tensor, labels: Tensor, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
+        """logp [n] and statistics [n, 2] over the whole vocabulary from this shard's logits [n, v]; labels are entries
+        of the whole vocabulary. As ``token_logp.logp_rows`` on a whole head."""
+        if not self.group:
+            return logp_rows(rows, labels, scale, softcap, impl)
+        if rows.shape[1] == 0:
+            return self._finished(_nothing(labels), labels, stats_dtype(rows.dtype))
+        own, foreign = self.columns(labels, rows.shape[1])
+        target = capped(rows.gather(1, own.clamp(min=0)[:, None])[:, 0], scale, softcap)
+        logp, stats = logp_rows(rows, own, scale, softcap, impl)
+        top, total = stats[:, 0], torch.exp(stats[:, 1])
+        # 1 - p from logp: where p is near 1 the others' sum is all the signal there is
+        rest = torch.where(foreign, total, total * -torch.expm1(logp))
+        rest = torch.where((total == 0) | (top == -torch.inf), 0.0, rest)  # all masked here
+        state = torch.stack([top, rest, torch.where(foreign, -torch.inf, target)])
+        return self._finished(state, labels, logp.dtype)
+
+    def logp_rows_grad(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        logp: Tensor,
+        stats: Tensor,
+        coef: Tensor,
+        scale: float,
+        softcap: float,
+        impl: str,
+    ) -> None:
+        """This shard's logits [n, v] become coef_i * d logp_i / d logits."""
+        if not self.group:
+            logp_rows_grad(rows, labels, logp, stats, coef, scale, softcap, rows, impl)
+        elif rows.shape[1]:
+            own, foreign = self.columns(labels, rows.shape[1])
+            z = capped(rows[:, 0].clone(), scale, softcap)
+            logp_rows_grad(rows, own, logp, stats, coef, scale, softcap, rows, impl)
+            # column 0 stood in for labels on other processes: there it is a column like the others
+            m, log_total = stats.unbind(1)
+            other = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
+            rows[:, 0] = torch.where(foreign, other.to(rows.dtype), rows[:, 0])
+
+    def gradients(self, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
+        """``head.gradients()`` with dH summed over the processes, before its last rounding."""
+        if head.grad_hidden is not None:
+            head.grad_hidden = self.summed(head.grad_hidden)
+        return head.gradients()
+
+    def _finished(self, state: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """logp [n] and statistics [n, 2], 0 where ignored, from this shard's [3, n] (see ``fold_state``)."""
+        state = state.double()  # every process the same dtype, whatever kernel it took
+        if self.group:
+            top, rest, target = self.gathered(state).unbind(1)  # [processes, n] each
+            highest = top.amax(0)
+            shift = torch.where(top == -torch.inf, -torch.inf, top - highest)  # not -inf - -inf
+            state = torch.stack([highest, (rest * torch.exp(shift)).sum(0), target.amax(0)])
+        logp, stats = finished_stats(*state)
+        ignored = labels == IGNORE_INDEX
+        return logp.masked_fill(ignored, 0.0).to(dtype), stats.masked_fill(ignored[:, None], 0.0).to(dtype)
+
+
+def _nothing(labels: Tensor) -> Tensor:
+    """The state [3, n] of no logits at all."""
+    nothing = torch.tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64, device=labels.device)
+    return nothing.repeat(1, labels.shape[0])
+
+
+class LocalHead(NamedTuple):
+    """What an op over a head takes: hidden [N, D], the weight and bias that are here, which part of the head that is,
+    and rows of logits held at a time."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    first: int
-    vocab: int
-    group: str
+    shard: Shard
+    chunk: int
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -34,12 +150,26 @@ def is_sharded(weight: Tensor) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
-def local_shard(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadShard:
-    """This process's part of a DTensor head; gradients flow back into the DTensors."""
-    from torch.distributed.tensor import Replicate, Shard
+def local_head(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int | None
+) -> LocalHead:
+    """Checks, autocast's casts and, of a DTensor head, this process's part; gradients flow back into what was given."""
+    rows = weight.shape[0]
+    shard = Shard(0, rows, "")
+    if is_sharded(weight):
+        hidden, weight, bias, shard, rows = _local_part(name, hidden, weight, bias)
+    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    chunk = chunk_rows or default_chunk_rows(rows, weight.shape[1], hidden.device)
+    return LocalHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, shard, chunk)
+
+
+def _local_part(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """This process's part of a DTensor head, and the most rows that any process has (the same number on all)."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
 
     mesh = weight.device_mesh
-    if mesh.ndim != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
+    if mesh.ndim != 1 or type(weight.placements[0]) is not Sharded or weight.placements[0].dim != 0:
         raise ValueError(
             f"gfast: {name}: a DTensor head must be sharded on dim 0 (the vocabulary) of a mesh with one dimension, "
             f"not {weight.placements} on {mesh}. Gather it first with weight.full_tensor()."
@@ -50,147 +180,9 @@ def local_shard(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         raise ValueError(f"gfast: {name}: weight is {weight.placements} but bias {bias.placements}; shard them alike.")
     if is_sharded(hidden):
         hidden = hidden.redistribute(mesh, [Replicate()]).to_local(grad_placements=[Replicate()])
-    vocab, world, rank = weight.shape[0], mesh.size(), mesh.get_local_rank()
-    first = min(vocab, rank * -(-vocab // world))  # as torch.chunk: all but the last shards have the same size
-    local = weight.to_local(grad_placements=[Shard(0)])
-    bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
-    return HeadShard(hidden, local, bias, first, vocab, mesh.get_group().group_name)
-
-
-def _all_reduce(x: Tensor, op: str, group: str) -> Tensor:
-    from torch.distributed import ReduceOp, all_reduce
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    all_reduce(x, getattr(ReduceOp, op), group=_resolve_process_group(group))
-    return x
-
-
-def _own_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Labels as columns of this shard, and which rows have theirs elsewhere: those point at column 0 for now."""
-    valid = labels != IGNORE_INDEX
-    foreign = valid & ((labels < first) | (labels >= first + size))
-    return torch.where(valid, torch.where(foreign, 0, labels - first), IGNORE_INDEX), foreign
-
-
-def _shard_state(head: ChunkedHead, first: int, scale: float, softcap: float, impl: str) -> Tensor:
-    """[3, n]: maximum of this shard's logits but the label's, sum of their exps relative to it, the label's or -inf."""
-    chosen = select("linear_token_logp", impl, head.hidden.device, head.out_dtype)
-    if head.folds(chosen):
-        return head.fold_state(first, scale, softcap, chosen)
-    own, foreign = _own_labels(head.labels, first, head.vocab)
-    state = head.hidden.new_empty((3, head.rows), dtype=stats_dtype(head.out_dtype))
-    for start, stop in row_chunks(head.rows, head.chunk):
-        part, rows = slice(start, stop), head.logits(start, stop)
-        target = capped(rows.gather(1, own[part].clamp(min=0)[:, None])[:, 0], scale, softcap)
-        logp, stats = logp_rows(rows, own[part], scale, softcap, impl)
-        total = torch.exp(stats[:, 1])
-        # 1 - p from logp: where p is near 1 the others' sum is all the signal there is
-        rest = torch.where(foreign[part], total, total * -torch.expm1(logp))
-        state[:, part] = torch.stack([stats[:, 0], rest, torch.where(foreign[part], -torch.inf, target)])
-    return state
-
-
-@torch.library.custom_op("gfast::sharded_token_logp", mutates_args=())
-def _sharded_token_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    first: int,
-    vocab: int,
-    group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    check_label_range("linear_token_logp", labels, vocab)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
-    if weight.shape[0]:
-        top, rest, target = _shard_state(head, first, scale, softcap, impl)
-    else:  # fewer rows than processes
-        lowest = hidden.new_full((head.rows,), -torch.inf, dtype=stats_dtype(hidden.dtype))
-        top, rest, target = lowest, torch.zeros_like(lowest), lowest
-    wide = torch.stack([top, target]).double()  # every process the same dtype, whatever kernel it took
-    top_all, target = _all_reduce(wide.clone(), "MAX", group)
-    shift = torch.where(wide[0] == -torch.inf, -torch.inf, wide[0] - top_all)  # not -inf - -inf
-    rest = _all_reduce(rest.double() * torch.exp(shift), "SUM", group)
-    logp, stats = finished_stats(top_all, rest, target)
-    ignored, dtype = head.labels == IGNORE_INDEX, stats_dtype(hidden.dtype)
-    logp, stats = logp.masked_fill(ignored, 0.0).to(dtype), stats.masked_fill(ignored[:, None], 0.0).to(dtype)
-    return head.scatter(logp), head.scatter(stats)
-
-
-@_sharded_token_logp.register_fake
-def _(hidden, weight, bias, labels, first, vocab, group, scale, softcap, chunk_rows, impl):
-    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
-    return hidden.new_empty(rows, dtype=dtype), hidden.new_empty((rows, 2), dtype=dtype)
-
-
-@torch.library.custom_op("gfast::sharded_token_logp_backward", mutates_args=())
-def _sharded_token_logp_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logp: Tensor,
-    stats: Tensor,
-    coef: Tensor,
-    first: int,
-    group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: int,
-    impl: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
-    logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
-    head.start_gradients(*need)
-    own, foreign = _own_labels(head.labels, first, head.vocab)
-    for start, stop in row_chunks(head.rows, head.chunk) if head.vocab else ():
-        part, rows = slice(start, stop), head.logits(start, stop)
-        z = capped(rows[:, 0].clone(), scale, softcap)
-        logp_rows_grad(rows, own[part], logp[part], stats[part], coef[part], scale, softcap, rows, impl)
-        # column 0 stood in for labels on other processes: there it is a column like the others
-        m, log_total = stats[part].unbind(1)
-        other = -coef[part] * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
-        rows[:, 0] = torch.where(foreign[part], other.to(rows.dtype), rows[:, 0])
-        head.add_gradients(start, stop, rows)
-    grad_hidden, grad_weight, grad_bias = head.gradients()
-    if need[0]:
-        if head.vocab == 0:
-            grad_hidden = torch.zeros_like(grad_hidden)
-        grad_hidden = _all_reduce(grad_hidden.to(stats_dtype(hidden.dtype)), "SUM", group).to(hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
-
-
-@_sharded_token_logp_backward.register_fake
-def _(hidden, weight, bias, labels, logp, stats, coef, first, group, scale, softcap, chunk_rows, impl, need):
-    return fake_gradients(hidden, weight, tuple(need))
-
-
-def _setup(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, first, _, group, *options = inputs
-    ctx.options = (first, group, *options)
-    logp, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, logp, stats)
-
-
-def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
-    nothing = (None,) * 11
-    if grad_logp is None:
-        return nothing
-    hidden, weight, bias, labels, logp, stats = ctx.saved_tensors
-    need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-    grads = torch.ops.gfast.sharded_token_logp_backward(
-        hidden, weight, bias, labels, logp, stats, grad_logp, *ctx.options, need
-    )
-    inputs = (hidden, weight, bias)
-    cast = [grad.to(x.dtype) if wanted else None for grad, x, wanted in zip(grads, inputs, need, strict=True)]
-    return (*cast, *nothing[3:])
-
-
-_sharded_token_logp.register_autograd(_backward, setup_context=_setup)
+    vocab = weight.shape[0]
+    rows = -(-vocab // mesh.size())  # as torch.chunk: all but the last shards have the same size
+    shard = Shard(min(vocab, mesh.get_local_rank() * rows), vocab, mesh.get_group().group_name)
+    local = weight.to_local(grad_placements=[Sharded(0)])
+    bias = None if bias is None else bias.to_local(grad_placements=[Sharded(0)])
+    return hidden, local, bias, shard, rows

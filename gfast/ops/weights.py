@@ -108,3 +108,18 @@ def sequence_weights(
     weight = torch.where(valid, per_sequence[sequence_id], 0.0).to(logp.dtype)  # [N]
     value = torch.where(counted, value, 0.0).to(logp.dtype)
     return weight, value
+
+
+def weights_and_values(
+    spec: WeightSpec,
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    valid: Tensor,
+    sequence_id: Tensor,
+    num_sequences: int,
+) -> tuple[Tensor, Tensor]:
+    """``sequence_weights`` of a spec of any level; at level "token" the values are those of the tokens [N]."""
+    if spec.level != "token":
+        return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
+    weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
+    return weight, weight * logp
