@@ -26,6 +26,12 @@ TORCH_LIBRARY(gfast, m) {
   m.def(
       "kl_rows(Tensor logits, Tensor ref_logits, Tensor labels, Tensor coef_scale, float scale, float softcap, "
       "float ref_scale, float ref_softcap, Tensor(a!)? out) -> Tensor kl");
+  m.def(
+      "kl_parts(Tensor logits, Tensor ref_logits, Tensor labels, float scale, float softcap, float ref_scale, "
+      "float ref_softcap) -> (Tensor kl, Tensor totals)");
+  m.def(
+      "kl_rows_grad(Tensor logits, Tensor ref_logits, Tensor labels, Tensor totals, Tensor coef_scale, float scale, "
+      "float softcap, float ref_scale, float ref_softcap, Tensor(a!) out) -> ()");
   m.def("fold_columns(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
   m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");

@@ -124,7 +124,9 @@ def head(model: nn.Module, sharded: bool = False) -> Head | None:
     None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced
     by an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded
     weights. With ``sharded`` a vocabulary-parallel head (a DTensor sharded on dim 0 by tensor parallelism) is returned
-    too; FSDP shards, whose processes see different data, never are.
+    too: by torch's `parallelize_module`, or by Hugging Face's `tp_plan` where its version keeps the head as a DTensor
+    (tried with 5.23; versions that keep a bare local slice and gather in hooks give None). FSDP shards, whose processes
+    see different data, never are.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)

@@ -17,6 +17,7 @@ from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
 from gfast.ops.token_kl import linear_token_kl, token_kl
 from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import check_reference, unlearn_loss
+from gfast.ops.vocab_parallel import is_sharded, rows_like
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -100,8 +101,9 @@ def model_loss(
     r"""An objective of a model on a batch, without the logits of the whole batch.
 
     The decoder runs to its final hidden states, the labels are shifted here, and the head goes through
-    ``linear_unlearn_loss``, also where tensor parallelism has sharded it over the vocabulary. A head that is no plain
-    linear map falls back to the model's own logits.
+    ``linear_unlearn_loss`` (KL: ``linear_token_kl``), also where tensor parallelism has sharded it over the vocabulary,
+    torch's or Hugging Face's; every process of its mesh then calls with the same batch, and ref_head is the whole one.
+    A head that is no plain linear map falls back to the model's own logits.
 
     Args:
         model: a causal language model of Hugging Face, possibly wrapped.
@@ -171,7 +173,7 @@ def _need(batch: Mapping[str, Any], key: str, objective) -> Tensor:
 
 
 def _kl(model: nn.Module, batch: Mapping[str, Any], target: Tensor, normalizer, impl: str) -> Tensor:
-    head = hf.head(model)
+    head = hf.head(model, sharded=True)
     # with adapters the original model is this one with them off
     off = getattr(model, "disable_adapter", None) if batch.get("ref_hidden") is None else None
     original = contextlib.nullcontext() if off is None else off()
@@ -187,11 +189,13 @@ def _kl(model: nn.Module, batch: Mapping[str, Any], target: Tensor, normalizer, 
         return token_kl(model_logits(model, batch), ref_logits, target, normalizer=normalizer, impl=impl)
     if off is not None:
         with torch.no_grad(), original:
-            ref_hidden, ref_head = hf.final_hidden(model, batch), hf.head(model)
+            ref_hidden, ref_head = hf.final_hidden(model, batch), hf.head(model, sharded=True)
         ref_weight, ref_bias = ref_head.weight, ref_head.bias
     else:
         ref_hidden = _need(batch, "ref_hidden", KL())
         ref_weight, ref_bias = _need(batch, "ref_head", KL()), batch.get("ref_head_bias")
+        if is_sharded(head.weight):  # the batch holds the whole head on every process
+            ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
     return linear_token_kl(
         hf.final_hidden(model, batch),
         head.weight,

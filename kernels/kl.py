@@ -52,9 +52,25 @@ def kl_gradient_block(row, ref, out, start, V, m_p, c_p, m_q, c_q, masked: tl.co
 
 
 @triton.jit
-def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scale, kl, out, out_stride, N, V,
+def kl_gradient_row(row, ref, out, c, V, top_p, sum_p, top_q, sum_q, scale: tl.constexpr, softcap: tl.constexpr,
+                    ref_scale: tl.constexpr, ref_softcap: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    """c (p - q) dz'/dz. Backwards, as in common.gradient_row: the columns read last are the surest to be in cache."""
+    block: tl.constexpr = R * K
+    blocks = V // block
+    c_p = c / sum_p
+    c_q = c / sum_q
+    if blocks * block < V:
+        kl_gradient_block(row, ref, out, blocks * block, V, top_p, c_p, top_q, c_q, True, scale, softcap, ref_scale,
+                          ref_softcap, R, K)
+    for j in range(blocks):
+        kl_gradient_block(row, ref, out, (blocks - 1 - j) * block, V, top_p, c_p, top_q, c_q, False, scale, softcap,
+                          ref_scale, ref_softcap, R, K)
+
+
+@triton.jit
+def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scale, kl, totals, out, out_stride, N, V,
                    scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
-                   has_out: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+                   has_out: tl.constexpr, has_totals: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         if tl.load(labels + i) != -100:
             row = logits + i * row_stride
@@ -86,22 +102,37 @@ def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scal
             sum_p = tl.sum(s_p * tl.exp(m_p - top_p), 0)
             sum_q = tl.sum(s_q * share, 0)
             tl.store(kl + i, t / sum_q - (tl.log(sum_q) - tl.log(sum_p)))
+            if has_totals:
+                tl.store(totals + 4 * i, top_p)
+                tl.store(totals + 4 * i + 1, sum_p)
+                tl.store(totals + 4 * i + 2, top_q)
+                tl.store(totals + 4 * i + 3, sum_q)
             if has_out:
-                to = out + i * out_stride
-                c = tl.load(coef_scale)
-                c_p = c / sum_p
-                c_q = c / sum_q
-                # Backwards, as in common.gradient_row: the columns read last are the surest to be in cache still.
-                if blocks * block < V:
-                    kl_gradient_block(row, ref, to, blocks * block, V, top_p, c_p, top_q, c_q, True, scale, softcap,
-                                      ref_scale, ref_softcap, R, K)
-                for j in range(blocks):
-                    kl_gradient_block(row, ref, to, (blocks - 1 - j) * block, V, top_p, c_p, top_q, c_q, False, scale,
-                                      softcap, ref_scale, ref_softcap, R, K)
+                kl_gradient_row(row, ref, out + i * out_stride, tl.load(coef_scale), V, top_p, sum_p, top_q, sum_q,
+                                scale, softcap, ref_scale, ref_softcap, R, K)
         else:
             tl.store(kl + i, 0.0)
+            if has_totals:
+                tl.store(totals + 4 * i, 0.0)
+                tl.store(totals + 4 * i + 1, 1.0)
+                tl.store(totals + 4 * i + 2, 0.0)
+                tl.store(totals + 4 * i + 3, 1.0)
             if has_out:
                 zero_row(out + i * out_stride, V, R, K)
+
+
+@triton.jit
+def kl_rows_grad_kernel(logits, row_stride, ref_logits, ref_stride, labels, totals, coef_scale, out, out_stride, N, V,
+                        scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
+                        R: tl.constexpr, K: tl.constexpr):
+    for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        to = out + i * out_stride
+        if tl.load(labels + i) != -100:
+            kl_gradient_row(logits + i * row_stride, ref_logits + i * ref_stride, to, tl.load(coef_scale), V,
+                            tl.load(totals + 4 * i), tl.load(totals + 4 * i + 1), tl.load(totals + 4 * i + 2),
+                            tl.load(totals + 4 * i + 3), scale, softcap, ref_scale, ref_softcap, R, K)
+        else:
+            zero_row(to, V, R, K)
 
 
 def kl_rows(
@@ -114,8 +145,11 @@ def kl_rows(
     ref_scale: float = 1.0,
     ref_softcap: float = 0.0,
     out: torch.Tensor | None = None,  # [N, V], may be logits
+    totals: torch.Tensor | None = None,  # [N, 4] fp32
 ) -> torch.Tensor:
     """KL(q || p) of each row [N] fp32 and, into `out`, the gradient coef_scale (p - q) dz'/dz of their sum.
+
+    `totals` gets the maximum and the sum of exps relative to it of the row, then of the reference's.
 
     >>> kl = kl_rows(logits, ref_logits, labels, torch.ones((), device=logits.device), out=logits)
     """
@@ -130,7 +164,37 @@ def kl_rows(
         grid, options = launch(logits, ref_logits, target, streams=2)
         with torch.cuda.device_of(logits):
             kl_rows_kernel[grid](
-                logits, logits.stride(0), ref_logits, ref_logits.stride(0), labels.contiguous(), coef_scale, kl, target,
-                target.stride(0), rows, vocab, float(scale), float(softcap), float(ref_scale), float(ref_softcap),
-                out is not None, **options)
+                logits, logits.stride(0), ref_logits, ref_logits.stride(0), labels.contiguous(), coef_scale, kl,
+                kl if totals is None else totals, target, target.stride(0), rows, vocab, float(scale), float(softcap),
+                float(ref_scale), float(ref_softcap), out is not None, totals is not None, **options)
     return kl
+
+
+def kl_rows_grad(
+    logits: torch.Tensor,  # [N, V]
+    ref_logits: torch.Tensor,  # [N, V]
+    labels: torch.Tensor,  # [N] int64; only -100 or not matters
+    totals: torch.Tensor,  # [N, 4] fp32
+    coef_scale: torch.Tensor,  # 0-dim fp32 on the device of logits
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    out: torch.Tensor,  # [N, V], may be logits
+) -> None:
+    """Write the gradient coef_scale (p - q) dz'/dz, both softmaxes normalised by `totals` as `kl_rows` gives them:
+    where these rows are parts of longer ones, those of the longer rows.
+
+    >>> kl_rows_grad(logits, ref_logits, labels, totals, one, 1.0, 0.0, 1.0, 0.0, logits)
+    """
+    rows, vocab = logits.shape
+    check_rows("logits", logits, (rows, vocab))
+    check_rows("ref_logits", ref_logits, (rows, vocab))
+    check_rows("out", out, (rows, vocab))
+    if rows:
+        grid, options = launch(logits, ref_logits, out, streams=2)
+        with torch.cuda.device_of(logits):
+            kl_rows_grad_kernel[grid](
+                logits, logits.stride(0), ref_logits, ref_logits.stride(0), labels.contiguous(), totals.contiguous(),
+                coef_scale, out, out.stride(0), rows, vocab, float(scale), float(softcap), float(ref_scale),
+                float(ref_softcap), **options)

@@ -386,7 +386,7 @@ def test_opcheck():
         ops.linear_unlearn, (h, weight, bias, flat, reference, None, ids, 2, 3, "sequence", numbers, factor, *whole)
     )
     torch.library.opcheck(
-        ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, 1.0, 0.0, 4, "auto", need_all)
+        ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, *whole)
     )
 
 

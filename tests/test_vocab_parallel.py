@@ -7,12 +7,13 @@ import socket
 import pytest
 import torch
 import vocab_parallel
-from test_ops_losses import problem, run, squared
+from test_ops_losses import IMPLS, assert_law, need, problem, run, squared
 from torch import nn
 from training_tiny import server
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
+from gfast.ops import token_kl
 from gfast.ops.head import ChunkedHead
 
 
@@ -59,8 +60,11 @@ def test_other_layouts_are_refused(mesh):
     head = distribute_tensor(weight, mesh, [Shard(0)])
     with pytest.raises(ValueError, match="shard it alike"):
         gfast.linear_unlearn_loss(hidden, head, labels, WGA(), bias=bias)
-    with pytest.raises(TypeError, match="not supported"):
-        gfast.linear_token_kl(hidden, head, hidden, weight, labels)
+    for pair in ((head, weight), (weight, head)):
+        with pytest.raises(TypeError, match=r"is a DTensor but .* a plain tensor. Shard it alike"):
+            gfast.linear_token_kl(hidden, pair[0], hidden, pair[1], labels)
+    with pytest.raises(ValueError, match="shard them alike"):
+        gfast.linear_token_kl(hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)]), labels)
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 37\)"):
         gfast.linear_token_logp(hidden, head, labels + 37)
     alone = gfast.linear_token_logp(hidden, head, labels)
@@ -91,12 +95,70 @@ def test_logits_are_computed_once(mesh, objective, scoring, monkeypatch):
     torch.testing.assert_close([*rest, grad_weight.full_tensor()], whole, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("near", [1.0, 1e-3])
+def test_kl_of_parts_of_rows_by_the_law(dtype, impl, near):
+    """What two processes do with their halves of the logits, without the processes."""
+    need("sharded_token_kl", impl, "cpu", dtype)
+    if impl == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates when it casts to bfloat16; compiled Triton rounds")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 301, generator=g) * 3
+    logits[:4] += 200
+    ref_logits = (logits + near * torch.randn(9, 301, generator=g)).to(dtype)
+    logits, labels = logits.to(dtype), torch.arange(9)
+    labels[2] = -100
+    ref_logits[5, 11] = -torch.inf
+    logits[6, 150:] = ref_logits[6, 150:] = -torch.inf  # one part is masked altogether
+    form, factor = (0.7, 5.0, 1.3, 0.0) if near == 1.0 else (1.0, 0.0, 1.0, 0.0), torch.tensor(0.3)
+    if form[1]:
+        logits[6, 150:] = -1e4  # the cap of -inf is finite
+
+    def literal(z, r):
+        out = torch.empty_like(z)
+        return token_kl._kl_rows_reference(z, r, labels, factor, *form, out), out
+
+    cuts = [(0, 150), (150, 301)]
+    found = [token_kl._kl_parts(logits[:, a:b], ref_logits[:, a:b], labels, form, impl) for a, b in cuts]
+    kl, totals = token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))
+    kl = torch.where(labels >= 0, kl, 0.0)
+    out = torch.full_like(logits, torch.nan)
+    for a, b in cuts:
+        token_kl._kl_rows_grad(logits[:, a:b], ref_logits[:, a:b], labels, totals, factor, form, out[:, a:b], impl)
+    assert kl[2] == 0 and (out[2] == 0).all()
+    assert_law([kl, out], literal(logits, ref_logits), literal(logits.double(), ref_logits.double()), dtype, impl)
+
+
+def test_a_small_kl_of_parts_keeps_its_digits():
+    need("sharded_token_kl", "cpp", "cpu", torch.float32)
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    near = logits + 1e-4 * torch.randn(4, 3000, generator=torch.Generator().manual_seed(3))
+    form, labels = (1.0, 0.0, 1.0, 0.0), torch.zeros(4, dtype=torch.int64)
+
+    def of_parts(ref):
+        halves = zip(logits.split(1000, 1), ref.split(1000, 1), strict=True)
+        found = [token_kl._kl_parts(z.contiguous(), r.contiguous(), labels, form, "cpp") for z, r in halves]
+        return token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))[0]
+
+    truth = token_kl.token_kl_reference(logits.double(), near.double(), labels)  # about 5e-9
+    torch.testing.assert_close(of_parts(near), truth, rtol=1e-2, atol=0)
+    assert (of_parts(logits.clone()) == 0).all()
+
+
 def test_opcheck(mesh):
     hidden, weight, bias, labels, _ = problem(dtype=torch.float32)
-    leaves = [x.requires_grad_() for x in (hidden.reshape(28, -1), weight, bias)]
-    group = mesh.get_group().group_name
-    arguments = (*leaves, labels.reshape(-1), 0, 37, group, 1.0, 0.0, 9, "auto")
-    torch.library.opcheck(torch.ops.gfast.linear_token_logp, arguments)
+    h, flat, factor = hidden.reshape(28, -1), labels.reshape(-1), torch.tensor(0.25)
+    ids, numbers, need_all = torch.arange(28) // 7, WGA().spec().numbers(), [True] * 3
+    shard = (0, 37, mesh.get_group().group_name, 1.0, 0.0, 9, "auto")
+    ops = torch.ops.gfast
+    leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
+    torch.library.opcheck(ops.linear_token_logp, (*leaves, flat, *shard))
+    torch.library.opcheck(
+        ops.linear_unlearn,
+        (h, weight, bias, flat, None, None, ids, 4, 7, "token", numbers, factor, *shard, need_all),
+    )
+    torch.library.opcheck(ops.linear_token_kl, (h, weight, bias, h + 1, weight, bias, flat, factor, *shard, need_all))
 
 
 def test_a_head_under_fsdp_is_not_taken_for_a_vocabulary_parallel_one(mesh):

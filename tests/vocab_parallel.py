@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
+
 import torch
 from test_ops_losses import assert_law, problem, run, squared
-from torch import nn
+from torch import distributed, nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -12,9 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import gfast
 from gfast import hf
-from gfast.objectives import DPO, NLL, NPO, TNPO, WGA
+from gfast.objectives import DPO, KL, NLL, NPO, TNPO, WGA
 from gfast.ops.backend import why_not
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
+from gfast.ops.token_kl import token_kl_reference
 
 
 def split(x, mesh):
@@ -75,6 +80,33 @@ def by_the_law(mesh, impl: str, dtype: torch.dtype) -> None:
         assert_law(map(gathered, found), run(literal, inputs), run(literal, wide), dtype, impl)
 
 
+def compare_kl(mesh, impl: str, dtype: torch.dtype, V: int) -> None:
+    """Both heads split: value and gradients as of whole ones; fp64 exactly, else by the law."""
+    hidden, weight, bias, labels, _ = problem(T=9, V=V)
+    reference = problem(seed=1, T=9, V=V)[:3]
+    valid = int((labels != -100).sum())
+
+    def logits_of(h, w, b):
+        return 7 * torch.tanh(0.8 * torch.nn.functional.linear(h, w, b) / 7)
+
+    def literal(h, w, b):
+        ref_logits = logits_of(*(x.to(h.dtype) for x in reference))
+        return token_kl_reference(logits_of(h, w, b), ref_logits, labels).sum() / valid
+
+    def ours(h, w, b):
+        ref_hidden, ref_weight, ref_bias = (x.to(dtype) for x in reference)
+        refs = dict(bias=b, ref_bias=split(ref_bias, mesh), logit_scale=0.8, softcap=7.0)
+        return gfast.linear_token_kl(h, w, ref_hidden, split(ref_weight, mesh), labels, chunk_rows=5, impl=impl, **refs)
+
+    inputs = [x.to(dtype) for x in (hidden, weight, bias)]
+    found = run(ours, (inputs[0], split(inputs[1], mesh), split(inputs[2], mesh)))
+    found, truth = [gathered(x) for x in found], run(literal, (hidden, weight, bias))
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
+    else:
+        assert_law(found, run(literal, inputs), truth, dtype, impl)
+
+
 def masked(mesh, impl: str, dtype: torch.dtype) -> None:
     """A shard of nothing but masked logits (a padded vocabulary) adds nothing, also to labels that lie in it."""
     hidden, weight, bias, labels, _ = problem(dtype=dtype)
@@ -92,26 +124,61 @@ def masked(mesh, impl: str, dtype: torch.dtype) -> None:
     assert (outside == -torch.inf).all()
 
 
+def same_as_whole(model, truth_model) -> None:
+    """Losses and log-probs of a model with a sharded head, and all gradients, are those of the whole model."""
+    from test_model import batch_of, gradients
+
+    batch = batch_of()
+    generator = torch.Generator().manual_seed(5)
+    shape = (*batch["input_ids"].shape, truth_model.config.hidden_size)
+    head = hf.head(truth_model)
+    cached = dict(
+        ref_hidden=torch.randn(shape, generator=generator, dtype=torch.float64), ref_head=head.weight.detach() * 0.5
+    )
+    assert hf.head(model) is None and hf.head(model, sharded=True) is not None
+    torch.testing.assert_close(gfast.model_logp(model, batch), gfast.model_logp(truth_model, batch))
+    for objective in (WGA(), KL()):
+        truth = gfast.model_loss(truth_model, {**batch, **cached}, objective)
+        out = gfast.model_loss(model, {**batch, **cached}, objective)
+        torch.testing.assert_close(out.loss, truth.loss, rtol=1e-9, atol=1e-12)
+        if len(list(model.parameters())) == len(list(truth_model.parameters())):
+            for ours, right in zip(gradients(model, out.loss), gradients(truth_model, truth.loss), strict=True):
+                torch.testing.assert_close(gathered(ours), right, rtol=1e-8, atol=1e-11)
+
+
 def compare_models(mesh) -> None:
-    from test_model import batch_of, gradients, tiny
+    from test_model import tiny
 
     for kind in ("llama", "cohere"):  # by torch's tensor parallelism, with its hooks; a bare parameter
-        batch = batch_of()
         truth_model, model = tiny(kind), tiny(kind)
-        truth = gfast.model_loss(truth_model, batch, WGA())
-        exact = gradients(truth_model, truth.loss)
         if kind == "llama":
             parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
-        else:
-            model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
-        assert hf.head(model) is None and hf.head(model, sharded=True) is not None
-        out = gfast.model_loss(model, batch, WGA())
-        torch.testing.assert_close(out.loss, truth.loss, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(gfast.model_logp(model, batch), gfast.model_logp(truth_model, batch))
-        if kind == "llama":  # the other's embeddings are no longer tied to its head
-            for ours, right in zip(gradients(model, out.loss), exact, strict=True):
-                ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
-                torch.testing.assert_close(ours, right, rtol=1e-8, atol=1e-11)
+        else:  # the embeddings are no longer tied to the head then: gradients are not compared
+            model.lm_head.weight = nn.Parameter(split(model.lm_head.weight.detach(), mesh))
+        same_as_whole(model, truth_model)
+
+
+def compare_hugging_face(rank: int, world: int) -> None:
+    """Models that Hugging Face loads by their tensor-parallel plan, where its version keeps DTensors."""
+    try:
+        from transformers.distributed import DistributedConfig, tensor_parallel  # noqa: F401
+    except ImportError:
+        return
+    from test_model import SMALL
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    for tied in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            shared = [folder]
+            if rank == 0:
+                LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)).save_pretrained(folder)
+            distributed.broadcast_object_list(shared)
+            load = functools.partial(LlamaForCausalLM.from_pretrained, shared[0], dtype=torch.float64)
+            truth_model, model = load(), load(distributed_config=DistributedConfig(tp_plan="auto"))
+            distributed.barrier()  # before the folder goes
+        assert isinstance(model.lm_head.weight.data, DTensor)
+        same_as_whole(model, truth_model)
 
 
 def check(rank: int, world: int, port: int) -> None:
@@ -129,6 +196,14 @@ def check(rank: int, world: int, port: int) -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 by_the_law(mesh, impl, dtype)
             masked(mesh, impl, torch.float32)
+        for V in (37, 1):
+            compare_kl(mesh, "reference", torch.float64, V)
+        for impl in ("reference", "cpp"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                if not why_not("sharded_token_kl", impl, "cpu", dtype):
+                    compare_kl(mesh, impl, dtype, 37)
+                    compare_kl(mesh, impl, dtype, 1)
         compare_models(mesh)
+        compare_hugging_face(rank, world)
     finally:
         destroy_process_group()

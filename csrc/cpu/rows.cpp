@@ -1,4 +1,5 @@
-// CPU implementations of logp_rows, logp_rows_grad, weighted_rows and kl_rows: checks, then the kernels over rows.
+// CPU implementations of logp_rows, logp_rows_grad, weighted_rows and the KL ops: checks, then the kernels over
+// rows.
 #include "cpu/kernels/rows.h"
 
 #include <ATen/Parallel.h>
@@ -108,27 +109,61 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
   return {logp, weight};
 }
 
-Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& coef_scale,
-                   double scale, double softcap, double ref_scale, double ref_softcap, std::optional<Tensor> out) {
-  const char* op = "kl_rows";
+// The arguments all KL ops share; `y` keeps the labels alive.
+KlArgs kl_args(const char* op, const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, double scale,
+               double softcap, double ref_scale, double ref_softcap, Tensor& y) {
   KlArgs args{};
   args.logits = check_matrix(op, "logits", logits, scale, softcap);
   args.ref = check_matrix(op, "ref_logits", ref_logits, ref_scale, ref_softcap);
-  TORCH_CHECK_VALUE(ref_logits.sizes() == logits.sizes(), "gfast: kl_rows: ref_logits must have the shape of logits ",
+  TORCH_CHECK_VALUE(ref_logits.sizes() == logits.sizes(), "gfast: ", op, ": ref_logits must have the shape of logits ",
                     logits.sizes(), ", not ", ref_logits.sizes());
   args.vocab = logits.size(1);
-  const int64_t rows = logits.size(0);
-  const Tensor y = check_labels(op, labels, rows, args.vocab);
+  y = check_labels(op, labels, logits.size(0), args.vocab);
   args.labels = y.const_data_ptr<int64_t>();
+  return args;
+}
+
+Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& coef_scale,
+                   double scale, double softcap, double ref_scale, double ref_softcap, std::optional<Tensor> out) {
+  const char* op = "kl_rows";
+  Tensor y;
+  KlArgs args = kl_args(op, logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
   args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
   if (out.has_value()) {
     set_out(op, args, *out, logits);
     check_apart(op, *out, "ref_logits", ref_logits);
   }
-  Tensor kl = at::empty({rows}, at::kFloat);
+  Tensor kl = at::empty({logits.size(0)}, at::kFloat);
   args.kl = kl.mutable_data_ptr<float>();
-  run(GFAST_KERNEL(kl_rows), args, rows);
+  run(GFAST_KERNEL(kl_rows), args, logits.size(0));
   return kl;
+}
+
+std::tuple<Tensor, Tensor> kl_parts_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
+                                        double scale, double softcap, double ref_scale, double ref_softcap) {
+  Tensor y;
+  KlArgs args = kl_args("kl_parts", logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
+  Tensor kl = at::empty({logits.size(0)}, at::kFloat), totals = at::empty({logits.size(0), 4}, at::kDouble);
+  args.kl = kl.mutable_data_ptr<float>();
+  args.totals = totals.mutable_data_ptr<double>();
+  run(GFAST_KERNEL(kl_rows), args, logits.size(0));
+  return {kl, totals};
+}
+
+void kl_rows_grad_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& totals,
+                      const Tensor& coef_scale, double scale, double softcap, double ref_scale, double ref_softcap,
+                      Tensor out) {
+  const char* op = "kl_rows_grad";
+  Tensor y;
+  KlArgs args = kl_args(op, logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
+  TORCH_CHECK_VALUE(totals.dim() == 2 && totals.size(0) == logits.size(0) && totals.size(1) == 4 &&
+                        totals.scalar_type() == at::kDouble && totals.is_cpu() && totals.is_contiguous(),
+                    "gfast: ", op, ": totals must be contiguous fp64 [", logits.size(0), ", 4] on the CPU");
+  args.given = totals.const_data_ptr<double>();
+  args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
+  set_out(op, args, out, logits);
+  check_apart(op, out, "ref_logits", ref_logits);
+  run(GFAST_KERNEL(kl_rows), args, logits.size(0));
 }
 
 // torch's own x.mul_() takes three times as long for bfloat16.
@@ -148,6 +183,8 @@ TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("logp_rows_grad", &logp_rows_grad_cpu);
   m.impl("weighted_rows", &weighted_rows_cpu);
   m.impl("kl_rows", &kl_rows_cpu);
+  m.impl("kl_parts", &kl_parts_cpu);
+  m.impl("kl_rows_grad", &kl_rows_grad_cpu);
   m.impl("scale_", &scale_cpu);
 }
 

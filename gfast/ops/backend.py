@@ -62,9 +62,11 @@ def _kernel_missing(op: str) -> str:
         "grad_dot": "grad_dots",
         "unlearn_loss": "weighted_rows",
         "linear_token_logp": "fold_columns",
+        "sharded_token_kl": "kl_parts",
         "scale": "scale_",
     }.get(op, "kl_rows" if "kl" in op else "logp_rows")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
+    # asking about an op that is not defined at all raises
+    if compiled(kernel) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
         return ""
     return f"gfast._C holds no CPU kernel {kernel}; build the package again"
 
@@ -84,7 +86,7 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
         return ""
     if impl not in IMPLS:
         return f"no implementation is called {impl!r}; choose 'auto' or one of {', '.join(IMPLS)}"
-    if op in (*ROW_OPS, "linear_row_dot") and dtype is not None and dtype not in _ROW_DTYPES:
+    if op in (*ROW_OPS, "sharded_token_kl", "linear_row_dot") and dtype is not None and dtype not in _ROW_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}; impl='reference' takes it"
     if impl == "cpp":
         if kind != "cpu":

@@ -12,15 +12,14 @@ from gfast.ops.common import (
     check_reduction,
     check_rows,
     coef_scale,
-    default_chunk_rows,
     fresh,
     row_chunks,
     scaled,
     sequence_layout,
 )
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, prepare_head, valid_rows
+from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, valid_rows
 from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
-from gfast.ops.vocab_parallel import is_sharded
+from gfast.ops.vocab_parallel import Shard, check_alike, local_head
 
 
 def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,6 +67,86 @@ def kl_rows(
     return _kl_rows_reference(*arguments)
 
 
+def _kl_parts(logits, ref_logits, labels, form, impl) -> tuple[Tensor, Tensor]:
+    """KL [n] as if these columns were all there are, and totals [n, 4]: maximum and sum of exps relative to it of the
+    logits and of the reference's. ``form``: scale, softcap, ref_scale, ref_softcap."""
+    if impl == "cpp":
+        return torch.ops.gfast.kl_parts(logits, ref_logits, labels, *form)
+    if impl == "triton":
+        from gfast.kernels import kl
+
+        totals = torch.empty(logits.shape[0], 4, dtype=torch.float32, device=logits.device)
+        one = torch.ones((), device=logits.device)
+        return kl.kl_rows(logits, ref_logits, labels, one, *form, totals=totals), totals
+    z, ref_z = capped(logits, *form[:2]), capped(ref_logits, *form[2:])
+    tops = z.amax(-1), ref_z.amax(-1)
+    shifts = [torch.where(top == -torch.inf, 0.0, top)[:, None] for top in tops]  # all masked: not -inf - -inf
+    sums = [torch.exp(x - shift).sum(-1) for x, shift in zip((z, ref_z), shifts, strict=True)]
+    return token_kl_reference(z, ref_z, labels), torch.stack([tops[0], sums[0], tops[1], sums[1]], dim=1)
+
+
+def _kl_rows_grad(logits, ref_logits, labels, totals, factor, form, out, impl) -> None:
+    """``out`` (may be logits) = factor * (p - q) dz/dlogits, where ``totals`` [n, 4] normalise p and q."""
+    if impl == "cpp":
+        torch.ops.gfast.kl_rows_grad(logits, ref_logits, labels, totals, factor, *form, out)
+    elif impl == "triton":
+        from gfast.kernels import kl
+
+        kl.kl_rows_grad(logits, ref_logits, labels, totals.float(), factor, *form, out)
+    else:
+        scale, softcap, *ref_form = form
+        z, ref_z = capped(logits, scale, softcap), capped(ref_logits, *ref_form)
+        top, total, ref_top, ref_total = totals.to(z.dtype)[:, :, None].unbind(1)
+        delta = torch.exp(z - top) / total - torch.exp(ref_z - ref_top) / ref_total
+        slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
+        out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], factor * delta * slope, 0.0))
+
+
+def merged_kl(kl: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of rows whose parts lie in several shards, by the chain rule, and their totals.
+
+    With P_g, Q_g the probabilities that model and reference give to shard g, and KL_g between the softmaxes inside it:
+    KL = sum_g Q_g KL_g + sum_g (Q_g (log Q_g - log P_g) + P_g - Q_g). No term is negative, so a small KL keeps its
+    digits, and an error of a total counts in second order.
+
+    Args:
+        kl: [shards, n], fp64. totals: [shards, n, 4], fp64 (see ``_kl_parts``); sums of 0 where a shard holds nothing.
+
+    Returns:
+        [n] and [n, 4], fp64.
+    """
+    merged, mass, log_mass = [], [], []
+    for top, total in ((totals[..., 0], totals[..., 1]), (totals[..., 2], totals[..., 3])):
+        highest = top.amax(0)
+        # not -inf - -inf where a shard is all masked
+        log_part = torch.where(total == 0, -torch.inf, (top - highest) + torch.log(total))  # [shards, n]
+        whole = torch.exp(log_part).sum(0)
+        log_mass.append(log_part - torch.log(whole))
+        mass.append(torch.exp(log_mass[-1]))
+        merged += [highest, whole]
+    (p, q), (log_p, log_q) = mass, log_mass
+    inside = torch.where(p == 0, torch.inf, kl)
+    terms = torch.where(q == 0, p, q * inside + q * (log_q - log_p) + (p - q))
+    return terms.sum(0), torch.stack(merged, dim=1)
+
+
+def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, impl) -> Tensor:
+    """``kl_rows`` over the whole vocabulary from this shard's columns [n, v] of both logits."""
+    if not shard.group:
+        return kl_rows(logits, ref_logits, labels, factor, *form, out, impl)
+    impl = select("sharded_token_kl", impl, logits.device, logits.dtype)
+    own, _ = shard.columns(labels, logits.shape[1])
+    if logits.shape[1]:
+        kl, totals = _kl_parts(logits, ref_logits, own, form, impl)
+    else:
+        kl, totals = logits.new_zeros(logits.shape[0]), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(len(own), 1)
+    state = shard.gathered(torch.cat([kl.double()[None], totals.double().t()]))  # [processes, 5, n]
+    kl, totals = merged_kl(state[:, 0], state[:, 1:].transpose(1, 2))
+    if out is not None and logits.shape[1]:
+        _kl_rows_grad(logits, ref_logits, own, totals, factor, form, out, impl)
+    return torch.where(labels != IGNORE_INDEX, kl, 0.0).to(stats_dtype(logits.dtype))
+
+
 @torch.library.custom_op("gfast::token_kl", mutates_args=())
 def _token_kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, factor: Tensor, with_grad: bool, impl: str
@@ -96,13 +175,17 @@ def _linear_token_kl(
     ref_bias: Tensor | None,
     labels: Tensor,
     factor: Tensor,
+    first: int,
+    vocab: int,
+    group: str,
     scale: float,
     softcap: float,
     chunk_rows: int,
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_label_range("linear_token_kl", labels, weight.shape[0])
+    check_label_range("linear_token_kl", labels, vocab)
+    shard = Shard(first, vocab, group)  # that both weights [v, D] are
     order = valid_rows(labels)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
     ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk_rows, order)
@@ -112,16 +195,32 @@ def _linear_token_kl(
     for start, stop in row_chunks(head.rows, head.chunk):
         rows, part = head.logits(start, stop), slice(start, stop)
         out = rows if wanted else None
-        kl[part] = kl_rows(
-            rows, ref.logits(start, stop), head.labels[part], factor, scale, softcap, scale, softcap, out, impl
-        )
+        form = (scale, softcap, scale, softcap)
+        kl[part] = _kl_rows_of(shard, rows, ref.logits(start, stop), head.labels[part], factor, form, out, impl)
         if wanted:
             head.add_gradients(start, stop, rows)
-    return head.scatter(kl), *head.gradients()
+    return head.scatter(kl), *shard.gradients(head)
 
 
 @_linear_token_kl.register_fake
-def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, scale, softcap, chunk_rows, impl, need):
+def _(
+    hidden,
+    weight,
+    bias,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    labels,
+    factor,
+    first,
+    vocab,
+    group,
+    scale,
+    softcap,
+    chunk_rows,
+    impl,
+    need,
+):
     return hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype)), *fake_gradients(
         hidden, weight, tuple(need)
     )
@@ -145,13 +244,26 @@ class _KLLoss(torch.autograd.Function):
 class _LinearKLLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, scale, softcap, chunk, impl
+        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, shard, scale, softcap, chunk, impl
     ):
         need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
         late = hidden.dtype == torch.float16  # see linear_unlearn_loss
         inner = torch.ones_like(factor) if late else factor
         kl, *grads = torch.ops.gfast.linear_token_kl(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, inner, scale, softcap, chunk, impl, need
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            labels,
+            inner,
+            *shard,
+            scale,
+            softcap,
+            chunk,
+            impl,
+            need,
         )
         ctx.save_for_backward(factor if late else None, *grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -160,7 +272,7 @@ class _LinearKLLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        nothing = (None,) * 12
+        nothing = (None,) * 13
         if grad_loss is None:
             return nothing
         late, *grads = ctx.saved_tensors
@@ -249,6 +361,7 @@ def linear_token_kl(
 
     Args:
         hidden: [..., D]. weight: [V, D]. ref_hidden: [..., D_o]. ref_weight: [V, D_o]. bias, ref_bias: [V] or None.
+            DTensors are vocabulary-parallel heads (see ``linear_token_logp``): both or neither, sharded alike.
         labels: [...], int64; only says which positions count.
         logit_scale, softcap: of both heads.
         reduction, normalizer, impl: as ``token_kl``. chunk_rows: rows of logits held at a time, of each head.
@@ -257,7 +370,8 @@ def linear_token_kl(
         0-dim loss, differentiable with respect to hidden, weight and bias.
 
     Raises:
-        ValueError, TypeError: as ``token_kl``, and heads that do not match their hidden states or each other.
+        ValueError, TypeError: as ``token_kl``, and heads that do not match their hidden states or each other, also in
+        how they are sharded.
 
     Source: arXiv 2502.19301, appendix.
 
@@ -268,28 +382,29 @@ def linear_token_kl(
         0.0
     """
     name = "linear_token_kl"
-    if is_sharded(weight) or is_sharded(ref_weight):
-        raise TypeError(f"gfast: {name}: vocabulary-parallel heads are not supported; gather them with full_tensor().")
-    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
-    ref_hidden, ref_weight = ref_hidden.detach().to(hidden.dtype), ref_weight.detach().to(hidden.dtype)
-    ref_bias = None if ref_bias is None else ref_bias.detach().to(hidden.dtype)
-    ref_hidden, ref_weight, ref_bias = prepare_head(name, ref_hidden, ref_weight, ref_bias, labels)
-    if ref_weight.shape[0] != weight.shape[0]:
+    check_alike(name, weight, ref_weight)
+    head = local_head(name, hidden, weight, bias, labels, chunk_rows)
+    dtype = head.hidden.dtype
+    ref_hidden, ref_weight = ref_hidden.detach().to(dtype), ref_weight.detach().to(dtype)
+    ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
+    ref = local_head(name, ref_hidden, ref_weight, ref_bias, labels, chunk_rows)
+    if ref.shard.vocab != head.shard.vocab:
         raise ValueError(
-            f"gfast: {name}: the heads have different vocabularies: {weight.shape[0]} and {ref_weight.shape[0]}."
+            f"gfast: {name}: the heads have different vocabularies: {head.shard.vocab} and {ref.shard.vocab}."
         )
-    flat, factor = _factor(name, labels, reduction, normalizer, stats_dtype(hidden.dtype))
+    flat, factor = _factor(name, labels, reduction, normalizer, stats_dtype(dtype))
     return _LinearKLLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        ref_hidden.reshape(-1, ref_hidden.shape[-1]),
-        ref_weight,
-        ref_bias,
+        head.hidden,
+        head.weight,
+        head.bias,
+        ref.hidden,
+        ref.weight,
+        ref.bias,
         flat,
         factor,
+        head.shard,
         float(logit_scale),
         check_cap(name, softcap),
-        chunk_rows or default_chunk_rows(*weight.shape, hidden.device),
+        head.chunk,
         impl,
     )

@@ -150,6 +150,37 @@ def is_sharded(weight: Tensor) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
+def check_alike(name: str, weight: Tensor, ref_weight: Tensor) -> None:
+    """The heads of model and reference are both whole or sharded over the same mesh in the same way."""
+    sharded, ref_sharded = is_sharded(weight), is_sharded(ref_weight)
+    if sharded != ref_sharded:
+        one, other = ("weight", "ref_weight") if sharded else ("ref_weight", "weight")
+        raise TypeError(
+            f"gfast: {name}: {one} is a DTensor but {other} a plain tensor. Shard it alike with "
+            f"torch.distributed.tensor.distribute_tensor({other}, {one}.device_mesh, {one}.placements), its bias too, "
+            f"or gather {one} with full_tensor()."
+        )
+    if sharded and (weight.device_mesh != ref_weight.device_mesh or weight.placements != ref_weight.placements):
+        raise ValueError(
+            f"gfast: {name}: weight is {weight.placements} on {weight.device_mesh} but ref_weight "
+            f"{ref_weight.placements} on {ref_weight.device_mesh}; shard them alike."
+        )
+
+
+def rows_like(whole: Tensor | None, sharded: Tensor) -> Tensor | None:
+    """``whole`` [V, ...], which every process holds, as a DTensor sharded over dim 0 as ``sharded`` is; nothing is
+    sent."""
+    from torch.distributed.tensor import DTensor
+
+    if whole is None or is_sharded(whole):
+        return whole
+    mesh, vocab = sharded.device_mesh, whole.shape[0]
+    rows = -(-vocab // mesh.size())
+    first = min(vocab, mesh.get_local_rank() * rows)
+    part = whole[first : first + rows]
+    return DTensor.from_local(part, mesh, sharded.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
 def local_head(
     name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int | None
 ) -> LocalHead:

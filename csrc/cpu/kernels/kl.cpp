@@ -121,15 +121,26 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
   float *zp = scratch, *zq = zp + room, *slopes = a.logits.softcap > 0 ? zq + room : nullptr;
   for (int64_t i = begin; i < end; ++i) {
     char* out = (char*)a.out + i * a.out_stride * size;
-    a.kl[i] = 0;
+    if (a.kl != nullptr) a.kl[i] = 0;
     if (a.labels[i] < 0) {
+      for (int k = 0; a.totals != nullptr && k < 4; ++k) a.totals[4 * i + k] = k % 2;
       if (a.out != nullptr) memset(out, 0, a.vocab * size);
       continue;
     }
-    const Softmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
-    const Softmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
+    Softmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
+    Softmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
+    if (a.totals != nullptr) {
+      const double found[4] = {sp.top, sp.total, sq.top, sq.total};
+      memcpy(a.totals + 4 * i, found, sizeof found);
+    }
+    if (a.given != nullptr) {
+      const double* t = a.given + 4 * i;
+      sp = {(float)t[0], t[1]};
+      sq = {(float)t[2], t[3]};
+    }
     float* grad = a.out != nullptr ? zp : nullptr;
-    a.kl[i] = (float)row_kl(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
+    const double kl = row_kl(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
+    if (a.kl != nullptr) a.kl[i] = (float)kl;
     if (a.out != nullptr) write(out, zp, a.vocab);
   }
 }

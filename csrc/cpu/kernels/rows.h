@@ -48,9 +48,12 @@ struct KlArgs {
   int64_t vocab;
   const int64_t* labels;
   float coef_scale;
-  float* kl;  // [N]
+  float* kl;  // [N], null where only the gradient is wanted
   void* out;
   int64_t out_stride;
+  // [N, 4]: max z' and sum exp(z' - max) of the logits, then of ref; null where nobody wants them
+  double* totals;
+  const double* given;  // the same over longer rows that these are parts of, to normalise by; null: these are whole
 };
 
 constexpr int64_t kBlock = 2048;
