@@ -13,7 +13,7 @@ from training_tiny import server
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
-from gfast.ops import token_kl
+from gfast.ops import backend, token_kl
 from gfast.ops.head import ChunkedHead
 
 
@@ -72,27 +72,41 @@ def test_other_layouts_are_refused(mesh):
 
 
 @pytest.mark.parametrize(
-    "objective, scoring", [(WGA(), 0), (SatImp(), 0), (NPO(0.3), 0), (DPO(), 0), (squared, 1)], ids=str
+    "objective, times",
+    [(WGA(), 1), (SatImp(), 1), (NPO(0.3), 1), (DPO(), 1), (squared, 2), ("KL", 2)],
+    ids=str,
 )
-def test_logits_are_computed_once(mesh, objective, scoring, monkeypatch):
-    """One product with the head a chunk: the backward computes no logits; only a callable takes a first pass."""
+def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
+    """One product with the head a chunk: the backward computes no logits. A callable takes a first pass, KL two heads;
+    a sharded head no more than a whole one."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     products, logits = [], ChunkedHead.logits
     monkeypatch.setattr(ChunkedHead, "logits", lambda *a: products.append(a[1:]) or logits(*a))
     hidden, weight, _, labels, ref = problem()
+
+    def loss(h, w):
+        if objective == "KL":
+            return gfast.linear_token_kl(h, w, hidden * 0.5, w * 2, labels, chunk_rows=14)
+        return gfast.linear_unlearn_loss(h, w, labels, objective, ref_logp=ref, chunk_rows=14)
+
     results = []
     for head in (weight, distribute_tensor(weight, mesh, [Shard(0)])):
         products.clear()
-
-        def loss(h, w):
-            return gfast.linear_unlearn_loss(h, w, labels, objective, ref_logp=ref, chunk_rows=14)
-
         results.append(run(loss, (hidden, head)))
         chunks = len(set(products))
-        assert chunks == 2 and len(products) == chunks * (1 + scoring)
+        assert chunks == 2 and len(products) == chunks * times
     whole, (*rest, grad_weight) = results
     torch.testing.assert_close([*rest, grad_weight.full_tensor()], whole, rtol=1e-10, atol=1e-12)
+
+
+def test_an_older_build_falls_back(monkeypatch):
+    """A build that lacks an op is told in words, and the other ops go on."""
+    monkeypatch.setattr(backend, "compiled", lambda op: op != "kl_parts")
+    if backend.extension()[0] is None:
+        pytest.skip("nothing is compiled")
+    assert "no CPU kernel kl_parts" in backend.why_not("sharded_token_kl", "cpp", "cpu", torch.float32)
+    assert backend.why_not("token_kl", "cpp", "cpu", torch.float32) == ""
 
 
 @pytest.mark.parametrize("impl", IMPLS)
