@@ -64,7 +64,9 @@ class Truth:
             return {side: [risk] for side, risk in self.risks.items()}
         if "sides" not in self.known:
             found = {"unlearn": self._samples(self.forget), "retain": self._samples(self.retain)}
-            self.known["sides"] = {s: [{n: -g for n, g in one.items()} for one in many] for s, many in found.items()}
+            self.known["sides"] = {
+                s: [{n: g.neg_() for n, g in one.items()} for one in many] for s, many in found.items()
+            }
         return self.known["sides"]
 
     def table(self, kind: str, side: str) -> list[dict[str, tuple[float, float]]]:

@@ -5,6 +5,7 @@ The ranges exist only while a profile script runs: the functions themselves carr
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -13,9 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import environment, write_json
 from torch.profiler import ProfilerActivity, profile, record_function
 
 TRACES = Path("runs") / "traces"  # git-ignored: a trace is megabytes
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all profile scripts take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--top", type=int, default=12, help="ops to show")
+    parser.add_argument("--traces", type=Path, default=TRACES, help=f"folder of the traces (default: {TRACES})")
+    parser.add_argument("--json", help="file name under bench/results/DEVICE, or a path")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def write(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """The runs' result file, if one is wanted."""
+    if args.json:
+        write_json(args.json, {"environment": environment(args.device), "runs": runs})
 
 
 @contextlib.contextmanager
@@ -51,23 +77,24 @@ def _ranged(function: Callable, label: str) -> Callable:
     return call
 
 
-def profiled(step: Callable[[], object], where: dict[str, str], device: str, trace: Path, top: int) -> dict[str, Any]:
+def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Run a step under the profiler; leaves a trace, prints the ranges and the top ops, returns both as rows.
 
-    The first call is not profiled. Times of ranges contain what runs inside them; those of ops do not.
+    The trace is the file NAME_DEVICE.json. The first call is not profiled. Times of ranges contain what runs inside
+    them; those of ops do not.
     """
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    trace, top, cuda = args.traces / f"{name}_{args.device}.json", args.top, args.device == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with named(where) as missing:
         step()
         with profile(activities=activities, record_shapes=False) as run:
             with record_function("step"):
                 step()
-                if device == "cuda":
+                if cuda:
                     torch.cuda.synchronize()
     trace.parent.mkdir(parents=True, exist_ok=True)
     run.export_chrome_trace(str(trace))
     events = run.key_averages()
-    cuda = device == "cuda"
     whole = next(e for e in events if e.key == "step").cpu_time_total
     labels = set(where.values())
     ranges = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from _laws import batch_name, figure, model_name
+
 Data = dict[str, Any]
-MOST_ROWS = 10  # of a README table: with its head and title about 12 lines
+MOST_ROWS = 9  # of a README table of losses, a table a device
 LOSS_FLOORS = {"logits": "a copy of the logits", "linear": "the bare matrix products"}
 OPS = {"logits": "unlearn_loss", "linear": "linear_unlearn_loss"}
 MODES = {
@@ -15,7 +18,6 @@ MODES = {
     "frozen": "forward + backward, frozen head",
     "nograd": "without gradient",
 }
-SHORT_MODES = {"train": "", "frozen": "frozen head", "nograd": "no gradient"}
 SHORT_LOSS_PEERS = {  # column of the README: provider
     "open-unlearning": "open_unlearning",
     "eager": "eager",
@@ -40,18 +42,18 @@ def times(row: Data | None, base: Data) -> str:
     return f"{row['median_ms'] / base['median_ms']:.2f}x" + (" ≠" if "unequal" in row else "")
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns without a single value are left out."""
-    kept = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Columns without a single value are left out; the first `left` are text."""
+    kept = [i for i in range(len(header)) if i < left or any(row[i] for row in rows)]
     header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * left + ["---:"] * (len(header) - left)) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def law(row: Data) -> str:
+def law(row: Data, name: str = "") -> str:
     if "law" not in row:
         return ""
-    return f"{row['law']:.2f}: {'met' if row['law_met'] else 'missed'}"
+    return f"{figure(name, row['law'])}: {'met' if row['law_met'] else '**missed**'}"
 
 
 def note(row: Data) -> str:
@@ -65,15 +67,21 @@ def note(row: Data) -> str:
     return ", ".join(parts)
 
 
-def where(environment: Data) -> str:
-    """A line on device, versions and date."""
-    parts = [
-        environment["device"],
-        f"{environment.get('threads', '?')} threads of {environment.get('cores', '?')} cores",
-    ]
-    parts += [f"torch {environment['torch']}", f"build {environment.get('gfast_build', '?')}"]
-    parts += [f"commit {environment['commit'][:10]}{'+changes' * ('+' in environment['commit'])}"]
-    return ", ".join([*parts, environment["date"][:10]])
+def where(environments: Iterable[Data]) -> str:
+    """A line on device, versions and dates."""
+    found: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        build = environment.get("gfast_build", "?")
+        for part, text in (
+            ("device", environment["device"]),
+            ("threads", f"{environment.get('threads', '?')} threads of {environment.get('cores', '?')} cores"),
+            ("torch", f"torch {environment['torch']}"),
+            ("build", f"build {build}"),
+            ("commit", f"commit {environment['commit'][:10]}{'+changes' * ('+' in environment['commit'])}"),
+            ("date", environment["date"][:10]),
+        ):
+            found.setdefault(part, {})[text] = None
+    return ", ".join(" and ".join(texts) for texts in found.values())
 
 
 def by_case(rows: Iterable[Data]) -> dict[tuple, dict[str, Data]]:
@@ -85,63 +93,106 @@ def by_case(rows: Iterable[Data]) -> dict[tuple, dict[str, Data]]:
     return cases
 
 
-def short_losses(data: Data) -> str:
-    parts = []
-    for op, name in OPS.items():
-        rows = []
-        for (kind, objective, mode, batch, dtype, head, shape), found in by_case(data["rows"]).items():
-            ours = found.get("gfast", {})
-            if kind != op or mode not in SHORT_MODES or "median_ms" not in ours:
+def _place(key: tuple) -> tuple | None:
+    """Where a case stands in the README: what people run first; None for what only the whole page shows."""
+    op, objective, mode, batch, dtype, _, shape = key
+    kinds = [("logits", "wga", "full"), ("linear", "nll", "full"), ("linear", "wga", "full"), ("linear", "wga", "tofu")]
+    if mode != "train" or (op, objective, batch) not in kinds:
+        return None
+    return kinds.index((op, objective, batch)), ["bf16", "fp32", "fp16"].index(dtype)
+
+
+def short_losses(files: Iterable[Data]) -> str:
+    """One table for a device: others in multiples of gfast's time, the largest head of each case."""
+    kept: dict[tuple, tuple[tuple, dict[str, Data]]] = {}
+    for data in files:
+        for key, found in by_case(data["rows"]).items():
+            place = _place(key)
+            if place is None or "median_ms" not in found.get("gfast", {}):
                 continue
-            what = [f"{objective.upper()} {dtype} {' x '.join(map(str, shape))} ({head})"]
-            what += [SHORT_MODES[mode]] * (mode != "train") + [f"{batch} batch"] * (batch != "full")
-            peers = [times(found.get(peer), ours) for peer in SHORT_LOSS_PEERS.values()]
-            sizes = [found.get(peer, {}).get("peak_extra_mb") for peer in ("gfast", "eager", "compile")]
-            cells = [number(ours["median_ms"]), number(ours.get("times_floor"), "x"), *peers, *map(number, sizes)]
-            # what people run first: training on whole batches
-            rows.append(((mode != "train", batch != "full"), [", ".join(what), *cells]))
-        rows = [cells for _, cells in sorted(rows, key=lambda item: item[0])][:MOST_ROWS]
-        if rows:
-            head = ["", "ms", "floors", *SHORT_LOSS_PEERS, "peak MB", "eager MB", "compile MB"]
-            parts.append(f"`{name}`, forward + backward; floor: {LOSS_FLOORS[op]}.\n\n" + table(head, rows))
-    return "\n\n".join(parts)
+            if place not in kept or _size(key, found) > _size(*kept[place]):
+                kept[place] = key, found
+    rows = []
+    for _, (key, found) in sorted(kept.items()):
+        op, objective, _, batch, dtype, head, shape = key
+        ours = found["gfast"]
+        name = f"`{OPS[op]}` {objective.upper()} {dtype} {' x '.join(map(str, shape))} ({head})"
+        peers = [times(found.get(peer), ours) for peer in SHORT_LOSS_PEERS.values()]
+        sizes = [found.get(peer, {}).get("peak_extra_mb") for peer in ("gfast", "eager", "compile")]
+        cells = [number(ours["median_ms"]), number(ours.get("times_floor"), "x"), *peers, *map(number, sizes)]
+        rows.append([name + f", {batch} batch" * (batch != "full"), *cells])
+    header = ["", "ms", "floors", *SHORT_LOSS_PEERS, "MB", "eager MB", "compile MB"]
+    return table(header, rows[:MOST_ROWS]) if rows else ""
+
+
+def _size(key: tuple, found: dict[str, Data]) -> tuple[int, int]:
+    return math.prod(key[-1]), len(found)
 
 
 def losses(data: Data) -> str:
-    parts = []
+    """All cases of a file in one table, and who could not run."""
+    out, absent = [], {}
     for (op, objective, mode, batch, dtype, head, shape), found in by_case(data["rows"]).items():
-        rows = [
-            [
-                f"`{name}`",
-                number(row.get("median_ms")),
-                number(row.get("iqr_ms")),
-                number(row.get("gb_per_s") or row.get("tflop_per_s")),
-                number(row.get("times_floor"), "x"),
-                law(row),
-                number(row.get("peak_extra_mb")),
-                "" if row.get("relative_error") is None else f"{row['relative_error']:.1e}",
-                note(row),
-            ]
-            for name, row in found.items()
-        ]
-        speed = "GB/s" if op == "logits" else "TFLOP/s"
-        title = f"{OPS[op]} {objective.upper()}, {MODES[mode]}: {head}, {' x '.join(map(str, shape))}, {dtype}, {batch}"
-        header = ["", "ms", "IQR ms", speed, "floors", "law", "peak MB", "error", "note"]
-        parts.append(f"**{title}**\n\n" + table(header, rows))
+        case = (
+            f"`{OPS[op]}` {objective.upper()} {dtype}, {MODES[mode]}, {' x '.join(map(str, shape))} ({head}), {batch}"
+        )
+        for name, row in found.items():
+            if "skipped" in row:
+                absent.setdefault(row["skipped"], {})[f"`{name}`"] = None
+                continue
+            speed = f"{number(row['gb_per_s'])} GB/s" if "gb_per_s" in row else ""
+            speed = f"{number(1e3 * row['tflop_per_s'])} GFLOP/s" if "tflop_per_s" in row else speed
+            out.append(
+                [
+                    case,
+                    f"`{name}`",
+                    number(row.get("median_ms")),
+                    number(row.get("iqr_ms")),
+                    str(row.get("repetitions", "")),
+                    speed,
+                    number(row.get("times_floor"), "x"),
+                    law(row),
+                    number(row.get("peak_extra_mb")),
+                    "" if row.get("relative_error") is None else f"{row['relative_error']:.1e}",
+                    note(row),
+                ]
+            )
+            case = ""  # once is enough
+    header = ["case", "provider", "ms", "IQR ms", "times", "speed", "floors", "law", "peak MB", "error", "note"]
+    parts = [table(header, out, left=2)]
+    parts += [f"Not run: {', '.join(names)} ({why})." for why, names in absent.items()]
     return "\n\n".join(parts)
 
 
-def model_name(settings: Data) -> str:
-    """The shape, and how deep where that is not the shape's own depth."""
-    return settings["shape"] + (f" cut to {settings['layers']} blocks" if settings.get("layers") else "")
-
-
-def _geffect_title(data: Data) -> str:
+def geffect_title(data: Data) -> str:
     settings = data["settings"]
-    return (
-        f"Gradient effects of one batch pair: {model_name(settings)}, {settings['dtype']}, "
-        f"{settings['batch']} x {settings['tokens']} tokens a batch"
+    return f"Gradient effects of one batch pair: {model_name(settings)}, {batch_name(settings)}"
+
+
+def short_geffect(devices: dict[str, Data]) -> str:
+    """One table of the results of several devices for the same model and batches."""
+    names = dict.fromkeys(
+        row["name"]
+        for data in devices.values()
+        for row in data["rows"]
+        if "median_ms" in row and not row["name"].startswith(("g_effect(WGA), ", "plain forward"))
     )
+    header, rows = [""], [[name] for name in names]
+    for device, data in devices.items():
+        found = {row["name"]: row for row in data["rows"] if "median_ms" in row}
+        one = found["plain pass"]["median_ms"]
+        header += [f"{device}: ms", "plain passes", "peak MB"]
+        for cells in rows:
+            row = found.get(cells[0], {})
+            passes = number(row["median_ms"] / one) if row else ""
+            marked = passes + (" ≠" if "unequal" in row else "") + (" *" if row.get("parameters") == "linear" else "")
+            cells += [number(row.get("median_ms")), marked, number(row.get("peak_extra_mb"))]
+    first = next(iter(devices.values()))
+    text = f"{geffect_title(first)}.\n\n{table(header, rows)}"
+    return text + ("\n\n\\* the Linear layers of the blocks only." if "*" in text else "")
+
+
+GEFFECT_HEADER = ["", "ms", "times", "floor", "law", "peak extra MB", "error", "note"]
 
 
 def _geffect_rows(rows: Iterable[Data]) -> list[list[str]]:
@@ -149,12 +200,9 @@ def _geffect_rows(rows: Iterable[Data]) -> list[list[str]]:
     for row in rows:
         ratio = f"{row['ratio']:.2f} of {row['floor']}" if "ratio" in row else ""
         error = "" if row.get("error") is None else f"{row['error']:.0e}"
-        size = number(row.get("peak_extra_mb"))
-        out.append([row["name"], number(row.get("median_ms")), ratio, law(row), size, error, note(row)])
+        size, count = number(row.get("peak_extra_mb")), str(row.get("repetitions", ""))
+        out.append([row["name"], number(row.get("median_ms")), count, ratio, law(row), size, error, note(row)])
     return out
-
-
-GEFFECT_HEADER = ["", "ms", "floor", "law", "peak extra MB", "error", "note"]
 
 
 def _against(data: Data) -> str:
@@ -166,33 +214,25 @@ def _against(data: Data) -> str:
     return "; ".join(lines) + "." if lines else ""
 
 
-def short_geffect(data: Data) -> str:
-    rows = [row for row in data["rows"] if "median_ms" in row and not row["name"].startswith("g_effect(WGA), ")]
-    parts = [f"{_geffect_title(data)}.", table(GEFFECT_HEADER, _geffect_rows(rows)), _against(data)]
-    return "\n\n".join(part for part in parts if part)
-
-
 def geffect(data: Data) -> str:
     if not data.get("sweep"):
-        parts = [f"**{_geffect_title(data)}**", table(GEFFECT_HEADER, _geffect_rows(data["rows"])), _against(data)]
+        parts = [f"**{geffect_title(data)}**", table(GEFFECT_HEADER, _geffect_rows(data["rows"])), _against(data)]
         return "\n\n".join(part for part in parts if part)
     values = list(dict.fromkeys(row[data["sweep"]] for row in data["rows"]))
     found: dict[str, dict[int, Data]] = {}
     for row in data["rows"]:
         if "median_ms" in row:
             found.setdefault(row["name"], {})[row[data["sweep"]]] = row
-    rows = [
-        [
-            name,
-            *(
-                f"{number(at.get(v, {}).get('median_ms'))} / {number(at.get(v, {}).get('peak_extra_mb'))}"
-                for v in values
-            ),
-        ]
-        for name, at in found.items()
-    ]
-    header = [f"ms / peak MB at {data['sweep']}", *map(str, values)]
-    return f"**{_geffect_title(data)}, over the {data['sweep']}**\n\n" + table(header, rows)
+    rows = [[name, *(_time_and_memory(at.get(value)) for value in values)] for name, at in found.items()]
+    header = [f"ms / peak MB / law at {data['sweep']}", *map(str, values)]
+    return f"**{geffect_title(data)}, over the {data['sweep']}**\n\n" + table(header, rows)
+
+
+def _time_and_memory(row: Data | None) -> str:
+    parts = [] if row is None else [number(row["median_ms"]), number(row.get("peak_extra_mb"))]
+    if row is not None and "law" in row:
+        parts.append("met" if row["law_met"] else f"**{row['ratio']:.2f}**")
+    return " / ".join(parts)
 
 
 def grad_dot(data: Data) -> str:
@@ -203,17 +243,13 @@ def grad_dot(data: Data) -> str:
             number(row["bytes"] / 2**20),
             number(row["gb_per_s"]),
             f"{row['of_read_bandwidth']:.0%}",
+            law(row, "grad_dot"),
         ]
         for row in data["rows"]
         if row["provider"] != "copy"
     ]
-    header = ["gradient:direction dtypes", "ms", "MiB moved", "GB/s", "of read bandwidth"]
+    header = ["gradient:direction dtypes", "ms", "MiB moved", "GB/s", "of read bandwidth", "law"]
     return f"`grad_dot` over the tensors of {data['model']}.\n\n" + table(header, rows)
-
-
-def short_grad_dot(data: Data) -> str:
-    rows = [row for row in data["rows"] if row["provider"] in ("gfast", "torch.dot")]
-    return grad_dot({**data, "rows": rows[:MOST_ROWS]})
 
 
 def overhead(data: Data) -> str:
@@ -253,11 +289,11 @@ def profiles(data: Data) -> str:
     return "\n\n".join(parts)
 
 
-KINDS: dict[str, tuple[Callable[[Data], str] | None, Callable[[Data], str]]] = {  # kind: README, docs
-    "geffect": (short_geffect, geffect),
-    "losses": (short_losses, losses),
-    "grad_dot": (short_grad_dot, grad_dot),
-    "overhead": (overhead, overhead),
-    "profile_losses": (None, profiles),
-    "profile_geffect": (None, profiles),
+KINDS: dict[str, Callable[[Data], str]] = {  # kind: its part of docs/benchmarks.md
+    "losses": losses,
+    "geffect": geffect,
+    "grad_dot": grad_dot,
+    "overhead": overhead,
+    "profile_losses": profiles,
+    "profile_geffect": profiles,
 }

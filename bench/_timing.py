@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from _device import cpu_model, device_name, instructions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -40,7 +41,8 @@ def interleaved(
     device: str = "cpu",
     repetitions: int = 15,
     warmup: int = 3,
-    budget_s: float = 20.0,
+    budget_s: float | dict[str, float] = 20.0,
+    first: dict[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
@@ -49,7 +51,9 @@ def interleaved(
         device: "cuda" times with events around each call, after an idle device.
         repetitions: rounds; a step that would take more than ``budget_s`` in all sits out the later ones.
         warmup: untimed calls of each step, at least 1, fewer for a slow one.
-        budget_s: per step, for its timed calls; a step that takes more in its first call is timed by that alone.
+        budget_s: per step (or name -> seconds), for its timed calls; a step that takes more in its first call is
+            timed by that alone.
+        first: name -> seconds of a first call that was made before.
 
     Returns:
         name -> ``summary`` of its times.
@@ -57,17 +61,18 @@ def interleaved(
     rounds: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
-        warm: list[float] = []
-        while len(warm) < warmup and not (warm and warm[-1] > budget_s / 4):
+        budget = budget_s[name] if isinstance(budget_s, dict) else budget_s
+        warm = [first[name]] if first is not None and name in first else []
+        while len(warm) < warmup and not (warm and warm[-1] > budget / 4):
             start = time.perf_counter()
             step()
             synchronize(device)
             warm.append(time.perf_counter() - start)
-        if warm[0] > budget_s:  # so slow that a cold start is nothing: no second call
+        if warm[0] > budget:  # so slow that a cold start is nothing: no second call
             times[name].append(warm[0])
             rounds[name] = 0
         else:
-            rounds[name] = max(1, min(repetitions, int(budget_s / max(warm[-1], 1e-6))))
+            rounds[name] = max(1, min(repetitions, int(budget / max(warm[-1], 1e-6))))
     for turn in range(max(rounds.values(), default=0)):
         for name, step in steps.items():
             if turn < rounds[name]:
@@ -160,16 +165,6 @@ def _measure(sender: Connection, measure: Callable[[str], int | None], descripti
         sender.send(f"{type(problem).__name__}: {problem}")
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
@@ -185,7 +180,9 @@ def _commit() -> str:
 def environment(device: str = "cpu") -> dict[str, object]:
     """What a reader needs to judge a number: device, processor, versions, threads, commit. No paths."""
     record: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "name": device_name(device),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -207,8 +204,8 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def write_json(name: str, payload: dict[str, object]) -> Path:
-    """Writes ``bench/results/NAME`` (or the path given, if it has folders) whole or not at all."""
-    path = Path(name) if len(Path(name).parts) > 1 else RESULTS / name
+    """Writes ``bench/results/DEVICE/NAME`` (or the path given, if it has folders) whole or not at all."""
+    path = Path(name) if len(Path(name).parts) > 1 else RESULTS / str(payload["environment"]["name"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".part")
     partial.write_text(json.dumps(payload, indent=1) + "\n")

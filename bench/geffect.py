@@ -2,23 +2,24 @@
 
     python bench/geffect.py                 # a SmolLM2-135M-shaped Llama, fp32, 8 x 72 tokens a batch
     python bench/geffect.py --shape tiny    # seconds, to see that it runs
-    python bench/geffect.py --json geffect_cpu.json
-    python bench/geffect.py --sweep length --shape tiny --json geffect_cpu_sweep_length.json    # or batch, depth
-    python bench/geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json geffect_cuda_7b.json
+    python bench/geffect.py --json geffect.json
+    python bench/geffect.py --sweep length --shape tiny --json geffect_sweep_length.json    # or batch, depth
+    python bench/geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json geffect_7b.json
 
 Times are medians over interleaved rounds in one run. Before timing, every provider's numbers on two rows are compared
 with plain autograd's, group by group, relative to the product of the norms (models of over 50 million parameters are
-cut to four blocks for this); gfast beyond the tolerance is reported as wrong and not timed, others are marked unequal
-(and refused over 50 %). A floor is what a measurement cannot do without, in plain passes (logits, cross entropy,
-backward into .grad) and plain forwards timed in the same rounds: two passes for the risks' gradients and one for the
-objective's; a sample engine adds a forward's worth of dot products; the token engine replaces the third pass by 9
-forwards' worth of tangents; gram needs no more than a training step on both batches. Peak memory is what a call needs
-beyond the model and its data.
+cut to four blocks for this, on a CPU those of over a billion to one); gfast beyond the tolerance is reported as wrong
+and not timed, others are marked unequal (and refused over 50 %). A floor is what a measurement cannot do without, in
+plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
+the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
+engine replaces the third pass by 9 forwards' worth of tangents; gram needs no more than a training step on both
+batches. Peak memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms
 NO_RESULT = 0.5
 CHECK_ROWS = 2
 CHECK_LAYERS, CHECK_PARAMETERS = 4, 50_000_000  # a check holds a dozen gradients: larger models are checked cut short
+LARGE = 1_000_000_000  # parameters from which a CPU's memory only holds them of one block
 UNITS = {"plain pass": plain_pass, "plain forward": plain_forward}
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
 SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
@@ -53,8 +55,10 @@ def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, A
     """For each provider its error, or why there is none: failed, wrong (of those nothing is timed)."""
     found: dict[str, dict[str, Any]] = {}
     tolerance = TOLERANCE[settings["dtype"]]
-    if _parameters(settings) > CHECK_PARAMETERS and (settings["layers"] or CHECK_LAYERS + 1) > CHECK_LAYERS:
-        settings = settings | {"layers": CHECK_LAYERS}
+    size = _parameters(settings)
+    most = 1 if size > LARGE and settings["device"] == "cpu" else CHECK_LAYERS
+    if size > CHECK_PARAMETERS and (settings["layers"] or most + 1) > most:
+        settings = settings | {"layers": most}
     model, forget, retain = setup(settings)
     small = [rows_of(batch, 0, CHECK_ROWS) for batch in (forget, retain)]
     truth = Truth(model, *small)
@@ -90,11 +94,13 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
     model, _, _ = setup(settings)
     good = [name for name in names if "error" in notes[name] and "wrong" not in notes[name]]
     steps: dict[str, Callable[[], object]] = {
-        name: (lambda unit=unit: unit(model, forget)) for name, unit in UNITS.items()
+        name: functools.partial(unit, model, forget) for name, unit in UNITS.items()
     }
-    for name in good:
-        steps[name] = lambda run=ALL[name].run: run(model, forget, retain)
+    steps |= {name: functools.partial(ALL[name].run, model, forget, retain) for name in good}
     times = interleaved(steps, settings["device"], args.repetitions, warmup=1, budget_s=args.budget)
+    if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
+        del model
+        steps = {}
     one, forward = (times[name]["median_ms"] for name in UNITS)
     rows: list[dict[str, Any]] = []
     for name, time in times.items():
@@ -107,13 +113,13 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
         if not args.no_memory:
-            row["peak_extra_mb"] = peak_mb(name, settings, lambda step=steps[name]: step())
+            row["peak_extra_mb"] = peak_mb(name, settings, steps.get(name))
         rows.append(row)
     rows += [{"name": name, "kind": ALL[name].kind, **notes[name]} for name in names if name not in good]
     return rows
 
 
-def peak_mb(name: str, settings: dict[str, Any], step: Callable[[], object]) -> float | None:
+def peak_mb(name: str, settings: dict[str, Any], step: Callable[[], object] | None) -> float | None:
     """Peak extra memory of a case; on a CPU in a fresh process, where no freed memory is there to be reused."""
     if settings["device"] == "cuda":
         size = peak_extra_bytes(step, "cuda")
@@ -182,7 +188,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", help="file name under bench/results, or a path; a sweep writes after every value")
+    parser.add_argument(
+        "--json", help="file name under bench/results/DEVICE, or a path; written after every value of a sweep"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -2,12 +2,13 @@
 # Everything that needs an NVIDIA GPU, in one call, without a network: build with CUDA, doctor, benchmarks, all tests,
 # profiles, compute-sanitizer over the kernels' tests; the most telling first.
 #
-#   bench/on_gpu.sh [output folder]          default: bench/results/gpu
+#   bench/on_gpu.sh [output folder]          default: runs/gpu
 #
-# Results are KIND_cuda*.json, logs NAME.log, traces in traces/. Benchmarks write after every case, beside the result of
-# an earlier call, which is replaced by a whole one only: a step that fails or runs out of time loses nothing (what it
-# had is partial/KIND_cuda*.json, and becomes the result where there was none). For README and docs/benchmarks.md copy the
-# results to bench/results, then run bench/plots.py and bench/render.py.
+# Results are DEVICE/KIND*.json, DEVICE a name made from the GPU (GFAST_BENCH_DEVICE chooses another), logs NAME.log,
+# traces in traces/. Benchmarks write after every case, beside the result of an earlier call, which is replaced by a whole
+# one only: a step that fails or runs out of time loses nothing (what it had is partial/KIND*.json, and becomes the result
+# where there was none). For README and docs/benchmarks.md copy the folder DEVICE to bench/results, then run
+# bench/plots.py and bench/render.py.
 #
 # A failing step does not stop the others; the exit status is the number of failed steps. PYTHON chooses the interpreter
 # (it needs torch with CUDA, cmake, ninja, pytest; Liger, cut-cross-entropy, TRL, kronfluence and bergson are measured
@@ -15,7 +16,7 @@
 # as listed at the end of this file).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-bench/results/gpu}
+out=${1:-runs/gpu}
 mkdir -p "$out/partial"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
@@ -48,14 +49,14 @@ step() {
   return "$rc"
 }
 
-# bench NAME SECONDS RESULT SCRIPT [ARGUMENTS...]: a benchmark on the GPU whose result is $out/RESULT.json
+# bench NAME SECONDS RESULT SCRIPT [ARGUMENTS...]: a benchmark on the GPU whose result is $results/RESULT.json
 bench() {
   local name=$1 limit=$2 result=$3.json script=$4 whole=1
   shift 4
   rm -f "$out/partial/$result"
   step "$name" "$limit" "$python" "bench/$script.py" --device cuda "$@" --json "$out/partial/$result" || whole=0
-  if [ -f "$out/partial/$result" ] && { [ "$whole" -eq 1 ] || [ ! -f "$out/$result" ]; }; then
-    mv "$out/partial/$result" "$out/$result"
+  if [ -f "$out/partial/$result" ] && { [ "$whole" -eq 1 ] || [ ! -f "$results/$result" ]; }; then
+    mv "$out/partial/$result" "$results/$result"
   fi
 }
 
@@ -63,6 +64,9 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   say "no CUDA device for $python's torch"
   exit 1
 fi
+device=$("$python" bench/_device.py cuda) || exit 1
+results=$out/$device
+mkdir -p "$results"
 # The extension of this interpreter alone, for this GPU alone, beside the sources.
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 workers=()
@@ -77,29 +81,29 @@ large=(--shapes llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
 
 step build 150 env GFAST_CUDA=1 GFAST_CUDA_ARCH="$arch" "$python" setup.py build_ext --inplace
 step doctor 60 "$python" -m gfast.doctor
-bench losses 170 losses_cuda losses "${large[@]}" --objectives wga,nll --providers "$all"
-bench grad_dot 80 grad_dot_cuda grad_dot
-bench geffect 100 geffect_cuda geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
+bench losses 170 losses losses "${large[@]}" --objectives wga,nll --providers "$all"
+bench grad_dot 80 grad_dot grad_dot
+bench geffect 100 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
 step tests 240 "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
-bench geffect_7b 200 geffect_cuda_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
+bench geffect_7b 200 geffect_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
   --repetitions 3 --providers 'g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
-bench losses_modes 120 losses_cuda_modes losses "${large[@]}" --ops linear --objectives wga,nll \
+bench losses_modes 120 losses_modes losses "${large[@]}" --ops linear --objectives wga,nll \
   --modes frozen,nograd,forward --providers "$fast"
-bench losses_batches 90 losses_cuda_batches losses "${large[@]}" --ops linear --objectives wga,npo \
+bench losses_batches 90 losses_batches losses "${large[@]}" --ops linear --objectives wga,npo \
   --batches tofu,long --providers "$fast"
-bench losses_shapes 150 losses_cuda_shapes losses --shapes all --rows 8192 --dtypes bf16 --objectives wga --budget 1 \
+bench losses_shapes 150 losses_shapes losses --shapes all --rows 8192 --dtypes bf16 --objectives wga --budget 1 \
   --providers "$fast"
-bench overhead 80 overhead_cuda overhead --shapes tiny,smollm2-135m --dtype bf16 --rounds 3
-bench sweep_rows 90 losses_cuda_sweep_rows losses --sweep rows --values 512,1024,2048,4096,8192,16384 \
+bench overhead 80 overhead overhead --shapes tiny,smollm2-135m --dtype bf16 --rounds 3
+bench sweep_rows 90 losses_sweep_rows losses --sweep rows --values 512,1024,2048,4096,8192,16384 \
   --shapes llama-3.2-1b --dtypes bf16 --objectives wga --budget 1 --providers "$lines"
-bench sweep_vocab 90 losses_cuda_sweep_vocab losses --sweep vocab --shapes llama-3.2-1b --rows 4096 --dtypes bf16 \
+bench sweep_vocab 90 losses_sweep_vocab losses --sweep vocab --shapes llama-3.2-1b --rows 4096 --dtypes bf16 \
   --objectives wga --budget 1 --providers "$lines"
 for sweep in batch length depth; do
-  bench "sweep_$sweep" 60 "geffect_cuda_sweep_$sweep" geffect --sweep "$sweep" --shape smollm2-135m --dtype bf16 \
+  bench "sweep_$sweep" 60 "geffect_sweep_$sweep" geffect --sweep "$sweep" --shape smollm2-135m --dtype bf16 \
     --budget 1 --repetitions 5
 done
-bench profile_losses 60 profile_losses_cuda profile_losses --shape llama-3.1-8b --rows 8192 --traces "$out/traces"
-bench profile_geffect 60 profile_geffect_cuda profile_geffect --shape llama-3.2-1b --dtype bf16 --batch 8 \
+bench profile_losses 60 profile_losses profile_losses --shape llama-3.1-8b --rows 8192 --traces "$out/traces"
+bench profile_geffect 60 profile_geffect profile_geffect --shape llama-3.2-1b --dtype bf16 --batch 8 \
   --tokens 256 --traces "$out/traces"
 step micro 60 "$python" -m pytest -q bench --benchmark-only --benchmark-json "$out/micro.json"
 step sanitize_grad_dot 100 "${sanitize[@]}" "$python" -m pytest -q -x -m cuda -k "hundreds or layout or any_number" \
@@ -110,5 +114,5 @@ step sanitize_triton 120 "${sanitize[@]}" "$python" -m pytest -q -x -k "$few" te
 step sanitize_products 90 "${sanitize[@]}" "$python" -m pytest -q -x -k "test_shapes or fused_gpu_forward" \
   tests/test_row_dot.py tests/test_linear_head.py
 
-say "$failed failed; logs in $out"
+say "$failed failed; logs in $out, results in $results"
 exit "$failed"

@@ -2,7 +2,7 @@
 
     python bench/overhead.py                                     # tiny and SmolLM2-135M-shaped models
     python bench/overhead.py --shapes tiny --rounds 3
-    python bench/overhead.py --json overhead_cpu.json
+    python bench/overhead.py --json overhead.json
 
 Trains WGA on forget data and NLL on retain data, 10 optimizer steps a run, the runs interleaved; the step's time is a
 run's from its first to its last step over the number of steps, without the measurement before training. Law: a
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", help="file name under bench/results, or a path; written after every shape")
+    parser.add_argument("--json", help="file name under bench/results/DEVICE, or a path; written after every shape")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

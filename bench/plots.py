@@ -1,4 +1,4 @@
-"""Draws the benchmarks' pictures from bench/results/*.json into docs/benchmarks/.
+"""Draws the benchmarks' pictures from bench/results/DEVICE/*.json into docs/benchmarks/DEVICE/.
 
     python bench/plots.py
     python bench/plots.py --root COPY      # results and docs of another folder
@@ -15,10 +15,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _tables import MODES, OPS, by_case, model_name
+from _laws import batch_name, model_name
+from _tables import MODES, OPS, by_case
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
-from render import PICTURES, ROOT, results
+from render import PICTURES, ROOT, devices_of, results
 
 from gfast.report.style import LIGHT, MARKERS, log_axis, settings
 
@@ -159,10 +160,14 @@ def loss_bars(data: list[Data], path: Path) -> Path | None:
     """Time in floors of everybody, a panel an op: the training case with the most providers."""
     panels = []
     for op in OPS:
-        cases = by_case(row for one in data for row in one["rows"] if "times_floor" in row)
-        mine = {key: found for key, found in cases.items() if key[0] == op and key[2] == "train" and "gfast" in found}
+        mine = [
+            (key, found)
+            for one in data
+            for key, found in by_case(row for row in one["rows"] if "times_floor" in row).items()
+            if key[0] == op and key[2] == "train" and "gfast" in found
+        ]
         if mine:
-            panels.append(max(mine.items(), key=lambda item: (item[0][1] == "wga", len(item[1]))))
+            panels.append(max(mine, key=lambda item: (item[0][1] == "wga", len(item[1]))))
     if not panels:
         return None
     most = max(len(found) for _, found in panels)
@@ -194,7 +199,7 @@ def effect_bars(data: Data, path: Path) -> Path:
     colors = [color(row["name"]) for row in rows]
     bars(axes[0, 0], names, [row["median_ms"] / 1e3 for row in rows], colors, "seconds")
     used = data["settings"]
-    shape = f"{model_name(used)}, {used['dtype']}, {used['batch']} x {used['tokens']} tokens a batch"
+    shape = f"{model_name(used)}, {batch_name(used)}"
     axes[0, 0].set_title(f"Gradient effects of a batch pair\n{shape}", loc="left")
     if memory:
         bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") or 0.0 for row in rows], colors, "peak extra MB")
@@ -235,22 +240,22 @@ def effect_sweeps(data: list[Data], path: Path) -> Path:
 def draw(root: Path) -> list[Path]:
     """Every picture for which there is a result."""
     plt.switch_backend("Agg")  # no window, no screen needed
-    folder, found = root / PICTURES, results(root)
+    found = results(root)
     drawn: list[Path | None] = []
     with plt.rc_context(settings(LIGHT)):
-        for device in ("cpu", "cuda"):
-            here = [(kind, path, data) for kind, path, data in found if f"_{device}" in path.stem]
-            plain_losses = [data for kind, _, data in here if kind == "losses" and not data.get("sweep")]
+        for device in devices_of(found):
+            folder, here = root / PICTURES / device, [one for one in found if one.device == device]
+            plain_losses = [one.data for one in here if one.kind == "losses" and not one.data.get("sweep")]
             if plain_losses:
-                drawn.append(loss_bars(plain_losses, folder / f"losses_{device}.png"))
-            sweeps = [data for kind, _, data in here if kind == "geffect" and data.get("sweep")]
+                drawn.append(loss_bars(plain_losses, folder / "losses.png"))
+            sweeps = [one.data for one in here if one.kind == "geffect" and one.data.get("sweep")]
             if sweeps:
-                drawn.append(effect_sweeps(sweeps, folder / f"geffect_{device}_sweeps.png"))
-            for kind, path, data in here:
-                if kind == "losses" and data.get("sweep"):
-                    drawn.append(loss_sweep(data, folder / f"{path.stem}.png"))
-                if kind == "geffect" and not data.get("sweep"):
-                    drawn.append(effect_bars(data, folder / f"{path.stem}.png"))
+                drawn.append(effect_sweeps(sweeps, folder / "geffect_sweeps.png"))
+            for one in here:
+                if one.kind == "losses" and one.data.get("sweep"):
+                    drawn.append(loss_sweep(one.data, folder / f"{one.name}.png"))
+                if one.kind == "geffect" and not one.data.get("sweep"):
+                    drawn.append(effect_bars(one.data, folder / f"{one.name}.png"))
     return [path for path in drawn if path is not None]
 
 

@@ -2,7 +2,7 @@
 
     python bench/profile_geffect.py                                # g_effect of WGA, a SmolLM2-135M-shaped Llama
     python bench/profile_geffect.py --provider pg_effect --shape tiny
-    python bench/profile_geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json profile_geffect_cuda.json
+    python bench/profile_geffect.py --device cuda --shape llama-2-7b --dtype bf16 --json profile_geffect.json
 
 Ranges: a pass over the data, a batch's forward, its backward, the dot products of the hooks, and the storing of
 directions. They are put around gfast's functions by this script alone.
@@ -10,14 +10,11 @@ directions. They are put around gfast's functions by this script alone.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import functools
 
-import torch
 from _effect_providers import PROVIDERS
 from _models import DTYPES, SHAPES, answers, random_model
-from _profiling import TRACES, profiled
-from _timing import environment, write_json
+from _profiling import arguments, parsed, profiled, write
 
 RANGES = {
     "gfast.geffect.passes:Passes.backward": "gfast::pass",
@@ -35,21 +32,14 @@ RANGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--provider", choices=PROVIDERS, default="g_effect(WGA)")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=72)
     parser.add_argument("--layers", type=int, help="cut the model to this depth")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--top", type=int, default=12, help="ops to show")
-    parser.add_argument("--traces", type=Path, default=TRACES, help=f"folder of the traces (default: {TRACES})")
-    parser.add_argument("--json", help="file name under bench/results, or a path")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     model = random_model(args.shape, args.dtype, args.device, args.layers)
     vocab = SHAPES[args.shape]["vocab_size"]
     forget, retain = (answers(vocab, args.batch, args.tokens, seed, args.device) for seed in (1, 2))
@@ -58,11 +48,10 @@ def main() -> None:
         parser.error(f"{args.provider}: {why}")
     print(f"{args.provider}, {args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens")
     words = "".join(letter if letter.isalnum() else "_" for letter in args.provider).strip("_")
-    trace = args.traces / f"geffect_{words}_{args.shape}_{args.device}.json"
-    found = profiled(lambda: provider.run(model, forget, retain), RANGES, args.device, trace, args.top)
-    if args.json:
-        settings = {key: getattr(args, key) for key in ("shape", "dtype", "batch", "tokens", "layers", "provider")}
-        write_json(args.json, {"environment": environment(args.device), "runs": [{**settings, **found}]})
+    step = functools.partial(provider.run, model, forget, retain)
+    found = profiled(step, RANGES, args, f"geffect_{words}_{args.shape}")
+    settings = {key: getattr(args, key) for key in ("shape", "dtype", "batch", "tokens", "layers", "provider")}
+    write(args, [{**settings, **found}])
 
 
 if __name__ == "__main__":

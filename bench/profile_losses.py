@@ -2,7 +2,7 @@
 
     python bench/profile_losses.py                                     # linear and logits, WGA, a small head
     python bench/profile_losses.py --op linear --shape llama-3.2-1b --rows 1024 --objective npo --dtype bf16
-    python bench/profile_losses.py --device cuda --shape llama-3.1-8b --rows 8192 --json profile_losses_cuda.json
+    python bench/profile_losses.py --device cuda --shape llama-3.1-8b --rows 8192 --json profile_losses.json
 
 Ranges: the whole op, the head's matrix products (logits; dH and dW), the row kernels, the weights of sequences. They
 are put around gfast's functions by this script alone.
@@ -10,15 +10,11 @@ are put around gfast's functions by this script alone.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
-from pathlib import Path
 
-import torch
 from _loss_cases import BATCHES, DTYPES, HEADS, MODES, OBJECTIVES, Case, make_inputs
 from _loss_providers import PROVIDERS
-from _profiling import TRACES, profiled
-from _timing import environment, write_json
+from _profiling import arguments, parsed, profiled, write
 
 RANGES = {
     "gfast.ops.head:ChunkedHead.logits": "gfast::chunk/head GEMM",
@@ -37,7 +33,7 @@ RANGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--op", default="linear,logits")
     parser.add_argument("--shape", choices=HEADS, default="small")
     parser.add_argument("--rows", type=int, default=1024)
@@ -46,14 +42,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument("--batch", choices=BATCHES, default="full")
     parser.add_argument("--provider", choices=PROVIDERS, default="gfast", help="another one to compare the trace with")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--top", type=int, default=12, help="ops to show")
-    parser.add_argument("--traces", type=Path, default=TRACES, help=f"folder of the traces (default: {TRACES})")
-    parser.add_argument("--json", help="file name under bench/results, or a path")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     if (why := PROVIDERS[args.provider].why_not(args.device)) is not None:
         parser.error(f"{args.provider}: {why}")
     runs = []
@@ -67,11 +56,9 @@ def main() -> None:
             print(f"{args.provider} does not apply to {op} {args.objective} {args.mode}")
             continue
         print(f"\n{args.provider}, {op} {args.objective} {args.mode}, {' x '.join(map(str, case.shape))} {args.dtype}")
-        trace = args.traces / f"losses_{op}_{args.objective}_{args.provider}_{args.device}.json"
-        found = profiled(step, RANGES, args.device, trace, args.top)
+        found = profiled(step, RANGES, args, f"losses_{op}_{args.objective}_{args.provider}")
         runs.append({**asdict(case), "shape": case.shape, "provider": args.provider, **found})
-    if args.json:
-        write_json(args.json, {"environment": environment(args.device), "runs": runs})
+    write(args, runs)
 
 
 if __name__ == "__main__":

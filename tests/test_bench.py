@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
-ENVIRONMENT = {"device", "cores", "threads", "torch", "python", "commit", "date", "gfast_build"}
+DEVICE = "cpu-test"
+ENVIRONMENT = {"name", "device", "instructions", "cores", "threads", "torch", "python", "commit", "date", "gfast_build"}
 
 # One interpreter for all scripts: each imports torch and transformers, which takes longer than the measurements.
 RUN = """
@@ -48,7 +49,7 @@ def made(tmp_path_factory) -> tuple[Path, str]:
     """A copy of README with results of tiny runs beside it, and what the runs printed."""
     root = tmp_path_factory.mktemp("bench")
     shutil.copy(ROOT / "README.md", root / "README.md")
-    results = root / "bench" / "results"
+    results = root / "bench" / "results" / DEVICE
     results.mkdir(parents=True)
     few = ["--repetitions", "2", "--budget", "1", "--no-memory"]
     loss = ["losses", "--shapes", "tiny", *few, "--providers", "gfast,gfast_logp,floor,fresh_copy,eager,liger"]
@@ -63,9 +64,9 @@ def made(tmp_path_factory) -> tuple[Path, str]:
 
     modes = ["--rows", "64", "--objectives", "wga,nll", "--modes", "train,forward,frozen,nograd"]
     lines = [
-        [*loss, *modes, "--batches", "full,tofu", "--dtypes", "fp32", *to("losses_cpu.json")],
-        [*loss, "--sweep", "vocab", "--values", "256,512", "--rows", "64", *to("losses_cpu_sweep_vocab.json")],
-        [*effect, "--batch", "2", *providers, *to("geffect_cpu.json")],
+        [*loss, *modes, "--batches", "full,tofu", "--dtypes", "fp32", *to("losses.json")],
+        [*loss, "--sweep", "vocab", "--values", "256,512", "--rows", "64", *to("losses_sweep_vocab.json")],
+        [*effect, "--batch", "2", *providers, *to("geffect.json")],
         [
             *effect,
             "--sweep",
@@ -75,10 +76,10 @@ def made(tmp_path_factory) -> tuple[Path, str]:
             "--batch",
             "2",
             *providers,
-            *to("geffect_cpu_sweep_length.json"),
+            *to("geffect_sweep_length.json"),
         ],
-        ["overhead", "--shapes", "tiny", "--rounds", "1", "--batch", "2", "--tokens", "10", *to("overhead_cpu.json")],
-        ["profile_losses", "--shape", "tiny", "--rows", "64", "--traces", str(root), *to("profile_losses_cpu.json")],
+        ["overhead", "--shapes", "tiny", "--rounds", "1", "--batch", "2", "--tokens", "10", *to("overhead.json")],
+        ["profile_losses", "--shape", "tiny", "--rows", "64", "--traces", str(root), *to("profile_losses.json")],
         [
             "profile_geffect",
             "--shape",
@@ -87,21 +88,21 @@ def made(tmp_path_factory) -> tuple[Path, str]:
             "12",
             "--traces",
             str(root),
-            *to("profile_geffect_cpu.json"),
+            *to("profile_geffect.json"),
         ],
     ]
     return root, run(lines)
 
 
 def read(root: Path, name: str) -> dict:
-    data = json.loads((root / "bench" / "results" / name).read_text())
+    data = json.loads((root / "bench" / "results" / DEVICE / name).read_text())
     assert ENVIRONMENT <= set(data["environment"])
     assert str(Path.home()) not in json.dumps(data["environment"])
     return data
 
 
 def test_losses_in_every_mode_and_batch(made):
-    rows = read(made[0], "losses_cpu.json")["rows"]
+    rows = read(made[0], "losses.json")["rows"]
     cases = {(row["op"], row["objective"], row["mode"], row["batch"]) for row in rows}
     assert len(cases) == 2 * 2 * 4 * 2 - 4  # logits have no frozen head
     for row in rows:
@@ -121,15 +122,15 @@ def test_losses_in_every_mode_and_batch(made):
 
 
 def test_sweeps_have_a_row_at_every_value(made):
-    rows = read(made[0], "losses_cpu_sweep_vocab.json")["rows"]
+    rows = read(made[0], "losses_sweep_vocab.json")["rows"]
     assert {row["vocab"] for row in rows if row["provider"] == "gfast"} == {256, 512}
-    data = read(made[0], "geffect_cpu_sweep_length.json")
+    data = read(made[0], "geffect_sweep_length.json")
     assert data["sweep"] == "length"
     assert {row["length"] for row in data["rows"] if row["name"] == "g_effect(WGA)"} == {6, 12}
 
 
 def test_geffect_rows_and_laws(made):
-    data = read(made[0], "geffect_cpu.json")
+    data = read(made[0], "geffect.json")
     rows = {row["name"]: row for row in data["rows"]}
     assert {"plain pass", "plain forward", "g_effect(WGA)", "clone loop, WGA", "sample loop"} <= set(rows)
     for name in ("g_effect(GA)", "g_effect(WGA)", "clone loop, WGA", "published way", "sample loop"):
@@ -144,8 +145,8 @@ def test_geffect_rows_and_laws(made):
 def test_profiles_leave_traces_with_the_named_ranges(made):
     root, printed = made
     for name, ranges in (
-        ("profile_losses_cpu.json", {"gfast::row kernel", "gfast::chunk/head GEMM"}),
-        ("profile_geffect_cpu.json", {"gfast::pass", "gfast::batch/forward", "gfast::batch/backward"}),
+        ("profile_losses.json", {"gfast::row kernel", "gfast::chunk/head GEMM"}),
+        ("profile_geffect.json", {"gfast::pass", "gfast::batch/forward", "gfast::batch/backward"}),
     ):
         runs = read(root, name)["runs"]
         found = {row["range"] for one in runs for row in one["ranges"]}
@@ -204,7 +205,7 @@ def test_wrong_losses_are_reported_and_not_timed(losses, monkeypatch):
     off_by("open_unlearning", 2.0)
     monkeypatch.setitem(losses.PROVIDERS, "upcast", replace(losses.PROVIDERS["upcast"], make=broken))
     case = losses.Case("logits", "wga", "tiny", 32, 512, 64, "fp32", "train", "full", "cpu")
-    args = argparse.Namespace(repetitions=1, budget=1.0, no_memory=True)
+    args = argparse.Namespace(repetitions=1, budget=1.0, peer_budget=None, no_memory=True)
     names = ["gfast", "eager", "open_unlearning", "upcast", "floor"]
     rows = {row["provider"]: row for row in losses.bench(case, names, args)}
     assert "not timed" in rows["gfast"]["wrong"] and "median_ms" not in rows["gfast"]
@@ -285,21 +286,87 @@ def test_effects_of_another_shape_are_wrong(monkeypatch):
     assert _effect_checks.error(truth, {"unlearn": some, "retain": some}, "sample") == float("inf")
 
 
+def render(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCH / "render.py"), "--root", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rendered(root: Path) -> tuple[str, str]:
+    """README's measured part, and docs/benchmarks.md."""
+    assert render(root).returncode == 0
+    page = (root / "README.md").read_text()
+    between = page.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    return between, (root / "docs" / "benchmarks.md").read_text()
+
+
 def test_pages_are_what_the_results_say(made):
     root = shutil.copytree(made[0], made[0].parent / "pages")
-    render = [sys.executable, str(BENCH / "render.py"), "--root", str(root)]
-    assert subprocess.run([*render, "--check"], capture_output=True).returncode == 1
-    subprocess.run(render, check=True)
-    assert subprocess.run([*render, "--check"], capture_output=True).returncode == 0
-    page, report = (root / "README.md").read_text(), (root / "docs" / "benchmarks.md").read_text()
-    between = page.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
-    runs = [lines for lines in between.split("\n\n") if lines.startswith("|")]
-    assert runs and all(len(lines.splitlines()) <= 13 for lines in runs)  # the README stays readable
-    assert "docs/benchmarks.md" in between and "`liger`" in report and "skipped: " in report
-    path = root / "bench" / "results" / "geffect_cpu.json"
+    assert render(root, "--check").returncode == 1
+    between, report = rendered(root)
+    assert render(root, "--check").returncode == 0
+    tables = [lines for lines in between.split("\n\n") if lines.startswith("|")]
+    assert tables and all(len(lines.splitlines()) <= 16 for lines in tables)  # the README stays readable
+    assert "docs/benchmarks.md" in between and "Not run: `liger`" in report
+    path = root / "bench" / "results" / DEVICE / "geffect.json"
     path.write_text(path.read_text().replace('"median_ms": ', '"median_ms": 1'))
-    told = subprocess.run([*render, "--check"], capture_output=True, text=True)
+    told = render(root, "--check")
     assert told.returncode == 1 and "README.md" in told.stdout and "python bench/render.py" in told.stdout
+
+
+def test_devices_stand_side_by_side(made):
+    root = shutil.copytree(made[0], made[0].parent / "devices")
+    laws = rendered(root)[0].split("\n\n")[1]
+    assert laws.startswith("| what | law | `cpu-test` | NVIDIA GPU |")
+    assert all(line.endswith("|  |") for line in laws.splitlines()[2:])  # until there is one
+    shutil.copytree(root / "bench" / "results" / DEVICE, root / "bench" / "results" / "h200")
+    between, report = rendered(root)
+    laws = between.split("\n\n")[1]
+    assert laws.startswith("| what | law | `cpu-test` | `h200` |")
+    for line in laws.splitlines()[2:]:
+        *_, one, other, _ = line.split("|")
+        assert one == other and one.strip()
+    assert "| cpu-test: ms | plain passes | h200: ms | plain passes |" in between
+    assert report.index("## On `cpu-test`") < report.index("## On `h200`")
+
+
+def test_missed_laws_are_named(made):
+    root = shutil.copytree(made[0], made[0].parent / "missed")
+    path = root / "bench" / "results" / DEVICE / "geffect.json"
+    data = json.loads(path.read_text())
+    row = next(row for row in data["rows"] if row["name"] == "g_effect(GA)")
+    row |= {"ratio": 1.5, "law_met": False}
+    path.write_text(json.dumps(data))
+    between, report = rendered(root)
+    assert re.search(r"\| `g_effect` \| at most 1\.05 .*\*\*\d of \d met\*\*: .*1\.50", between)
+    missed = report.split("## What is missed, and why")[1].split("## On")[0]
+    assert "| `cpu-test` | g_effect(GA), tiny, fp32, 2 x 12 tokens a batch | 1.50 | 1.05 |" in missed
+
+
+def test_names_of_devices(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import _device
+
+    for model, name in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("Tesla T4", "t4")):
+        assert _device.gpu_name(model) == name
+    for model, name in (("Intel(R) Xeon(R) Processor @ 2.80GHz", "xeon"), ("AMD EPYC 7B13", "epyc")):
+        assert _device.family(model) == name
+    assert re.fullmatch(r"cpu-[a-z0-9-]+", _device.device_name())
+    monkeypatch.setenv("GFAST_BENCH_DEVICE", "my-machine")
+    assert _device.device_name("cuda") == "my-machine"
+    monkeypatch.setenv("GFAST_BENCH_DEVICE", "../elsewhere")
+    with pytest.raises(ValueError, match="names a folder"):
+        _device.device_name()
+
+
+def test_results_go_to_the_folder_of_the_device(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import _timing
+
+    monkeypatch.setattr(_timing, "RESULTS", tmp_path)
+    payload = {"environment": _timing.environment()}
+    name = payload["environment"]["name"]
+    assert _timing.write_json("losses.json", payload) == tmp_path / name / "losses.json"
+    assert _timing.write_json(str(tmp_path / "x" / "y.json"), payload) == tmp_path / "x" / "y.json"
 
 
 def test_pages_of_this_repository_are_rendered():
@@ -310,15 +377,15 @@ def test_pages_of_this_repository_are_rendered():
 def test_pictures_of_every_kind(made):
     root = shutil.copytree(made[0], made[0].parent / "pictures")
     run([["plots", "--root", str(root)]])
-    drawn = {path.name for path in (root / "docs" / "benchmarks").glob("*.png")}
-    assert drawn == {"geffect_cpu.png", "geffect_cpu_sweeps.png", "losses_cpu.png", "losses_cpu_sweep_vocab.png"}
+    drawn = {path.name for path in (root / "docs" / "benchmarks" / DEVICE).glob("*.png")}
+    assert drawn == {"geffect.png", "geffect_sweeps.png", "losses.png", "losses_sweep_vocab.png"}
     subprocess.run([sys.executable, str(BENCH / "render.py"), "--root", str(root)], check=True)
-    assert "docs/benchmarks/losses_cpu.png" in (root / "README.md").read_text()
-    assert "benchmarks/geffect_cpu_sweeps.png" in (root / "docs" / "benchmarks.md").read_text()
+    assert "docs/benchmarks/cpu-test/losses.png" in (root / "README.md").read_text()
+    assert "benchmarks/cpu-test/geffect_sweeps.png" in (root / "docs" / "benchmarks.md").read_text()
 
 
 def test_overhead_of_measuring(made):
-    rows = read(made[0], "overhead_cpu.json")["rows"]
+    rows = read(made[0], "overhead.json")["rows"]
     assert [row["every"] for row in rows] == [None, 10, 5, 1]
     assert all(row["step_ms"] > 0 for row in rows) and rows[0]["of_plain_step"] == 1.0
     assert rows[3]["step_ms"] > rows[0]["step_ms"] and rows[3]["floor_ms"] > 0
@@ -342,6 +409,7 @@ def test_micro_benchmarks_are_not_collected_by_default():
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *get_device_capability*) echo 90; exit 0 ;;
+  *_device.py*) echo h200; exit 0 ;;
   -c*|*gfast.doctor*) exit 0 ;;
 esac
 result=''
@@ -366,11 +434,11 @@ def test_on_gpu_never_loses_an_earlier_result(tmp_path):
         ).returncode
 
     assert call("part", 1) == 2  # two steps failed, and what they had is better than nothing
-    assert (out / "losses_cuda.json").read_text() == "part\n"
+    assert (out / "h200" / "losses.json").read_text() == "part\n"
     assert call("whole", 0) == 0
     assert call("part of the next", 1) == 2
-    assert (out / "losses_cuda.json").read_text() == "whole\n"
-    assert (out / "partial" / "losses_cuda.json").read_text() == "part of the next\n"
+    assert (out / "h200" / "losses.json").read_text() == "whole\n"
+    assert (out / "partial" / "losses.json").read_text() == "part of the next\n"
     assert "FAILED  losses" in (out / "summary.txt").read_text()
 
 

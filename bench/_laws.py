@@ -1,0 +1,111 @@
+"""The laws of the benchmarks: every measured case of one, how many are met on which device, and which are missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Data = dict[str, Any]
+LAWS = {  # law: (what is measured, what is demanded of it; {} is the figure in the results)
+    "logits": ("`unlearn_loss` from logits, forward + backward", "at most {} copies of the logits"),
+    "train": ("`linear_unlearn_loss`, forward + backward", "at most {} times its bare matrix products"),
+    "frozen": ("`linear_unlearn_loss`, forward + backward, frozen head", "at most {} times its bare matrix products"),
+    "nograd": (
+        "`linear_unlearn_loss` and `linear_token_logp`, no gradient",
+        "at most {} times the bare matrix product",
+    ),
+    "grad_dot": ("`grad_dot`", "at least {} of the read bandwidth"),
+    "g_effect": ("`g_effect`", "at most {} times the plain passes it needs"),
+    "pg_effect": ("`pg_effect`", "at most {} times 3 plain passes + 1 forward"),
+    "token_effect": ("`token_effect`", "at most {} times 2 plain passes + 9 forwards"),
+    "gram_effect": ("`gram_effect`", "at most {} times a training step on both batches"),
+    "overhead": ("a measurement by `GEffectCallback`", "at most {} times 3 plain passes + 2 forwards"),
+    "less_time": ("`g_effect` against the published way", "{} times less time"),
+    "less_memory": ("`g_effect` against the published way", "{} times less memory"),
+}
+AT_LEAST = ("grad_dot", "less_time", "less_memory")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured case of a law."""
+
+    law: str
+    case: str
+    value: float
+    demanded: float
+    met: bool
+
+
+def figure(law: str, value: float) -> str:
+    return f"{value:.0%}" if law == "grad_dot" else f"{value:.2f}"
+
+
+def checks(kind: str, data: Data) -> Iterator[Check]:
+    """Those of one result file."""
+    if kind == "losses":
+        yield from (_loss(row) for row in data["rows"] if "law" in row)
+    elif kind == "grad_dot":
+        for row in (row for row in data["rows"] if "law" in row):
+            case = f"{row['case']}, {row['directions']} direction{'s' * (row['directions'] > 1)}"
+            yield Check("grad_dot", case, row["of_read_bandwidth"], row["law"], row["law_met"])
+    elif kind == "overhead":
+        for row in (row for row in data["rows"] if "law" in row):
+            every = f"{row['shape']}, every {row['every']} steps"
+            yield Check("overhead", every, row["ratio"], row["law"], row["law_met"])
+    elif kind == "geffect":
+        yield from _effects(data)
+
+
+def _loss(row: Data) -> Check:
+    shape = " x ".join(map(str, row["shape"]))
+    name = "" if row["provider"] == "gfast" else f"{row['provider']}, "
+    case = f"{name}{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row['batch']})"
+    law = "logits" if row["op"] == "logits" else row["mode"]
+    return Check(law, case, row["times_floor"], row["law"], row["law_met"])
+
+
+def _effects(data: Data) -> Iterator[Check]:
+    used, by = data["settings"], data.get("sweep")
+    for row in (row for row in data["rows"] if "law" in row):
+        name = row["name"].split("(")[0]
+        at = used | ({{"length": "tokens", "depth": "layers"}.get(by, by): row[by]} if by else {})
+        law = {"sample": "pg_effect", "token": "token_effect"}.get(row["name"].rpartition(", ")[2], name)
+        yield Check(law, f"{row['name']}, {model_name(at)}, {batch_name(at)}", row["ratio"], row["law"], row["law_met"])
+    for row in data.get("published") or []:
+        case = f"{row['against']}, {model_name(used)}, {batch_name(used)}"
+        yield Check("less_time", case, row["times_less"], row["time_law"], row["time_law_met"])
+        if "memory_less" in row:
+            yield Check("less_memory", case, row["memory_less"], row["memory_law"], row["memory_law_met"])
+
+
+def model_name(settings: Data) -> str:
+    """The shape, and how deep where that is not the shape's own depth."""
+    return settings["shape"] + (f" cut to {settings['layers']} blocks" if settings.get("layers") else "")
+
+
+def batch_name(settings: Data) -> str:
+    return f"{settings['dtype']}, {settings['batch']} x {settings['tokens']} tokens a batch"
+
+
+def demanded(law: str, found: list[Check]) -> str:
+    """In words, with the figures of the devices."""
+    figures = dict.fromkeys(
+        figure(law, check.demanded) if law == "grad_dot" else f"{round(check.demanded, 2):g}" for check in found
+    )
+    return LAWS[law][1].format(" or ".join(figures))
+
+
+def cell(law: str, found: list[Check]) -> str:
+    """How many of a device's cases meet the law, and the range of the figures."""
+    if not found:
+        return ""
+    values = sorted(check.value for check in found)
+    span = "–".join(dict.fromkeys(figure(law, value) for value in (values[0], values[-1])))
+    met = sum(check.met for check in found)
+    return f"met: {span}" if met == len(found) else f"**{met} of {len(found)} met**: {span}"
+
+
+def worst_first(law: str, found: list[Check]) -> list[Check]:
+    return sorted(found, key=lambda check: check.value, reverse=law not in AT_LEAST)

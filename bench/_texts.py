@@ -1,0 +1,69 @@
+"""What people wrote for docs/benchmarks.md: how to reproduce it, what the columns mean, why laws are missed.
+
+No figure stands here: those come from the results.
+"""
+
+INTRODUCTION = """# Benchmarks
+
+Tables and pictures are made from the JSON in `bench/results/DEVICE/` by `python bench/plots.py` and
+`python bench/render.py`; nothing on this page is typed by hand but the words.
+
+## Reproduce it
+
+```
+bench/on_cpu.sh                    # measures, draws and renders all of a CPU's part
+bench/on_cpu.sh linear modes pages # some steps of it
+bench/on_gpu.sh FOLDER             # builds, measures and tests on an NVIDIA GPU; copy FOLDER/DEVICE to bench/results
+```
+
+Results go to a folder named after the CPU's family and widest instructions, or after the GPU, so that several devices
+live beside each other (`GFAST_BENCH_DEVICE` chooses another name). `PYTHON` chooses the interpreter; it needs the
+packages of `requirements.txt`, and measures TRL, Liger, Cut Cross-Entropy, kronfluence and bergson where they are
+importable. The machine must be quiet: every step says how long it took, every result what the load was.
+
+## What the columns mean
+
+- **provider**: who computes it. `python bench/losses.py --list` describes all of them. `open_unlearning` computes the
+  model's own loss first and drops it, as that project does; `eager` is plain PyTorch in the logits' dtype, `upcast` on
+  logits in fp32; `torch_chunked` is `F.linear_cross_entropy` with its own choice of chunks, `torch_chunked_rows` with
+  large ones.
+- **ms**, **IQR ms**, **times**: median, interquartile range and number of timed calls. The calls of all providers are
+  interleaved, so that a change of the machine's speed hits all alike. Who is slow is called less often, at least once.
+- **speed**: bytes of the logits read and of the gradient written, or operations of the matrix products that the mode
+  needs over rows with a label, by the time.
+- **floors**: the time in multiples of what nobody can do without, timed in the same rounds. From logits: a copy of them
+  into memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the
+  mode, over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
+  forward and backward passes.
+- **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach).
+- **peak MB**: memory a call needs at its peak beyond what is held before it, its results included, measured in a fresh
+  process.
+- **error**: of loss and gradients against fp64, relative (2-norm), on fewer rows before anything is timed. gfast beyond
+  twice the error of plain PyTorch on upcast logits plus one rounding is refused and not timed; others beyond it are
+  timed and marked "not the same numbers" (≠). Of gradient effects: against plain autograd, relative to the product of
+  the norms.
+- **mode** of a case: forward + backward; forward of a loss that will be differentiated; frozen head (no gradient of its
+  weight); without gradient. **batch**: full (every label valid), tofu (short answers, most positions ignored), long
+  (sequences of up to 2048 positions)."""
+
+REASONS = {  # only what is known
+    "logits": "The copy is into memory that is there; `unlearn_loss` returns a new gradient, whose pages the system "
+    "may have to provide first (`fresh_copy` is a copy with that; `inplace=True` needs none). Objectives with a "
+    "weight a sequence (NPO) need all rows of a sequence before its first gradient can be written: they read "
+    "the logits twice.",
+    "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
+    "products into memory that is there. In 16 bits on a CPU without instructions for them, weight and hidden "
+    "states are converted at every call, while the floor's operands are converted beforehand.",
+    "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
+    "(converting or packing the weight, starting the threads) weighs more beside them.",
+    "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
+    "(converting or packing the weight, starting the threads) weighs more beside it.",
+    "overhead": "A measurement is the difference of two training runs, so its noise is that of both; every measurement "
+    "also writes its record.",
+    "less_time": "The demand is against the code as published, which pads every sample to a fixed width; beside it "
+    "stands a version that pads to the longest sample only: four passes and copies of the gradient against three "
+    "passes.",
+    "less_memory": "Likewise: without the padding most of the published way's memory is copies of the gradient, and "
+    "`g_effect` holds two directions of that size.",
+}
+UNKNOWN = "Not explained yet."
