@@ -1,4 +1,4 @@
-"""Micro benchmarks of every op at small shapes, where launches and Python weigh most.
+"""Micro benchmarks of every public function at small shapes, where launches and Python weigh most.
 
 pytest bench --benchmark-only                                  # all of them, a table a group
 pytest bench --benchmark-only --benchmark-autosave             # keep them; later: --benchmark-compare
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 
 import gfast
-from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, SimNPO
+from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, WTNPO, SatImp, SimNPO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, D, V = 4, 16, 64, 1000
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 OBJECTIVES = pytest.mark.parametrize(
     "objective",
-    [GA(), WGA(alpha=1.0), TNPO(beta=1.0), NPO(beta=0.1), SimNPO(), DPO(), NLL()],
+    [GA(), WGA(alpha=1.0), SatImp(), TNPO(beta=1.0), WTNPO(), NPO(beta=0.1), SimNPO(), DPO(), NLL()],
     ids=lambda o: type(o).__name__,
 )
 
@@ -76,6 +76,35 @@ def test_linear_token_logp(benchmark, data, dtype):
     hidden, weight, labels, _ = (t.to(dtype) if t.is_floating_point() else t for t in data)
     found = benchmark(waited(lambda: gfast.linear_token_logp(hidden, weight, labels)))
     close(found, plain_logp(hidden @ weight.T, labels), dtype)
+
+
+@pytest.mark.benchmark(group="log-probs, forward and backward")
+@DTYPES
+@pytest.mark.parametrize("op", ["token_logp", "linear_token_logp"])
+def test_logp_gradients(benchmark, data, dtype, op):
+    hidden, weight, labels, _ = (t.to(dtype) if t.is_floating_point() else t for t in data)
+    leaves = (hidden, weight) if op == "linear_token_logp" else (hidden @ weight.T,)
+    leaves = tuple(t.detach().requires_grad_() for t in leaves)
+    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, labels).sum(), *leaves)))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    logits = wide[0] if op == "token_logp" else wide[0] @ wide[1].T
+    wanted = torch.autograd.grad(plain_logp(logits, labels).sum(), wide)
+    for one, exact in zip(found[1:], wanted, strict=True):
+        assert (one.double() - exact).norm() <= (1e-5 if dtype == torch.float32 else 3e-2) * exact.norm()
+
+
+@pytest.mark.benchmark(group="unlearn_loss, forward and backward")
+@DTYPES
+def test_unlearn_loss_in_place(benchmark, data, dtype):
+    hidden, weight, labels, _ = data
+    logits = (hidden @ weight.T).to(dtype)
+    leaf = logits.clone().requires_grad_()
+
+    def step():  # the op overwrites what a layer produced, never a leaf
+        return backward(gfast.unlearn_loss(leaf * 1, labels, WGA(alpha=1.0), inplace=True).loss, leaf)
+
+    wanted = gfast.unlearn_loss(logits.double(), labels, WGA(alpha=1.0), impl="reference").loss
+    close(benchmark(waited(step))[0], wanted, dtype)
 
 
 @pytest.mark.benchmark(group="unlearn_loss, forward and backward")
@@ -153,3 +182,68 @@ def test_grad_dot(benchmark, dtype, tensors):
         wanted[group] += float(x.double() @ y.double())
     found = benchmark(waited(lambda: gfast.grad_dot(xs, ys, groups, 5)))
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)).to(DEVICE).eval()
+
+
+def batch_of(seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    return {"input_ids": ids.to(DEVICE), "attention_mask": torch.ones_like(ids).to(DEVICE), "labels": labels.to(DEVICE)}
+
+
+def model_nll(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Token losses [B, T - 1] in plain PyTorch, 0 at ignored labels."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return -plain_logp(logits, batch["labels"][:, 1:])
+
+
+@pytest.mark.benchmark(group="a Hugging Face model")
+def test_model_loss(benchmark, model):
+    batch, parameters = batch_of(1), list(model.parameters())
+    found = benchmark(waited(lambda: backward(gfast.model_loss(model, batch, NLL()).loss, *parameters)))
+    close(found[0], model_nll(model, batch).detach().sum() / (batch["labels"][:, 1:] != -100).sum(), torch.float32)
+
+
+@pytest.mark.benchmark(group="a Hugging Face model")
+def test_model_logp(benchmark, model):
+    batch = batch_of(1)
+    with torch.no_grad():
+        found = benchmark(waited(lambda: gfast.model_logp(model, batch)))
+        close(found.sum(), -model_nll(model, batch).sum(), torch.float32)
+
+
+def risk_gradient(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The gradient of the token-mean NLL, all parameters in a row."""
+    risk = model_nll(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(risk, list(model.parameters()))]).double()
+
+
+@pytest.mark.benchmark(group="gradient effects")
+@pytest.mark.parametrize("name", ["g_effect", "pg_effect", "token_effect", "gram_effect", "risk_gradients"])
+def test_gradient_effects(benchmark, model, name):
+    forget, retain = batch_of(1), batch_of(2)
+    count = (forget["labels"][:, 1:] != -100).sum()
+    function = getattr(gfast, name)
+    first = (model, GA()) if name == "g_effect" else (model,)
+    found = benchmark(waited(lambda: function(*first, forget=forget, retain=retain)))
+    mine, other = risk_gradient(model, forget), risk_gradient(model, retain)
+    wanted = -float(mine @ other)  # of GA on the retain risk; the others are its parts
+    if name == "risk_gradients":
+        found = gfast.g_effect(model, GA(), forget=forget, retain=retain, directions=found)
+    if name in ("g_effect", "risk_gradients"):
+        total = found.total("retain")
+    elif name == "gram_effect":  # of sums: not divided by either number of tokens
+        total = sum(float(m.sum()) for m in found.matrix.values()) / float(count) ** 2
+    else:
+        parts = [torch.cat(list(v)) if isinstance(v, list) else v for v in found.retain.values()]
+        total = sum(float(part.sum()) for part in parts) / float(count)
+    assert total == pytest.approx(wanted, rel=1e-4)
