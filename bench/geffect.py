@@ -112,7 +112,7 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
                 row["ratio"], row["floor"] = round(time["median_ms"] / floor, 4), provider.floor
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
-        if not args.no_memory:
+        if not args.no_memory and name != "plain forward":  # a unit of time only
             row["peak_extra_mb"] = peak_mb(name, settings, steps.get(name))
         rows.append(row)
     rows += [{"name": name, "kind": ALL[name].kind, **notes[name]} for name in names if name not in good]

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Everything that README.md and docs/benchmarks.md show of a CPU: measures, draws, renders.
 #
-#   bench/on_cpu.sh [STEP ...]        some of: logits objectives linear modes shapes sweeps grad_dot geffect gram
-#                                     geffect_1b geffect_sweeps overhead profiles pages; default: all of them
+#   bench/on_cpu.sh [STEP ...]        some of: logits objectives linear modes shapes grad_dot geffect gram geffect_1b
+#                                     sweeps geffect_sweeps overhead profiles pages; default: all of them
 #
 # Results go to bench/results/DEVICE, a name made from the CPU (GFAST_BENCH_DEVICE chooses another). PYTHON chooses the
 # interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs 20 GB of memory.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-wanted=${*:-logits objectives linear modes shapes sweeps grad_dot geffect gram geffect_1b geffect_sweeps overhead profiles pages}
+wanted=${*:-logits objectives linear modes shapes grad_dot geffect gram geffect_1b sweeps geffect_sweeps overhead profiles pages}
 failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
@@ -35,31 +35,31 @@ lines=gfast,floor,open_unlearning,eager,trl
 everyone=gfast,floor,open_unlearning,eager,upcast,compile,torch_chunked,torch_chunked_rows,liger,cce,cce_exact,cce_torch,trl
 some=gfast,gfast_inplace,floor,open_unlearning,eager,compile
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
-grown='g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
-cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 2)
+grown='g_effect(WGA);pg_effect;token_effect;gram_effect;published way'
+cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 1)
 
-bench logits losses --ops logits --shapes small --objectives wga --dtypes bf16,fp16,fp32 --budget 2 --json losses_logits.json
+bench logits losses --ops logits --shapes small --objectives wga --dtypes bf16,fp16,fp32 --budget 1 --json losses_logits.json
 bench objectives losses --ops logits --shapes small --objectives tnpo,npo,nll --dtypes bf16,fp16,fp32 --providers "$some" \
-  --budget 1 --json losses_objectives.json
+  --budget 1 --no-memory --json losses_objectives.json
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers "$everyone" --budget 3 \
   --json losses_linear.json
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
   --json losses_linear_bf16.json
 bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,forward,frozen,nograd --batches tofu,long \
-  --providers "$few" --budget 2 --json losses_modes.json
-bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$lines" --budget 11 \
+  --providers "$few" --budget 1 --json losses_modes.json
+bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$few" --budget 11 \
   --repetitions 5 --peer-budget 1 --json losses_shapes.json
-bench sweeps losses "${head[@]}" --sweep rows --values 128,256,512,1024 --objectives nll --dtypes fp32 --providers "$few" \
-  --budget 2 --json losses_sweep_rows.json
-bench sweeps losses "${head[@]}" --sweep vocab --values 16384,32768,65536,131072 --rows 256 --objectives nll --dtypes fp32 \
-  --providers "$few" --budget 2 --json losses_sweep_vocab.json
-bench grad_dot grad_dot --repetitions 9 --json grad_dot.json
-bench geffect geffect --batch 4 --tokens 72 --budget 8 --json geffect.json \
+bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
+bench geffect geffect --batch 4 --tokens 72 --budget 6 --json geffect.json \
   --providers "$effects;published way, padded;sample loop;kronfluence, identity;bergson"
-bench gram geffect --batch 8 --tokens 72 --budget 12 --providers 'g_effect(WGA);gram_effect' --no-memory \
+bench gram geffect --batch 8 --tokens 72 --budget 8 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_gram.json
-bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 64 --budget 1 --providers 'g_effect(GA);gram_effect' \
+bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 1 --providers 'g_effect(GA);gram_effect' \
   --json geffect_1b.json
+bench sweeps losses "${head[@]}" --sweep rows --values 128,256,512,1024 --objectives nll --dtypes fp32 --providers "$few" \
+  --budget 1 --json losses_sweep_rows.json
+bench sweeps losses "${head[@]}" --sweep vocab --values 16384,32768,65536,131072 --rows 256 --objectives nll --dtypes fp32 \
+  --providers "$few" --budget 1 --json losses_sweep_vocab.json
 bench geffect_sweeps geffect --sweep batch --values 2,4,8 --layers 4 --tokens 48 "${cut[@]}" --json geffect_sweep_batch.json
 bench geffect_sweeps geffect --sweep length --values 32,64,128 --layers 4 --batch 4 "${cut[@]}" \
   --json geffect_sweep_length.json
