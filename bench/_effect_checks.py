@@ -37,6 +37,7 @@ class Truth:
 
     def items(self, kind: str) -> list[Gradient]:
         """Gradients that the provider's values are dots of, one an entry."""
+        kind = "sample" if kind == "gram" else kind
         if kind not in self.known:
             self.known[kind] = list(self._items(kind))
         return self.known[kind]
@@ -46,8 +47,10 @@ class Truth:
             yield gradient(self.model, plain_loss(self.model, self.forget, "wga"))
         elif kind == "effect, GA":
             yield gradient(self.model, plain_loss(self.model, self.forget, "ga"))
-        elif kind in ("sample", "gram"):
+        elif kind == "sample":
             yield from self._samples(self.forget)
+        elif kind == "retain samples":
+            yield from self._samples(self.retain)
         else:
             valid = (self.forget["labels"][:, 1:] != -100).nonzero()[:TOKENS_CHECKED].tolist()
             for row, position in valid:
@@ -59,31 +62,27 @@ class Truth:
         return [gradient(self.model, -token_losses(self.model, row).sum()) for row in rows]
 
     def sides(self, kind: str) -> dict[str, list[Gradient]]:
-        """What the items are dotted with: the risk's gradient, or for a matrix the gradients of the samples' NLL."""
+        """What the items are dotted with: the risk's gradient, or for a matrix the gradients of the samples' log p."""
         if kind != "gram":
             return {side: [risk] for side, risk in self.risks.items()}
-        if "sides" not in self.known:
-            found = {"unlearn": self._samples(self.forget), "retain": self._samples(self.retain)}
-            self.known["sides"] = {
-                s: [{n: g.neg_() for n, g in one.items()} for one in many] for s, many in found.items()
-            }
-        return self.known["sides"]
+        return {"unlearn": self.items("sample"), "retain": self.items("retain samples")}
 
     def table(self, kind: str, side: str) -> list[dict[str, tuple[float, float]]]:
         """For each entry: group (also "total", and "linear") -> the dot product there, and the product of the norms."""
         if (kind, side) not in self.tables:
+            sign = -1.0 if kind == "gram" else 1.0  # whose entries are of an NLL and a log p
             pairs = [(item, other) for item in self.items(kind) for other in self.sides(kind)[side]]
-            self.tables[kind, side] = [self._sums(item, other) for item, other in pairs]
+            self.tables[kind, side] = [self._sums(item, other, sign) for item, other in pairs]
         return self.tables[kind, side]
 
-    def _sums(self, left: Gradient, right: Gradient) -> dict[str, tuple[float, float]]:
+    def _sums(self, left: Gradient, right: Gradient, sign: float) -> dict[str, tuple[float, float]]:
         sums: dict[str, list[float]] = {}
         for name in left.keys() & right.keys():
             x, y = left[name].double().flatten(), right[name].double().flatten()
             found = [float(x @ y), float(x @ x), float(y @ y)]
             for key in (self.group[name], "total", *(["linear"] if name in self.linear else [])):
                 sums[key] = [a + b for a, b in zip(sums.get(key, [0.0, 0.0, 0.0]), found, strict=True)]
-        return {key: (dot, math.sqrt(a * b)) for key, (dot, a, b) in sums.items()}
+        return {key: (sign * dot, math.sqrt(a * b)) for key, (dot, a, b) in sums.items()}
 
 
 def error(truth: Truth, found: Sides, kind: str, parameters: str = "all") -> float:

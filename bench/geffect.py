@@ -8,7 +8,7 @@
 
 Times are medians over interleaved rounds in one run. Before timing, every provider's numbers on two rows are compared
 with plain autograd's, group by group, relative to the product of the norms (models of over 50 million parameters are
-cut to four blocks for this, on a CPU those of over a billion to one); gfast beyond the tolerance is reported as wrong
+cut to four blocks for this, or to one where four would not fit); gfast beyond the tolerance is reported as wrong
 and not timed, others are marked unequal (and refused over 50 %). A floor is what a measurement cannot do without, in
 plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
 the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
@@ -36,7 +36,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms
 NO_RESULT = 0.5
 CHECK_ROWS = 2
 CHECK_LAYERS, CHECK_PARAMETERS = 4, 50_000_000  # a check holds a dozen gradients: larger models are checked cut short
-LARGE = 1_000_000_000  # parameters from which a CPU's memory only holds them of one block
+LARGE = 200_000_000  # parameters of that which a CPU's memory does not hold a dozen times: cut to one block
 UNITS = {"plain pass": plain_pass, "plain forward": plain_forward}
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
 SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
@@ -55,9 +55,9 @@ def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, A
     """For each provider its error, or why there is none: failed, wrong (of those nothing is timed)."""
     found: dict[str, dict[str, Any]] = {}
     tolerance = TOLERANCE[settings["dtype"]]
-    size = _parameters(settings)
-    most = 1 if size > LARGE and settings["device"] == "cpu" else CHECK_LAYERS
-    if size > CHECK_PARAMETERS and (settings["layers"] or most + 1) > most:
+    large = settings["device"] == "cpu" and _parameters(settings | {"layers": CHECK_LAYERS}) > LARGE
+    most = 1 if large else CHECK_LAYERS
+    if _parameters(settings) > CHECK_PARAMETERS and (settings["layers"] or most + 1) > most:
         settings = settings | {"layers": most}
     model, forget, retain = setup(settings)
     small = [rows_of(batch, 0, CHECK_ROWS) for batch in (forget, retain)]
