@@ -46,9 +46,18 @@ TIMES_LESS, MEMORY_LESS = 4.0, 3.0  # demanded of g_effect against the published
 def setup(settings: dict[str, Any]) -> tuple[torch.nn.Module, dict, dict]:
     """A random model of the shape, a forget batch and a retain batch."""
     model = random_model(settings["shape"], settings["dtype"], settings["device"], settings["layers"])
+    return model, *batches(settings)
+
+
+def batches(settings: dict[str, Any]) -> tuple[dict, dict]:
     vocab, device = SHAPES[settings["shape"]]["vocab_size"], settings["device"]
     forget, retain = (answers(vocab, settings["batch"], settings["tokens"], seed, device) for seed in (1, 2))
-    return model, forget, retain
+    return forget, retain
+
+
+def shell(settings: dict[str, Any]) -> torch.nn.Module:
+    """The model without memory for its parameters."""
+    return random_model(settings["shape"], settings["dtype"], "meta", settings["layers"])
 
 
 def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
@@ -80,15 +89,13 @@ def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, A
 
 
 def _parameters(settings: dict[str, Any]) -> int:
-    model = random_model(settings["shape"], settings["dtype"], "meta", settings["layers"])
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in shell(settings).parameters())
 
 
 def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a provider, after one for each unit."""
-    model, forget, retain = setup(settings)
+    model, (forget, retain) = shell(settings), batches(settings)
     missing = {name: why for name in names if (why := ALL[name].why_not(model, forget)) is not None}
-    del model  # while the check holds its gradients
     notes = {name: {"skipped": why} for name, why in missing.items()}
     notes |= checked(settings, [name for name in names if name not in missing])
     model, _, _ = setup(settings)
