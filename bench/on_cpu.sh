@@ -5,7 +5,8 @@
 #                                     sweeps geffect_sweeps overhead profiles pages; default: all of them
 #
 # Results go to bench/results/DEVICE, a name made from the CPU (GFAST_BENCH_DEVICE chooses another). PYTHON chooses the
-# interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs 20 GB of memory.
+# interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs about
+# 17 GB of memory. After GFAST_CPU_SECONDS (default 2400) no further benchmark starts: the most telling come first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,6 +19,11 @@ bench() {
   local name=$1 script=$2 start=$SECONDS
   shift 2
   if [[ " $wanted " != *" $name "* ]]; then return; fi
+  if [ "$name" != pages ] && [ "$SECONDS" -gt "${GFAST_CPU_SECONDS:-2400}" ]; then
+    echo "== $name SKIPPED, no time left: $script $*"
+    failed=$((failed + 1))
+    return
+  fi
   echo "== $name: $script $*"
   if "$python" "bench/$script.py" "$@"; then
     echo "== $name took $((SECONDS - start)) s"
