@@ -29,6 +29,8 @@ def tiny(kind: str, layers: int = 4, dtype: torch.dtype = torch.float64):
         config = transformers.Gemma3TextConfig(
             **sizes, num_key_value_heads=2, head_dim=4, intermediate_size=24, sliding_window=6
         )
+    elif kind == "granite":
+        config = transformers.GraniteConfig(**sizes, num_key_value_heads=2, intermediate_size=24, logits_scaling=2.0)
     elif kind == "gemma2":
         config = transformers.Gemma2Config(
             **sizes,
@@ -175,3 +177,13 @@ def dots(model, x: dict, y: dict, layers: int, tied: bool) -> dict[str, float]:
         group = literal_group(name, layers, tied)
         out[group] = out.get(group, 0.0) + (x[name] * y[name]).sum().item()
     return out
+
+
+def small_tiles(monkeypatch) -> None:
+    """No batch is short enough for the head's b as a whole, and chunks, tiles and strips are small beside the tests."""
+    from gfast.geffect import products, seeded
+
+    monkeypatch.setattr(seeded, "_WHOLE", 0.0)
+    monkeypatch.setattr(seeded, "default_chunk_rows", lambda *args: 4)
+    for name, value in (("_MIN_TILE", 7), ("_TILES", 0.01), ("_STRIPS", 0.2), ("_BLOCK_ROWS", 5), ("_BUFFER", 500)):
+        monkeypatch.setattr(products, name, value)

@@ -7,14 +7,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
+from geffect_models import batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import ENGINES  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO  # noqa: E402
 
 LAYERS = 3
-FAMILIES = "llama tied_llama qwen2 qwen3 mistral phi gemma2 gemma3 gpt2 gpt_neox opt mixtral".split()
+FAMILIES = "llama tied_llama qwen2 qwen3 mistral phi gemma2 gemma3 granite gpt2 gpt_neox opt mixtral".split()
 OBJECTIVES = {
     "ga": GA(),
     "wga": WGA(alpha=0.7),
@@ -43,11 +43,14 @@ def close(found: dict, expected: dict, scale: float, rtol: float) -> None:
         assert found[group] == pytest.approx(value, rel=rtol, abs=rtol * scale), group
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "gram by tiles"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_engine_gives_the_literal_g_effect(kind, engine):
+def test_every_engine_gives_the_literal_g_effect(kind, engine, monkeypatch):
     model = model_of(kind)
     some = data()
+    if engine == "gram by tiles":  # as for batches with more tokens than half the hidden size
+        engine = "gram"
+        small_tiles(monkeypatch)
     if (engine, kind) in REFUSED:
         with pytest.raises(ValueError, match=r"cannot attribute .*mlp.*engine='stream'"):
             gfast.g_effect(model, WGA(), engine=engine, **some)

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, logps, tiny  # noqa: E402
+from geffect_models import batches, gradient, logps, small_tiles, tiny  # noqa: E402
 from test_geffect_sample import (  # noqa: E402
     KINDS,
     any_trainable,
@@ -24,7 +26,7 @@ from test_geffect_sample import (  # noqa: E402
 from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import gram, products  # noqa: E402
+from gfast.geffect import gram, products, seeded  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
 from gfast.geffect.gram import gram_dots, gram_effect  # noqa: E402
 from gfast.geffect.modules import Lookup, Outer, Sum  # noqa: E402
@@ -48,18 +50,20 @@ def assert_gram(effect, forget: list[dict], retain: list[dict], rtol: float = 1e
                     assert abs(found[i, j].item() - expected) <= rtol * max(scale, floor), (side, group, i, j)
 
 
-@pytest.fixture(params=["pairs", "gradients", "cheaper"])
+@pytest.fixture(params=["pairs", "gradients", "cheaper", "pairs of tiles", "gradients of tiles"])
 def way(request, monkeypatch):
-    """How Linears are multiplied: forced one way or the other, and by what is cheaper."""
-    used = []
-    if request.param != "cheaper":
-        monkeypatch.setattr(products, "_gradients_are_cheaper", lambda *args: request.param == "gradients")
-    for name in ("_by_pairs", "_by_gradients"):
+    """How Linears are multiplied: forced one way or the other, and by what is cheaper; the head by tiles too."""
+    used, kind = [], request.param.split()[0]
+    if kind != "cheaper":
+        monkeypatch.setattr(products, "_gradients_are_cheaper", lambda *args: kind == "gradients")
+    if "tiles" in request.param:
+        small_tiles(monkeypatch)
+    for name in ("_by_pairs", "_by_gradients", "_by_tiles"):
         original = getattr(products, name)
         monkeypatch.setattr(products, name, lambda *a, f=original, n=name: used.append(n) or f(*a))
     yield used
-    if request.param != "cheaper":
-        assert set(used) <= {"_by_" + request.param}
+    if kind != "cheaper":
+        assert set(used) <= {"_by_" + kind, "_by_tiles" if kind == "pairs" else ""}
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
@@ -283,6 +287,44 @@ def test_products_of_every_pair_of_shares(left, right, rows, way):
     torch.testing.assert_close(own, x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(own_products(x), x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
     assert bool(way) == (left == "outer")
+
+
+def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
+    """No tensor is as large as the b [n, V] of a batch with more rows than half the hidden size; a short one has it."""
+    config = transformers.LlamaConfig(
+        vocab_size=997, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 997, (1, 41), generator=torch.Generator().manual_seed(0))
+    long, short = ({"input_ids": x, "labels": x} for x in (ids, ids[:, :9]))
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            known = {storage_of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            made = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            sizes.extend(x.numel() for x in made if 997 in x.shape and storage_of(x) not in known)
+            return out
+
+    def storage_of(x: torch.Tensor) -> int:
+        return x.untyped_storage().data_ptr()
+
+    def largest(batch) -> int:
+        sizes.clear()
+        with Sizes():
+            gram_effect(model, forget=batch, retain=batch)
+        return max(sizes)
+
+    expected = gram_effect(model, forget=long, retain=short).total("retain")
+    assert largest(short) == 8 * 997  # at most half the hidden size
+    monkeypatch.setattr(seeded, "default_chunk_rows", lambda *args: 10)
+    for name, value in (("_MIN_TILE", 16), ("_TILES", 0.01)):
+        monkeypatch.setattr(products, name, value)
+    whole = 16 * 997  # the head's own size, of which two batches' b may not make more than half each
+    assert largest(long) <= 10 * 997 < whole / 1.5
+    found = gram_effect(model, forget=long, retain=short).total("retain")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_products_with_a_batch_without_rows():

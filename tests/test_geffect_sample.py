@@ -151,9 +151,7 @@ def test_objectives_as_the_stream_engine_measures_them(kind, objective):
 
 
 def measured(model, used=()) -> Measurement:
-    return Measurement.of(
-        model, data()["forget"], data()["retain"], used, "paper", NLL(), torch.float32, "device", None, False
-    )
+    return Measurement.of(model, **data(), used=used)
 
 
 @pytest.mark.parametrize("objective", [KL(), RMU(layer=1)], ids=lambda objective: objective.key)
@@ -255,13 +253,13 @@ def test_a_module_that_is_not_called_is_refused():
         pg_effect(model, **data())
 
 
-def test_a_weight_used_outside_its_module_is_noticed():
+def test_samples_that_do_not_add_up_to_their_set_are_noticed():
     model = tiny("llama").eval()
-    layer = model.model.layers[2].mlp
-    original = layer.forward
-    layer.forward = lambda x: original(x) + torch.nn.functional.linear(x, layer.up_proj.weight)[..., :16] * 3
-    with pytest.raises(ValueError, match="do not add up.*'middle'.*token_effect"):
-        pg_effect(model, **data())
+    directions = gfast.risk_gradients(model, **data())
+    for kept in directions.stores[0].kept:
+        kept.mul_(1.5)
+    with pytest.raises(ValueError, match="do not add up.*'embed'.*token_effect"):
+        pg_effect(model, directions=directions, **data())
 
 
 def test_rows_that_belong_to_no_sample_are_refused():

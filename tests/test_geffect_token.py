@@ -251,7 +251,7 @@ def test_one_measurement_gives_every_objective():
 def dots_of(model, used, forget, retain, objective_batches=None):
     """[G, 2] of every term."""
     measurement = Measurement.of(
-        model, forget, retain, used, "paper", NLL(), torch.float64, "device", None, False, objective_batches
+        model, forget, retain, used=used, direction_dtype=torch.float64, objective_batches=objective_batches
     )
     with measurement.directions() as directions:
         return objective_dots(measurement, directions, used)
@@ -294,11 +294,7 @@ def test_engine_refuses_what_has_no_token_weights(objective):
     model, _ = made("llama")
     forget, retain = data()
     with pytest.raises(ValueError, match=r"no token weights.*engine='stream'"):
-        objective_dots(
-            Measurement.of(model, forget, retain, (), "paper", NLL(), torch.float64, "device", None, False),
-            None,
-            [Term(objective, "retain")],
-        )
+        objective_dots(Measurement.of(model, forget, retain), None, [Term(objective, "retain")])
 
 
 def test_sums_are_the_risk_gradients_squares():

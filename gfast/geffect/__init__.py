@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gfast.geffect.data import terms
-from gfast.geffect.directions import Directions, risk_directions
+from gfast.geffect.directions import Directions
 from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
 from gfast.geffect.gram import gram_effect
 from gfast.geffect.groups import GroupMap, assign
@@ -140,15 +140,15 @@ def g_effect(
         model,
         forget,
         retain,
-        used,
-        groups,
-        risk,
-        direction_dtype,
-        direction_storage,
-        directions,
-        progress,
-        objective_batches,
-        loss_scale,
+        used=used,
+        groups=groups,
+        risk=risk,
+        direction_dtype=direction_dtype,
+        direction_storage=direction_storage,
+        directions=directions,
+        objective_batches=objective_batches,
+        loss_scale=loss_scale,
+        progress=progress,
     )
     if engine in ("auto", "stream"):
         from gfast.geffect.stream import stream_effects
@@ -203,5 +203,15 @@ def risk_gradients(
         >>> directions.get(0, "lm_head.weight").shape
         torch.Size([32, 16])
     """
-    measurement = Measurement.of(model, forget, retain, (), groups, risk, dtype, storage, None, progress)
-    return risk_directions(model, measurement.data, measurement.groups, risk, dtype, storage, progress, loss_scale)
+    measurement = Measurement.of(
+        model,
+        forget,
+        retain,
+        groups=groups,
+        risk=risk,
+        direction_dtype=dtype,
+        direction_storage=storage,
+        loss_scale=loss_scale,
+        progress=progress,
+    )
+    return measurement.measure_directions()

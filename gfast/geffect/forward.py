@@ -14,7 +14,6 @@ behind torch.autograd.Function or custom operators, raw memory) is an error that
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from gfast.geffect.uses import function_on_stack, module_on_stack
 
 Streams = tuple[int, ...]
 
@@ -249,10 +250,11 @@ class ForwardMode(TorchFunctionMode):
         self._pending.clear()
 
     def _concerned(self, values: Any) -> bool:
-        """Does any argument carry a tangent, or is it a parameter?"""
+        """Does any argument carry a tangent, or is it a parameter, or made of parameters?"""
         for value in values:
             if isinstance(value, Tensor):
-                if type(value) is Dual or id(value) in self._parameters or id(value) in self._promoted:
+                known = type(value) is Dual or id(value) in self._parameters or id(value) in self._promoted
+                if known or value.requires_grad:
                     return True
             elif isinstance(value, (tuple, list)) and self._concerned(value):
                 return True
@@ -273,6 +275,8 @@ class ForwardMode(TorchFunctionMode):
             pair = self._promoted[id(tensor)][1]
         parameter, streams = self._parameters.get(id(tensor), (None, ()))
         if pair is None and parameter is None:
+            if tensor.requires_grad and torch.is_grad_enabled():  # nothing that is computed in the pass requires any
+                raise ForwardModeError("it reads a view or a product of parameters that was made before the pass")
             return tensor
         if not torch.is_grad_enabled():
             _refuse_autograd_functions()
@@ -316,25 +320,15 @@ class ForwardMode(TorchFunctionMode):
         return out
 
     def _named(self, error: ForwardModeError) -> ForwardModeError:
-        """The error with the innermost module whose forward is running, found on the call stack."""
-        module, frame = None, sys._getframe(1)
-        while frame is not None and module is None:
-            found = frame.f_locals.get("self")
-            module = found if isinstance(found, nn.Module) else None
-            frame = frame.f_back
-        name = next((name for name, other in self._model.named_modules() if other is module), None)
-        where = f"in {name!r} ({type(module).__name__})" if name else f"in {type(self._model).__name__}"
         return ForwardModeError(
-            f"the token engine cannot carry tangents through an operation {where}: {error}. Measure this model with "
-            f"g_effect(..., engine='stream') or pg_effect, or let the module use plain PyTorch operations"
+            f"the token engine cannot carry tangents through an operation {module_on_stack(self._model)}: {error}. "
+            f"Measure this model with g_effect(..., engine='stream') or pg_effect, or let the module use plain PyTorch "
+            f"operations"
         )
 
 
 def _refuse_autograd_functions() -> None:
     """Inside of torch.autograd.Function.forward gradients are disabled, and not because they shall stop there."""
-    frame, code = sys._getframe(1), torch.autograd.Function.apply.__func__.__code__
-    while frame is not None:
-        if frame.f_code is code:
-            name = frame.f_locals["cls"].__qualname__
-            raise ForwardModeError(f"the torch.autograd.Function {name!r} says how to go backward, not forward")
-        frame = frame.f_back
+    name = function_on_stack()
+    if name is not None:
+        raise ForwardModeError(f"the torch.autograd.Function {name!r} says how to go backward, not forward")

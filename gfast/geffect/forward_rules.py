@@ -48,18 +48,24 @@ _ELEMENTWISE = frozenset(
 )
 
 
+def only_about(func: Callable) -> bool:
+    """Does a torch function ask what its arguments are, or take their values without a derivative?"""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return func.__self__.__name__ not in _LINEAR_GETTERS
+    return name in _ABOUT
+
+
 def apply(mode: ForwardMode, func: Callable, args: tuple, kwargs: dict, originals: tuple) -> Any:
     """The function's value with tangents."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = func.__self__.__name__
-        if name not in _LINEAR_GETTERS:
-            return func(*primals(originals_or(args, originals)))
     elif name == "__set__":
         raise ForwardModeError(f"it sets the attribute {func.__self__.__name__!r} of a tensor that carries tangents")
     if name in _RAW:
         raise ForwardModeError(f"{name}() hands out raw memory, as kernels outside of PyTorch read it")
-    if name in _ABOUT:
+    if only_about(func):
         return func(*primals(originals_or(args, originals)), **primals(kwargs))
     if not any(isinstance(leaf, Pair) for leaf in pytree.tree_leaves((args, kwargs))):
         return func(*args, **kwargs)

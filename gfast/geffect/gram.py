@@ -5,7 +5,8 @@
 One pass over a forget batch (a forward, and the backward of the activations) keeps the inputs and output gradients of
 its modules; then every other batch passes by and is multiplied with them as its own appear. Two single batches cost two
 such passes and the products. With m_f and m_r batches there are m_f (m_f + 1) / 2 + m_f m_r passes, because only one
-forget batch is kept at a time: a forward's activations, twice, and [n, V] at the head.
+forget batch is kept at a time: a forward's activations, twice. The head's output gradient [n, V] exists whole only for
+n up to half the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from torch import Tensor, nn
 from gfast.geffect.data import SIDE_SOURCES, Term, to_device
 from gfast.geffect.effects import GramEffect
 from gfast.geffect.measurement import Measurement
-from gfast.geffect.modules import Lookup, Outer, Share, find_sites
+from gfast.geffect.modules import Share, find_sites
 from gfast.geffect.passes import Passes, Progress
 from gfast.geffect.products import Caches, Rows, own_products, products, rows_of
 from gfast.geffect.seeded import SeededPasses, Seeds, check_weighted, frozen, seeds_of
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
-from gfast.objectives import NLL
 from gfast.ops.common import IGNORE_INDEX
 
 _Batch = Mapping[str, Any]
@@ -38,6 +38,7 @@ def gram_effect(
     forget: Any,
     retain: Any,
     groups: str | Callable[[str], str] = "paper",
+    loss_scale: float | None = None,
     progress: bool = False,
 ) -> GramEffect:
     r"""Dot products of the gradients of forget samples with those of forget and retain samples, by layer group.
@@ -46,15 +47,15 @@ def gram_effect(
 
     A step that lowers log p(s_i) changes the NLL of s_j by -lr times the entry, to first order. Nothing of a
     parameter's size is formed or stored: two passes without weight gradients, and products between rows. Made for
-    batches of some hundred to a few thousand tokens; memory holds one forget batch's activations twice, and [n, V] at
-    the output head for its n labelled tokens.
+    batches of some hundred to a few thousand tokens; memory holds one forget batch's activations twice. The output
+    head's gradients [n, V] of n labelled tokens are held where n is at most half the hidden size, else formed a tile of
+    the vocabulary at a time, which costs up to one more product with the head a batch.
 
     Args:
         model: as for `pg_effect`: its trainable parameters must belong to Linears (or GPT-2's Conv1D), embeddings and
             norms. It is measured in evaluation mode and left as found, also after an error.
-        forget, retain: batches, as for `g_effect`. Every pair of a forget and another batch costs a pass.
-        groups: "paper", "layer" or a function from parameter name to group; see `assign`.
-        progress: show a bar (needs tqdm).
+        forget, retain: as for `g_effect`. Every pair of a forget and another batch costs a pass.
+        groups, loss_scale, progress: as for `pg_effect`.
 
     Returns:
         GramEffect: `unlearn` group -> fp64 [S_f, S_f] and `retain` group -> [S_f, S_r].
@@ -77,7 +78,7 @@ def gram_effect(
         torch.Size([2, 1])
     """
     return gram_effects(
-        Measurement.of(model, forget, retain, (), groups, NLL(), torch.float32, "device", None, progress)
+        Measurement.of(model, forget, retain, groups=groups, loss_scale=loss_scale, progress=progress)
     )
 
 
@@ -149,13 +150,14 @@ class _Pairs:
         sites = find_sites(model, measurement.groups, "gram")
         self.label, self.by_sample = label, by_sample
         self.bar = Progress(measurement.progress, "gram")
-        self.passes = Passes(model, measurement.data, measurement.groups, self.bar)
+        self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self.kept: dict[str, list[Rows]] = {}
         self.crossing = False
         self.caches = Caches.new()
         self.model, self.stack = model, ExitStack()
-        self.seeded = SeededPasses(model, sites, self._consume, "gram", whole_head=True)
+        scale = self.passes.loss_scale
+        self.seeded = SeededPasses(model, sites, self._consume, "gram", scale, whole_head=True)
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails
@@ -201,7 +203,7 @@ class _Pairs:
         return torch.zeros(shape, dtype=torch.float64, device=self.passes.device)
 
     def _by_group(self, table: Tensor) -> Tensor:
-        return self.passes.by_group(table.transpose(0, 1), self.label)
+        return self.passes.by_group(table.transpose(0, 1) / self.passes.loss_scale**2, self.label)
 
     def _run(self, batch: _Batch, seeds: Seeds) -> None:
         batch = self.on_device(batch)
@@ -213,7 +215,7 @@ class _Pairs:
 
     def _consume(self, name: str, share: Share, place: Tensor | None) -> None:
         count, length = self.shape
-        rows = _length(share)
+        rows = share.rows
         if not self.by_sample:
             owner, samples = torch.zeros(rows, dtype=torch.int64, device=self.passes.device), 1
         elif place is None:
@@ -222,7 +224,11 @@ class _Pairs:
             owner, samples = place // length, count
         found = rows_of(share, owner, samples)
         if not self.crossing:
-            self.kept.setdefault(name, []).append(found)
+            kept = self.kept.setdefault(name, [])
+            if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up
+                kept[0].share.add_(found.share)
+            else:
+                kept.append(found)
             return
         kept, index = self.kept.get(name, []), self.position[name]
         # forming gradients of the kept samples serves their own products too
@@ -244,10 +250,6 @@ class _Pairs:
             for other in kept[first + 1 :]:
                 values = products(one, other, own=False)[0]
                 self.own_table[index] += values + values.t()
-
-
-def _length(share: Share) -> int:
-    return len(share.b) if isinstance(share, (Outer, Lookup)) else len(share.terms)
 
 
 def _starts(batches: list[_Batch]) -> list[int]:

@@ -15,7 +15,7 @@ from gfast.geffect.data import Data, Term, risk_terms
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.storage import check_storage
-from gfast.objectives import Objective
+from gfast.objectives import NLL, Objective
 
 
 @dataclass
@@ -38,15 +38,16 @@ class Measurement:
         model: nn.Module,
         forget: Any,
         retain: Any,
-        used: Iterable[Term],
-        groups: str | Callable[[str], str],
-        risk: Objective,
-        direction_dtype: torch.dtype,
-        direction_storage: str | os.PathLike[str],
-        directions: Directions | None,
-        progress: bool,
+        *,
+        used: Iterable[Term] = (),
+        groups: str | Callable[[str], str] = "paper",
+        risk: Objective = NLL(),  # noqa: B008 - frozen
+        direction_dtype: torch.dtype = torch.float32,
+        direction_storage: str | os.PathLike[str] = "device",
+        directions: Directions | None = None,
         objective_batches: Any = None,
         loss_scale: float | None = None,
+        progress: bool = False,
     ) -> Measurement:
         """Check everything that can be checked before any work.
 
@@ -72,10 +73,14 @@ class Measurement:
         if self.given is not None:
             yield self.given
             return
-        with risk_directions(
-            self.model, self.data, self.groups, self.risk, self.dtype, self.storage, self.progress, self.loss_scale
-        ) as directions:
+        with self.measure_directions() as directions:
             yield directions
+
+    def measure_directions(self) -> Directions:
+        """The gradients of the risk on both sets."""
+        return risk_directions(
+            self.model, self.data, self.groups, self.risk, self.dtype, self.storage, self.progress, self.loss_scale
+        )
 
 
 def _check_given(given: Any, model: nn.Module, data: Data, groups: GroupMap, risk: Objective) -> None:

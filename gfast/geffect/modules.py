@@ -3,7 +3,7 @@
 The sample and gram engines never form a weight gradient. For each row t of a module call (a token of a sample) the
 gradient of a parameter gets one of three shares, and every supported module reduces to them:
 
-    Outer    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D)
+    Outer    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D); HeadRows where b is not kept
     Lookup   b_t at row id_t    an embedding
     Sum      v_t                a bias (v = b), a norm's weight (v = b * x_hat)
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gfast import hf
 from gfast.geffect.groups import GroupMap
+from gfast.geffect.head_rows import HeadRows
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,34 @@ class Outer:
     a: Tensor
     b: Tensor
 
+    @property
+    def rows(self) -> int:
+        return len(self.b)
+
+    @property
+    def width(self) -> int:
+        return self.b.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.a.dtype, self.b.dtype)
+
+    def some(self, rows: Tensor | slice) -> Outer:
+        """The same for some of the rows."""
+        return Outer(self.a[rows], self.b[rows])
+
+    def used(self) -> Tensor:
+        """Which rows are not zero, bool [n]."""
+        return _not_zero(self.a) & _not_zero(self.b)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """b [n, stop - start] of some output features."""
+        return self.b[:, start:stop]
+
+    def at(self, ids: Tensor) -> Tensor:
+        """b [n, m] of the output features ids [m]."""
+        return self.b.index_select(1, ids)
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -39,6 +68,18 @@ class Lookup:
     ids: Tensor
     b: Tensor
 
+    @property
+    def rows(self) -> int:
+        return len(self.b)
+
+    def some(self, rows: Tensor | slice) -> Lookup:
+        """The same for some of the rows."""
+        return Lookup(self.ids[rows], self.b[rows])
+
+    def used(self) -> Tensor:
+        """Which rows are not zero, bool [n]."""
+        return _not_zero(self.b)
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -46,8 +87,21 @@ class Sum:
 
     terms: Tensor
 
+    @property
+    def rows(self) -> int:
+        return len(self.terms)
 
-Share = Outer | Lookup | Sum
+
+Share = Outer | HeadRows | Lookup | Sum
+
+
+def _not_zero(x: Tensor) -> Tensor:
+    """Which rows hold something else than zeros (NaN is something). Few columns tell it of most rows."""
+    used = (x[:, :16] != 0).any(-1)
+    doubtful = (~used).nonzero()[:, 0]
+    if len(doubtful):
+        used[doubtful] = (x[doubtful] != 0).any(-1)
+    return used
 
 
 @dataclass(frozen=True)
@@ -73,6 +127,17 @@ class Sites:
     head: hf.Head | None
     head_parameters: dict[str, str]  # of the chunked head, as in Site.parameters
 
+    def owners(self) -> dict[int, tuple[str, frozenset[str]]]:
+        """id of each parameter -> its name, and the names of the modules in whose forward it is used."""
+        found: dict[int, tuple[str, frozenset[str]]] = {}
+        for site in self.modules:
+            for attribute, name in site.parameters.items():
+                key = id(site.module._parameters[attribute])
+                found[key] = name, found.get(key, (name, frozenset()))[1] | {site.name}
+        for attribute, name in self.head_parameters.items():  # the chunked head is no call of a module
+            found.setdefault(id(getattr(self.head, attribute)), (name, frozenset()))
+        return found
+
 
 def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
     """The uses of every trainable parameter.
@@ -91,6 +156,8 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
         kind, why = hf.module_kind(module), f"gfast has no rule for a {type(module).__name__}"
         if hf.is_routed(path):
             kind, why = None, "experts of a mixture see tokens in an order of their own"
+        elif "forward" in vars(module) and kind not in (None, "norm") and not _computes(module, kind):
+            kind, why = None, "its forward was replaced by one that computes something else"
         elif kind == "embedding" and (module.max_norm is not None or module.scale_grad_by_freq):
             kind, why = None, "an embedding with max_norm or scale_grad_by_freq has no gradient by rows"
         unit = _norm_unit(module) if kind == "norm" else 1.0
@@ -121,14 +188,15 @@ class Watch:
         self.sites, self.consume, self.engine = sites, consume, engine
         self.shape = (0, 0)  # of the batch: B, T
         self.ran: set[str] = set()
+        self.running: list[str] = []  # sites whose forward has begun and not ended, innermost last
 
     def __enter__(self) -> Watch:
         self.handles = []
         for site in self.sites:
-            if site.kind == "embedding":
-                self.handles.append(site.module.register_forward_pre_hook(self._expand, with_kwargs=True))
-            hook = partial(self._forward, site)
-            self.handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+            before, after = partial(self._before, site), partial(self._forward, site)
+            self.handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+            # before the hooks of others, which may change the output
+            self.handles.append(site.module.register_forward_hook(after, with_kwargs=True, prepend=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,6 +206,7 @@ class Watch:
     def start(self, rows: int, length: int) -> None:
         """A batch [rows, length] comes next."""
         self.shape = (rows, length)
+        self.running.clear()
 
     def check_all_ran(self) -> None:
         """ValueError naming a site that no forward called: its gradient is unknown, not zero."""
@@ -149,7 +218,13 @@ class Watch:
                     f"with requires_grad_(False), or use engine='stream'"
                 )
 
-    def _expand(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before(
+        self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        self.running.append(site.name)
+        return self._expanded(args, kwargs) if site.kind == "embedding" else None
+
+    def _expanded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Positions [T] or [1, T] that all samples share are looked up once a sample, to have a gradient each."""
         rows, length = self.shape
 
@@ -164,6 +239,8 @@ class Watch:
     def _forward(
         self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
+        if self.running:
+            self.running.pop()
         if not torch.is_grad_enabled():
             return None
         self.ran.add(site.name)
@@ -250,6 +327,26 @@ def _normalized(site: Site, x: Tensor) -> Tensor:
     with _with_weight(site.module, site.unit, x.dtype):
         out = site.module.forward(x)
     return out.clone() if out.data_ptr() == x.data_ptr() else _wide(out)
+
+
+def _computes(module: nn.Module, kind: str) -> bool:
+    """Does a module whose forward was replaced (as offloading does) still compute what its kind says? Tried once."""
+    weight, bias = module.weight, module._parameters.get("bias")
+    try:
+        with torch.no_grad():
+            if kind == "embedding":
+                x = torch.ones(1, 2, dtype=torch.int64, device=weight.device)  # ids, or a mask of positions
+                ids, scale = hf.embedding_lookup(module, (x,), {})
+                expected = weight[ids] * scale
+            else:
+                matrix = weight if kind == "linear" else weight.t()
+                x = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+                x = x.to(weight.device, weight.dtype)
+                expected = nn.functional.linear(x, matrix, bias)
+            out = module.forward(x)
+            return bool((out - expected).norm() <= 0.01 * expected.norm())  # twice the rounding of 16 bits
+    except (RuntimeError, TypeError, IndexError):
+        return False
 
 
 def _norm_unit(module: nn.Module) -> float | None:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.geffect.modules import Lookup, Outer, Share
+from gfast.geffect.head_rows import HeadRows
+from gfast.geffect.modules import Lookup, Outer, Share, Sum
 from gfast.ops.head import product_dtype
 
 # What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a
@@ -27,6 +28,8 @@ _FULL = 0.9
 _BLOCK_ROWS = 512  # rows of token pairs held at a time
 _OWN_ROWS = 160  # the same against themselves, where a block's own half is computed twice
 _KEPT_PRODUCTS = 1 << 22  # elements of products of inputs that are kept for the next module
+# Of the head's size: sums of pairs of rows that are held at a time, and columns of b; at least this many columns.
+_STRIPS, _TILES, _MIN_TILE = 0.5, 0.125, 256
 _BUFFER = 1 << 20  # elements of the block of all samples' gradients: it stays in the cache
 
 
@@ -38,18 +41,23 @@ class Rows:
     counts: rows of each sample.
     """
 
-    share: Outer | Lookup | Tensor
+    share: Outer | HeadRows | Lookup | Tensor
     counts: list[int]
 
     @property
     def size(self) -> int:
         return sum(self.counts)
 
+    @property
+    def device(self) -> torch.device:
+        share = self.share
+        return (share if isinstance(share, Tensor) else share.b if isinstance(share, Lookup) else share.a).device
+
     @cached_property
     def membership(self) -> Tensor:
         """[S, n] of ones and zeros: sums over the rows of each sample, as a product in a fixed order."""
         owner = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts, dtype=torch.int64))
-        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.share.b.device)
+        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.device)
 
     def bounds(self) -> list[tuple[int, int]]:
         """First row and the one after the last of each sample."""
@@ -62,29 +70,14 @@ class Rows:
 
 def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
     """The share's rows, without those that are zero if there are many; `owner` int64 [n], ascending: their samples."""
-    if not isinstance(share, (Outer, Lookup)):
+    if isinstance(share, Sum):
         member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
         return Rows(member @ share.terms.double(), [0] * samples)
-    used = _used(share.b)
-    if isinstance(share, Outer):
-        used &= _used(share.a)
-    kept = used.nonzero()[:, 0]
-    if len(kept) > _FULL * len(used):  # leaving out a few rows would not pay for the copy
-        kept = torch.arange(len(used), device=used.device)
+    kept = share.used().nonzero()[:, 0]
+    if len(kept) > _FULL * share.rows:  # leaving out a few rows would not pay for the copy
+        kept = torch.arange(share.rows, device=owner.device)
     counts = torch.bincount(owner[kept], minlength=samples).tolist()
-    if len(kept) < len(used):
-        parts = (share.a, share.b) if isinstance(share, Outer) else (share.ids, share.b)
-        share = type(share)(*(part.index_select(0, kept) for part in parts))
-    return Rows(share, counts)
-
-
-def _used(x: Tensor) -> Tensor:
-    """Which rows hold something else than zeros (NaN is something). Few columns tell it of most rows."""
-    used = (x[:, :16] != 0).any(-1)
-    doubtful = (~used).nonzero()[:, 0]
-    if len(doubtful):
-        used[doubtful] = (x[doubtful] != 0).any(-1)
-    return used
+    return Rows(share if len(kept) == share.rows else share.some(kept), counts)
 
 
 class InputProducts:
@@ -132,45 +125,64 @@ def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -
     Both must be of one parameter. Taking both at once forms left's gradients once, where they are formed.
     """
     caches = caches or Caches.new()
-    if isinstance(left.share, Outer) and isinstance(right.share, Outer):
+    matrices = (Outer, HeadRows)
+    if isinstance(left.share, matrices) and isinstance(right.share, matrices):
         if left.size == 0 or (right.size == 0 and not own):
             return _zeros(left, right), _zeros(left, left) if own else None
         if _gradients_are_cheaper(left, right, own, caches.other.holds(left.share.a, right.share.a)):
             return _by_gradients(left, right, own)
+        if HeadRows in (type(left.share), type(right.share)):
+            return _by_tiles(left, right, own)
         return _by_pairs(left, right, caches.other), _by_own_pairs(left, caches.own) if own else None
     return _mixed(left, right), own_products(left) if own else None
 
 
 def own_products(rows: Rows) -> Tensor:
     """<g_i, g_j> for samples i and j of `rows`, fp64 [S, S]."""
-    if isinstance(rows.share, Outer):
-        empty = Rows(Outer(rows.share.a[:0], rows.share.b[:0]), [])
+    if isinstance(rows.share, (Outer, HeadRows)):
+        empty = Rows(Outer(rows.share.a[:0], rows.share.a.new_empty(0, rows.share.width)), [])
         return products(rows, empty, own=True)[1]
     return _mixed(rows, rows)
 
 
 def _zeros(left: Rows, right: Rows) -> Tensor:
-    return torch.zeros(len(left.counts), len(right.counts), dtype=torch.float64, device=left.share.b.device)
+    return torch.zeros(len(left.counts), len(right.counts), dtype=torch.float64, device=left.device)
 
 
 def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs_known: bool) -> bool:
     """By multiplications: of pairs of rows, or of forming the samples' gradients and multiplying those."""
-    d_in, d_out = left.share.a.shape[1], left.share.b.shape[1]
+    d_in, d_out = left.share.a.shape[1], left.share.width
     n, m, samples, others = left.size, right.size, len(left.counts), len(right.counts)
     pairs = (n * m + (n * n / 2 if own else 0)) * (d_out if inputs_known else d_in + d_out)
-    on_cpu = left.share.b.device.type == "cpu"
-    thin = _THIN_16_BIT if on_cpu and left.share.b.dtype.itemsize == 2 else _THIN
+    on_cpu = left.device.type == "cpu"
+    thin = _THIN_16_BIT if on_cpu and left.share.a.dtype.itemsize == 2 else _THIN
     rows = n + m + thin * samples * (others + (samples if own else 0))
     return thin * rows * d_in * d_out < pairs
 
 
+def _dtype(x: torch.dtype, y: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to multiply in. Rounded to fp16, products of gradients that carry a loss scale would be infinite."""
+    common = torch.promote_types(x, y)
+    return torch.float32 if common == torch.float16 else product_dtype(common, device)
+
+
 def _mm(x: Tensor, y: Tensor) -> Tensor:
     """x y^T in fp32 or fp64: 16-bit products are accumulated in fp32, and on a CPU rounded once to 16 bits."""
-    dtype = product_dtype(torch.promote_types(x.dtype, y.dtype), x.device)
-    if x.is_cuda and dtype.itemsize == 2:
-        return torch.mm(x.to(dtype), y.to(dtype).t(), out_dtype=torch.float32)
+    if x.is_cuda and x.dtype == y.dtype and x.dtype.itemsize == 2:
+        return torch.mm(x, y.t(), out_dtype=torch.float32)
+    dtype = _dtype(x.dtype, y.dtype, x.device)
     out = torch.mm(x.to(dtype), y.to(dtype).t())
     return out if out.dtype == torch.float64 else out.float()
+
+
+def _add_mm(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x y^T; total fp32 or fp64."""
+    if x.is_cuda and x.dtype == y.dtype and x.dtype.itemsize == 2 and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, x, y.t(), out_dtype=total.dtype, out=total)
+    elif x.dtype == y.dtype == total.dtype:
+        total.addmm_(x, y.t())
+    else:
+        total += _mm(x, y)
 
 
 def _sample_sums(terms: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -205,34 +217,80 @@ def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
     return out
 
 
+def _by_tiles(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None]:
+    """Pairs of rows of which one side's b does not exist: b_t . b_u adds up over tiles of the vocabulary.
+
+    The sums of the pairs [n, m] (and with `own` half of [n, n]) are held for strips of left's rows that make them less
+    than half as large as the head; a second strip forms the tiles again.
+    """
+    out, mine = _zeros(left, right), _zeros(left, left)
+    n, m, vocab, size = left.size, right.size, left.share.width, left.share.width * left.share.a.shape[1]
+    wide = torch.float64 if left.share.a.dtype == torch.float64 else torch.float32
+    step = max(_BLOCK_ROWS, int(_STRIPS * size) // (m + (n if own else 0)))
+    for first in range(0, n, step):
+        here = left.share.some(slice(first, None if own else first + step))  # with own: the rows after the strip too
+        strip = min(step, n - first)
+        blocks = [(r, min(r + _BLOCK_ROWS, strip)) for r in range(0, strip, _BLOCK_ROWS)]
+        cross = [here.a.new_zeros(end - r, m, dtype=wide) for r, end in blocks]
+        same = [here.a.new_zeros(end - r, here.rows - r, dtype=wide) for r, end in blocks] if own else []
+        width = _tile_width(left, right)
+        for start in range(0, vocab, width):
+            stop = min(start + width, vocab)
+            x, y = here.columns(start, stop), right.share.columns(start, stop)
+            for i, (r, end) in enumerate(blocks):
+                _add_mm(cross[i], x[r:end], y)
+                if own:
+                    _add_mm(same[i], x[r:end], x[r:])
+        for i, (r, end) in enumerate(blocks):
+            member, a = left.membership[:, first + r : first + end], here.a[r:end]
+            out += _sample_sums(cross[i].mul_(_mm(a, right.share.a)), member, right.membership)
+            if own:  # the block itself, then what comes after it, which counts for both orders
+                terms, others = same[i].mul_(_mm(a, here.a[r:])), left.membership[:, first + end :]
+                mine += _sample_sums(terms[:, : end - r], member, member)
+                after = _sample_sums(terms[:, end - r :], member, others)
+                mine += after + after.t()
+    return out, mine if own else None
+
+
+def _tile_width(left: Rows, right: Rows) -> int:
+    """Columns of b that both sides hold at a time, of a head whose b does not exist whole."""
+    size = left.share.width * left.share.a.shape[1]
+    return min(left.share.width, max(_MIN_TILE, int(_TILES * size) // (left.size + right.size)))
+
+
 def _by_gradients(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of all samples, a block of output rows at a time in one buffer, and their dot products."""
-    a, b = left.share.a, left.share.b
-    (d_in, d_out), samples, others = (a.shape[1], b.shape[1]), len(left.counts), len(right.counts)
+    a = left.share.a
+    (d_in, d_out), samples, others = (a.shape[1], left.share.width), len(left.counts), len(right.counts)
     total = samples + others
-    dtype = product_dtype(torch.promote_types(a.dtype, b.dtype), a.device)
-    tile = max(1, min(d_out, _BUFFER // (total * d_in)))
-    buffer = torch.zeros(total, tile, d_in, dtype=dtype, device=a.device)
     work = [(0, left), (samples, right)]
+    dtype = _dtype(left.share.dtype, right.share.dtype, a.device)
+    tile = whole = max(1, min(d_out, _BUFFER // (total * d_in)))
+    if HeadRows in (type(left.share), type(right.share)):  # b is formed for several blocks at once, if there is room
+        tile = min(tile, _tile_width(left, right))
+        whole = _tile_width(left, right) // tile * tile
+    buffer = torch.zeros(total, tile, d_in, dtype=dtype, device=a.device)
     out = torch.zeros(samples, total, dtype=torch.float64, device=a.device)
-    for start in range(0, d_out, tile):
-        width = min(tile, d_out - start)
-        for offset, rows in work:
-            _gradient_block(rows, dtype, start, width, buffer[offset : offset + len(rows.counts), :width])
-        block = buffer[:, :width].reshape(total, width, d_in).transpose(0, 1)  # [width, S, D_in]
-        block = block if dtype == torch.float64 else block.float()
-        # fp32 sums over one row of the gradient at a time, fp64 beyond
-        out += torch.bmm(block[:, :samples], block.transpose(1, 2)).sum(0, dtype=torch.float64)
+    for first in range(0, d_out, whole):
+        columns = [rows.share.columns(first, min(first + whole, d_out)) for _, rows in work]
+        for start in range(0, min(whole, d_out - first), tile):
+            width = min(tile, d_out - first - start)
+            for (offset, rows), b in zip(work, columns, strict=True):
+                into = buffer[offset : offset + len(rows.counts), :width]
+                _gradient_block(rows, b[:, start : start + width].to(dtype), into)
+            block = buffer[:, :width].reshape(total, width, d_in).transpose(0, 1)  # [width, S, D_in]
+            block = block if dtype == torch.float64 else block.float()
+            # fp32 sums over one row of the gradient at a time, fp64 beyond
+            out += torch.bmm(block[:, :samples], block.transpose(1, 2)).sum(0, dtype=torch.float64)
     return out[:, samples:], out[:, :samples] if own else None
 
 
-def _gradient_block(rows: Rows, dtype: torch.dtype, start: int, width: int, out: Tensor) -> None:
-    """out [S, width, D_in] = rows `start` to `start + width` of the gradient of each sample."""
-    b = rows.share.b[:, start : start + width].to(dtype)  # [n, width]
-    a = rows.share.a.to(dtype)
+def _gradient_block(rows: Rows, b: Tensor, out: Tensor) -> None:
+    """out [S, width, D_in] = the rows of the gradient of each sample that b [n, width] is of."""
+    a = rows.share.a.to(b.dtype)
     samples = len(rows.counts)
     if samples and rows.counts.count(rows.counts[0]) == samples:
-        torch.bmm(b.view(samples, -1, width).transpose(1, 2), a.view(samples, -1, a.shape[1]), out=out)
+        torch.bmm(b.view(samples, -1, b.shape[1]).transpose(1, 2), a.view(samples, -1, a.shape[1]), out=out)
         return
     for sample, (first, last) in enumerate(rows.bounds()):
         torch.mm(b[first:last].t(), a[first:last], out=out[sample])
@@ -242,14 +300,14 @@ def _mixed(left: Rows, right: Rows) -> Tensor:
     """Products of small parameters, of embeddings, and of an embedding with the head that it is tied to."""
     if isinstance(left.share, Tensor):
         return left.share @ right.share.t()
-    if isinstance(left.share, Lookup) and isinstance(right.share, Outer):
+    if isinstance(left.share, Lookup) and not isinstance(right.share, Lookup):
         return _mixed(right, left).t()
     out = _zeros(left, right)
     for start in range(0, left.size, _BLOCK_ROWS):
         part, ids = slice(start, start + _BLOCK_ROWS), right.share.ids
-        if isinstance(left.share, Outer):  # row u of the embedding meets column ids_u of the head's output gradient
+        if not isinstance(left.share, Lookup):  # row u of the embedding meets column ids_u of the head's b
             terms = _mm(left.share.a[part], right.share.b)
-            terms.mul_(left.share.b[part].index_select(1, ids))
+            terms.mul_(left.share.some(part).at(ids))
         else:
             terms = _mm(left.share.b[part], right.share.b)
             terms.mul_(left.share.ids[part, None] == ids)

@@ -45,6 +45,7 @@ def pg_effect(
     direction_dtype: torch.dtype = torch.float32,
     direction_storage: str | os.PathLike[str] = "device",
     directions: Directions | None = None,
+    loss_scale: float | None = None,
     progress: bool = False,
 ) -> SampleEffect:
     r"""The effect of each forget sample on the risk of forget and retain data, by layer group.
@@ -64,6 +65,7 @@ def pg_effect(
             parameters must belong to Linears (or GPT-2's Conv1D), embeddings and norms.
         forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`. With
             bfloat16 directions a bfloat16 model multiplies in bfloat16, with float32 ones in float32.
+        loss_scale: as for `g_effect`, in the directions' passes and in that of the samples.
 
     Returns:
         SampleEffect: samples are the rows of the forget batches in order; one without labels has effect 0.
@@ -71,7 +73,8 @@ def pg_effect(
     Raises:
         ValueError: as `g_effect`; before any work for a trainable parameter whose module has no rule (experts of a
             mixture, fused parameters), naming both; later for a module that was not called, or called with rows that
-            belong to no sample, and for a gradient that is not finite, naming the parameter.
+            belong to no sample, for a parameter that is used anywhere else than in a call of its module, and for a
+            gradient that is not finite, naming the parameter.
 
     Source: arXiv 2502.19301, Definition 1, for single samples.
 
@@ -89,7 +92,16 @@ def pg_effect(
     """
     return sample_effects(
         Measurement.of(
-            model, forget, retain, (), groups, risk, direction_dtype, direction_storage, directions, progress
+            model,
+            forget,
+            retain,
+            groups=groups,
+            risk=risk,
+            direction_dtype=direction_dtype,
+            direction_storage=direction_storage,
+            directions=directions,
+            loss_scale=loss_scale,
+            progress=progress,
         )
     )
 
@@ -171,8 +183,8 @@ def _measure(
 
     dots, logps = [], []
     with Progress(measurement.progress, "sample effects") as bar, measuring(model), frozen(model):
-        passes = Passes(model, measurement.data, measurement.groups, bar)
-        with SeededPasses(model, sites, consume, "sample") as seeded:
+        passes = Passes(model, measurement.data, measurement.groups, bar, measurement.loss_scale)
+        with SeededPasses(model, sites, consume, "sample", passes.loss_scale) as seeded:
             for batch in batches:
                 batch = to_device(batch, passes.device)
                 size = batch["labels"].numel()
@@ -182,7 +194,7 @@ def _measure(
                     logp = seeded.run(batch, seeds(batch)).double().sum(1)
                 else:
                     logp = table.new_zeros(rows)
-                dots.append(passes.by_group(table.permute(2, 0, 1), label))
+                dots.append(passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, label))
                 logps.append(logp.cpu())
                 bar.update()
             seeded.finish()

@@ -9,7 +9,7 @@ dH), and dH runs back through the decoder. What each trainable parameter gets is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,20 @@ from torch import Tensor, nn
 
 from gfast import hf
 from gfast.geffect.data import Term
+from gfast.geffect.head_rows import HeadRows
 from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
+from gfast.geffect.state import uncompiled
+from gfast.geffect.uses import UseWatch
 from gfast.model import model_logits, model_logp, shifted
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
 from gfast.ops.head import ChunkedHead, check_cap, prepare_head, valid_rows
-from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
-from gfast.ops.unlearn_loss import check_reference, spec_of, weigh, weighted_rows
-from gfast.ops.weights import WeightSpec
+from gfast.ops.token_logp import logp_rows, logp_rows_grad
+from gfast.ops.unlearn_loss import check_reference, spec_of, weigh
+from gfast.ops.weights import WeightSpec, token_weights
+
+# Rows, as a share of the hidden size, up to which the head's b [n, V] exists whole. Beyond, those of two batches would
+# be larger than the head itself.
+_WHOLE = 0.5
 
 # consume(name, share, place): `place` int64 [n] are the rows' positions among all B * T, None for rows in their order
 Consumer = Callable[[str, Share, Tensor | None], None]
@@ -94,23 +101,35 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class SeededPasses:
     """Forwards and backwards over batches, with all shares going to `consume`.
 
-    A context manager; the model must be frozen, see `frozen`. With `whole_head` the head's share comes as one, whose
-    b [n, V] may be kept; else a chunk of rows at a time, whose b is gone when `consume` returns.
+    A context manager; the model must be frozen, see `frozen`. Seeds are multiplied by `loss_scale`, and so is every b.
+    With `whole_head` the share of the head's weight comes as one that may be kept: with its b [n, V], or as `HeadRows`
+    where that would be large. Without, it comes a chunk of rows at a time, whose b is gone when `consume` returns.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sites, consume: Consumer, engine: str, whole_head: bool = False
+        self,
+        model: nn.Module,
+        sites: Sites,
+        consume: Consumer,
+        engine: str,
+        loss_scale: float = 1.0,
+        whole_head: bool = False,
     ) -> None:
         self.model, self.sites, self.consume = model, sites, consume
-        self.ran, self.whole_head = False, whole_head
+        self.ran, self.loss_scale, self.whole_head = False, loss_scale, whole_head
         self.watch = Watch(sites.modules, lambda name, share: consume(name, share, None), engine)
+        self.uses = UseWatch(model, sites.owners(), self.watch.running, engine)
+        self.stack = ExitStack()
 
     def __enter__(self) -> SeededPasses:
-        self.watch.__enter__()
+        with self.stack as stack:  # what was entered is left again if the next one fails
+            for one in (uncompiled(), self.watch):
+                stack.enter_context(one)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.watch.__exit__(*error)
+        self.stack.__exit__(*error)
 
     def finish(self) -> None:
         """ValueError for a module with trainable parameters that no pass has called."""
@@ -127,42 +146,55 @@ class SeededPasses:
         return self._chunked(batch, labels, seeds)
 
     def _own_logits(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
-        logits = model_logits(self.model, batch)  # [B, T, V]
+        with self.uses:
+            logits = model_logits(self.model, batch)  # [B, T, V]
         rows = logits.detach().reshape(-1, logits.shape[-1])
         check_label_range("labels", labels.reshape(-1), rows.shape[1])
         grad = torch.empty_like(rows)
-        logp = _rows_gradient(rows, labels.reshape(-1), _flat(seeds), 1.0, 0.0, grad)
+        logp = self._rows_gradient(rows, labels.reshape(-1), _flat(seeds), 1.0, 0.0, grad)[0]
         if logits.requires_grad:
+            self.uses.check_graph(logits)
             self._backward(logits, grad.view(logits.shape))
         return logp.view(labels.shape)
 
     def _chunked(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
         head, names = self.sites.head, self.sites.head_parameters
-        hidden = hf.final_hidden(self.model, batch)  # [B, T, D]
+        with self.uses:
+            hidden = hf.final_hidden(self.model, batch)  # [B, T, D]
         flat_labels = labels.reshape(-1)
         h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, flat_labels)
         check_label_range("labels", flat_labels, weight.shape[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            chunk = len(h) if self.whole_head else default_chunk_rows(*weight.shape, h.device)
-            chunks = ChunkedHead(h, weight, bias, flat_labels, chunk, valid_rows(flat_labels))
+            order = valid_rows(flat_labels)
+            count = len(h) if order is None else len(order)
+            whole = self.whole_head and "weight" in names
+            tiled = whole and count > _WHOLE * weight.shape[1]
+            chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
+            chunks = ChunkedHead(h, weight, bias, flat_labels, chunk, order)
             seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
             place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
             chunks.start_gradients(hidden.requires_grad, False, False)
-            logp = h.new_zeros(chunks.rows, dtype=stats_dtype(h.dtype))
+            scale, cap = float(head.logit_scale), check_cap("g_effect", head.softcap)
+            found = []  # log-probs, statistics and weights of the chunks
             for start, stop in row_chunks(chunks.rows, chunks.chunk):
                 part = slice(start, stop)
                 rows = chunks.logits(start, stop)  # [chunk, V]
                 some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
-                scale, cap = float(head.logit_scale), check_cap("g_effect", head.softcap)
-                logp[part] = _rows_gradient(rows, chunks.labels[part], some, scale, cap, rows)
+                found.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
                 chunks.add_gradients(start, stop, rows)
-                if "weight" in names:
+                if "weight" in names and not tiled:
                     self.consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
                 if "bias" in names:
                     self.consume(names["bias"], Sum(rows), place[part])
+            logp, stats, coef = map(torch.cat, zip(*found, strict=True))
+            if tiled:
+                own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
+                share = HeadRows(chunks.hidden, chunks.labels, logp, stats, coef, *own)
+                self.consume(names["weight"], share, place)
             grad = chunks.gradients()[0]
             logp = chunks.scatter(logp).view(labels.shape)
         if hidden.requires_grad:
+            self.uses.check_graph(hidden)
             self._backward(hidden, grad.view(hidden.shape).to(hidden.dtype))
         return logp
 
@@ -171,17 +203,19 @@ class SeededPasses:
             output.backward(grad)
 
 
+    def _rows_gradient(
+        self, rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """out [n, V] = c_i d logp_i / d rows (may be `rows` itself); returns logp [n], statistics [n, 2] and c [n]."""
+        logp, stats = logp_rows(rows, labels, scale, cap, "auto")
+        weight = seeds.given
+        if weight is None:
+            ref = None if seeds.ref_logp is None else seeds.ref_logp.to(logp.dtype)
+            weight = torch.where(labels != IGNORE_INDEX, token_weights(seeds.spec, logp, ref), 0.0)
+        coef = (weight.to(logp.dtype) * self.loss_scale).contiguous()
+        logp_rows_grad(rows, labels, logp, stats, coef, scale, cap, out, "auto")
+        return logp, stats, coef
+
+
 def _flat(seeds: Seeds) -> Seeds:
     return Seeds(*(x.reshape(-1) if isinstance(x, Tensor) else x for x in seeds))
-
-
-def _rows_gradient(rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor) -> Tensor:
-    """out [n, V] = w_i d logp_i / d rows (may be `rows` itself); returns logp [n]."""
-    dtype = stats_dtype(rows.dtype)
-    if seeds.given is None:
-        ref = None if seeds.ref_logp is None else seeds.ref_logp.to(dtype).contiguous()
-        one = torch.ones((), dtype=dtype, device=rows.device)
-        return weighted_rows(rows, labels, ref, seeds.spec, one, scale, cap, out, "auto")[0]
-    logp, stats = logp_rows(rows, labels, scale, cap, "auto")
-    logp_rows_grad(rows, labels, logp, stats, seeds.given.to(dtype).contiguous(), scale, cap, out, "auto")
-    return logp

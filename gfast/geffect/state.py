@@ -40,6 +40,16 @@ def measuring(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run as the plain code that they were compiled from: hooks and modes see nothing else."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
 def _checkpoints_without_dropout(module: nn.Module) -> bool:
     if not getattr(module, "gradient_checkpointing", False):
         return False

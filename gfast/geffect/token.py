@@ -28,9 +28,9 @@ from gfast.geffect.effects import TokenEffect
 from gfast.geffect.forward import Dual, ForwardMode
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
-from gfast.geffect.passes import Progress
+from gfast.geffect.passes import Progress, default_loss_scale
 from gfast.geffect.seeded import check_weighted
-from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.state import measuring, refuse_sharded, uncompiled
 from gfast.model import model_logits, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
@@ -50,6 +50,7 @@ def token_effect(
     direction_dtype: torch.dtype = torch.float32,
     direction_storage: str | os.PathLike[str] = "device",
     directions: Directions | None = None,
+    loss_scale: float | None = None,
     progress: bool = False,
 ) -> TokenEffect:
     r"""The effect of each label token's log-probability on the risk of forget and retain data, by layer group.
@@ -62,7 +63,8 @@ def token_effect(
     Two passes with gradients give the directions grad R(D); then one forward pass over the forget set carries their
     derivatives along, by group and side, and keeps no activations. Its cost is one forward, and for each side one more
     and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 6 for groups="layer".
-    Every kind of module is covered as long as it is made of PyTorch operations. The model is measured in evaluation
+    Every kind of module is covered as long as it is made of PyTorch operations; what backward hooks do to gradients is
+    not, because there is no backward. The model is measured in evaluation
     mode and left as found, also after an error.
 
     Args:
@@ -70,6 +72,7 @@ def token_effect(
             that are neither SDPA nor eager, and fused experts, give way to plain operations for the pass (logged).
         forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`.
             Tangents have the model's dtype, and directions are rounded to it where they are used.
+        loss_scale: as for `g_effect`, in the directions' passes and for the gradients d log p / d logits.
 
     Returns:
         TokenEffect: samples are the rows of the forget batches in order, tokens their labels in order; ref_logp is
@@ -97,7 +100,16 @@ def token_effect(
     """
     return token_effects(
         Measurement.of(
-            model, forget, retain, (), groups, risk, direction_dtype, direction_storage, directions, progress
+            model,
+            forget,
+            retain,
+            groups=groups,
+            risk=risk,
+            direction_dtype=direction_dtype,
+            direction_storage=direction_storage,
+            directions=directions,
+            loss_scale=loss_scale,
+            progress=progress,
         )
     )
 
@@ -189,6 +201,7 @@ def measure_tokens(
     model, groups = measurement.model, measurement.groups
     parameters = dict(model.named_parameters())
     scales = _scales(directions, groups, parameters)  # [G, 2]
+    loss_scale = measurement.loss_scale or default_loss_scale([parameters[name] for name in groups.index])
 
     def along(name: str, side: int) -> Tensor | None:
         direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
@@ -202,8 +215,8 @@ def measure_tokens(
     with Progress(measurement.progress, "token effects") as bar, _ready(model):
         mode = ForwardMode(streams, model)
         for batch in batches:
-            tokens = _measure(mode, model, to_device(batch, device), len(groups.names))
-            tokens.effects /= scales.t()[:, :, None]
+            tokens = _measure(mode, model, to_device(batch, device), len(groups.names), loss_scale)
+            tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
     return out
@@ -231,12 +244,13 @@ def _ready(model: nn.Module) -> Iterator[None]:
         for module in model.modules():  # no activations are kept here, so checkpointing modules need no exception
             module.training = False
         stack.enter_context(hf.differentiable_forward(model))
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         yield
 
 
-def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int) -> Tokens:
+def _measure(
+    mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int, loss_scale: float
+) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
@@ -244,13 +258,17 @@ def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], grou
     with mode:
         out = model_logits(hf.unwrap(model), batch) if head is None else hf.final_hidden(model, batch)
     # [n] log-probs, [2 G, n] effects of streams
-    measured = _by_logits(out, flat, order, groups) if head is None else _by_head(mode, out, head, flat, order, groups)
+    if head is None:
+        measured = _by_logits(out, flat, order, groups, loss_scale)
+    else:
+        measured = _by_head(mode, out, head, flat, order, groups, loss_scale)
     logp, effects = (value.double().cpu() for value in measured)
     length = labels.shape[1]
     rows, positions = order // length, order % length + 1
     reference = batch.get("ref_logp")
     if not bool(torch.isfinite(effects).all()):
-        raise ValueError("token effects are not finite: check the model's weights and, in float16, its range")
+        hint = "" if loss_scale == 1.0 else f" (loss scale {loss_scale:g}: try loss_scale=1.0)"
+        raise ValueError(f"token effects are not finite: check the model's weights and, in float16, its range{hint}")
     return Tokens(
         effects.view(groups, 2, -1).transpose(0, 1).contiguous(),
         logp,
@@ -261,9 +279,9 @@ def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], grou
 
 
 def _by_head(
-    mode: ForwardMode, hidden: Tensor, head: hf.Head, labels: Tensor, order: Tensor, groups: int
+    mode: ForwardMode, hidden: Tensor, head: hf.Head, labels: Tensor, order: Tensor, groups: int, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [n] and effects [2 G, n] from final hidden states [B, T, D] and the head they go through."""
+    """Log-probs [n] and effects [2 G, n] times the loss scale, from final hidden states [B, T, D] and their head."""
     value, streams, tangents = _parts(hidden, order)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     vocab, scale, softcap = weight.shape[0], head.logit_scale, head.softcap or 0.0
@@ -275,7 +293,7 @@ def _by_head(
     effects = torch.zeros(2 * groups, rows.rows, dtype=torch.float64, device=value.device)
     for start, stop in row_chunks(rows.rows, rows.chunk):
         part, chunk = slice(start, stop), rows.logits(start, stop)
-        logp[part] = _slopes(chunk, rows.labels[part], scale, softcap)  # chunk is b now, [chunk, V]
+        logp[part] = _slopes(chunk, rows.labels[part], scale, softcap, loss_scale)  # chunk is b now, [chunk, V]
         rows.add_gradients(start, stop, chunk)
         for stream, direction in own["weight"]:
             # b . (G h) as (b G) . h: no second [chunk, V]
@@ -287,11 +305,13 @@ def _by_head(
     return logp, effects
 
 
-def _by_logits(logits: Tensor, labels: Tensor, order: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _by_logits(
+    logits: Tensor, labels: Tensor, order: Tensor, groups: int, loss_scale: float
+) -> tuple[Tensor, Tensor]:
     """The same from the model's own logits [B, T, V], for heads that are no plain linear map."""
     value, streams, tangents = _parts(logits, order)
     check_label_range("token_effect", labels, value.shape[-1])
-    logp = _slopes(value, labels[order], 1.0, 0.0)
+    logp = _slopes(value, labels[order], 1.0, 0.0, loss_scale)
     effects = torch.zeros(2 * groups, len(order), dtype=torch.float64, device=value.device)
     for stream, tangent in zip(streams, tangents, strict=True):
         effects[stream] = _row_dots(value, tangent)
@@ -308,10 +328,11 @@ def _parts(out: Tensor, order: Tensor) -> tuple[Tensor, tuple[int, ...], list[Te
     return pair.primal.reshape(-1, width)[order], pair.streams, tangents
 
 
-def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
-    """Log-probs [n] of logits [n, V], which d logp_i / d logits overwrites."""
+def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float, loss_scale: float) -> Tensor:
+    """Log-probs [n] of logits [n, V], which loss_scale * d logp_i / d logits overwrites."""
     logp, stats = logp_rows(logits, labels, scale, softcap, "auto")
-    logp_rows_grad(logits, labels, logp, stats, torch.ones_like(logp), scale, softcap, logits, "auto")
+    coef = torch.full_like(logp, loss_scale)
+    logp_rows_grad(logits, labels, logp, stats, coef, scale, softcap, logits, "auto")
     return logp
 
 

@@ -86,7 +86,8 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
         return ""
     if impl not in IMPLS:
         return f"no implementation is called {impl!r}; choose 'auto' or one of {', '.join(IMPLS)}"
-    if op in (*ROW_OPS, "sharded_token_kl", "linear_row_dot") and dtype is not None and dtype not in _ROW_DTYPES:
+    by_dtype = (*ROW_OPS, "sharded_token_kl", "linear_row_dot", "scale")
+    if op in by_dtype and dtype is not None and dtype not in _ROW_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}; impl='reference' takes it"
     if impl == "cpp":
         if kind != "cpu":

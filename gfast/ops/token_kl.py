@@ -18,7 +18,7 @@ from gfast.ops.common import (
     sequence_layout,
 )
 from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, valid_rows
-from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
+from gfast.ops.token_logp import cap_slope, capped, own_labels, stats_dtype, unit_stride
 from gfast.ops.vocab_parallel import Shard, check_alike, local_head
 
 
@@ -135,7 +135,7 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
     if not shard.group:
         return kl_rows(logits, ref_logits, labels, factor, *form, out, impl)
     impl = select("sharded_token_kl", impl, logits.device, logits.dtype)
-    own, _ = shard.columns(labels, logits.shape[1])
+    own, _ = own_labels(labels, shard.first, logits.shape[1])
     if logits.shape[1]:
         kl, totals = _kl_parts(logits, ref_logits, own, form, impl)
     else:

@@ -100,6 +100,37 @@ def logp_rows_grad(
         _logp_rows_grad_reference(logits, labels, logp, stats, coef, scale, softcap, out)
 
 
+def logp_columns_grad(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    logp: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    scale: float,
+    softcap: float,
+    impl: str,
+) -> None:
+    """Overwrites logits [N, t] of the vocabulary entries first to first + t with coef_i * d logp_i / d logits.
+
+    logp and statistics are those of whole rows, labels int64 [N] those of the whole vocabulary.
+    """
+    own, foreign = own_labels(labels, first, logits.shape[1])
+    z = capped(logits[:, 0].clone(), scale, softcap)
+    logp_rows_grad(logits, own, logp, stats, coef, scale, softcap, logits, impl)
+    # column 0 stood in for labels elsewhere: there it is a column like the others
+    m, log_total = stats.unbind(1)
+    other = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
+    logits[:, 0] = torch.where(foreign, other.to(logits.dtype), logits[:, 0])
+
+
+def own_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Labels relative to the vocabulary entries first to first + size, 0 for those elsewhere; and which are those."""
+    valid = labels != IGNORE_INDEX
+    foreign = valid & ((labels < first) | (labels >= first + size))
+    return torch.where(valid, torch.where(foreign, 0, labels - first), IGNORE_INDEX), foreign
+
+
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gfast.ops.common import IGNORE_INDEX, default_chunk_rows
 from gfast.ops.head import ChunkedHead, finished_stats, prepare_head
-from gfast.ops.token_logp import cap_slope, capped, logp_rows, logp_rows_grad, stats_dtype
+from gfast.ops.token_logp import capped, logp_columns_grad, logp_rows, logp_rows_grad, own_labels, stats_dtype
 
 
 class Shard(NamedTuple):
@@ -57,13 +57,6 @@ class Shard(NamedTuple):
         all_reduce(x, group=_resolve_process_group(self.group))
         return x
 
-    def columns(self, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Labels as columns of this shard's ``size``, and which rows have theirs elsewhere: for those column 0 stands
-        in."""
-        valid = labels != IGNORE_INDEX
-        foreign = valid & ((labels < self.first) | (labels >= self.first + size))
-        return torch.where(valid, torch.where(foreign, 0, labels - self.first), IGNORE_INDEX), foreign
-
     def fold(self, head: ChunkedHead, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
         """``logp_rows`` of all rows, holding at most a tile of the vocabulary at a time."""
         state = head.fold_state(self.first, scale, softcap, impl) if head.vocab else _nothing(head.labels)
@@ -76,7 +69,7 @@ class Shard(NamedTuple):
             return logp_rows(rows, labels, scale, softcap, impl)
         if rows.shape[1] == 0:
             return self._finished(_nothing(labels), labels, stats_dtype(rows.dtype))
-        own, foreign = self.columns(labels, rows.shape[1])
+        own, foreign = own_labels(labels, self.first, rows.shape[1])
         target = capped(rows.gather(1, own.clamp(min=0)[:, None])[:, 0], scale, softcap)
         logp, stats = logp_rows(rows, own, scale, softcap, impl)
         top, total = stats[:, 0], torch.exp(stats[:, 1])
@@ -101,13 +94,7 @@ class Shard(NamedTuple):
         if not self.group:
             logp_rows_grad(rows, labels, logp, stats, coef, scale, softcap, rows, impl)
         elif rows.shape[1]:
-            own, foreign = self.columns(labels, rows.shape[1])
-            z = capped(rows[:, 0].clone(), scale, softcap)
-            logp_rows_grad(rows, own, logp, stats, coef, scale, softcap, rows, impl)
-            # column 0 stood in for labels on other processes: there it is a column like the others
-            m, log_total = stats.unbind(1)
-            other = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
-            rows[:, 0] = torch.where(foreign, other.to(rows.dtype), rows[:, 0])
+            logp_columns_grad(rows, labels, self.first, logp, stats, coef, scale, softcap, impl)
 
     def gradients(self, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
         """``head.gradients()`` with dH summed over the processes, before its last rounding."""

@@ -1,0 +1,110 @@
+"""That every use of a trainable parameter is one that the sample and gram engines see.
+
+Hooks tell them of calls of the modules that own parameters. A weight that something else reads (F.linear(x, a.weight)
+in another module, a.forward(x) past the hooks, a product of several weights at once) adds to the gradient what no hook
+reports. So the torch functions of the forward pass are watched for parameters, and the graph it leaves for paths to
+them that began before the pass: either is an error that names the parameter and the place, never a gap.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+def module_on_stack(model: nn.Module) -> str:
+    """The innermost module of the model whose forward is running, in words, found on the call stack."""
+    names, frame = {id(module): name for name, module in model.named_modules()}, sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            name = names.get(id(module))
+            return f"in {name!r} ({type(module).__name__})" if name else f"in {type(module).__name__}"
+        frame = frame.f_back
+    return f"in {type(model).__name__}"
+
+
+def function_on_stack() -> str | None:
+    """The torch.autograd.Function whose forward is running, if any: there gradients are disabled, and do not stop."""
+    frame, code = sys._getframe(1), torch.autograd.Function.apply.__func__.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return frame.f_locals["cls"].__qualname__
+        frame = frame.f_back
+    return None
+
+
+class UseWatch(TorchFunctionMode):
+    """Context around a forward pass with frozen parameters.
+
+    Args:
+        owners: id of a trainable parameter -> its name, and names of the modules in whose forward it may be used.
+        running: names of the modules with parameters whose forward is running, innermost last; kept up by hooks.
+    """
+
+    def __init__(
+        self, model: nn.Module, owners: Mapping[int, tuple[str, frozenset[str]]], running: list[str], engine: str
+    ) -> None:
+        super().__init__()
+        self.model, self.owners, self.running, self.engine = model, owners, running, engine
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        owners = self.owners
+        for value in args:  # written out, because this is all that most of some hundred calls a layer need
+            if id(value) in owners or type(value) in (tuple, list):
+                self._check(self._foreign(args), func)
+                break
+        if not kwargs:
+            return func(*args)
+        self._check(self._foreign(kwargs.values()), func)
+        return func(*args, **kwargs)
+
+    def _foreign(self, values: Iterable[Any]) -> str | None:
+        """The name of a parameter among the arguments that does not belong to the module that is running."""
+        for value in values:
+            found = self.owners.get(id(value))
+            if found is not None:
+                if not self.running or self.running[-1] not in found[1]:
+                    return found[0]
+            elif type(value) in (tuple, list):
+                name = self._foreign(value)
+                if name is not None:
+                    return name
+        return None
+
+    def _check(self, name: str | None, func: Any) -> None:
+        if name is None:
+            return
+        from gfast.geffect.forward_rules import only_about
+
+        if only_about(func) or not torch.is_grad_enabled() and function_on_stack() is None:
+            return
+        what = getattr(func, "__name__", str(func))
+        what = func.__self__.__name__ if what == "__get__" else what
+        why = f"torch function {what!r} reads it {module_on_stack(self.model)}, outside its own module"
+        self._refuse(name, why, "engine='stream' or 'token', which take any use")
+
+    def check_graph(self, output: Tensor) -> None:
+        """ValueError if the output's graph leads to a parameter: something computed before the pass holds it."""
+        todo, seen = [output.grad_fn], {None}
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            found = self.owners.get(id(getattr(node, "variable", None)))
+            if found is not None:
+                why = "the model reads a view of it, or a product, that was made before the pass"
+                self._refuse(found[0], why, "engine='stream', which takes any use")
+            todo.extend(next_node for next_node, _ in node.next_functions)
+
+    def _refuse(self, name: str, why: str, instead: str) -> None:
+        raise ValueError(
+            f"the {self.engine} engine cannot attribute the trainable parameter {name!r}: {why}, where no hook sees "
+            f"what that adds to its gradient. Freeze it with requires_grad_(False), or use {instead}"
+        )
