@@ -172,8 +172,8 @@ def _commit() -> str:
         changed = subprocess.run(
             [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError):  # a copy without the repository
+        return os.environ.get("GFAST_COMMIT") or "unknown"
     return head + ("+changes" if changed else "")
 
 

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--directions", default="1,2")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", help="file name under bench/results/DEVICE, or a path")
+    parser.add_argument("--json", help="file name under bench/results/DEVICE, or a path; written after every case")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -119,11 +119,10 @@ def main() -> None:
                     f"{share:6.1%}  {law}".rstrip(),
                     flush=True,
                 )
+            if args.json:  # at once: a later case that dies loses nothing
+                write_json(args.json, {"environment": environment(args.device), "model": model, "rows": results})
             del directions
         del xs
-    if args.json:
-        payload = {"environment": environment(args.device), "model": model, "rows": results}
-        print(f"wrote {write_json(args.json, payload).name}")
 
 
 if __name__ == "__main__":

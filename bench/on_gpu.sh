@@ -13,7 +13,7 @@
 # A failing step does not stop the others; the exit status is the number of failed steps. PYTHON chooses the interpreter
 # (it needs torch with CUDA, cmake, ninja, pytest; Liger, cut-cross-entropy, TRL, kronfluence and bergson are measured
 # where they are importable), GFAST_GPU_SECONDS the total time (default 530), GFAST_GPU_STEPS the steps (default: all,
-# as listed at the end of this file).
+# as listed at the end of this file), GFAST_COMMIT what the results call the code where there is no git repository.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
@@ -69,9 +69,19 @@ results=$out/$device
 mkdir -p "$results"
 # The extension of this interpreter alone, for this GPU alone, beside the sources.
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+# Workers share the cores: left alone, each would start as many threads as there are.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
-sanitize=(compute-sanitizer --error-exitcode 86 --launch-timeout 60 --target-processes all)
+few_threads=(env "OMP_NUM_THREADS=$(($(nproc) / 6 > 0 ? $(nproc) / 6 : 1))")
+sanitizer=compute-sanitizer
+for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do # it comes with the toolkit, often not on the PATH
+  command -v "$sanitizer" > /dev/null || { [ -x "$home/bin/compute-sanitizer" ] && sanitizer=$home/bin/compute-sanitizer; }
+done
+# torch's own pool of memory would hide reads beyond the end of a tensor
+sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 86 --launch-timeout 60
+  --target-processes all)
+on_gpu='tests/test_triton.py tests/test_row_dot.py tests/test_grad_dot.py tests/test_linear_head.py'
+on_gpu+=' tests/test_ops_losses.py tests/test_gpu.py'
 few='test_few_rows or test_weight_families or test_logp_rows_and_grad or test_kl_rows or test_scale'
 all=gfast,gfast_inplace,floor,fresh_copy,open_unlearning,eager,upcast,compile,liger,cce,cce_exact,trl,torch_chunked
 all+=,torch_chunked_rows
@@ -84,7 +94,9 @@ step doctor 60 "$python" -m gfast.doctor
 bench losses 170 losses losses "${large[@]}" --objectives wga,nll --providers "$all"
 bench grad_dot 80 grad_dot grad_dot
 bench geffect 100 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
-step tests 240 "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
+# shellcheck disable=SC2086 # a list of files
+step tests_gpu 200 "${few_threads[@]}" "$python" -m pytest -q -ra "${workers[@]}" $on_gpu
+step tests 240 "${few_threads[@]}" "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
 bench geffect_7b 200 geffect_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
   --repetitions 3 --providers 'g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 bench losses_modes 120 losses_modes losses "${large[@]}" --ops linear --objectives wga,nll \

@@ -100,6 +100,17 @@ def test_epoch_callback_rounds_a_tick_below_up():
         assert data.epoch == expected
 
 
+def test_epoch_callback_holds_against_accelerate_until_the_training_ends():
+    data = ForgetRetain([1], [2])
+    callback = epoch_callback(data)
+    callback.on_epoch_begin(None, types.SimpleNamespace(epoch=2.0), None)
+    data.set_epoch(0)  # as accelerate up to 1.6 does after a resume within an epoch
+    assert data.epoch == 2
+    callback.on_train_end(None, None, None)
+    data.set_epoch(0)
+    assert data.epoch == 0
+
+
 class Cache:
     """A reference cache of known values: ref_logp[b, t] = -(sample_id + t / 100)."""
 

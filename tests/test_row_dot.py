@@ -9,6 +9,7 @@ from gfast.ops.backend import why_not
 from gfast.ops.row_dot import linear_row_dot, linear_row_dot_reference, row_sums
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (300, 40, 24), (70, 24, 130), (3, 200, 9), (0, 4, 5), (65, 64, 64), (4, 0, 3)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -16,11 +17,12 @@ def inputs(shape: tuple[int, int, int], dtypes: tuple = (F32, F32, F32)):
     n, d_in, d_out = shape
     generator = torch.Generator().manual_seed(n + 7 * d_in + 31 * d_out)
     sizes = ((n, d_in), (n, d_out), (d_out, d_in))
-    return tuple(torch.randn(size, generator=generator).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True))
+    drawn = (torch.randn(size, generator=generator) for size in sizes)
+    return tuple(x.to(DEVICE, dtype) for x, dtype in zip(drawn, dtypes, strict=True))
 
 
 def available(impl: str) -> None:
-    reason = why_not("linear_row_dot", impl, "cpu", F32)
+    reason = why_not("linear_row_dot", impl, DEVICE, F32)
     if reason:
         pytest.skip(reason)
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -66,6 +67,9 @@ at::Tensor grad_dots_cuda(at::TensorList xs, at::TensorList ys, at::IntArrayRef 
     if (args.num_records <= cuda::kInlineRecords) {
       for (int i = 0; i < args.num_records; ++i) args.inline_records[i] = make_record(plan.items[i], first, count);
     } else {
+      TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+                  "gfast: grad_dots of more than ", cuda::kInlineRecords, " tensors cannot be recorded in a CUDA graph: "
+                  "their table is copied from host memory that does not live as long; call it outside, or in parts");
       at::Tensor host = at::empty({static_cast<int64_t>(args.num_records * sizeof(DotRecord))},
                                   at::TensorOptions(at::kByte).pinned_memory(true));
       auto* records = reinterpret_cast<DotRecord*>(host.mutable_data_ptr<uint8_t>());

@@ -215,14 +215,25 @@ class ForgetRetain(Dataset):
         # Shared memory, so that persistent data loader workers see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._partners: tuple[int, list[int]] | None = None
+        self._held = False
 
     @property
     def epoch(self) -> int:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Pair anew for this epoch (counted from 0)."""
+        """Pair anew for this epoch (counted from 0), unless the epoch is held."""
+        if not self._held:
+            self._epoch.fill_(int(epoch))
+
+    def hold_epoch(self, epoch: int) -> None:
+        """As `set_epoch`, and later calls of it change nothing until `release_epoch`: whoever trains knows best."""
         self._epoch.fill_(int(epoch))
+        self._held = True
+
+    def release_epoch(self) -> None:
+        """Let `set_epoch` set the epoch again."""
+        self._held = False
 
     def partners(self) -> list[int]:
         """For each forget index, the retain index it is paired with in the current epoch."""
@@ -242,10 +253,11 @@ class ForgetRetain(Dataset):
 
 
 def epoch_callback(dataset: Any):
-    """A `transformers.TrainerCallback` that calls `dataset.set_epoch` at the start of every epoch.
+    """A `transformers.TrainerCallback` that sets the data set's epoch at the start of every epoch, and holds it where
+    the data set can be held.
 
-    Accelerate forwards the epoch to a data set by itself in some set-ups only (not when it shards batches over
-    processes).
+    Accelerate forwards an epoch to a data set by itself in some set-ups only (not when it shards batches over
+    processes), and older versions forward a wrong one: after a resume within an epoch they count from 0 again.
 
     Example:
         >>> from gfast.data import ForgetRetain, epoch_callback
@@ -256,7 +268,10 @@ def epoch_callback(dataset: Any):
     class SetEpoch(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
             # state.epoch is a quotient of step counts; a tick below 2.0 still means that epoch 2 begins.
-            dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+            getattr(dataset, "hold_epoch", dataset.set_epoch)(int((state.epoch or 0.0) + 1e-6))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            getattr(dataset, "release_epoch", lambda: None)()
 
     return SetEpoch()
 

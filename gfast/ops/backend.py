@@ -12,6 +12,7 @@ import importlib.util
 import logging
 
 import torch
+from torch.torch_version import TorchVersion
 
 logger = logging.getLogger("gfast")
 
@@ -79,6 +80,20 @@ def _interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
+def interpreter_fails() -> str:
+    """Empty when Triton's interpreter works with the NumPy there is, else the reason. Compiled kernels need neither."""
+    import numpy
+    import triton
+
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: it takes Triton 3.7 "
+            f"or later, or NumPy before 2.4"
+        )
+    return ""
+
+
 def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """Empty when ``impl`` can serve ``op`` on ``device`` (and ``dtype``), else the reason in words."""
     kind = torch.device(device).type
@@ -100,8 +115,10 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
             return "grad_dot has no Triton kernel"
         if _triton_missing():
             return _triton_missing()
-        if kind == "cuda" or (kind == "cpu" and _interpreting()):
+        if kind == "cuda":
             return ""
+        if kind == "cpu" and _interpreting():
+            return interpreter_fails()
         return f"Triton kernels take CUDA tensors, not {kind} (CPU only with TRITON_INTERPRET=1)"
     if op != "grad_dot":
         return f"{op} has no CUDA kernel of its own; on a GPU Triton serves it"
