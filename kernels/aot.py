@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -26,7 +27,8 @@ from gfast.kernels.common import COMPILER, tile
 
 TARGETS = (80, 90, 100)
 MAX_SPILL = 32  # bytes a thread: a few values of the row loop, outside the loops over columns
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 LLAMA3, LLAMA2, GPT2, GEMMA2 = 128256, 32000, 50257, 256000
 
 
@@ -91,12 +93,9 @@ def specs() -> Iterator[Spec]:
                     ("fp16", "fp16", "fp16")]:
         types = f"a:*{a} a_stride:i32 b:*{b} b_stride:i32 g:*{g} g_stride:i32 out:*fp64"
         signature = dict(item.split(":") for item in f"{types} n:i32 d_in:i32 d_out:i32 splits:i32".split())
-        wide = max(a, b, g, key=ITEMSIZE.get)
-        launch = row_dot.tile(ITEMSIZE[wide])
+        launch = row_dot.tile(DTYPES[a], DTYPES[g])
         options = {"num_warps": launch.pop("num_warps"), "num_stages": launch.pop("num_stages")}
-        product = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[wide]
-        yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, {"PRODUCT": product, **launch},
-                   options, True)
+        yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, launch, options, True)
     types = ("hidden:*$ hidden_stride:i32 weight:*$ weight_stride:i32 bias:*$ labels:*i64 top:*fp32 rest:*fp32 "
              "target:*fp32 N:i32 V:i32 D:i32 run:i32")
     for dtype, form in [("bf16", plain), ("fp16", capped)]:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
-PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def tile(itemsize: int) -> dict[str, int]:
-    """Tiles of the GEMM for products of this size: 16-bit ones go to the tensor cores, fp32 ones stay exact fp32."""
-    if itemsize == 2:
-        return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-    return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+def tile(a: torch.dtype, direction: torch.dtype) -> dict[str, Any]:
+    """Tiles of the GEMM, the dtype of its factors, and in how many parts of that dtype the direction is multiplied.
+
+    Products of 16-bit numbers are exact in fp32 and go to the matrix units. So do those of bf16 inputs and an fp32
+    direction: it is the sum of three bf16 numbers, and three such products cost a fraction of one in fp32, which only
+    the ordinary units do exactly.
+    """
+    if a == direction and a.itemsize == 2:
+        return {"PRODUCT": DTYPES[a], "PARTS": 1, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+    if (a, direction) == (torch.bfloat16, torch.float32):
+        return {"PRODUCT": tl.bfloat16, "PARTS": 3, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+    return {"PRODUCT": tl.float32, "PARTS": 1, "BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
 def row_dot_kernel(a, a_stride, b, b_stride, g, g_stride, out, n, d_in, d_out, splits, PRODUCT: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                   PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """out[row, split] fp64: the columns of G a that this split takes, times b. Splits are added by the launcher."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
@@ -35,7 +44,14 @@ def row_dot_kernel(a, a_stride, b, b_stride, g, g_stride, out, n, d_in, d_out, s
             left = tl.arange(0, BK)[None, :] < d_in - k
             x = tl.load(x_at, mask=inside[:, None] & left, other=0.0)  # [BM, BK]
             w = tl.load(w_at, mask=(columns[:, None] < d_out) & left, other=0.0)  # [BN, BK]
-            product = tl.dot(x.to(PRODUCT), tl.trans(w.to(PRODUCT)), product, input_precision="ieee")
+            x = x.to(PRODUCT)
+            if PARTS == 1:
+                product = tl.dot(x, tl.trans(w.to(PRODUCT)), product, input_precision="ieee")
+            else:
+                for _ in tl.static_range(PARTS):  # 8 bits each of w's 24
+                    part = w.to(tl.bfloat16)
+                    product = tl.dot(x, tl.trans(part.to(PRODUCT)), product, input_precision="ieee")
+                    w -= part.to(tl.float32)
             x_at += BK
             w_at += BK
         # 64 bits: an output head's b is [n, V]
@@ -53,16 +69,15 @@ def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) ->
     a, b, direction = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, direction))
     n, d_in = a.shape
     d_out = b.shape[1]
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype)
-    options = tile(dtype.itemsize)
+    options = tile(a.dtype, direction.dtype)
+    if knobs.runtime.interpret:  # its 16-bit products are wrong: it multiplies the same values in fp32
+        options["PRODUCT"] = tl.float32
     blocks = triton.cdiv(n, options["BM"])
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
     splits = max(1, min(triton.cdiv(d_out, options["BN"]), triton.cdiv(2 * programs, max(blocks, 1))))
     out = a.new_empty((n, splits), dtype=torch.float64)
     if n:
-        # the interpreter's 16-bit products are wrong: it multiplies the same values in fp32
-        product = tl.float32 if knobs.runtime.interpret else PRODUCTS[dtype]
         with torch.cuda.device_of(a):
             row_dot_kernel[(blocks, splits)](a, a.stride(0), b, b.stride(0), direction, direction.stride(0), out, n,
-                                             d_in, d_out, splits, PRODUCT=product, **options)
+                                             d_in, d_out, splits, **options)
     return out.sum(1)

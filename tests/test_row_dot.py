@@ -55,6 +55,18 @@ def test_dtypes(dtypes, impl):
     assert_right(*inputs((90, 40, 72), dtypes), impl)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_an_fp32_direction_keeps_its_digits_beside_bf16_inputs(impl):
+    available(impl)
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.randint(-25, 25, (1, 64), generator=generator)
+    direction = (torch.randn(1, 64, generator=generator) * sizes).to(DEVICE)
+    each = torch.eye(64, dtype=BF16, device=DEVICE), torch.ones(64, 1, dtype=BF16, device=DEVICE)
+    torch.testing.assert_close(
+        linear_row_dot(*each, direction, impl=impl), direction[0].double(), rtol=torch.finfo(F32).eps, atol=0
+    )
+
+
 def test_fp64_is_exact_and_only_for_the_reference():
     a, b, direction = inputs((40, 30, 20), (F64, F64, F64))
     torch.testing.assert_close(

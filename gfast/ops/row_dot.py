@@ -64,8 +64,9 @@ def linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, *, impl: str = "auto
 
     .. math:: \mathrm{out}_t = \langle b_t a_t^T, G \rangle = b_t \cdot (G a_t)
 
-    Products are in the widest of the three dtypes (fp32 where a CPU has no fast 16-bit matrix product), accumulated in
-    fp32 or wider; sums over rows are fp64, in an order that depends on shapes alone.
+    Products are as exact as in the widest of the three dtypes (fp32 where a CPU has no fast 16-bit matrix product),
+    accumulated in fp32 or wider; sums over rows are fp64, in an order that depends on shapes alone. On a GPU bf16
+    inputs and an fp32 direction, multiplied as the sum of three bf16 numbers, go to the matrix units.
 
     Args:
         a: [n, D_in], inputs of the Linear.
