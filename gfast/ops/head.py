@@ -40,7 +40,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the finished dW. fp16 stays wide: its reduction factor is applied later, and sums before it can overflow."""
+    """Of finished gradients. fp16 ones stay wide: the reduction's factor and a loss scale are applied later, and before
+    it sums can overflow and small weights vanish."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -172,7 +173,7 @@ class ChunkedHead:
 
     def start_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         self._need_weight, self._added = need_weight, 0
-        self.grad_hidden = torch.empty_like(self.hidden) if need_hidden else None
+        self.grad_hidden = torch.empty_like(self.hidden, dtype=_grad_dtype(self.dtype)) if need_hidden else None
         self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=_wide(self.dtype)) if need_bias else None
         self._total: Tensor | None = None  # of dW [V, D]
 
@@ -182,10 +183,7 @@ class ChunkedHead:
         if self.grad_hidden is not None:
             out = self.grad_hidden[start:stop]
             for part, weight, _ in self._tiles():
-                if part.start == 0:
-                    torch.mm(grad_logits[:, part], weight, out=out)
-                else:
-                    out.addmm_(grad_logits[:, part], weight)
+                _accumulate_product(out, grad_logits[:, part].t(), weight, first=part.start == 0)
         if self._need_weight:
             if self._total is None:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
@@ -198,8 +196,8 @@ class ChunkedHead:
         self._added += 1
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dH [N, D] in hidden's dtype, dW [V, D] in weight's (fp32 for fp16), db [V] in at least fp32; an unwanted one
-        is empty."""
+        """dH [N, D] in hidden's dtype, dW [V, D] in weight's (both fp32 for fp16), db [V] in at least fp32; an unwanted
+        one is empty."""
         self._buffer = None
         # Each its own tensor: a custom op may not return the same one twice.
         grad_weight = self.hidden.new_empty(0)
@@ -210,15 +208,18 @@ class ChunkedHead:
                 grad_weight = torch.zeros_like(self._weight, dtype=dtype)
             elif grad_weight.dtype != dtype:
                 grad_weight = fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
+        grad_hidden = self.hidden.new_empty(0)
+        if self.grad_hidden is not None:
+            grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))
         return (
-            self.hidden.new_empty(0) if self.grad_hidden is None else self.scatter(self.grad_hidden.to(self.out_dtype)),
+            grad_hidden,
             grad_weight,
             self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
         )
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total [V, D] += left.T @ right, or = for the first; left [n, V] and right [n, D] may have another dtype."""
+    """total [m, D] += left.T @ right, or = for the first; left [n, m] and right [n, D] may have another dtype."""
     if left.dtype == total.dtype:
         if first:
             torch.mm(left.t(), right, out=total)
@@ -283,7 +284,7 @@ def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor
 def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of ``ChunkedHead.gradients`` for tracing."""
     shapes = (
-        (hidden.shape, hidden.dtype),
+        (hidden.shape, _grad_dtype(hidden.dtype)),
         (weight.shape, _grad_dtype(weight.dtype)),
         (weight.shape[:1], _wide(weight.dtype)),
     )
