@@ -18,13 +18,13 @@ from _profiling import arguments, parsed, profiled, write
 
 RANGES = {
     "gfast.ops.head:ChunkedHead.logits": "gfast::chunk/head GEMM",
-    "gfast.ops.head:ChunkedHead.fold": "gfast::head GEMM in tiles, folded",
+    "gfast.ops.vocab_parallel:Shard.fold": "gfast::head GEMM in tiles, folded",
     "gfast.ops.head:ChunkedHead.add_gradients": "gfast::chunk/dH and dW GEMMs",
     "gfast.ops.head:_accumulate_product": "gfast::chunk/dW GEMM",
     "gfast.ops.head:ChunkedHead.gradients": "gfast::gradients put together",
     "gfast.ops.linear_unlearn_loss:weighted_rows": "gfast::chunk/row kernel",
-    "gfast.ops.linear_unlearn_loss:logp_rows": "gfast::chunk/row kernel, log-probs",
-    "gfast.ops.linear_unlearn_loss:logp_rows_grad": "gfast::chunk/row kernel, gradient",
+    "gfast.ops.vocab_parallel:Shard.logp_rows": "gfast::chunk/row kernel, log-probs",
+    "gfast.ops.vocab_parallel:Shard.logp_rows_grad": "gfast::chunk/row kernel, gradient",
     "gfast.ops.linear_unlearn_loss:sequence_weights": "gfast::sequence weights",
     "gfast.ops.unlearn_loss:weighted_rows": "gfast::row kernel",
     "gfast.ops.token_logp:logp_rows": "gfast::row kernel, log-probs",

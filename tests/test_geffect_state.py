@@ -10,6 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from geffect_models import batches, tiny  # noqa: E402
+from process_group import leave_process_group  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import directions as directions_of  # noqa: E402
@@ -342,4 +343,4 @@ def test_distributed_data_parallel(tmp_path):
         wrapped(**{key: data()["forget"][0][key] for key in ("input_ids", "labels")}).loss.backward()
         assert all(p.grad is not None for p in model.parameters())
     finally:
-        dist.destroy_process_group()
+        leave_process_group()

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import vocab_parallel
+from process_group import leave_process_group
 from test_ops_losses import IMPLS, assert_law, need, problem, run, squared
 from torch import nn
 from training_tiny import server
@@ -41,13 +42,13 @@ def test_two_processes_give_what_one_gives():
 
 @pytest.fixture
 def mesh():
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import init_process_group
     from torch.distributed.device_mesh import init_device_mesh
 
     gloo_or_skip()
     init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
-    destroy_process_group()
+    leave_process_group()
 
 
 def test_other_layouts_are_refused(mesh):
