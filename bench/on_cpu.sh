@@ -51,10 +51,10 @@ bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers 
   --json losses_linear.json
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
   --json losses_linear_bf16.json
-bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,forward,frozen,nograd --batches tofu,long \
-  --providers "$few" --budget 1 --json losses_modes.json
-bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$few" --budget 11 \
-  --repetitions 5 --peer-budget 1 --json losses_shapes.json
+bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,frozen,nograd --batches tofu \
+  --providers gfast,floor,eager --budget 1 --no-memory --json losses_modes.json
+bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
+  --budget 4 --repetitions 3 --peer-budget 1 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
 bench geffect geffect --batch 4 --tokens 72 --budget 6 --json geffect.json \
   --providers "$effects;published way, padded;sample loop;kronfluence, identity;bergson"
