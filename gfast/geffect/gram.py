@@ -6,7 +6,7 @@ One pass over a forget batch (a forward, and the backward of the activations) ke
 its modules; then every other batch passes by and is multiplied with them as its own appear. Two single batches cost two
 such passes and the products. With m_f and m_r batches there are m_f (m_f + 1) / 2 + m_f m_r passes, because only one
 forget batch is kept at a time: a forward's activations, twice. The head's output gradient [n, V] exists whole only for
-n up to half the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
+n up to the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def gram_effect(
     A step that lowers log p(s_i) changes the NLL of s_j by -lr times the entry, to first order. Nothing of a
     parameter's size is formed or stored: two passes without weight gradients, and products between rows. Made for
     batches of some hundred to a few thousand tokens; memory holds one forget batch's activations twice. The output
-    head's gradients [n, V] of n labelled tokens are held where n is at most half the hidden size, else formed a tile of
+    head's gradients [n, V] of n labelled tokens are held where n is at most the hidden size, else formed a tile of
     the vocabulary at a time, which costs up to one more product with the head a batch.
 
     Args:

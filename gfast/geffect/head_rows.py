@@ -2,7 +2,7 @@
 
     b_t = c_t (onehot(y_t) - softmax(z_t)) dz_t/d logits,        z_t = cap(scale * (W a_t + bias))
 
-With more rows than half the hidden size, all b_t [n, V] would be larger than half of the head. Kept are the rows'
+With more rows than the hidden size has entries, all b_t [n, V] would be larger than the head. Kept are the rows'
 hidden states, weights and softmax statistics, from which any columns of b follow by one product with those rows of W.
 """
 

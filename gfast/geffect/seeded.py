@@ -28,9 +28,8 @@ from gfast.ops.token_logp import logp_rows, logp_rows_grad
 from gfast.ops.unlearn_loss import check_reference, spec_of, weigh
 from gfast.ops.weights import WeightSpec, token_weights
 
-# Rows, as a share of the hidden size, up to which the head's b [n, V] exists whole. Beyond, those of two batches would
-# be larger than the head itself.
-_WHOLE = 0.5
+# Rows, as a share of the hidden size, up to which the head's b [n, V] exists whole: it is no larger than the head then.
+_WHOLE = 1.0
 
 # consume(name, share, place): `place` int64 [n] are the rows' positions among all B * T, None for rows in their order
 Consumer = Callable[[str, Share, Tensor | None], None]
