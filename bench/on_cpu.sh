@@ -2,15 +2,15 @@
 # Everything that README.md and docs/benchmarks.md show of a CPU: measures, draws, renders.
 #
 #   bench/on_cpu.sh [STEP ...]        some of: logits objectives linear modes shapes grad_dot geffect gram geffect_1b
-#                                     sweeps geffect_sweeps overhead profiles pages; default: all of them
+#                                     sweeps geffect_sweeps overhead profiles geffect_peers pages; default: all of them
 #
 # Results go to bench/results/DEVICE, a name made from the CPU (GFAST_BENCH_DEVICE chooses another). PYTHON chooses the
 # interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs about
-# 17 GB of memory. After GFAST_CPU_SECONDS (default 2400) no further benchmark starts: the most telling come first.
+# 17 GB of memory. After GFAST_CPU_SECONDS (default 3600) no further benchmark starts: the most telling come first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-wanted=${*:-logits objectives linear modes shapes grad_dot geffect gram geffect_1b sweeps geffect_sweeps overhead profiles pages}
+wanted=${*:-logits objectives linear modes shapes grad_dot geffect gram geffect_1b sweeps geffect_sweeps overhead profiles geffect_peers pages}
 failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
@@ -19,7 +19,7 @@ bench() {
   local name=$1 script=$2 start=$SECONDS
   shift 2
   if [[ " $wanted " != *" $name "* ]]; then return; fi
-  if [ "$name" != pages ] && [ "$SECONDS" -gt "${GFAST_CPU_SECONDS:-2400}" ]; then
+  if [ "$name" != pages ] && [ "$SECONDS" -gt "${GFAST_CPU_SECONDS:-3600}" ]; then
     echo "== $name SKIPPED, no time left: $script $*"
     failed=$((failed + 1))
     return
@@ -52,12 +52,11 @@ bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers 
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
   --json losses_linear_bf16.json
 bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,frozen,nograd --batches tofu \
-  --providers gfast,floor,eager --budget 1 --no-memory --json losses_modes.json
+  --providers gfast,floor,eager --budget 4 --json losses_modes.json
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
   --budget 4 --repetitions 3 --peer-budget 1 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
-bench geffect geffect --batch 4 --tokens 72 --budget 6 --json geffect.json \
-  --providers "$effects;published way, padded;sample loop;kronfluence, identity;bergson"
+bench geffect geffect --batch 4 --tokens 72 --budget 6 --providers "$effects" --json geffect.json
 bench gram geffect --batch 8 --tokens 72 --budget 8 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_gram.json
 bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 1 --providers 'g_effect(GA);gram_effect' \
@@ -74,6 +73,8 @@ bench geffect_sweeps geffect --sweep depth --values 2,4,8 --batch 2 --tokens 48 
 bench overhead overhead --batch 2 --tokens 48 --rounds 1 --json overhead.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --json profile_losses.json
 bench profiles profile_geffect --json profile_geffect.json
+bench geffect_peers geffect --batch 4 --tokens 72 --budget 6 --json geffect_peers.json \
+  --providers "pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
 bench pages plots
 bench pages render
 
