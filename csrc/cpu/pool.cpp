@@ -2,7 +2,9 @@
 // system page by page, which for a gradient of the logits or of the head takes longer than the kernel that fills it.
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <list>
 #include <mutex>
@@ -53,9 +55,13 @@ class Pool {
   }
 
  private:
+  // An eighth of the machine's memory: a head's gradient of a gigabyte should find its memory again too.
   static size_t limit() {
     const char* text = std::getenv("GFAST_POOL_MIB");
-    return (text == nullptr || *text == 0 ? size_t{512} : std::strtoull(text, nullptr, 10)) << 20;
+    if (text != nullptr && *text != 0) return std::strtoull(text, nullptr, 10) << 20;
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    const size_t machine = pages > 0 && page > 0 ? size_t(pages) * size_t(page) : 0;
+    return std::max(machine / 8, size_t{512} << 20);
   }
 
   std::mutex mutex_;
