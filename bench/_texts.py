@@ -53,7 +53,9 @@ REASONS = {  # only what is known
     "the logits twice.",
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
     "products into memory that is there. In 16 bits on a CPU without instructions for them, weight and hidden "
-    "states are converted at every call, while the floor's operands are converted beforehand.",
+    "states are converted tile by tile at every call, while the floor's operands are converted beforehand. A dW larger "
+    "than the pool keeps (an eighth of the machine's memory; before commit `f933514f24` 512 MiB) is "
+    "new memory in every call, which the system zeroes first.",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing the weight, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
