@@ -142,16 +142,18 @@ def color(name: str) -> str:
     return LIGHT.cycle[1] if name.startswith(("gfast", *GFAST_EFFECTS)) else LIGHT.cycle[0]
 
 
-def bars(ax: Axes, names: list[str], values: list[float], colors: list[str], unit: str) -> None:
-    """Horizontal bars, the first on top, each with its number."""
+def bars(ax: Axes, names: list[str], values: list[float | None], colors: list[str], unit: str) -> None:
+    """Horizontal bars, the first on top, each with its number; none for what was not measured."""
     places = list(range(len(names)))[::-1]
-    ax.barh(places, values, color=colors, height=0.7)
+    ax.barh(places, [value or 0.0 for value in values], color=colors, height=0.7)
     ax.set_yticks(places, names)
     ax.set_xlabel(unit)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    ax.set_xlim(0, 1.16 * max(values))
+    ax.set_xlim(0, 1.16 * max(value or 0.0 for value in values))
     for place, value in zip(places, values, strict=True):
+        if value is None:
+            continue
         text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         ax.text(value, place, f" {text}", va="center", ha="left", fontsize=7.5)
 
@@ -202,7 +204,7 @@ def effect_bars(data: Data, path: Path) -> Path:
     shape = f"{model_name(used)}, {batch_name(used)}"
     axes[0, 0].set_title(f"Gradient effects of a batch pair\n{shape}", loc="left")
     if memory:
-        bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") or 0.0 for row in rows], colors, "peak extra MB")
+        bars(axes[0, 1], [""] * len(rows), [row.get("peak_extra_mb") for row in rows], colors, "peak extra MB")
     if any(name.endswith("*") for name in names):
         figure.supxlabel("* the Linear layers of the blocks only", fontsize=7.5, ha="right", x=0.99)
     return save(figure, path)
