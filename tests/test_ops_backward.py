@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops_losses import assert_law, need, problem, run, squared
+from test_ops_losses import assert_law, label, need, problem, run, squared
 
 import gfast
 from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO
@@ -38,7 +38,7 @@ def test_scaling_takes_no_new_memory():
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
-@pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(0.3), SimNPO(), DPO(0.3), squared], ids=str)
+@pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(0.3), SimNPO(), DPO(0.3), squared], ids=label)
 @pytest.mark.parametrize("flat", [False, True])
 def test_in_place_is_the_same(objective, impl, flat):
     need("unlearn_loss", impl, "cpu", torch.float32)
