@@ -8,7 +8,7 @@ import pytest
 import torch
 import vocab_parallel
 from process_group import leave_process_group
-from test_ops_losses import IMPLS, assert_law, need, problem, run, squared
+from test_ops_losses import IMPLS, assert_law, label, need, problem, run, squared
 from torch import nn
 from training_tiny import server
 
@@ -75,7 +75,7 @@ def test_other_layouts_are_refused(mesh):
 @pytest.mark.parametrize(
     "objective, times",
     [(WGA(), 1), (SatImp(), 1), (NPO(0.3), 1), (DPO(), 1), (squared, 2), ("KL", 2)],
-    ids=str,
+    ids=label,
 )
 def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
     """One product with the head a chunk: the backward computes no logits. A callable takes a first pass, KL two heads;
