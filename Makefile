@@ -38,6 +38,7 @@ $(STAMP): $(SOURCES)
 
 lint: install
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 cuda-check:
 	csrc/cuda/compile_check.sh

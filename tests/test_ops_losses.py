@@ -390,9 +390,7 @@ def test_opcheck():
     torch.library.opcheck(
         ops.linear_unlearn, (h, weight, bias, flat, reference, None, ids, 2, 3, "sequence", numbers, factor, *whole)
     )
-    torch.library.opcheck(
-        ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, *whole)
-    )
+    torch.library.opcheck(ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, *whole))
 
 
 @pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(), SimNPO(), DPO()], ids=str)

@@ -54,7 +54,7 @@ class Directions:
         return self.stores[side].get(self._position[name])
 
     def norms(self) -> dict[str, dict[str, float]]:
-        """"unlearn" and "retain" -> {group: norm of the risk's gradient}."""
+        """Side ("unlearn", "retain") -> {group: norm of the risk's gradient}."""
         return {
             side: dict(zip(self.groups.names, self.gram[:, k, k].sqrt().tolist(), strict=True))
             for k, side in enumerate(SIDES)

@@ -77,9 +77,7 @@ def gram_effect(
         >>> gram.total("retain").shape
         torch.Size([2, 1])
     """
-    return gram_effects(
-        Measurement.of(model, forget, retain, groups=groups, loss_scale=loss_scale, progress=progress)
-    )
+    return gram_effects(Measurement.of(model, forget, retain, groups=groups, loss_scale=loss_scale, progress=progress))
 
 
 def gram_effects(measurement: Measurement) -> GramEffect:

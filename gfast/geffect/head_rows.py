@@ -65,9 +65,7 @@ class HeadRows:
             torch.mm(self.a, weight.t(), out=out)
         else:
             torch.addmm(self.bias[start:stop].to(self.a.dtype), self.a, weight.t(), out=out)
-        logp_columns_grad(
-            out, self.labels, start, self.logp, self.stats, self.coef, self.scale, self.softcap, "auto"
-        )
+        logp_columns_grad(out, self.labels, start, self.logp, self.stats, self.coef, self.scale, self.softcap, "auto")
         return out
 
     def at(self, ids: Tensor) -> Tensor:

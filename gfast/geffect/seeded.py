@@ -201,7 +201,6 @@ class SeededPasses:
         with torch.autocast(output.device.type, enabled=False):
             output.backward(grad)
 
-
     def _rows_gradient(
         self, rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

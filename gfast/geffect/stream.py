@@ -53,9 +53,7 @@ def jobs_of(some: Sequence[Plan]) -> list[Job]:
     return list(dict.fromkeys(job for plan in some for _, job in plan.jobs))
 
 
-def stream_effects(
-    measurement: Measurement, objectives: Sequence[Objective], norms: bool
-) -> list[GEffect]:
+def stream_effects(measurement: Measurement, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
     model, risk, given = measurement.model, measurement.risk, measurement.given
     refuse_sharded(model)

@@ -248,9 +248,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(
-    mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int, loss_scale: float
-) -> Tokens:
+def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int, loss_scale: float) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
@@ -305,9 +303,7 @@ def _by_head(
     return logp, effects
 
 
-def _by_logits(
-    logits: Tensor, labels: Tensor, order: Tensor, groups: int, loss_scale: float
-) -> tuple[Tensor, Tensor]:
+def _by_logits(logits: Tensor, labels: Tensor, order: Tensor, groups: int, loss_scale: float) -> tuple[Tensor, Tensor]:
     """The same from the model's own logits [B, T, V], for heads that are no plain linear map."""
     value, streams, tangents = _parts(logits, order)
     check_label_range("token_effect", labels, value.shape[-1])

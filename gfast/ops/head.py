@@ -165,9 +165,7 @@ class ChunkedHead:
                     torch.mm(weight, columns, out=tile)
                 else:
                     torch.addmm(bias[:, None], weight, columns, out=tile)
-                torch.ops.gfast.fold_columns(
-                    tile, self.labels[start:stop], offset + part.start, scale, softcap, state
-                )
+                torch.ops.gfast.fold_columns(tile, self.labels[start:stop], offset + part.start, scale, softcap, state)
             states.append(state)
         return torch.cat(states, dim=1)
 

@@ -97,9 +97,7 @@ def _in(weight: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return above & ((weight < limits[1]) | (limits[1] == 1.0) & (weight == 1.0))
 
 
-def _joint(
-    ax: Axes, found: list, limits: tuple[float, float], effects: np.ndarray, shades: Any, theme: Theme
-) -> None:
+def _joint(ax: Axes, found: list, limits: tuple[float, float], effects: np.ndarray, shades: Any, theme: Theme) -> None:
     points = [(k, u[_in(w, limits)], r[_in(w, limits)]) for k, (_, w, u, r) in enumerate(found)]
     x, y = (np.concatenate([point[side] for point in points]) for side in (1, 2))
     color = np.concatenate([np.full(len(u), k) for k, u, _ in points]) / max(len(found) - 1, 1)
