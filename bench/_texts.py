@@ -62,10 +62,5 @@ REASONS = {  # only what is known
     "(converting or packing the weight, starting the threads) weighs more beside it.",
     "overhead": "A measurement is the difference of two training runs, so its noise is that of both; every measurement "
     "also writes its record.",
-    "less_time": "The demand is against the code as published, which pads every sample to a fixed width; beside it "
-    "stands a version that pads to the longest sample only: four passes and copies of the gradient against three "
-    "passes.",
-    "less_memory": "Likewise: without the padding most of the published way's memory is copies of the gradient, and "
-    "`g_effect` holds two directions of that size.",
 }
 UNKNOWN = "Not explained yet."

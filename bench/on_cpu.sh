@@ -56,8 +56,8 @@ bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes trai
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
   --budget 4 --repetitions 3 --peer-budget 1 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
-bench geffect geffect --batch 4 --tokens 72 --budget 6 --providers "$effects" --json geffect.json
-bench gram geffect --batch 8 --tokens 72 --budget 8 --providers 'g_effect(WGA);gram_effect' --no-memory \
+bench geffect geffect --batch 4 --tokens 72 --budget 24 --providers "$effects" --json geffect.json
+bench gram geffect --batch 8 --tokens 72 --budget 24 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_gram.json
 bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 1 --providers 'g_effect(GA);gram_effect' \
   --json geffect_1b.json
@@ -74,7 +74,7 @@ bench overhead overhead --batch 2 --tokens 48 --rounds 1 --json overhead.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --json profile_losses.json
 bench profiles profile_geffect --json profile_geffect.json
 bench geffect_peers geffect --batch 4 --tokens 72 --budget 6 --json geffect_peers.json \
-  --providers "pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
+  --providers "g_effect(WGA);pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
 bench pages plots
 bench pages render
 
