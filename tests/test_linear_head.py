@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfast
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
-from gfast.ops import common, head, linear_token_logp, linear_unlearn_loss, token_kl
+from gfast.ops import common, head, linear_token_logp, linear_unlearn_loss, token_kl, vocab_parallel
 from gfast.ops.backend import extension
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
@@ -267,6 +267,41 @@ def test_what_memory_exists(native, monkeypatch):
         whole = chunk == n
         assert seen[torch.bfloat16] == V * D
         assert seen[torch.float32] <= (chunk * V if not native else tile) if whole else seen[torch.float32] == V * D
+
+
+@pytest.mark.parametrize("native, most", [(True, 40), (False, 24)], ids=["16-bit products", "fp32 products"])
+def test_one_chunk_as_long_as_it_takes_no_more_memory(native, most, monkeypatch):
+    """bf16: rows whose logits take what an fp32 sum of dW would take besides a chunk of them are held at once."""
+    monkeypatch.setattr(head, "_native", lambda dtype: native)
+    monkeypatch.setattr(vocab_parallel, "default_chunk_rows", lambda *args: 8)
+    chunks, logits = [], head.ChunkedHead.logits
+    monkeypatch.setattr(head.ChunkedHead, "logits", lambda self, a, b: chunks.append(b - a) or logits(self, a, b))
+
+    def chunk_of(n, op, dtype=torch.bfloat16, frozen=False, **options):
+        hidden, weight, _, labels = rows_problem(n, 16, 100, dtype)
+        if op == "kl":
+            options |= dict(ref_hidden=hidden * 0.5, ref_weight=weight)
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+        if op == "logp":
+            out = gfast.linear_token_logp(hidden, weight, labels, **options).sum()
+        elif op == "kl":
+            out = gfast.linear_token_kl(hidden, weight, labels=labels, **options)
+        else:
+            objective = NPO(0.3) if op == "npo" else WGA()
+            ref = torch.zeros(n) - 5
+            out = gfast.linear_unlearn_loss(hidden, weight, labels, objective, ref_logp=ref, **options).loss
+        chunks.clear() if op == "logp" else None  # the forward folds tiles, or takes chunks as they come
+        out.backward()
+        return max(chunks), chunks.clear()
+
+    for op in ("wga", "npo", "logp"):
+        assert chunk_of(most, op)[0] == most, op
+        assert chunk_of(most + 1, op)[0] <= 8, op
+    assert chunk_of((most + 8) // 2, "kl")[0] == (most + 8) // 2  # its two heads share the memory
+    assert chunk_of((most + 8) // 2 + 1, "kl")[0] <= 8
+    assert chunk_of(most, "wga", frozen=True)[0] <= 8
+    assert chunk_of(most, "wga", torch.float32)[0] <= 8  # the sum is the gradient itself
+    assert chunk_of(most, "wga", chunk_rows=5)[0] <= 5
 
 
 @pytest.mark.parametrize("op", ["loss", "logp"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -169,6 +169,12 @@ def default_chunk_rows(vocab: int, width: int, device: torch.device) -> int:
     if device.type == "cpu":
         return min(1024, max(256, width))
     return int(min(4096, max(512, 2**30 // (2 * max(vocab, 1)))))
+
+
+def rows_at_once(rows: int, chunk_rows: Sequence[int]) -> int:
+    """Rows of a chunk where ``rows`` take part; ``chunk_rows``: see ``LocalHead``."""
+    several, one = chunk_rows
+    return max(rows, 1) if rows <= one else several
 
 
 def reads_are_free(device: torch.device) -> bool:

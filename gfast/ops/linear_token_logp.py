@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import check_label_range, row_chunks
+from gfast.ops.common import check_label_range, row_chunks, rows_at_once
 from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, valid_rows
 from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
 from gfast.ops.vocab_parallel import LocalHead, Shard, local_head
@@ -29,14 +29,14 @@ def _linear_token_logp(
     group: str,
     scale: float,
     softcap: float,
-    chunk_rows: int,
+    chunk_rows: list[int],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """logp [N] and statistics [N, 2]; ``first``, ``vocab``, ``group``: the ``Shard`` that weight [v, D] and bias [v]
     are."""
     check_label_range("linear_token_logp", labels, vocab)
     shard = Shard(first, vocab, group)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
     chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
     if head.folds(chosen):
         logp, stats = shard.fold(head, scale, softcap, chosen)
@@ -69,12 +69,14 @@ def _linear_token_logp_backward(
     group: str,
     scale: float,
     softcap: float,
-    chunk_rows: int,
+    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     shard = Shard(first, vocab, group)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, valid_rows(labels))
+    order = valid_rows(labels)
+    chunk = rows_at_once(labels.shape[0] if order is None else order.shape[0], chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
     logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
     head.start_gradients(*need)
     for start, stop in row_chunks(head.rows, head.chunk):
@@ -117,9 +119,9 @@ _linear_token_logp.register_autograd(_backward, setup_context=_setup)
 
 def flat_logp(head: LocalHead, labels: Tensor, scale: float, softcap: float, impl: str) -> Tensor:
     """``linear_token_logp`` [N] of checked arguments."""
-    hidden, weight, bias, shard, chunk = head
+    hidden, weight, bias, shard, chunk_rows = head
     flat = labels.reshape(-1).long()
-    return torch.ops.gfast.linear_token_logp(hidden, weight, bias, flat, *shard, scale, softcap, chunk, impl)[0]
+    return torch.ops.gfast.linear_token_logp(hidden, weight, bias, flat, *shard, scale, softcap, chunk_rows, impl)[0]
 
 
 def linear_token_logp(

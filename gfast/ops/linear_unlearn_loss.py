@@ -64,7 +64,7 @@ def _linear_unlearn(
     group: str,
     scale: float,
     softcap: float,
-    chunk_rows: int,
+    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -77,8 +77,8 @@ def _linear_unlearn(
     check_label_range("linear_unlearn_loss", labels, vocab)
     shard = Shard(first, vocab, group)
     spec = WeightSpec.from_numbers(level, numbers)
-    order, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
+    order, chunk, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
     dtype = stats_dtype(hidden.dtype)
     ref, given = head.select(ref_logp), head.select(given)
     ids = head.select(ids)
@@ -180,7 +180,7 @@ class _LinearLoss(torch.autograd.Function):
         shard,
         scale,
         softcap,
-        chunk,
+        chunk_rows,
         impl,
     ):
         need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
@@ -203,7 +203,7 @@ class _LinearLoss(torch.autograd.Function):
             *shard,
             scale,
             softcap,
-            chunk,
+            chunk_rows,
             impl,
             need,
         )
@@ -262,7 +262,8 @@ def linear_unlearn_loss(
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
         normalizer: replaces the token or sequence count.
         logit_scale, softcap: logits are softcap * tanh(scale * (W h + b) / softcap).
-        chunk_rows: rows of logits held at a time; None chooses by device and vocabulary.
+        chunk_rows: rows of logits held at a time; None chooses by device and head. Logits of bf16 rows are held all at
+            once up to the memory that the sum of several chunks' dW, in fp32, would take.
         impl: "auto", "reference", "cpp" or "triton".
         check_finite: raise on NaN or infinite log-probs (waits for the device).
 
@@ -321,7 +322,7 @@ def linear_unlearn_loss(
             factor,
             head.shard,
             *form,
-            head.chunk,
+            head.chunk_rows,
             impl,
         )
         out = LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))

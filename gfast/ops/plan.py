@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gfast.ops import common
-from gfast.ops.common import row_chunks
+from gfast.ops.common import row_chunks, rows_at_once
 from gfast.ops.head import valid_rows
 
 Spans = list[tuple[int, int]]
 
 
 def plan_chunks(
-    level: str, labels: Tensor, ids: Tensor, count: int, length: int, chunk: int
-) -> tuple[Tensor | None, Spans]:
+    level: str, labels: Tensor, ids: Tensor, count: int, length: int, chunk_rows: Sequence[int]
+) -> tuple[Tensor | None, int, Spans]:
     """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
 
     Rows without a label are left out where the host may look at the labels. Where it may not (a CUDA graph records),
@@ -26,17 +28,21 @@ def plan_chunks(
         labels: int64 [N]. ids: sequence of each row, int64 [N].
         count: bound S on the sequences; for pairs s and s + S/2 belong together.
         length: rows of each sequence where all have the same number and lie one after the other, else 0.
-        chunk: rows held at a time.
+        chunk_rows: rows held at a time, see ``LocalHead``.
 
     Returns:
-        The rows that take part in their order (None: all as they come), and spans of that order. A span longer than
-        ``chunk`` takes a first pass for its sums.
+        The rows that take part in their order (None: all as they come), rows of a chunk, and spans of that order. A
+        span longer than a chunk takes a first pass for its sums.
     """
     if not common.may_wait(labels.device):
-        return _plan_by_shape(level, labels, count, length, chunk)
+        chunk = rows_at_once(labels.shape[0], chunk_rows)
+        order, spans = _plan_by_shape(level, labels, count, length, chunk)
+        return order, chunk, spans
     order = valid_rows(labels)
+    taking_part = labels.shape[0] if order is None else order.shape[0]
+    chunk = rows_at_once(taking_part, chunk_rows)
     if level == "token":
-        return order, list(row_chunks(labels.shape[0] if order is None else order.shape[0], chunk))
+        return order, chunk, list(row_chunks(taking_part, chunk))
     unit = ids if order is None else ids.index_select(0, order)
     if level == "pair":
         unit = unit % (count // 2)
@@ -50,7 +56,7 @@ def plan_chunks(
         stop += rows
     if stop > start:
         spans.append((start, stop))
-    return by_unit if order is None else order.index_select(0, by_unit), spans
+    return by_unit if order is None else order.index_select(0, by_unit), chunk, spans
 
 
 def _plan_by_shape(level: str, labels: Tensor, count: int, length: int, chunk: int) -> tuple[Tensor | None, Spans]:

@@ -14,6 +14,7 @@ from gfast.ops.common import (
     coef_scale,
     fresh,
     row_chunks,
+    rows_at_once,
     scaled,
     sequence_layout,
 )
@@ -180,15 +181,16 @@ def _linear_token_kl(
     group: str,
     scale: float,
     softcap: float,
-    chunk_rows: int,
+    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_label_range("linear_token_kl", labels, vocab)
     shard = Shard(first, vocab, group)  # that both weights [v, D] are
     order = valid_rows(labels)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows, order)
-    ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk_rows, order)
+    chunk = rows_at_once(labels.shape[0] if order is None else order.shape[0], chunk_rows)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
+    ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk, order)
     kl = hidden.new_empty(head.rows, dtype=stats_dtype(hidden.dtype))
     head.start_gradients(*need)
     wanted = any(need)
@@ -244,7 +246,20 @@ class _KLLoss(torch.autograd.Function):
 class _LinearKLLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor, shard, scale, softcap, chunk, impl
+        ctx,
+        hidden,
+        weight,
+        bias,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        labels,
+        factor,
+        shard,
+        scale,
+        softcap,
+        chunk_rows,
+        impl,
     ):
         need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
         late = hidden.dtype == torch.float16  # see linear_unlearn_loss
@@ -261,7 +276,7 @@ class _LinearKLLoss(torch.autograd.Function):
             *shard,
             scale,
             softcap,
-            chunk,
+            chunk_rows,
             impl,
             need,
         )
@@ -383,7 +398,7 @@ def linear_token_kl(
     """
     name = "linear_token_kl"
     check_alike(name, weight, ref_weight)
-    head = local_head(name, hidden, weight, bias, labels, chunk_rows)
+    head = local_head(name, hidden, weight, bias, labels, chunk_rows, buffers=2)
     dtype = head.hidden.dtype
     ref_hidden, ref_weight = ref_hidden.detach().to(dtype), ref_weight.detach().to(dtype)
     ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
@@ -405,6 +420,6 @@ def linear_token_kl(
         head.shard,
         float(logit_scale),
         check_cap(name, softcap),
-        head.chunk,
+        head.chunk_rows,
         impl,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.common import IGNORE_INDEX, default_chunk_rows
-from gfast.ops.head import ChunkedHead, finished_stats, prepare_head
+from gfast.ops.head import ChunkedHead, finished_stats, prepare_head, product_dtype
 from gfast.ops.token_logp import capped, logp_columns_grad, logp_rows, logp_rows_grad, own_labels, stats_dtype
 
 
@@ -125,13 +125,16 @@ def _nothing(labels: Tensor) -> Tensor:
 
 class LocalHead(NamedTuple):
     """What an op over a head takes: hidden [N, D], the weight and bias that are here, which part of the head that is,
-    and rows of logits held at a time."""
+    and how many rows of logits are held at a time.
+
+    chunk_rows: rows of a chunk, and up to how many rows in all there is only one. Both are the same on all processes.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     shard: Shard
-    chunk: int
+    chunk_rows: list[int]
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -171,16 +174,32 @@ def rows_like(whole: Tensor | None, sharded: Tensor) -> Tensor | None:
 
 
 def local_head(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int | None
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk_rows: int | None,
+    buffers: int = 1,
 ) -> LocalHead:
-    """Checks, autocast's casts and, of a DTensor head, this process's part; gradients flow back into what was given."""
+    """Checks, autocast's casts and, of a DTensor head, this process's part; gradients flow back into what was given.
+    ``buffers``: how many chunks of logits the op holds."""
     rows = weight.shape[0]
     shard = Shard(0, rows, "")
     if is_sharded(weight):
         hidden, weight, bias, shard, rows = _local_part(name, hidden, weight, bias)
     hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
-    chunk = chunk_rows or default_chunk_rows(rows, weight.shape[1], hidden.device)
-    return LocalHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, shard, chunk)
+    if chunk_rows is not None:
+        chunks = [chunk_rows, chunk_rows]
+    else:
+        several = default_chunk_rows(rows, weight.shape[1], hidden.device)
+        chunks = [several, several]
+        if weight.dtype == torch.bfloat16 and weight.requires_grad and torch.is_grad_enabled():
+            # Several chunks' dW is summed in an fp32 copy of it, 4 V D bytes, which one chunk does not need: more rows
+            # in one chunk until they take that memory, and the time for the sum is saved.
+            size = product_dtype(weight.dtype, weight.device).itemsize
+            chunks[1] += 4 * weight.shape[1] // (size * buffers)
+    return LocalHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, shard, chunks)
 
 
 def _local_part(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
