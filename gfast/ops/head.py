@@ -15,6 +15,7 @@ from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_
 
 _FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
 _TILE_BYTES = 2**21  # of a tile of the vocabulary: what one core's second cache holds
+_WIDE_TILE_BYTES = 2**24  # of a tile of W in another dtype: larger products are worth more than the nearest cache
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -99,12 +100,13 @@ class ChunkedHead:
         """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
 
         All at once where that is their own dtype and no ``step`` is asked for. A head in another dtype passes a
-        tile at a time through one buffer, each gone with the next: never whole in fp32, and products find it in cache.
+        tile at a time through one buffer, each gone with the next: never whole in fp32.
         """
         weight, bias = self._weight, self._bias
         narrow = weight.dtype != self.dtype
         if narrow:
-            fitting = max(64, _TILE_BYTES // (self.dtype.itemsize * weight.shape[1]) // 64 * 64)
+            row = self.dtype.itemsize * weight.shape[1]
+            fitting = max(64, min(_WIDE_TILE_BYTES // row, self.vocab // 8) // 64 * 64)
             step = min(fitting, step or fitting)
             if self._wide_tile is None:
                 self._wide_tile = self.hidden.new_empty(min(fitting, self.vocab), weight.shape[1])
