@@ -165,7 +165,7 @@ def test_opcheck(mesh):
     hidden, weight, bias, labels, _ = problem(dtype=torch.float32)
     h, flat, factor = hidden.reshape(28, -1), labels.reshape(-1), torch.tensor(0.25)
     ids, numbers, need_all = torch.arange(28) // 7, WGA().spec().numbers(), [True] * 3
-    shard = (0, 37, mesh.get_group().group_name, 1.0, 0.0, 9, "auto")
+    shard = (0, 37, mesh.get_group().group_name, 1.0, 0.0, [9, 9], "auto")
     ops = torch.ops.gfast
     leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
     torch.library.opcheck(ops.linear_token_logp, (*leaves, flat, *shard))
