@@ -26,7 +26,7 @@ from test_geffect_sample import (  # noqa: E402
 from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import gram, products, seeded  # noqa: E402
+from gfast.geffect import gram, modules, products, seeded  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
 from gfast.geffect.gram import gram_dots, gram_effect  # noqa: E402
 from gfast.geffect.modules import Lookup, Outer, Sum  # noqa: E402
@@ -344,6 +344,36 @@ def test_a_few_rows_of_zeros_are_kept_and_many_left_out():
     found = rows_of(Outer(a, b), owner, 4)
     assert found.counts == [9, 10, 0, 0] and len(found.share.a) == 19
     assert isinstance(found, Rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("way", ["cpp", "plain"])
+def test_used_rows(way, dtype, monkeypatch):
+    """Something in the first, the last or a middle column counts, NaN too; -0 and what lies between rows does not."""
+    if way == "plain":
+        monkeypatch.setattr(modules, "compiled", lambda op: False)
+    elif not modules.compiled("used_rows"):
+        pytest.skip("gfast._C is not built, or older than used_rows")
+    for columns in (1, 5, 64, 200):
+        x = torch.ones(9, columns + 3, dtype=dtype)[:, :columns].zero_()
+        x[1], x[2, 0], x[3, -1], x[4, columns // 2] = -0.0, 1.0, -1.0, float("nan")
+        x[5, columns // 3], x[6] = torch.finfo(dtype).smallest_normal, 0.0
+        assert modules._not_zero(x).tolist() == [False, False, True, True, True, True, False, False, False]
+    assert modules._not_zero(torch.zeros(0, 7, dtype=dtype)).tolist() == []
+
+
+def test_rows_of_one_input_are_selected_once():
+    """And never taken for those of another input, or for other rows of it."""
+    a, owner = torch.randn(40, 3), torch.arange(40) // 10
+    b, c = torch.randn(2, 40, 2)
+    b[20:], c[:20] = 0.0, 0.0
+    selected = products.Selected()
+    first, again = (rows_of(Outer(a, b * scale), owner, 4, selected) for scale in (1, 2))
+    assert first.share.a.data_ptr() == again.share.a.data_ptr() and torch.equal(first.share.a, a[:20])
+    assert torch.equal(rows_of(Outer(a, c), owner, 4, selected).share.a, a[20:])
+    other = a + 1
+    assert torch.equal(rows_of(Outer(other, c), owner, 4, selected).share.a, other[20:])
+    assert torch.equal(first.share.a, a[:20])
 
 
 def test_products_of_inputs_are_not_mixed_up():

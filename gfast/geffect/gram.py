@@ -220,7 +220,7 @@ class _Pairs:
             owner, samples = torch.arange(rows, device=self.passes.device) // (rows // count), count
         else:
             owner, samples = place // length, count
-        found = rows_of(share, owner, samples)
+        found = rows_of(share, owner, samples, self.caches.selected)
         if not self.crossing:
             kept = self.kept.setdefault(name, [])
             if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gfast import hf
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.head_rows import HeadRows
+from gfast.ops.backend import compiled
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ Share = Outer | HeadRows | Lookup | Sum
 
 
 def _not_zero(x: Tensor) -> Tensor:
-    """Which rows hold something else than zeros (NaN is something). Few columns tell it of most rows."""
+    """Which rows hold something else than zeros (NaN is something), bool [n]. Few columns tell it of most rows."""
+    if x.device.type == "cpu" and compiled("used_rows") and x.stride(-1) == 1:
+        return torch.ops.gfast.used_rows(x)
     used = (x[:, :16] != 0).any(-1)
     doubtful = (~used).nonzero()[:, 0]
     if len(doubtful):

@@ -68,7 +68,20 @@ class Rows:
         return out
 
 
-def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
+class Selected:
+    """Rows of the last module's inputs, kept for the next: queries, keys and values read one input."""
+
+    def __init__(self) -> None:
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def of(self, share: Outer, kept: Tensor) -> Outer:
+        """`share.some(kept)`."""
+        if not (self._inputs and _same(self._inputs[0], share.a) and torch.equal(self._inputs[1], kept)):
+            self._inputs = share.a, kept, share.a.index_select(0, kept)
+        return Outer(self._inputs[2], share.b.index_select(0, kept))
+
+
+def rows_of(share: Share, owner: Tensor, samples: int, selected: Selected | None = None) -> Rows:
     """The share's rows, without those that are zero if there are many; `owner` int64 [n], ascending: their samples."""
     if isinstance(share, Sum):
         member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
@@ -77,7 +90,11 @@ def rows_of(share: Share, owner: Tensor, samples: int) -> Rows:
     if len(kept) > _FULL * share.rows:  # leaving out a few rows would not pay for the copy
         kept = torch.arange(share.rows, device=owner.device)
     counts = torch.bincount(owner[kept], minlength=samples).tolist()
-    return Rows(share if len(kept) == share.rows else share.some(kept), counts)
+    if len(kept) == share.rows:
+        return Rows(share, counts)
+    if isinstance(share, Outer):
+        return Rows((selected or Selected()).of(share, kept), counts)
+    return Rows(share.some(kept), counts)
 
 
 class InputProducts:
@@ -109,14 +126,15 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 class Caches(NamedTuple):
-    """One cache for products with the batch that passes by, one for those of the kept batch with itself."""
+    """Of products with the batch that passes by, of those of the kept batch with itself, of rows of a batch."""
 
     other: InputProducts
     own: InputProducts
+    selected: Selected
 
     @classmethod
     def new(cls) -> Caches:
-        return cls(InputProducts(), InputProducts())
+        return cls(InputProducts(), InputProducts(), Selected())
 
 
 def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -> tuple[Tensor, Tensor | None]:
