@@ -267,7 +267,7 @@ def overhead(data: Data) -> str:
     settings = data["settings"]
     title = (
         f"Training with `GEffectCallback`, {settings['dtype']}, batches of {settings['batch']} x {settings['tokens']} "
-        "tokens; a measurement's floor: 3 plain passes and 2 forwards."
+        "tokens; a measurement's floor: 3 plain passes."
     )
     header = ["measured", "ms a step", "of the plain step", "ms a measurement", "of its floor", "law"]
     return f"{title}\n\n" + table(header, rows)

@@ -105,6 +105,29 @@ def test_ga_is_minus_the_squared_risk_gradient_and_takes_two_passes(monkeypatch)
     assert effect.cosine("unlearn") == pytest.approx(-1.0)
 
 
+@pytest.mark.parametrize("sizes", [(5,), (2, 3)], ids=["one batch", "two batches"])
+@pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])
+def test_risks_come_with_the_passes(engine, sizes, tmp_path):
+    """The mean over all tokens whatever the batches, from every way that risk gradients are measured; gram has none."""
+    model = tiny("llama").eval()
+    data = {"forget": batches(1, sizes=sizes), "retain": batches(2, sizes=sizes)}
+    with torch.no_grad():
+        expected = {
+            "unlearn": float(literal_loss(model, data["forget"], "nll")),
+            "retain": float(literal_loss(model, data["retain"], "nll")),
+        }
+    for objectives in (GA(), WGA(), [WGA(), WGA(alpha=2.0)]):
+        effects = gfast.g_effect(model, objectives, engine=engine, **data)
+        for effect in effects if isinstance(effects, list) else [effects]:
+            assert effect.risks == ({} if engine == "gram" else pytest.approx(expected, rel=1e-12))
+            assert GEffect.from_parquet(effect.to_parquet(tmp_path / "e.parquet")).risks == effect.risks
+            assert GEffect.from_json(effect.to_json()).risks == effect.risks
+    if engine == "stream":
+        stored = gfast.risk_gradients(model, storage=tmp_path / "stored", **data)
+        opened = type(stored).load(tmp_path / "stored")
+        assert gfast.g_effect(model, WGA(), directions=opened, **data).risks == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_pass_for_each_distinct_term_only(monkeypatch):
     model = tiny("llama").eval()
     calls = count_losses(monkeypatch)

@@ -63,6 +63,27 @@ def test_what_is_measured_when(tmp_path):
     assert not frame.duplicated(["run", "objective", "step", "quantity", "side", "group"]).any()
 
 
+def test_the_nll_of_both_sets_costs_no_pass_of_its_own(tmp_path, monkeypatch):
+    from gfast.training import callback
+
+    def forbidden(*args):
+        raise AssertionError("the passes of the effects have found the NLL already")
+
+    monkeypatch.setattr(callback, "nll", forbidden)
+    run(tmp_path / "run", measured(), max_steps=1)
+    assert "risk" in set(read_records(tmp_path / "run")["quantity"])
+    monkeypatch.undo()
+    model = tiny_model()
+    forget, retain = (batches(side, collator(), 4) for side in datasets())
+    expected = nll(model, forget), nll(model, retain)
+    run(tmp_path / "other", measured(risk=GA()), model=model, max_steps=1)  # whose passes tell nothing of the NLL
+    frame = read_records(tmp_path / "other")
+    risk = (
+        frame[(frame["quantity"] == "risk") & (frame["step"] == 0)].drop_duplicates("side").set_index("side")["value"]
+    )
+    assert (risk["unlearn"], risk["retain"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+
+
 def test_it_works_in_a_plain_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 

@@ -36,7 +36,7 @@ from gfast.commands.common import (
 )
 from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
-from gfast.training.callback import nll
+from gfast.training.callback import nll_of_sides
 from gfast.training.config import parse_objective
 from gfast.training.records import check_run_folder, effect_file, token_texts_file, write_record, write_run_info
 from gfast.training.terms import run_name
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.norms:
             print(cosines(effect))
     if folder is not None:
-        risks = {"unlearn": nll(model, batches["forget"]), "retain": nll(model, batches["retain"])}
+        risks = nll_of_sides(effects, model, batches["forget"], batches["retain"])
         write_run_info(folder, info | {"device": device_name(device)})
         if one_by_one is not None:
             one_by_one.to_parquet(effect_file(folder, arguments.per, arguments.step))

@@ -25,7 +25,7 @@ from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-FORMAT = "gfast-directions-1"
+FORMAT = "gfast-directions-2"
 DESCRIPTION = "directions.json"
 
 
@@ -39,13 +39,21 @@ class Directions:
         counts: "unlearn" and "retain" -> what the risk was averaged over.
         risk: readable label of the risk.
         squares: fp64 [P], squared norm of each parameter of the model that they belong to.
+        risks: "unlearn" and "retain" -> the risk itself.
     """
 
     def __init__(
-        self, groups: GroupMap, stores: list[Store], gram: Tensor, counts: dict[str, int], risk: str, squares: Tensor
+        self,
+        groups: GroupMap,
+        stores: list[Store],
+        gram: Tensor,
+        counts: dict[str, int],
+        risk: str,
+        squares: Tensor,
+        risks: dict[str, float],
     ) -> None:
         self.groups, self.stores, self.gram = groups, stores, gram
-        self.counts, self.risk, self.squares = counts, risk, squares
+        self.counts, self.risk, self.squares, self.risks = counts, risk, squares, risks
         self.names = list(groups.index)
         self._position = {name: index for index, name in enumerate(self.names)}
 
@@ -92,6 +100,7 @@ class Directions:
             "format": FORMAT,
             "risk": self.risk,
             "counts": self.counts,
+            "risks": self.risks,
             "groups": self.groups.names,
             "parameters": self.groups.index,
             "gram": self.gram.flatten().tolist(),
@@ -118,9 +127,10 @@ class Directions:
             stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
             gram = torch.tensor(found["gram"], dtype=torch.float64).view(len(groups.names), 2, 2)
             squares = torch.tensor(found["squares"], dtype=torch.float64)
+            risks = {side: float(found["risks"][side]) for side in SIDES}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
-        return cls(groups, stores, gram, found["counts"], found["risk"], squares)
+        return cls(groups, stores, gram, found["counts"], found["risk"], squares, risks)
 
     def __enter__(self) -> Directions:
         return self
@@ -170,7 +180,7 @@ def collect(
         stores.append(gradient)
     counts = risk_counts(passes.data, risk)
     squares = parameter_squares(passes.model, passes.names)
-    directions = Directions(groups, stores, gram, counts, str(risk), squares)
+    directions = Directions(groups, stores, gram, counts, str(risk), squares, passes.risks(risk))
     if isinstance(stores[0], FileStore):
         directions._describe(Path(storage))
     return directions

@@ -30,7 +30,7 @@ def engine_effects(engine: str, measurement: Measurement, objectives: Sequence[O
 
             found = token.objective_dots(measurement, directions, [_term(job) for job in jobs])
         measured = {job: Measured(dots, None) for job, dots in zip(jobs, found, strict=True)}
-        return finished(wanted, measurement, directions.gram, measured)
+        return finished(wanted, measurement, directions.gram, measured, directions.risks)
 
 
 def _gram_effects(measurement: Measurement, objectives: Sequence[Objective]) -> list[GEffect]:
@@ -42,7 +42,7 @@ def _gram_effects(measurement: Measurement, objectives: Sequence[Objective]) -> 
     for job in jobs_of(wanted):
         measured[job] = Measured(gram.gram_dots(measurement, _term(job)), None)
     nothing = torch.zeros(len(measurement.groups.names), 2, 2, dtype=torch.float64)
-    effects = finished(wanted, measurement, nothing, measured)
+    effects = finished(wanted, measurement, nothing, measured, {})
     for effect in effects:
         effect.norms = {}
     return effects

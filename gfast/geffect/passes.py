@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast.geffect.data import Data, Term, to_device
+from gfast.geffect.data import SIDE_SOURCES, Data, Term, to_device
 from gfast.geffect.groups import GroupMap
+from gfast.geffect.results import SIDES
 from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss
+from gfast.objectives import Objective
 
 Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
 Consumer = Callable[[int, Tensor, int], None]  # (parameter's index, its gradient, position in the work)
@@ -32,7 +34,7 @@ class Passes:
     """Runs jobs over the data; a hook on every parameter takes its gradient as soon as it is accumulated.
 
     At most one parameter's gradient is alive beside what the consumers keep. Shared parameters fire once, with the sum
-    of their uses.
+    of their uses. `values` has the value of every term that was run over all its data.
     """
 
     def __init__(
@@ -46,6 +48,12 @@ class Passes:
         self.num_groups = len(groups.names)
         self.device = self.parameters[0].device
         self.loss_scale = default_loss_scale(self.parameters) if loss_scale is None else float(loss_scale)
+        self.values: dict[Term, float] = {}
+
+    def risks(self, risk: Objective) -> dict[str, float]:
+        """The risk on each side whose gradient was measured."""
+        terms = {side: Term(risk, source) for side, source in zip(SIDES, SIDE_SOURCES, strict=True)}
+        return {side: self.values[term] for side, term in terms.items() if term in self.values}
 
     def batches(self, job: Job) -> int:
         """The number of forward and backwards that the job takes."""
@@ -90,6 +98,8 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
+        for item in work:
+            self.values[item.term] = 0.0
         # looked at once a pass: a look at every batch would wait for the device each time
         for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
             if not math.isfinite(value):
@@ -97,6 +107,7 @@ class Passes:
                     f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
                     f"is no gradient: check the model's weights and, in float16, its range"
                 )
+            self.values[item.term] += value
 
     def table(self, rows: list[Tensor | None], columns: int) -> Tensor:
         """Rows [columns] of all parameters as one tensor [P, columns] on the device; a missing row is zero."""

@@ -175,6 +175,8 @@ class GEffect(Effect):
         errors: "unlearn" and "retain" -> {group or "total": standard error of e over the objective's batches (or
             samples, where those were measured), the risk's gradient taken as given}; empty where a single batch or an
             identity shows no variation.
+        risks: "unlearn" and "retain" -> R(D), which the passes that measure its gradient give; empty after the gram
+            engine, which has no such pass.
     """
 
     kind: ClassVar[str] = "objective"
@@ -186,6 +188,7 @@ class GEffect(Effect):
     risk: str = "NLL()"
     counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    risks: dict[str, float] = field(default_factory=dict)
 
     def total(self, side: str) -> float:
         """The G-effect over all parameters: the sum over groups. `side` is "unlearn" or "retain"."""
@@ -298,7 +301,7 @@ class GEffect(Effect):
         return cls.from_dict(json.loads(text))
 
     def _scalars(self) -> dict[str, Any]:
-        return {"objective": self.objective, **super()._scalars()}
+        return {"objective": self.objective, "risks": self.risks, **super()._scalars()}
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GEffect:

@@ -65,19 +65,25 @@ def stream_effects(measurement: Measurement, objectives: Sequence[Objective], no
         swapped = _swapped(passes, risk, jobs[0], measurement.dtype) if alone else None
         if swapped is not None:
             gram, measured = swapped
+            risks = passes.risks(risk)
         elif given is None and not jobs:
             gram, measured = _gram_of_risks(passes, measurement), {}
+            risks = passes.risks(risk)
         else:
             directions = given or collect(passes, risk, measurement.groups, measurement.dtype, measurement.storage)
-            gram = directions.gram
+            gram, risks = directions.gram, directions.risks
             measured = {job: _measure(passes, directions.stores, job, norms) for job in jobs}
             if given is None:
                 directions.close()
-    return finished(wanted, measurement, gram, measured)
+    return finished(wanted, measurement, gram, measured, risks)
 
 
 def finished(
-    wanted: Sequence[Plan], measurement: Measurement, gram: Tensor, measured: dict[Job, Measured]
+    wanted: Sequence[Plan],
+    measurement: Measurement,
+    gram: Tensor,
+    measured: dict[Job, Measured],
+    risks: dict[str, float],
 ) -> list[GEffect]:
     """Results from the directions' dot products [G, 2, 2] and the measured jobs, by linearity."""
     data, risk, groups = measurement.data, measurement.risk, measurement.groups
@@ -89,7 +95,9 @@ def finished(
         own = {}
         if len(split) == 1:
             own = {"objective": data.count(split[0][1]), "objective_tokens": data.tokens(split[0][1])}
-        results.append(_combine(plan, str(risk), groups, counts | own, gram, parts))
+        effect = _combine(plan, str(risk), groups, counts | own, gram, parts)
+        effect.risks = dict(risks)
+        results.append(effect)
     return results
 
 

@@ -6,17 +6,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gfast.objectives import Objective
+from gfast.objectives import NLL, Objective
 from gfast.training.batches import to_device
 from gfast.training.records import read_step, write_record
 from gfast.training.state import evaluating, gradients_kept, rng_kept
 from gfast.training.terms import run_name
+
+if TYPE_CHECKING:
+    from gfast.geffect.results import GEffect
 
 logger = logging.getLogger("gfast")
 _NLL_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -112,7 +115,7 @@ class GEffectCallback(TrainerCallback):
         forget, retain = (list(side() if callable(side) else side) for side in (self.forget, self.retain))
         with rng_kept(), gradients_kept(model):
             effects = g_effect(model, self.objectives, forget=forget, retain=retain, groups=self.groups, **self.options)
-            risks = {"unlearn": nll(model, forget), "retain": nll(model, retain)}
+            risks = nll_of_sides(effects, model, forget, retain)
         if not state.is_world_process_zero:
             return
         folder = self._folder(args)
@@ -125,6 +128,19 @@ class GEffectCallback(TrainerCallback):
             rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
             logger.info("step %d, G-effect of %s: %s", state.global_step, label, summary(effect))
         write_record(folder, rows)
+
+
+def nll_of_sides(
+    effects: Sequence[GEffect],
+    model: nn.Module,
+    forget: Iterable[Mapping[str, Any]],
+    retain: Iterable[Mapping[str, Any]],
+) -> dict[str, float]:
+    """Mean NLL of both sets: as the effects' passes found it where NLL was their risk, else by forwards."""
+    for effect in effects:
+        if effect.risk == str(NLL()) and effect.risks:
+            return dict(effect.risks)
+    return {"unlearn": nll(model, forget), "retain": nll(model, retain)}
 
 
 @torch.no_grad()
