@@ -18,6 +18,7 @@ import torch
 from _device import cpu_model, device_name, instructions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+NOT_RESULTS = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md")
 
 
 def synchronize(device: str) -> None:
@@ -170,7 +171,10 @@ def _commit() -> str:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", *NOT_RESULTS],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # a copy without the repository
         return os.environ.get("GFAST_COMMIT") or "unknown"
