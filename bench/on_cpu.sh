@@ -33,16 +33,17 @@ bench() {
   fi
 }
 
-# Who is slow is called once or twice: --peer-budget is the seconds that a provider may take of a case.
-# torch's chunked head takes many seconds a call on a CPU: it is in the step linear only, in fp32.
-head=(--ops linear --shapes smollm2-135m --peer-budget 1)
+# Who takes long is called a few times only, but always once before the calls that count, if that is within its budget:
+# the seconds a case that a provider may take (--peer-budget for others). torch's chunked head takes many seconds a call
+# on a CPU: it is in the step linear only, in fp32.
+head=(--ops linear --shapes smollm2-135m --peer-budget 6)
 few=gfast,floor,eager,trl
 lines=gfast,floor,open_unlearning,eager,trl
 everyone=gfast,floor,open_unlearning,eager,upcast,compile,torch_chunked,torch_chunked_rows,liger,cce,cce_exact,cce_torch,trl
 some=gfast,gfast_inplace,floor,open_unlearning,eager,compile
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;published way'
-cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 1)
+cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 8)
 
 bench logits losses --ops logits --shapes small --objectives wga --dtypes bf16,fp16,fp32 --budget 1 --json losses_logits.json
 bench objectives losses --ops logits --shapes small --objectives tnpo,npo,nll --dtypes bf16,fp16,fp32 --providers "$some" \
@@ -54,17 +55,17 @@ bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers 
 bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,frozen,nograd --batches tofu \
   --providers gfast,floor,eager --budget 4 --json losses_modes.json
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
-  --budget 4 --repetitions 3 --peer-budget 1 --json losses_shapes.json
+  --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
 bench geffect geffect --batch 4 --tokens 72 --budget 24 --providers "$effects" --json geffect.json
 bench gram geffect --batch 8 --tokens 72 --budget 24 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_gram.json
-bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 1 --providers 'g_effect(GA);gram_effect' \
+bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 50 --providers 'g_effect(GA);gram_effect' \
   --json geffect_1b.json
 bench sweeps losses "${head[@]}" --sweep rows --values 128,256,512,1024 --objectives nll --dtypes fp32 --providers "$few" \
-  --budget 1 --json losses_sweep_rows.json
+  --budget 6 --json losses_sweep_rows.json
 bench sweeps losses "${head[@]}" --sweep vocab --values 16384,32768,65536,131072 --rows 256 --objectives nll --dtypes fp32 \
-  --providers "$few" --budget 1 --json losses_sweep_vocab.json
+  --providers "$few" --budget 6 --json losses_sweep_vocab.json
 bench geffect_sweeps geffect --sweep batch --values 2,4,8 --layers 4 --tokens 48 "${cut[@]}" --json geffect_sweep_batch.json
 bench geffect_sweeps geffect --sweep length --values 32,64,128 --layers 4 --batch 4 "${cut[@]}" \
   --json geffect_sweep_length.json
@@ -73,7 +74,7 @@ bench geffect_sweeps geffect --sweep depth --values 2,4,8 --batch 2 --tokens 48 
 bench overhead overhead --batch 2 --tokens 48 --rounds 1 --json overhead.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --json profile_losses.json
 bench profiles profile_geffect --json profile_geffect.json
-bench geffect_peers geffect --batch 4 --tokens 72 --budget 6 --json geffect_peers.json \
+bench geffect_peers geffect --batch 4 --tokens 72 --budget 20 --json geffect_peers.json \
   --providers "g_effect(WGA);pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
 bench pages plots
 bench pages render

@@ -35,6 +35,7 @@ TORCH_LIBRARY(gfast, m) {
   m.def("fold_columns(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
   m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
   m.def("used_rows(Tensor x) -> Tensor");
+  m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");

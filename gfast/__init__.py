@@ -16,7 +16,7 @@ _EXPORTS = {
     "unlearn_loss": "gfast.ops.unlearn_loss",
     "linear_unlearn_loss": "gfast.ops.linear_unlearn_loss",
     "token_kl": "gfast.ops.token_kl",
-    "linear_token_kl": "gfast.ops.token_kl",
+    "linear_token_kl": "gfast.ops.linear_token_kl",
     "grad_dot": "gfast.ops.grad_dot",
     "LossOutput": "gfast.ops.common",
     "model_loss": "gfast.model",
@@ -55,9 +55,10 @@ if TYPE_CHECKING:
     from gfast.model import model_logp, model_loss
     from gfast.ops.common import LossOutput
     from gfast.ops.grad_dot import grad_dot
+    from gfast.ops.linear_token_kl import linear_token_kl
     from gfast.ops.linear_token_logp import linear_token_logp
     from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
-    from gfast.ops.token_kl import linear_token_kl, token_kl
+    from gfast.ops.token_kl import token_kl
     from gfast.ops.token_logp import token_logp
     from gfast.ops.unlearn_loss import unlearn_loss
     from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer

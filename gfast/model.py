@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gfast import hf
 from gfast.objectives import KL, RMU, RR, Mix
 from gfast.ops.common import IGNORE_INDEX, LossOutput
+from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
-from gfast.ops.token_kl import linear_token_kl, token_kl
+from gfast.ops.token_kl import token_kl
 from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import check_reference, unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like

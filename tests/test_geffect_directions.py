@@ -21,6 +21,12 @@ from gfast.objectives import GA, NLL, NPO, WGA, Mix, SimNPO  # noqa: E402
 OBJECTIVES = [GA(), WGA(0.7), NPO(0.3), Mix(WGA(0.7), NLL(), gamma=0.6)]
 
 
+def one_token_changed(batch: dict) -> dict:
+    ids = batch["input_ids"].clone()
+    ids[0, 1] += 1
+    return batch | {"input_ids": ids}
+
+
 def data() -> dict:
     return dict(forget=batches(1), retain=batches(2))
 
@@ -104,6 +110,7 @@ def stepped(model):
         (lambda model: model, dict(groups="layer"), "the groups differ"),
         (lambda model: model, dict(risk=SimNPO(0.5, 0.2)), "of the risk NLL"),
         (lambda model: model, dict(forget=batches(5)), "measured on other data"),
+        (lambda model: model, dict(retain=[one_token_changed(b) for b in batches(2)]), "other retain data: .* tokens"),
     ],
 )
 def test_directions_of_something_else_are_refused(monkeypatch, other, options, message):
@@ -112,6 +119,25 @@ def test_directions_of_something_else_are_refused(monkeypatch, other, options, m
     monkeypatch.setattr(passes, "model_loss", None)  # before any work
     with pytest.raises(ValueError, match=message):
         gfast.g_effect(other(model), WGA(), directions=directions, **(data() | options))
+
+
+def test_data_is_known_again_in_another_order_batched_and_padded_otherwise():
+    model = tiny("llama").eval()
+    sets = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
+    directions = gfast.risk_gradients(model, **sets)
+    expected = gfast.g_effect(model, WGA(), directions=directions, **sets)
+
+    def otherwise(batch: dict) -> list[dict]:
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        wide = {key: torch.nn.functional.pad(batch[key], (0, 3), value=fill) for key, fill in padding.items()}
+        order = torch.tensor([3, 0, 4, 1, 2])
+        return [{key: value[rows] for key, value in wide.items()} for rows in order.split(2)]
+
+    other = {source: otherwise(sets[source][0]) for source in sets}
+    found = gfast.g_effect(model, WGA(), directions=directions, **other)
+    assert found.total("retain") == pytest.approx(expected.total("retain"), rel=1e-6)
+    unmasked = [{key: batch[key] for key in ("input_ids", "labels")} for batch in otherwise(sets["forget"][0])]
+    gfast.g_effect(model, WGA(), directions=directions, **(other | {"forget": unmasked}))
 
 
 def test_damaged_folders_are_refused(tmp_path):

@@ -362,6 +362,47 @@ def test_used_rows(way, dtype, monkeypatch):
     assert modules._not_zero(torch.zeros(0, 7, dtype=dtype)).tolist() == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("way", ["cpp", "plain"])
+def test_pair_sums(way, dtype, monkeypatch):
+    """Sums by samples of a part of the rows and columns, some samples empty, x and y parts of larger matrices."""
+    if way == "plain":
+        monkeypatch.setattr(products, "compiled", lambda op: False)
+    elif not products.compiled("pair_sums"):
+        pytest.skip("gfast._C is not built, or older than pair_sums")
+    generator = torch.Generator().manual_seed(0)
+    counts, others = [5, 0, 40, 1], [0, 300, 2, 17, 0]
+    left, right = (Rows(Outer(torch.zeros(sum(c), 1), torch.zeros(sum(c), 1)), c) for c in (counts, others))
+    x, y = (torch.randn(46, 400, generator=generator, dtype=dtype) for _ in range(2))
+    for rows, columns in ((slice(0, 46), slice(0, 319)), (slice(3, 30), slice(100, 310)), (slice(7, 7), slice(0, 319))):
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        a, b = x[:height, :width], y[:height, 3 : 3 + width]
+        truth = a.double() * b.double()
+        expected = left.membership[:, rows].double() @ truth @ right.membership[:, columns].double().t()
+        found = products._sample_sums(a, b, left, rows, right, columns)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
+
+
+def test_pair_sums_refuses_what_does_not_fit():
+    if not products.compiled("pair_sums"):
+        pytest.skip("gfast._C is not built, or older than pair_sums")
+    x = torch.zeros(4, 6)
+    for arguments, error, message in (
+        ((x, x.double(), [4], [6]), TypeError, "both be float32 or float64"),
+        ((x, x[:3], [4], [6]), ValueError, "matrices of one shape"),
+        ((x.t(), x.t(), [6], [4]), ValueError, "contiguous rows"),
+        ((x, x, [3], [6]), ValueError, "have 3 rows, x and y 4"),
+        ((x, x, [4], [7, -1]), ValueError, "cannot have -1 columns"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.ops.gfast.pair_sums(*arguments)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        torch.ops.gfast.used_rows(x.t())
+    with pytest.raises(TypeError, match="floating point"):
+        torch.ops.gfast.used_rows(x.long())
+
+
 def test_rows_of_one_input_are_selected_once():
     """And never taken for those of another input, or for other rows of it."""
     a, owner = torch.randn(40, 3), torch.arange(40) // 10

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfast
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
-from gfast.ops import common, head, linear_token_logp, linear_unlearn_loss, token_kl, vocab_parallel
+from gfast.ops import common, head, linear_token_kl, linear_token_logp, linear_unlearn_loss, vocab_parallel
 from gfast.ops.backend import extension
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
@@ -23,7 +23,7 @@ BODIES = {
     torch.ops.gfast.linear_token_logp.default: linear_token_logp._linear_token_logp,
     torch.ops.gfast.linear_token_logp_backward.default: linear_token_logp._linear_token_logp_backward,
     torch.ops.gfast.linear_unlearn.default: linear_unlearn_loss._linear_unlearn,
-    torch.ops.gfast.linear_token_kl.default: token_kl._linear_token_kl,
+    torch.ops.gfast.linear_token_kl.default: linear_token_kl._linear_token_kl,
 }
 
 

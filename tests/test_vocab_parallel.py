@@ -14,7 +14,7 @@ from training_tiny import server
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
-from gfast.ops import backend, token_kl
+from gfast.ops import backend, linear_token_kl, token_kl
 from gfast.ops.head import ChunkedHead
 
 
@@ -135,12 +135,14 @@ def test_kl_of_parts_of_rows_by_the_law(dtype, impl, near):
         return token_kl._kl_rows_reference(z, r, labels, factor, *form, out), out
 
     cuts = [(0, 150), (150, 301)]
-    found = [token_kl._kl_parts(logits[:, a:b], ref_logits[:, a:b], labels, form, impl) for a, b in cuts]
-    kl, totals = token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))
+    found = [linear_token_kl._kl_parts(logits[:, a:b], ref_logits[:, a:b], labels, form, impl) for a, b in cuts]
+    kl, totals = linear_token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))
     kl = torch.where(labels >= 0, kl, 0.0)
     out = torch.full_like(logits, torch.nan)
     for a, b in cuts:
-        token_kl._kl_rows_grad(logits[:, a:b], ref_logits[:, a:b], labels, totals, factor, form, out[:, a:b], impl)
+        linear_token_kl._kl_rows_grad(
+            logits[:, a:b], ref_logits[:, a:b], labels, totals, factor, form, out[:, a:b], impl
+        )
     assert kl[2] == 0 and (out[2] == 0).all()
     assert_law([kl, out], literal(logits, ref_logits), literal(logits.double(), ref_logits.double()), dtype, impl)
 
@@ -153,8 +155,8 @@ def test_a_small_kl_of_parts_keeps_its_digits():
 
     def of_parts(ref):
         halves = zip(logits.split(1000, 1), ref.split(1000, 1), strict=True)
-        found = [token_kl._kl_parts(z.contiguous(), r.contiguous(), labels, form, "cpp") for z, r in halves]
-        return token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))[0]
+        found = [linear_token_kl._kl_parts(z.contiguous(), r.contiguous(), labels, form, "cpp") for z, r in halves]
+        return linear_token_kl.merged_kl(*(torch.stack(parts).double() for parts in zip(*found, strict=True)))[0]
 
     truth = token_kl.token_kl_reference(logits.double(), near.double(), labels)  # about 5e-9
     torch.testing.assert_close(of_parts(near), truth, rtol=1e-2, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,10 @@ class Data:
         """Labelled tokens that are predicted, over all batches of the term."""
         return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches[term.source])
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of the forget and of the retain data: the same however their rows are ordered, batched or padded."""
+        return {source: _fingerprint(self.batches[source]) for source in SIDE_SOURCES}
+
     def _counts(self, term: Term) -> list[int]:
         if term not in self._known_counts:
             # hidden-state objectives average over the labelled positions themselves, the others over the positions
@@ -126,6 +131,26 @@ class Data:
                             f"{term.objective} needs the original model's {key!r}, and batch {index} of the "
                             f"{term.source} data has none; add it with a ReferenceCache and the collator that joins it"
                         )
+
+
+def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
+    """SHA-256 over the tokens and labels of all rows, each without padding and what follows its last label."""
+    rows = []
+    for batch in batches:
+        ids, labels, mask = (
+            None if value is None else value.cpu()
+            for value in (batch["input_ids"], batch["labels"], batch.get("attention_mask"))
+        )
+        labels = labels.clone()
+        labels[:, :1] = -100  # nothing scores the first
+        labelled = labels != -100  # [B, T]
+        kept = labelled.flip(1).cumsum(1).flip(1) > 0
+        if mask is not None and mask.shape == labels.shape:
+            kept &= mask != 0
+        for tokens, targets, keep in zip(ids.long(), labels.long(), kept, strict=True):
+            if bool(keep.any()):  # a row without a label adds nothing to a risk
+                rows.append(hashlib.sha256(torch.stack([tokens[keep], targets[keep]]).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Directions:
         risk: readable label of the risk.
         squares: fp64 [P], squared norm of each parameter of the model that they belong to.
         risks: "unlearn" and "retain" -> the risk itself.
+        data: "forget" and "retain" -> fingerprint of the data.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Directions:
         risk: str,
         squares: Tensor,
         risks: dict[str, float],
+        data: dict[str, str],
     ) -> None:
         self.groups, self.stores, self.gram = groups, stores, gram
         self.counts, self.risk, self.squares, self.risks = counts, risk, squares, risks
+        self.data = data
         self.names = list(groups.index)
         self._position = {name: index for index, name in enumerate(self.names)}
 
@@ -105,6 +108,7 @@ class Directions:
             "parameters": self.groups.index,
             "gram": self.gram.flatten().tolist(),
             "squares": self.squares.tolist(),
+            "data": self.data,
         }
         with whole_file(folder / DESCRIPTION) as temporary:
             temporary.write_text(json.dumps(description), encoding="utf-8")
@@ -128,9 +132,10 @@ class Directions:
             gram = torch.tensor(found["gram"], dtype=torch.float64).view(len(groups.names), 2, 2)
             squares = torch.tensor(found["squares"], dtype=torch.float64)
             risks = {side: float(found["risks"][side]) for side in SIDES}
+            data = {source: str(found["data"][source]) for source in SIDE_SOURCES}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
-        return cls(groups, stores, gram, found["counts"], found["risk"], squares, risks)
+        return cls(groups, stores, gram, found["counts"], found["risk"], squares, risks, data)
 
     def __enter__(self) -> Directions:
         return self
@@ -180,7 +185,9 @@ def collect(
         stores.append(gradient)
     counts = risk_counts(passes.data, risk)
     squares = parameter_squares(passes.model, passes.names)
-    directions = Directions(groups, stores, gram, counts, str(risk), squares, passes.risks(risk))
+    directions = Directions(
+        groups, stores, gram, counts, str(risk), squares, passes.risks(risk), passes.data.fingerprints()
+    )
     if isinstance(stores[0], FileStore):
         directions._describe(Path(storage))
     return directions

@@ -213,13 +213,8 @@ class _Pairs:
 
     def _consume(self, name: str, share: Share, place: Tensor | None) -> None:
         count, length = self.shape
-        rows = share.rows
-        if not self.by_sample:
-            owner, samples = torch.zeros(rows, dtype=torch.int64, device=self.passes.device), 1
-        elif place is None:
-            owner, samples = torch.arange(rows, device=self.passes.device) // (rows // count), count
-        else:
-            owner, samples = place // length, count
+        samples = count if self.by_sample else 1
+        owner = None if place is None or not self.by_sample else place // length
         found = rows_of(share, owner, samples, self.caches.selected)
         if not self.crossing:
             kept = self.kept.setdefault(name, [])

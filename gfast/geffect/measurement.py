@@ -93,3 +93,9 @@ def _check_given(given: Any, model: nn.Module, data: Data, groups: GroupMap, ris
             f"these directions were measured on other data: they average over {given.counts} labels, this data has "
             f"{counts}; measure them again with gfast.risk_gradients"
         )
+    for source, fingerprint in data.fingerprints().items():
+        if fingerprint != given.data[source]:
+            raise ValueError(
+                f"these directions were measured on other {source} data: it had as many labels, but not these tokens; "
+                f"measure them again with gfast.risk_gradients"
+            )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gfast.geffect.head_rows import HeadRows
 from gfast.geffect.modules import Lookup, Outer, Share, Sum
+from gfast.ops.backend import compiled
 from gfast.ops.head import product_dtype
 
 # What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a
@@ -67,6 +68,11 @@ class Rows:
             start += count
         return out
 
+    def within(self, rows: slice) -> list[int]:
+        """Rows of each sample among some of them."""
+        start, stop = rows.start, min(rows.stop, self.size)
+        return [max(0, min(last, stop) - max(first, start)) for first, last in self.bounds()]
+
 
 class Selected:
     """Rows of the last module's inputs, kept for the next: queries, keys and values read one input."""
@@ -81,16 +87,26 @@ class Selected:
         return Outer(self._inputs[2], share.b.index_select(0, kept))
 
 
-def rows_of(share: Share, owner: Tensor, samples: int, selected: Selected | None = None) -> Rows:
-    """The share's rows, without those that are zero if there are many; `owner` int64 [n], ascending: their samples."""
+def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
+    """The share's rows, without those that are zero if there are many.
+
+    owner: int64 [n], ascending: the sample of each; None where all samples have equally many.
+    """
     if isinstance(share, Sum):
-        member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
-        return Rows(member @ share.terms.double(), [0] * samples)
+        if owner is None:
+            sums = share.terms.view(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
+        else:
+            member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
+            sums = member @ share.terms.double()
+        return Rows(sums, [0] * samples)
     kept = share.used().nonzero()[:, 0]
-    if len(kept) > _FULL * share.rows:  # leaving out a few rows would not pay for the copy
-        kept = torch.arange(share.rows, device=owner.device)
-    counts = torch.bincount(owner[kept], minlength=samples).tolist()
-    if len(kept) == share.rows:
+    full = len(kept) > _FULL * share.rows  # leaving out a few rows would not pay for the copy
+    if owner is None:
+        each = max(1, share.rows // samples)
+        counts = [each] * samples if full else torch.bincount(kept // each, minlength=samples).tolist()
+    else:
+        counts = torch.bincount(owner if full else owner[kept], minlength=samples).tolist()
+    if full:
         return Rows(share, counts)
     if isinstance(share, Outer):
         return Rows((selected or Selected()).of(share, kept), counts)
@@ -203,18 +219,25 @@ def _add_mm(total: Tensor, x: Tensor, y: Tensor) -> None:
         total += _mm(x, y)
 
 
-def _sample_sums(terms: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[S_l, S_r] fp64 sums of terms [n, m] by the samples of rows and columns; left [S_l, n], right [S_r, m]."""
-    return (left.to(terms.dtype) @ terms).double() @ right.double().t()
+def _sample_sums(x: Tensor, y: Tensor, left: Rows, rows: slice, right: Rows, columns: slice) -> Tensor:
+    """[S_l, S_r] fp64 sums of x * y by the samples of rows and columns; x [n, m] may be overwritten, y of its size.
+
+    rows, columns: which of left's and right's rows these are.
+    """
+    if x.device.type == "cpu" and x.dtype == y.dtype and compiled("pair_sums"):
+        return torch.ops.gfast.pair_sums(x, y, left.within(rows), right.within(columns))
+    terms = x.mul_(y)
+    of_rows = left.membership[:, rows].to(terms.dtype)
+    return (of_rows @ terms).double() @ right.membership[:, columns].double().t()
 
 
 def _by_pairs(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
     out = _zeros(left, right)
     for start in range(0, left.size, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, left.size)
-        terms = _mm(left.share.b[start:stop], right.share.b)  # [block, m]
-        terms.mul_(inputs.get(left.share.a, right.share.a, start, stop, 0))
-        out += _sample_sums(terms, left.membership[:, start:stop], right.membership)
+        of_b = _mm(left.share.b[start:stop], right.share.b)  # [block, m]
+        of_a = inputs.get(left.share.a, right.share.a, start, stop, 0)
+        out += _sample_sums(of_b, of_a, left, slice(start, stop), right, slice(0, right.size))
     return out
 
 
@@ -226,11 +249,11 @@ def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
         while last < len(bounds) and bounds[last][1] - start <= _OWN_ROWS:
             last += 1
         stop = bounds[last - 1][1]
-        terms = _mm(rows.share.b[start:stop], rows.share.b[start:])
-        terms.mul_(inputs.get(rows.share.a, rows.share.a, start, stop, start))
-        sums = _sample_sums(terms, rows.membership[first:last, start:stop], rows.membership[first:, start:])
-        out[first:last, first:] = sums
-        out[last:, first:last] = sums[:, last - first :].t()
+        of_b = _mm(rows.share.b[start:stop], rows.share.b[start:])
+        of_a = inputs.get(rows.share.a, rows.share.a, start, stop, start)
+        sums = _sample_sums(of_b, of_a, rows, slice(start, stop), rows, slice(start, rows.size))  # [S, S]
+        out[first:last, first:] = sums[first:last, first:]
+        out[last:, first:last] = sums[first:last, last:].t()
         first = last
     return out
 
@@ -260,13 +283,14 @@ def _by_tiles(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None
                 if own:
                     _add_mm(same[i], x[r:end], x[r:])
         for i, (r, end) in enumerate(blocks):
-            member, a = left.membership[:, first + r : first + end], here.a[r:end]
-            out += _sample_sums(cross[i].mul_(_mm(a, right.share.a)), member, right.membership)
+            block, a = slice(first + r, first + end), here.a[r:end]
+            out += _sample_sums(cross[i], _mm(a, right.share.a), left, block, right, slice(0, m))
             if own:  # the block itself, then what comes after it, which counts for both orders
-                terms, others = same[i].mul_(_mm(a, here.a[r:])), left.membership[:, first + end :]
-                mine += _sample_sums(terms[:, : end - r], member, member)
-                after = _sample_sums(terms[:, end - r :], member, others)
-                mine += after + after.t()
+                of_a, after = _mm(a, here.a[r:]), slice(first + end, n)
+                mine += _sample_sums(same[i][:, : end - r], of_a[:, : end - r], left, block, left, block)
+                if after.start < n:
+                    sums = _sample_sums(same[i][:, end - r :], of_a[:, end - r :], left, block, left, after)
+                    mine += sums + sums.t()
     return out, mine if own else None
 
 
@@ -325,9 +349,9 @@ def _mixed(left: Rows, right: Rows) -> Tensor:
         part, ids = slice(start, start + _BLOCK_ROWS), right.share.ids
         if not isinstance(left.share, Lookup):  # row u of the embedding meets column ids_u of the head's b
             terms = _mm(left.share.a[part], right.share.b)
-            terms.mul_(left.share.some(part).at(ids))
+            factor = left.share.some(part).at(ids)
         else:
             terms = _mm(left.share.b[part], right.share.b)
-            terms.mul_(left.share.ids[part, None] == ids)
-        out += _sample_sums(terms, left.membership[:, part], right.membership)
+            factor = left.share.ids[part, None] == ids
+        out += _sample_sums(terms, factor, left, part, right, slice(0, right.size))
     return out

@@ -215,7 +215,7 @@ def measure_tokens(
     with Progress(measurement.progress, "token effects") as bar, _ready(model):
         mode = ForwardMode(streams, model)
         for batch in batches:
-            tokens = _measure(mode, model, to_device(batch, device), len(groups.names), loss_scale)
+            tokens = _measure(mode, model, to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
@@ -248,7 +248,10 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], groups: int, loss_scale: float) -> Tokens:
+def _measure(
+    mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
+) -> Tokens:
+    groups = len(names)
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
@@ -264,9 +267,14 @@ def _measure(mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], grou
     length = labels.shape[1]
     rows, positions = order // length, order % length + 1
     reference = batch.get("ref_logp")
-    if not bool(torch.isfinite(effects).all()):
+    bad = ~torch.isfinite(effects)  # [2 G, n]
+    if bool(bad.any()):
+        where = [names[stream // 2] for stream in bad.any(1).nonzero()[:, 0].tolist()]
         hint = "" if loss_scale == 1.0 else f" (loss scale {loss_scale:g}: try loss_scale=1.0)"
-        raise ValueError(f"token effects are not finite: check the model's weights and, in float16, its range{hint}")
+        raise ValueError(
+            f"token effects are not finite at {int(bad.any(0).sum())} of {bad.shape[1]} tokens, in the groups "
+            f"{', '.join(dict.fromkeys(where))}: check the model's weights and, in float16, its range{hint}"
+        )
     return Tokens(
         effects.view(groups, 2, -1).transpose(0, 1).contiguous(),
         logp,
