@@ -94,7 +94,7 @@ def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected
     """
     if isinstance(share, Sum):
         if owner is None:
-            sums = share.terms.view(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
+            sums = share.terms.reshape(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
         else:
             member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
             sums = member @ share.terms.double()
