@@ -29,13 +29,15 @@ VMAP_BYTES = 2**31  # per-sample gradients are held at once: only where they fit
 
 @dataclass(frozen=True)
 class Effects:
-    """A provider. ``passes`` and ``forwards`` are the plain passes and forwards it cannot do without."""
+    """A provider. ``passes``, ``forwards`` and ``steps`` are the plain passes, forwards and training steps that it is
+    measured by: what it cannot do without, or is to be had for."""
 
     run: Callable[[nn.Module, Batch, Batch], Sides]
     kind: str  # "effect", "sample", "token" or "gram"
     what: str
     passes: float = 0
     forwards: float = 0
+    steps: float = 0
     law: float | None = None
     package: str | None = None
     needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
@@ -44,7 +46,11 @@ class Effects:
     @property
     def floor(self) -> str:
         """In words."""
-        units = ((self.passes, "plain pass", "plain passes"), (self.forwards, "forward", "forwards"))
+        units = (
+            (self.passes, "plain pass", "plain passes"),
+            (self.forwards, "forward", "forwards"),
+            (self.steps, "training step", "training steps"),
+        )
         return " + ".join(f"{count:g} {one if count == 1 else many}" for count, one, many in units if count)
 
     def why_not(self, model: nn.Module, forget: Batch) -> str | None:
@@ -78,6 +84,14 @@ def plain_pass(model: nn.Module, batch: Batch, objective: str = "nll") -> None:
 @torch.no_grad()
 def plain_forward(model: nn.Module, batch: Batch) -> Tensor:
     return plain_loss(model, batch, "nll")
+
+
+def plain_step(model: nn.Module, forget: Batch, retain: Batch) -> None:
+    """A training step on both batches: gradients accumulated over them, and the cheapest update there is."""
+    for batch in (forget, retain):
+        plain_loss(model, batch, "nll").backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    model.zero_grad(set_to_none=True)
 
 
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -234,7 +248,7 @@ PROVIDERS: dict[str, Effects] = {
         _engine("gram_effect", "gram"),
         "gram",
         "all pairs of samples, both sides",
-        2,
+        steps=1,
         law=1.0,
         needs=_gfast_missing("gram_effect"),
     ),

@@ -52,9 +52,9 @@ REASONS = {  # only what is known
     "weight a sequence (NPO) need all rows of a sequence before its first gradient can be written: they read "
     "the logits twice.",
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
-    "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by tile "
-    "twice in every call and dW once, while the floor's operands are converted beforehand: with few labelled rows that "
-    "is a fifth of the products' time. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit "
+    "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by "
+    "tile, twice in every call, and dW once, while the floor's operands are converted beforehand: with few labelled "
+    "rows that is a fifth of the products' time. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit "
     "`3308ab3`).",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",

@@ -12,8 +12,8 @@ cut to four blocks for this, or to one where four would not fit); gfast beyond t
 and not timed, others are marked unequal (and refused over 50 %). A floor is what a measurement cannot do without, in
 plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
 the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
-engine replaces the third pass by 9 forwards' worth of tangents; gram needs no more than a training step on both
-batches. Peak memory is what a call needs beyond the model and its data.
+engine replaces the third pass by 9 forwards' worth of tangents; gram is to take no more than a training step on both
+batches (their gradients accumulated, plain SGD). Peak memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from _effect_checks import Truth, error
 from _effect_peers import PEERS
-from _effect_providers import PROVIDERS, plain_forward, plain_pass
+from _effect_providers import PROVIDERS, plain_forward, plain_pass, plain_step
 from _laws import PUBLISHED
 from _models import DTYPES, SHAPES, answers, random_model, rows_of
 from _timing import environment, interleaved, peak_extra_bytes, peak_in_fresh_process, write_json
@@ -38,7 +38,11 @@ NO_RESULT = 0.5
 CHECK_ROWS = 2
 CHECK_LAYERS, CHECK_PARAMETERS = 4, 50_000_000  # a check holds a dozen gradients: larger models are checked cut short
 LARGE = 200_000_000  # parameters of that which a CPU's memory does not hold a dozen times: cut to one block
-UNITS = {"plain pass": plain_pass, "plain forward": plain_forward}
+UNITS = {
+    "plain pass": lambda model, forget, retain: plain_pass(model, forget),
+    "plain forward": lambda model, forget, retain: plain_forward(model, forget),
+    "training step": plain_step,
+}
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
 SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
 
@@ -101,21 +105,21 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
     model, _, _ = setup(settings)
     good = [name for name in names if "error" in notes[name] and "wrong" not in notes[name]]
     steps: dict[str, Callable[[], object]] = {
-        name: functools.partial(unit, model, forget) for name, unit in UNITS.items()
+        name: functools.partial(unit, model, forget, retain) for name, unit in UNITS.items()
     }
     steps |= {name: functools.partial(ALL[name].run, model, forget, retain) for name in good}
     times = interleaved(steps, settings["device"], args.repetitions, warmup=1, budget_s=args.budget)
     if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
         del model
         steps = {}
-    one, forward = (times[name]["median_ms"] for name in UNITS)
+    one, forward, training = (times[name]["median_ms"] for name in UNITS)
     rows: list[dict[str, Any]] = []
     for name, time in times.items():
         row: dict[str, Any] = {"name": name, **time}
         if name in good:
             provider = ALL[name]
             row |= {"kind": provider.kind, "parameters": provider.parameters, **notes[name]}
-            if floor := provider.passes * one + provider.forwards * forward:
+            if floor := provider.passes * one + provider.forwards * forward + provider.steps * training:
                 row["ratio"], row["floor"] = round(time["median_ms"] / floor, 4), provider.floor
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
@@ -141,7 +145,7 @@ def measure(description: str) -> int | None:
     name = settings.pop("name")
     model, forget, retain = setup(settings)
     if name in UNITS:
-        return peak_extra_bytes(lambda: UNITS[name](model, forget), settings["device"])
+        return peak_extra_bytes(lambda: UNITS[name](model, forget, retain), settings["device"])
     return peak_extra_bytes(lambda: ALL[name].run(model, forget, retain), settings["device"])
 
 

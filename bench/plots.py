@@ -42,7 +42,7 @@ LOSS_NAMES = {
     "trl": "TRL",
     "fresh_copy": "copy into new memory",
 }
-MEASURES = ("floor", "plain pass", "plain forward")
+MEASURES = ("floor", "plain pass", "plain forward", "training step")
 GFAST_EFFECTS = ("g_effect", "pg_effect", "gram_effect", "token_effect")
 
 
