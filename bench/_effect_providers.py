@@ -37,11 +37,11 @@ class Effects:
     what: str
     passes: float = 0
     forwards: float = 0
-    steps: float = 0
     law: float | None = None
     package: str | None = None
     needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
     parameters: str = "all"  # or "linear": the Linear layers of the blocks
+    steps: float = 0
 
     @property
     def floor(self) -> str:

@@ -34,7 +34,7 @@ importable. The machine must be quiet: every step says how long it took, every r
 - **floors**: the time in multiples of what nobody can do without, timed in the same rounds. From logits: a copy of them
   into memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the
   mode, over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
-  forward and backward passes.
+  forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD).
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach).
 - **peak MB**: memory a call needs at its peak beyond what is held before it, its results included, measured in a fresh
   process.

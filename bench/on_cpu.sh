@@ -57,7 +57,7 @@ bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes trai
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
   --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
-bench geffect geffect --batch 4 --tokens 72 --budget 16 --providers "$effects" --json geffect.json
+bench geffect geffect --batch 4 --tokens 72 --budget 12 --providers "$effects" --json geffect.json
 bench gram geffect --batch 8 --tokens 72 --budget 24 --providers 'g_effect(WGA);gram_effect' --no-memory \
   --json geffect_gram.json
 bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 50 --providers 'g_effect(GA);gram_effect' \
