@@ -28,7 +28,8 @@ importable. The machine must be quiet: every step says how long it took, every r
   logits in fp32; `torch_chunked` is `F.linear_cross_entropy` with its own choice of chunks, `torch_chunked_rows` with
   large ones.
 - **ms**, **IQR ms**, **times**: median, interquartile range and number of timed calls. The calls of all providers are
-  interleaved, so that a change of the machine's speed hits all alike. Who is slow is called less often, at least once.
+  interleaved, so that a change of the machine's speed hits all alike. Who is slow is called less often, at least once;
+  who takes longer than its budget is timed by its first, cold call (times 1), which flatters the others.
 - **speed**: bytes of the logits read and of the gradient written, or operations of the matrix products that the mode
   needs over rows with a label, by the time.
 - **floors**: the time in multiples of what nobody can do without, timed in the same rounds. From logits: a copy of them
@@ -53,16 +54,13 @@ REASONS = {  # only what is known
     "the logits twice.",
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
     "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by "
-    "tile, twice in every call, and dW once, while the floor's operands are converted beforehand: with few labelled "
-    "rows that is a fifth of the products' time. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit "
-    "`3308ab3`).",
+    "tile, twice in every call, and dW once, while the floor's operands are converted beforehand: the fewer rows, the "
+    "more that weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`).",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside it.",
-    "grad_dot": "Three streams at once, a gradient and two directions, against a read of one.",
-    "overhead": "The batches are short: reading gradients and directions weighs more beside the passes than in "
-    "`g_effect`'s own cases. A measurement is the difference of two training runs, so its noise is that of both, and "
-    "every one writes its record.",
+    "overhead": "Not explained in full: a measurement is the difference of two training runs, so its noise is that of "
+    "both, and every one writes its record; the batches are shorter than in `g_effect`'s own cases.",
 }
 UNKNOWN = "Not explained yet."

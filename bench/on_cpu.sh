@@ -6,7 +6,7 @@
 #
 # Results go to bench/results/DEVICE, a name made from the CPU (GFAST_BENCH_DEVICE chooses another). PYTHON chooses the
 # interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs about
-# 17 GB of memory. After GFAST_CPU_SECONDS (default 3600) no further benchmark starts: the most telling come first.
+# 17 GB of memory. After GFAST_CPU_SECONDS (default 7200) no further benchmark starts: the most telling come first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -19,7 +19,7 @@ bench() {
   local name=$1 script=$2 start=$SECONDS
   shift 2
   if [[ " $wanted " != *" $name "* ]]; then return; fi
-  if [ "$name" != pages ] && [ "$SECONDS" -gt "${GFAST_CPU_SECONDS:-3600}" ]; then
+  if [ "$name" != pages ] && [ "$SECONDS" -gt "${GFAST_CPU_SECONDS:-7200}" ]; then
     echo "== $name SKIPPED, no time left: $script $*"
     failed=$((failed + 1))
     return

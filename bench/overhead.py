@@ -153,9 +153,8 @@ def bench(args: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
             measurement = every * (step[every] - step[None])
             row |= {"measurement_ms": round(measurement, 3), "floor_ms": round(floor, 3)}
             row["ratio"] = round(measurement / floor, 4)
-            if (
-                every == 1 and shape != "tiny"
-            ):  # there a measurement is mostly writing its record, and a pass mostly Python
+            # of the tiny model a measurement is mostly writing its record, and a pass mostly Python
+            if every == 1 and shape != "tiny":
                 row |= {"law": LAW, "law_met": row["ratio"] <= LAW}
         rows.append(row)
     return rows
