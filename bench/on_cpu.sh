@@ -43,7 +43,7 @@ everyone=gfast,floor,open_unlearning,eager,upcast,compile,torch_chunked,torch_ch
 some=gfast,gfast_inplace,floor,open_unlearning,eager,compile
 effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;published way'
-cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 2)
+cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 8)
 
 bench logits losses --ops logits --shapes small --objectives wga --dtypes bf16,fp16,fp32 --budget 1 --json losses_logits.json
 bench objectives losses --ops logits --shapes small --objectives tnpo,npo,nll --dtypes bf16,fp16,fp32 --providers "$some" \
