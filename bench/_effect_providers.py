@@ -42,6 +42,8 @@ class Effects:
     needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
     parameters: str = "all"  # or "linear": the Linear layers of the blocks
     steps: float = 0
+    input_passes: float = 0  # passes without gradients of weights, as a second measure
+    input_law: float | None = None
 
     @property
     def floor(self) -> str:
@@ -59,9 +61,10 @@ class Effects:
         return self.needs(model, forget)
 
 
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """NLL [B, T - 1] from full logits, 0 at ignored labels."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+def token_losses(model: nn.Module, batch: Batch, embeds: Tensor | None = None) -> Tensor:
+    """NLL [B, T - 1] from full logits, 0 at ignored labels; ``embeds`` [B, T, D] stand for the tokens where given."""
+    inputs = {"input_ids": batch["input_ids"]} if embeds is None else {"inputs_embeds": embeds}
+    logits = model(**inputs, attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
     flat = logits[:, :-1].reshape(-1, logits.shape[-1])
     return F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
@@ -92,6 +95,18 @@ def plain_step(model: nn.Module, forget: Batch, retain: Batch) -> None:
         plain_loss(model, batch, "nll").backward()
     torch.optim.SGD(model.parameters(), lr=0.0).step()
     model.zero_grad(set_to_none=True)
+
+
+def input_pass(model: nn.Module, batch: Batch) -> None:
+    """A forward and a backward down to the embedded tokens: gradients of activations, none of weights."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        embeds = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        token_losses(model, batch, embeds).sum().backward()
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -250,6 +265,8 @@ PROVIDERS: dict[str, Effects] = {
         "all pairs of samples, both sides",
         steps=1,
         law=1.0,
+        input_passes=2,
+        input_law=1.3,
         needs=_gfast_missing("gram_effect"),
     ),
 }

@@ -20,6 +20,7 @@ LAWS = {  # law: (what is measured, what is demanded of it; {} is the figure in 
     "pg_effect": ("`pg_effect`", "at most {} times 3 plain passes + 1 forward"),
     "token_effect": ("`token_effect`", "at most {} times 2 plain passes + 9 forwards"),
     "gram_effect": ("`gram_effect`", "at most {} times a training step on both batches"),
+    "gram_passes": ("`gram_effect`", "at most {} times two passes without gradients of weights"),
     "overhead": ("a measurement by `GEffectCallback`", "at most {} times 3 plain passes"),
     "less_time": ("`g_effect` against the published way", "{} times less time"),
     "less_memory": ("`g_effect` against the published way", "{} times less memory"),
@@ -78,7 +79,10 @@ def _effects(data: Data) -> Iterator[Check]:
         name = row["name"].split("(")[0]
         at = used | ({{"length": "tokens", "depth": "layers"}.get(by, by): row[by]} if by else {})
         law = {"sample": "pg_effect", "token": "token_effect"}.get(row["name"].rpartition(", ")[2], name)
-        yield Check(law, f"{row['name']}, {model_name(at)}, {batch_name(at)}", row["ratio"], row["law"], row["law_met"])
+        case = f"{row['name']}, {model_name(at)}, {batch_name(at)}"
+        yield Check(law, case, row["ratio"], row["law"], row["law_met"])
+        if passes := row.get("of_passes_without_dw"):
+            yield Check("gram_passes", case, passes["ratio"], passes["law"], passes["law_met"])
     for row in data.get("published") or []:
         case = f"{row['against']}, {model_name(used)}, {batch_name(used)}"
         for figure_name, (law, least) in PUBLISHED[row["against"]].items():

@@ -175,7 +175,7 @@ def short_geffect(devices: dict[str, Data]) -> str:
         row["name"]
         for data in devices.values()
         for row in data["rows"]
-        if "median_ms" in row and not row["name"].startswith(("g_effect(WGA), ", "plain forward"))
+        if "median_ms" in row and not row["name"].startswith(("g_effect(WGA), ", "plain forward", "pass without dW"))
     )
     header, rows = [""], [[name] for name in names]
     for device, data in devices.items():
@@ -198,10 +198,12 @@ GEFFECT_HEADER = ["", "ms", "times", "floor", "law", "peak extra MB", "error", "
 def _geffect_rows(rows: Iterable[Data]) -> list[list[str]]:
     out = []
     for row in rows:
-        ratio = f"{row['ratio']:.2f} of {row['floor']}" if "ratio" in row else ""
+        floors = [found for found in (row, row.get("of_passes_without_dw")) if found and "ratio" in found]
+        ratio = ", ".join(f"{found['ratio']:.2f} of {found['floor']}" for found in floors)
+        laws = ", ".join(text for found in floors if (text := law(found)))
         error = "" if row.get("error") is None else f"{row['error']:.0e}"
         size, count = number(row.get("peak_extra_mb")), str(row.get("repetitions", ""))
-        out.append([row["name"], number(row.get("median_ms")), count, ratio, law(row), size, error, note(row)])
+        out.append([row["name"], number(row.get("median_ms")), count, ratio, laws, size, error, note(row)])
     return out
 
 

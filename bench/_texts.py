@@ -35,7 +35,8 @@ importable. The machine must be quiet: every step says how long it took, every r
 - **floors**: the time in multiples of what nobody can do without, timed in the same rounds. From logits: a copy of them
   into memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the
   mode, over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
-  forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD).
+  forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD),
+  and two passes that compute no gradient of a weight.
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach).
 - **peak MB**: memory a call needs at its peak beyond what is held before it, its results included, measured in a fresh
   process.
@@ -60,6 +61,9 @@ REASONS = {  # only what is known
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside it.",
+    "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) flops a "
+    "pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the 4 n D_in D_out of a "
+    "pass that is little in a wide model, and much in a narrow one.",
     "overhead": "Not explained in full: a measurement is the difference of two training runs, so its noise is that of "
     "both, and every one writes its record; the batches are shorter than in `g_effect`'s own cases.",
 }

@@ -13,7 +13,8 @@ and not timed, others are marked unequal (and refused over 50 %). A floor is wha
 plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
 the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
 engine replaces the third pass by 9 forwards' worth of tangents; gram is to take no more than a training step on both
-batches (their gradients accumulated, plain SGD). Peak memory is what a call needs beyond the model and its data.
+batches (their gradients accumulated, plain SGD) and than 1.3 times two passes that compute no gradient of a weight. Peak
+memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from _effect_checks import Truth, error
 from _effect_peers import PEERS
-from _effect_providers import PROVIDERS, plain_forward, plain_pass, plain_step
+from _effect_providers import PROVIDERS, input_pass, plain_forward, plain_pass, plain_step
 from _laws import PUBLISHED
 from _models import DTYPES, SHAPES, answers, random_model, rows_of
 from _timing import environment, interleaved, peak_extra_bytes, peak_in_fresh_process, write_json
@@ -42,6 +43,7 @@ UNITS = {
     "plain pass": lambda model, forget, retain: plain_pass(model, forget),
     "plain forward": lambda model, forget, retain: plain_forward(model, forget),
     "training step": plain_step,
+    "pass without dW": lambda model, forget, retain: input_pass(model, forget),
 }
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
 SWEPT = "g_effect(WGA),pg_effect,gram_effect,token_effect,clone loop, WGA,published way,sample loop,vmap(grad)"
@@ -112,7 +114,7 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
     if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
         del model
         steps = {}
-    one, forward, training = (times[name]["median_ms"] for name in UNITS)
+    one, forward, training, without = (times[name]["median_ms"] for name in UNITS)
     rows: list[dict[str, Any]] = []
     for name, time in times.items():
         row: dict[str, Any] = {"name": name, **time}
@@ -123,7 +125,15 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
                 row["ratio"], row["floor"] = round(time["median_ms"] / floor, 4), provider.floor
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
-        if not args.no_memory and name != "plain forward":  # a unit of time only
+            if provider.input_law is not None:
+                ratio = round(time["median_ms"] / (provider.input_passes * without), 4)
+                row["of_passes_without_dw"] = {
+                    "ratio": ratio,
+                    "floor": f"{provider.input_passes:g} passes without dW",
+                    "law": provider.input_law,
+                    "law_met": ratio <= provider.input_law,
+                }
+        if not args.no_memory and name not in ("plain forward", "pass without dW"):  # units of time only
             row["peak_extra_mb"] = peak_mb(name, settings, steps.get(name))
         rows.append(row)
     rows += [{"name": name, "kind": ALL[name].kind, **notes[name]} for name in names if name not in good]

@@ -42,7 +42,7 @@ LOSS_NAMES = {
     "trl": "TRL",
     "fresh_copy": "copy into new memory",
 }
-MEASURES = ("floor", "plain pass", "plain forward", "training step")
+MEASURES = ("floor", "plain pass", "plain forward", "training step", "pass without dW")
 GFAST_EFFECTS = ("g_effect", "pg_effect", "gram_effect", "token_effect")
 
 
@@ -216,7 +216,7 @@ def effect_sweeps(data: list[Data], path: Path) -> Path:
     if any(row.get("peak_extra_mb") for one in data for row in one["rows"]):
         fields.append(("peak_extra_mb", "peak extra MB"))
     found = dict.fromkeys(row["name"] for one in data for row in one["rows"] if "median_ms" in row)
-    names = [name for name in found if name != "plain forward"]
+    names = [name for name in found if name not in ("plain forward", "pass without dW")]
     names.sort(key=lambda name: not name.startswith(GFAST_EFFECTS))
     figure, grid = plt.subplots(
         len(fields), len(data), figsize=(3.5 * len(data), 2.7 * len(fields) + 0.9), layout="constrained", squeeze=False

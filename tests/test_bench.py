@@ -138,6 +138,7 @@ def test_geffect_rows_and_laws(made):
     assert rows["g_effect(GA)"]["floor"] == "2 plain passes" and rows["g_effect(GA)"]["law"] == 1.05
     assert rows["pg_effect"]["floor"] == "3 plain passes + 1 forward" and rows["pg_effect"]["law"] == 1.15
     assert rows["gram_effect"]["floor"] == "1 training step" and rows["gram_effect"]["law"] == 1.0
+    assert rows["gram_effect"]["of_passes_without_dw"]["floor"] == "2 passes without dW"
     for name in ("pg_effect", "gram_effect"):  # in this version, or the row says that it is not
         assert "skipped" in rows[name] or rows[name]["error"] < 1e-5
     assert data["published"][0]["against"] == "published way"

@@ -397,34 +397,6 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert done.stdout.strip() == "2", done.stderr
 
 
-@pytest.mark.skipif("GFAST_CPU_ISA" in os.environ, reason="runs this file for the other instruction sets")
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
-def test_every_instruction_set(isa):
-    """The numerical tests above again, in a process of their own: the set is fixed at first use."""
-    if isa not in _C.build_info()["instruction_sets"] or isa == _C.build_info()["instruction_set"]:
-        pytest.skip(f"{isa} is not built, or is the one tested already")
-    env = {**os.environ, "GFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    probe = f"import torch; from gfast import _C; assert _C.build_info()['instruction_set'] == {isa!r}"
-    done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
-    if "not available on this CPU" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}")
-    assert done.returncode == 0, done.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not bad and not threads",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 def bad_calls():
     z, y = case(4, 50, torch.bfloat16)
     f32 = torch.zeros(4)

@@ -1,9 +1,6 @@
 """The head a chunk or a tile at a time: accuracy of the fold, what memory exists, and a path that never waits."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gfast
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
 from gfast.ops import common, head, linear_token_kl, linear_token_logp, linear_unlearn_loss, vocab_parallel
-from gfast.ops.backend import extension
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
 
@@ -152,21 +148,6 @@ def test_the_fold_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*states)
-
-
-@pytest.mark.skipif("GFAST_CPU_ISA" in os.environ, reason="runs these tests for the other instruction sets")
-@pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_the_fold_on_other_instruction_sets(isa):
-    need("linear_token_logp", "cpp", "cpu", torch.float32)
-    info = extension()[0].build_info()
-    if isa not in info["instruction_sets"] or isa == info["instruction_set"]:
-        pytest.skip(f"{isa} is not built, or is the one tested already")
-    env = {**os.environ, "GFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    tests = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "fold or one_chunk_or_many"]
-    done = subprocess.run(tests, env=env, capture_output=True, text=True)
-    if "is not available on this CPU" in done.stdout:
-        pytest.skip(f"this CPU has no {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

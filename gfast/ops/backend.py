@@ -57,6 +57,12 @@ def _triton_missing() -> str:
     return ""
 
 
+@functools.cache
+def has_cpu_kernel(kernel: str) -> bool:
+    """Whether the compiled extension implements ``kernel`` for CPUs (asking about an op that is not defined raises)."""
+    return compiled(kernel) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
+
+
 def _kernel_missing(op: str) -> str:
     """Empty when the compiled module holds the CPU kernel behind ``op`` (an older build may not)."""
     kernel = {
@@ -66,8 +72,7 @@ def _kernel_missing(op: str) -> str:
         "sharded_token_kl": "kl_parts",
         "scale": "scale_",
     }.get(op, "kl_rows" if "kl" in op else "logp_rows")
-    # asking about an op that is not defined at all raises
-    if compiled(kernel) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU"):
+    if has_cpu_kernel(kernel):
         return ""
     return f"gfast._C holds no CPU kernel {kernel}; build the package again"
 

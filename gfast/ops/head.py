@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops import common
-from gfast.ops.backend import compiled
+from gfast.ops.backend import compiled, extension, has_cpu_kernel
 from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, fresh, row_chunks, scaled
 
 _FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
@@ -34,6 +34,12 @@ def _native(dtype: torch.dtype) -> bool:
     # on x86 that is also true where oneDNN emulates bf16 by AVX-512, in four times the time that fp32 takes
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def _mixes() -> bool:
+    """Whether there is a product of fp32 and 16 bits, and a fast one: in AVX2 or AVX-512."""
+    return has_cpu_kernel("mixed_mm") and extension()[0].build_info()["instruction_set"] != "default"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -96,14 +102,15 @@ class ChunkedHead:
         out = values.new_zeros(self.total_rows, *values.shape[1:])
         return out.index_copy_(0, self.index, values)
 
-    def _tiles(self, step: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def _tiles(self, step: int | None = None, mixed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
 
         All at once where that is their own dtype and no ``step`` is asked for. A head in another dtype passes a
-        tile at a time through one buffer, each gone with the next: never whole in fp32.
+        tile at a time through one buffer, each gone with the next: never whole in fp32. With ``mixed`` W stays as it is
+        where ``_product`` takes it so.
         """
         weight, bias = self._weight, self._bias
-        narrow = weight.dtype != self.dtype
+        narrow = weight.dtype != self.dtype and not (mixed and weight.is_cpu and _mixes())
         if narrow:
             row = self.dtype.itemsize * weight.shape[1]
             fitting = max(64, min(_WIDE_TILE_BYTES // row, self.vocab // 8) // 64 * 64)
@@ -121,11 +128,8 @@ class ChunkedHead:
         if self._buffer is None:
             self._buffer = fresh((self.chunk, self.vocab), self.dtype, self.hidden.device)
         out = self._buffer[: stop - start]
-        for part, weight, bias in self._tiles():
-            if bias is None:
-                torch.mm(self.hidden[start:stop], weight.t(), out=out[:, part])
-            else:
-                torch.addmm(bias, self.hidden[start:stop], weight.t(), out=out[:, part])  # one rounding, not two
+        for part, weight, bias in self._tiles(mixed=True):
+            _product(self.hidden[start:stop], weight, bias, out[:, part])
         return out
 
     def folds(self, impl: str) -> bool:
@@ -155,18 +159,14 @@ class ChunkedHead:
         states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
         for start, stop in row_chunks(self.rows, _FOLD_ROWS):
             rows = stop - start
-            columns = self.hidden[start:stop].t()  # [D, n]
             state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
             fitting = _TILE_BYTES // (self.dtype.itemsize * rows)
             buffer = None
-            for part, weight, bias in self._tiles(max(512, min(8192, fitting // 64 * 64))):
+            for part, weight, bias in self._tiles(max(512, min(8192, fitting // 64 * 64)), mixed=True):
                 if buffer is None:
                     buffer = self.hidden.new_empty(weight.shape[0], rows)
                 tile = buffer[: weight.shape[0]]
-                if bias is None:
-                    torch.mm(weight, columns, out=tile)
-                else:
-                    torch.addmm(bias[:, None], weight, columns, out=tile)
+                _product(weight, self.hidden[start:stop], None if bias is None else bias[:, None], tile)
                 torch.ops.gfast.fold_columns(tile, self.labels[start:stop], offset + part.start, scale, softcap, state)
             states.append(state)
         return torch.cat(states, dim=1)
@@ -216,6 +216,16 @@ class ChunkedHead:
             grad_weight,
             self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
         )
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [m, n] = left [m, D] @ right [n, D].T + bias ([n] or [m, 1]), rounded once."""
+    if left.dtype != right.dtype:
+        torch.ops.gfast.mixed_mm(left, right, bias, out)
+    elif bias is None:
+        torch.mm(left, right.t(), out=out)
+    else:
+        torch.addmm(bias, left, right.t(), out=out)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -1,0 +1,49 @@
+"""The numerical tests of the compiled CPU kernels again on every other instruction set this CPU has, in processes of
+their own: the set is fixed at first use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    from gfast import _C
+except ImportError as error:
+    pytest.skip(f"gfast._C is not built: {error}", allow_module_level=True)
+if "GFAST_CPU_ISA" in os.environ:
+    pytest.skip("this is already a run on another instruction set", allow_module_level=True)
+
+HERE = Path(__file__).parent
+TESTS = {  # file: those of its tests that reach the kernels
+    "test_cpp_rows.py": "not bad and not threads",
+    "test_linear_head.py": "fold or one_chunk_or_many or multiplied_in_fp32",
+    "test_mixed_mm.py": "not refuse",
+    "test_grad_dot.py": "cpp",
+    "test_geffect_gram.py": "used_rows or (pair_sums and not refuse)",
+}
+
+
+def environment(isa: str) -> dict[str, str]:
+    return {**os.environ, "GFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(params=("default", "avx2", "avx512"))
+def isa(request):
+    name = request.param
+    if name not in _C.build_info()["instruction_sets"] or name == _C.build_info()["instruction_set"]:
+        pytest.skip(f"{name} is not built, or is the one tested already")
+    probe = f"import torch; from gfast import _C; assert _C.build_info()['instruction_set'] == {name!r}"
+    done = subprocess.run([sys.executable, "-c", probe], env=environment(name), capture_output=True, text=True)
+    if "not available on this CPU" in done.stderr:
+        pytest.skip(f"this CPU has no {name}")
+    assert done.returncode == 0, done.stderr
+    return name
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_every_instruction_set(file, isa):
+    tests = ["pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file), "-k", TESTS[file]]
+    done = subprocess.run([sys.executable, "-m", *tests], env=environment(isa), capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
