@@ -21,7 +21,7 @@ LAWS = {  # law: (what is measured, what is demanded of it; {} is the figure in 
     "token_effect": ("`token_effect`", "at most {} times 2 plain passes + 9 forwards"),
     "gram_effect": ("`gram_effect`", "at most {} times a training step on both batches"),
     "gram_passes": ("`gram_effect`", "at most {} times two passes without gradients of weights"),
-    "overhead": ("a measurement by `GEffectCallback`", "at most {} times 3 plain passes"),
+    "overhead": ("a measurement by `GEffectCallback`", "at most {} times 3 plain passes in its place"),
     "less_time": ("`g_effect` against the published way", "{} times less time"),
     "less_memory": ("`g_effect` against the published way", "{} times less memory"),
     "ahead_time": ("`g_effect` against the published way without its padding", "ahead in time"),

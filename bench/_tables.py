@@ -269,7 +269,7 @@ def overhead(data: Data) -> str:
     settings = data["settings"]
     title = (
         f"Training with `GEffectCallback`, {settings['dtype']}, batches of {settings['batch']} x {settings['tokens']} "
-        "tokens; a measurement's floor: 3 plain passes."
+        "tokens; a measurement's floor: 3 plain passes in the same place."
     )
     header = ["measured", "ms a step", "of the plain step", "ms a measurement", "of its floor", "law"]
     return f"{title}\n\n" + table(header, rows)

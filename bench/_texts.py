@@ -64,7 +64,7 @@ REASONS = {  # only what is known
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) flops a "
     "pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the 4 n D_in D_out of a "
     "pass that is little in a wide model, and much in a narrow one.",
-    "overhead": "Not explained in full: a measurement is the difference of two training runs, so its noise is that of "
-    "both, and every one writes its record; the batches are shorter than in `g_effect`'s own cases.",
+    "overhead": "A measurement is the difference of two training runs, so its noise is that of both; every one also writes "
+    "its record.",
 }
 UNKNOWN = "Not explained yet."

@@ -71,7 +71,7 @@ bench geffect_sweeps geffect --sweep length --values 32,64,128 --layers 4 --batc
   --json geffect_sweep_length.json
 bench geffect_sweeps geffect --sweep depth --values 2,4,8 --batch 2 --tokens 48 "${cut[@]}" \
   --json geffect_sweep_depth.json
-bench overhead overhead --batch 2 --tokens 48 --rounds 1 --json overhead.json
+bench overhead overhead --batch 2 --tokens 48 --rounds 2 --json overhead.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --json profile_losses.json
 bench profiles profile_geffect --json profile_geffect.json
 bench geffect_peers geffect --batch 4 --tokens 72 --budget 20 --json geffect_peers.json \
