@@ -13,8 +13,8 @@ and not timed, others are marked unequal (and refused over 50 %). A floor is wha
 plain passes (logits, cross entropy, backward into .grad) and plain forwards timed in the same rounds: two passes for
 the risks' gradients and one for the objective's; a sample engine adds a forward's worth of dot products; the token
 engine replaces the third pass by 9 forwards' worth of tangents; gram is to take no more than a training step on both
-batches (their gradients accumulated, plain SGD) and than 1.3 times two passes that compute no gradient of a weight. Peak
-memory is what a call needs beyond the model and its data.
+batches (their gradients accumulated, plain SGD) and than 1.3 times two passes that compute no gradient of a weight.
+Peak memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
 
 Trains WGA on forget data and NLL on retain data, 10 optimizer steps a run, the runs interleaved; the step's time is a
 run's from its first to its last step over the number of steps, without the measurement before training. Law: a
-measurement of one objective takes at most 1.15 times three plain passes that a callback makes in the same place (between
-two steps memory that the system took back has to be had again, so that passes take longer there than in a loop of their
-own), judged by the runs that measure at every step: at every k steps the difference of two runs is k times as noisy. That the callback changes no
-weight is checked first: the runs with and without it must end with the same bits. The tiny model shows the fixed costs
-(Python, the record's file) and is under no law.
+measurement of one objective takes at most 1.15 times three plain passes that a callback makes in the same place
+(between two steps memory that the system took back has to be had again, so that passes take longer there than in a loop
+of their own), judged by the runs that measure at every step: at every k steps the difference of two runs is k times as
+noisy. That the callback changes no weight is checked first: the runs with and without it must end with the same bits.
+The tiny model shows the fixed costs (Python, the record's file) and is under no law.
 """
 
 from __future__ import annotations
