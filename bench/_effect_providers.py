@@ -215,8 +215,8 @@ def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, B
 
 
 def _engine(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
-    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        found = getattr(gfast, name)(model, forget=forget, retain=retain)
+    def run(model: nn.Module, forget: Batch, retain: Batch, **options) -> Sides:
+        found = getattr(gfast, name)(model, forget=forget, retain=retain, **options)
         sides: Sides = {"unlearn": dict(found.unlearn), "retain": dict(found.retain)}
         if kind == "token":
             return {side: {g: torch.cat(list(rows)) for g, rows in groups.items()} for side, groups in sides.items()}
@@ -225,13 +225,27 @@ def _engine(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
     return run
 
 
+def _given(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
+    """The engine with the directions of the risks given: they are measured once a model, before the first call."""
+    run, held = _engine(name, kind), {}
+
+    def with_directions(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+        if held.get("model") is not model:
+            held.update(model=model, directions=gfast.risk_gradients(model, forget=forget, retain=retain))
+        return run(model, forget, retain, directions=held["directions"])
+
+    return with_directions
+
+
 PROVIDERS: dict[str, Effects] = {
     "g_effect(GA)": Effects(g_effect(GA()), "effect", "stream engine, GA", 2, law=1.05),
     "g_effect(WGA)": Effects(g_effect(WGA()), "effect", "stream engine, WGA", 3, law=1.05),
     "g_effect(WGA), sample": Effects(
         g_effect(WGA(), "sample"), "effect", "sample engine", 3, 1, 1.15, needs=_no_engine("sample")
     ),
-    "g_effect(WGA), gram": Effects(g_effect(WGA(), "gram"), "effect", "gram engine", 2, needs=_no_engine("gram")),
+    "g_effect(WGA), gram": Effects(
+        g_effect(WGA(), "gram"), "effect", "gram engine", law=1.0, needs=_no_engine("gram"), steps=1
+    ),
     "g_effect(WGA), token": Effects(
         g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 1.15, needs=_no_engine("token")
     ),
@@ -247,6 +261,9 @@ PROVIDERS: dict[str, Effects] = {
     ),
     "pg_effect": Effects(
         _engine("pg_effect", "sample"), "sample", "one value a sample", 3, 1, 1.15, needs=_gfast_missing("pg_effect")
+    ),
+    "pg_effect, directions given": Effects(
+        _given("pg_effect", "sample"), "sample", "the pass over the samples alone", 1, 1, 1.15
     ),
     "sample loop": Effects(sample_loop, "sample", "a backward for each sample", 3, 1),
     "vmap(grad)": Effects(sample_vmap, "sample", "torch.func, all gradients at once", 3, 1, needs=_vmap_fits),

@@ -200,7 +200,8 @@ def _geffect_rows(rows: Iterable[Data]) -> list[list[str]]:
     for row in rows:
         floors = [found for found in (row, row.get("of_passes_without_dw")) if found and "ratio" in found]
         ratio = ", ".join(f"{found['ratio']:.2f} of {found['floor']}" for found in floors)
-        laws = ", ".join(text for found in floors if (text := law(found)))
+        verdicts = [(law(found), f" ({found['floor']})" if len(floors) > 1 else "") for found in floors]
+        laws = "; ".join(text + of for text, of in verdicts if text)
         error = "" if row.get("error") is None else f"{row['error']:.0e}"
         size, count = number(row.get("peak_extra_mb")), str(row.get("repetitions", ""))
         out.append([row["name"], number(row.get("median_ms")), count, ratio, laws, size, error, note(row)])
@@ -232,8 +233,9 @@ def geffect(data: Data) -> str:
 
 def _time_and_memory(row: Data | None) -> str:
     parts = [] if row is None else [number(row["median_ms"]), number(row.get("peak_extra_mb"))]
-    if row is not None and "law" in row:
-        parts.append("met" if row["law_met"] else f"**{row['ratio']:.2f}**")
+    laws = [found for found in (row, (row or {}).get("of_passes_without_dw")) if found and "law" in found]
+    if laws:
+        parts.append(", ".join("met" if found["law_met"] else f"**{found['ratio']:.2f}**" for found in laws))
     return " / ".join(parts)
 
 

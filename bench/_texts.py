@@ -55,15 +55,18 @@ REASONS = {  # only what is known
     "the logits twice.",
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
     "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by "
-    "tile for dH, and dW once, while the floor's operands are converted beforehand: the fewer rows, the more that weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`).",
+    "tile for dH, and dW once, while the floor's operands are converted beforehand: the fewer rows, the more that "
+    "weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`).",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside it.",
-    "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) flops "
-    "a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the 4 n D_in D_out of "
-    "a pass that is little in a wide model, and much in a narrow one.",
-    "overhead": "A measurement is the difference of two training runs, so its noise is that of both; every one also "
-    "writes its record.",
+    "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
+    "the copies of the logits that its law above names.",
+    "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
+    "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
+    "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
+    "overhead": "A measurement is the difference of two training runs, and so is its floor: their noise is that of "
+    "both. Every measurement also writes its record.",
 }
 UNKNOWN = "Not explained yet."

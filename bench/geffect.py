@@ -181,7 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         if note is not None:
             lines.append(f"{row['name']:<24}{note.upper()}: {row[note]}")
             continue
-        law = "" if "law" not in row else f"  law {row['law']:.2f}: {'met' if row['law_met'] else 'MISSED'}"
+        laws = [found for found in (row, row.get("of_passes_without_dw")) if found and "law" in found]
+        law = "".join(
+            f"  law {found['law']:.2f} of {found['floor']}: {'met' if found['law_met'] else 'MISSED'}" for found in laws
+        )
         ratio, size, gap = row.get("ratio"), row.get("peak_extra_mb"), row.get("error")
         lines.append(
             f"{row['name']:<24}{row['median_ms']:>10.1f}{'' if ratio is None else f'{ratio:.3f}':>8}"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that README.md and docs/benchmarks.md show of a CPU: measures, draws, renders.
 #
-#   bench/on_cpu.sh [STEP ...]        some of: logits objectives linear modes shapes grad_dot geffect gram geffect_1b
-#                                     sweeps geffect_sweeps overhead profiles geffect_peers pages; default: all of them
+#   bench/on_cpu.sh [STEP ...]        some of: logits objectives linear modes long shapes grad_dot geffect gram
+#                                     geffect_1b sweeps geffect_sweeps overhead profiles geffect_peers geffect_small
+#                                     pages; default: all of them
 #
 # Results go to bench/results/DEVICE, a name made from the CPU (GFAST_BENCH_DEVICE chooses another). PYTHON chooses the
 # interpreter. Results of steps that fail stay as they were, or as far as the step got. geffect_1b needs about
@@ -10,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-wanted=${*:-logits objectives linear modes shapes grad_dot geffect gram geffect_1b sweeps geffect_sweeps overhead profiles geffect_peers pages}
+wanted=${*:-logits objectives linear modes long shapes grad_dot geffect gram geffect_1b sweeps geffect_sweeps overhead profiles geffect_peers geffect_small pages}
 failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
@@ -41,7 +42,7 @@ few=gfast,floor,eager,trl
 lines=gfast,floor,open_unlearning,eager,trl
 everyone=gfast,floor,open_unlearning,eager,upcast,compile,torch_chunked,torch_chunked_rows,liger,cce,cce_exact,cce_torch,trl
 some=gfast,gfast_inplace,floor,open_unlearning,eager,compile
-effects='g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
+effects='g_effect(GA);g_effect(WGA);pg_effect;pg_effect, directions given;token_effect;gram_effect;clone loop, WGA;published way'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;published way'
 cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 8)
 
@@ -52,13 +53,15 @@ bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers 
   --json losses_linear.json
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
   --json losses_linear_bf16.json
-bench modes losses "${head[@]}" --objectives wga --dtypes fp32,bf16 --modes train,frozen,nograd --batches tofu \
-  --providers gfast,floor,eager --budget 4 --json losses_modes.json
+bench modes losses "${head[@]}" --objectives wga,nll --dtypes fp32,bf16 --modes train,forward,frozen,nograd --batches tofu \
+  --providers gfast,gfast_logp,floor,eager --budget 3 --json losses_modes.json
+bench long losses "${head[@]}" --rows 2048 --objectives wga,npo --dtypes fp32 --batches long --providers gfast,floor,eager \
+  --budget 12 --json losses_long.json
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
   --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
-bench geffect geffect --batch 4 --tokens 72 --budget 12 --providers "$effects" --json geffect.json
-bench gram geffect --batch 8 --tokens 72 --budget 24 --providers 'g_effect(WGA);gram_effect' --no-memory \
+bench geffect geffect --batch 4 --tokens 72 --budget 20 --providers "$effects" --json geffect.json
+bench gram geffect --batch 8 --tokens 72 --budget 24 --providers 'g_effect(WGA);g_effect(WGA), gram;gram_effect' --no-memory \
   --json geffect_gram.json
 bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 50 --providers 'g_effect(GA);gram_effect' \
   --json geffect_1b.json
@@ -76,6 +79,8 @@ bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --jso
 bench profiles profile_geffect --json profile_geffect.json
 bench geffect_peers geffect --batch 4 --tokens 72 --budget 20 --json geffect_peers.json \
   --providers "g_effect(WGA);pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
+bench geffect_small geffect --shape smollm2-135m --layers 2 --batch 4 --tokens 48 --budget 6 --json geffect_small.json \
+  --providers 'g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;sample loop;vmap(grad);kronfluence, identity;bergson'
 bench pages plots
 bench pages render
 

@@ -93,6 +93,8 @@ step build 150 env GFAST_CUDA=1 GFAST_CUDA_ARCH="$arch" "$python" setup.py build
 step doctor 60 "$python" -m gfast.doctor
 bench losses 170 losses losses "${large[@]}" --objectives wga,nll --providers "$all"
 bench grad_dot 80 grad_dot grad_dot
+bench losses_4096 60 losses_4096 losses --shapes llama-3.1-8b --rows 4096 --ops linear --dtypes bf16 --objectives nll \
+  --budget 1 --providers "$fast"
 bench geffect 100 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6
 # shellcheck disable=SC2086 # a list of files
 step tests_gpu 200 "${few_threads[@]}" "$python" -m pytest -q -ra "${workers[@]}" $on_gpu

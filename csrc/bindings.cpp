@@ -32,7 +32,7 @@ TORCH_LIBRARY(gfast, m) {
   m.def(
       "kl_rows_grad(Tensor logits, Tensor ref_logits, Tensor labels, Tensor totals, Tensor coef_scale, float scale, "
       "float softcap, float ref_scale, float ref_softcap, Tensor(a!) out) -> ()");
-  m.def("fold_columns(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
+  m.def("fold_rows(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
   m.def("mixed_mm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
   m.def("used_rows(Tensor x) -> Tensor");

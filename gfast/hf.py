@@ -189,7 +189,7 @@ def differentiable_forward(model: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _log_switch(model: str, what: str, found: str, instead: str) -> None:
-    _log.info("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
+    _log.warning("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
 
 
 def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:

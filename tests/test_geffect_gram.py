@@ -290,7 +290,7 @@ def test_products_of_every_pair_of_shares(left, right, rows, way):
 
 
 def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
-    """No tensor is as large as the b [n, V] of a batch with more rows than half the hidden size; a short one has it."""
+    """No tensor is as large as the b [n, V] of a batch with more rows than the hidden size; a short one has it."""
     config = transformers.LlamaConfig(
         vocab_size=997, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
@@ -317,11 +317,11 @@ def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
         return max(sizes)
 
     expected = gram_effect(model, forget=long, retain=short).total("retain")
-    assert largest(short) == 8 * 997  # at most half the hidden size
+    assert largest(short) == 8 * 997  # at most the hidden size
     monkeypatch.setattr(seeded, "default_chunk_rows", lambda *args: 10)
     for name, value in (("_MIN_TILE", 16), ("_TILES", 0.01)):
         monkeypatch.setattr(products, name, value)
-    whole = 16 * 997  # the head's own size, of which two batches' b may not make more than half each
+    whole = 16 * 997  # the head's own size
     assert largest(long) <= 10 * 997 < whole / 1.5
     found = gram_effect(model, forget=long, retain=short).total("retain")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)

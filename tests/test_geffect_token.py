@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import pytest
@@ -403,9 +402,8 @@ def test_other_attention_is_switched_and_said(caplog):
     directions = risk_gradients(model, forget=forget, retain=retain, dtype=torch.float64)
     model.config._attn_implementation = "flash_attention_2"
     hf._log_switch.cache_clear()
-    with caplog.at_level(logging.INFO, logger="gfast"):
-        found = token_effect(model, forget=forget, retain=retain, directions=directions)
-        token_effect(model, forget=forget, retain=retain, directions=directions)
+    found = token_effect(model, forget=forget, retain=retain, directions=directions)
+    token_effect(model, forget=forget, retain=retain, directions=directions)
     assert_close(stacked(found), stacked(expected), 1e-9)
     assert sum("flash_attention_2" in record.message for record in caplog.records) == 1
     assert model.config._attn_implementation == "flash_attention_2"

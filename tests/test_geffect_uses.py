@@ -213,7 +213,8 @@ def test_model_is_left_as_found_when_the_model_itself_fails(engine, error, where
 def test_gradients_that_are_not_finite_are_named_by_every_engine(engine):
     model = tiny("llama").eval()
     model.model.layers[1].mlp.register_full_backward_hook(lambda module, grads, _: (grads[0] * torch.nan,))
-    with pytest.raises(ValueError, match=r"gradient of .* is not finite in \d+ of \d+ parameters, first in 'model\."):
+    said = r"gradient of .* is not finite in \d+ of \d+ parameters, first in 'model\..*': check the model's weights"
+    with pytest.raises(ValueError, match=said):
         gfast.g_effect(model, WGA(), engine=engine, **data())
 
 

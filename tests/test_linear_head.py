@@ -53,7 +53,7 @@ def rows_problem(n, D, V, dtype, seed=0):
 @pytest.mark.parametrize("n, V", [(1, 1), (7, 33), (33, 700), (64, 513), (130, 1111)])
 def test_the_fold_by_the_law(n, V, form, dtype, monkeypatch):
     need("linear_token_logp", "cpp", "cpu", dtype)
-    monkeypatch.setattr(head, "_TILE_BYTES", 1)  # tiles of 512 entries: labels fall into first, last and partial ones
+    monkeypatch.setattr(head, "_FOLD_BYTES", 1)  # tiles of 512 entries: labels fall into first, last and partial ones
     hidden, weight, bias, labels = rows_problem(n, 24, V, dtype)
     labels[: n // 4] = -100
     labels[-1] = V - 1
@@ -137,13 +137,13 @@ def test_the_fold_takes_masked_logits():
 
 def test_the_fold_does_not_depend_on_threads():
     need("linear_token_logp", "cpp", "cpu", torch.float32)
-    logits = torch.randn(900, 200, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(200, 900, generator=torch.Generator().manual_seed(0))
     labels, states, before = torch.arange(200) * 4, [], torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             state = torch.tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, 200)
-            torch.ops.gfast.fold_columns(logits, labels, 0, 1.0, 0.0, state)
+            torch.ops.gfast.fold_rows(logits, labels, 0, 1.0, 0.0, state)
             states.append(state)
     finally:
         torch.set_num_threads(before)
@@ -188,6 +188,7 @@ def test_without_the_extension_the_sum_over_chunks_is_the_same(monkeypatch):
     def step(h, w):
         return gfast.linear_unlearn_loss(h, w, labels, WGA(), chunk_rows=10)
 
+    monkeypatch.setattr(head, "_native", lambda dtype: True)  # only such products are rounded and added up
     expected = run(step, (hidden, weight))
     monkeypatch.setattr(head, "compiled", lambda op: False)
     torch.testing.assert_close(run(step, (hidden, weight)), expected, rtol=0, atol=0)
@@ -232,11 +233,11 @@ def test_what_memory_exists(native, monkeypatch):
     monkeypatch.setattr(head, "_native", lambda dtype: native)
     V, D, n = 40_000, 64, 32
     chunk_dtype = torch.bfloat16 if native else torch.float32
-    tile = 2**21 // 4  # entries of 2 MiB in fp32
+    tile = 2**21 // 4  # entries of 2 MiB in fp32, for dW
     hidden, weight, _, labels = rows_problem(n, D, V, torch.bfloat16)
     with largest_tensors(hidden, weight) as seen, torch.no_grad():
         gfast.linear_token_logp(hidden, weight, labels)
-    assert seen[chunk_dtype] <= tile < n * V
+    assert seen[chunk_dtype] <= n * 8192 < n * V / 4
     hidden.requires_grad_()
     with largest_tensors(hidden, weight) as seen:
         gfast.linear_unlearn_loss(hidden, weight, labels, WGA()).loss.backward()
@@ -285,13 +286,20 @@ def test_one_chunk_as_long_as_it_takes_no_more_memory(native, most, monkeypatch)
     assert chunk_of(most, "wga", chunk_rows=5)[0] <= 5
 
 
+@pytest.mark.parametrize("mixed", [True, False], ids=["W as it is", "W by tiles"])
 @pytest.mark.parametrize("op", ["loss", "logp"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, monkeypatch):
+def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, mixed, monkeypatch):
     need("linear_token_logp", "cpp", "cpu", torch.bfloat16)
     monkeypatch.setattr(head, "_native", lambda dtype: False)
-    monkeypatch.setattr(head, "_TILE_BYTES", 2**15)  # many tiles
+    monkeypatch.setattr(head, "_FOLD_BYTES", 1)  # two tiles
+    if not mixed:
+        monkeypatch.setattr(head, "_mixes", lambda *args: False)
+    elif not head._has_mixed_mm():
+        pytest.skip("there is no product of fp32 and 16 bits here")
     hidden, weight, b, labels = rows_problem(20, 16, 1000, torch.bfloat16)
+    columns = weight.t().contiguous().t()  # no contiguous rows: converted in any case
+    calls = []
 
     def step(h, w, c):
         c = c if bias else None
@@ -299,10 +307,30 @@ def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, monk
             return gfast.linear_unlearn_loss(h, w, labels, WGA(), bias=c, chunk_rows=8).loss
         return gfast.linear_token_logp(h, w, labels, bias=c, chunk_rows=8).sin().sum()
 
-    wide = [x.float() for x in (hidden, weight, b)]
-    for ours, exact in zip(run(step, (hidden, weight, b)), run(step, wide), strict=True):
-        if exact is not None:
-            torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=2**-8, atol=1e-6)  # one rounding
+    with Inside(lambda func, out: calls.append(func)):
+        found = run(step, (hidden, weight, b))
+    assert (torch.ops.gfast.mixed_mm.default in calls) == mixed
+    for ours in (found, run(step, (hidden, columns, b))):
+        for value, exact in zip(ours, run(step, [x.float() for x in (hidden, weight, b)]), strict=True):
+            if exact is not None:
+                torch.testing.assert_close(value.float(), exact, rtol=2**-8, atol=1e-6)  # one rounding
+
+
+def test_a_loss_that_nobody_differentiates_holds_no_logits():
+    need("linear_token_logp", "cpp", "cpu", torch.float32)
+    hidden, weight, bias, labels = rows_problem(40, 16, 40_000, torch.float32)
+    for objective in (WGA(), NPO(0.3), lambda logp, ref, ids: logp.exp()):
+        options = dict(bias=bias, ref_logp=torch.zeros(40) - 5)
+        with largest_tensors(hidden, weight) as seen:
+            scored = gfast.linear_unlearn_loss(hidden, weight, labels, objective, **options)
+        assert seen[torch.float32] <= 40 * 8192 < 40 * 40_000 / 4
+        with torch.no_grad():
+            quiet = gfast.linear_unlearn_loss(hidden.requires_grad_(), weight, labels, objective, **options)
+        trained = gfast.linear_unlearn_loss(hidden, weight, labels, objective, **options)
+        assert not scored.loss.requires_grad and trained.loss.requires_grad
+        for one in (scored, quiet):
+            torch.testing.assert_close(tuple(one), tuple(x.detach() for x in trained), rtol=1e-5, atol=1e-7)
+        hidden = hidden.detach()
 
 
 def test_chunks_of_calls_inside_each_other_are_apart():
@@ -366,6 +394,17 @@ def test_nothing_waits_while_a_graph_records(objective, recording):
         loss = loss + gfast.linear_token_logp(hidden, weight, labels, **options).sum()
         loss = loss + gfast.linear_token_kl(hidden, weight, hidden, weight, labels, **options)
         loss.backward()
+        assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+def test_a_16_bit_head_without_16_bit_products_on_fake_tensors(recording, monkeypatch):
+    monkeypatch.setattr(head, "_native", lambda dtype: False)
+    with FakeTensorMode(), Inside():
+        hidden = torch.empty(4, 7, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(50, 16, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(4, 7, dtype=torch.int64)
+        options = dict(impl="reference", chunk_rows=9, normalizer=3)
+        gfast.linear_unlearn_loss(hidden, weight, labels, WGA(), **options).loss.backward()
         assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 

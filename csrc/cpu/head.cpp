@@ -1,4 +1,4 @@
-// What the output head needs besides matrix products on the CPU: fold_columns, accumulate.
+// What the output head needs besides matrix products on the CPU: fold_rows, accumulate.
 #include "cpu/kernels/head.h"
 
 #include <ATen/Parallel.h>
@@ -9,34 +9,33 @@
 
 namespace gfast {
 
-GFAST_DECLARE_KERNEL(void, fold_columns, (const FoldArgs&, int64_t, int64_t))
+GFAST_DECLARE_KERNEL(void, fold_rows, (const FoldArgs&, int64_t, int64_t))
 GFAST_DECLARE_KERNEL(void, accumulate, (float*, const void*, Dtype, int64_t, int64_t))
 
 namespace {
 
 using at::Tensor;
 
-void fold_columns_cpu(const Tensor& logits, const Tensor& labels, int64_t first, double scale, double softcap,
-                      Tensor state) {
-  const char* op = "fold_columns";
+void fold_rows_cpu(const Tensor& logits, const Tensor& labels, int64_t first, double scale, double softcap,
+                   Tensor state) {
+  const char* op = "fold_rows";
   FoldArgs args{};
   args.logits = check_matrix(op, "logits", logits, scale, softcap);
-  args.tile = logits.size(0);
-  args.columns = logits.size(1);
+  args.rows = logits.size(0);
+  args.tile = logits.size(1);
   args.first = first;
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong && state.scalar_type() == at::kDouble, "gfast: ", op,
                    ": labels must be int64 and state float64, not ", labels.scalar_type(), " and ", state.scalar_type());
-  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == args.columns && labels.is_contiguous() &&
-                        state.dim() == 2 && state.size(0) == 3 && state.size(1) == args.columns && state.is_contiguous(),
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == args.rows && labels.is_contiguous() && state.dim() == 2 &&
+                        state.size(0) == 3 && state.size(1) == args.rows && state.is_contiguous(),
                     "gfast: ", op, ": logits ", logits.sizes(), " need contiguous labels [N] and state [3, N], not ",
                     labels.sizes(), " and ", state.sizes());
   args.labels = labels.const_data_ptr<int64_t>();
   args.state = state.mutable_data_ptr<double>();
-  auto* kernel = GFAST_KERNEL(fold_columns);
-  // Each column is folded by one thread in the order of the vocabulary: the result does not depend on their number.
-  at::parallel_for(0, (args.columns + kFoldAlign - 1) / kFoldAlign, 1, [&](int64_t begin, int64_t end) {
-    kernel(args, begin * kFoldAlign, std::min(end * kFoldAlign, args.columns));
-  });
+  auto* kernel = GFAST_KERNEL(fold_rows);
+  // Each row is folded by one thread in the order of the vocabulary: the result does not depend on their number.
+  at::parallel_for(0, args.rows, 1 + (1 << 13) / (args.tile + 1),
+                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void accumulate_cpu(Tensor total, const Tensor& share) {
@@ -58,7 +57,7 @@ void accumulate_cpu(Tensor total, const Tensor& share) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gfast, CPU, m) {
-  m.impl("fold_columns", &fold_columns_cpu);
+  m.impl("fold_rows", &fold_rows_cpu);
   m.impl("accumulate", &accumulate_cpu);
 }
 

@@ -127,7 +127,7 @@ class Passes:
             scale = "" if self.loss_scale == 1.0 else f" (with a loss scale of {self.loss_scale:g}: try loss_scale=1.0)"
             raise ValueError(
                 f"the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
-                f"{self.names[int(bad[0])]!r}{scale}"
+                f"{self.names[int(bad[0])]!r}: check the model's weights and, in float16, its range{scale}"
             )
         out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64)
         return out.index_add_(-2, self.group_of, table)

@@ -57,7 +57,6 @@ def _triton_missing() -> str:
     return ""
 
 
-@functools.cache
 def has_cpu_kernel(kernel: str) -> bool:
     """Whether the compiled extension implements ``kernel`` for CPUs (asking about an op that is not defined raises)."""
     return compiled(kernel) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
@@ -68,7 +67,7 @@ def _kernel_missing(op: str) -> str:
     kernel = {
         "grad_dot": "grad_dots",
         "unlearn_loss": "weighted_rows",
-        "linear_token_logp": "fold_columns",
+        "linear_token_logp": "fold_rows",
         "sharded_token_kl": "kl_parts",
         "scale": "scale_",
     }.get(op, "kl_rows" if "kl" in op else "logp_rows")

@@ -171,9 +171,9 @@ def default_chunk_rows(vocab: int, width: int, device: torch.device) -> int:
     return int(min(4096, max(512, 2**30 // (2 * max(vocab, 1)))))
 
 
-def rows_at_once(rows: int, chunk_rows: Sequence[int]) -> int:
-    """Rows of a chunk where ``rows`` take part; ``chunk_rows``: see ``LocalHead``."""
-    several, one = chunk_rows
+def rows_at_once(labels: Tensor, order: Tensor | None, chunk_rows: Sequence[int]) -> int:
+    """Rows of a chunk. ``order``: those of labels [N] that take part, None: all; ``chunk_rows``: see ``LocalHead``."""
+    rows, (several, one) = (labels if order is None else order).shape[0], chunk_rows
     return max(rows, 1) if rows <= one else several
 
 

@@ -13,9 +13,9 @@ from gfast.ops import common
 from gfast.ops.backend import compiled, extension, has_cpu_kernel
 from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, fresh, row_chunks, scaled
 
-_FOLD_ROWS = 512  # batch rows folded together: as many leave room for a tile of 2048 entries of the vocabulary
-_TILE_BYTES = 2**21  # of a tile of the vocabulary: what one core's second cache holds
-_WIDE_TILE_BYTES = 2**24  # of a tile of W in another dtype: larger products are worth more than the nearest cache
+_FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what a processor's last cache holds
+_TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
+_WIDE_TILE_BYTES = 2**24  # of a tile of W or dW in fp32: larger products are worth more than the nearest cache
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -37,9 +37,19 @@ def _native(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _mixes() -> bool:
+def _has_mixed_mm() -> bool:
     """Whether there is a product of fp32 and 16 bits, and a fast one: in AVX2 or AVX-512."""
-    return has_cpu_kernel("mixed_mm") and extension()[0].build_info()["instruction_set"] != "default"
+    if not has_cpu_kernel("mixed_mm") or extension()[0].build_info()["instruction_set"] == "default":
+        return False
+    torch.library.register_fake("gfast::mixed_mm", lambda a, b, bias, out: None)  # it only writes to out
+    return True
+
+
+def _mixes(rows: torch.dtype, weight: Tensor) -> bool:
+    """Whether rows of that dtype are multiplied by ``weight`` as it is, without a conversion of it in memory."""
+    sixteen = weight.dtype in (torch.bfloat16, torch.float16)
+    usable = rows == torch.float32 and sixteen and weight.is_cpu and weight.stride(1) == 1
+    return usable and torch.backends.mkldnn.enabled and _has_mixed_mm()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -107,13 +117,12 @@ class ChunkedHead:
 
         All at once where that is their own dtype and no ``step`` is asked for. A head in another dtype passes a
         tile at a time through one buffer, each gone with the next: never whole in fp32. With ``mixed`` W stays as it is
-        where ``_product`` takes it so.
+        where ``_product`` can take it as it is.
         """
         weight, bias = self._weight, self._bias
-        narrow = weight.dtype != self.dtype and not (mixed and weight.is_cpu and _mixes())
+        narrow = weight.dtype != self.dtype and not (mixed and _mixes(self.dtype, weight))
         if narrow:
-            row = self.dtype.itemsize * weight.shape[1]
-            fitting = max(64, min(_WIDE_TILE_BYTES // row, self.vocab // 8) // 64 * 64)
+            fitting = _wide_rows(self.dtype.itemsize * weight.shape[1], self.vocab)
             step = min(fitting, step or fitting)
             if self._wide_tile is None:
                 self._wide_tile = self.hidden.new_empty(min(fitting, self.vocab), weight.shape[1])
@@ -153,21 +162,18 @@ class ChunkedHead:
         return state
 
     def _fold_tiles(self, offset: int, scale: float, softcap: float) -> Tensor:
-        """``fold_state`` in fp64 on a CPU. A tile [t, n] is written transposed, W's rows against the batch: the
-        product's operands are then read as they lie in memory, and the fold finds the tile in cache with the batch
-        along its vector lanes."""
+        """``fold_state`` in fp64 on a CPU: a tile of logits [n, t] at a time, folded while it is in cache."""
         states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
         for start, stop in row_chunks(self.rows, _FOLD_ROWS):
-            rows = stop - start
+            rows, part_labels = stop - start, self.labels[start:stop]
             state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
-            fitting = _TILE_BYTES // (self.dtype.itemsize * rows)
-            buffer = None
-            for part, weight, bias in self._tiles(max(512, min(8192, fitting // 64 * 64)), mixed=True):
-                if buffer is None:
-                    buffer = self.hidden.new_empty(weight.shape[0], rows)
-                tile = buffer[: weight.shape[0]]
-                _product(weight, self.hidden[start:stop], None if bias is None else bias[:, None], tile)
-                torch.ops.gfast.fold_columns(tile, self.labels[start:stop], offset + part.start, scale, softcap, state)
+            fitting = max(512, min(8192, _FOLD_BYTES // (self.dtype.itemsize * rows)))
+            step = 1 << fitting.bit_length() - 1  # a power of 2: few different row strides, see mixed_mm.cpp
+            buffer = self.hidden.new_empty(rows, min(step, self.vocab))
+            for part, weight, bias in self._tiles(step, mixed=True):
+                tile = buffer[:, : weight.shape[0]]
+                _product(self.hidden[start:stop], weight, bias, tile)
+                torch.ops.gfast.fold_rows(tile, part_labels, offset + part.start, scale, softcap, state)
             states.append(state)
         return torch.cat(states, dim=1)
 
@@ -219,7 +225,7 @@ class ChunkedHead:
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [m, n] = left [m, D] @ right [n, D].T + bias ([n] or [m, 1]), rounded once."""
+    """out [m, n] = left [m, D] @ right [n, D].T + bias [n], rounded once."""
     if left.dtype != right.dtype:
         torch.ops.gfast.mixed_mm(left, right, bias, out)
     elif bias is None:
@@ -244,7 +250,8 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
     else:
         # Elsewhere a product has the dtype of its factors. It is taken a cached tile at a time, so that no product of
         # the head's size exists and only the sum itself moves through memory.
-        step = max(256, _TILE_BYTES // (left.dtype.itemsize * right.shape[1]))
+        row = left.dtype.itemsize * right.shape[1]
+        step = _wide_rows(row, total.shape[0]) if left.dtype == torch.float32 else max(256, _TILE_BYTES // row)
         buffer = left.new_empty(min(step, total.shape[0]), right.shape[1])
         for part in _parts(total.shape[0], step):
             share = buffer[: part.stop - part.start]
@@ -255,6 +262,11 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
                 torch.ops.gfast.accumulate(total[part], share)
             else:
                 total[part] += share
+
+
+def _wide_rows(row: int, vocab: int) -> int:
+    """Rows, of ``row`` bytes in fp32, of a tile of W or dW that has 16 bits elsewhere."""
+    return max(64, min(_WIDE_TILE_BYTES // row, vocab // 8) // 64 * 64)
 
 
 def _parts(size: int, step: int) -> Iterator[slice]:

@@ -118,7 +118,7 @@ def _linear_token_kl(
     check_label_range("linear_token_kl", labels, vocab)
     shard = Shard(first, vocab, group)  # that both weights [v, D] are
     order = valid_rows(labels)
-    chunk = rows_at_once(labels.shape[0] if order is None else order.shape[0], chunk_rows)
+    chunk = rows_at_once(labels, order, chunk_rows)
     head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
     ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk, order)
     kl = hidden.new_empty(head.rows, dtype=stats_dtype(hidden.dtype))

@@ -75,7 +75,7 @@ def _linear_token_logp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shard = Shard(first, vocab, group)
     order = valid_rows(labels)
-    chunk = rows_at_once(labels.shape[0] if order is None else order.shape[0], chunk_rows)
+    chunk = rows_at_once(labels, order, chunk_rows)
     head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
     logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
     head.start_gradients(*need)

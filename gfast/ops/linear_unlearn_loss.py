@@ -290,7 +290,9 @@ def linear_unlearn_loss(
     check_reduction(name, reduction)
     form = float(logit_scale), check_cap(name, softcap)
     spec = spec_of(objective)
-    if reduction == "none":
+    inputs = (head.hidden, head.weight, head.bias)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if reduction == "none" or not differentiated:  # scoring is enough, and needs no logits where they can be folded
         logp = flat_logp(head, labels, *form, impl).reshape(labels.shape)
         out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
     else:

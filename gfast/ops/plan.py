@@ -35,14 +35,13 @@ def plan_chunks(
         span longer than a chunk takes a first pass for its sums.
     """
     if not common.may_wait(labels.device):
-        chunk = rows_at_once(labels.shape[0], chunk_rows)
+        chunk = rows_at_once(labels, None, chunk_rows)
         order, spans = _plan_by_shape(level, labels, count, length, chunk)
         return order, chunk, spans
     order = valid_rows(labels)
-    taking_part = labels.shape[0] if order is None else order.shape[0]
-    chunk = rows_at_once(taking_part, chunk_rows)
+    chunk = rows_at_once(labels, order, chunk_rows)
     if level == "token":
-        return order, chunk, list(row_chunks(taking_part, chunk))
+        return order, chunk, list(row_chunks((labels if order is None else order).shape[0], chunk))
     unit = ids if order is None else ids.index_select(0, order)
     if level == "pair":
         unit = unit % (count // 2)

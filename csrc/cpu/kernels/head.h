@@ -6,14 +6,12 @@
 namespace gfast {
 
 struct FoldArgs {
-  Matrix logits;          // [tile, columns]: a tile of the vocabulary down, rows of the batch across
+  Matrix logits;          // [rows, tile]: a tile of the vocabulary
   int64_t tile;           // vocabulary entries in the tile
-  int64_t columns;        // N, rows of the batch
-  int64_t first;          // vocabulary entry of the tile's first row
+  int64_t rows;           // N
+  int64_t first;          // vocabulary entry of the tile's first column
   const int64_t* labels;  // [N]
   double* state;          // [3, N]: maximum and sum of exp(z' - maximum) of all entries so far but the label; z' of the label
 };
-
-constexpr int64_t kFoldAlign = 64;  // columns that one thread takes at least: whole cache lines of every dtype
 
 }  // namespace gfast

@@ -1,4 +1,4 @@
-// Factors of a matrix product on their way into the cache: 16-bit rows become fp32, or fp32 columns of a panel.
+// A factor of a matrix product on its way into the cache: rows of any dtype become the fp32 columns of a panel.
 #include "cpu/kernels/pack.h"
 
 #include "cpu/kernels/vec.h"
@@ -75,36 +75,17 @@ void pack_columns_impl(const T* x, int64_t stride, int64_t rows, int64_t depth, 
   }
 }
 
-template <typename T>
-void widen_rows_impl(const T* x, int64_t stride, int64_t rows, int64_t depth, float* out) {
-  for (int64_t i = 0; i < rows; ++i, x += stride, out += depth) {
-    int64_t d = 0;
-    for (; d + W <= depth; d += W) store(out + d, load(x + d));
-    if (d < depth) store_part(out + d, depth - d, load_part(x + d, depth - d, 0.0f));
-  }
-}
-
-template <typename Body>
-GFAST_INLINE void with_type(const Factor& x, int64_t row, int64_t k, Body body) {
-  const int64_t at = row * x.stride + k;
-  if (x.dtype == Dtype::f32)
-    body((const float*)x.data + at);
-  else if (x.dtype == Dtype::bf16)
-    body((const bf16*)x.data + at);
-  else
-    body((const f16*)x.data + at);
-}
-
 }  // namespace
 
 // out [depth, kPanel] = entries k and on of `rows` rows from `row` on, as columns; zeros beyond them.
 void pack_columns(const Factor& x, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
-  with_type(x, row, k, [&](auto* data) { pack_columns_impl(data, x.stride, rows, depth, out); });
-}
-
-// out [rows, depth] = entries k and on of `rows` rows from `row` on.
-void widen_rows(const Factor& x, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
-  with_type(x, row, k, [&](auto* data) { widen_rows_impl(data, x.stride, rows, depth, out); });
+  const int64_t at = row * x.stride + k;
+  if (x.dtype == Dtype::f32)
+    pack_columns_impl((const float*)x.data + at, x.stride, rows, depth, out);
+  else if (x.dtype == Dtype::bf16)
+    pack_columns_impl((const bf16*)x.data + at, x.stride, rows, depth, out);
+  else
+    pack_columns_impl((const f16*)x.data + at, x.stride, rows, depth, out);
 }
 
 }  // namespace GFAST_ISA_NS

@@ -1,4 +1,4 @@
-// Rows of up to 32 bits as fp32, in place or turned into columns.
+// Rows of a matrix that become fp32 columns.
 #pragma once
 
 #include "cpu/kernels/rows.h"
