@@ -269,9 +269,11 @@ def overhead(data: Data) -> str:
         for row in data["rows"]
     ]
     settings = data["settings"]
+    same = any("loop_floor_ms" in row for row in data["rows"])  # older results have the other floor
+    place = "made in the same place" if same else "in a loop of their own"
     title = (
         f"Training with `GEffectCallback`, {settings['dtype']}, batches of {settings['batch']} x {settings['tokens']} "
-        "tokens; a measurement's floor: 3 plain passes in the same place."
+        f"tokens; a measurement's floor: 3 plain passes {place}."
     )
     header = ["measured", "ms a step", "of the plain step", "ms a measurement", "of its floor", "law"]
     return f"{title}\n\n" + table(header, rows)

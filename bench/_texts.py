@@ -44,9 +44,9 @@ importable. The machine must be quiet: every step says how long it took, every r
   twice the error of plain PyTorch on upcast logits plus one rounding is refused and not timed; others beyond it are
   timed and marked "not the same numbers" (≠). Of gradient effects: against plain autograd, relative to the product of
   the norms.
-- **mode** of a case: forward + backward; forward of a loss that will be differentiated; frozen head (no gradient of its
-  weight); without gradient. **batch**: full (every label valid), tofu (short answers, most positions ignored), long
-  (sequences of up to 2048 positions)."""
+- **mode** of a case: forward + backward; forward of a loss that will be differentiated (gfast computes the gradients
+  there, the floor is the forward's own product); frozen head (no gradient of its weight); without gradient. **batch**:
+  full (every label valid), tofu (short answers, most positions ignored), long (sequences of up to 2048 positions)."""
 
 REASONS = {  # only what is known
     "logits": "The copy is into memory that is there; `unlearn_loss` returns a new gradient, whose pages the system "
@@ -60,7 +60,8 @@ REASONS = {  # only what is known
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
-    "(converting or packing W, starting the threads) weighs more beside it.",
+    "(converting or packing W, starting the threads) weighs more beside it, and so does the fold, two passes over "
+    "cached tiles of logits with an exponential an entry.",
     "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
     "the copies of the logits that its law above names.",
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
