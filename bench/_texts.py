@@ -67,6 +67,9 @@ REASONS = {  # only what is known
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
+    "g_effect": "A case of the sweeps, which are medians of three calls: the plain pass itself does not grow evenly "
+    "there, so the machine was not quiet.",
+    "pg_effect": "A case of the sweeps, as above.",
     "overhead": "A measurement is the difference of two training runs, and so is its floor: their noise is that of "
     "both. Every measurement also writes its record.",
 }

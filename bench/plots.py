@@ -81,7 +81,8 @@ def lines(ax: Axes, series: dict[str, list[tuple[int, float]]], names: list[str]
             continue
         x, y = zip(*points, strict=True)
         if name in MEASURES:
-            ax.plot(x, y, color=FLOOR_GREY, linestyle=":", label=name, zorder=1)
+            dashes = "--" if name == "training step" else ":"
+            ax.plot(x, y, color=FLOOR_GREY, linestyle=dashes, label=name, zorder=1)
             continue
         wide = name.startswith(("gfast", *GFAST_EFFECTS))
         ax.plot(x, y, **style(names.index(name)), label=LOSS_NAMES.get(name, name), linewidth=2.2 if wide else 1.4)
