@@ -48,7 +48,13 @@ importable. The machine must be quiet: every step says how long it took, every r
   there, the floor is the forward's own product); frozen head (no gradient of its weight); without gradient. **batch**:
   full (every label valid), tofu (short answers, most positions ignored), long (sequences of up to 2048 positions)."""
 
+_NOT_QUIET = (
+    "A case of the sweeps, which are medians of three calls: the plain pass itself does not grow evenly there, so the "
+    "machine was not quiet."
+)
 REASONS = {  # only what is known
+    "g_effect": _NOT_QUIET,
+    "pg_effect": _NOT_QUIET,
     "logits": "The copy is into memory that is there; `unlearn_loss` returns a new gradient, whose pages the system "
     "may have to provide first (`fresh_copy` is a copy with that; `inplace=True` needs none). Objectives with a "
     "weight a sequence (NPO) need all rows of a sequence before its first gradient can be written: they read "
@@ -67,9 +73,6 @@ REASONS = {  # only what is known
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
-    "g_effect": "A case of the sweeps, which are medians of three calls: the plain pass itself does not grow evenly "
-    "there, so the machine was not quiet.",
-    "pg_effect": "A case of the sweeps, as above.",
     "overhead": "A measurement is the difference of two training runs, and so is its floor: their noise is that of "
     "both. Every measurement also writes its record.",
 }

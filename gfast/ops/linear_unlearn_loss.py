@@ -85,7 +85,6 @@ def _linear_unlearn(
     logp, weights = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty(head.rows, dtype=dtype)
     stats = hidden.new_empty((head.rows, 2), dtype=dtype)
     head.start_gradients(*need)
-    wanted = any(need)
 
     def row_span(start: int, stop: int) -> None:
         part, rows = slice(start, stop), head.logits(start, stop)
@@ -97,11 +96,10 @@ def _linear_unlearn(
             factor,
             scale,
             softcap,
-            rows if wanted else None,
+            rows,
             impl,
         )
-        if wanted:
-            head.add_gradients(start, stop, rows)
+        head.add_gradients(start, stop, rows)
 
     def weights_of(part: slice) -> Tensor:
         if given is not None:
@@ -116,7 +114,7 @@ def _linear_unlearn(
             rows, part = head.logits(a, b), slice(a, b)
             logp[part], stats[part] = shard.logp_rows(rows, head.labels[part], scale, softcap, impl)
         weights[start:stop] = weights_of(slice(start, stop))
-        for a, b in pieces if wanted else ():
+        for a, b in pieces:
             if len(pieces) > 1:  # longer than a chunk: its logits are gone, compute them again
                 rows = head.logits(a, b)
             part = slice(a, b)
@@ -249,8 +247,9 @@ def linear_unlearn_loss(
 
     .. math:: \nabla L_u = \frac{1}{Z} \sum_i w_i \nabla \log p(s_i \mid s_{<i}; \theta)
 
-    Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW. Callables see all
-    tokens at once and take a first scoring pass.
+    Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW, and a loss that
+    nobody differentiates is scored as by ``linear_token_logp``. Callables see all tokens at once and take a first
+    scoring pass.
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor is a
