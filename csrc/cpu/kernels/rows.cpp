@@ -1,12 +1,14 @@
 // Row kernels over logits: log-probs, their gradient, and the weighted loss with its gradient in one visit of a row.
 //
 // A row is read block by block: exp(z' - running maximum) is summed and kept. The kept values of a block are later brought
-// to the row's maximum by one factor, so no exp is taken twice and the logits are read from memory once.
+// to the row's maximum by one factor, so no exp is taken twice and the logits are read from memory once. Gradients that go
+// to memory around the caches are written while the next row is visited: stores wait for memory, exps do not.
 #include "cpu/kernels/rows.h"
 
 #include <cmath>
+#include <optional>
 
-#include "cpu/kernels/map.h"
+#include "cpu/kernels/visit.h"
 
 namespace gfast {
 namespace GFAST_ISA_NS {
@@ -26,82 +28,63 @@ struct RowStats {
 template <typename T>
 constexpr bool scan_first = sizeof(T) == sizeof(float);
 
-struct Block {
-  float sum;  // of exp(z' - shift) without entry `skip` (negative: none left out)
-  float raw;  // maximum of f.begin(z)
-};
+// Entries of a row's gradient in place of the kept exps: kept * c. A visit of the next row may keep its own over them.
+template <typename T, bool streamed>
+struct BlockWrite {
+  T* out;
+  const float* kept;
+  vf c;
 
-// What a block is reduced to, and what it is visited with. Kept: exp(z' - shift) * slope / scale, in the order of pairs.
-template <Map map, bool keep>
-struct BlockVisit {
-  const Mapping& f;
-  vf shift;
-  vf sum0{}, sum1{};
-  vf raw0 = splat(-kInf), raw1 = raw0;
-
-  struct Entry {
-    vf exp, kept;
-  };
-
-  GFAST_INLINE Entry one(vf z, vf& raw) const {
-    const vf begun = f.template begin<map>(z);
-    raw = max(begun, raw);
-    const Mapped x = f.template finish<map>(begun);
-    const vf e = exp(x.value - shift);
-    return {e, map == Map::capped ? e * x.slope : e};
+  GFAST_INLINE void pair(int64_t j) const {
+    const Pair e = load_pair(kept + j);
+    const Pair g{e.a * c, e.b * c};
+    streamed ? stream_pair(out + j, g) : store_pair(out + j, g);
   }
 
-  template <typename T>
-  GFAST_INLINE int64_t whole(const T* row, int64_t j, int64_t end, float* kept) {
-    for (; j + 2 * W <= end; j += 2 * W) {
-      prefetch_pair(row + j);
-      const Pair z = load_pair(row + j);
-      const Entry a = one(z.a, raw0), b = one(z.b, raw1);
-      if constexpr (keep) store_pair(kept + j, {a.kept, b.kept});
-      sum0 += a.exp;
-      sum1 += b.exp;
+  GFAST_INLINE void part(int64_t j, int64_t n) const {
+    const bool room = sizeof(T) != sizeof(float);  // as in BlockVisit::part
+    const Pair e = room ? load_pair(kept + j) : load_pair_part(kept + j, n);
+    store_pair_part(out + j, n, {e.a * c, e.b * c});
+  }
+};
+
+// The gradient of a visited row. block_shift [blocks]: what each block was kept under.
+template <typename T, bool streamed>
+struct RowWrite {
+  T* out;
+  int64_t vocab, y;
+  RowStats s;
+  double coef, scale;
+  const float *kept, *block_shift;
+
+  BlockWrite<T, streamed> block(int64_t start) const {
+    const double c = -coef * scale * std::exp(block_shift[start / kBlock] - s.top) / s.total;
+    return {out + start, kept + start, splat((float)c)};
+  }
+
+  // The target's entry from 1 - p before its one rounding.
+  void target() const { store_part(out + y, 1, splat((float)(coef * s.slope * (s.other / s.total)))); }
+
+  void all() const {
+    for (int64_t start = 0; start < vocab; start += kBlock) {
+      const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+      const auto write = block(start);
+      int64_t j = 0;
+      for (; j + 2 * W <= n; j += 2 * W) write.pair(j);
+      if (j < n) write.part(j, n - j);
     }
-    return j;
-  }
-
-  // The next n <= 2 W entries; entry `hole` of them is left out of the sum.
-  template <typename T>
-  GFAST_INLINE int64_t part(const T* row, int64_t j, int64_t n, int64_t hole, float* kept) {
-    const Pair z = load_pair_part(row + j, n);
-    const Entry a = one(z.a, raw0), b = one(z.b, raw1);
-    // A pair of fp32 is in order and may be the row itself; others have room for a whole pair after the row.
-    if constexpr (keep) store_pair_part(kept + j, sizeof(T) == sizeof(float) ? n : 2 * W, {a.kept, b.kept});
-    float sums[2 * W];
-    store_pair(sums, {a.exp, b.exp});
-    // Softcap makes a finite number of the filling: only real entries are added.
-    for (int64_t h = 0; h < 2 * W; ++h)
-      if (h >= n || h == hole) sums[PairLayout<T>::at(h)] = 0;
-    const Pair kept_sums = load_pair((const float*)sums);
-    sum0 += kept_sums.a;
-    sum1 += kept_sums.b;
-    return j + n;
+    target();
   }
 };
-
-template <Map map, bool keep, typename T>
-Block visit_block(const T* row, int64_t n, int64_t skip, const Mapping& f, float shift, float* kept) {
-  BlockVisit<map, keep> v{f, splat(shift)};
-  int64_t j = 0;
-  if (skip >= 0) {
-    j = v.whole(row, j, skip / (2 * W) * (2 * W), kept);
-    j = v.part(row, j, n - j < 2 * W ? n - j : 2 * W, skip - j, kept);
-  }
-  j = v.whole(row, j, n, kept);
-  if (j < n) v.part(row, j, n - j, -1, kept);
-  return {reduce_add(v.sum0 + v.sum1), reduce_max(max(v.raw0, v.raw1))};
-}
 
 // One visit of a row. kept [vocab] may be an fp32 row itself; block_shift [blocks] gets what each block was kept under.
+// `before` is the gradient of another row of the same length, to be written along the way; it may hold the same `kept`.
 //
 // The shift of a block is the maximum of what came before it: its own maximum is found along the way, and only where
 // that is so much greater that exps could overflow (or nothing finite came before) is the block visited again.
-template <typename T, Map map, bool keep>
-RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* kept, float* block_shift) {
+template <typename T, Map map, bool keep, typename Write = NoWrite>
+RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* kept, float* block_shift,
+               const Write& before = {}) {
   constexpr float headroom = 40.0f;
   const Mapped target = f.apply<map>(splat(load_one(row + y)));
   float raw = -kInf, top = -kInf;
@@ -118,13 +101,13 @@ RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* 
     const int64_t skip = y >= start && y < start + n ? y - start : -1;
     if (scan_first<T> || top == -kInf) raise(f.block_max<map>(row + start, n));
     // With everything so far masked (-inf), subtracting the maximum would give NaN; 0 gives exp(-inf) = 0.
-    const auto go = [&] {
-      return visit_block<map, keep>(row + start, n, skip, f, top == -kInf ? 0.0f : top, kept + start);
+    const auto go = [&](const auto& write) {
+      return visit_block<map, keep>(row + start, n, skip, f, top == -kInf ? 0.0f : top, kept + start, write);
     };
-    Block block = go();
+    Block block = go(before.block(start));
     if (!scan_first<T> && f.finish<map>(splat(block.raw)).value[0] - top > headroom) {
       raise(block.raw);
-      block = go();
+      block = go(NoWrite{});
     }
     block_shift[start / kBlock] = top;
     other += block.sum;
@@ -137,26 +120,6 @@ RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* 
 template <typename T>
 void fill_zero(T* out, int64_t n) {
   memset(out, 0, n * sizeof(T));
-}
-
-// out = kept * factor of the block, then the target's entry from 1 - p before its one rounding.
-template <typename T, bool streamed>
-void write_grad(T* out, int64_t vocab, int64_t y, const RowStats& s, double coef, double scale, const float* kept,
-                const float* block_shift) {
-  for (int64_t start = 0; start < vocab; start += kBlock) {
-    const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
-    const vf c = splat((float)(-coef * scale * std::exp(block_shift[start / kBlock] - s.top) / s.total));
-    int64_t j = start;
-    const auto pair = [&](Pair e) { return Pair{e.a * c, e.b * c}; };
-    for (; j + 2 * W <= end; j += 2 * W) {
-      const Pair g = pair(load_pair(kept + j));
-      streamed ? stream_pair(out + j, g) : store_pair(out + j, g);
-    }
-    if (j == end) continue;
-    const bool room = sizeof(T) != sizeof(float);  // as in BlockVisit::part
-    store_pair_part(out + j, end - j, pair(room ? load_pair(kept + j) : load_pair_part(kept + j, end - j)));
-  }
-  store_part(out + y, 1, splat((float)(coef * s.slope * (s.other / s.total))));
 }
 
 double token_weight(const WeightedArgs& a, const RowStats& s, double logp, int64_t i) {
@@ -189,6 +152,7 @@ template <typename T, Map map, bool grad>
 void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Mapping f(a.logits);
   float* block_shift = scratch + row_floats(a.vocab);
+  std::optional<RowWrite<T, true>> before;  // the last row whose gradient goes around the caches, not written yet
   for (int64_t i = begin; i < end; ++i) {
     const int64_t y = a.labels[i];
     T* out = (T*)a.out + i * a.out_stride;
@@ -203,14 +167,24 @@ void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float
     if constexpr (grad && sizeof(T) == sizeof(float)) {
       if (!streamed) kept = out;  // fp32 gradients hold the exps themselves
     }
-    const RowStats s = visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift);
+    if (before && !streamed) {  // its exps lie in the scratch
+      before->all();
+      before.reset();
+    }
+    const RowStats s = before ? visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift, *before)
+                              : visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift);
+    if (before) before->target();
     const double logp = s.logp(), weight = token_weight(a, s, logp, i);
     a.logp[i] = (float)logp;
     a.weight[i] = (float)weight;
     if (!grad) continue;
-    const auto write = streamed ? &write_grad<T, true> : &write_grad<T, false>;
-    write(out, a.vocab, y, s, a.coef_scale * weight, f.scale, kept, block_shift);
+    const double coef = a.coef_scale * weight;
+    if (streamed)
+      before = RowWrite<T, true>{out, a.vocab, y, s, coef, f.scale, kept, block_shift};
+    else
+      RowWrite<T, false>{out, a.vocab, y, s, coef, f.scale, kept, block_shift}.all();
   }
+  if (before) before->all();
   end_stream();
 }
 

@@ -43,7 +43,14 @@ constexpr float kInf = __builtin_inff();
 GFAST_INLINE vf splat(float x) { return x - vf{}; }
 GFAST_INLINE vu splat_bits(uint32_t x) { return x - vu{}; }
 GFAST_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+// a > b ? a : b, so b where one is a NaN. GCC makes a comparison and a blend of that, where one instruction says it.
+#if defined(__AVX512F__)
+GFAST_INLINE vf max(vf a, vf b) { return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+GFAST_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 GFAST_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 GFAST_INLINE vi lane_index() {
   vi lane;
