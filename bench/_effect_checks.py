@@ -103,3 +103,13 @@ def error(truth: Truth, found: Sides, kind: str, parameters: str = "all") -> flo
     if set(found["unlearn"]) not in ({"total"}, set(truth.group.values())):
         return math.inf
     return worst
+
+
+def off_by(truth: Truth, found: Sides, kind: str) -> float:
+    """Larger error of the two sides' totals relative to the exact totals themselves."""
+    gaps = []
+    for side in ("unlearn", "retain"):
+        exact, _ = truth.table(kind, side)[0]["total"]
+        gap = abs(float(found[side]["total"]) - exact)
+        gaps.append(gap / abs(exact) if exact else gap)
+    return max(gaps)

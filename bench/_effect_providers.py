@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from gfast.objectives import GA, WGA
 
 Sides = dict[str, dict[str, Tensor]]
 PUBLISHED_WIDTH = 500  # tokens to which the published code pads every sample
+MICRO_BATCH = 2  # samples; the published configuration's 4 would leave a batch of 4 without a second one to average
+OLD, NEW = 0.6, 0.4  # the published code's moving average
 TOKEN_UNITS = 9  # forward units of the tangents of two directions by group (DESIGN: about 9)
 VMAP_BYTES = 2**31  # per-sample gradients are held at once: only where they fit easily
 
@@ -44,6 +46,7 @@ class Effects:
     steps: float = 0
     input_passes: float = 0  # passes without gradients of weights, as a second measure
     input_law: float | None = None
+    micro_batch: int = 0  # samples at a time, of who is exact for one micro-batch and approximates over several
 
     @property
     def floor(self) -> str:
@@ -122,33 +125,67 @@ def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | None, objective: str = "wga") -> Sides:
-    """As the published code is described: four forward/backwards for each micro-batch, gradients copied to host lists.
+def host_gradients(model: nn.Module, loss: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's gradient on the host, one by one; the model drops its own after the last."""
+    loss.backward()
+    for name, p in model.named_parameters():
+        yield name, p.grad.detach().cpu()
+    model.zero_grad(set_to_none=True)
 
-    For each side the objective's and the risk's gradient are computed anew, every parameter's gradient is copied to the
-    CPU, the risk's is mixed into a moving average (0.6 old, 0.4 new; a single micro-batch leaves it as it is), and dot
-    products are summed over groups that are matched by name (blocks 0-9, 10-19, 20 and more).
+
+def published_total(own: dict[str, Tensor], risk: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """Dot products on the device, summed over groups that are matched by name (blocks 0-9, 10-19, 20 and more)."""
+    groups: dict[str, float] = {}
+    for name, grad in own.items():
+        block = re.search(r"layers\.(\d+)\.", name)
+        group = "other" if block is None else ("0-9", "10-19", "20+")[min(int(block.group(1)) // 10, 2)]
+        groups[group] = groups.get(group, 0.0) + float((grad.to(device) * risk[name].to(device)).sum())
+    return {"total": torch.tensor(sum(groups.values()), dtype=torch.float64)}
+
+
+def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | None, objective: str = "wga") -> Sides:
+    """The published code's four forward/backwards and copies to the host, once for the whole batch.
+
+    One micro-batch leaves nothing to average: this is exact, and costs less than `published_micro_batches`. For each
+    side the objective's and the risk's gradient are computed anew and copied to host lists.
     """
     if width is not None:
         forget, retain = padded(forget, width), padded(retain, width)
 
-    def to_host(batch: Batch, kind: str) -> list[Tensor]:
-        plain_loss(model, batch, kind).backward()
-        grads = [p.grad.detach().cpu().clone() for p in model.parameters()]
-        model.zero_grad(set_to_none=True)
-        return grads
+    def to_host(batch: Batch, kind: str) -> dict[str, Tensor]:
+        return {name: grad.clone() for name, grad in host_gradients(model, plain_loss(model, batch, kind))}
 
-    names = [name for name, _ in model.named_parameters()]
     out: Sides = {}
     for side, batch in (("unlearn", forget), ("retain", retain)):
         own, risk = to_host(forget, objective), to_host(batch, "nll")
-        groups: dict[str, float] = {}
-        for name, a, b in zip(names, own, risk, strict=True):
-            block = re.search(r"layers\.(\d+)\.", name)
-            group = "other" if block is None else ("0-9", "10-19", "20+")[min(int(block.group(1)) // 10, 2)]
-            groups[group] = groups.get(group, 0.0) + float((a * b).sum())
-        out[side] = {"total": torch.tensor(sum(groups.values()), dtype=torch.float64)}
+        out[side] = published_total(own, risk, "cpu")
     return out
+
+
+def published_micro_batches(model: nn.Module, forget: Batch, retain: Batch, objective: str = "wga") -> Sides:
+    """The published code's way, micro-batch by micro-batch: an approximation, as soon as there are two.
+
+    A micro-batch takes four forward/backwards: the forget samples' risk, the objective, the retain samples' risk, and
+    the trainer's own of a loss times 0. Each of the first three gradients is copied to the host and mixed there, in the
+    model's dtype, into a moving average of its own (0.6 old, 0.4 new); the effect is the dot product of the objective's
+    average with a risk's, on the device. So late micro-batches count more than early ones, and a token counts by its
+    micro-batch.
+
+    Where the published code leaves a choice, the cheaper one is taken: nothing is padded beyond the batch, no copy is
+    made of a gradient that is on the host, and the dot products are taken once, after the last micro-batch (it takes
+    them at the third of every four, and prints them).
+    """
+    averages: dict[str, dict[str, Tensor]] = {"unlearn": {}, "objective": {}, "retain": {}}
+    for start in range(0, forget["labels"].shape[0], MICRO_BATCH):
+        some, other = (rows_of(batch, start, start + MICRO_BATCH) for batch in (forget, retain))
+        for key, batch, kind in (("unlearn", some, "nll"), ("objective", some, objective), ("retain", other, "nll")):
+            held = averages[key]
+            for name, grad in host_gradients(model, plain_loss(model, batch, kind)):
+                held[name] = OLD * held[name] + NEW * grad if name in held else grad
+        (0 * plain_loss(model, some, "nll")).backward()
+        model.zero_grad(set_to_none=True)
+    device = forget["labels"].device
+    return {side: published_total(averages["objective"], averages[side], device) for side in ("unlearn", "retain")}
 
 
 def clone_loop(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
@@ -258,6 +295,13 @@ PROVIDERS: dict[str, Effects] = {
         "effect",
         f"published code's way, padding to {PUBLISHED_WIDTH} tokens as it does",
         3,
+    ),
+    "published way, micro-batches": Effects(
+        published_micro_batches,
+        "effect",
+        f"published code's way, {MICRO_BATCH} samples at a time, with its moving averages",
+        3,
+        micro_batch=MICRO_BATCH,
     ),
     "pg_effect": Effects(
         _engine("pg_effect", "sample"), "sample", "one value a sample", 3, 1, 1.15, needs=_gfast_missing("pg_effect")

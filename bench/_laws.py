@@ -17,6 +17,11 @@ LAWS = {  # law: (what is measured, what is demanded of it; {} is the figure in 
         "`linear_unlearn_loss` and `linear_token_logp`, no gradient",
         "at most {} times the bare matrix product",
     ),
+    "memory": ("`linear_unlearn_loss`, peak memory", "at most {} times its gradients and one chunk"),
+    "memory_nograd": (
+        "`linear_unlearn_loss` and `linear_token_logp`, no gradient, peak memory",
+        "at most {} times their outputs and the logits folded at a time",
+    ),
     "grad_dot": ("`grad_dot`", "at least {} of the read bandwidth"),
     "g_effect": ("`g_effect`", "at most {} times the plain passes it needs"),
     "pg_effect": ("`pg_effect`", "at most {} times 3 plain passes + 1 forward"),
@@ -59,6 +64,7 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
     """Those of one result file."""
     if kind == "losses":
         yield from (_loss(row) for row in data["rows"] if "law" in row)
+        yield from (_memory(row) for row in data["rows"] if "of_memory" in row)
         yield from _against_peers(data)
     elif kind == "grad_dot":
         for row in (row for row in data["rows"] if "law" in row):
@@ -72,12 +78,21 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         yield from _effects(data)
 
 
-def _loss(row: Data) -> Check:
+def _loss_case(row: Data) -> str:
     shape = " x ".join(map(str, row["shape"]))
     name = "" if row["provider"] == "gfast" else f"{row['provider']}, "
-    case = f"{name}{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row['batch']})"
+    return f"{name}{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row['batch']})"
+
+
+def _loss(row: Data) -> Check:
     law = "logits" if row["op"] == "logits" else row["mode"]
-    return Check(law, case, row["times_floor"], row["law"], row["law_met"])
+    return Check(law, _loss_case(row), row["times_floor"], row["law"], row["law_met"])
+
+
+def _memory(row: Data) -> Check:
+    found, mode = row["of_memory"], row["mode"]
+    law, of = ("memory_nograd", "") if mode == "nograd" else ("memory", f", {mode}")
+    return Check(law, _loss_case(row) + of, found["ratio"], found["law"], found["law_met"])
 
 
 def _against_peers(data: Data) -> Iterator[Check]:

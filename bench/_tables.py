@@ -42,6 +42,11 @@ def times(row: Data | None, base: Data) -> str:
     return f"{row['median_ms'] / base['median_ms']:.2f}x" + (" ≠" if "unequal" in row else "")
 
 
+def off_by(row: Data) -> str:
+    """How far from the exact value, of who is known to approximate it."""
+    return f"off by {row['off_by']:.1%}" if "off_by" in row else ""
+
+
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
     """Columns without a single value are left out; the first `left` are text."""
     kept = [i for i in range(len(header)) if i < left or any(row[i] for row in rows)]
@@ -56,12 +61,20 @@ def law(row: Data, name: str = "") -> str:
     return f"{figure(name, row['law'])}: {'met' if row['law_met'] else '**missed**'}"
 
 
+def loss_laws(row: Data) -> str:
+    """Of its time, and of its memory where that is judged."""
+    memory = f"{law(row['of_memory'])} (memory)" if "of_memory" in row else ""
+    return "; ".join(filter(None, [law(row), memory]))
+
+
 def note(row: Data) -> str:
     """Why a row has no time, or what its numbers lack."""
     for key in ("wrong", "failed", "skipped"):
         if key in row:
             return f"{key}: {row[key]}".replace("|", "/")
-    parts = ["not the same numbers"] if "unequal" in row else []
+    parts = []
+    if "unequal" in row:
+        parts.append(f"unequal: {off_by(row)}" if "off_by" in row else "not the same numbers")
     if row.get("parameters") == "linear":
         parts.append("Linear layers only")
     return ", ".join(parts)
@@ -151,7 +164,7 @@ def losses(data: Data) -> str:
                     str(row.get("repetitions", "")),
                     speed,
                     number(row.get("times_floor"), "x"),
-                    law(row),
+                    loss_laws(row),
                     number(row.get("peak_extra_mb")),
                     "" if row.get("relative_error") is None else f"{row['relative_error']:.1e}",
                     note(row),
@@ -185,7 +198,8 @@ def short_geffect(devices: dict[str, Data]) -> str:
         for cells in rows:
             row = found.get(cells[0], {})
             passes = number(row["median_ms"] / one) if row else ""
-            marked = passes + (" ≠" if "unequal" in row else "") + (" *" if row.get("parameters") == "linear" else "")
+            unequal = f" ≠ {off_by(row)}".rstrip() if "unequal" in row else ""
+            marked = passes + unequal + (" *" if row.get("parameters") == "linear" else "")
             cells += [number(row.get("median_ms")), marked, number(row.get("peak_extra_mb"))]
     first = next(iter(devices.values()))
     text = f"{geffect_title(first)}.\n\n{table(header, rows)}"

@@ -19,7 +19,8 @@ bench/on_gpu.sh FOLDER             # builds, measures and tests on an NVIDIA GPU
 Results go to a folder named after the CPU's family and widest instructions, or after the GPU, so that several devices
 live beside each other (`GFAST_BENCH_DEVICE` chooses another name). `PYTHON` chooses the interpreter; it needs the
 packages of `requirements.txt`, and measures TRL, Liger, Cut Cross-Entropy, kronfluence and bergson where they are
-importable. The machine must be quiet: every step says how long it took, every result what the load was.
+importable (`bench/requirements.txt` says how to install them; results record their versions). The machine must be
+quiet: every step says how long it took, every result what the load was.
 
 ## What the columns mean
 
@@ -37,13 +38,17 @@ importable. The machine must be quiet: every step says how long it took, every r
   mode, over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
   forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD),
   and two passes that compute no gradient of a weight.
-- **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach).
+- **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
+  many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
+  the chunk's logits, the rows that take part where they are copies, and tiles of W and dW where they are converted.
+  Without gradient: its outputs and the logits that are folded at a time.
 - **peak MB**: memory a call needs at its peak beyond what is held before it, its results included, measured in a fresh
-  process.
+  process; of a loss on a CPU in a second call, because a matrix library keeps from the first what it packs operands in.
 - **error**: of loss and gradients against fp64, relative (2-norm), on fewer rows before anything is timed. gfast beyond
   twice the error of plain PyTorch on upcast logits plus one rounding is refused and not timed; others beyond it are
   timed and marked "not the same numbers" (≠). Of gradient effects: against plain autograd, relative to the product of
-  the norms.
+  the norms. The published way in micro-batches takes dot products of moving averages, which is no effect of the batch:
+  it is timed whatever its error, and marked with how far its totals are from the exact ones on two micro-batches.
 - **mode** of a case: forward + backward; forward of a loss that will be differentiated (gfast computes the gradients
   there, the floor is the forward's own product); frozen head (no gradient of its weight); without gradient. **batch**:
   full (every label valid), tofu (short answers, most positions ignored), long (sequences of up to 2048 positions)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -11,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 from _device import cpu_model, device_name, instructions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PEERS = ("bergson", "cut-cross-entropy", "kronfluence", "liger-kernel", "trl")  # those of bench/requirements.txt
 NOT_RESULTS = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md")
 
 
@@ -111,7 +115,8 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int | N
     """Bytes that one call of ``step`` needs at its peak beyond what is held before it (its result included).
 
     CUDA: the allocator's peak. CPU: the process's peak resident memory, reset just before; measure in a fresh process
-    (``peak_in_fresh_process``), where no freed memory is there to be reused. None where the system cannot say.
+    (``peak_in_fresh_process``), where no freed memory is there to be reused, or after ``give_back``. None where the
+    system cannot say.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -127,6 +132,12 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int | N
         return max(0, _status_bytes("VmHWM") - before)
     except (OSError, RuntimeError):
         return None
+
+
+def give_back() -> None:
+    """Return freed memory to the system, so that it is counted when it is taken again (where glibc allocates)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_in_fresh_process(
@@ -181,6 +192,15 @@ def _commit() -> str:
     return head + ("+changes" if changed else "")
 
 
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Distribution -> version, of those that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def environment(device: str = "cpu") -> dict[str, object]:
     """What a reader needs to judge a number: device, processor, versions, threads, commit. No paths."""
     record: dict[str, object] = {
@@ -193,6 +213,8 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **installed(["triton"]),
+        "peers": installed(PEERS),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -53,12 +53,16 @@ bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers 
   --json losses_linear.json
 bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
   --json losses_linear_bf16.json
+bench linear losses "${head[@]}" --objectives tnpo --dtypes fp32,bf16 --providers gfast,floor,eager --budget 3 \
+  --json losses_linear_tnpo.json
 bench modes losses "${head[@]}" --objectives wga,nll --dtypes fp32,bf16 --modes train,forward,frozen,nograd --batches tofu \
   --providers gfast,gfast_logp,floor,eager --budget 3 --json losses_modes.json
 bench long losses "${head[@]}" --rows 2048 --objectives wga,npo --dtypes fp32 --batches long --providers gfast,floor,eager \
   --budget 12 --json losses_long.json
-bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers gfast,floor,eager \
+bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$few" \
   --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes.json
+bench shapes losses --ops linear --shapes llama-3.2-1b --rows 256 --objectives wga --dtypes bf16 --providers "$few" \
+  --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes_bf16.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
 bench geffect geffect --batch 4 --tokens 72 --budget 20 --providers "$effects" --json geffect.json
 bench geffect geffect --batch 4 --tokens 72 --budget 20 --no-memory --providers 'pg_effect;pg_effect, directions given' \
@@ -80,7 +84,7 @@ bench overhead overhead --batch 2 --tokens 48 --rounds 2 --json overhead.json
 bench profiles profile_losses --shape smollm2-135m --rows 512 --dtype fp32 --json profile_losses.json
 bench profiles profile_geffect --json profile_geffect.json
 bench geffect_peers geffect --batch 4 --tokens 72 --budget 20 --json geffect_peers.json \
-  --providers "g_effect(WGA);pg_effect;published way, padded;sample loop;kronfluence, identity;bergson"
+  --providers "g_effect(WGA);pg_effect;published way, padded;published way, micro-batches;sample loop;kronfluence, identity;bergson"
 bench geffect_small geffect --shape smollm2-135m --layers 2 --batch 4 --tokens 48 --budget 6 --json geffect_small.json \
   --providers 'g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;sample loop;vmap(grad);kronfluence, identity;bergson'
 bench pages plots

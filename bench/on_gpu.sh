@@ -11,8 +11,8 @@
 # bench/plots.py and bench/render.py.
 #
 # A failing step does not stop the others; the exit status is the number of failed steps. PYTHON chooses the interpreter
-# (it needs torch with CUDA, cmake, ninja, pytest; Liger, cut-cross-entropy, TRL, kronfluence and bergson are measured
-# where they are importable), GFAST_GPU_SECONDS the total time (default 530), GFAST_GPU_STEPS the steps (default: all,
+# (it needs torch with CUDA, cmake, ninja, pytest; the projects of bench/requirements.txt are measured where they are
+# importable), GFAST_GPU_SECONDS the total time (default 530), GFAST_GPU_STEPS the steps (default: all,
 # as listed at the end of this file), GFAST_COMMIT what the results call the code where there is no git repository.
 set -uo pipefail
 cd "$(dirname "$0")/.."

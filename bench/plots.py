@@ -198,7 +198,10 @@ def effect_bars(data: Data, path: Path) -> Path:
     figure, axes = plt.subplots(
         1, 1 + memory, figsize=(5.2 + 3.2 * memory, 0.27 * len(rows) + 1.3), layout="constrained", squeeze=False
     )
-    names = [row["name"] + (" *" if row.get("parameters") == "linear" else "") for row in rows]
+    names = [
+        row["name"] + (" ≠" if "unequal" in row else "") + (" *" if row.get("parameters") == "linear" else "")
+        for row in rows
+    ]
     colors = [color(row["name"]) for row in rows]
     bars(axes[0, 0], names, [row["median_ms"] / 1e3 for row in rows], colors, "seconds")
     used = data["settings"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import pytest
 import torch
 
-from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
-from gfast.geffect.results import Effect, GEffect, standard_error
+import gfast.geffect.effects
+import gfast.geffect.history
+from gfast.geffect import Effect, EffectHistory, GEffect, GramEffect, SampleEffect, TokenEffect
+from gfast.geffect.results import standard_error
 from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO
 
 SIZES = (3, 0, 2, 4)
@@ -124,6 +127,63 @@ def test_objectives_that_token_effects_cannot_give(objective, message):
         token_effect(with_ref=False).g_effect(objective)
 
 
+@pytest.mark.parametrize("objective", [GA(), NLL(), WGA(0.0), NPO(0.3), SimNPO(beta=0.5, delta=0.2)], ids=str)
+def test_samples_give_objectives_with_one_weight_a_sequence(objective):
+    found, expected = samples().g_effect(objective), token_effect().g_effect(objective)
+    assert (found.objective, found.risk, found.norms) == (expected.objective, expected.risk, expected.norms)
+    assert found.counts == expected.counts
+    for side in ("unlearn", "retain"):
+        assert getattr(found, side) == pytest.approx(getattr(expected, side), rel=1e-12)
+        assert found.errors[side] == pytest.approx(expected.errors[side], rel=1e-12)
+
+
+def test_samples_refuse_what_they_cannot_weigh():
+    for objective in (WGA(0.7), TNPO(1.5), DPO(0.1), KL(), Mix(GA(), NLL())):
+        with pytest.raises(ValueError, match="does not weigh whole samples.*token_effect"):
+            samples().g_effect(objective)
+    with pytest.raises(ValueError, match="needs ref_logp of the samples"):
+        token_effect(with_ref=False).samples().g_effect(NPO(0.3))
+    with pytest.raises(ValueError, match="needs logp of the samples"):
+        gram().samples().g_effect(SimNPO())
+    assert gram().samples().g_effect(GA()).counts["objective"] == 10
+
+
+def test_samples_per_token():
+    found = samples()
+    for group, values in (("deep", found.retain["deep"]), (None, found.total("retain")), ("total", None)):
+        values = found.total("retain") if values is None else values
+        expected = [float(value) / size if size else 0.0 for value, size in zip(values, SIZES, strict=True)]
+        assert found.per_token("retain", group).tolist() == expected
+    with pytest.raises(ValueError, match="no group 'lm'"):
+        found.per_token("retain", "lm")
+    with pytest.raises(ValueError, match="side must be"):
+        found.per_token("forget")
+
+
+def test_samples_of_a_gram_have_cosines():
+    pairs = gram()
+    found = pairs.samples()
+    total = -pairs.total("unlearn")
+    norms = {group: (-matrix).diagonal().sqrt() for group, matrix in pairs.unlearn.items()}
+    for group, values in norms.items():
+        torch.testing.assert_close(found.sample_norms[group], values)
+        expected = found.unlearn[group] / (values * found.norms["unlearn"][group])
+        torch.testing.assert_close(found.cosine("unlearn", group), expected)
+    # against the definition: R's gradient is minus the mean of those of log p
+    risk = math.hypot(*found.norms["unlearn"].values())
+    torch.testing.assert_close(found.cosine("unlearn"), -total.sum(1) / 10 / (total.diagonal().sqrt() * risk))
+    found.sample_norms["deep"][1] = found.unlearn["deep"][1] = 0.0
+    assert found.cosine("unlearn", "deep").isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"gradient on that side is not known.*norms\['retain'\].*pg_effect"):
+        found.cosine("retain")
+    with pytest.raises(ValueError, match=r"gram_effect\(\.\.\.\)\.samples\(\)"):
+        samples().cosine("retain")
+    with pytest.raises(ValueError, match="no group 'lm'"):
+        found.cosine("unlearn", "lm")
+    found.norms["retain"] = {"embed": 0.5, "deep": 2.0}
+    torch.testing.assert_close(found.cosine("retain", "embed"), found.retain["embed"] / norms["embed"] / 0.5)
+
+
 def samples() -> SampleEffect:
     return token_effect().samples()
 
@@ -161,10 +221,10 @@ def effects() -> list[Effect]:
     bare = token_effect(with_ref=False)
     objective = token_effect().g_effect(NPO(0.3))
     with_norm = GEffect("GA()", objective.unlearn, objective.retain, NORMS | {"objective": {"embed": 0.0, "deep": 2.0}})
-    return [objective, with_norm, samples(), token_effect(), bare, gram()]
+    return [objective, with_norm, samples(), gram().samples(), token_effect(), bare, gram(), history()]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_parquet_gives_back_the_same_effect(tmp_path, index):
     pytest.importorskip("pyarrow")
     effect = effects()[index]
@@ -187,8 +247,66 @@ def assert_same(a, b) -> None:
             assert_same(one, other)
     elif isinstance(b, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(b, GEffect):
+        assert_same(a.__dict__, b.__dict__)
     else:
         assert a == b
+
+
+def history() -> EffectHistory:
+    """Steps that differ in what is known of them: all, no norm of the objective, neither errors nor risks."""
+
+    def at(step: int, **more) -> GEffect:
+        sides = ({"embed": step / 3, "deep": -1.0 - step}, {"embed": 0.1 * step, "deep": 1e-300})
+        return GEffect("GA()", *sides, **more)
+
+    both = {side: {"embed": 0.1, "deep": 1 / 3, "total": 0.7} for side in ("unlearn", "retain")}
+    own = NORMS | {"objective": {"embed": 0.0, "deep": 2 / 7}}
+    return EffectHistory.of(
+        {
+            0: at(0, norms=own, counts=COUNTS | {"objective": 9}, errors=both, risks={"unlearn": 2.1, "retain": 1 / 3}),
+            7: at(7, norms=NORMS, counts=COUNTS | {"objective": 8}, risks={"unlearn": 2.2, "retain": 1e-30}),
+            9: at(9, norms={}, counts=COUNTS),
+        }
+    )
+
+
+def test_histories_are_effects():
+    found = history()
+    assert found.groups == ["embed", "deep"] and found.objective == "GA()" and found.risk == "NLL()"
+    assert found.unlearn == {"embed": [0.0, 7 / 3, 3.0], "deep": [-1.0, -8.0, -10.0]}
+    assert found.total("unlearn") == found.values("unlearn") == found.values("unlearn", "total")
+    assert found.retain["deep"] == found.values("retain", "deep") == [1e-300] * 3
+    assert found.counts == COUNTS  # the objective's differs
+    assert found.norms["retain"]["deep"][:2] == [0.25, 0.25] and math.isnan(found.norms["retain"]["deep"][2])
+    assert found.norms["objective"]["deep"][0] == 2 / 7 and math.isnan(found.norms["objective"]["deep"][1])
+    assert repr(found) == "EffectHistory(GA() at steps 0, 7, 9; embed, deep; risk NLL())"
+    with pytest.raises(ValueError, match="no group 'lm'"):
+        found.cumulative("unlearn", "lm")
+    pytest.importorskip("pandas")
+    frame = found.to_frame()
+    assert list(frame.columns) == ["objective", "step", "quantity", "side", "group", "value"]
+    assert set(frame["objective"]) == {"GA()"} and set(frame["step"]) == {0, 7, 9}
+
+
+def test_cumulative_rows_of_a_file_are_not_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = history().to_parquet(tmp_path / "history.parquet")
+    table = parquet.read_table(path)
+    derived = [quantity in ("cumulative", "cosine") for quantity in table["quantity"].to_pylist()]
+    assert sum(derived) == 24  # 18 and, at the first step alone, 6
+    parquet.write_table(table.filter([not one for one in derived]), path)
+    again = EffectHistory.from_parquet(path)
+    assert again == history() and again.cumulative("unlearn") == history().cumulative("unlearn")
+    with pytest.raises(ValueError, match="holds a history effect"):
+        GEffect.from_parquet(path)
+
+
+@pytest.mark.parametrize("module", [gfast.geffect.effects, gfast.geffect.history, gfast.geffect.results])
+def test_examples_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def test_files_that_are_something_else_are_refused(tmp_path):
@@ -218,7 +336,6 @@ def test_frames_are_tidy():
 
 def test_histories_add_up_over_steps(tmp_path):
     pytest.importorskip("pyarrow")
-    from gfast.geffect import EffectHistory
     from gfast.training.records import read_records, write_record
 
     def at(scale: float) -> GEffect:

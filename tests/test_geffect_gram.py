@@ -151,6 +151,25 @@ def test_sums_are_the_effects_of_samples_and_its_own_side_is_a_gram_matrix():
     assert torch.linalg.eigvalsh(-own).min() > 0
 
 
+def test_samples_have_the_cosines_of_the_literal_gradients():
+    model = tiny("llama").eval()
+    samples = gram_effect(model, groups=each, **data()).samples()
+    samples.norms["retain"] = pg_effect(model, groups=each, direction_dtype=torch.float64, **data()).norms["retain"]
+    forget = literal_samples(model, data()["forget"])
+    risks = {}
+    for side, some in (("unlearn", forget), ("retain", literal_samples(model, data()["retain"]))):
+        risks[side] = {name: -sum(one[name] for one in some) for name in forget[0]}  # a cosine has no scale
+    names = dict(zip(samples.groups, forget[0], strict=True))
+    for side, risk in risks.items():
+        for group, name in names.items():
+            for s, one in enumerate(forget):
+                expected = (one[name] * risk[name]).sum() / (one[name].norm() * risk[name].norm())
+                assert samples.cosine(side, group)[s].item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-9)
+        for s, one in enumerate(forget):
+            expected = sum((one[name] * risk[name]).sum() for name in risk) / (square(one) * square(risk)) ** 0.5
+            assert samples.cosine(side)[s].item() == pytest.approx(float(expected), rel=1e-7, abs=1e-9)
+
+
 def test_rows_without_labels_are_zero():
     model = tiny("llama").eval()
     forget, retain = data()["forget"], data()["retain"]

@@ -134,6 +134,29 @@ def test_samples_add_up_to_g_effect():
         assert float(samples.retain[group].sum()) / ga.counts["unlearn"] == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["tied_llama", "gpt2"])
+def test_one_measurement_gives_objectives_with_a_weight_a_sample(kind):
+    model, some = tiny(kind).eval(), data()
+    some["forget"][0]["labels"][1] = -100  # a row without labels
+    for batch in some["forget"]:
+        batch["ref_logp"] = batch["ref_logp"].double()
+    objectives = [GA(), NPO(0.3), SimNPO(beta=0.5, delta=0.2)]
+    directions = gfast.risk_gradients(model, dtype=torch.float64, **some)
+    samples, tokens = (f(model, directions=directions, **some) for f in (pg_effect, gfast.token_effect))
+    expected = gfast.g_effect(model, objectives, directions=directions, **some)
+    for objective, whole in zip(objectives, expected, strict=True):
+        found = samples.g_effect(objective)
+        others = [whole, tokens.g_effect(objective), tokens.samples().g_effect(objective)]
+        for other in others:
+            assert found.counts == other.counts and found.groups == other.groups
+            for side in ("unlearn", "retain"):
+                scale = max(map(abs, getattr(other, side).values()))
+                assert getattr(found, side) == pytest.approx(getattr(other, side), rel=1e-9, abs=1e-10 * scale)
+        for other in others[1:]:
+            for side in ("unlearn", "retain"):
+                assert found.errors[side] == pytest.approx(other.errors[side], rel=1e-8)
+
+
 @pytest.mark.parametrize(
     "objective", [GA(), WGA(0.7), TNPO(1.5), NPO(0.3), SimNPO(), NLL()], ids=lambda objective: objective.key
 )

@@ -11,11 +11,12 @@ from torch import nn
 
 from gfast.geffect.data import terms
 from gfast.geffect.directions import Directions
-from gfast.geffect.effects import GramEffect, SampleEffect, TokenEffect
+from gfast.geffect.effects import SampleEffect, TokenEffect
 from gfast.geffect.gram import gram_effect
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.history import EffectHistory
 from gfast.geffect.measurement import Measurement
+from gfast.geffect.pairs import GramEffect
 from gfast.geffect.results import Effect, GEffect
 from gfast.geffect.sample import pg_effect
 from gfast.geffect.token import token_effect

@@ -1,13 +1,14 @@
-"""Gradient effects of samples, of tokens and of pairs of samples, and what follows from them.
+"""Gradient effects of samples and of tokens, and what follows from them.
 
 A G-effect is linear in the gradient of its objective, and that gradient is a weighted sum of log-prob gradients. So
 effects of tokens, measured once, give the G-effect of every objective with token weights and of every setting of its
-hyper-parameters.
+hyper-parameters; effects of samples give it where every token of a sample has the same weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,12 +16,25 @@ import torch
 from torch import Tensor
 
 from gfast.geffect.data import OWN_DATA
-from gfast.geffect.results import SIDES, Effect, GEffect, standard_error
-from gfast.objectives import NLL, Mix, Objective
-from gfast.ops.common import coef_scale
-from gfast.ops.unlearn_loss import default_reduction, is_pair, weigh
+from gfast.geffect.results import (
+    SIDES,
+    Effect,
+    GEffect,
+    Norms,
+    row_values,
+    rows_by,
+    standard_error,
+    tensors_by_group,
+)
+from gfast.objectives import Objective
+from gfast.ops.unlearn_loss import default_reduction, spec_of, weigh
+from gfast.ops.weights import WeightSpec
 
-Norms = dict[str, dict[str, float]]
+_NEEDS_SAMPLE_NORMS = (
+    "the norms ||grad log p(s)|| of the samples are not known, because pg_effect and token_effect form no gradient of "
+    "a sample: use gram_effect(...).samples(), or set sample_norms of these effects to its sample_norms for the same "
+    "data, model and groups"
+)
 
 
 @dataclass(repr=False)
@@ -33,8 +47,9 @@ class SampleEffect(Effect):
         unlearn, retain: group -> fp64 [S]; D is the forget set, or the retain set.
         tokens: int64 [S], labelled tokens of each sample; a sample without any has effect 0.
         logp: fp64 [S], log p(s); None if it was not recorded. ref_logp: the same under the original model.
-        norms: "unlearn" and "retain" -> {group: ||grad R(D)||}.
+        norms: "unlearn" and "retain" -> {group: ||grad R(D)||}; only "unlearn" after `GramEffect.samples`.
         risk: readable label of R. counts: what R was averaged over.
+        sample_norms: group -> fp64 [S], ||grad log p(s)||, as `GramEffect.samples` gives it; None after `pg_effect`.
     """
 
     kind: ClassVar[str] = "sample"
@@ -47,10 +62,55 @@ class SampleEffect(Effect):
     counts: dict[str, int] = field(default_factory=dict)
     logp: Tensor | None = None
     ref_logp: Tensor | None = None
+    sample_norms: dict[str, Tensor] | None = None
 
     def total(self, side: str) -> Tensor:
         """The effects over all parameters, fp64 [S]: the sum over groups."""
         return torch.stack(list(self._side(side).values())).sum(0)
+
+    def per_token(self, side: str, group: str | None = None) -> Tensor:
+        """The effect of a sample divided by its labelled tokens, fp64 [S], of a group or of all parameters (None).
+
+        log p(s) sums over tokens, so the effect of a long sample is larger by its length alone; on this scale samples
+        compare. A sample without labelled tokens has 0.
+
+        Raises:
+            ValueError: an unknown side or group.
+        """
+        return self._at(side, group) / self.tokens.clamp(min=1)
+
+    def cosine(self, side: str, group: str | None = None) -> Tensor:
+        """cos(grad R(D), grad log p(s)) within a group, or over all parameters (None or "total"), fp64 [S]. 0/0 is NaN.
+
+        Raises:
+            ValueError: an unknown side or group, or norms that are not known: those of the samples, which only
+                `gram_effect` measures, or that of the risk's gradient on the side, with the remedy.
+
+        Example:
+            >>> pairs = {"all": -torch.tensor([[4.0, 1.0], [1.0, 9.0]]).double()}
+            >>> from gfast.geffect import GramEffect
+            >>> gram = GramEffect(pairs, pairs, {"forget": torch.tensor([2, 3]), "retain": torch.tensor([2, 3])})
+            >>> [round(value, 4) for value in gram.samples().cosine("unlearn").tolist()]
+            [-0.6455, -0.8607]
+        """
+        effect, group = self._at(side, group), self._group(group)
+        if self.sample_norms is None:
+            raise ValueError(f"cosine({side!r}) of samples: {_NEEDS_SAMPLE_NORMS}")
+        if side not in self.norms:
+            raise ValueError(
+                f"cosine({side!r}) of samples: the norm of the risk's gradient on that side is not known (gram_effect "
+                f"has it on the forget set alone, the side 'unlearn'); set norms[{side!r}] to that of pg_effect(...), "
+                f"or of risk_gradients(...).norms(), for the same data, model and groups"
+            )
+        risk = self.norms[side]
+        scale = self._sample_norm(group) * (math.hypot(*risk.values()) if group == "total" else risk[group])  # [S]
+        return torch.where(scale > 0, effect / scale, math.nan)
+
+    def _sample_norm(self, group: str) -> Tensor:
+        """||grad log p(s)||, fp64 [S], where it is known."""
+        if group == "total":
+            return torch.stack(list(self.sample_norms.values())).norm(dim=0)
+        return self.sample_norms[group]
 
     def weights(self, objective: Objective) -> Tensor:
         """The detached weight that an objective with one weight a sequence gives each sample's log p(s), fp64 [S].
@@ -59,10 +119,8 @@ class SampleEffect(Effect):
             ValueError: an objective whose weights differ from token to token (except where they are constant), or one
                 that needs logp or ref_logp, and they were not recorded.
         """
-        spec = getattr(objective, "spec", None)
-        found = spec() if callable(spec) and not objective.needs & OWN_DATA else None
-        token_weights = found is None or (found.level == "token" and (found.p_pow or found.q_pow or found.beta))
-        if token_weights or found.level == "pair":
+        found = _spec_on_forget(objective)
+        if found is None or (found.level == "token" and (found.p_pow or found.q_pow or found.beta)):
             raise ValueError(
                 f"{objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or with "
                 f"token_effect(...) and its g_effect(objective)"
@@ -71,48 +129,79 @@ class SampleEffect(Effect):
             return torch.full((len(self.tokens),), found.sign, dtype=torch.float64)
         for name in ("logp", "ref_logp") if found.uses_ref else ("logp",):
             if getattr(self, name) is None:
-                raise ValueError(f"{objective} needs {name} of the samples, which was not recorded")
-        ids, spread = self._spread()
+                raise ValueError(
+                    f"{objective} needs {name} of the samples, which was not recorded: pg_effect(...) records logp, "
+                    f"and ref_logp where all batches have it"
+                )
+        ids = _sample_ids(self.tokens)  # [N]
+
+        def spread(values: Tensor) -> Tensor:
+            return (values / self.tokens.clamp(min=1))[ids]
+
         ref = spread(self.ref_logp) if found.uses_ref else None
         valid = torch.ones(len(ids), dtype=torch.bool)
         weight, _ = weigh(objective, spread(self.logp), ref, valid, ids, len(self.tokens))
         return torch.zeros(len(self.tokens), dtype=torch.float64).index_copy(0, ids, weight)
 
-    def _spread(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Sample of each token [N], and what spreads a sum over its tokens."""
-        ids = torch.repeat_interleave(torch.arange(len(self.tokens)), self.tokens)
-        return ids, lambda values: (values / self.tokens.clamp(min=1))[ids]
+    def g_effect(self, objective: Objective) -> GEffect:
+        """The G-effect of an objective with one weight a sequence, from these samples alone:
+
+            e(D) = sum over s of (w_s / Z) e(D, s)        Z: labelled tokens, or sequences, by the objective's reduction
+
+        Exactly what `gfast.g_effect` measures on the same data (without the objective's norm). Standard errors are
+        over samples.
+
+        Raises:
+            ValueError: as `weights`.
+
+        Example:
+            >>> from gfast.objectives import GA
+            >>> sides = ({"all": torch.tensor([-3.0, -1.0]).double()}, {"all": torch.tensor([0.5, -2.5]).double()})
+            >>> samples = SampleEffect(*sides, torch.tensor([3, 1]), {})
+            >>> samples.g_effect(GA()).unlearn
+            {'all': -1.0}
+        """
+        weight = self.weights(objective)  # [S]
+        sums = {side: {group: values * weight for group, values in self._side(side).items()} for side in SIDES}
+        return _g_effect(self, objective, sums, self.tokens)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Tidy rows {quantity, side, group, sample, value}; the quantity is sample_effect, tokens, logp, ref_logp or
-        risk_norm. Every effect has the group "total" too.
+        """Tidy rows {quantity, side, group, sample, value}; the quantity is sample_effect, tokens, logp, ref_logp,
+        risk_norm, and where they are known sample_norm and cosine. What has groups has the group "total" too.
         """
-        rows = [
-            {"quantity": "sample_effect", "side": side, "group": group, "sample": s, "value": value}
-            for side in SIDES
-            for group, values in (*self._side(side).items(), ("total", self.total(side)))
-            for s, value in enumerate(values.tolist())
-        ]
+        rows: list[dict[str, Any]] = []
+
+        def add(values: Tensor, **keys: str) -> None:
+            rows.extend({**keys, "sample": s, "value": float(value)} for s, value in enumerate(values.tolist()))
+
+        names = (*self.groups, "total")
+        for side in SIDES:
+            for group in names:
+                add(self._at(side, group), quantity="sample_effect", side=side, group=group)
         for quantity in ("tokens", "logp", "ref_logp"):
-            values = getattr(self, quantity)
-            if values is not None:
-                rows += [{"quantity": quantity, "sample": s, "value": float(v)} for s, v in enumerate(values.tolist())]
+            if getattr(self, quantity) is not None:
+                add(getattr(self, quantity), quantity=quantity)
+        for group in names if self.sample_norms is not None else ():
+            add(self._sample_norm(group), quantity="sample_norm", group=group)
+            for side in self.norms:
+                add(self.cosine(side, group), quantity="cosine", side=side, group=group)
         return rows + self._norm_rows()
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> SampleEffect:
-        found = _by(rows, "quantity")
-        effects = {side: _by(_by(found["sample_effect"], "side")[side], "group") for side in SIDES}
+        found = rows_by(rows, "quantity")
+        effects = rows_by(found["sample_effect"], "side")
 
         def column(quantity: str) -> Tensor | None:
-            return _values(found[quantity]) if quantity in found else None
+            return row_values(found[quantity]) if quantity in found else None
 
         return cls(
-            *({g: _values(r) for g, r in effects[side].items() if g != "total"} for side in SIDES),
-            tokens=_values(found["tokens"]).long(),
+            *(tensors_by_group(effects[side]) for side in SIDES),
+            tokens=row_values(found["tokens"]).long(),
             norms=_norms(found),
             logp=column("logp"),
             ref_logp=column("ref_logp"),
+            sample_norms=tensors_by_group(found["sample_norm"]) if "sample_norm" in found else None,
             **scalars,
         )
 
@@ -122,6 +211,9 @@ class TokenEffect(Effect):
     """The effect of each label token's log-probability on the risk of both sets, by layer group.
 
         e(D, i) = < grad R(D), grad log p(s_i | s_<i) >
+
+    There are no cosines of tokens: they take the norm of every token's gradient, and forward mode forms the products
+    with the directions without any gradient.
 
     Attributes:
         unlearn, retain: group -> S tensors, fp64 [N_s]: one value a labelled token of sample s.
@@ -153,49 +245,7 @@ class TokenEffect(Effect):
         Raises:
             ValueError: an objective that needs ref_logp, and none was recorded; one without token weights.
         """
-        weight, _ = self._weigh(objective)
-        return list(weight.split([len(one) for one in self.logp]))
-
-    def g_effect(self, objective: Objective) -> GEffect:
-        """The G-effect of an objective, from these tokens alone: sum over i of (w_i / Z) e(D, i).
-
-        Exactly what `gfast.g_effect` measures on the same data (without the objective's norm). Standard errors are
-        over samples.
-        """
-        weight, factor = self._weigh(objective)
-        sizes = torch.tensor([len(one) for one in self.logp])  # [S]
-        sample = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # [N]
-        token_mean = default_reduction(objective) == "token_mean"
-        shares = sizes.double() if token_mean else (sizes > 0).double()  # of the count that the objective divides by
-        values: dict[str, dict[str, float]] = {}
-        errors: dict[str, dict[str, float]] = {}
-        for side in SIDES:
-            values[side], errors[side] = {}, {}
-            parts = {group: torch.cat(tokens) * weight * factor for group, tokens in self._side(side).items()}  # [N]
-            for group, part in (*parts.items(), ("total", sum(parts.values()))):
-                by_sample = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, sample, part)  # [S]
-                errors[side][group] = standard_error(by_sample, shares)
-                if group != "total":
-                    values[side][group] = float(part.sum())
-        counts = self.counts | {"objective": round(1.0 / float(factor)), "objective_tokens": int(sizes.sum())}
-        known = all(error == error for side in SIDES for error in errors[side].values())
-        return GEffect(str(objective), *values.values(), self.norms, self.risk, counts, errors if known else {})
-
-    def samples(self) -> SampleEffect:
-        """The effects of whole samples: sums over their tokens."""
-
-        def summed(tokens: list[Tensor]) -> Tensor:
-            return torch.stack([one.sum() for one in tokens])
-
-        sides = ({group: summed(tokens) for group, tokens in self._side(side).items()} for side in SIDES)
-        lengths = torch.tensor([len(one) for one in self.logp])
-        ref = None if self.ref_logp is None else summed(self.ref_logp)
-        return SampleEffect(*sides, lengths, self.norms, self.risk, self.counts, summed(self.logp), ref)
-
-    def _weigh(self, objective: Objective) -> tuple[Tensor, Tensor]:
-        """Weights [N] and the factor of the objective's reduction."""
-        spec = getattr(objective, "spec", None)
-        if isinstance(objective, Mix) or objective.needs & OWN_DATA or not callable(spec):
+        if _spec_on_forget(objective) is None:
             raise ValueError(
                 f"{objective} is no weighting of the forget set's tokens, so their effects do not give its G-effect: "
                 f"measure it with g_effect(..., engine='stream')"
@@ -205,15 +255,42 @@ class TokenEffect(Effect):
                 f"{objective} compares with the original model, and these tokens were measured without ref_logp: give "
                 f"token_effect batches with ref_logp (a ReferenceCache and the collator that joins it)"
             )
-        logp = torch.cat(self.logp)  # [N]
+        logp, sizes = torch.cat(self.logp), self._sizes()  # [N], [S]
         ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
-        sizes = torch.tensor([len(one) for one in self.logp])
-        ids = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         valid = torch.ones(len(logp), dtype=torch.bool)
-        pair = is_pair(objective)
-        weight, _ = weigh(objective, logp, ref, valid, ids, len(sizes))
-        factor = coef_scale(valid, default_reduction(objective), None, ids, len(sizes), pair, torch.float64)
-        return weight, factor
+        weight, _ = weigh(objective, logp, ref, valid, _sample_ids(sizes), len(sizes))
+        return list(weight.split(sizes.tolist()))
+
+    def g_effect(self, objective: Objective) -> GEffect:
+        """The G-effect of an objective, from these tokens alone: sum over i of (w_i / Z) e(D, i).
+
+        Exactly what `gfast.g_effect` measures on the same data (without the objective's norm). Standard errors are
+        over samples.
+
+        Raises:
+            ValueError: as `weights`.
+        """
+        weight, sizes = torch.cat(self.weights(objective)), self._sizes()  # [N], [S]
+        ids, zeros = _sample_ids(sizes), torch.zeros(len(sizes), dtype=torch.float64)
+        sums = {
+            side: {g: zeros.index_add(0, ids, torch.cat(tokens) * weight) for g, tokens in self._side(side).items()}
+            for side in SIDES
+        }
+        return _g_effect(self, objective, sums, sizes)
+
+    def samples(self) -> SampleEffect:
+        """The effects of whole samples: sums over their tokens."""
+
+        def summed(tokens: list[Tensor]) -> Tensor:
+            return torch.stack([one.sum() for one in tokens])
+
+        sides = ({group: summed(tokens) for group, tokens in self._side(side).items()} for side in SIDES)
+        ref = None if self.ref_logp is None else summed(self.ref_logp)
+        return SampleEffect(*sides, self._sizes(), self.norms, self.risk, self.counts, summed(self.logp), ref)
+
+    def _sizes(self) -> Tensor:
+        """Labelled tokens of each sample, int64 [S]."""
+        return torch.tensor([len(one) for one in self.logp])
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp, label
@@ -237,16 +314,16 @@ class TokenEffect(Effect):
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> TokenEffect:
-        found = _by(rows, "quantity")
+        found = rows_by(rows, "quantity")
         sizes = [int(row["value"]) for row in found["tokens"]]
 
         def split(some: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-            return list(_values(some).split(sizes))
+            return list(row_values(some).split(sizes))
 
-        effects = {side: _by(_by(found["token_effect"], "side")[side], "group") for side in SIDES}
+        effects = rows_by(found["token_effect"], "side")
         places = torch.tensor([int(row["token"]) for row in found["logp"]], dtype=torch.int64)
         return cls(
-            *({g: split(r) for g, r in effects[side].items() if g != "total"} for side in SIDES),
+            *({g: list(v.split(sizes)) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES),
             logp=split(found["logp"]),
             labels=[one.long() for one in split(found["label"])],
             positions=list(places.split(sizes)),
@@ -256,91 +333,41 @@ class TokenEffect(Effect):
         )
 
 
-@dataclass(repr=False)
-class GramEffect(Effect):
-    """Dot products of the gradients of pairs of samples, by layer group; no data set's gradient is involved.
+def _sample_ids(tokens: Tensor) -> Tensor:
+    """The sample of each token, int64 [N], from the number of tokens of each sample [S]."""
+    return torch.repeat_interleave(torch.arange(len(tokens)), tokens)
 
-        entry i, j = < grad NLL(s_j), grad log p(s_i) >,   both summed over the tokens of the sample
 
-    Attributes:
-        unlearn: group -> fp64 [S_f, S_f], both samples from the forget data.
-        retain: group -> fp64 [S_f, S_r], s_j from the retain data.
-        tokens: "forget" and "retain" -> int64 [S], labelled tokens of each sample.
+def _spec_on_forget(objective: Any) -> WeightSpec | None:
+    """The weights of an objective on the log-probs of the forget set; None where its gradient is no such sum."""
+    spec = getattr(objective, "spec", None)
+    if not callable(spec) or objective.needs & OWN_DATA:
+        return None
+    found = spec_of(objective)
+    return None if found.level == "pair" else found
+
+
+def _g_effect(
+    effect: SampleEffect | TokenEffect, objective: Objective, sums: dict[str, dict[str, Tensor]], tokens: Tensor
+) -> GEffect:
+    """The G-effect of an objective from the effects of samples, weighted but not yet divided by its count.
+
+    Args:
+        sums: side -> group -> fp64 [S], sum over the tokens i of s of w_i e(D, i). tokens: int64 [S].
     """
-
-    kind: ClassVar[str] = "gram"
-
-    unlearn: dict[str, Tensor]
-    retain: dict[str, Tensor]
-    tokens: dict[str, Tensor]
-    risk: str = "NLL()"
-    counts: dict[str, int] = field(default_factory=dict)
-    norms: ClassVar[Norms] = {}
-
-    @property
-    def matrix(self) -> dict[str, Tensor]:
-        """group -> fp64 [S_f, S_r], forget against retain samples."""
-        return self.retain
-
-    def total(self, side: str) -> Tensor:
-        """The matrix over all parameters: the sum over groups."""
-        return torch.stack(list(self._side(side).values())).sum(0)
-
-    def cosine(self) -> Tensor:
-        """Cosines of the gradients of log p of pairs of forget samples over all parameters, [S_f, S_f]: 1 on the
-        diagonal.
-        """
-        gram = -self.total("unlearn")
-        norm = gram.diagonal().clamp(min=0).sqrt()  # [S_f]
-        return gram / (norm[:, None] * norm)
-
-    def samples(self) -> SampleEffect:
-        """The effect of each forget sample on the token-mean NLL of both sets, as `pg_effect` measures it."""
-        sides = {side: "forget" if side == "unlearn" else "retain" for side in SIDES}
-        counts = {side: int(self.tokens[source].sum()) for side, source in sides.items()}
-        parts = (
-            {group: matrix.sum(1) / max(counts[side], 1) for group, matrix in self._side(side).items()}
-            for side in SIDES
-        )
-        whole = {group: float((-matrix.sum()).clamp(min=0).sqrt()) for group, matrix in self.unlearn.items()}
-        norms = {"unlearn": {group: value / max(counts["unlearn"], 1) for group, value in whole.items()}}
-        return SampleEffect(*parts, self.tokens["forget"], norms, str(NLL()), counts)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Tidy rows {quantity, side, group, sample, other, value}: gram, and the tokens of each sample."""
-        rows = [
-            {"quantity": "gram", "side": side, "group": group, "sample": i, "other": j, "value": value}
-            for side in SIDES
-            for group, matrix in (*self._side(side).items(), ("total", self.total(side)))
-            for i, line in enumerate(matrix.tolist())
-            for j, value in enumerate(line)
-        ]
-        for source, tokens in self.tokens.items():
-            rows += [
-                {"quantity": "tokens", "side": source, "sample": s, "value": float(n)}
-                for s, n in enumerate(tokens.tolist())
-            ]
-        return rows
-
-    @classmethod
-    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GramEffect:
-        found = _by(rows, "quantity")
-        tokens = {source: _values(some).long() for source, some in _by(found["tokens"], "side").items()}
-        effects = {side: _by(_by(found["gram"], "side")[side], "group") for side in SIDES}
-        size = len(tokens["forget"])
-        sides = ({g: _values(r).view(size, -1) for g, r in effects[side].items() if g != "total"} for side in SIDES)
-        return cls(*sides, tokens, **scalars)
-
-
-def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
-    parts: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault(row[key], []).append(row)
-    return parts
-
-
-def _values(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([row["value"] for row in rows], dtype=torch.float64)
+    # what each sample adds to the count that the objective divides by, [S]
+    shares = tokens > 0 if default_reduction(objective) == "sequence_mean" else tokens
+    count = max(int(shares.sum()), 1)  # without a token every sum is 0
+    values: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for side in SIDES:
+        parts = {group: part / count for group, part in sums[side].items()}  # [S]
+        values[side] = {group: float(part.sum()) for group, part in parts.items()}
+        parts["total"] = sum(parts.values())
+        errors[side] = {group: standard_error(part, shares) for group, part in parts.items()}
+    counts = effect.counts | {"objective": count, "objective_tokens": int(tokens.sum())}
+    known = all(error == error for side in SIDES for error in errors[side].values())
+    return GEffect(str(objective), *values.values(), effect.norms, effect.risk, counts, errors if known else {})
 
 
 def _norms(found: Mapping[str, list[Mapping[str, Any]]]) -> Norms:

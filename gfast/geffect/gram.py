@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from gfast.geffect.data import SIDE_SOURCES, Term, to_device
-from gfast.geffect.effects import GramEffect
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Share, find_sites
+from gfast.geffect.pairs import GramEffect
 from gfast.geffect.passes import Passes, Progress
 from gfast.geffect.products import Caches, Rows, own_products, products, rows_of
 from gfast.geffect.seeded import SeededPasses, Seeds, check_weighted, frozen, seeds_of

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gfast.geffect.groups import depth
-from gfast.geffect.results import SIDES, GEffect
+from gfast.geffect.results import SIDES, Effect, GEffect, rows_by
 
 if TYPE_CHECKING:
     import pandas
@@ -15,18 +16,22 @@ if TYPE_CHECKING:
 _QUANTITIES = ("g_effect", "standard_error", "risk_norm", "objective_norm")
 
 
-@dataclass
-class EffectHistory:
+@dataclass(repr=False)
+class EffectHistory(Effect):
     """The G-effects that were measured along a run, by optimizer step.
 
     Attributes:
         steps: optimizer steps, ascending. effects: the GEffect at each of them.
+        unlearn, retain: group -> e at each step. norms: the same of norms, NaN at a step where one was not measured.
+        objective, risk: the labels that all steps have in common. counts: those that all steps agree on.
 
     >>> def at(e): return GEffect("GA()", {"all": e}, {"all": -e}, {})
     >>> history = EffectHistory.of({0: at(-1.0), 10: at(-3.0), 15: at(-2.0)})
     >>> history.cumulative("unlearn")
     [0.0, -10.0, -25.0]
     """
+
+    kind: ClassVar[str] = "history"
 
     steps: list[int]
     effects: list[GEffect]
@@ -63,9 +68,46 @@ class EffectHistory:
             found.sort(key=lambda row: depth(str(row["group"])))
         return cls.of({step: GEffect._from_rows(found, scalars) for step, found in by_step.items()})
 
+    @property
+    def unlearn(self) -> dict[str, list[float]]:
+        return self._by_group("unlearn")
+
+    @property
+    def retain(self) -> dict[str, list[float]]:
+        return self._by_group("retain")
+
+    @property
+    def norms(self) -> dict[str, dict[str, list[float]]]:
+        whose = dict.fromkeys(name for effect in self.effects for name in effect.norms)
+        return {
+            name: {g: [effect.norms.get(name, {}).get(g, math.nan) for effect in self.effects] for g in self.groups}
+            for name in whose
+        }
+
+    @property
+    def objective(self) -> str:
+        return self.effects[0].objective
+
+    @property
+    def risk(self) -> str:
+        return self.effects[0].risk
+
+    @property
+    def counts(self) -> dict[str, int]:
+        first, *others = (effect.counts for effect in self.effects)
+        return {name: n for name, n in first.items() if all(other.get(name) == n for other in others)}
+
+    @property
+    def groups(self) -> list[str]:
+        return self.effects[0].groups
+
+    def total(self, side: str) -> list[float]:
+        """The G-effect over all parameters at each step."""
+        return [effect.total(side) for effect in self.effects]
+
     def values(self, side: str, group: str | None = None) -> list[float]:
-        """The G-effect at each step, of a group or of all parameters (None)."""
-        return [effect._side(side)[group] if group else effect.total(side) for effect in self.effects]
+        """The G-effect at each step, of a group or of all parameters (None or "total")."""
+        return [effect._at(side, group) for effect in self.effects]
 
     def cumulative(self, side: str, group: str | None = None, learning_rate: float = 1.0) -> list[float]:
         """The G-effects of all optimizer steps before each measured one, added up.
@@ -84,19 +126,39 @@ class EffectHistory:
             total.append(total[-1] + learning_rate * (self.steps[k] - self.steps[k - 1]) * values[k - 1])
         return total
 
-    def to_frame(self) -> pandas.DataFrame:
-        """A DataFrame with the columns objective, step, quantity, side, group, value; the quantity cumulative too."""
-        import pandas
-
-        pairs = zip(self.steps, self.effects, strict=True)
-        rows = [{"step": step, **row} for step, effect in pairs for row in effect.rows()]
+    def rows(self) -> list[dict[str, Any]]:
+        """Tidy rows {step, quantity, side, group, value}: those of the G-effect at each step, and the quantity
+        cumulative.
+        """
+        rows = [
+            {"step": step, **row}
+            for step, effect in zip(self.steps, self.effects, strict=True)
+            for row in effect.rows()
+        ]
         for side in SIDES:
-            for group in (*self.effects[0].groups, "total"):
-                added = self.cumulative(side, None if group == "total" else group)
+            for group in (*self.groups, "total"):
+                added = self.cumulative(side, group)
                 rows += [
                     {"step": step, "quantity": "cumulative", "side": side, "group": group, "value": value}
                     for step, value in zip(self.steps, added, strict=True)
                 ]
-        frame = pandas.DataFrame(rows, columns=["step", "quantity", "side", "group", "value"])
-        frame.insert(0, "objective", self.effects[0].objective)
-        return frame
+        return rows
+
+    def _by_group(self, side: str) -> dict[str, list[float]]:
+        return {group: self.values(side, group) for group in self.groups}
+
+    def _scalars(self) -> dict[str, Any]:
+        return {"effects": [effect._scalars() for effect in self.effects]}
+
+    @classmethod
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> EffectHistory:
+        # GEffect reads what was measured and leaves out what follows from it: cosines and cumulative effects
+        by_step = rows_by(rows, "step")
+        pairs = zip(by_step.values(), scalars["effects"], strict=True)
+        return cls(list(by_step), [GEffect._from_rows(found, own) for found, own in pairs])
+
+    def __repr__(self) -> str:
+        steps = ", ".join(map(str, self.steps[:6])) + (", ..." if len(self.steps) > 6 else "")
+        return (
+            f"{type(self).__name__}({self.objective} at steps {steps}; {', '.join(self.groups[:6])}; risk {self.risk})"
+        )

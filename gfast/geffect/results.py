@@ -1,4 +1,4 @@
-"""What measurements return: one base for the effects of objectives, samples, tokens and pairs, with one table."""
+"""What measurements return: one base for effects of objectives, steps, samples, tokens and pairs, with one table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 SIDES = ("unlearn", "retain")
 # Every result is a tidy table with these columns; those that a kind does not have are empty.
-COLUMNS = ("objective", "quantity", "side", "group", "sample", "token", "other", "value")
+COLUMNS = ("objective", "step", "quantity", "side", "group", "sample", "token", "other", "value")
+Norms = dict[str, dict[str, float]]
+
+_WHOLE = frozenset({"step", "sample", "token", "other"})
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "
     "gradient; call g_effect(..., norms=True) with the stream engine"
@@ -57,13 +61,13 @@ class Effect:
     """The base of all results: groups, the two sides, the tidy table and its file.
 
     `unlearn` and `retain` map group names, in order from the model's input to its output, to the values of a group:
-    numbers (GEffect), or tensors of samples, tokens or pairs of samples.
+    numbers (GEffect), lists of them by step (EffectHistory), or tensors of samples, tokens or pairs of samples.
     """
 
     kind: ClassVar[str]
     unlearn: dict[str, Any]
     retain: dict[str, Any]
-    norms: dict[str, dict[str, float]]
+    norms: Norms
     risk: str
     counts: dict[str, int]
 
@@ -71,6 +75,9 @@ class Effect:
     def groups(self) -> list[str]:
         """Group names from the model's input to its output."""
         return list(self.unlearn)
+
+    def total(self, side: str) -> Any:
+        raise NotImplementedError
 
     def rows(self) -> list[dict[str, Any]]:
         raise NotImplementedError
@@ -94,7 +101,7 @@ class Effect:
         from gfast.files import whole_file
 
         text, whole = pyarrow.string(), pyarrow.int64()
-        kinds = dict(zip(COLUMNS, (text,) * 4 + (whole,) * 3 + (pyarrow.float64(),), strict=True))
+        kinds = {name: whole if name in _WHOLE else text for name in COLUMNS} | {"value": pyarrow.float64()}
         scalars = {"kind": self.kind, **self._scalars()}
         schema = pyarrow.schema(kinds.items(), metadata={"gfast_effect": json.dumps(scalars)})
         table = pyarrow.Table.from_pylist(self.rows(), schema=schema)
@@ -121,7 +128,7 @@ class Effect:
         except (pyarrow.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no effect written by gfast ({error})") from error
         kind = scalars.pop("kind")
-        found = {one.kind: one for one in _kinds(Effect)}.get(kind)
+        found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
         rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
@@ -139,6 +146,18 @@ class Effect:
             raise ValueError(f'side must be "unlearn" or "retain", not {side!r}')
         return getattr(self, side)
 
+    def _group(self, group: str | None) -> str:
+        if group is None or group == "total":
+            return "total"
+        if group not in self.unlearn:
+            raise ValueError(f"there is no group {group!r}; the groups are {', '.join(self.unlearn)} and total")
+        return group
+
+    def _at(self, side: str, group: str | None) -> Any:
+        """The values of a group, or the total (None or "total")."""
+        effects, group = self._side(side), self._group(group)
+        return self.total(side) if group == "total" else effects[group]
+
     def _norm_rows(self) -> list[dict[str, Any]]:
         """Rows of the norms of the risk's gradients, with their total over all groups."""
         return [
@@ -150,12 +169,6 @@ class Effect:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.groups)} groups: {', '.join(self.groups[:6])}; risk {self.risk})"
-
-
-def _kinds(base: type) -> list[type]:
-    import gfast.geffect.effects  # noqa: F401 - defines the other kinds
-
-    return [one for one in base.__subclasses__() if hasattr(one, "kind")]
 
 
 @dataclass(repr=False)
@@ -184,7 +197,7 @@ class GEffect(Effect):
     objective: str
     unlearn: dict[str, float]
     retain: dict[str, float]
-    norms: dict[str, dict[str, float]]
+    norms: Norms
     risk: str = "NLL()"
     counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -202,16 +215,14 @@ class GEffect(Effect):
         Raises:
             ValueError: an unknown side or group, or a norm that was not measured (with the remedy).
         """
-        effects, risk = self._side(side), self.norms.get(side, {})
+        self._side(side)
+        risk = self.norms.get(side, {})
         if "objective" not in self.norms or not risk:
             raise ValueError(f"cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
         own = self.norms["objective"]
         group = self._group(group)
-        if group == "total":
-            effect, scale = self.total(side), math.hypot(*own.values()) * math.hypot(*risk.values())
-        else:
-            effect, scale = effects[group], own[group] * risk[group]
-        return effect / scale if scale else math.nan
+        scale = math.hypot(*own.values()) * math.hypot(*risk.values()) if group == "total" else own[group] * risk[group]
+        return self._at(side, group) / scale if scale else math.nan
 
     def standard_error(self, side: str, group: str | None = None) -> float:
         """Standard error of the G-effect of a group, or of the total (None).
@@ -223,8 +234,9 @@ class GEffect(Effect):
         if not self.errors:
             raise ValueError(
                 f"the standard error of {self.objective} is not known: it takes two or more batches of an objective "
-                f"that is measured by passes of its own (GA and NLL follow from the directions); token_effect(...)"
-                f".g_effect(objective) gives it over samples, for every objective with token weights"
+                f"that is measured by passes of its own (GA and NLL follow from the directions); over samples, "
+                f"pg_effect(...).g_effect(objective) gives it for GA and objectives with one weight a sequence, "
+                f"token_effect(...).g_effect(objective) for every objective with token weights"
             )
         return self.errors[side][self._group(group)]
 
@@ -241,16 +253,7 @@ class GEffect(Effect):
             raise ValueError(
                 f"{self.objective} has no single count to scale by (a combination of terms, or no labelled token)"
             )
-        group = self._group(group)
-        value = self.total(side) if group == "total" else self._side(side)[group]
-        return value * self.counts["objective"] / self.counts["objective_tokens"]
-
-    def _group(self, group: str | None) -> str:
-        if group is None or group == "total":
-            return "total"
-        if group not in self.unlearn:
-            raise ValueError(f"there is no group {group!r}; the groups are {', '.join(self.unlearn)} and total")
-        return group
+        return self._at(side, group) * self.counts["objective"] / self.counts["objective_tokens"]
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, value}: g_effect, risk_norm, and where known standard_error, objective_norm
@@ -323,3 +326,21 @@ class GEffect(Effect):
             values = [self._side(side)[group] for group in groups] + [self.total(side)]
             lines.append(f"{side:<8}" + "".join(f"{value:>12.4g}" for value in values))
         return "\n".join(lines)
+
+
+def rows_by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Rows of a table by the value of a column, in the order of the table."""
+    parts: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(row[key], []).append(row)
+    return parts
+
+
+def row_values(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Values of rows, fp64 [rows]."""
+    return torch.tensor([row["value"] for row in rows], dtype=torch.float64)
+
+
+def tensors_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Group -> fp64 [its rows]. The total is left out: it follows from the groups."""
+    return {group: row_values(some) for group, some in rows_by(rows, "group").items() if group != "total"}

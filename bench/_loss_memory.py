@@ -1,0 +1,67 @@
+"""What memory a loss over the head may take: its gradients and one chunk, as the library itself cuts it."""
+
+from __future__ import annotations
+
+import torch
+from _loss_cases import Case, Inputs
+
+from gfast.ops.backend import select
+from gfast.ops.common import rows_at_once
+from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, valid_rows
+from gfast.ops.vocab_parallel import local_head
+
+# For what is measured beyond the tensors of a call: on a GPU the allocator rounds each up to 512 bytes; on a CPU it is
+# the resident memory of the process, in pages, with a MiB or so of interpreter, thread stacks and heap. What a matrix
+# library takes anew in every call is no part of this: where it weighs more, the law is missed.
+MEMORY_LAW = 1.1
+
+
+def of_memory(extra_mb: float, allowed: int) -> dict[str, float | bool]:
+    """Fields of a row: the law of its memory, given the bytes it may take."""
+    ratio = round(extra_mb * 2**20 / allowed, 3)
+    return {"allowed_mb": round(allowed / 2**20, 1), "ratio": ratio, "law": MEMORY_LAW, "law_met": ratio <= MEMORY_LAW}
+
+
+def allowed_bytes(case: Case, inputs: Inputs) -> int:
+    """Of a linear case: the gradients it wants and one chunk; without gradient, what scoring takes.
+
+    Gradients: dH [N, D] and dW [V, D] in the dtypes of H and W; dW once more in fp32 where it has 16 bits and is the
+    sum of several chunks (fp16 in any case, which stays wide until it is scaled).
+
+    A chunk: its logits [rows, V] in the dtype of the products, fp32 on a CPU that multiplies 16 bits slowly; the rows
+    that take part and their dH, where some have no label or their dtype is another; where W has to be converted, the
+    tile of it that is at hand; on a CPU, the tile of a product that is added to a dW of another dtype.
+
+    Scoring: logp and two statistics a row in fp32, and the fp64 they are made of, all [N]; the rows that take part and
+    the tile of W as above; of the logits what is folded at a time, at most ``_FOLD_BYTES``, or a chunk where no kernel
+    folds them (fp32 on a GPU).
+    """
+    hidden, weight = inputs.tensors
+    labels, scored, want_dw = inputs.labels.flatten(), case.mode == "nograd", case.mode in ("train", "forward")
+    with torch.set_grad_enabled(not scored):  # it decides on the rows of a chunk
+        given = local_head("memory", hidden, weight.detach().requires_grad_(want_dw), None, inputs.labels, None)
+    order = valid_rows(labels)
+    chunk = given.chunk_rows[0] if scored else rows_at_once(labels, order, given.chunk_rows)
+    head = ChunkedHead(given.hidden, weight, None, labels, chunk, order)
+    product, native, row = head.dtype.itemsize, weight.dtype.itemsize, head.dtype.itemsize * case.width
+
+    taken = head.hidden.numel() * product if head.hidden.data_ptr() != hidden.data_ptr() else 0
+    logits = head.chunk * case.vocab * product
+    tile = _wide_rows(row, case.vocab) * row
+    if scored:
+        if head.folds(select("linear_token_logp", "auto", hidden.device, hidden.dtype)):
+            logits = min(_FOLD_BYTES, head.rows * case.vocab * product)
+        converts = head.dtype != weight.dtype and not _mixes(head.dtype, weight)
+        return case.rows * 3 * (4 + 8) + taken + logits + converts * tile
+
+    gradient = _grad_dtype(head.dtype)  # that dH is made in
+    if head.index is not None or gradient != hidden.dtype:
+        taken += head.hidden.numel() * gradient.itemsize
+    allowed = hidden.numel() * native + taken + logits + (head.dtype != weight.dtype) * tile
+    if want_dw:
+        wide = native == 2 and (head.chunk < head.rows or weight.dtype == torch.float16)
+        total = torch.float32 if wide else weight.dtype
+        if head.dtype != total and weight.is_cpu:
+            allowed += tile if head.dtype == torch.float32 else max(256 * row, _TILE_BYTES)
+        allowed += weight.numel() * (native + 4 * wide)
+    return allowed
