@@ -323,8 +323,10 @@ def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        # fp64 stays as it is, as in F.linear
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
+        )
     check_head(name, hidden, weight, bias)
     return hidden, weight, bias
 

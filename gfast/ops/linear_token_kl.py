@@ -231,7 +231,8 @@ def linear_token_kl(
 
     Args:
         hidden: [..., D]. weight: [V, D]. ref_hidden: [..., D_o]. ref_weight: [V, D_o]. bias, ref_bias: [V] or None.
-            DTensors are vocabulary-parallel heads (see ``linear_token_logp``): both or neither, sharded alike.
+            DTensors are vocabulary-parallel heads (see ``linear_token_logp``): both or neither, sharded alike. Under
+            torch.autocast all are cast as in ``F.linear``.
         labels: [...], int64; only says which positions count.
         logit_scale, softcap: of both heads.
         reduction, normalizer, impl: as ``token_kl``. chunk_rows: rows of logits held at a time, of each head.

@@ -144,7 +144,8 @@ def linear_token_logp(
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference); ``hidden[..., i, :]`` scores ``labels[..., i]``.
         weight: [V, D], same dtype. bias: [V] or None. A DTensor sharded on dim 0 of a mesh with one dimension is a
             vocabulary-parallel head: every process of the mesh calls with the same hidden states and labels (hidden
-            may be a DTensor), and gets the same log-probs; gradients of weight and bias stay with their rows.
+            may be a DTensor), and gets the same log-probs; gradients of weight and bias stay with their rows. Under
+            torch.autocast hidden, weight and bias are cast as in ``F.linear``.
         labels: [...], int64; rows labelled -100 cost nothing.
         logit_scale, softcap: as in Cohere, Granite and Gemma 2: softcap * tanh(scale * z / softcap).
         chunk_rows: rows of logits held at a time where whole rows are needed: in the backward, and in the forward where

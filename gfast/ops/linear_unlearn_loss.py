@@ -253,7 +253,8 @@ def linear_unlearn_loss(
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor is a
-            vocabulary-parallel head: see ``linear_token_logp``). bias: [V] or None.
+            vocabulary-parallel head: see ``linear_token_logp``). bias: [V] or None. Under torch.autocast they are cast
+            as in ``F.linear``.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
         ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
