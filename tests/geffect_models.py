@@ -119,6 +119,8 @@ def collate(samples: list, with_ref: bool = True, pad: int = 0) -> dict:
 def logps(model, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p of the shifted labels, 0 where ignored; the reference's; validity. All [B, T - 1]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    if logits.dtype.itemsize == 2:
+        logits = logits.float()  # as the losses of transformers do
     labels = batch["labels"][:, 1:]
     valid = labels != -100
     logp = F.log_softmax(logits[:, :-1], -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]

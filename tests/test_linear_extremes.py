@@ -1,0 +1,101 @@
+"""linear_unlearn_loss at its edges: logits up to 1e4, probabilities next to 0 and 1, no rows, one, odd vocabularies."""
+
+import math
+
+import pytest
+import torch
+from test_linear_head import rows_problem
+from test_ops_losses import assert_law, label, need, run, squared
+
+import gfast
+from gfast.objectives import GA, NPO, TNPO, WGA, SatImp
+from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
+
+IMPLS = ["reference", "cpp"]  # test_triton.py has the edges of its kernels; interpreted, these would take minutes
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(inputs, labels, objective, impl, chunk_rows=None):
+    """Finite, by the law, and returned: loss and the gradients of hidden, weight and bias."""
+    dtype, ref = inputs[0].dtype, torch.linspace(-9, -0.1, len(labels), dtype=torch.float64)
+
+    def ours(h, w, b):
+        options = dict(bias=b, ref_logp=ref, chunk_rows=chunk_rows, impl=impl)
+        return gfast.linear_unlearn_loss(h, w, labels, objective, **options)
+
+    def literal(h, w, b):
+        return linear_unlearn_loss_reference(h, w, labels, objective, bias=b, ref_logp=ref)
+
+    found = run(ours, inputs)
+    assert [x.dtype for x in found[1:]] == [dtype] * 3
+    assert all(x.isfinite().all() for x in found)
+    assert_law(found, run(literal, inputs), run(literal, [x.double() for x in inputs]), dtype, impl)
+    return found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", [WGA(0.5), TNPO(0.7), NPO(0.3), squared], ids=label)
+@pytest.mark.parametrize("n, V", [(0, 33), (1, 1), (5, 1), (1, 33), (1, 4099), (7, 4099)])
+def test_few_rows_and_odd_vocabularies(n, V, objective, dtype, impl):
+    need("linear_unlearn_loss", impl, "cpu", dtype)
+    hidden, weight, bias, labels = rows_problem(n, 24, V, dtype)
+    labels[n // 2 :] = V - 1  # the last entry, in whatever is left over behind whole vectors
+    loss, *grads = check((hidden, weight, bias), labels, objective, impl, chunk_rows=3)
+    if n == 0:
+        assert loss == 0
+    if n == 0 or V == 1:  # p is 1 whatever the logit is
+        assert all((grad == 0).all() for grad in grads)
+
+
+def whole_logits(n, D, V):
+    """hidden, weight, bias and logits: multiples of 32, to beyond 1e4, which fp32 sums exactly in any order. A tie is
+    a tie for everyone: random logits of this size would leave the errors to chance, in the one row that nearly ties."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-4, 5, (n, D), generator=g).double() * 8
+    weight = torch.randint(-4, 5, (V, D), generator=g).double() * 4
+    bias = torch.randint(-4, 5, (V,), generator=g).double() * 32
+    return hidden, weight, bias, hidden @ weight.T + bias
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", [GA(), WGA(0.5), SatImp(2.0, 1.0), TNPO(0.7), NPO(0.3), squared], ids=label)
+def test_logits_of_1e4(objective, dtype, impl):
+    need("linear_unlearn_loss", impl, "cpu", dtype)
+    *inputs, logits = whole_logits(9, 200, 700)
+    assert logits.abs().max() > 1e4
+    labels = torch.randint(0, 700, (9,), generator=torch.Generator().manual_seed(1))
+    labels[:3] = logits[:3].argmax(1)  # p is 1 to every digit
+    labels[3:6] = logits[3:6].argmin(1)  # log p is -2e4, p is 0
+    check([x.to(dtype) for x in inputs], labels, objective, impl, chunk_rows=4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective, power", [(GA(), 0), (WGA(1.0), 1), (squared, 2)], ids=["GA", "WGA", "callable"])
+@pytest.mark.parametrize("target", [30.0, 12.0, -30.0])
+def test_the_target_entry_keeps_its_relative_accuracy(target, objective, power, dtype, impl):
+    """As in test_ops_losses.py, on the way into dH and dW: the law says nothing where plain PyTorch's 1 - p is 0."""
+    need("linear_unlearn_loss", impl, "cpu", dtype)
+    labels = torch.tensor([7, 0, 49])
+    hidden, weight = torch.eye(3, dtype=torch.float64), torch.zeros(50, 3, dtype=torch.float64)
+    weight[labels, torch.arange(3)] = target  # the label's logit; all others are 0
+    others = 49 * math.exp(-target)  # relative to the label; log1p and 1 - p from it keep every digit
+    logp = -math.log1p(others)
+    rows = torch.full((3, 50), -math.exp(-target) / (1 + others), dtype=torch.float64)  # d logp / d logits
+    rows[torch.arange(3), labels] = others / (1 + others)
+    rows *= math.exp(power * logp)
+    exact = 3 * math.exp(power * logp) * logp, rows @ weight, rows.t()
+
+    def ours(h, w):
+        return gfast.linear_unlearn_loss(h, w, labels, objective, reduction="sum", chunk_rows=2, impl=impl)
+
+    # Half an epsilon for the gradient of the logits and for dH each, beside the accuracy in fp32; exp turns the
+    # rounding of power * logp into a relative one.
+    eps = torch.finfo(torch.float32).eps
+    rtol = 2e-6 + power * abs(logp) * eps + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+    found = run(ours, (hidden.to(dtype), weight.to(dtype)))
+    assert found[0].item() == pytest.approx(exact[0], rel=2e-6 + power * abs(logp) * eps)
+    for value, true in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=rtol, atol=0)
