@@ -372,7 +372,8 @@ def test_scripts_are_called_with_what_they_know(name, monkeypatch):
     known = {*_loss_providers.PROVIDERS, *geffect.ALL, *_loss_cases.HEADS, *_loss_cases.MODES, *_loss_cases.BATCHES}
     text = (BENCH / name).read_text().replace("\\\n", " ")
     variables = dict(re.findall(r"^(\w+)=(\(.*\)|'.*'|[\w,]+)$", text, re.M))
-    variables |= {key: variables[key] + more for key, more in re.findall(r"^(\w+)\+=([\w,]+)$", text, re.M)}
+    for key, more in re.findall(r"^(\w+)\+=('.*'|[\w,]+)$", text, re.M):
+        variables[key] += more
     lines = [shlex.split(line) for line in text.splitlines() if line.lstrip().startswith("bench ")]
     assert len(lines) >= 12
     for words in lines:
@@ -387,7 +388,7 @@ def test_scripts_are_called_with_what_they_know(name, monkeypatch):
                 assert f'"{flag}"' in source, f"{script} has no {flag}"
             if flag in ("--providers", "--modes", "--batches", "--shapes"):
                 for key in re.findall(r"\$(\w+)", value):
-                    value = value.replace(f"${key}", variables[key].strip("'"))
+                    value = value.replace(f"${key}", variables[key].replace("'", ""))
                 wanted = set(value.split(";" if script == "geffect" else ","))
                 shapes = set(_models_shapes()) if script in ("overhead", "geffect") else {"all"}
                 assert wanted <= known | shapes, wanted - known - shapes
