@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from _loss_cases import Case, Inputs
+from _loss_cases import OBJECTIVES, Case, Inputs
 
 from gfast.ops.backend import select
-from gfast.ops.common import rows_at_once
+from gfast.ops.common import sequence_layout
 from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, valid_rows
+from gfast.ops.plan import plan_chunks, sequence_length
+from gfast.ops.unlearn_loss import spec_of
 from gfast.ops.vocab_parallel import local_head
 
 # For what is measured beyond the tensors of a call: on a GPU the allocator rounds each up to 512 bytes; on a CPU it is
@@ -40,8 +42,12 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
     labels, scored, want_dw = inputs.labels.flatten(), case.mode == "nograd", case.mode in ("train", "forward")
     with torch.set_grad_enabled(not scored):  # it decides on the rows of a chunk
         given = local_head("memory", hidden, weight.detach().requires_grad_(want_dw), None, inputs.labels, None)
-    order = valid_rows(labels)
-    chunk = given.chunk_rows[0] if scored else rows_at_once(labels, order, given.chunk_rows)
+    if scored:
+        order, chunk = valid_rows(labels), given.chunk_rows[0]
+    else:
+        level, (ids, count) = spec_of(OBJECTIVES[case.objective]).level, sequence_layout("memory", inputs.labels, None)
+        length = sequence_length(inputs.labels, None)
+        order, chunk, _ = plan_chunks(level, labels, ids, count, length, given.chunk_rows)
     head = ChunkedHead(given.hidden, weight, None, labels, chunk, order)
     product, native, row = head.dtype.itemsize, weight.dtype.itemsize, head.dtype.itemsize * case.width
 

@@ -116,14 +116,14 @@ def _place(key: tuple) -> tuple | None:
 
 
 def short_losses(files: Iterable[Data]) -> str:
-    """One table for a device: others in multiples of gfast's time, the largest head of each case."""
+    """One table for a device: others in multiples of gfast's time; of each case the head with most of them."""
     kept: dict[tuple, tuple[tuple, dict[str, Data]]] = {}
     for data in files:
         for key, found in by_case(data["rows"]).items():
             place = _place(key)
             if place is None or "median_ms" not in found.get("gfast", {}):
                 continue
-            if place not in kept or _size(key, found) > _size(*kept[place]):
+            if place not in kept or _worth(key, found) > _worth(*kept[place]):
                 kept[place] = key, found
     rows = []
     for _, (key, found) in sorted(kept.items()):
@@ -138,8 +138,9 @@ def short_losses(files: Iterable[Data]) -> str:
     return table(header, rows[:MOST_ROWS]) if rows else ""
 
 
-def _size(key: tuple, found: dict[str, Data]) -> tuple[int, int]:
-    return math.prod(key[-1]), len(found)
+def _worth(key: tuple, found: dict[str, Data]) -> tuple[int, int]:
+    """How many were measured, and how large the head is."""
+    return sum("median_ms" in row for row in found.values()), math.prod(key[-1])
 
 
 def losses(data: Data) -> str:

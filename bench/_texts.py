@@ -48,7 +48,8 @@ quiet: every step says how long it took, every result what the load was.
   twice the error of plain PyTorch on upcast logits plus one rounding is refused and not timed; others beyond it are
   timed and marked "not the same numbers" (≠). Of gradient effects: against plain autograd, relative to the product of
   the norms. The published way in micro-batches takes dot products of moving averages, which is no effect of the batch:
-  it is timed whatever its error, and marked with how far its totals are from the exact ones on two micro-batches.
+  it is timed whatever its error, and marked with how far its totals are from the exact ones,
+  on two micro-batches (of a large model its first blocks).
 - **mode** of a case: forward + backward; forward of a loss that will be differentiated (gfast computes the gradients
   there, the floor is the forward's own product); frozen head (no gradient of its weight); without gradient. **batch**:
   full (every label valid), tofu (short answers, most positions ignored), long (sequences of up to 2048 positions)."""

@@ -134,10 +134,14 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int | N
         return None
 
 
-def give_back() -> None:
-    """Return freed memory to the system, so that it is counted when it is taken again (where glibc allocates)."""
-    with contextlib.suppress(OSError, AttributeError):
+def give_back() -> bool:
+    """Return freed memory to the system, so that it is counted when it is taken again; False where that cannot be
+    asked for (glibc's allocator does it)."""
+    try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def peak_in_fresh_process(

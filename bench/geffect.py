@@ -92,13 +92,14 @@ def _compared(truth: Truth, name: str, tolerance: float) -> dict[str, Any]:
     try:
         values = provider.run(truth.model, truth.forget, truth.retain)
         gap = error(truth, values, kind, provider.parameters)
+        off = off_by(truth, values, kind) if provider.micro_batch else None
     except Exception as problem:
         return {"failed": f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"}
     found: dict[str, Any] = {"error": gap}
     ours = name in PROVIDERS and "effect" in name
-    if provider.micro_batch and math.isfinite(gap):
-        off = found["off_by"] = off_by(truth, values, kind)
-        if off > tolerance:
+    if off is not None and math.isfinite(off):
+        found["off_by"] = off
+        if gap > tolerance:
             found["unequal"] = f"off by {off:.2e} of the exact effect"
     elif gap > (tolerance if ours else NO_RESULT):
         found["wrong"] = f"error {gap:.2e} of the norms' product against plain autograd: not timed"

@@ -120,10 +120,10 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[dict[s
             notes[name] = {"failed": _reason(problem)}
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    times = interleaved(steps, case.device, args.repetitions, budget_s=budget, first=first)
-    common = {**asdict(case), "shape": case.shape, "valid": inputs.valid}
     judged = case.op == "linear" and not args.no_memory
     allowed = allowed_bytes(case, inputs) if judged else 0
+    times = interleaved(steps, case.device, args.repetitions, budget_s=budget, first=first)
+    common = {**asdict(case), "shape": case.shape, "valid": inputs.valid}
     rows = []
     for name in steps:
         row = {**common, "provider": name, "relative_error": found.get(name), **times[name]}
@@ -139,9 +139,12 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[dict[s
         if found.get(name, 0.0) > limit:
             row["unequal"] = f"error {found[name]:.2e} exceeds {limit:.2e}"
         if not args.no_memory and name != "floor":  # which writes into memory that is there
-            row["peak_extra_mb"] = size = memory(case, name, steps[name])
-            if judged and PROVIDERS[name].ours and size is not None:
-                row["of_memory"] = of_memory(size, allowed)
+            try:
+                row["peak_extra_mb"] = size = memory(case, name, steps[name])
+                if judged and PROVIDERS[name].ours and size is not None:
+                    row["of_memory"] = of_memory(size, allowed)
+            except RuntimeError as problem:  # too large for the machine, say: the times are not lost with it
+                print(f"{name}: {problem}", flush=True)
         rows.append(row)
     rows += [{**common, "provider": name, **note} for name, note in notes.items()]
     rows += [{**common, "provider": name, "skipped": why} for name, why in missing.items() if case.op == "linear"]
@@ -167,8 +170,7 @@ def measure(description: str) -> int | None:
     case = Case(**fields)
     step = PROVIDERS[name].make(case, make_inputs(case))
     step()  # thread pools, a compiler, and what a matrix library keeps for its products are not a call's memory
-    give_back()
-    return peak_extra_bytes(step)
+    return peak_extra_bytes(step) if give_back() else None
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -180,8 +180,15 @@ def test_samples_of_a_gram_have_cosines():
         samples().cosine("retain")
     with pytest.raises(ValueError, match="no group 'lm'"):
         found.cosine("unlearn", "lm")
+    found.norms["retain"] = {"whole": 1.0}  # of other groups
+    with pytest.raises(ValueError, match="has the groups whole, not 'embed'"):
+        found.cosine("retain", "embed")
     found.norms["retain"] = {"embed": 0.5, "deep": 2.0}
     torch.testing.assert_close(found.cosine("retain", "embed"), found.retain["embed"] / norms["embed"] / 0.5)
+    for wrong in ({"whole": norms["embed"]}, {g: values[:2] for g, values in norms.items()}):
+        found.sample_norms = wrong
+        with pytest.raises(ValueError, match="of other groups or samples: 3 samples by embed, deep"):
+            found.rows()
 
 
 def samples() -> SampleEffect:
@@ -350,13 +357,17 @@ def test_histories_add_up_over_steps(tmp_path):
     assert history.cumulative("retain", "deep", learning_rate=0.1) == pytest.approx([0.0, 0.2, 0.25])
     for step, effect in effects.items():
         common = {"run": "a", "objective": effect.objective, "step": step, "epoch": 0.0}
-        write_record(tmp_path, [common | row for row in [*effect.rows(), {"quantity": "loss", "value": 1.0}]])
+        other = [{"quantity": "loss", "value": 1.0}, {"quantity": "risk", "side": "retain", "value": 2.0 + step}]
+        write_record(tmp_path, [common | row for row in [*effect.rows(), *other]])
     records = read_records(tmp_path)
     again = EffectHistory.from_records(records)
     assert again.steps == history.steps
     assert [effect.unlearn for effect in again.effects] == [effect.unlearn for effect in history.effects]
     assert again.effects[0].groups == ["embed", "deep"]  # from input to output, not by name as in the file
     assert again.cumulative("retain") == history.cumulative("retain")
+    assert [effect.risks for effect in again.effects] == [{"retain": 2.0}, {"retain": 6.0}, {"retain": 7.0}]
+    named = EffectHistory.from_records(records, risk="KL()")  # the recorded risk is the NLL, not this one
+    assert named.risk == "KL()" and not any(effect.risks for effect in named.effects)
     frame = again.to_frame()
     rows = frame[(frame["quantity"] == "cumulative") & (frame["side"] == "unlearn") & (frame["group"] == "total")]
     assert rows["value"].tolist() == [0.0, -12.0, -18.0]

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 TESTS = {  # file: those of its tests that reach the kernels
     "test_cpp_rows.py": "not bad and not threads",
     "test_linear_head.py": "fold or one_chunk_or_many or multiplied_in_fp32 or keep_their_digits or sum_over_chunks",
+    "test_linear_extremes.py": "cpp and few_rows",
     "test_vocab_parallel.py": "of_parts",
     "test_mixed_mm.py": "not refuse",
     "test_grad_dot.py": "cpp",

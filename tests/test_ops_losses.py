@@ -333,6 +333,11 @@ def test_bad_arguments_are_told_in_words():
         ),
         (ValueError, "bias must be", lambda: gfast.linear_token_logp(hidden, weight, labels, bias=bias[:4])),
         (ValueError, "softcap must be", lambda: gfast.linear_token_logp(hidden, weight, labels, softcap=-1.0)),
+        (
+            ValueError,
+            "logit_scale must",
+            lambda: gfast.linear_unlearn_loss(hidden, weight, labels, WGA(), logit_scale=-1.0),
+        ),
         (ValueError, "no implementation is called", lambda: gfast.unlearn_loss(logits, labels, WGA(), impl="fast")),
         (ValueError, "no CUDA kernel of its own", lambda: gfast.unlearn_loss(logits, labels, WGA(), impl="cuda")),
         (ValueError, "even number", lambda: gfast.unlearn_loss(logits[:3], labels[:3], DPO(), ref_logp=ref[:3])),

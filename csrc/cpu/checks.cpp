@@ -124,7 +124,7 @@ bool is_mapped(const at::Tensor& out) {
 
 void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int64_t, float*)>& body) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), rows);
-  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(rows / std::max<int64_t>(1, 8 * threads), (1 << 18) / vocab));
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(rows / std::max<int64_t>(1, 8 * threads), std::max<int64_t>(8, (1 << 18) / vocab)));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local std::vector<float> scratch;  // kept between calls: faulting it in costs as much as a row

@@ -103,11 +103,20 @@ class SampleEffect(Effect):
                 f"or of risk_gradients(...).norms(), for the same data, model and groups"
             )
         risk = self.norms[side]
+        if group != "total" and group not in risk:
+            raise ValueError(
+                f"norms[{side!r}] has the groups {', '.join(risk)}, not {group!r}: take it of these groups"
+            )
         scale = self._sample_norm(group) * (math.hypot(*risk.values()) if group == "total" else risk[group])  # [S]
         return torch.where(scale > 0, effect / scale, math.nan)
 
     def _sample_norm(self, group: str) -> Tensor:
         """||grad log p(s)||, fp64 [S], where it is known."""
+        if {g: n.shape for g, n in self.sample_norms.items()} != {g: e.shape for g, e in self.unlearn.items()}:
+            raise ValueError(
+                f"sample_norms are of other groups or samples: {len(self.tokens)} samples by {', '.join(self.groups)} "
+                f"are needed, as gram_effect(...) with the same data and groups has them"
+            )
         if group == "total":
             return torch.stack(list(self.sample_norms.values())).norm(dim=0)
         return self.sample_norms[group]
@@ -148,8 +157,8 @@ class SampleEffect(Effect):
 
             e(D) = sum over s of (w_s / Z) e(D, s)        Z: labelled tokens, or sequences, by the objective's reduction
 
-        Exactly what `gfast.g_effect` measures on the same data (without the objective's norm). Standard errors are
-        over samples.
+        Exactly the effects that `gfast.g_effect` measures on the same data, without the objective's norm and the
+        risks. Standard errors are over samples.
 
         Raises:
             ValueError: as `weights`.
@@ -264,8 +273,8 @@ class TokenEffect(Effect):
     def g_effect(self, objective: Objective) -> GEffect:
         """The G-effect of an objective, from these tokens alone: sum over i of (w_i / Z) e(D, i).
 
-        Exactly what `gfast.g_effect` measures on the same data (without the objective's norm). Standard errors are
-        over samples.
+        Exactly the effects that `gfast.g_effect` measures on the same data, without the objective's norm and the
+        risks. Standard errors are over samples.
 
         Raises:
             ValueError: as `weights`.

@@ -48,8 +48,11 @@ class EffectHistory(Effect):
         return cls(steps, found)
 
     @classmethod
-    def from_records(cls, rows: pandas.DataFrame | Iterable[Mapping[str, Any]]) -> EffectHistory:
+    def from_records(cls, rows: pandas.DataFrame | Iterable[Mapping[str, Any]], risk: str = "NLL()") -> EffectHistory:
         """From the records of a run (`gfast.training.read_records`), of one objective.
+
+        Args:
+            rows: the records. risk: label of the risk that was measured, which records do not hold.
 
         Raises:
             ValueError: no G-effect among them, or those of several objectives: choose one first.
@@ -63,10 +66,16 @@ class EffectHistory(Effect):
         if len(objectives) != 1:
             raise ValueError(f"the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
         (objective,) = objectives
-        scalars = {"objective": objective, "risk": "NLL()", "counts": {}}
-        for found in by_step.values():
+        risks: dict[int, dict[str, float]] = {step: {} for step in by_step}
+        for row in records if risk == "NLL()" else ():  # the callback records this one, whatever was measured
+            if row["quantity"] == "risk" and row["objective"] == objective and row["step"] in risks:
+                risks[int(row["step"])][str(row["side"])] = float(row["value"])
+        effects = {}
+        for step, found in by_step.items():
             found.sort(key=lambda row: depth(str(row["group"])))
-        return cls.of({step: GEffect._from_rows(found, scalars) for step, found in by_step.items()})
+            scalars = {"objective": objective, "risk": risk, "counts": {}, "risks": risks[step]}
+            effects[step] = GEffect._from_rows(found, scalars)
+        return cls.of(effects)
 
     @property
     def unlearn(self) -> dict[str, list[float]]:

@@ -188,8 +188,8 @@ class GEffect(Effect):
         errors: "unlearn" and "retain" -> {group or "total": standard error of e over the objective's batches (or
             samples, where those were measured), the risk's gradient taken as given}; empty where a single batch or an
             identity shows no variation.
-        risks: "unlearn" and "retain" -> R(D), which the passes that measure its gradient give; empty after the gram
-            engine, which has no such pass.
+        risks: "unlearn" and "retain" -> R(D), which the passes that measure its gradient give; empty
+            where there was none: after the gram engine, and of effects made from those of samples or tokens.
     """
 
     kind: ClassVar[str] = "objective"

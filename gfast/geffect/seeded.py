@@ -23,7 +23,7 @@ from gfast.geffect.state import uncompiled
 from gfast.geffect.uses import UseWatch
 from gfast.model import model_logits, model_logp, shifted
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
-from gfast.ops.head import ChunkedHead, check_cap, prepare_head, valid_rows
+from gfast.ops.head import ChunkedHead, check_map, prepare_head, valid_rows
 from gfast.ops.token_logp import logp_rows, logp_rows_grad
 from gfast.ops.unlearn_loss import check_reference, spec_of, weigh
 from gfast.ops.weights import WeightSpec, token_weights
@@ -173,7 +173,7 @@ class SeededPasses:
             seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
             place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
             chunks.start_gradients(hidden.requires_grad, False, False)
-            scale, cap = float(head.logit_scale), check_cap("g_effect", head.softcap)
+            scale, cap = check_map("g_effect", head.logit_scale, head.softcap)
             found = []  # log-probs, statistics and weights of the chunks
             for start, stop in row_chunks(chunks.rows, chunks.chunk):
                 part = slice(start, stop)

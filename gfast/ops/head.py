@@ -331,10 +331,13 @@ def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     return hidden, weight, bias
 
 
-def check_cap(name: str, softcap: float | None) -> float:
+def check_map(name: str, logit_scale: float, softcap: float | None) -> tuple[float, float]:
+    """Scale and softcap of the logits, 0 for none."""
+    if not logit_scale > 0:
+        raise ValueError(f"gfast: {name}: logit_scale must be positive, not {logit_scale}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"gfast: {name}: softcap must be positive or None, not {softcap}.")
-    return float(softcap or 0.0)
+    return float(logit_scale), float(softcap or 0.0)
 
 
 def flat_reference(name: str, ref_logp: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gfast.ops.backend import select
 from gfast.ops.common import IGNORE_INDEX, check_label_range, row_chunks, rows_at_once
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, valid_rows
+from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, valid_rows
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
 from gfast.ops.token_logp import cap_slope, capped, own_labels, stats_dtype
 from gfast.ops.vocab_parallel import Shard, check_alike, local_head
@@ -274,8 +274,7 @@ def linear_token_kl(
         flat,
         factor,
         head.shard,
-        float(logit_scale),
-        check_cap(name, softcap),
+        *check_map(name, logit_scale, softcap),
         head.chunk_rows,
         impl,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gfast.ops.backend import select
 from gfast.ops.common import check_label_range, row_chunks, rows_at_once
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, valid_rows
+from gfast.ops.head import ChunkedHead, check_map, fake_gradients, valid_rows
 from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
 from gfast.ops.vocab_parallel import LocalHead, Shard, local_head
 
@@ -169,4 +169,4 @@ def linear_token_logp(
     """
     name = "linear_token_logp"
     head = local_head(name, hidden, weight, bias, labels, chunk_rows)
-    return flat_logp(head, labels, float(logit_scale), check_cap(name, softcap), impl).reshape(labels.shape)
+    return flat_logp(head, labels, *check_map(name, logit_scale, softcap), impl).reshape(labels.shape)

@@ -20,7 +20,7 @@ from gfast.ops.common import (
     row_chunks,
     sequence_layout,
 )
-from gfast.ops.head import ChunkedHead, check_cap, fake_gradients, finished_gradients, flat_reference
+from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, flat_reference
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference
 from gfast.ops.plan import plan_chunks, sequence_length
 from gfast.ops.token_logp import stats_dtype
@@ -288,7 +288,7 @@ def linear_unlearn_loss(
     check_reference(name, objective, ref_logp, labels)
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
-    form = float(logit_scale), check_cap(name, softcap)
+    form = check_map(name, logit_scale, softcap)
     spec = spec_of(objective)
     inputs = (head.hidden, head.weight, head.bias)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

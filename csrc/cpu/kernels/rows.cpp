@@ -2,7 +2,8 @@
 //
 // A row is read block by block: exp(z' - running maximum) is summed and kept. The kept values of a block are later brought
 // to the row's maximum by one factor, so no exp is taken twice and the logits are read from memory once. Gradients that go
-// to memory around the caches are written while the next row is visited: stores wait for memory, exps do not.
+// to memory around the caches are written while the next row of the thread's share is visited: stores wait for memory, exps
+// do not.
 #include "cpu/kernels/rows.h"
 
 #include <cmath>
