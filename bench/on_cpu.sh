@@ -49,14 +49,15 @@ cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 8)
 bench logits losses --ops logits --shapes small --objectives wga --dtypes bf16,fp16,fp32 --budget 1 --json losses_logits.json
 bench objectives losses --ops logits --shapes small --objectives tnpo,npo,nll --dtypes bf16,fp16,fp32 --providers "$some" \
   --budget 1 --no-memory --json losses_objectives.json
-bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers "$everyone" --budget 3 \
+bench linear losses "${head[@]}" --objectives wga,nll --dtypes fp32 --providers "$everyone" --budget 10 --repetitions 31 \
   --json losses_linear.json
-bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 3 \
+bench linear losses "${head[@]}" --objectives wga,nll --dtypes bf16 --providers "$lines" --budget 10 --repetitions 31 \
   --json losses_linear_bf16.json
-bench linear losses "${head[@]}" --objectives tnpo --dtypes fp32,bf16 --providers gfast,floor,eager --budget 3 \
+bench linear losses "${head[@]}" --objectives tnpo --dtypes fp32,bf16 --providers gfast,floor,eager --budget 10 --repetitions 31 \
   --json losses_linear_tnpo.json
 bench modes losses "${head[@]}" --objectives wga,nll --dtypes fp32,bf16 --modes train,forward,frozen,nograd --batches tofu \
-  --providers gfast,gfast_logp,floor,eager --budget 3 --json losses_modes.json
+  --providers gfast,gfast_logp,floor,eager --budget 8 --repetitions 31 \
+  --json losses_modes.json
 bench long losses "${head[@]}" --rows 2048 --objectives wga,npo --dtypes fp32 --batches long --providers gfast,floor,eager \
   --budget 12 --json losses_long.json
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$few" \
