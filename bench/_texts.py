@@ -33,11 +33,12 @@ quiet: every step says how long it took, every result what the load was.
   who takes longer than its budget is timed by its first, cold call (times 1), which flatters the others.
 - **speed**: bytes of the logits read and of the gradient written, or operations of the matrix products that the mode
   needs over rows with a label, by the time.
-- **floors**: the time in multiples of what nobody can do without, timed in the same rounds. From logits: a copy of them
-  into memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the
-  mode, over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
-  forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD),
-  and two passes that compute no gradient of a weight.
+- **floors**: the time in multiples of what nobody can do without: the median over the rounds of the ratio within one
+  round (of results without the times of their rounds: the ratio of the medians). From logits: a copy of them into
+  memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the mode,
+  over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
+  forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD), and
+  two passes that compute no gradient of a weight.
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
   many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
   the chunk's logits, the rows that take part where they are copies, and tiles of W and dW where they are converted.

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from _device import cpu_model, device_name, instructions
@@ -30,15 +31,30 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, minimum and interquartile range in milliseconds."""
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """Median, minimum and interquartile range in milliseconds, and the time of every round."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {
         "median_ms": round(1e3 * middle, 4),
         "min_ms": round(1e3 * min(seconds), 4),
         "iqr_ms": round(1e3 * (high - low), 4),
         "repetitions": len(seconds),
+        "rounds_ms": [round(1e3 * value, 3) for value in seconds],
     }
+
+
+def of_floor(row: dict[str, Any], *units: tuple[float, dict[str, Any]]) -> float:
+    """Median over the rounds of a time in multiples of a floor, the sum of count times unit, in the same round.
+
+    A neighbour that takes the machine for a while slows a round's steps alike: their ratio shows less of it than that
+    of two medians does. What was called once, outside the rounds, stands against the floor's medians.
+    """
+    units = [(count, unit) for count, unit in units if count]
+    if len(row["rounds_ms"]) == 1:
+        return row["median_ms"] / sum(count * unit["median_ms"] for count, unit in units)
+    turns = zip(*(unit["rounds_ms"] for _, unit in units), strict=False)
+    floors = [sum(count * ms for (count, _), ms in zip(units, turn, strict=True)) for turn in turns]
+    return statistics.median(ms / floor for ms, floor in zip(row["rounds_ms"], floors, strict=False))
 
 
 def interleaved(
@@ -48,7 +64,7 @@ def interleaved(
     warmup: int = 3,
     budget_s: float | dict[str, float] = 20.0,
     first: dict[str, float] | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
     Args:

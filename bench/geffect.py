@@ -34,7 +34,7 @@ from _effect_peers import PEERS
 from _effect_providers import PROVIDERS, input_pass, plain_forward, plain_pass, plain_step
 from _laws import PUBLISHED
 from _models import DTYPES, SHAPES, answers, random_model, rows_of
-from _timing import environment, interleaved, peak_extra_bytes, peak_in_fresh_process, write_json
+from _timing import environment, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, write_json
 
 ALL = PROVIDERS | PEERS
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms; bf16: plain autograd's own error
@@ -128,19 +128,20 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
     if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
         del model
         steps = {}
-    one, forward, training, without = (times[name]["median_ms"] for name in UNITS)
+    one, forward, training, without = (times[name] for name in UNITS)
     rows: list[dict[str, Any]] = []
     for name, time in times.items():
         row: dict[str, Any] = {"name": name, **time}
         if name in good:
             provider = ALL[name]
             row |= {"kind": provider.kind, "parameters": provider.parameters, **notes[name]}
-            if floor := provider.passes * one + provider.forwards * forward + provider.steps * training:
-                row["ratio"], row["floor"] = round(time["median_ms"] / floor, 4), provider.floor
+            units = ((provider.passes, one), (provider.forwards, forward), (provider.steps, training))
+            if provider.floor:
+                row["ratio"], row["floor"] = round(of_floor(time, *units), 4), provider.floor
                 if provider.law is not None:
                     row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
             if provider.input_law is not None:
-                ratio = round(time["median_ms"] / (provider.input_passes * without), 4)
+                ratio = round(of_floor(time, (provider.input_passes, without)), 4)
                 row["of_passes_without_dw"] = {
                     "ratio": ratio,
                     "floor": f"{provider.input_passes:g} passes without dW",

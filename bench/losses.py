@@ -30,6 +30,7 @@ from _timing import (
     environment,
     give_back,
     interleaved,
+    of_floor,
     peak_extra_bytes,
     peak_in_fresh_process,
     synchronize,
@@ -133,7 +134,7 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[dict[s
         else:
             row["tflop_per_s"] = round(flops(case, inputs.valid) / seconds / 1e12, 4)
         if "floor" in times:
-            row["times_floor"] = round(times[name]["median_ms"] / times["floor"]["median_ms"], 3)
+            row["times_floor"] = round(of_floor(times[name], (1, times["floor"])), 3)
             if (most := law(case, name)) is not None:
                 row |= {"law": most, "law_met": row["times_floor"] <= most}
         if found.get(name, 0.0) > limit:

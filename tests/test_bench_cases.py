@@ -166,6 +166,16 @@ def test_slow_steps_are_called_once(losses):
     assert times["fast"]["repetitions"] == 5
 
 
+def test_floors_are_those_of_the_same_round(losses):
+    from _timing import of_floor, summary
+
+    one, other, unused = summary([1.0, 2.0, 30.0, 4.0]), summary([1.0, 1.0, 10.0]), summary([1.0])
+    # rounds of 2 + 1, 4 + 1 and 60 + 10: a disturbed round has both sides of its ratio disturbed
+    assert of_floor(summary([6.0, 10.0, 140.0]), (2, one), (1, other), (0, unused)) == 2.0
+    assert of_floor(summary([8.0, 6.0]), (1, one)) == 5.5
+    assert of_floor(summary([9.0]), (1, one)) == 3.0  # called once, in no round: against the median
+
+
 @pytest.fixture
 def geffect(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
