@@ -61,7 +61,7 @@ def errors(case: Case, names: list[str]) -> tuple[dict[str, float | str], float]
     width = case.width if case.device == "cuda" else min(case.width, 512)
     small = replace(case, rows=min(case.rows, CHECK_ROWS[case.batch]), width=width)
     inputs = make_inputs(small)
-    wide = replace(inputs, tensors=tuple(t.double() for t in inputs.tensors))
+    wide = replace(inputs, tensors=tuple(t.double() for t in inputs.tensors), ref_logp=inputs.ref_logp.double())
 
     def error(step: Step, truth: tuple[torch.Tensor, ...]) -> float:
         worst = 0.0

@@ -99,3 +99,25 @@ def test_the_target_entry_keeps_its_relative_accuracy(target, objective, power, 
     assert found[0].item() == pytest.approx(exact[0], rel=2e-6 + power * abs(logp) * eps)
     for value, true in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(value.double(), true, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_value_far_below_its_gradient_keeps_its_digits(impl, reduction):
+    """NPO of a text that is far from the original's: its value is a small part of the sum that carries the gradient."""
+    need("linear_unlearn_loss", impl, "cpu", torch.float32)
+    hidden, weight, _, labels = rows_problem(64, 16, 300, torch.float32)
+    labels = labels.clamp(min=0)[None]  # one sequence
+    exact = (hidden.double() @ weight.double().t()).log_softmax(-1).gather(1, labels[0, :, None])[:, 0]  # [64]
+    errors = {False: [], True: []}
+    for shift in torch.arange(1.0, 3.0, 0.125):
+        ref = (exact + shift).float()[None]
+        value = 20 * torch.nn.functional.softplus(0.1 * (exact.sum() - ref.double().sum()))
+        options = dict(ref_logp=ref, reduction=reduction, impl=impl)
+        for differentiated, found in errors.items():
+            h = hidden.clone().requires_grad_(differentiated)
+            loss = gfast.linear_unlearn_loss(h[None], weight, labels, NPO(beta=0.1), **options).loss.detach().sum()
+            found.append(float(loss.double() / value - 1))
+    for found in errors.values():
+        # 64 log-probs of about 8 are rounded on their own: their sum is off by 8 roundings or so, times beta
+        assert torch.tensor(found).square().mean().sqrt() < 0.1 * 8 * 8 * torch.finfo(torch.float32).eps / 2

@@ -46,7 +46,8 @@ def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=N
     reduction = reduction or default_reduction(objective)
     factor = coef_scale(valid, reduction, None, ids, count, is_pair(objective), logp.dtype)
     surrogate = (weight * logp).sum() * factor
-    loss = value.sum() * factor + surrogate - surrogate.detach()
+    # the difference first: the sum would take the digits of a value far below it (NPO's, once a text is forgotten)
+    loss = value.sum() * factor + (surrogate - surrogate.detach())
     return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
 
 
@@ -200,10 +201,10 @@ def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, no
             return LossOutput(per_token.reshape(labels.shape), out_logp, out_weight)
         unit = ids % value.shape[0]  # both halves of a pair share a value
         carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
-        return LossOutput(value + carried - carried.detach(), out_logp, out_weight)
+        return LossOutput(value + (carried - carried.detach()), out_logp, out_weight)
     factor = coef_scale(valid, reduction, normalizer, ids, count, is_pair(objective), flat.dtype)
     surrogate = per_token.sum()
-    loss = (value.sum() + surrogate - surrogate.detach()) * factor
+    loss = (value.sum() + (surrogate - surrogate.detach())) * factor  # in this order: see unlearn_loss_reference
     return LossOutput(loss, out_logp, out_weight)
 
 
