@@ -56,8 +56,8 @@ quiet: every step says how long it took, every result what the load was.
   full (every label valid), tofu (short answers, most positions ignored), long (sequences of up to 2048 positions)."""
 
 _NOT_QUIET = (
-    "A case of the sweeps, which are medians of three calls: the plain pass itself does not grow evenly there, so the "
-    "machine was not quiet."
+    "Few calls of seconds each, on a machine that others slow down for seconds at a time: the interquartile range of "
+    "the calls is wider than what is missed. In the sweeps the plain pass itself does not grow evenly."
 )
 REASONS = {  # only what is known
     "g_effect": _NOT_QUIET,
@@ -77,6 +77,9 @@ REASONS = {  # only what is known
     "cached tiles of logits with an exponential an entry.",
     "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
     "the copies of the logits that its law above names.",
+    "gram_effect": "`g_effect` by gram takes three passes without gradients of weights, the forget batch with the "
+    "objective's seeds and with the risk's, where `gram_effect` takes two; three such passes cost about what a training "
+    "step on both batches does.",
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
