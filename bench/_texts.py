@@ -69,7 +69,8 @@ REASONS = {  # only what is known
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
     "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by "
     "tile for dH, and dW once, while the floor's operands are converted beforehand: the fewer rows, the more that "
-    "weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`).",
+    "weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`). Where an objective has a "
+    "weight a sequence (NPO) and a sequence is longer than a chunk, its logits are computed twice: four products.",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
@@ -78,8 +79,8 @@ REASONS = {  # only what is known
     "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
     "the copies of the logits that its law above names.",
     "gram_effect": "`g_effect` by gram takes three passes without gradients of weights, the forget batch with the "
-    "objective's seeds and with the risk's, where `gram_effect` takes two; three such passes cost about what a training "
-    "step on both batches does.",
+    "objective's seeds and with the risk's, where `gram_effect` takes two; three such passes cost about what a "
+    "training step on both batches does.",
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
