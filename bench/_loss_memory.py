@@ -7,7 +7,16 @@ from _loss_cases import OBJECTIVES, Case, Inputs
 
 from gfast.ops.backend import select
 from gfast.ops.common import sequence_layout
-from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, valid_rows
+from gfast.ops.head import (
+    _FOLD_BYTES,
+    _TILE_BYTES,
+    ChunkedHead,
+    _grad_dtype,
+    _mixes,
+    _wide_rows,
+    sum_parts,
+    valid_rows,
+)
 from gfast.ops.plan import plan_chunks, sequence_length
 from gfast.ops.unlearn_loss import spec_of
 from gfast.ops.vocab_parallel import local_head
@@ -32,7 +41,8 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
 
     A chunk: its logits [rows, V] in the dtype of the products, fp32 on a CPU that multiplies 16 bits slowly; the rows
     that take part and their dH, where some have no label or their dtype is another; where W has to be converted, the
-    tile of it that is at hand; on a CPU, the tile of a product that is added to a dW of another dtype.
+    tile of it that is at hand; on a CPU, the tile of a product that is added to a dW of another dtype. Where a CPU's
+    kernels widen W in the cache, there are no such tiles, but sums of dH by parts of the vocabulary.
 
     Scoring: logp and two statistics a row in fp32, and the fp64 they are made of, all [N]; the rows that take part and
     the tile of W as above; of the logits what is folded at a time, at most ``_FOLD_BYTES``, or a chunk where no kernel
@@ -53,21 +63,25 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
 
     taken = head.hidden.numel() * product if head.hidden.data_ptr() != hidden.data_ptr() else 0
     logits = head.chunk * case.vocab * product
-    tile = _wide_rows(row, case.vocab) * row
+    tile, mixes = _wide_rows(row, case.vocab) * row, _mixes(head.dtype, weight)
     if scored:
         if head.folds(select("linear_token_logp", "auto", hidden.device, hidden.dtype)):
             logits = min(_FOLD_BYTES, head.rows * case.vocab * product)
-        converts = head.dtype != weight.dtype and not _mixes(head.dtype, weight)
+        converts = head.dtype != weight.dtype and not mixes
         return case.rows * 3 * (4 + 8) + taken + logits + converts * tile
 
     gradient = _grad_dtype(head.dtype)  # that dH is made in
     if head.index is not None or gradient != hidden.dtype:
         taken += head.hidden.numel() * gradient.itemsize
-    allowed = hidden.numel() * native + taken + logits + (head.dtype != weight.dtype) * tile
+    converted = tile if head.dtype != weight.dtype else 0
+    if mixes:
+        parts = sum_parts(head.chunk, case.vocab, case.width)
+        converted = parts * head.chunk * row if parts > 1 else 0
+    allowed = hidden.numel() * native + taken + logits + converted
     if want_dw:
         wide = native == 2 and (head.chunk < head.rows or weight.dtype == torch.float16)
         total = torch.float32 if wide else weight.dtype
-        if head.dtype != total and weight.is_cpu:
+        if head.dtype != total and weight.is_cpu and not mixes:
             allowed += tile if head.dtype == torch.float32 else max(256 * row, _TILE_BYTES)
         allowed += weight.numel() * (native + 4 * wide)
     return allowed

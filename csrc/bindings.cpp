@@ -34,6 +34,8 @@ TORCH_LIBRARY(gfast, m) {
       "float softcap, float ref_scale, float ref_softcap, Tensor(a!) out) -> ()");
   m.def("fold_rows(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
   m.def("mixed_mm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("head_grad_hidden(Tensor grad_logits, Tensor weight, int most, Tensor(a!) out) -> ()");
+  m.def("head_grad_weight(Tensor grad_logits, Tensor hidden, Tensor(a!) out) -> ()");
   m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
   m.def("used_rows(Tensor x) -> Tensor");
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");

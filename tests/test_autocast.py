@@ -86,7 +86,7 @@ def test_heads_are_cast_like_linear_layers(dtype, native, impl, monkeypatch):
     need("linear_unlearn_loss", impl, "cpu", dtype)
     # Autocast is on while an op's own products run: those in fp32, where a processor has none of 16 bits, stay so.
     monkeypatch.setattr(head, "_native", lambda dtype: native)
-    monkeypatch.setattr(head, "_mixes", lambda *args: False)
+    monkeypatch.setattr(head, "_multiplies_mixed", lambda: False)
     inputs = problem(dtype=dtype)[:3]
     for loss in linear_losses(impl):
         assert_same_inside(loss, inputs, torch.bfloat16)

@@ -85,7 +85,12 @@ def test_memory_allowed_is_the_gradients_and_one_chunk(losses, monkeypatch):
     assert allowed(losses, dtype="bf16")[0] == (d_hidden + d_weight + logits) // 2
     monkeypatch.setattr(head, "_native", lambda dtype: False)
     rows, tile = 2 * 64 * 32 * 4, 64 * 32 * 4  # H and dH in fp32; of W, and of the product that becomes dW
+    monkeypatch.setattr(head, "_multiplies_mixed", lambda: False)
     assert allowed(losses, dtype="bf16")[0] == d_hidden // 2 + d_weight // 2 + logits + rows + 2 * tile
+    monkeypatch.setattr(head, "_multiplies_mixed", lambda: True)
+    monkeypatch.setattr("_loss_memory.sum_parts", lambda *shape: 7)
+    sums = 7 * 64 * 32 * 4  # of dH, by parts of the vocabulary
+    assert allowed(losses, dtype="bf16")[0] == d_hidden // 2 + d_weight // 2 + logits + rows + sums
 
 
 def test_memory_of_scoring_does_not_grow_with_the_logits(losses):

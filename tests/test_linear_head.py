@@ -287,14 +287,15 @@ def test_one_chunk_as_long_as_it_takes_no_more_memory(native, most, monkeypatch)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["W as it is", "W by tiles"])
+@pytest.mark.parametrize("chunk", [8, 20])
 @pytest.mark.parametrize("op", ["loss", "logp"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, mixed, monkeypatch):
+def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, chunk, mixed, monkeypatch):
     need("linear_token_logp", "cpp", "cpu", torch.bfloat16)
     monkeypatch.setattr(head, "_native", lambda dtype: False)
     monkeypatch.setattr(head, "_FOLD_BYTES", 1)  # two tiles
     if not mixed:
-        monkeypatch.setattr(head, "_mixes", lambda *args: False)
+        monkeypatch.setattr(head, "_multiplies_mixed", lambda: False)
     elif not head._has_mixed_mm():
         pytest.skip("there is no product of fp32 and 16 bits here")
     hidden, weight, b, labels = rows_problem(20, 16, 1000, torch.bfloat16)
@@ -304,12 +305,14 @@ def test_a_head_multiplied_in_fp32_is_as_exact_as_a_converted_one(bias, op, mixe
     def step(h, w, c):
         c = c if bias else None
         if op == "loss":
-            return gfast.linear_unlearn_loss(h, w, labels, WGA(), bias=c, chunk_rows=8).loss
-        return gfast.linear_token_logp(h, w, labels, bias=c, chunk_rows=8).sin().sum()
+            return gfast.linear_unlearn_loss(h, w, labels, WGA(), bias=c, chunk_rows=chunk).loss
+        return gfast.linear_token_logp(h, w, labels, bias=c, chunk_rows=chunk).sin().sum()
 
     with Inside(lambda func, out: calls.append(func)):
         found = run(step, (hidden, weight, b))
-    assert (torch.ops.gfast.mixed_mm.default in calls) == mixed
+    for name in ("mixed_mm", "head_grad_hidden", "head_grad_weight"):  # the sum of several chunks stays in fp32
+        expected = mixed and (name != "head_grad_weight" or chunk == 20)
+        assert (getattr(torch.ops.gfast, name).default in calls) == expected, name
     for ours in (found, run(step, (hidden, columns, b))):
         for value, exact in zip(ours, run(step, [x.float() for x in (hidden, weight, b)]), strict=True):
             if exact is not None:

@@ -17,7 +17,7 @@
 
 namespace gfast {
 
-GFAST_DECLARE_KERNEL(void, pack_columns, (const Factor&, int64_t, int64_t, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, pack_columns, (const Factor&, int64_t, int64_t, int64_t, int64_t, float*, int64_t))
 
 namespace {
 
@@ -74,7 +74,7 @@ void multiply(const Product& p) {
     for (int64_t column = begin * kPanel; column < std::min(end * kPanel, p.columns); column += kPanel)
       for (int64_t k = 0; k < p.depth; k += kDepth) {
         const int64_t depth = std::min(kDepth, p.depth - k);
-        pack(p.b, column, std::min(kPanel, p.columns - column), k, depth, panel);
+        pack(p.b, column, std::min(kPanel, p.columns - column), k, depth, panel, kPanel);
         for (int64_t row = 0; row < p.rows; row += kRows) block(p, panel, k, depth, row, column);
       }
   });

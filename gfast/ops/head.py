@@ -16,6 +16,7 @@ from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_
 _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what a processor's last cache holds
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
 _WIDE_TILE_BYTES = 2**24  # of a tile of W or dW in fp32: larger products are worth more than the nearest cache
+_SUM_BYTES, _SUM_ENTRIES = 2**24, 256  # of the sums of dH by parts of the vocabulary; of the least part
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -38,10 +39,12 @@ def _native(dtype: torch.dtype) -> bool:
 
 @cache
 def _has_mixed_mm() -> bool:
-    """Whether there is a product of fp32 and 16 bits, and a fast one: in AVX2 or AVX-512."""
-    if not has_cpu_kernel("mixed_mm") or extension()[0].build_info()["instruction_set"] == "default":
+    """Whether there are products of fp32 and 16 bits, and fast ones: in AVX2 or AVX-512."""
+    names = ("mixed_mm", "head_grad_hidden", "head_grad_weight")
+    if not all(map(has_cpu_kernel, names)) or extension()[0].build_info()["instruction_set"] == "default":
         return False
-    torch.library.register_fake("gfast::mixed_mm", lambda a, b, bias, out: None)  # it only writes to out
+    for name in names:
+        torch.library.register_fake(f"gfast::{name}", lambda *args: None)  # they only write to their last argument
     return True
 
 
@@ -49,7 +52,11 @@ def _mixes(rows: torch.dtype, weight: Tensor) -> bool:
     """Whether rows of that dtype are multiplied by ``weight`` as it is, without a conversion of it in memory."""
     sixteen = weight.dtype in (torch.bfloat16, torch.float16)
     usable = rows == torch.float32 and sixteen and weight.is_cpu and weight.stride(1) == 1
-    return usable and torch.backends.mkldnn.enabled and _has_mixed_mm()
+    return usable and _multiplies_mixed()
+
+
+def _multiplies_mixed() -> bool:
+    return torch.backends.mkldnn.enabled and _has_mixed_mm()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -188,8 +195,12 @@ class ChunkedHead:
         hidden = self.hidden[start:stop]
         if self.grad_hidden is not None:
             out = self.grad_hidden[start:stop]
-            for part, weight, _ in self._tiles():
-                _accumulate_product(out, grad_logits[:, part].t(), weight, first=part.start == 0)
+            if _mixes(grad_logits.dtype, self._weight):
+                parts = sum_parts(stop - start, *self._weight.shape)
+                torch.ops.gfast.head_grad_hidden(grad_logits, self._weight, parts, out)
+            else:
+                for part, weight, _ in self._tiles():
+                    _accumulate_product(out, grad_logits[:, part].t(), weight, first=part.start == 0)
         if self._need_weight:
             if self._total is None:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
@@ -236,7 +247,9 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total [m, D] += left.T @ right, or = for the first; left [n, m] and right [n, D] may have another dtype."""
-    if left.dtype == total.dtype:
+    if first and total.is_cpu and (left.dtype, total.dtype) == (torch.float32, torch.bfloat16) and _multiplies_mixed():
+        torch.ops.gfast.head_grad_weight(left, right, total)
+    elif left.dtype == total.dtype:
         if first:
             torch.mm(left.t(), right, out=total)
         else:
@@ -262,6 +275,11 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
                 torch.ops.gfast.accumulate(total[part], share)
             else:
                 total[part] += share
+
+
+def sum_parts(rows: int, vocab: int, width: int) -> int:
+    """Parts of the vocabulary that threads add up dH [rows, width] for, where W is widened in the cache."""
+    return max(1, min(32, -(-vocab // _SUM_ENTRIES), _SUM_BYTES // max(4 * rows * width, 1)))
 
 
 def _wide_rows(row: int, vocab: int) -> int:

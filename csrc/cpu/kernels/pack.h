@@ -1,4 +1,4 @@
-// Rows of a matrix that become fp32 columns.
+// Rows of a matrix that become an fp32 panel.
 #pragma once
 
 #include "cpu/kernels/rows.h"
@@ -11,6 +11,6 @@ struct Factor {
   Dtype dtype;
 };
 
-constexpr int64_t kPanel = 64;  // rows that become the columns of a panel
+constexpr int64_t kPanel = 64;  // columns of a panel
 
 }  // namespace gfast
