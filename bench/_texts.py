@@ -41,7 +41,8 @@ quiet: every step says how long it took, every result what the load was.
   two passes that compute no gradient of a weight.
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
   many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
-  the chunk's logits, the rows that take part where they are copies, and tiles of W and dW where they are converted.
+  the chunk's logits, the rows that take part where they are copies, and what converting takes: tiles of W and dW, or
+  sums of dH by parts of the vocabulary.
   Without gradient: its outputs and the logits that are folded at a time.
 - **peak MB**: memory a call needs at its peak beyond what is held before it, its results included, measured in a fresh
   process; of a loss on a CPU in a second call, because a matrix library keeps from the first what it packs operands in.
@@ -67,10 +68,11 @@ REASONS = {  # only what is known
     "weight a sequence (NPO) need all rows of a sequence before its first gradient can be written: they read "
     "the logits twice.",
     "train": "gfast multiplies chunk by chunk: several products, and dW added up over the chunks, against three large "
-    "products into memory that is there. In 16 bits on a CPU without instructions for them, W is converted tile by "
-    "tile for dH, and dW once, while the floor's operands are converted beforehand: the fewer rows, the more that "
-    "weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`). Where an objective has a "
-    "weight a sequence (NPO) and a sequence is longer than a chunk, its logits are computed twice: four products.",
+    "products into memory that is there. In 16 bits on a CPU without instructions for them, W is widened and dW "
+    "rounded on their way through the cache, while the floor's operands are converted beforehand: the fewer rows, the "
+    "more that weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`). Where an "
+    "objective has a weight a sequence (NPO) and a sequence is longer than a chunk, its logits are computed twice: "
+    "four products.",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "
