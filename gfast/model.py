@@ -83,10 +83,15 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
     """
     labels = shifted(_labels(batch))
     head = hf.head(model, sharded=True)
+    output = model_logits(model, batch) if head is None else hf.final_hidden(model, batch)
+    return _back(output_logp(head, output, labels, impl=impl))
+
+
+def output_logp(head: hf.Head | None, output: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
+    """log p [B, T] of shifted labels, from what the head reads [B, T, D], or from logits [B, T, V] where it is None."""
     if head is None:
-        return _back(token_logp(model_logits(model, batch), labels, impl=impl))
-    hidden = hf.final_hidden(model, batch)
-    return _back(linear_token_logp(hidden, head.weight, labels, impl=impl, **_head_options(head)))
+        return token_logp(output, labels, impl=impl)
+    return linear_token_logp(output, head.weight, labels, impl=impl, **_head_options(head))
 
 
 def model_loss(

@@ -7,6 +7,12 @@ its modules; then every other batch passes by and is multiplied with them as its
 such passes and the products. With m_f and m_r batches there are m_f (m_f + 1) / 2 + m_f m_r passes, because only one
 forget batch is kept at a time: a forward's activations, twice. The head's output gradient [n, V] exists whole only for
 n up to the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
+
+The G-effect of an objective keeps its batches under the objective's seeds, and both sets pass by under the risk's:
+m_f (m_f + m_r) forwards for an objective on the forget set. The kept batch itself passes by in the graph that it is
+kept from: a second backward, not a second pass. Until that is through, all activations of the batch stay beside what is
+kept of it, which is no more than while another batch of its size passes by. Where functions that are not PyTorch's own
+take part, whose backward may overwrite what they had saved, it takes a forward of its own like the others.
 """
 
 from __future__ import annotations
@@ -24,9 +30,10 @@ from gfast.geffect.modules import Share, find_sites
 from gfast.geffect.pairs import GramEffect
 from gfast.geffect.passes import Passes, Progress
 from gfast.geffect.products import Caches, Rows, own_products, products, rows_of
-from gfast.geffect.seeded import SeededPasses, Seeds, check_weighted, frozen, seeds_of
+from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
+from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX
 
 _Batch = Mapping[str, Any]
@@ -99,13 +106,13 @@ def gram_effects(measurement: Measurement) -> GramEffect:
 
     with _Pairs(measurement, "log p", by_sample=True) as pairs:
         for first, batch in enumerate(batches["forget"]):
-            pairs.keep(batch, Seeds())
+            pairs.keep(batch)
             for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
-                values = pairs.cross(other, Seeds())
+                values = pairs.cross(other)
                 put("forget", first, second, values)
                 put("forget", second, first, values.transpose(0, 2))
             for second, other in enumerate(batches["retain"]):
-                put("retain", first, second, pairs.cross(other, Seeds()))
+                put("retain", first, second, pairs.cross(other))
             put("forget", first, first, pairs.own())
     sides = ({name: out[s][:, g].contiguous() for g, name in enumerate(groups)} for s in SIDE_SOURCES)
     counts = {"unlearn": int(tokens["forget"].sum()), "retain": int(tokens["retain"].sum())}
@@ -118,21 +125,20 @@ def gram_dots(measurement: Measurement, term: Term) -> Tensor:
     The batches of the objective are kept one at a time, and both sets pass by: the risk's seeds on one side, the
     objective's on the other. Raises ValueError for an objective or a risk without token weights.
     """
-    data, model = measurement.data, measurement.model
+    data = measurement.data
     risks = [Term(measurement.risk, source) for source in SIDE_SOURCES]
     for one in (term, *risks):
         check_weighted(one, "gram")
     label = f"{term.objective} on the {term.source} data"
     dots = torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64)
     with _Pairs(measurement, label, by_sample=False) as pairs:
+        others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
         for _, batch in data.counted(term):
-            batch = pairs.on_device(batch)
-            pairs.keep(batch, seeds_of(model, batch, term.objective))
-            for side, risk in enumerate(risks):
-                for _, other in data.counted(risk):
-                    other = pairs.on_device(other)
-                    values = pairs.cross(other, seeds_of(model, other, risk.objective))  # [1, G, 1]
-                    dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risk))
+            again = any(other is batch for _, other in others)
+            same = pairs.keep(batch, term.objective, measurement.risk if again else None)
+            for side, other in others:
+                values = same if other is batch else pairs.cross(other, measurement.risk)  # [1, G, 1]
+                dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risks[side]))
     return dots
 
 
@@ -151,11 +157,10 @@ class _Pairs:
         self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self.kept: dict[str, list[Rows]] = {}
-        self.crossing = False
         self.caches = Caches.new()
         self.model, self.stack = model, ExitStack()
         scale = self.passes.loss_scale
-        self.seeded = SeededPasses(model, sites, self._consume, "gram", scale, whole_head=True)
+        self.seeded = SeededPasses(model, sites, "gram", scale, whole_head=True)
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails
@@ -165,26 +170,27 @@ class _Pairs:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.kept = {}
+        self.kept, self.caches = {}, Caches.new()
         self.stack.__exit__(*error)
         if error[0] is None:
             self.seeded.finish()
 
-    def on_device(self, batch: _Batch) -> _Batch:
-        return to_device(batch, self.passes.device)
+    def keep(self, batch: _Batch, objective: Objective | None = None, risk: Objective | None = None) -> Tensor | None:
+        """Run a batch and keep its shares under the objective's seeds (None: log p), in place of those kept before.
 
-    def keep(self, batch: _Batch, seeds: Seeds) -> None:
-        """Run a batch and keep its shares, in place of those kept before."""
+        With a risk the products with the same batch under its seeds, as `cross` gives them, from the same forward.
+        """
         self.kept = {}
-        self.crossing, self.samples = False, self._samples(batch)
+        self.samples = self._samples(batch)
         self.own_table, self.own_done = self._table(self.samples), set()
-        self._run(batch, seeds)
+        self.table = self._table(self.samples)
+        self._run(batch, (objective, self._keep), *([] if risk is None else [(risk, self._multiply)]))
+        return None if risk is None else self._by_group(self.table)
 
-    def cross(self, batch: _Batch, seeds: Seeds) -> Tensor:
+    def cross(self, batch: _Batch, objective: Objective | None = None) -> Tensor:
         """Products of the kept batch's samples with this one's by group, fp64 [S, G, S'] on the CPU."""
-        self.crossing = True
         self.table = self._table(self._samples(batch))
-        self._run(batch, seeds)
+        self._run(batch, (objective, self._multiply))
         return self._by_group(self.table)
 
     def own(self) -> Tensor:
@@ -203,27 +209,28 @@ class _Pairs:
     def _by_group(self, table: Tensor) -> Tensor:
         return self.passes.by_group(table.transpose(0, 1) / self.passes.loss_scale**2, self.label)
 
-    def _run(self, batch: _Batch, seeds: Seeds) -> None:
-        batch = self.on_device(batch)
+    def _run(self, batch: _Batch, *seeds: Seed) -> None:
+        batch = to_device(batch, self.passes.device)
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-            self.seeded.run(batch, seeds)
+            self.seeded.run(batch, *seeds)
         self.caches = Caches.new()  # what it holds belongs to this batch
         self.bar.update()
 
-    def _consume(self, name: str, share: Share, place: Tensor | None) -> None:
+    def _rows(self, share: Share, place: Tensor | None) -> Rows:
         count, length = self.shape
-        samples = count if self.by_sample else 1
         owner = None if place is None or not self.by_sample else place // length
-        found = rows_of(share, owner, samples, self.caches.selected)
-        if not self.crossing:
-            kept = self.kept.setdefault(name, [])
-            if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up
-                kept[0].share.add_(found.share)
-            else:
-                kept.append(found)
-            return
-        kept, index = self.kept.get(name, []), self.position[name]
+        return rows_of(share, owner, count if self.by_sample else 1, self.caches.selected)
+
+    def _keep(self, name: str, share: Share, place: Tensor | None) -> None:
+        found, kept = self._rows(share, place), self.kept.setdefault(name, [])
+        if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up
+            kept[0].share.add_(found.share)
+        else:
+            kept.append(found)
+
+    def _multiply(self, name: str, share: Share, place: Tensor | None) -> None:
+        found, kept, index = self._rows(share, place), self.kept.get(name, []), self.position[name]
         # forming gradients of the kept samples serves their own products too
         joint = self.by_sample and len(kept) == 1 and name not in self.own_done
         for one in kept:

@@ -180,15 +180,19 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
 class Watch:
     """Hooks on sites: in a backward, `consume(name, share)` gets every parameter's shares as soon as they are known.
 
-    Inputs are kept from a module's forward to its backward, as training does; outputs that need no gradient (those of
-    frozen embeddings, or of the first trainable module) are made the start of the graph. Rows of a share are the
-    batch's samples one after the other, equally many each.
+    Inputs are kept from a module's forward to its backward, as training does, and longer if `again` announces another
+    backward through the same graph follows; outputs that need no gradient (those of frozen embeddings, or of the first
+    trainable module) are made the start of the graph. Rows of a share are the batch's samples one after the other,
+    equally many each.
 
-    Use it as a context manager around forward and backward passes, and call `start` before each forward.
+    Use it as a context manager around forward and backward passes, call `start` before each forward, and set `consume`
+    before each backward.
     """
 
-    def __init__(self, sites: list[Site], consume: Callable[[str, Share], None], engine: str) -> None:
-        self.sites, self.consume, self.engine = sites, consume, engine
+    def __init__(self, sites: list[Site], engine: str) -> None:
+        self.sites, self.engine = sites, engine
+        self.consume: Callable[[str, Share], None] | None = None
+        self.again = False
         self.shape = (0, 0)  # of the batch: B, T
         self.ran: set[str] = set()
         self.running: list[str] = []  # sites whose forward has begun and not ended, innermost last
@@ -260,14 +264,18 @@ class Watch:
         result = None
         if not output.requires_grad:
             # the start of the graph; a copy, because what follows may change a module's output in place
-            output = result = output.detach().requires_grad_().clone()
+            start = output.detach().requires_grad_()
+            # its gradient may lie where a kept share does, and a second backward would be added to it in place
+            start.register_post_accumulate_grad_hook(_drop_grad)
+            output = result = start.clone()
         # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
         output.register_hook(partial(self._backward, site, [kept, kept._version, scale]))
         return result
 
     def _backward(self, site: Site, call: list[Any], grad: Tensor) -> None:
         kept, version, scale = call
-        call.clear()  # the input is not needed any longer
+        if not self.again:
+            call.clear()  # the input is not needed any longer
         if kept._version != version:
             raise ValueError(
                 f"the input of {site.name!r} was changed in place after the module had read it: the {self.engine} "
@@ -304,6 +312,10 @@ class Watch:
                 yield weight, Outer(a, b) if site.kind == "linear" else Outer(b, a)
         if bias is not None:
             yield bias, Sum(b)
+
+
+def _drop_grad(tensor: Tensor) -> None:
+    tensor.grad = None
 
 
 def _wide(tensor: Tensor) -> Tensor:

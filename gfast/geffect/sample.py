@@ -22,7 +22,7 @@ from gfast.geffect.effects import SampleEffect
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Lookup, Outer, Share, Sites, find_sites
 from gfast.geffect.passes import Passes, Progress
-from gfast.geffect.seeded import SeededPasses, Seeds, check_weighted, frozen, seeds_of
+from gfast.geffect.seeded import SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
 from gfast.objectives import NLL, Objective
@@ -112,7 +112,7 @@ def sample_effects(measurement: Measurement) -> SampleEffect:
     sites = find_sites(measurement.model, measurement.groups, "sample")
     batches = measurement.data.batches["forget"]
     with measurement.directions() as directions:
-        dots, logp = _measure(measurement, directions, sites, batches, lambda batch: Seeds(), "log p")
+        dots, logp = _measure(measurement, directions, sites, batches, None, "log p")
         _check_complete(dots, directions)
         norms, counts = directions.norms(), directions.counts
     sides = ({name: dots[:, g, side].clone() for g, name in enumerate(measurement.groups.names)} for side in (0, 1))
@@ -136,9 +136,7 @@ def objective_samples(measurement: Measurement, directions: Directions, term: Te
     sites = find_sites(measurement.model, measurement.groups, "sample")
     batches = [batch for _, batch in measurement.data.counted(term)]
     label = f"{term.objective} on the {term.source} data"
-    dots, _ = _measure(
-        measurement, directions, sites, batches, lambda batch: seeds_of(measurement.model, batch, term.objective), label
-    )
+    dots, _ = _measure(measurement, directions, sites, batches, term.objective, label)
     return dots / max(measurement.data.count(term), 1)
 
 
@@ -163,10 +161,10 @@ def _measure(
     directions: Directions,
     sites: Sites,
     batches: Iterable[_Batch],
-    seeds: Callable[[_Batch], Seeds],
+    objective: Objective | None,
     label: str,
 ) -> tuple[Tensor, Tensor]:
-    """Per row of the batches: dots of the seeded gradient [S, G, 2], and log p [S]; both fp64 on the CPU."""
+    """Per row of the batches: dots of the gradient [S, G, 2] of an objective (None: log p), and log p [S]; fp64 CPU."""
     model = measurement.model
     position = {name: index for index, name in enumerate(directions.names)}
     table = torch.empty(0)  # [P, 2, B] of the batch at hand
@@ -184,14 +182,14 @@ def _measure(
     dots, logps = [], []
     with Progress(measurement.progress, "sample effects") as bar, measuring(model), frozen(model):
         passes = Passes(model, measurement.data, measurement.groups, bar, measurement.loss_scale)
-        with SeededPasses(model, sites, consume, "sample", passes.loss_scale) as seeded:
+        with SeededPasses(model, sites, "sample", passes.loss_scale) as seeded:
             for batch in batches:
                 batch = to_device(batch, passes.device)
                 size = batch["labels"].numel()
                 rows = batch["labels"].shape[0]
                 table = torch.zeros(len(position), 2, rows, dtype=torch.float64, device=passes.device)
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-                    logp = seeded.run(batch, seeds(batch)).double().sum(1)
+                    logp = seeded.run(batch, (objective, consume)).double().sum(1)
                 else:
                     logp = table.new_zeros(rows)
                 dots.append(passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, label))

@@ -4,12 +4,15 @@
 
 The decoder runs to its final hidden states, the head goes chunk by chunk (logits, their gradient in the same memory,
 dH), and dH runs back through the decoder. What each trainable parameter gets is handed over row by row, see `modules`.
+Several seeds of one batch take one forward and a backward each, through the same graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +24,8 @@ from gfast.geffect.head_rows import HeadRows
 from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
 from gfast.geffect.state import uncompiled
 from gfast.geffect.uses import UseWatch
-from gfast.model import model_logits, model_logp, shifted
+from gfast.model import model_logits, output_logp, shifted
+from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
 from gfast.ops.head import ChunkedHead, check_map, prepare_head, valid_rows
 from gfast.ops.token_logp import logp_rows, logp_rows_grad
@@ -33,6 +37,8 @@ _WHOLE = 1.0
 
 # consume(name, share, place): `place` int64 [n] are the rows' positions among all B * T, None for rows in their order
 Consumer = Callable[[str, Share, Tensor | None], None]
+# the objective whose detached token weights seed a backward (None: every weight is 1), and who gets its shares
+Seed = tuple[Objective | None, Consumer]
 
 
 class Seeds(NamedTuple):
@@ -57,28 +63,6 @@ def check_weighted(term: Term, engine: str) -> None:
         ) from None
 
 
-def seeds_of(model: nn.Module, batch: Mapping[str, Any], objective: Any) -> Seeds:
-    """The detached weights of an objective on a batch. Those that depend on whole sequences take a scoring pass."""
-    reference = batch.get("ref_logp")
-    check_reference("g_effect", objective, reference, batch["labels"])
-    ref = None if reference is None else _to_scoring(reference)
-    spec = spec_of(objective)
-    if spec is not None and spec.level == "token":
-        return Seeds(spec, None, ref if spec.uses_ref else None)
-    labels = shifted(batch["labels"])
-    with torch.no_grad():
-        logp = _to_scoring(model_logp(model, batch)).reshape(-1)
-    ids, count = sequence_layout("g_effect", labels, None)
-    valid = (labels != IGNORE_INDEX).reshape(-1)
-    ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
-    return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(labels.shape))
-
-
-def _to_scoring(values: Tensor) -> Tensor:
-    """[B, T] aligned with labels, moved to the positions that score them."""
-    return nn.functional.pad(values[:, 1:], (0, 1))
-
-
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient, no module checkpoints activations (the inputs are kept in any case)."""
@@ -97,26 +81,43 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@dataclass
+class _Forward:
+    """What a batch's forward leaves: logits [B, T, V], or hidden states [B, T, D] and the head that reads them.
+
+    labels: [B, T] at the positions that score. tiled: the share of the head's weight comes as `HeadRows`.
+    repeats: further backwards through the graph are as good as the first.
+    """
+
+    batch: Mapping[str, Any]
+    labels: Tensor
+    output: Tensor
+    chunks: ChunkedHead | None
+    tiled: bool
+    repeats: bool
+
+    def release(self) -> None:
+        """After an error: let go of the graph, even where the frames of a traceback hold the output."""
+        self.output.detach_()
+        self.chunks = None
+        # on a CPU nodes that were due stay in this thread's queue until its next backward, which drops them
+        torch.zeros((), device="cpu", requires_grad=True).backward()
+
+
 class SeededPasses:
-    """Forwards and backwards over batches, with all shares going to `consume`.
+    """Forwards and backwards over batches, with all shares going to consumers.
 
     A context manager; the model must be frozen, see `frozen`. Seeds are multiplied by `loss_scale`, and so is every b.
     With `whole_head` the share of the head's weight comes as one that may be kept: with its b [n, V], or as `HeadRows`
-    where that would be large. Without, it comes a chunk of rows at a time, whose b is gone when `consume` returns.
+    where that would be large. Without, it comes a chunk of rows at a time, whose b is gone when the consumer returns.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        sites: Sites,
-        consume: Consumer,
-        engine: str,
-        loss_scale: float = 1.0,
-        whole_head: bool = False,
+        self, model: nn.Module, sites: Sites, engine: str, loss_scale: float = 1.0, whole_head: bool = False
     ) -> None:
-        self.model, self.sites, self.consume = model, sites, consume
+        self.model, self.sites = model, sites
         self.ran, self.loss_scale, self.whole_head = False, loss_scale, whole_head
-        self.watch = Watch(sites.modules, lambda name, share: consume(name, share, None), engine)
+        self.watch = Watch(sites.modules, engine)
         self.uses = UseWatch(model, sites.owners(), self.watch.running, engine)
         self.stack = ExitStack()
 
@@ -135,71 +136,120 @@ class SeededPasses:
         if self.ran:
             self.watch.check_all_ran()
 
-    def run(self, batch: Mapping[str, Any], seeds: Seeds) -> Tensor:
-        """One batch (on the device); returns the log-probs [B, T] at the positions that score, 0 where ignored."""
-        labels = shifted(batch["labels"])
-        self.watch.start(*labels.shape)
-        self.ran = True
-        if self.sites.head is None:
-            return self._own_logits(batch, labels, seeds)
-        return self._chunked(batch, labels, seeds)
+    def run(self, batch: Mapping[str, Any], *seeds: Seed) -> Tensor:
+        """One batch (on the device), a backward for each seed in order.
 
-    def _own_logits(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
-        with self.uses:
-            logits = model_logits(self.model, batch)  # [B, T, V]
-        rows = logits.detach().reshape(-1, logits.shape[-1])
-        check_label_range("labels", labels.reshape(-1), rows.shape[1])
-        grad = torch.empty_like(rows)
-        logp = self._rows_gradient(rows, labels.reshape(-1), _flat(seeds), 1.0, 0.0, grad)[0]
-        if logits.requires_grad:
-            self.uses.check_graph(logits)
-            self._backward(logits, grad.view(logits.shape))
-        return logp.view(labels.shape)
+        They share one forward, whose graph is held until the last of them has run through it; where a backward may
+        not leave the graph as it was, each has a forward of its own.
 
-    def _chunked(self, batch: Mapping[str, Any], labels: Tensor, seeds: Seeds) -> Tensor:
-        head, names = self.sites.head, self.sites.head_parameters
-        with self.uses:
-            hidden = hf.final_hidden(self.model, batch)  # [B, T, D]
-        flat_labels = labels.reshape(-1)
-        h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, flat_labels)
-        check_label_range("labels", flat_labels, weight.shape[0])
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            order = valid_rows(flat_labels)
-            count = len(h) if order is None else len(order)
-            whole = self.whole_head and "weight" in names
-            tiled = whole and count > _WHOLE * weight.shape[1]
-            chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
-            chunks = ChunkedHead(h, weight, bias, flat_labels, chunk, order)
-            seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
-            place = torch.arange(chunks.rows, device=h.device) if chunks.index is None else chunks.index  # [n]
-            chunks.start_gradients(hidden.requires_grad, False, False)
-            scale, cap = check_map("g_effect", head.logit_scale, head.softcap)
-            found = []  # log-probs, statistics and weights of the chunks
-            for start, stop in row_chunks(chunks.rows, chunks.chunk):
-                part = slice(start, stop)
-                rows = chunks.logits(start, stop)  # [chunk, V]
-                some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
-                found.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
-                chunks.add_gradients(start, stop, rows)
-                if "weight" in names and not tiled:
-                    self.consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
-                if "bias" in names:
-                    self.consume(names["bias"], Sum(rows), place[part])
-            logp, stats, coef = map(torch.cat, zip(*found, strict=True))
-            if tiled:
-                own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
-                share = HeadRows(chunks.hidden, chunks.labels, logp, stats, coef, *own)
-                self.consume(names["weight"], share, place)
-            grad = chunks.gradients()[0]
-            logp = chunks.scatter(logp).view(labels.shape)
-        if hidden.requires_grad:
-            self.uses.check_graph(hidden)
-            self._backward(hidden, grad.view(hidden.shape).to(hidden.dtype))
+        Returns the log-probs [B, T] at the positions that score, 0 where ignored.
+        """
+        one, left = None, len(seeds)
+        try:
+            for objective, consume in seeds:
+                left -= 1
+                one = one or self._forward(batch)
+                self.watch.consume, self.watch.again = partial(consume, place=None), left > 0 and one.repeats
+                score = self._own_logits if one.chunks is None else partial(self._chunked, consume=consume)
+                logp = score(one, objective)
+                if not self.watch.again:
+                    one = None
+        finally:
+            self.watch.consume, self.watch.again = None, False
+            if one is not None:
+                one.release()
         return logp
 
-    def _backward(self, output: Tensor, grad: Tensor) -> None:
-        with torch.autocast(output.device.type, enabled=False):
-            output.backward(grad)
+    def _forward(self, batch: Mapping[str, Any]) -> _Forward:
+        labels, head = shifted(batch["labels"]), self.sites.head
+        self.watch.start(*labels.shape)
+        self.ran = True
+        with self.uses:
+            output = model_logits(self.model, batch) if head is None else hf.final_hidden(self.model, batch)
+        # the same tensor, but for autograd no view of another, which could not be detached in place
+        output = torch.ops.aten._unsafe_view(output, output.shape)
+        repeats = not output.requires_grad or self.uses.check_graph(output)
+        chunks, tiled = (None, False) if head is None else self._head_of(output, labels.reshape(-1))
+        check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
+        return _Forward(batch, labels, output, chunks, tiled, repeats)
+
+    def _head_of(self, hidden: Tensor, labels: Tensor) -> tuple[ChunkedHead, bool]:
+        """The head over the rows that count, and whether its b is too large to exist whole."""
+        head = self.sites.head
+        h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, labels)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            order = valid_rows(labels)
+            count = len(h) if order is None else len(order)
+            whole = self.whole_head and "weight" in self.sites.head_parameters
+            tiled = whole and count > _WHOLE * weight.shape[1]
+            chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
+            return ChunkedHead(h, weight, bias, labels, chunk, order), tiled
+
+    def _own_logits(self, one: _Forward, objective: Objective | None) -> Tensor:
+        seeds = _flat(self._seeds(one, objective))
+        rows = one.output.detach().reshape(-1, one.output.shape[-1])
+        grad = torch.empty_like(rows)
+        logp = self._rows_gradient(rows, one.labels.reshape(-1), seeds, 1.0, 0.0, grad)[0]
+        self._backward(one, grad)
+        return logp.view(one.labels.shape)
+
+    def _chunked(self, one: _Forward, objective: Objective | None, consume: Consumer) -> Tensor:
+        seeds = self._seeds(one, objective)
+        with torch.no_grad(), torch.autocast(one.output.device.type, enabled=False):
+            logp = self._head_shares(one, seeds, consume)
+            grad = one.chunks.gradients()[0]
+            logp = one.chunks.scatter(logp).view(one.labels.shape)
+        self._backward(one, grad)
+        return logp
+
+    def _head_shares(self, one: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
+        """Hands over what the head gets, and leaves dH in `one.chunks`; log-probs [n] of the rows that count."""
+        head, names, chunks = self.sites.head, self.sites.head_parameters, one.chunks
+        seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
+        place = torch.arange(chunks.rows, device=one.output.device) if chunks.index is None else chunks.index  # [n]
+        chunks.start_gradients(one.output.requires_grad, False, False)
+        scale, cap = check_map("g_effect", head.logit_scale, head.softcap)
+        found = []  # log-probs, statistics and weights of the chunks
+        for start, stop in row_chunks(chunks.rows, chunks.chunk):
+            part = slice(start, stop)
+            rows = chunks.logits(start, stop)  # [chunk, V]
+            some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
+            found.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
+            chunks.add_gradients(start, stop, rows)
+            if "weight" in names and not one.tiled:
+                consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
+            if "bias" in names:
+                consume(names["bias"], Sum(rows), place[part])
+        logp, stats, coef = map(torch.cat, zip(*found, strict=True))
+        if one.tiled:
+            own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
+            share = HeadRows(chunks.hidden, chunks.labels, logp, stats, coef, *own)
+            consume(names["weight"], share, place)
+        return logp
+
+    def _backward(self, one: _Forward, grad: Tensor) -> None:
+        if not one.output.requires_grad:
+            return
+        grad = grad.view(one.output.shape).to(one.output.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            one.output.backward(grad, retain_graph=self.watch.again)
+
+    def _seeds(self, one: _Forward, objective: Objective | None) -> Seeds:
+        """The detached weights of an objective. Those that depend on whole sequences score the batch first."""
+        if objective is None:
+            return Seeds()
+        reference = one.batch.get("ref_logp")
+        check_reference("g_effect", objective, reference, one.batch["labels"])
+        ref = None if reference is None else nn.functional.pad(reference[:, 1:], (0, 1))  # where it is scored
+        spec = spec_of(objective)
+        if spec is not None and spec.level == "token":
+            return Seeds(spec, None, ref if spec.uses_ref else None)
+        with torch.no_grad():
+            logp = output_logp(self.sites.head, one.output.detach(), one.labels).reshape(-1)
+        ids, count = sequence_layout("g_effect", one.labels, None)
+        valid = (one.labels != IGNORE_INDEX).reshape(-1)
+        ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
+        return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(one.labels.shape))
 
     def _rows_gradient(
         self, rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 
@@ -89,19 +90,25 @@ class UseWatch(TorchFunctionMode):
         why = f"torch function {what!r} reads it {module_on_stack(self.model)}, outside its own module"
         self._refuse(name, why, "engine='stream' or 'token', which take any use")
 
-    def check_graph(self, output: Tensor) -> None:
-        """ValueError if the output's graph leads to a parameter: something computed before the pass holds it."""
-        todo, seen = [output.grad_fn], {None}
+    def check_graph(self, output: Tensor) -> bool:
+        """ValueError if the output's graph leads to a parameter: something computed before the pass holds it.
+
+        Whether all of it is PyTorch's own: functions that others wrote may overwrite in their backward what they had
+        saved (fused activations do), and then only the first backward through the graph is right.
+        """
+        todo, seen, own = [output.grad_fn], {None}, True
         while todo:
             node = todo.pop()
             if node in seen:
                 continue
             seen.add(node)
+            own = own and not isinstance(node, BackwardCFunction) and type(node).__name__ != "CppFunction"
             found = self.owners.get(id(getattr(node, "variable", None)))
             if found is not None:
                 why = "the model reads a view of it, or a product, that was made before the pass"
                 self._refuse(found[0], why, "engine='stream', which takes any use")
             todo.extend(next_node for next_node, _ in node.next_functions)
+        return own
 
     def _refuse(self, name: str, why: str, instead: str) -> None:
         raise ValueError(
