@@ -80,10 +80,7 @@ void head_grad_hidden_cpu(const Tensor& grad_logits, const Tensor& weight, int64
   const int64_t n = grad_logits.size(0), vocab = grad_logits.size(1), width = weight.size(1);
   check_product(op, grad_logits, weight, out, at::kFloat,
                 out.dim() == 2 && weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
-  if (out.numel() == 0 || vocab == 0) {
-    out.zero_();
-    return;
-  }
+  if (out.numel() == 0) return;
   const int64_t part_size = up(at::divup(vocab, std::max<int64_t>(most, 1)), kDepth), parts = at::divup(vocab, part_size);
   const int64_t groups = std::max<int64_t>(1, (width + kGroup / 2) / kGroup);
   const int64_t group_size = up(at::divup(width, groups), kPanel), stride = kDepth + kPad;

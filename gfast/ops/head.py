@@ -186,12 +186,15 @@ class ChunkedHead:
 
     def start_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         self._need_weight, self._added = need_weight, 0
-        self.grad_hidden = torch.empty_like(self.hidden, dtype=_grad_dtype(self.dtype)) if need_hidden else None
+        new = torch.empty_like if self.vocab else torch.zeros_like  # to a share of no entries nothing is added
+        self.grad_hidden = new(self.hidden, dtype=_grad_dtype(self.dtype)) if need_hidden else None
         self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=_wide(self.dtype)) if need_bias else None
         self._total: Tensor | None = None  # of dW [V, D]
 
     def add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
         """The chunk's share of every gradient that is wanted; ``grad_logits`` [stop - start, V]."""
+        if not self.vocab:
+            return
         hidden = self.hidden[start:stop]
         if self.grad_hidden is not None:
             out = self.grad_hidden[start:stop]

@@ -99,8 +99,6 @@ class Shard(NamedTuple):
     def gradients(self, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
         """``head.gradients()`` with dH summed over the processes, before its last rounding."""
         if head.grad_hidden is not None:
-            if not head.vocab:  # nothing has been written to it
-                head.grad_hidden.zero_()
             head.grad_hidden = self.summed(head.grad_hidden)
         return head.gradients()
 
