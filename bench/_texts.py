@@ -71,8 +71,8 @@ REASONS = {  # only what is known
     "products into memory that is there. In 16 bits on a CPU without instructions for them, W is widened and dW "
     "rounded on their way through the cache, while the floor's operands are converted beforehand: the fewer rows, the "
     "more that weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`). Where an "
-    "objective has a weight a sequence (NPO) and a sequence is longer than a chunk, its logits are computed twice: "
-    "four products.",
+    "objective has a weight a sequence (NPO), the sequences longer than a chunk have their logits computed twice, all "
+    "but the first of a batch (the first too in results before commit `COMMIT`): four products.",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "

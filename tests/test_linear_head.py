@@ -169,6 +169,42 @@ def test_one_chunk_or_many_by_the_law(chunk, dtype, monkeypatch):
     assert_law(found, run(literal, (hidden, weight, bias)), run(literal, wide), dtype)
 
 
+LONG = {  # valid labels of each sequence -> chunks of 8 rows: the first one longer than a chunk is computed once
+    (20,): 3,
+    (20, 19): 3 + 2 * 3,
+    (5, 20, 3, 9): 1 + 3 + 1 + 2 * 2,
+    (8, 8): 2,
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", [NPO(0.3), SimNPO(2.0, 1.0)], ids=["npo", "simnpo"])
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+def test_sequences_longer_than_a_chunk(lengths, objective, dtype, frozen, monkeypatch):
+    hidden, weight, bias, flat = rows_problem(20 * len(lengths), 16, 300, dtype)
+    labels, hidden = flat.view(-1, 20), hidden.view(-1, 20, 16)
+    for row, length in enumerate(lengths):
+        labels[row, length:] = -100
+    ref = -5 - torch.rand(labels.shape)
+    chunks, logits = [], head.ChunkedHead.logits
+    monkeypatch.setattr(head.ChunkedHead, "logits", lambda self, a, b: chunks.append(b - a) or logits(self, a, b))
+
+    def ours(h, w, b):
+        if frozen:
+            w, b = w.detach(), b.detach()
+        return gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, ref_logp=ref, chunk_rows=8)
+
+    def literal(h, w, b):
+        return linear_unlearn_loss_reference(h, w, labels, objective, ref_logp=ref, bias=b)
+
+    found = run(ours, (hidden, weight, bias))
+    assert len(chunks) == LONG[lengths] and max(chunks) <= 8
+    wide = [x.double() for x in (hidden, weight, bias)]
+    given = 2 if frozen else 4
+    assert_law(found[:given], run(literal, (hidden, weight, bias))[:given], run(literal, wide)[:given], dtype)
+
+
 def test_the_products_a_gpu_takes_exist():
     """bf16 products summed in fp32: no GPU is needed to see that torch knows the call."""
     left, right = torch.ones(8, 6, dtype=torch.bfloat16), torch.ones(8, 4, dtype=torch.bfloat16)

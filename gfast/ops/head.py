@@ -215,6 +215,13 @@ class ChunkedHead:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
         self._added += 1
 
+    def scale_gradients(self, start: int, stop: int, factor: Tensor) -> None:
+        """Multiply all gradients; nothing but the rows from start to stop has been added to them so far."""
+        sums = (None if self.grad_hidden is None else self.grad_hidden[start:stop], self._total, self.grad_bias)
+        for x in sums:
+            if x is not None:
+                x *= factor
+
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dH [N, D] in hidden's dtype, dW [V, D] in weight's (both fp32 for fp16), db [V] in at least fp32; an unwanted
         one is empty."""

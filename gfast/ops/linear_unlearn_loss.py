@@ -16,6 +16,7 @@ from gfast.ops.common import (
     check_pairs,
     check_reduction,
     coef_scale,
+    may_wait,
     raise_if_not_finite,
     row_chunks,
     sequence_layout,
@@ -115,17 +116,35 @@ def _linear_unlearn(
             logp[part], stats[part] = shard.logp_rows(rows, head.labels[part], scale, softcap, impl)
         weights[start:stop] = weights_of(slice(start, stop))
         for a, b in pieces:
-            if len(pieces) > 1:  # longer than a chunk: its logits are gone, compute them again
+            if len(pieces) > 1:  # longer than a chunk, and not the first: its logits are gone, compute them again
                 rows = head.logits(a, b)
             part = slice(a, b)
             coef = (weights[part] * factor).to(dtype)
             shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef, scale, softcap, impl)
             head.add_gradients(a, b, rows)
 
+    def first_span(start: int, stop: int) -> None:
+        """A sequence longer than a chunk, before anything else is summed. Its one weight, which only its last row
+        tells, multiplies the sums: no row is computed twice."""
+        one = torch.ones_like(factor)
+        unweighted = WeightSpec(sign=spec.sign)
+        for a, b in row_chunks(stop - start, head.chunk):
+            rows, part = head.logits(start + a, start + b), slice(start + a, start + b)
+            logp[part] = weighted_rows(rows, head.labels[part], None, unweighted, one, scale, softcap, rows, impl)[0]
+            head.add_gradients(part.start, part.stop, rows)
+        weights[start:stop] = weights_of(slice(start, stop))
+        head.scale_gradients(start, stop, weights[start:stop].abs().amax() * factor)
+
     # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
     by_row = level == "token" and given is None and not group
-    for start, stop in spans:
-        (row_span if by_row else whole_span)(start, stop)
+    # spans longer than a chunk are single sequences, unless boundaries had to follow from shapes that do not tell them
+    single = level == "sequence" and not group and (length > 0 or may_wait(labels.device))
+    lone = next((span for span in spans if single and span[1] - span[0] > head.chunk), None)
+    if lone is not None:
+        first_span(*lone)
+    for span in spans:
+        if span != lone:
+            (row_span if by_row else whole_span)(*span)
     return head.scatter(logp), head.scatter(weights), *shard.gradients(head)
 
 
@@ -249,7 +268,8 @@ def linear_unlearn_loss(
 
     Rows labelled -100 are left out before any product; a head that needs no gradient costs no dW, and a loss that
     nobody differentiates is scored as by ``linear_token_logp``. Callables see all tokens at once and take a first
-    scoring pass.
+    scoring pass; so do the sequences longer than a chunk of objectives with a weight a sequence, all but the first
+    (with DPO or a vocabulary-parallel head: all of them).
 
     Args:
         hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor is a

@@ -32,7 +32,7 @@ def plan_chunks(
 
     Returns:
         The rows that take part in their order (None: all as they come), rows of a chunk, and spans of that order. A
-        span longer than a chunk takes a first pass for its sums.
+        span longer than a chunk is one sequence or pair, unless everything is one span.
     """
     if not common.may_wait(labels.device):
         chunk = rows_at_once(labels, None, chunk_rows)
