@@ -58,6 +58,16 @@ class Effects:
         )
         return " + ".join(f"{count:g} {one if count == 1 else many}" for count, one, many in units if count)
 
+    def units(self) -> list[str]:
+        """What it is measured by, as `geffect.UNITS` names it."""
+        counts = {
+            "plain pass": self.passes,
+            "plain forward": self.forwards,
+            "training step": self.steps,
+            "pass without dW": self.input_passes,
+        }
+        return [name for name, count in counts.items() if count]
+
     def why_not(self, model: nn.Module, forget: Batch) -> str | None:
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"

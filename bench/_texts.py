@@ -38,7 +38,8 @@ quiet: every step says how long it took, every result what the load was.
   memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the mode,
   over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
   forward and backward passes; of `gram_effect` a training step on both batches (gradients accumulated, plain SGD), and
-  two passes that compute no gradient of a weight.
+  two passes that compute no gradient of a weight; all timed right before each call (in results without
+  `beside_ms` in the JSON once a round, which lasts up to a minute there).
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
   many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
   the chunk's logits, the rows that take part where they are copies, and what converting takes: tiles of W and dW, or
@@ -72,7 +73,7 @@ REASONS = {  # only what is known
     "rounded on their way through the cache, while the floor's operands are converted beforehand: the fewer rows, the "
     "more that weighs. On `cpu-xeon-amx` 1024 rows were still two chunks (one since commit `3308ab3`). Where an "
     "objective has a weight a sequence (NPO), the sequences longer than a chunk have their logits computed twice, all "
-    "but the first of a batch (the first too in results before commit `COMMIT`): four products.",
+    "but the first of a batch (the first too in results before commit `850ae22`): four products.",
     "frozen": "Two products only, in batches of short answers over few rows: what does not shrink with the rows "
     "(converting or packing W, starting the threads) weighs more beside them.",
     "nograd": "One product only, in batches of short answers over few rows: what does not shrink with the rows "

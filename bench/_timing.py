@@ -47,12 +47,14 @@ def of_floor(row: dict[str, Any], *units: tuple[float, dict[str, Any]]) -> float
     """Median over the rounds of a time in multiples of a floor, the sum of count times unit, in the same round.
 
     A neighbour that takes the machine for a while slows a round's steps alike: their ratio shows less of it than that
-    of two medians does. What was called once, outside the rounds, stands against the floor's medians.
+    of two medians does. Units that were timed right before each call of the step are taken from there. What was called
+    once, outside the rounds, stands against the floor's medians.
     """
     units = [(count, unit) for count, unit in units if count]
     if len(row["rounds_ms"]) == 1:
         return row["median_ms"] / sum(count * unit["median_ms"] for count, unit in units)
-    turns = zip(*(unit["rounds_ms"] for _, unit in units), strict=False)
+    beside = row.get("beside_ms", {})
+    turns = zip(*(beside.get(unit.get("name"), unit["rounds_ms"]) for _, unit in units), strict=False)
     floors = [sum(count * ms for (count, _), ms in zip(units, turn, strict=True)) for turn in turns]
     return statistics.median(ms / floor for ms, floor in zip(row["rounds_ms"], floors, strict=False))
 
@@ -64,6 +66,7 @@ def interleaved(
     warmup: int = 3,
     budget_s: float | dict[str, float] = 20.0,
     first: dict[str, float] | None = None,
+    beside: dict[str, list[str]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
@@ -75,11 +78,16 @@ def interleaved(
         budget_s: per step (or name -> seconds), for its timed calls; a step that takes more in its first call is
             timed by that alone.
         first: name -> seconds of a first call that was made before.
+        beside: name -> steps to time right before each of its calls, the units of its floor: a round of slow steps
+            lasts longer than a machine keeps its speed. They have no other turn in the rounds.
 
     Returns:
-        name -> ``summary`` of its times.
+        name -> ``summary`` of its times, with those of what was called beside it, and its name where it was that.
     """
     rounds: dict[str, int] = {}
+    beside = beside or {}
+    near: dict[str, dict[str, list[float]]] = {name: {unit: [] for unit in units} for name, units in beside.items()}
+    units = {unit for some in beside.values() for unit in some}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         budget = budget_s[name] if isinstance(budget_s, dict) else budget_s
@@ -94,11 +102,26 @@ def interleaved(
             rounds[name] = 0
         else:
             rounds[name] = max(1, min(repetitions, int(budget / max(warm[-1], 1e-6))))
+    seconds = _cuda_seconds if device == "cuda" else _wall_seconds
     for turn in range(max(rounds.values(), default=0)):
         for name, step in steps.items():
-            if turn < rounds[name]:
-                times[name].append(_cuda_seconds(step) if device == "cuda" else _wall_seconds(step))
-    return {name: summary(values) for name, values in times.items()}
+            if turn < rounds[name] and name not in units:
+                for unit in near.get(name, ()):
+                    near[name][unit].append(seconds(steps[unit]))
+                    times[unit].append(near[name][unit][-1])
+                times[name].append(seconds(step))
+    for unit in units:
+        while len(times[unit]) < min(3, rounds[unit]):  # nobody it stands beside had a turn
+            times[unit].append(seconds(steps[unit]))
+    milliseconds = {
+        name: {unit: [round(1e3 * value, 3) for value in values] for unit, values in some.items()}
+        for name, some in near.items()
+    }
+    found = {name: summary(values) for name, values in times.items()}
+    for name, row in found.items():
+        row |= {"name": name} if name in units else {}
+        row |= {"beside_ms": milliseconds[name]} if milliseconds.get(name) else {}
+    return found
 
 
 def _wall_seconds(step: Callable[[], object]) -> float:

@@ -13,10 +13,10 @@ and not timed, others are marked unequal (and refused over 50 %). Who is known t
 micro-batches instead, relative to the exact effect too, and timed whatever that error.
 
 A floor is what a measurement cannot do without, in plain passes (logits, cross entropy, backward into .grad) and plain
-forwards timed in the same rounds: two passes for the risks' gradients and one for the objective's; a sample engine adds
-a forward's worth of dot products; the token engine replaces the third pass by 9 forwards' worth of tangents; gram is to
-take no more than a training step on both batches (their gradients accumulated, plain SGD) and than 1.3 times two passes
-that compute no gradient of a weight. Peak memory is what a call needs beyond the model and its data.
+forwards timed right before each call: two passes for the risks' gradients and one for the objective's; a sample engine
+adds a forward's worth of dot products; the token engine replaces the third pass by 9 forwards' worth of tangents; gram
+is to take no more than a training step on both batches (their gradients accumulated, plain SGD) and than 1.3 times two
+passes that compute no gradient of a weight. Peak memory is what a call needs beyond the model and its data.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def bench(settings: dict[str, Any], names: list[str], args: argparse.Namespace) 
         name: functools.partial(unit, model, forget, retain) for name, unit in UNITS.items()
     }
     steps |= {name: functools.partial(ALL[name].run, model, forget, retain) for name in good}
-    times = interleaved(steps, settings["device"], args.repetitions, warmup=1, budget_s=args.budget)
+    beside = {name: ALL[name].units() for name in good}
+    times = interleaved(steps, settings["device"], args.repetitions, warmup=1, budget_s=args.budget, beside=beside)
     if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
         del model
         steps = {}

@@ -171,6 +171,27 @@ def test_slow_steps_are_called_once(losses):
     assert times["fast"]["repetitions"] == 5
 
 
+def test_units_are_timed_beside_what_they_measure(losses):
+    from _timing import interleaved, of_floor
+
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in ("unit", "other", "a", "b", "slow")}
+    beside = {"a": ["unit"], "b": ["unit", "other"]}
+    times = interleaved(steps, repetitions=2, warmup=1, beside=beside)
+    once = ["unit", "a", "unit", "other", "b", "slow"]
+    assert calls == ["unit", "other", "a", "b", "slow"] + 2 * once
+    assert [times[name]["repetitions"] for name in steps] == [4, 2, 2, 2, 2]
+    assert {unit: len(ms) for unit, ms in times["b"]["beside_ms"].items()} == {"unit": 2, "other": 2}
+    assert "beside_ms" not in times["slow"] and times["unit"]["name"] == "unit"
+    unit = {"name": "unit", "rounds_ms": [9.0, 9.0], "median_ms": 9.0}
+    row = {"rounds_ms": [4.0, 12.0], "median_ms": 8.0, "beside_ms": {"unit": [2.0, 3.0]}}
+    assert of_floor(row, (1, unit)) == 3.0
+
+    first = {"a": 100.0}  # called once before, too slow for a turn: its unit has turns all the same
+    times = interleaved({"unit": lambda: None, "a": lambda: None}, repetitions=5, beside={"a": ["unit"]}, first=first)
+    assert times["a"]["repetitions"] == 1 and times["unit"]["repetitions"] == 3
+
+
 def test_floors_are_those_of_the_same_round(losses):
     from _timing import of_floor, summary
 
