@@ -59,7 +59,7 @@ bench modes losses "${head[@]}" --objectives wga,nll --dtypes fp32,bf16 --modes 
   --providers gfast,gfast_logp,floor,eager --budget 8 --repetitions 31 \
   --json losses_modes.json
 bench long losses "${head[@]}" --rows 2048 --objectives wga,npo --dtypes fp32 --batches long --providers gfast,floor,eager \
-  --budget 12 --json losses_long.json
+  --budget 40 --repetitions 31 --json losses_long.json
 bench shapes losses --ops linear --shapes all --rows 256 --objectives wga --dtypes fp32 --providers "$few" \
   --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes.json
 bench shapes losses --ops linear --shapes llama-3.2-1b --rows 256 --objectives wga --dtypes bf16 --providers "$few" \
