@@ -82,9 +82,9 @@ REASONS = {  # only what is known
     "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
     "the copies of the logits that its law above names.",
     "gram_effect": "`g_effect` by gram takes two forwards and three backwards without gradients of weights, the forget "
-    "batch's with the objective's seeds and with the risk's, where `gram_effect` takes two of each. In results from "
-    "before those two backwards shared a forward it takes three such passes, which cost about what a training step on "
-    "both batches does. `gram_effect` itself misses by less than the interquartile range of its calls.",
+    "batch's with the objective's seeds and with the risk's, where `gram_effect` takes two of each: five sixths of "
+    "a training step's products, and those of the pairs besides. `gram_effect` itself misses by less than the "
+    "interquartile range of its calls.",
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",
