@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gfast.ops import common
 from gfast.ops.common import (
     IGNORE_INDEX,
     LossOutput,
@@ -16,7 +17,6 @@ from gfast.ops.common import (
     check_pairs,
     check_reduction,
     coef_scale,
-    may_wait,
     raise_if_not_finite,
     row_chunks,
     sequence_layout,
@@ -138,7 +138,7 @@ def _linear_unlearn(
     # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
     by_row = level == "token" and given is None and not group
     # spans longer than a chunk are single sequences, unless boundaries had to follow from shapes that do not tell them
-    single = level == "sequence" and not group and (length > 0 or may_wait(labels.device))
+    single = level == "sequence" and not group and (length > 0 or common.may_wait(labels.device))
     lone = next((span for span in spans if single and span[1] - span[0] > head.chunk), None)
     if lone is not None:
         first_span(*lone)
