@@ -178,10 +178,12 @@ LONG = {  # valid labels of each sequence -> chunks of 8 rows: the first one lon
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("native", [True, False], ids=["16-bit products", "fp32 products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("objective", [NPO(0.3), SimNPO(2.0, 1.0)], ids=["npo", "simnpo"])
 @pytest.mark.parametrize("lengths", LONG, ids=str)
-def test_sequences_longer_than_a_chunk(lengths, objective, dtype, frozen, monkeypatch):
+def test_sequences_longer_than_a_chunk(lengths, objective, dtype, native, frozen, monkeypatch):
+    monkeypatch.setattr(head, "_native", lambda dtype: native)
     hidden, weight, bias, flat = rows_problem(20 * len(lengths), 16, 300, dtype)
     labels, hidden = flat.view(-1, 20), hidden.view(-1, 20, 16)
     for row, length in enumerate(lengths):
