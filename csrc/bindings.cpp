@@ -38,6 +38,9 @@ TORCH_LIBRARY(gfast, m) {
   m.def("head_grad_weight(Tensor grad_logits, Tensor hidden, Tensor(a!) out) -> ()");
   m.def("accumulate(Tensor(a!) total, Tensor share) -> ()");
   m.def("used_rows(Tensor x) -> Tensor");
+  m.def(
+      "pair_dots(Tensor a, Tensor b, Tensor c, Tensor d, int[] rows, int[] columns, bool same, Tensor(a!)? inputs, "
+      "bool known) -> Tensor");
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");

@@ -156,6 +156,22 @@ def final_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return decoder(model)(**_inputs(batch)).last_hidden_state
 
 
+def depends_on_width(model: nn.Module) -> bool:
+    """Whether padding on the right changes what the model computes left of it: rotary embeddings that stretch with the
+    longest position of a batch.
+    """
+    config = getattr(unwrap(model), "config", None)
+    texts = [config, *(getattr(config, name, None) for name in ("text_config", "language_config"))]
+    found = [getattr(one, name, None) for one in texts for name in ("rope_scaling", "rope_parameters")]
+    while found:
+        one = found.pop()
+        if isinstance(one, Mapping):
+            if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
+                return True
+            found += [value for value in one.values() if isinstance(value, Mapping)]  # a mapping by kind of layer
+    return False
+
+
 @contextmanager
 def differentiable_forward(model: nn.Module) -> Iterator[None]:
     """Attention and mixtures of experts as plain PyTorch operations inside, as they were outside.

@@ -30,7 +30,8 @@ from gfast.geffect import gram, modules, products, seeded  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
 from gfast.geffect.gram import gram_dots, gram_effect  # noqa: E402
 from gfast.geffect.modules import Lookup, Outer, Sum  # noqa: E402
-from gfast.geffect.products import Rows, own_products, rows_of  # noqa: E402
+from gfast.geffect.products import own_products  # noqa: E402
+from gfast.geffect.rows import Rows, Selected, rows_of  # noqa: E402
 from gfast.geffect.sample import pg_effect  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
 
@@ -427,7 +428,7 @@ def test_rows_of_one_input_are_selected_once():
     a, owner = torch.randn(40, 3), torch.arange(40) // 10
     b, c = torch.randn(2, 40, 2)
     b[20:], c[:20] = 0.0, 0.0
-    selected = products.Selected()
+    selected = Selected()
     first, again = (rows_of(Outer(a, b * scale), owner, 4, selected) for scale in (1, 2))
     assert first.share.a.data_ptr() == again.share.a.data_ptr() and torch.equal(first.share.a, a[:20])
     assert torch.equal(rows_of(Outer(a, c), owner, 4, selected).share.a, a[20:])

@@ -43,6 +43,20 @@ Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, doubl
   return {x.const_data_ptr(), x.stride(0), dtype, static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
+Factor check_factor(const char* op, const char* what, const at::Tensor& x) {
+  check_cpu(op, what, x);
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "gfast: ", op, ": ", what,
+                   " must be float32, bfloat16 or float16, not ", type);
+  TORCH_CHECK_VALUE(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), "gfast: ", op, ": ", what,
+                    " must be a matrix with contiguous rows, not ", x.sizes(), " with strides ", x.strides());
+  // a single row may have any stride; oneDNN refuses one that is shorter than the row
+  const int64_t stride = x.size(0) <= 1 ? x.size(1) : x.stride(0);
+  TORCH_CHECK_VALUE(stride >= x.size(1), "gfast: ", op, ": rows of ", what, " overlap: ", x.sizes(), " with strides ",
+                    x.strides());
+  return {x.const_data_ptr(), stride, type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
+}
+
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
   check_cpu(op, "labels", labels);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "gfast: ", op, ": labels must be int64, not ",

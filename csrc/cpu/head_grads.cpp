@@ -59,9 +59,9 @@ void for_tasks(int64_t tasks, int64_t floats, const Body& body) {
 }
 
 Factor check(const char* op, const char* what, const Tensor& x, bool wide) {
-  const Matrix m = check_matrix(op, what, x, 1.0, 0.0);
-  TORCH_CHECK_TYPE(!wide || m.dtype == Dtype::f32, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
-  return {m.data, m.stride, m.dtype};
+  TORCH_CHECK_TYPE(!wide || x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ",
+                   x.scalar_type());
+  return check_factor(op, what, x);
 }
 
 void check_product(const char* op, const Tensor& a, const Tensor& b, const Tensor& out, at::ScalarType type, bool fits) {

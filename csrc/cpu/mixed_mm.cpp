@@ -38,20 +38,6 @@ struct Product {
   const float* bias;             // [columns] or null
 };
 
-Factor factor(const char* what, const Tensor& x) {
-  const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "gfast: mixed_mm: ", what,
-                   " must be float32, bfloat16 or float16, not ", type);
-  TORCH_CHECK_VALUE(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), "gfast: mixed_mm: ", what,
-                    " must be a matrix with contiguous rows, not ", x.sizes(), " with strides ", x.strides());
-  // a single row may have any stride; oneDNN refuses one that is shorter than the row
-  const int64_t stride = x.size(0) <= 1 ? x.size(1) : x.stride(0);
-  TORCH_CHECK_VALUE(stride >= x.size(1), "gfast: mixed_mm: rows of ", what, " overlap: ", x.sizes(), " with strides ",
-                    x.strides());
-  return {x.const_data_ptr(), stride,
-          type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
-}
-
 // out [row.., column..] += a [row.., k..] times panel [depth, kPanel]; the first depth starts from the bias.
 void block(const Product& p, const float* panel, int64_t k, int64_t depth, int64_t row, int64_t column) {
   const int64_t rows = std::min(kRows, p.rows - row);
@@ -83,8 +69,8 @@ void multiply(const Product& p) {
 // a [M, K] fp32, b [N, K] fp32 or 16 bits; bias [N] fp32 or none; out [M, N] fp32; rows contiguous, out apart from them.
 void mixed_mm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out) {
   Product p{};
-  const Factor left = factor("a", a), target = factor("out", out);
-  p.b = factor("b", b);
+  const Factor left = check_factor("mixed_mm", "a", a), target = check_factor("mixed_mm", "out", out);
+  p.b = check_factor("mixed_mm", "b", b);
   p.rows = a.size(0), p.columns = b.size(0), p.depth = a.size(1);
   TORCH_CHECK_VALUE(b.size(1) == p.depth && out.size(0) == p.rows && out.size(1) == p.columns &&
                         left.dtype == Dtype::f32 && target.dtype == Dtype::f32,

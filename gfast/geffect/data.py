@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gfast.geffect.padding import trimmed
 from gfast.objectives import RMU, RR, Mix, Objective
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
@@ -71,11 +72,18 @@ def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
 class Data:
     """The batches of a measurement by source, with the global counts that losses are divided by.
 
-    `adapters`: the model has adapters that can be switched off, which gives the original's hidden states.
+    adapters: the model has adapters that can be switched off, which gives the original's hidden states.
+    fixed_width: what the model computes depends on the width of a batch; else padding that no row needs is cut off.
     """
 
     def __init__(
-        self, forget: Any, retain: Any, objective_batches: Any, used: Iterable[Term], adapters: bool = False
+        self,
+        forget: Any,
+        retain: Any,
+        objective_batches: Any,
+        used: Iterable[Term],
+        adapters: bool = False,
+        fixed_width: bool = False,
     ) -> None:
         used = list(used)
         self._known_counts: dict[Term, list[int]] = {}
@@ -83,6 +91,8 @@ class Data:
         if objective_batches is not None:
             self.batches["objective"] = as_batches(objective_batches, "objective_batches")
         self._check(used, _REFERENCE_KEYS if adapters else _REFERENCE_KEYS_WITHOUT_ADAPTERS)
+        if not fixed_width:
+            self.batches = {source: [trimmed(batch) for batch in some] for source, some in self.batches.items()}
 
     def count(self, term: Term) -> int:
         """The global count that the term's reduction divides by."""

@@ -17,6 +17,7 @@ take part, whose backward may overwrite what they had saved, it takes a forward 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from gfast.geffect.data import SIDE_SOURCES, Term, to_device
 from gfast.geffect.measurement import Measurement
-from gfast.geffect.modules import Share, find_sites
+from gfast.geffect.modules import Outer, Share, find_sites
 from gfast.geffect.pairs import GramEffect
 from gfast.geffect.passes import Passes, Progress
-from gfast.geffect.products import Caches, Rows, own_products, products, rows_of
+from gfast.geffect.products import Caches, own_products, products
+from gfast.geffect.rows import Rows, rows_of
 from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
@@ -157,6 +159,7 @@ class _Pairs:
         self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self.kept: dict[str, list[Rows]] = {}
+        self.readers: Counter[int] = Counter()  # of the inputs that are kept, by their place in memory
         self.caches = Caches.new()
         self.model, self.stack = model, ExitStack()
         scale = self.passes.loss_scale
@@ -180,7 +183,8 @@ class _Pairs:
 
         With a risk the products with the same batch under its seeds, as `cross` gives them, from the same forward.
         """
-        self.kept = {}
+        self.kept, self.readers = {}, Counter()
+        self.caches = Caches.new(self.readers)
         self.samples = self._samples(batch)
         self.own_table, self.own_done = self._table(self.samples), set()
         self.table = self._table(self.samples)
@@ -214,7 +218,7 @@ class _Pairs:
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
             self.seeded.run(batch, *seeds)
-        self.caches = Caches.new()  # what it holds belongs to this batch
+        self.caches = Caches.new(self.readers)  # what it holds belongs to this batch
         self.bar.update()
 
     def _rows(self, share: Share, place: Tensor | None) -> Rows:
@@ -228,6 +232,8 @@ class _Pairs:
             kept[0].share.add_(found.share)
         else:
             kept.append(found)
+            if isinstance(found.share, Outer):
+                self.readers[found.share.a.data_ptr()] += 1
 
     def _multiply(self, name: str, share: Share, place: Tensor | None) -> None:
         found, kept, index = self._rows(share, place), self.kept.get(name, []), self.position[name]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfast import hf
 from gfast.geffect.data import Data, Term, risk_terms
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
@@ -61,7 +62,8 @@ class Measurement:
         if loss_scale is not None and not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale must be positive, not {loss_scale}")
         adapters = hasattr(model, "disable_adapter")
-        data = Data(forget, retain, objective_batches, [*used, *risk_terms(risk)], adapters)
+        used = [*used, *risk_terms(risk)]
+        data = Data(forget, retain, objective_batches, used, adapters, hf.depends_on_width(model))
         group_map = assign(model, groups)
         if directions is not None:
             _check_given(directions, model, data, group_map, risk)

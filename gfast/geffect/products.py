@@ -10,107 +10,29 @@ With n rows on a side that costs n^2 (D_in + D_out) products, forming the sample
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gfast.geffect.head_rows import HeadRows
-from gfast.geffect.modules import Lookup, Outer, Share, Sum
-from gfast.ops.backend import compiled
+from gfast.geffect.modules import Lookup, Outer
+from gfast.geffect.rows import Rows, Selected, same_memory
+from gfast.ops.backend import compiled, has_cpu_kernel
 from gfast.ops.head import product_dtype
 
 # What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a
-# buffer. Measured at 72 rows a sample; a CPU's 16-bit matrix units want larger ones.
-_THIN, _THIN_16_BIT = 1.3, 3.0
-_FULL = 0.9
+# buffer. Measured at 72 rows a sample; a CPU's 16-bit matrix units want larger ones. Beside pair_dots it costs one more
+# of that for so many samples, measured at 30 to 110 rows a sample.
+_THIN, _THIN_16_BIT, _THIN_SAMPLES = 1.3, 3.0, 14
 _BLOCK_ROWS = 512  # rows of token pairs held at a time
 _OWN_ROWS = 160  # the same against themselves, where a block's own half is computed twice
 _KEPT_PRODUCTS = 1 << 22  # elements of products of inputs that are kept for the next module
+_PANEL = 64  # columns of a tile of pair_dots
 # Of the head's size: sums of pairs of rows that are held at a time, and columns of b; at least this many columns.
 _STRIPS, _TILES, _MIN_TILE = 0.5, 0.125, 256
 _BUFFER = 1 << 20  # elements of the block of all samples' gradients: it stays in the cache
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Shares of the samples of a batch, sorted by sample, without most of the rows that are zero.
-
-    share: what each row adds to the gradient; or fp64 [S, size], whole gradients of the samples, for small parameters.
-    counts: rows of each sample.
-    """
-
-    share: Outer | HeadRows | Lookup | Tensor
-    counts: list[int]
-
-    @property
-    def size(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def device(self) -> torch.device:
-        share = self.share
-        return (share if isinstance(share, Tensor) else share.b if isinstance(share, Lookup) else share.a).device
-
-    @cached_property
-    def membership(self) -> Tensor:
-        """[S, n] of ones and zeros: sums over the rows of each sample, as a product in a fixed order."""
-        owner = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts, dtype=torch.int64))
-        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.device)
-
-    def bounds(self) -> list[tuple[int, int]]:
-        """First row and the one after the last of each sample."""
-        out, start = [], 0
-        for count in self.counts:
-            out.append((start, start + count))
-            start += count
-        return out
-
-    def within(self, rows: slice) -> list[int]:
-        """Rows of each sample among some of them."""
-        start, stop = rows.start, min(rows.stop, self.size)
-        return [max(0, min(last, stop) - max(first, start)) for first, last in self.bounds()]
-
-
-class Selected:
-    """Rows of the last module's inputs, kept for the next: queries, keys and values read one input."""
-
-    def __init__(self) -> None:
-        self._inputs: tuple[Tensor, ...] = ()
-
-    def of(self, share: Outer, kept: Tensor) -> Outer:
-        """`share.some(kept)`."""
-        if not (self._inputs and _same(self._inputs[0], share.a) and torch.equal(self._inputs[1], kept)):
-            self._inputs = share.a, kept, share.a.index_select(0, kept)
-        return Outer(self._inputs[2], share.b.index_select(0, kept))
-
-
-def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
-    """The share's rows, without those that are zero if there are many.
-
-    owner: int64 [n], ascending: the sample of each; None where all samples have equally many.
-    """
-    if isinstance(share, Sum):
-        if owner is None:
-            sums = share.terms.reshape(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
-        else:
-            member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
-            sums = member @ share.terms.double()
-        return Rows(sums, [0] * samples)
-    kept = share.used().nonzero()[:, 0]
-    full = len(kept) > _FULL * share.rows  # leaving out a few rows would not pay for the copy
-    if owner is None:
-        each = max(1, share.rows // samples)
-        counts = [each] * samples if full else torch.bincount(kept // each, minlength=samples).tolist()
-    else:
-        counts = torch.bincount(owner if full else owner[kept], minlength=samples).tolist()
-    if full:
-        return Rows(share, counts)
-    if isinstance(share, Outer):
-        return Rows((selected or Selected()).of(share, kept), counts)
-    return Rows(share.some(kept), counts)
 
 
 class InputProducts:
@@ -119,15 +41,16 @@ class InputProducts:
     def __init__(self) -> None:
         self._inputs: tuple[Tensor, ...] = ()
         self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._tiles, self._filled = torch.empty(0), False  # as pair_dots lays them out
 
     def holds(self, x: Tensor, y: Tensor) -> bool:
         """Are products of these inputs kept?"""
-        return bool(self._blocks) and _same(x, self._inputs[0]) and _same(y, self._inputs[1])
+        kept = bool(self._blocks) or self._filled
+        return kept and same_memory(x, self._inputs[0]) and same_memory(y, self._inputs[1])
 
     def get(self, x: Tensor, y: Tensor, start: int, stop: int, first: int) -> Tensor:
         """x[start:stop] y[first:]^T."""
-        if not self.holds(x, y):
-            self._inputs, self._blocks = (x, y), {}  # holding the inputs keeps their memory from being used again
+        self._begin(x, y)
         key = (start, first)
         if key not in self._blocks:
             found = _mm(x[start:stop], y[first:])
@@ -136,21 +59,34 @@ class InputProducts:
             self._blocks[key] = found
         return self._blocks[key]
 
+    def tiles(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, bool]:
+        """Memory for all of x y^T that pair_dots fills, if that is not too much, and whether it has."""
+        self._begin(x, y)
+        size = len(x) * -(-len(y) // _PANEL) * _PANEL
+        if size > _KEPT_PRODUCTS:
+            return None, False
+        if self._tiles.numel() < size:  # else that of the inputs before
+            self._tiles = torch.empty(size)
+        known, self._filled = self._filled, True
+        return self._tiles, known
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+    def _begin(self, x: Tensor, y: Tensor) -> None:
+        if not self.holds(x, y):  # holding the inputs keeps their memory from being used again
+            self._inputs, self._blocks, self._filled = (x, y), {}, False
 
 
 class Caches(NamedTuple):
-    """Of products with the batch that passes by, of those of the kept batch with itself, of rows of a batch."""
+    """Of products with the batch that passes by, of those of the kept batch with itself, of rows of a batch; and how
+    many of the kept shares read each input (by its place in memory): they take one product of inputs together."""
 
     other: InputProducts
     own: InputProducts
     selected: Selected
+    readers: Mapping[int, int]
 
     @classmethod
-    def new(cls) -> Caches:
-        return cls(InputProducts(), InputProducts(), Selected())
+    def new(cls, readers: Mapping[int, int] | None = None) -> Caches:
+        return cls(InputProducts(), InputProducts(), Selected(), readers or {})
 
 
 def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -> tuple[Tensor, Tensor | None]:
@@ -163,7 +99,9 @@ def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -
     if isinstance(left.share, matrices) and isinstance(right.share, matrices):
         if left.size == 0 or (right.size == 0 and not own):
             return _zeros(left, right), _zeros(left, left) if own else None
-        if _gradients_are_cheaper(left, right, own, caches.other.holds(left.share.a, right.share.a)):
+        known = caches.other.holds(left.share.a, right.share.a)
+        readers = caches.readers.get(left.share.a.data_ptr(), 1)
+        if _gradients_are_cheaper(left, right, own, 0.0 if known else 1.0 / readers):
             return _by_gradients(left, right, own)
         if HeadRows in (type(left.share), type(right.share)):
             return _by_tiles(left, right, own)
@@ -183,15 +121,20 @@ def _zeros(left: Rows, right: Rows) -> Tensor:
     return torch.zeros(len(left.counts), len(right.counts), dtype=torch.float64, device=left.device)
 
 
-def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs_known: bool) -> bool:
-    """By multiplications: of pairs of rows, or of forming the samples' gradients and multiplying those."""
+def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs: float) -> bool:
+    """By multiplications: of pairs of rows, or of forming the samples' gradients and multiplying those.
+
+    inputs: how much of the products of inputs these have to pay for.
+    """
     d_in, d_out = left.share.a.shape[1], left.share.width
     n, m, samples, others = left.size, right.size, len(left.counts), len(right.counts)
-    pairs = (n * m + (n * n / 2 if own else 0)) * (d_out if inputs_known else d_in + d_out)
+    pairs = (n * m + (n * n / 2 if own else 0)) * (inputs * d_in + d_out)
+    squares = samples * (others + (samples if own else 0))
+    if _in_one(left, right):
+        return (1 + (samples + others) / _THIN_SAMPLES) * (n + m + squares) * d_in * d_out < pairs
     on_cpu = left.device.type == "cpu"
     thin = _THIN_16_BIT if on_cpu and left.share.a.dtype.itemsize == 2 else _THIN
-    rows = n + m + thin * samples * (others + (samples if own else 0))
-    return thin * rows * d_in * d_out < pairs
+    return thin * (n + m + thin * squares) * d_in * d_out < pairs
 
 
 def _dtype(x: torch.dtype, y: torch.dtype, device: torch.device) -> torch.dtype:
@@ -231,7 +174,26 @@ def _sample_sums(x: Tensor, y: Tensor, left: Rows, rows: slice, right: Rows, col
     return (of_rows @ terms).double() @ right.membership[:, columns].double().t()
 
 
+def _in_one(left: Rows, right: Rows) -> bool:
+    """Whether pair_dots takes them: on a CPU what is multiplied in fp32."""
+    if HeadRows in (type(left.share), type(right.share)) or left.device.type != "cpu":
+        return False
+    sides = ((left.share.a, right.share.a), (left.share.b, right.share.b))
+    wide = all(_dtype(x.dtype, y.dtype, x.device) == torch.float32 for x, y in sides)
+    return wide and has_cpu_kernel("pair_dots") and torch.backends.mkldnn.enabled
+
+
+def _pair_dots(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
+    """Products and their sums by samples in one; `right` may be `left` itself."""
+    tiles, known = inputs.tiles(left.share.a, right.share.a)
+    factors = (left.share.a, left.share.b, right.share.a, right.share.b)
+    factors = (x if x.dtype == torch.float32 and x.stride(1) == 1 else x.float().contiguous() for x in factors)
+    return torch.ops.gfast.pair_dots(*factors, left.counts, right.counts, left is right, tiles, known)
+
+
 def _by_pairs(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
+    if _in_one(left, right):
+        return _pair_dots(left, right, inputs)
     out = _zeros(left, right)
     for start in range(0, left.size, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, left.size)
@@ -243,6 +205,8 @@ def _by_pairs(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
 
 def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
     """Half of the pairs: blocks of whole samples against themselves and the samples after them."""
+    if _in_one(rows, rows):
+        return _pair_dots(rows, rows, inputs)
     out, bounds, first = _zeros(rows, rows), rows.bounds(), 0
     while first < len(bounds):
         last, start = first + 1, bounds[first][0]

@@ -1,5 +1,6 @@
 // Sums of x * y over runs of columns, for some rows: a run is a sample's rows, so a run's sum is a pair of a row and a
-// sample. fp32 lanes over 16 vectors at most, fp64 beyond.
+// sample; and over the rows of panels. fp32 over 16 at most, fp64 beyond.
+#include "cpu/kernels/pack.h"
 #include "cpu/kernels/vec.h"
 
 namespace gfast {
@@ -49,6 +50,20 @@ void pair_sums(const void* x, const void* y, bool wide, int64_t x_step, int64_t 
     pair_sums_impl((const double*)x, (const double*)y, x_step, y_step, bounds, runs, out, begin, end);
   else
     pair_sums_impl((const float*)x, (const float*)y, x_step, y_step, bounds, runs, out, begin, end);
+}
+
+// out [kPanel] = sums of x * y over their rows.
+void panel_sums(const float* x, const float* y, int64_t rows, double* out) {
+  for (int64_t c = 0; c < kPanel; ++c) out[c] = 0;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t stop = rows - row < kVectors ? rows : row + kVectors;
+    vf part[kPanel / W] = {};
+    for (; row < stop; ++row)
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kPanel / W; ++v) part[v] += load(x + row * kPanel + v * W) * load(y + row * kPanel + v * W);
+    for (int64_t v = 0; v < kPanel / W; ++v)
+      for (int64_t l = 0; l < W; ++l) out[v * W + l] += part[v][l];
+  }
 }
 
 }  // namespace GFAST_ISA_NS

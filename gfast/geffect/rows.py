@@ -1,0 +1,98 @@
+"""Shares of samples as the gram engine keeps them: rows sorted by sample, without most of those that are zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gfast.geffect.head_rows import HeadRows
+from gfast.geffect.modules import Lookup, Outer, Share, Sum
+
+_FULL = 0.9  # leaving out fewer rows than the rest would not pay for the copy
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Shares of the samples of a batch, sorted by sample, without most of the rows that are zero.
+
+    share: what each row adds to the gradient; or fp64 [S, size], whole gradients of the samples, for small parameters.
+    counts: rows of each sample.
+    """
+
+    share: Outer | HeadRows | Lookup | Tensor
+    counts: list[int]
+
+    @property
+    def size(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def device(self) -> torch.device:
+        share = self.share
+        return (share if isinstance(share, Tensor) else share.b if isinstance(share, Lookup) else share.a).device
+
+    @cached_property
+    def membership(self) -> Tensor:
+        """[S, n] of ones and zeros: sums over the rows of each sample, as a product in a fixed order."""
+        owner = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts, dtype=torch.int64))
+        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.device)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and the one after the last of each sample."""
+        out, start = [], 0
+        for count in self.counts:
+            out.append((start, start + count))
+            start += count
+        return out
+
+    def within(self, rows: slice) -> list[int]:
+        """Rows of each sample among some of them."""
+        start, stop = rows.start, min(rows.stop, self.size)
+        return [max(0, min(last, stop) - max(first, start)) for first, last in self.bounds()]
+
+
+class Selected:
+    """Rows of the last module's inputs, kept for the next: queries, keys and values read one input."""
+
+    def __init__(self) -> None:
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def of(self, share: Outer, kept: Tensor) -> Outer:
+        """`share.some(kept)`."""
+        if not (self._inputs and same_memory(self._inputs[0], share.a) and torch.equal(self._inputs[1], kept)):
+            self._inputs = share.a, kept, share.a.index_select(0, kept)
+        return Outer(self._inputs[2], share.b.index_select(0, kept))
+
+
+def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
+    """The share's rows, without those that are zero if there are many.
+
+    owner: int64 [n], ascending: the sample of each; None where all samples have equally many.
+    """
+    if isinstance(share, Sum):
+        if owner is None:
+            sums = share.terms.reshape(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
+        else:
+            member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
+            sums = member @ share.terms.double()
+        return Rows(sums, [0] * samples)
+    kept = share.used().nonzero()[:, 0]
+    full = len(kept) > _FULL * share.rows
+    if owner is None:
+        each = max(1, share.rows // samples)
+        counts = [each] * samples if full else torch.bincount(kept // each, minlength=samples).tolist()
+    else:
+        counts = torch.bincount(owner if full else owner[kept], minlength=samples).tolist()
+    if full:
+        return Rows(share, counts)
+    if isinstance(share, Outer):
+        return Rows((selected or Selected()).of(share, kept), counts)
+    return Rows(share.some(kept), counts)
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Are they the same entries of one storage? As long as neither is freed."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
