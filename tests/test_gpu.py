@@ -183,6 +183,42 @@ def test_a_graph_refuses_a_table_of_tensors_that_would_not_live_as_long():
         grad_dots(xs, [], [0] * 200, 1, impl="cuda")
 
 
+def cuda_dots(*args) -> torch.Tensor:
+    if why := gfast.ops.backend.why_not("grad_dot", "cuda", DEVICE):
+        pytest.skip(why)
+    return grad_dots(*args, impl="cuda")
+
+
+def test_group_dots_of_many_tensors_are_one_launch():
+    xs = [torch.randn(1000 + 700 * i, device=DEVICE) for i in range(291)]
+    groups = [i % 5 for i in range(291)]
+    cuda_dots(xs, [xs], groups, 5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        cuda_dots(xs, [xs], groups, 5)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+    assert len(kernels) == 1 and "chunk_dots" in kernels[0]
+
+
+def test_group_dots_on_several_streams_at_once():
+    """The blocks of a launch count who came last: launches of other streams must not be counted with them."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    xs = [[torch.randn(3_000_000, device=DEVICE) for _ in range(6 + k)] for k in range(4)]
+    groups = [[i // (k + 1) for i in range(6 + k)] for k in range(4)]
+    expected = [cuda_dots(x, [x], g, 12).cpu() for x, g in zip(xs, groups, strict=True)]
+    torch.cuda.synchronize()
+    found: list[list[torch.Tensor]] = [[] for _ in range(4)]
+    for _ in range(20):
+        for k, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[k].append(cuda_dots(xs[k], [xs[k]], groups[k], 12))
+    torch.cuda.synchronize()
+    for one, same in zip(expected, found, strict=True):
+        assert all(torch.equal(one, other.cpu()) for other in same)
+        assert (one[max(one.nonzero()[:, 0]) + 1 :] == 0).all()
+
+
 def test_a_loss_from_logits_never_waits_for_the_device():
     function, tensors = cases()["unlearn_loss"]
     function(*tensors)

@@ -1,6 +1,7 @@
-// Multi-tensor group dots. One launch covers all tensors: a block takes one chunk of kChunk elements of one tensor and
-// writes fp64 partial sums; a second, small launch adds the partials of each group in a fixed order. Without atomics,
-// results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16 bytes, several in flight.
+// Multi-tensor group dots in one launch for all tensors: a block takes one chunk of kChunk elements of one tensor and
+// writes fp64 partial sums; the block that comes last of its group adds the group's partials. Whichever that is, the order
+// of the sum is the same, so results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16
+// bytes, several in flight.
 #include <cuda_fp16.h>
 
 #include "cuda/grad_dots_kernel.h"
@@ -10,7 +11,6 @@ namespace gfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kReduceThreads = 512;
 enum : int { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
 
 struct BFloat16 {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void general_chunk(const DotRecord& r, int64_t start,
 }
 
 // The last record that starts at or before `chunk`: 32 candidates a round, so two rounds serve 1024 tensors.
-__device__ __forceinline__ int find_record(const DotRecord* records, int count, int64_t chunk) {
+__device__ __forceinline__ int find_record(const DotRecord* records, int count, int chunk) {
   const int lane = threadIdx.x % 32;
   int low = 0, high = count;
   while (high - low > 1) {
@@ -143,7 +143,6 @@ __device__ __forceinline__ double warp_sum(double v) {
 }
 
 // Sum over the block, valid in thread 0; the order depends on the number of threads alone.
-template <int kWarps>
 __device__ __forceinline__ double block_sum(double v, double* shared) {
   v = warp_sum(v);
   __syncthreads();
@@ -152,9 +151,40 @@ __device__ __forceinline__ double block_sum(double v, double* shared) {
   double sum = 0;
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared[w];
+    for (int w = 0; w < kThreads / 32; ++w) sum += shared[w];
   }
   return sum;
+}
+
+// The block that is the last of its group to have written its partials adds them all up, into the group's row of the
+// result. No part of the kernel's loops: inlined, what it needs would displace their registers.
+template <int D>
+__device__ __noinline__ void finish_group(const DotArgs& args, double* shared) {
+  __shared__ bool last;
+  const DotRecord* records = args.records != nullptr ? args.records : args.inline_records;
+  const DotRecord& r = records[find_record(records, args.num_records, static_cast<int>(blockIdx.x))];
+  if (threadIdx.x == 0) {
+    __threadfence();  // this thread's partials, before the count that announces them
+    last = atomicAdd(args.arrived + r.group, 1u) == static_cast<unsigned>(r.group_end - r.group_begin) - 1u;
+    if (last) args.arrived[r.group] = 0u;  // for the next launch
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();  // the others' partials, after their count
+
+  double acc[D + 1] = {};
+  for (int64_t chunk = r.group_begin + static_cast<int>(threadIdx.x); chunk < r.group_end; chunk += kThreads) {
+#pragma unroll
+    // around the L1 cache: a line of it may be from before a neighbour's write
+    for (int c = 0; c <= D; ++c) acc[c] += __ldcg(args.partial + chunk * (D + 1) + c);
+  }
+  double* row = args.out + static_cast<int64_t>(r.group) * args.out_columns;
+#pragma unroll
+  for (int c = 0; c <= D; ++c) {
+    const double sum = block_sum(acc[c], shared);
+    const int column = c < D ? args.first_column + c : args.out_columns - 1;
+    if (threadIdx.x == 0 && (c < D || args.write_squares)) row[column] = sum;
+  }
 }
 
 template <int D>
@@ -162,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 3) chunk_dots(const __grid_constant_
   __shared__ double shared[kThreads / 32];
   const DotRecord* records = args.records != nullptr ? args.records : args.inline_records;
   const int64_t chunk = blockIdx.x;
-  const DotRecord r = records[find_record(records, args.num_records, chunk)];
+  const DotRecord r = records[find_record(records, args.num_records, static_cast<int>(chunk))];
   const int64_t start = (chunk - r.chunk_start) * kChunk;
   const int n = static_cast<int>(min(kChunk, r.numel - start));
 
@@ -181,45 +211,15 @@ __global__ void __launch_bounds__(kThreads, 3) chunk_dots(const __grid_constant_
   }
 #pragma unroll
   for (int c = 0; c <= D; ++c) {
-    const double sum = block_sum<kThreads / 32>(acc[c], shared);
+    const double sum = block_sum(acc[c], shared);
     if (threadIdx.x == 0) args.partial[chunk * (D + 1) + c] = sum;
   }
-}
-
-// One block a group. Records are sorted by group, so a group's partials lie in one run of chunks.
-template <int D>
-__global__ void __launch_bounds__(kReduceThreads) group_sums(const __grid_constant__ DotArgs args) {
-  __shared__ double shared[kReduceThreads / 32];
-  const DotRecord* records = args.records != nullptr ? args.records : args.inline_records;
-  const int group = blockIdx.x;
-  int first = 0, last = 0;  // records before the group, records before the next group
-  for (int base = 0; base < args.num_records; base += kReduceThreads) {
-    const int at = base + threadIdx.x;
-    const int other = at < args.num_records ? records[at].group : args.num_groups;
-    first += __syncthreads_count(other < group);
-    last += __syncthreads_count(other <= group);
-  }
-  const int64_t begin = first < args.num_records ? records[first].chunk_start : args.num_chunks;
-  const int64_t end = last < args.num_records ? records[last].chunk_start : args.num_chunks;
-
-  double acc[D + 1] = {};
-  for (int64_t chunk = begin + threadIdx.x; chunk < end; chunk += kReduceThreads) {
-#pragma unroll
-    for (int c = 0; c <= D; ++c) acc[c] += args.partial[chunk * (D + 1) + c];
-  }
-  double* row = args.out + static_cast<int64_t>(group) * args.out_columns;
-#pragma unroll
-  for (int c = 0; c <= D; ++c) {
-    const double sum = block_sum<kReduceThreads / 32>(acc[c], shared);
-    const int column = c < D ? args.first_column + c : args.out_columns - 1;
-    if (threadIdx.x == 0 && (c < D || args.write_squares)) row[column] = sum;
-  }
+  finish_group<D>(args, shared);
 }
 
 template <int D>
 cudaError_t launch(const DotArgs& args, cudaStream_t stream) {
   chunk_dots<D><<<static_cast<unsigned>(args.num_chunks), kThreads, 0, stream>>>(args);
-  group_sums<D><<<static_cast<unsigned>(args.num_groups), kReduceThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

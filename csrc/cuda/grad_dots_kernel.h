@@ -8,7 +8,7 @@
 namespace gfast::cuda {
 
 constexpr int kMaxDirs = 2;          // directions in one launch; more take further launches
-constexpr int kInlineRecords = 72;   // 72 * 48 bytes fit the 4 KiB of kernel parameters with the rest of DotArgs
+constexpr int kInlineRecords = 70;   // 70 * 56 bytes fit the 4 KiB of kernel parameters with the rest of DotArgs
 constexpr int64_t kChunk = 1 << 16;  // elements a block
 constexpr int kGeneralPath = 255;    // any mix of dtypes, any alignment
 
@@ -17,8 +17,9 @@ struct DotRecord {
   const void* x;
   const void* y[kMaxDirs];
   int64_t numel;
-  int64_t chunk_start;  // chunks of all records before this one
+  int32_t chunk_start;             // chunks of all records before this one
   int32_t group;
+  int32_t group_begin, group_end;  // chunks of all records of the group
   uint8_t x_type;
   uint8_t y_type[kMaxDirs];
   uint8_t path;  // x_type * 3 + y_type where all are 16-bit or fp32, y alike, all 16-byte aligned; else kGeneralPath
@@ -27,19 +28,19 @@ struct DotRecord {
 struct DotArgs {
   const DotRecord* records;  // on the device, sorted by group; null: inline_records
   int num_records;
-  int num_groups;
   int64_t num_chunks;
   double* partial;     // [num_chunks, num_dirs + 1]
-  double* out;         // [num_groups, out_columns]
+  unsigned* arrived;   // [num_groups] of zeros, which are left as zeros; nobody else's while this runs
+  double* out;         // [num_groups, out_columns]; rows of groups without a record are not written
   int out_columns;     // all directions of the call, and the squares
   int first_column;    // where this launch's directions go
   bool write_squares;  // into the last column
   DotRecord inline_records[kInlineRecords];
 };
 
-static_assert(sizeof(DotRecord) == 48 && sizeof(DotArgs) <= 4096, "kernel parameters are limited to 4 KiB");
+static_assert(sizeof(DotRecord) == 56 && sizeof(DotArgs) <= 4096, "kernel parameters are limited to 4 KiB");
 
-// Enqueues both kernels on `stream`; num_dirs in [0, kMaxDirs].
+// Enqueues the kernel on `stream`; num_dirs in [0, kMaxDirs].
 cudaError_t launch_grad_dots(const DotArgs& args, int num_dirs, cudaStream_t stream);
 
 }  // namespace gfast::cuda
