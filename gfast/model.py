@@ -82,9 +82,7 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         torch.Size([1, 3])
     """
     labels = shifted(_labels(batch))
-    head = hf.head(model, sharded=True)
-    output = model_logits(model, batch) if head is None else hf.final_hidden(model, batch)
-    return _back(output_logp(head, output, labels, impl=impl))
+    return _back(output_logp(*model_output(model, batch), labels, impl=impl))
 
 
 def output_logp(head: hf.Head | None, output: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
@@ -150,20 +148,35 @@ def model_loss(
         return LossOutput(
             objective.value(hidden, _need(batch, "ref_layer_hidden", objective), valid, normalizer), None, None
         )
-    target = shifted(labels)
     if isinstance(objective, KL):
-        return LossOutput(_kl(model, batch, target, normalizer, impl), None, None)
-    reference = ref_logp if ref_logp is not None else batch.get("ref_logp")
-    check_reference("model_loss", objective, reference, labels)  # before the forward pass, not after it
-    options = dict(reduction=reduction, normalizer=normalizer, impl=impl)
+        return LossOutput(_kl(model, batch, shifted(labels), normalizer, impl), None, None)
+    if ref_logp is not None:
+        batch = {**batch, "ref_logp": ref_logp}
+    check_reference("model_loss", objective, batch.get("ref_logp"), labels)  # before the forward pass, not after it
+    head, output = model_output(model, batch)
+    return output_loss(head, output, batch, objective, reduction=reduction, normalizer=normalizer, impl=impl)
+
+
+def model_output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[hf.Head | None, Tensor]:
+    """The head and what it reads [B, T, D]; None and the model's own logits [B, T, V] where it is no linear map."""
+    head = hf.head(model, sharded=True)
+    return head, model_logits(model, batch) if head is None else hf.final_hidden(model, batch)
+
+
+def output_loss(
+    head: hf.Head | None, output: Tensor, batch: Mapping[str, Any], objective, **options: Any
+) -> LossOutput:
+    """`model_loss` of an objective with token weights, from what `model_output` gives; options of
+    ``linear_unlearn_loss``.
+    """
+    labels, reference = _labels(batch), batch.get("ref_logp")
+    check_reference("model_loss", objective, reference, labels)
     if reference is not None:
         options["ref_logp"] = nn.functional.pad(reference[:, 1:], (0, 1))
-    head = hf.head(model, sharded=True)
     if head is None:
-        out = unlearn_loss(model_logits(model, batch), target, objective, **options)
+        out = unlearn_loss(output, shifted(labels), objective, **options)
     else:
-        hidden = hf.final_hidden(model, batch)
-        out = linear_unlearn_loss(hidden, head.weight, target, objective, **options, **_head_options(head))
+        out = linear_unlearn_loss(output, head.weight, shifted(labels), objective, **options, **_head_options(head))
     loss = _back(out.loss) if out.loss.shape == labels.shape else out.loss
     return LossOutput(loss, _back(out.logp), _back(out.weight))
 

@@ -13,8 +13,9 @@ from gfast.geffect.data import SIDE_SOURCES, Data, Term, to_device
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.results import SIDES
 from gfast.geffect.storage import sum_dtype
-from gfast.model import model_loss
-from gfast.objectives import Objective
+from gfast.geffect.uses import repeatable
+from gfast.model import model_loss, model_output, output_loss
+from gfast.objectives import KL, RMU, RR, Objective
 
 Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
 Consumer = Callable[[int, Tensor, int], None]  # (parameter's index, its gradient, position in the work)
@@ -68,8 +69,12 @@ class Passes:
         ]
 
     def backward(self, work: list[Backward], consume: Consumer, done: Callable[[], None] | None = None) -> None:
-        """Run all work; each parameter's gradient goes to `consume`, and `done` is called after each batch."""
-        position, losses = 0, []
+        """Run all work; each parameter's gradient goes to `consume`, and `done` is called after each batch.
+
+        Objectives that follow each other on one batch share its forward, and its activations are held until the last:
+        as long as both have token weights and the graph is PyTorch's own.
+        """
+        position, losses, output = 0, [], None
 
         def hook(index: int) -> Callable[[Tensor], None]:
             def take(parameter: Tensor) -> None:
@@ -85,12 +90,19 @@ class Passes:
         try:
             for position, item in enumerate(work):  # noqa: B007 - read by the hooks
                 batch = to_device(item.batch, self.device)
-                loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
+                again = _share_forward(work[position : position + 2])
+                if again or output is not None:
+                    output = output or model_output(self.model, batch)
+                    again = again and repeatable(output[1])
+                    loss = output_loss(*output, batch, item.term.objective, normalizer=item.count).loss
+                else:
+                    loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
                     factor = item.factor * self.loss_scale
                     with torch.autocast(self.device.type, enabled=False):
-                        (loss if factor == 1.0 else factor * loss).backward()
+                        (loss if factor == 1.0 else factor * loss).backward(retain_graph=again)
+                output = output if again else None
                 del loss
                 if done is not None:
                     done()
@@ -131,6 +143,13 @@ class Passes:
             )
         out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64)
         return out.index_add_(-2, self.group_of, table)
+
+
+def _share_forward(pair: list[Backward]) -> bool:
+    """Whether the second of two has the first one's batch, and both objectives need its forward alone."""
+    if len(pair) < 2 or pair[0].batch is not pair[1].batch:
+        return False
+    return not any(isinstance(item.term.objective, (KL, RMU, RR)) for item in pair)
 
 
 def default_loss_scale(parameters: list[nn.Parameter]) -> float:

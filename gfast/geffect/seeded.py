@@ -23,7 +23,7 @@ from gfast.geffect.data import Term
 from gfast.geffect.head_rows import HeadRows
 from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
 from gfast.geffect.state import uncompiled
-from gfast.geffect.uses import UseWatch
+from gfast.geffect.uses import UseWatch, repeatable
 from gfast.model import model_logits, output_logp, shifted
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
@@ -168,7 +168,8 @@ class SeededPasses:
             output = model_logits(self.model, batch) if head is None else hf.final_hidden(self.model, batch)
         # the same tensor, but for autograd no view of another, which could not be detached in place
         output = torch.ops.aten._unsafe_view(output, output.shape)
-        repeats = not output.requires_grad or self.uses.check_graph(output)
+        self.uses.check_graph(output)
+        repeats = repeatable(output)
         chunks, tiled = (None, False) if head is None else self._head_of(output, labels.reshape(-1))
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
         return _Forward(batch, labels, output, chunks, tiled, repeats)

@@ -152,15 +152,40 @@ def _swapped(
     risks = [((1.0, Term(risk, source)),) for source in SIDE_SOURCES]
     if max(map(passes.batches, (job, *risks))) > 1:
         return None
-    table, stored = accumulate(passes, job, [], store_for("device", dtype, "forget", passes.names, passes.device))
-    square = passes.by_group(table, job_label(job))[:, 0]
+    own, of_risks = passes.work(job), [passes.work(one) for one in risks]
+    stored = store_for("device", dtype, "forget", passes.names, passes.device)
+    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    tables: list[Tensor] = []
+    once = True
+
+    def consume(index: int, grad: Tensor, position: int) -> None:
+        nonlocal once
+        if position < len(own):
+            rows[index] = dots([], index, stored.add(index, grad, single=True))
+            return
+        row = dots([stored], index, grad)
+        once &= rows[index] is None  # re-entrant checkpointing of a shared parameter fires twice
+        rows[index] = row
+
+    def done() -> None:
+        tables.append(passes.table(rows, 1 if len(tables) < len(own) else 2))
+        rows[:] = [None] * len(rows)
+        if len(tables) == len(own):
+            stored.finish()
+
+    # in one go: the objective and the risk on the forget set's batch share its forward
+    passes.backward([*own, *of_risks[0], *of_risks[1]], consume, done)
+    if not once:
+        return None
+    square = torch.zeros(passes.num_groups, dtype=torch.float64)
+    if own:
+        square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
     found = torch.zeros(passes.num_groups, 2, dtype=torch.float64)
-    for side, risk_job in enumerate(risks):
-        sums, whole = _stream(passes, [stored], risk_job)
-        if not whole:
-            return None
-        found[:, side], gram[:, side, side] = sums.sum(0).unbind(1)
+    for side, some in enumerate(of_risks):
+        if some:
+            sums = passes.by_group(tables.pop(0), job_label(risks[side]))  # [G, 2]
+            found[:, side], gram[:, side, side] = sums.unbind(1)
     return gram, {job: Measured(found, square)}
 
 

@@ -9,7 +9,7 @@ them that began before the pass: either is an error that names the parameter and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,27 @@ def function_on_stack() -> str | None:
             return frame.f_locals["cls"].__qualname__
         frame = frame.f_back
     return None
+
+
+def _nodes(output: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that an output has left."""
+    todo, seen = [output.grad_fn], {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(next_node for next_node, _ in node.next_functions)
+
+
+def repeatable(output: Tensor) -> bool:
+    """Whether a second backward through the graph is as good as the first: all of it is PyTorch's own.
+
+    Functions that others wrote may overwrite in their backward what they had saved, as fused activations do.
+    """
+    return not any(
+        isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction" for node in _nodes(output)
+    )
 
 
 class UseWatch(TorchFunctionMode):
@@ -90,25 +111,13 @@ class UseWatch(TorchFunctionMode):
         why = f"torch function {what!r} reads it {module_on_stack(self.model)}, outside its own module"
         self._refuse(name, why, "engine='stream' or 'token', which take any use")
 
-    def check_graph(self, output: Tensor) -> bool:
-        """ValueError if the output's graph leads to a parameter: something computed before the pass holds it.
-
-        Whether all of it is PyTorch's own: functions that others wrote may overwrite in their backward what they had
-        saved (fused activations do), and then only the first backward through the graph is right.
-        """
-        todo, seen, own = [output.grad_fn], {None}, True
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            own = own and not isinstance(node, BackwardCFunction) and type(node).__name__ != "CppFunction"
+    def check_graph(self, output: Tensor) -> None:
+        """ValueError if the output's graph leads to a parameter: something computed before the pass holds it."""
+        for node in _nodes(output):
             found = self.owners.get(id(getattr(node, "variable", None)))
             if found is not None:
                 why = "the model reads a view of it, or a product, that was made before the pass"
                 self._refuse(found[0], why, "engine='stream', which takes any use")
-            todo.extend(next_node for next_node, _ in node.next_functions)
-        return own
 
     def _refuse(self, name: str, why: str, instead: str) -> None:
         raise ValueError(
