@@ -78,7 +78,9 @@ def g_effect(
     data set (one global count of tokens or sequences), so the result does not depend on how it is cut into batches.
 
     The risk's gradient on each set is stored (one gradient's size a set); the objective's gradient is dotted with both
-    as it appears, parameter by parameter, and freed. One objective on single batches stores one gradient in all.
+    as it appears, parameter by parameter, and freed. One objective on single batches stores one gradient in all, and
+    shares the forward of its batch with the risk on it, if the model is made of PyTorch's own functions: the
+    activations of that forward are held for two backwards.
     Passes over the data: 2 for the directions, and one for each distinct term of the objectives that is not a multiple
     of a direction (GA on forget and NLL on retain data are). The model is measured in evaluation mode and left as
     found, also after an error: gradients, hooks, training flags.
@@ -89,7 +91,7 @@ def g_effect(
         objective: an objective, or several: they share the directions. `Mix` gives combinations with a retain term.
         forget, retain: one batch, or a list, DataLoader or generator of them (materialised as a list): dicts with
             input_ids, labels [B, T] int64 (-100 ignored, unshifted), attention_mask, and what the objective needs,
-            such as ref_logp [B, T].
+            such as ref_logp [B, T]. Columns on the right that no row's attention_mask or labels need are cut off.
         groups: "paper", "layer" or a function from parameter name to group; see `assign`.
         risk: R, an objective evaluated on both sets.
         engine: "stream" ("auto" takes it): gradients are dotted as they appear. "sample": no weight gradient ever
