@@ -37,9 +37,10 @@ quiet: every step says how long it took, every result what the load was.
   round (of results without the times of their rounds: the ratio of the medians). From logits: a copy of them into
   memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the mode,
   over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
-  forward and backward passes (of which `g_effect` of one objective on single batches shares a forward); of `gram_effect` a training step on both batches (gradients accumulated, plain SGD), and
-  two passes that compute no gradient of a weight; all timed right before each call (in results without
-  `beside_ms` in the JSON once a round, which lasts up to a minute there).
+  forward and backward passes (`g_effect` of one objective on single batches shares a forward of them); of `gram_effect`
+  a training step on both batches (gradients accumulated, plain SGD), and two passes that compute no gradient of a
+  weight; all timed right before each call (in results without `beside_ms` in the JSON once a round, which lasts up to a
+  minute there).
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
   many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
   the chunk's logits, the rows that take part where they are copies, and what converting takes: tiles of W and dW, or
