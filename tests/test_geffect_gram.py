@@ -412,7 +412,7 @@ def test_pair_sums_refuses_what_does_not_fit():
         ((x, x.double(), [4], [6]), TypeError, "both be float32 or float64"),
         ((x, x[:3], [4], [6]), ValueError, "matrices of one shape"),
         ((x.t(), x.t(), [6], [4]), ValueError, "contiguous rows"),
-        ((x, x, [3], [6]), ValueError, "have 3 rows, x and y 4"),
+        ((x, x, [3], [6]), ValueError, "have 3 rows of 4"),
         ((x, x, [4], [7, -1]), ValueError, "cannot have -1 columns"),
     ):
         with pytest.raises(error, match=message):

@@ -57,6 +57,16 @@ Factor check_factor(const char* op, const char* what, const at::Tensor& x) {
   return {x.const_data_ptr(), stride, type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
 }
 
+std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArrayRef counts, int64_t size) {
+  std::vector<int64_t> bounds{0};
+  for (const int64_t count : counts) {
+    TORCH_CHECK_VALUE(count >= 0, "gfast: ", op, ": a sample cannot have ", count, " ", what);
+    bounds.push_back(bounds.back() + count);
+  }
+  TORCH_CHECK_VALUE(bounds.back() == size, "gfast: ", op, ": the samples have ", bounds.back(), " ", what, " of ", size);
+  return bounds;
+}
+
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
   check_cpu(op, "labels", labels);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "gfast: ", op, ": labels must be int64, not ",

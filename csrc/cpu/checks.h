@@ -7,6 +7,7 @@
 #include <atomic>
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "cpu/kernels/pack.h"
 
@@ -23,6 +24,9 @@ at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, 
 
 // `what` [N] or [N, columns] fp32 on the CPU; returned contiguous.
 at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, int64_t rows, int64_t columns = 0);
+
+// Where each sample's rows (or columns: `what`) begin, and the end; `counts` each, `size` in all.
+std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArrayRef counts, int64_t size);
 
 float check_scalar(const char* op, const char* what, const at::Tensor& x);
 

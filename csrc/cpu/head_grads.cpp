@@ -5,15 +5,14 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/pack.h"
+#include "cpu/tasks.h"
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32  // else the ops have no implementation, and nobody calls them
 
@@ -40,23 +39,6 @@ constexpr int64_t kMostDepth = 1024;       // rows of logits that a product take
 constexpr int64_t kStep = 8;
 
 int64_t up(int64_t x, int64_t unit) { return at::divup(x, unit) * unit; }
-
-struct Floats {
-  explicit Floats(int64_t size) : memory(c10::GetCPUAllocator()->allocate(std::max<int64_t>(size, 1) * sizeof(float))) {}
-  float* get() const { return static_cast<float*>(memory.get()); }
-  at::DataPtr memory;  // aligned to cache lines
-};
-
-// body(task, scratch) for each task; threads take the next one as they finish, so a thread that is held up holds up no
-// other. `scratch` has so many floats.
-template <typename Body>
-void for_tasks(int64_t tasks, int64_t floats, const Body& body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-    const Floats scratch(floats);
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, scratch.get());
-  });
-}
 
 Factor check(const char* op, const char* what, const Tensor& x, bool wide) {
   TORCH_CHECK_TYPE(!wide || x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ",

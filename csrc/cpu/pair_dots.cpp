@@ -5,11 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -17,6 +15,7 @@
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/pack.h"
+#include "cpu/tasks.h"
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32  // else the op has no implementation, and nobody calls it
 
@@ -45,17 +44,6 @@ std::vector<Range> parts_of(int64_t begin, int64_t end, int64_t most) {
   std::vector<Range> parts;
   for (; begin < end; begin += step) parts.push_back({begin, std::min(begin + step, end)});
   return parts;
-}
-
-// Where each sample's rows begin, and the end.
-std::vector<int64_t> bounds_of(const char* what, at::IntArrayRef counts, int64_t size) {
-  std::vector<int64_t> bounds{0};
-  for (const int64_t count : counts) {
-    TORCH_CHECK_VALUE(count >= 0, "gfast: pair_dots: a sample cannot have ", count, " ", what);
-    bounds.push_back(bounds.back() + count);
-  }
-  TORCH_CHECK_VALUE(bounds.back() == size, "gfast: pair_dots: the samples have ", bounds.back(), " ", what, " of ", size);
-  return bounds;
 }
 
 // Sums of a tile by the samples of its rows and columns, added to those of all samples.
@@ -111,12 +99,6 @@ std::vector<Tile> tiles_of(int64_t n, int64_t m, bool same, int64_t threads) {
   return tiles;
 }
 
-struct Floats {
-  explicit Floats(int64_t size) : memory(c10::GetCPUAllocator()->allocate(size * sizeof(float))) {}
-  float* get() const { return static_cast<float*>(memory.get()); }
-  at::DataPtr memory;  // aligned to cache lines
-};
-
 Factor factor(const char* what, const Tensor& x) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: pair_dots: ", what, " must be float32, not ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "gfast: pair_dots: ", what, " must be a matrix with columns, not ",
@@ -161,22 +143,18 @@ Tensor pair_dots_cpu(const Tensor& a, const Tensor& b, const Tensor& c, const Te
                                 inputs->numel() >= n * at::divup(m, kPanel) * kPanel),
                     "gfast: pair_dots: inputs must be contiguous float32 of at least ",
                     n * at::divup(m, kPanel) * kPanel, " entries");
-  const Sums sums(bounds_of("rows", rows, n), bounds_of("columns", columns, m));
+  const Sums sums(sample_bounds("pair_dots", "rows", rows, n), sample_bounds("pair_dots", "columns", columns, m));
   const auto tiles = tiles_of(n, m, same, at::get_num_threads());
   std::vector<double> parts(tiles.size() * size);  // by tile: who takes which does not change the order of the sum
   float* kept = inputs ? inputs->mutable_data_ptr<float>() : nullptr;
   const int64_t panel = kPanel * std::min(kDepth, std::max(a.size(1), b.size(1))), tile_size = kTileRows * kPanel;
-  std::atomic<size_t> next{0};  // threads take the next tile as they finish
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), (int64_t)tiles.size()), 1, [&](int64_t, int64_t) {
-    const Floats scratch(2 * tile_size + kRows * kPanel + panel);
-    float *y = scratch.get(), *own = y + tile_size, *rest = own + tile_size;
-    for (size_t i; (i = next.fetch_add(1)) < tiles.size();) {
-      const Tile& tile = tiles[i];
-      float* x = kept ? kept + tile.first : own;
-      if (!known) multiply(of_a, n, of_c, a.size(1), tile, rest, x);
-      multiply(of_b, n, of_d, b.size(1), tile, rest, y);
-      sums.add(x, y, tile.rows, tile.columns, same && tile.rows.begin != tile.columns.begin, parts.data() + i * size);
-    }
+  for_tasks((int64_t)tiles.size(), 2 * tile_size + kRows * kPanel + panel, [&](int64_t i, float* scratch) {
+    float *y = scratch, *own = y + tile_size, *rest = own + tile_size;
+    const Tile& tile = tiles[i];
+    float* x = kept ? kept + tile.first : own;
+    if (!known) multiply(of_a, n, of_c, a.size(1), tile, rest, x);
+    multiply(of_b, n, of_d, b.size(1), tile, rest, y);
+    sums.add(x, y, tile.rows, tile.columns, same && tile.rows.begin != tile.columns.begin, parts.data() + i * size);
   });
   Tensor out = at::zeros({(int64_t)rows.size(), (int64_t)columns.size()}, a.options().dtype(at::kDouble));
   double* total = out.mutable_data_ptr<double>();

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 
 namespace gfast {
@@ -66,18 +67,6 @@ Tensor used_rows_cpu(const Tensor& x) {
   return out;
 }
 
-// Where each sample's rows begin, and the end; `counts` rows each, `size` in all.
-std::vector<int64_t> bounds_of(const char* what, at::IntArrayRef counts, int64_t size) {
-  std::vector<int64_t> bounds{0};
-  for (const int64_t count : counts) {
-    TORCH_CHECK_VALUE(count >= 0, "gfast: pair_sums: a sample cannot have ", count, " ", what);
-    bounds.push_back(bounds.back() + count);
-  }
-  TORCH_CHECK_VALUE(bounds.back() == size, "gfast: pair_sums: the samples have ", bounds.back(), " ", what,
-                    ", x and y ", size);
-  return bounds;
-}
-
 // x, y [n, m] fp32 or fp64; rows and columns of each sample -> fp64 [samples, samples'], sums of x * y.
 Tensor pair_sums_cpu(const Tensor& x, const Tensor& y, at::IntArrayRef rows, at::IntArrayRef columns) {
   const bool wide = x.scalar_type() == at::kDouble;
@@ -88,7 +77,7 @@ Tensor pair_sums_cpu(const Tensor& x, const Tensor& y, at::IntArrayRef rows, at:
                         (x.size(1) <= 1 || (x.stride(1) == 1 && y.stride(1) == 1)),
                     "gfast: pair_sums: x ", x.sizes(), " and y ", y.sizes(),
                     " must be matrices of one shape with contiguous rows");
-  const auto first = bounds_of("rows", rows, x.size(0)), runs = bounds_of("columns", columns, x.size(1));
+  const auto first = sample_bounds("pair_sums", "rows", rows, x.size(0)), runs = sample_bounds("pair_sums", "columns", columns, x.size(1));
   const int64_t n = x.size(0), samples = (int64_t)rows.size(), others = (int64_t)columns.size();
   std::vector<double> parts(n * others);  // by row first: what is added up in which order depends on no thread
   const void *a = x.const_data_ptr(), *b = y.const_data_ptr();
