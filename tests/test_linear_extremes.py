@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_linear_head import rows_problem
-from test_ops_losses import assert_law, label, need, run, squared
+from test_linear_head import DRAWS, rows_problem
+from test_ops_losses import assert_law_of_draws, label, need, run, squared
 
 import gfast
 from gfast.objectives import GA, NPO, TNPO, WGA, SatImp
@@ -15,22 +15,27 @@ IMPLS = ["reference", "cpp"]  # test_triton.py has the edges of its kernels; int
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check(inputs, labels, objective, impl, chunk_rows=None):
-    """Finite, by the law, and returned: loss and the gradients of hidden, weight and bias."""
-    dtype, ref = inputs[0].dtype, torch.linspace(-9, -0.1, len(labels), dtype=torch.float64)
+def check(draws, objective, impl, chunk_rows=None):
+    """Finite, by the law, and returned: each draw's loss and gradients of hidden, weight and bias.
 
-    def ours(h, w, b):
-        options = dict(bias=b, ref_logp=ref, chunk_rows=chunk_rows, impl=impl)
-        return gfast.linear_unlearn_loss(h, w, labels, objective, **options)
+    draws: (hidden, weight, bias) and labels of each."""
+    results = []
+    for inputs, labels in draws:
+        dtype, ref = inputs[0].dtype, torch.linspace(-9, -0.1, len(labels), dtype=torch.float64)
 
-    def literal(h, w, b):
-        return linear_unlearn_loss_reference(h, w, labels, objective, bias=b, ref_logp=ref)
+        def ours(h, w, b):
+            options = dict(bias=b, ref_logp=ref, chunk_rows=chunk_rows, impl=impl)  # noqa: B023
+            return gfast.linear_unlearn_loss(h, w, labels, objective, **options)  # noqa: B023
 
-    found = run(ours, inputs)
-    assert [x.dtype for x in found[1:]] == [dtype] * 3
-    assert all(x.isfinite().all() for x in found)
-    assert_law(found, run(literal, inputs), run(literal, [x.double() for x in inputs]), dtype, impl)
-    return found
+        def literal(h, w, b):
+            return linear_unlearn_loss_reference(h, w, labels, objective, bias=b, ref_logp=ref)  # noqa: B023
+
+        found = run(ours, inputs)
+        assert [x.dtype for x in found[1:]] == [dtype] * 3
+        assert all(x.isfinite().all() for x in found)
+        results.append((found, run(literal, inputs), run(literal, [x.double() for x in inputs])))
+    assert_law_of_draws(results, dtype, impl)
+    return [found for found, _, _ in results]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -39,13 +44,16 @@ def check(inputs, labels, objective, impl, chunk_rows=None):
 @pytest.mark.parametrize("n, V", [(0, 33), (1, 1), (5, 1), (1, 33), (1, 4099), (7, 4099)])
 def test_few_rows_and_odd_vocabularies(n, V, objective, dtype, impl):
     need("linear_unlearn_loss", impl, "cpu", dtype)
-    hidden, weight, bias, labels = rows_problem(n, 24, V, dtype)
-    labels[n // 2 :] = V - 1  # the last entry, in whatever is left over behind whole vectors
-    loss, *grads = check((hidden, weight, bias), labels, objective, impl, chunk_rows=3)
-    if n == 0:
-        assert loss == 0
-    if n == 0 or V == 1:  # p is 1 whatever the logit is
-        assert all((grad == 0).all() for grad in grads)
+    draws = []
+    for seed in range(DRAWS if n else 1):
+        *inputs, labels = rows_problem(n, 24, V, dtype, seed)
+        labels[n // 2 :] = V - 1  # the last entry, in whatever is left over behind whole vectors
+        draws.append((inputs, labels))
+    for loss, *grads in check(draws, objective, impl, chunk_rows=3):
+        if n == 0:
+            assert loss == 0
+        if n == 0 or V == 1:  # p is 1 whatever the logit is
+            assert all((grad == 0).all() for grad in grads)
 
 
 def whole_logits(n, D, V):
@@ -68,7 +76,7 @@ def test_logits_of_1e4(objective, dtype, impl):
     labels = torch.randint(0, 700, (9,), generator=torch.Generator().manual_seed(1))
     labels[:3] = logits[:3].argmax(1)  # p is 1 to every digit
     labels[3:6] = logits[3:6].argmin(1)  # log p is -2e4, p is 0
-    check([x.to(dtype) for x in inputs], labels, objective, impl, chunk_rows=4)
+    check([([x.to(dtype) for x in inputs], labels)], objective, impl, chunk_rows=4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
