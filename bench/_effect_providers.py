@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import gfast
 from gfast.geffect import ENGINES
-from gfast.objectives import GA, WGA
+from gfast.objectives import GA, WGA, Objective, SatImp, SimNPO
 
 Sides = dict[str, dict[str, Tensor]]
 PUBLISHED_WIDTH = 500  # tokens to which the published code pads every sample
@@ -252,11 +252,23 @@ def _no_engine(engine: str) -> Callable[[nn.Module, Batch], str | None]:
 
 def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, Batch], Sides]:
     def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        found = gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine)
-        return {
-            side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(found, side).items()}
-            for side in ("unlearn", "retain")
-        }
+        return sides_of(gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine))
+
+    return run
+
+
+def sides_of(effect: gfast.GEffect) -> Sides:
+    return {
+        side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(effect, side).items()}
+        for side in ("unlearn", "retain")
+    }
+
+
+def g_effect_of(objectives: Sequence[Objective], shown: int) -> Callable[[nn.Module, Batch, Batch], Sides]:
+    """Several objectives in one call; of the results one is handed on."""
+
+    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+        return sides_of(gfast.g_effect(model, list(objectives), forget=forget, retain=retain)[shown])
 
     return run
 
@@ -287,11 +299,17 @@ def _given(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
 PROVIDERS: dict[str, Effects] = {
     "g_effect(GA)": Effects(g_effect(GA()), "effect", "stream engine, GA", 2, law=1.05),
     "g_effect(WGA)": Effects(g_effect(WGA()), "effect", "stream engine, WGA", 3, law=1.05),
+    "g_effect(4 objectives)": Effects(
+        g_effect_of([GA(), WGA(), SatImp(), SimNPO()], 1), "effect", "stream, GA, WGA, SatImp, SimNPO", 5, law=1.05
+    ),
     "g_effect(WGA), sample": Effects(
         g_effect(WGA(), "sample"), "effect", "sample engine", 3, 1, 1.15, needs=_no_engine("sample")
     ),
     "g_effect(WGA), gram": Effects(
         g_effect(WGA(), "gram"), "effect", "gram engine", law=1.0, needs=_no_engine("gram"), steps=1
+    ),
+    "g_effect(GA), gram": Effects(
+        g_effect(GA(), "gram"), "effect", "gram engine, GA", law=1.0, needs=_no_engine("gram"), steps=1
     ),
     "g_effect(WGA), token": Effects(
         g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 1.15, needs=_no_engine("token")

@@ -9,6 +9,12 @@ from typing import Any
 from _laws import batch_name, figure, model_name
 
 Data = dict[str, Any]
+LEFT_OUT = (
+    "g_effect(WGA), ",
+    "g_effect(GA), ",
+    "plain forward",
+    "pass without dW",
+)  # of the README: other engines, units
 MOST_ROWS = 9  # of a README table of losses, a table a device
 LOSS_FLOORS = {"logits": "a copy of the logits", "linear": "the bare matrix products"}
 OPS = {"logits": "unlearn_loss", "linear": "linear_unlearn_loss"}
@@ -189,7 +195,7 @@ def short_geffect(devices: dict[str, Data]) -> str:
         row["name"]
         for data in devices.values()
         for row in data["rows"]
-        if "median_ms" in row and not row["name"].startswith(("g_effect(WGA), ", "plain forward", "pass without dW"))
+        if "median_ms" in row and not row["name"].startswith(LEFT_OUT)
     )
     header, rows = [""], [[name] for name in names]
     for device, data in devices.items():

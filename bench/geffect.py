@@ -88,7 +88,7 @@ def checked(settings: dict[str, Any], names: list[str]) -> dict[str, dict[str, A
 
 def _compared(truth: Truth, name: str, tolerance: float) -> dict[str, Any]:
     provider = ALL[name]
-    kind = "effect, GA" if name == "g_effect(GA)" else provider.kind
+    kind = "effect, GA" if name.startswith("g_effect(GA)") else provider.kind
     try:
         values = provider.run(truth.model, truth.forget, truth.retain)
         gap = error(truth, values, kind, provider.parameters)

@@ -12,7 +12,7 @@ from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils
 
 import gfast  # noqa: E402
 from gfast.geffect import passes  # noqa: E402
-from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, WGA, Mix  # noqa: E402
+from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
 
 
 def forwards(model, run) -> int:
@@ -48,6 +48,43 @@ def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
     ):
         assert forwards(model, lambda o=objective, d=data: gfast.g_effect(model, o, **d)) == expected, objective
     assert unshared(monkeypatch, lambda: forwards(model, lambda: gfast.g_effect(model, WGA(0.7), **ONE))) == 3
+
+
+def test_several_objectives_share_the_forward_of_every_batch(monkeypatch):
+    """The directions take a forward a batch, and all objectives together one more of each of theirs."""
+    model = tiny("llama").eval()
+    some = [WGA(0.7), NPO(0.3), GA(), TNPO(1.5), RMU(layer=2), SatImp(1.0, 0.5)]  # GA follows; RMU stops at its layer
+    measure = lambda d, **options: gfast.g_effect(model, some, **d, **options)  # noqa: E731
+    for data, batches_of_forget in ((ONE, 1), (TWO, 2)):
+        expected = 2 * batches_of_forget + 1
+        assert forwards(model, lambda d=data: measure(d)) == expected
+        alone = unshared(monkeypatch, lambda d=data: forwards(model, lambda: measure(d)))
+        assert alone == expected + 3 * batches_of_forget
+        assert forwards(model, lambda d=data: measure(d, norms=True)) == (expected if data is ONE else alone)
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "gpt2"])
+def test_several_objectives_are_what_each_is_alone(kind):
+    model = tiny(kind).eval()
+    some = [Mix(WGA(0.7), NLL(), alpha=0.5), WGA(0.7), NPO(0.3), RMU(layer=2), GA(), DPO(0.3), NLL()]
+    own = dict(objective_batches=batches(8, rows=6, sizes=(4, 2)))
+    with gfast.risk_gradients(model, **TWO) as directions:
+        for norms in (False, True):
+            options = dict(directions=directions, norms=norms)
+            together = gfast.g_effect(model, some, **TWO, **own, **options)
+            for objective, found in zip(some, together, strict=True):
+                mine = own if isinstance(objective, DPO) else {}
+                expected = gfast.g_effect(model, objective, **TWO, **mine, **options)
+                assert_equal(found, expected)
+                assert found.norms == expected.norms and found.risks == expected.risks
+                assert found.errors == expected.errors and found.counts == expected.counts
+
+
+def test_which_of_several_objectives_is_not_finite():
+    model = tiny("llama", dtype=torch.float32).eval()
+    far = [{**batch, "ref_logp": torch.full_like(batch["ref_logp"], -3e38)} for batch in TWO["forget"]]
+    with pytest.raises(ValueError, match=r"NPO\(beta=0.3\) is inf on batch 0 of the forget data"):
+        gfast.g_effect(model, [WGA(0.7), NPO(0.3), SatImp(1.0, 0.5)], forget=far, retain=TWO["retain"])
 
 
 def test_kl_goes_alone():

@@ -80,7 +80,8 @@ def g_effect(
     The risk's gradient on each set is stored (one gradient's size a set); the objective's gradient is dotted with both
     as it appears, parameter by parameter, and freed. One objective on single batches stores one gradient in all, and
     shares the forward of its batch with the risk on it, if the model is made of PyTorch's own functions: the
-    activations of that forward are held for two backwards.
+    activations of that forward are held for two backwards. Several objectives share the forward of each batch likewise,
+    unless norms of theirs are to be accumulated over batches.
     Passes over the data: 2 for the directions, and one for each distinct term of the objectives that is not a multiple
     of a direction (GA on forget and NLL on retain data are). The model is measured in evaluation mode and left as
     found, also after an error: gradients, hooks, training flags.
@@ -88,7 +89,7 @@ def g_effect(
     Args:
         model: a Hugging Face causal language model, on any device, possibly wrapped by PEFT, DDP or torch.compile.
             Frozen parameters are left out. Under DDP each process measures the batches that it is given.
-        objective: an objective, or several: they share the directions. `Mix` gives combinations with a retain term.
+        objective: an objective, or several: they share directions and forwards. `Mix` combines one with a retain term.
         forget, retain: one batch, or a list, DataLoader or generator of them (materialised as a list): dicts with
             input_ids, labels [B, T] int64 (-100 ignored, unshifted), attention_mask, and what the objective needs,
             such as ref_logp [B, T]. Columns on the right that no row's attention_mask or labels need are cut off.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gfast.geffect.padding import trimmed
-from gfast.objectives import RMU, RR, Mix, Objective
+from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
 _REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
@@ -44,6 +44,15 @@ def risk_terms(risk: Objective) -> list[Term]:
     if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & OWN_DATA:
         raise ValueError(f"risk must be one objective that is evaluated on forget and on retain data, not {risk!r}")
     return [Term(risk, "forget"), Term(risk, "retain")]
+
+
+def identity_factor(term: Term, risk: Objective) -> float | None:
+    """c when the gradient of the term is c times that of the risk on the same set, by construction; else None."""
+    if term.source not in SIDE_SOURCES or term.objective.default_reduction != risk.default_reduction:
+        return None
+    if term.objective == risk:
+        return 1.0
+    return -1.0 if {type(term.objective), type(risk)} == {GA, NLL} else None
 
 
 def _source(objective: Objective) -> str:

@@ -10,9 +10,10 @@ n up to the hidden size; for more rows it is formed a tile of the vocabulary at 
 
 The G-effect of an objective keeps its batches under the objective's seeds, and both sets pass by under the risk's:
 m_f (m_f + m_r) forwards for an objective on the forget set. The kept batch itself passes by in the graph that it is
-kept from: a second backward, not a second pass. Until that is through, all activations of the batch stay beside what is
-kept of it, which is no more than while another batch of its size passes by. Where functions that are not PyTorch's own
-take part, whose backward may overwrite what they had saved, it takes a forward of its own like the others.
+kept from: a second backward, not a second pass. For the risk itself, and for GA, which is minus the NLL, not even that:
+what is kept is multiplied with itself. Until a second backward is through, all activations of the batch stay beside
+what is kept of it, which is no more than while another batch of its size passes by. Where functions that are not
+PyTorch's own take part, whose backward may overwrite what they had saved, it takes a forward of its own, as all do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast.geffect.data import SIDE_SOURCES, Term, to_device
+from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, to_device
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Outer, Share, find_sites
 from gfast.geffect.pairs import GramEffect
@@ -133,13 +134,17 @@ def gram_dots(measurement: Measurement, term: Term) -> Tensor:
         check_weighted(one, "gram")
     label = f"{term.objective} on the {term.source} data"
     dots = torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64)
+    factor = identity_factor(term, measurement.risk)  # if known, the batch's products with itself are its own
     with _Pairs(measurement, label, by_sample=False) as pairs:
         others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
         for _, batch in data.counted(term):
-            again = any(other is batch for _, other in others)
+            again = factor is None and any(other is batch for _, other in others)
             same = pairs.keep(batch, term.objective, measurement.risk if again else None)
             for side, other in others:
-                values = same if other is batch else pairs.cross(other, measurement.risk)  # [1, G, 1]
+                if other is not batch:
+                    values = pairs.cross(other, measurement.risk)  # [1, G, 1]
+                else:
+                    values = same if again else factor * pairs.own()
                 dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risks[side]))
     return dots
 

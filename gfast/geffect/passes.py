@@ -30,6 +30,11 @@ class Backward(NamedTuple):
     index: int
     batch: Mapping[str, Any]
 
+    @property
+    def needs_forward_alone(self) -> bool:
+        """Whether the batch's forward is all that the objective needs of the model."""
+        return not isinstance(self.term.objective, (KL, RMU, RR))
+
 
 class Passes:
     """Runs jobs over the data; a hook on every parameter takes its gradient as soon as it is accumulated.
@@ -110,8 +115,7 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        for item in work:
-            self.values[item.term] = 0.0
+        found: dict[Term, dict[int, float]] = {}
         # looked at once a pass: a look at every batch would wait for the device each time
         for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
             if not math.isfinite(value):
@@ -119,7 +123,8 @@ class Passes:
                     f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
                     f"is no gradient: check the model's weights and, in float16, its range"
                 )
-            self.values[item.term] += value
+            found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
+        self.values |= {term: sum(values.values()) for term, values in found.items()}
 
     def table(self, rows: list[Tensor | None], columns: int) -> Tensor:
         """Rows [columns] of all parameters as one tensor [P, columns] on the device; a missing row is zero."""
@@ -149,7 +154,7 @@ def _share_forward(pair: list[Backward]) -> bool:
     """Whether the second of two has the first one's batch, and both objectives need its forward alone."""
     if len(pair) < 2 or pair[0].batch is not pair[1].batch:
         return False
-    return not any(isinstance(item.term.objective, (KL, RMU, RR)) for item in pair)
+    return all(item.needs_forward_alone for item in pair)
 
 
 def default_loss_scale(parameters: list[nn.Parameter]) -> float:

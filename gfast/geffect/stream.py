@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gfast.geffect.data import SIDE_SOURCES, Term, terms
+from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, terms
 from gfast.geffect.directions import accumulate, collect, dots, risk_counts
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
@@ -17,7 +17,7 @@ from gfast.geffect.passes import Job, Passes, Progress, job_label
 from gfast.geffect.results import SIDES, GEffect, standard_error
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.geffect.storage import Store, store_for
-from gfast.objectives import GA, NLL, Objective
+from gfast.objectives import Objective
 
 
 @dataclass
@@ -72,7 +72,7 @@ def stream_effects(measurement: Measurement, objectives: Sequence[Objective], no
         else:
             directions = given or collect(passes, risk, measurement.groups, measurement.dtype, measurement.storage)
             gram, risks = directions.gram, directions.risks
-            measured = {job: _measure(passes, directions.stores, job, norms) for job in jobs}
+            measured = _measure(passes, directions.stores, jobs, norms)
             if given is None:
                 directions.close()
     return finished(wanted, measurement, gram, measured, risks)
@@ -101,15 +101,6 @@ def finished(
     return results
 
 
-def identity_factor(term: Term, risk: Objective) -> float | None:
-    """c when the gradient of the term is c times that of the risk on the same set, by construction; else None."""
-    if term.source not in SIDE_SOURCES or term.objective.default_reduction != risk.default_reduction:
-        return None
-    if term.objective == risk:
-        return 1.0
-    return -1.0 if {type(term.objective), type(risk)} == {GA, NLL} else None
-
-
 def _plan(objective: Objective, risk: Objective | None, norms: bool) -> Plan:
     known, rest = [0.0, 0.0], []
     for factor, term in terms(objective):
@@ -136,7 +127,8 @@ def _gram_of_risks(passes: Passes, measurement: Measurement) -> Tensor:
     table, stored = accumulate(passes, first, [], store_for(storage, dtype, "forget", passes.names, passes.device))
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
     gram[:, 0, 0] = passes.by_group(table, job_label(first))[:, 0]
-    sums = _stream(passes, [stored], second)[0].sum(0)  # [G, 2]
+    ((sums, _),) = _stream(passes, [stored], [second])
+    sums = sums.sum(0)  # [G, 2]
     gram[:, 0, 1] = gram[:, 1, 0] = sums[:, 0]
     gram[:, 1, 1] = sums[:, 1]
     return gram
@@ -189,44 +181,55 @@ def _swapped(
     return gram, {job: Measured(found, square)}
 
 
-def _measure(passes: Passes, stores: list[Store], job: Job, norms: bool) -> Measured:
-    """Dots of the gradient of a combination of terms with both directions, and its norm where it can be had."""
-    if passes.batches(job) > 1 and norms:
-        # Accumulated on the device: this gradient is needed for its norm alone.
-        table, _ = accumulate(passes, job, stores, Store(len(passes.names), torch.float64, passes.device))
-        sums = passes.by_group(table, job_label(job))  # [G, 3]
-        return Measured(sums[:, :2], sums[:, 2])
-    sums, whole = _stream(passes, stores, job)  # [batches, G, 3]
-    total = sums.sum(0)
-    parts = shares = None
-    if len(job) == 1 and len(sums) > 1:
-        parts, shares = sums[:, :, :2], torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64)
-    return Measured(total[:, :2], total[:, 2] if whole else None, parts, shares)
+def _measure(passes: Passes, stores: list[Store], jobs: Sequence[Job], norms: bool) -> dict[Job, Measured]:
+    """Dots of the gradients of combinations of terms with both directions, and their norms where they can be had."""
+    measured = {}
+    for job in jobs if norms else ():
+        if passes.batches(job) > 1:
+            # Accumulated on the device, one after the other: this gradient is needed for its norm alone.
+            table, _ = accumulate(passes, job, stores, Store(len(passes.names), torch.float64, passes.device))
+            sums = passes.by_group(table, job_label(job))  # [G, 3]
+            measured[job] = Measured(sums[:, :2], sums[:, 2])
+    rest = [job for job in jobs if job not in measured]
+    for job, (sums, whole) in zip(rest, _stream(passes, stores, rest), strict=True):
+        total = sums.sum(0)
+        parts = shares = None
+        if len(job) == 1 and len(sums) > 1:
+            parts, shares = sums[:, :, :2], torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64)
+        measured[job] = Measured(total[:, :2], total[:, 2] if whole else None, parts, shares)
+    return measured
 
 
-def _stream(passes: Passes, stores: list[Store], job: Job) -> tuple[Tensor, bool]:
-    """Dots with the stored gradients by batch and group [batches, G, stores + 1], nothing kept; are the squared norms
-    those of the whole gradient?
+def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tuple[Tensor, bool]]:
+    """Of each job: dots with the stored gradients by batch and group [batches, G, stores + 1], nothing kept; are the
+    squared norms those of the whole gradient?
+
+    What the jobs want of one batch follows each other, and shares its forward.
     """
-    work = passes.work(job)
+    work = [(number, item) for number, job in enumerate(jobs) for item in passes.work(job)]
+    work.sort(key=lambda one: (one[1].term.source, one[1].index, not one[1].needs_forward_alone))  # stable
     rows: list[Tensor | None] = [None] * len(passes.parameters)
-    tables: list[Tensor] = []
-    once = True
+    tables: list[list[Tensor]] = [[] for _ in jobs]
+    left = iter([number for number, _ in work])
+    once = [passes.batches(job) <= 1 for job in jobs]
 
     def consume(index: int, grad: Tensor, position: int) -> None:
-        nonlocal once
         row = dots(stores, index, grad)
-        once &= rows[index] is None  # re-entrant checkpointing of a shared parameter fires twice
-        rows[index] = row if rows[index] is None else rows[index] + row
+        if rows[index] is not None:  # re-entrant checkpointing of a shared parameter fires twice
+            once[work[position][0]] = False
+            row = rows[index] + row
+        rows[index] = row
 
     def done() -> None:
-        tables.append(passes.table(rows, len(stores) + 1))
+        tables[next(left)].append(passes.table(rows, len(stores) + 1))
         rows[:] = [None] * len(rows)
 
-    passes.backward(work, consume, done)
-    if not tables:
-        return torch.zeros(1, passes.num_groups, len(stores) + 1, dtype=torch.float64), True
-    return passes.by_group(torch.stack(tables), job_label(job)), once and len(work) <= 1
+    passes.backward([item for _, item in work], consume, done)
+    nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64)
+    found = [torch.stack(table) if table else nothing for table in tables]
+    return [
+        (passes.by_group(table, job_label(job)), whole) for table, job, whole in zip(found, jobs, once, strict=True)
+    ]
 
 
 def _combine(
