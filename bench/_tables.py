@@ -9,12 +9,7 @@ from typing import Any
 from _laws import batch_name, figure, model_name
 
 Data = dict[str, Any]
-LEFT_OUT = (
-    "g_effect(WGA), ",
-    "g_effect(GA), ",
-    "plain forward",
-    "pass without dW",
-)  # of the README: other engines, units
+LEFT_OUT = ("g_effect(WGA), ", "g_effect(GA), ", "plain forward", "pass without dW")  # other engines, and units
 MOST_ROWS = 9  # of a README table of losses, a table a device
 LOSS_FLOORS = {"logits": "a copy of the logits", "linear": "the bare matrix products"}
 OPS = {"logits": "unlearn_loss", "linear": "linear_unlearn_loss"}
