@@ -42,6 +42,7 @@ TORCH_LIBRARY(gfast, m) {
       "pair_dots(Tensor a, Tensor b, Tensor c, Tensor d, int[] rows, int[] columns, bool same, Tensor(a!)? inputs, "
       "bool known) -> Tensor");
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
+  m.def("row_dots(Tensor a, Tensor b, Tensor direction) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");

@@ -26,9 +26,11 @@ TESTS = {  # file: those of its tests that reach the kernels
     "test_mixed_mm.py": "not refuse",
     "test_head_grads.py": "not refuse",
     "test_pair_dots.py": "not refuse",
+    "test_row_dot.py": "cpp or threads or finite",
     "test_grad_dot.py": "cpp",
     "test_geffect_gram.py": "used_rows or (pair_sums and not refuse)",
 }
+BRGEMM = ("test_mixed_mm.py", "test_head_grads.py", "test_pair_dots.py", "test_row_dot.py")
 
 
 def environment(isa: str) -> dict[str, str]:
@@ -50,7 +52,7 @@ def isa(request):
 
 @pytest.mark.parametrize("file", TESTS)
 def test_every_instruction_set(file, isa):
-    if file in ("test_mixed_mm.py", "test_head_grads.py", "test_pair_dots.py") and not has_cpu_kernel("mixed_mm"):
+    if file in BRGEMM and not has_cpu_kernel("mixed_mm"):
         pytest.skip("gfast._C is built with a torch that has no brgemm")
     tests = ["pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file), "-k", TESTS[file]]
     done = subprocess.run([sys.executable, "-m", *tests], env=environment(isa), capture_output=True, text=True)

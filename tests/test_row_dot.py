@@ -9,6 +9,7 @@ from gfast.ops.backend import why_not
 from gfast.ops.row_dot import linear_row_dot, linear_row_dot_reference, row_sums
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (300, 40, 24), (70, 24, 130), (3, 200, 9), (0, 4, 5), (65, 64, 64), (4, 0, 3)]
+SHAPES += [(17, 400, 650), (129, 1030, 40), (70, 70, 2100), (3, 5, 0)]  # several blocks on a CPU, and parts of them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -39,14 +40,14 @@ def assert_right(a, b, direction, impl: str) -> None:
     assert ((found - truth).abs() <= allowed + torch.finfo(dtype).eps * scale).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape, impl):
     available(impl)
     assert_right(*inputs(shape), impl)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize(
     "dtypes", [(BF16, BF16, BF16), (BF16, BF16, F32), (F32, BF16, F32), (F16, F16, F16), (F32, F32, BF16)]
 )
@@ -55,7 +56,7 @@ def test_dtypes(dtypes, impl):
     assert_right(*inputs((90, 40, 72), dtypes), impl)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 def test_an_fp32_direction_keeps_its_digits_beside_bf16_inputs(impl):
     available(impl)
     generator = torch.Generator().manual_seed(0)
@@ -72,11 +73,12 @@ def test_fp64_is_exact_and_only_for_the_reference():
     torch.testing.assert_close(
         linear_row_dot(a, b, direction), linear_row_dot_reference(a, b, direction), rtol=1e-13, atol=1e-13
     )
-    with pytest.raises(ValueError, match="float64"):
-        linear_row_dot(a, b, direction, impl="triton")
+    for impl in ("cpp", "triton"):
+        with pytest.raises(ValueError, match="float64"):
+            linear_row_dot(a, b, direction, impl=impl)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 def test_strided_inputs(impl):
     available(impl)
     a, b, direction = inputs((20, 12, 18))
@@ -101,13 +103,39 @@ def test_sums_do_not_lose_accuracy_with_length():
 
 
 def test_repeats_bit_for_bit():
-    a, b, direction = inputs((600, 64, 96))
-    assert torch.equal(linear_row_dot(a, b, direction), linear_row_dot(a, b, direction))
+    a, b, direction = inputs((600, 64, 960))
+    found = [linear_row_dot(a, b, direction) for _ in range(8)]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads of a CPU")
+@pytest.mark.parametrize("shape", [(90, 40, 700), (70, 900, 66), (33, 130, 640)])
+def test_any_number_of_threads(shape):
+    available("cpp")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            assert_right(*inputs(shape), "cpp")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    """A block that is cut off overlaps the rows before it."""
+    a, b, direction = inputs((70, 40, 90))
+    b[3, 5], a[68, 2] = torch.nan, torch.inf
+    for impl in ("reference", "cpp", "triton"):
+        if not why_not("linear_row_dot", impl, DEVICE, F32):
+            finite = linear_row_dot(a, b, direction, impl=impl).isfinite()
+            assert finite.logical_not().nonzero().flatten().tolist() == [3, 68]
 
 
 def test_opcheck_and_compile():
     a, b, direction = inputs((6, 4, 5))
-    torch.library.opcheck(torch.ops.gfast.linear_row_dot.default, (a, b, direction, "reference"))
+    for impl in ("reference", "cpp", "auto"):
+        if not why_not("linear_row_dot", impl, DEVICE, F32):
+            torch.library.opcheck(torch.ops.gfast.linear_row_dot.default, (a, b, direction, impl))
     compiled = torch.compile(linear_row_dot, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a, b, direction), linear_row_dot(a, b, direction))
 
@@ -125,7 +153,6 @@ def test_is_not_differentiable():
         (dict(direction=torch.ones(5, 2)), r"direction must be \[2, 5\]"),
         (dict(a=torch.ones(3, 5, dtype=torch.int64)), "a is torch.int64"),
         (dict(direction=torch.ones(2, 5, device="meta")), "a is on cpu but direction on meta"),
-        (dict(impl="cpp"), "library's matrix product"),
         (dict(impl="cuda"), "impl='cuda' cannot serve linear_row_dot"),
     ],
 )

@@ -70,6 +70,7 @@ def _kernel_missing(op: str) -> str:
         "linear_token_logp": "fold_rows",
         "sharded_token_kl": "kl_parts",
         "scale": "scale_",
+        "linear_row_dot": "row_dots",
     }.get(op, "kl_rows" if "kl" in op else "logp_rows")
     if has_cpu_kernel(kernel):
         return ""
@@ -111,8 +112,6 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if impl == "cpp":
         if kind != "cpu":
             return f"the C++ kernels take CPU tensors, not {kind}"
-        if op == "linear_row_dot":
-            return "on a CPU the library's matrix product is all its time: reference is that"
         return extension()[1] or _kernel_missing(op)
     if impl == "triton":
         if op == "grad_dot":

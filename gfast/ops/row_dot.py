@@ -21,10 +21,9 @@ def linear_row_dot_reference(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
 def _blocks(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
     """A library GEMM of a block of rows at a time, and its row dots in fp64.
 
-    The product is taken to the narrower side, so it is never [n, V] for an output head. On a CPU the GEMMs are all the
-    time there is: a kernel of its own would have nothing to save.
+    The product is taken to the narrower side, so it is never [n, V] for an output head.
     """
-    dtype = product_dtype(torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype), a.device)
+    dtype = _product(a, b, direction)
     direction = direction.to(dtype)
     left, right, factor = (b, a, direction) if a.shape[1] < b.shape[1] else (a, b, direction.t())
     out = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
@@ -33,6 +32,17 @@ def _blocks(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
         product = left[start:stop].to(dtype) @ factor  # [rows, min(D_in, D_out)]
         out[start:stop] = row_sums(product.to(wide).mul_(right[start:stop]))
     return out
+
+
+def _product(a: Tensor, b: Tensor, direction: Tensor) -> torch.dtype:
+    """What to multiply in."""
+    return product_dtype(torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype), a.device)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous rows apart from each other, of a dtype that is not narrower than x's own."""
+    apart = x.stride(-1) == 1 and x.stride(0) >= x.shape[1]
+    return x.to(dtype) if apart else x.to(dtype).contiguous()
 
 
 def row_sums(terms: Tensor) -> Tensor:
@@ -47,10 +57,16 @@ def row_sums(terms: Tensor) -> Tensor:
 @torch.library.custom_op("gfast::linear_row_dot", mutates_args=())
 def _linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype)
-    if select("linear_row_dot", impl, a.device, dtype) == "triton":
+    chosen = select("linear_row_dot", impl, a.device, dtype)
+    if chosen == "triton":
         from gfast.kernels import row_dot
 
         return row_dot.linear_row_dot(a, b, direction)
+    # 16-bit products, where the CPU has them, are the library's; the kernel multiplies in fp32
+    taken = impl == "cpp" or _product(a, b, direction) == torch.float32
+    if chosen == "cpp" and taken and torch.backends.mkldnn.enabled:
+        wide = (_rows(x, torch.float32) for x in (a, b))
+        return torch.ops.gfast.row_dots(*wide, _rows(direction, direction.dtype))
     return _blocks(a, b, direction)
 
 
@@ -65,14 +81,15 @@ def linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, *, impl: str = "auto
     .. math:: \mathrm{out}_t = \langle b_t a_t^T, G \rangle = b_t \cdot (G a_t)
 
     Products are as exact as in the widest of the three dtypes (fp32 where a CPU has no fast 16-bit matrix product),
-    accumulated in fp32 or wider; sums over rows are fp64, in an order that depends on shapes alone. On a GPU bf16
-    inputs and an fp32 direction, multiplied as the sum of three bf16 numbers, go to the matrix units.
+    accumulated in fp32 or wider; sums over rows are fp64, in an order that depends on shapes (on a CPU on the number of
+    threads too). On a CPU blocks of the direction are multiplied in the cache and dotted there: b G exists nowhere. On
+    a GPU bf16 inputs and an fp32 direction, multiplied as the sum of three bf16 numbers, go to the matrix units.
 
     Args:
         a: [n, D_in], inputs of the Linear.
         b: [n, D_out], gradients of its outputs.
         direction: G, [D_out, D_in], such as the gradient of a risk. All of fp32, bf16, fp16 or fp64, mixed.
-        impl: "auto", "reference" (library GEMMs) or "triton".
+        impl: "auto", "reference" (library GEMMs), "cpp" or "triton".
 
     Returns:
         fp64 [n]. Not differentiable.

@@ -1,5 +1,5 @@
 // Sums of x * y over runs of columns, for some rows: a run is a sample's rows, so a run's sum is a pair of a row and a
-// sample; and over the rows of panels. fp32 over 16 at most, fp64 beyond.
+// sample; and over the rows or the columns of panels. fp32 over 16 at most, fp64 beyond.
 #include "cpu/kernels/pack.h"
 #include "cpu/kernels/vec.h"
 
@@ -10,9 +10,11 @@ namespace {
 constexpr int kVectors = 16;
 
 GFAST_INLINE double total(vf x) {
-  double sum = 0;
-  for (int l = 0; l < W; ++l) sum += x[l];
-  return sum;
+  double lanes[W];
+  for (int l = 0; l < W; ++l) lanes[l] = x[l];
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
 GFAST_INLINE double dot(const float* x, const float* y, int64_t n) {
@@ -63,6 +65,30 @@ void panel_sums(const float* x, const float* y, int64_t rows, double* out) {
       for (int64_t v = 0; v < kPanel / W; ++v) part[v] += load(x + row * kPanel + v * W) * load(y + row * kPanel + v * W);
     for (int64_t v = 0; v < kPanel / W; ++v)
       for (int64_t l = 0; l < W; ++l) out[v * W + l] += part[v][l];
+  }
+}
+
+// Sums of x [rows, kPanel] * y over the first `columns` columns, added in W parts a row to lanes [rows, W].
+void panel_dots(const float* x, const float* y, int64_t y_step, int64_t rows, int64_t columns, float* lanes) {
+  for (int64_t row = 0; row < rows; ++row, x += kPanel, y += y_step, lanes += W) {
+    vf part = load(lanes);
+    if (columns == kPanel) {
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < kPanel; c += W) part += load(x + c) * load(y + c);
+    } else {
+      int64_t c = 0;
+      for (; c + W <= columns; c += W) part += load(x + c) * load(y + c);
+      if (c < columns) part += load_part(x + c, columns - c, 0.0f) * load_part(y + c, columns - c, 0.0f);
+    }
+    store(lanes, part);
+  }
+}
+
+// out [rows] += what panel_dots has gathered, which is 0 again.
+void lane_totals(float* lanes, int64_t rows, double* out) {
+  for (int64_t row = 0; row < rows; ++row, lanes += W) {
+    out[row] += total(load(lanes));
+    store(lanes, vf{});
   }
 }
 
