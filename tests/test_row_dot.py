@@ -161,3 +161,20 @@ def test_bad_input(change, message):
     impl = arguments.pop("impl")
     with pytest.raises(ValueError, match=message):
         linear_row_dot(*arguments.values(), impl=impl)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(a=torch.ones(3, 5).double()), TypeError, "a must be float32, not Double"),
+        (dict(direction=torch.ones(2, 5).double()), TypeError, "direction must be float32, bfloat16 or float16"),
+        (dict(b=torch.ones(4, 2)), ValueError, "must have equally many rows"),
+        (dict(direction=torch.ones(5, 2)), ValueError, "a row for each column of b"),
+        (dict(b=torch.ones(2, 3).t()), ValueError, "contiguous rows"),
+    ],
+)
+def test_the_kernel_refuses(change, error, message):
+    available("cpp")
+    arguments = dict(a=torch.ones(3, 5), b=torch.ones(3, 2), direction=torch.ones(2, 5)) | change
+    with pytest.raises(error, match=message):
+        torch.ops.gfast.row_dots(*arguments.values())

@@ -27,7 +27,7 @@ from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX
-from gfast.ops.row_dot import linear_row_dot, row_sums
+from gfast.ops.row_dot import dots_of_rows, row_sums
 
 _Batch = Mapping[str, Any]
 # By how much the samples' effects may miss those of the whole set, as a share of ||G||^2: rounding is far below, a
@@ -148,7 +148,7 @@ def objective_dots(measurement: Measurement, directions: Directions, term: Term)
 def share_dots(share: Share, direction: Tensor) -> Tensor:
     """Dot products of each row's share of a gradient with a direction shaped like the parameter, fp64 [n]."""
     if isinstance(share, Outer):
-        return linear_row_dot(share.a, share.b, direction)
+        return dots_of_rows(share.a, share.b, direction)
     if isinstance(share, Lookup):
         wide = torch.promote_types(torch.promote_types(share.b.dtype, direction.dtype), torch.float32)
         return row_sums(direction.index_select(0, share.ids).to(wide).mul_(share.b))

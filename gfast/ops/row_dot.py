@@ -54,8 +54,8 @@ def row_sums(terms: Tensor) -> Tensor:
     return sums + terms[:, :whole].sum(-1, dtype=torch.float64)
 
 
-@torch.library.custom_op("gfast::linear_row_dot", mutates_args=())
-def _linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tensor:
+def dots_of_rows(a: Tensor, b: Tensor, direction: Tensor, impl: str = "auto") -> Tensor:
+    """`linear_row_dot` of arguments that are checked, for tensors with values: a custom op costs 0.1 ms a call."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), direction.dtype)
     chosen = select("linear_row_dot", impl, a.device, dtype)
     if chosen == "triton":
@@ -68,6 +68,11 @@ def _linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tenso
         wide = (_rows(x, torch.float32) for x in (a, b))
         return torch.ops.gfast.row_dots(*wide, _rows(direction, direction.dtype))
     return _blocks(a, b, direction)
+
+
+@torch.library.custom_op("gfast::linear_row_dot", mutates_args=())
+def _linear_row_dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tensor:
+    return dots_of_rows(a, b, direction, impl)
 
 
 @_linear_row_dot.register_fake
