@@ -37,10 +37,10 @@ quiet: every step says how long it took, every result what the load was.
   round (of results without the times of their rounds: the ratio of the medians). From logits: a copy of them into
   memory that is there (half a copy where nothing is written). From hidden states: the bare matrix products of the mode,
   over the rows that have a label, in the case's dtype or in fp32, whichever is faster. Of gradient effects: plain
-  forward and backward passes (`g_effect` of one objective on single batches shares a forward of them); of `gram_effect`
-  a training step on both batches (gradients accumulated, plain SGD), and two passes that compute no gradient of a
-  weight; all timed right before each call (in results without `beside_ms` in the JSON once a round, which lasts up to a
-  minute there).
+  forward and backward passes (`g_effect` of one objective on single batches shares a forward of them, of several
+  objectives all but one of the objectives' own); of `gram_effect` a training step on both batches (gradients
+  accumulated, plain SGD), and two passes that compute no gradient of a weight; all timed right before each call (in
+  results without `beside_ms` in the JSON once a round, which lasts up to a minute there).
 - **law**: how many floors gfast may take (of `grad_dot`: the share of the read bandwidth it must reach). Of memory: how
   many times what its gradients (dW in fp32 too, where it has 16 bits and several chunks are summed) and one chunk need:
   the chunk's logits, the rows that take part where they are copies, and what converting takes: tiles of W and dW, or
@@ -83,8 +83,8 @@ REASONS = {  # only what is known
     "eager": "How many times less depends on how much slower a machine computes than it copies: gfast itself stands at "
     "the copies of the logits that its law above names.",
     "gram_effect": "`g_effect` by gram takes two forwards and three backwards without gradients of weights, the forget "
-    "batch's with the objective's seeds and with the risk's, where `gram_effect` takes two of each: five sixths of "
-    "a training step's products, and those of the pairs besides.",
+    "batch's with the objective's seeds and with the risk's (GA alone takes two), where `gram_effect` takes two of "
+    "each: five sixths of a training step's products, and those of the pairs besides.",
     "gram_passes": "Besides the two passes every Linear takes products of token pairs, about 2 n^2 (D_in + D_out) "
     "flops a pair of batches of n tokens, or a temporary gradient of its weight, 2 n D_in D_out. Beside the "
     "4 n D_in D_out of a pass the products of pairs are little in a wide model, and the gradient is half in any.",

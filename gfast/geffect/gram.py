@@ -107,7 +107,7 @@ def gram_effects(measurement: Measurement) -> GramEffect:
         # -: the entry is of NLL(s_j) and log p(s_i)
         out[source][rows : rows + values.shape[0], :, columns : columns + values.shape[2]] = -values
 
-    with _Pairs(measurement, "log p", by_sample=True) as pairs:
+    with _Pairs(measurement, "log p", by_sample=True, own=True) as pairs:
         for first, batch in enumerate(batches["forget"]):
             pairs.keep(batch)
             for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
@@ -135,31 +135,37 @@ def gram_dots(measurement: Measurement, term: Term) -> Tensor:
     label = f"{term.objective} on the {term.source} data"
     dots = torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64)
     factor = identity_factor(term, measurement.risk)  # if known, the batch's products with itself are its own
-    with _Pairs(measurement, label, by_sample=False) as pairs:
+
+    def add(side: int, values: Tensor) -> None:  # [1, G, 1]
+        dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risks[side]))
+
+    with _Pairs(measurement, label, by_sample=False, own=factor is not None) as pairs:
         others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
         for _, batch in data.counted(term):
-            again = factor is None and any(other is batch for _, other in others)
-            same = pairs.keep(batch, term.objective, measurement.risk if again else None)
+            sides = [side for side, other in others if other is batch]
+            same = pairs.keep(batch, term.objective, measurement.risk if sides and factor is None else None)
             for side, other in others:
                 if other is not batch:
-                    values = pairs.cross(other, measurement.risk)  # [1, G, 1]
-                else:
-                    values = same if again else factor * pairs.own()
-                dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risks[side]))
+                    add(side, pairs.cross(other, measurement.risk))
+            if sides and factor is not None:
+                same = factor * pairs.own()  # after the others, which leave less to do
+            for side in sides:
+                add(side, same)
     return dots
 
 
 class _Pairs:
     """One batch's shares kept, and the products of other batches' with them. A context manager: it lends the model.
 
-    With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients.
+    With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients. With `own` products of the
+    kept batch with itself are made beside those with the first other one, as far as that is cheaper.
     """
 
-    def __init__(self, measurement: Measurement, label: str, by_sample: bool) -> None:
+    def __init__(self, measurement: Measurement, label: str, by_sample: bool, own: bool) -> None:
         model = measurement.model
         refuse_sharded(model)
         sites = find_sites(model, measurement.groups, "gram")
-        self.label, self.by_sample = label, by_sample
+        self.label, self.by_sample, self.wants_own = label, by_sample, own
         self.bar = Progress(measurement.progress, "gram")
         self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
@@ -243,7 +249,7 @@ class _Pairs:
     def _multiply(self, name: str, share: Share, place: Tensor | None) -> None:
         found, kept, index = self._rows(share, place), self.kept.get(name, []), self.position[name]
         # forming gradients of the kept samples serves their own products too
-        joint = self.by_sample and len(kept) == 1 and name not in self.own_done
+        joint = self.wants_own and len(kept) == 1 and name not in self.own_done
         for one in kept:
             values, own = products(one, found, joint, self.caches)
             self.table[index] += values
