@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -137,16 +138,17 @@ def test_a_pass_for_each_distinct_term_only(monkeypatch):
 
 
 def count_losses(monkeypatch) -> list[str]:
+    """The objectives in the order of their evaluation, each after a forward of its own or after a shared one."""
     from gfast.geffect import passes
 
     calls: list[str] = []
-    original = passes.model_loss
 
-    def counted(model, batch, objective, **options):
-        calls.append(str(objective))
-        return original(model, batch, objective, **options)
+    def counted(original, place, *args, **options):
+        calls.append(str(args[place]))
+        return original(*args, **options)
 
-    monkeypatch.setattr(passes, "model_loss", counted)
+    for name, place in (("model_loss", 2), ("output_loss", 3)):
+        monkeypatch.setattr(passes, name, functools.partial(counted, getattr(passes, name), place))
     return calls
 
 
