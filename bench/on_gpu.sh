@@ -87,7 +87,8 @@ all=gfast,gfast_inplace,floor,fresh_copy,open_unlearning,eager,upcast,compile,li
 all+=,torch_chunked_rows
 fast=gfast,gfast_logp,floor,eager,compile,liger,cce,cce_exact,trl,torch_chunked_rows
 lines=gfast,floor,eager,compile,liger,cce,trl,torch_chunked
-effects='g_effect(GA);g_effect(WGA);g_effect(4 objectives);g_effect(WGA), sample;g_effect(WGA), gram;g_effect(WGA), token;pg_effect'
+effects='g_effect(GA);g_effect(WGA);g_effect(4 objectives);g_effect(WGA), sample;g_effect(GA), gram'
+effects+=';g_effect(WGA), gram;g_effect(WGA), token;pg_effect'
 effects+=';pg_effect, directions given;token_effect;gram_effect;clone loop, WGA;sample loop;published way'
 effects+=';published way, padded;kronfluence, identity;bergson'
 large=(--shapes llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
@@ -98,7 +99,7 @@ bench losses 170 losses losses "${large[@]}" --objectives wga,nll --providers "$
 bench grad_dot 80 grad_dot grad_dot
 bench losses_4096 60 losses_4096 losses --shapes llama-3.1-8b --rows 4096 --ops linear --dtypes bf16 --objectives nll \
   --budget 1 --providers "$fast"
-bench geffect 100 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6 \
+bench geffect 120 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6 \
   --providers "$effects"
 bench geffect_small 60 geffect_small geffect --shape smollm2-135m --layers 2 --dtype bf16 --batch 8 --tokens 256 --budget 2
 # shellcheck disable=SC2086 # a list of files

@@ -97,10 +97,8 @@ def test_what_other_measurements_cost(monkeypatch):
     counts = Counts(model, monkeypatch)
     assert counts.of(lambda: gfast.gram_effect(model, **ONE)) == (2, 2)
     assert counts.of(lambda: gfast.gram_effect(model, **TWO)) == (5, 5)
-    assert counts.of(lambda: by_gram(model, Mix(WGA(0.7), NLL()), **ONE)) == (
-        4,
-        5,
-    )  # two terms; the second is the risk
+    found = counts.of(lambda: by_gram(model, Mix(WGA(0.7), NLL()), **ONE))
+    assert found == (4, 5)  # of two terms, one on each set; the second is the risk
     pairs = batches(8, rows=6, sizes=(6,))  # neither set's batch: nothing to share
     assert counts.of(lambda: by_gram(model, DPO(0.3), objective_batches=pairs, **ONE)) == (3, 3)
     same = ONE["forget"]  # one batch on both sides

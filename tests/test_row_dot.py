@@ -121,6 +121,16 @@ def test_any_number_of_threads(shape):
         torch.set_num_threads(before)
 
 
+def test_without_onednn_the_library_multiplies():
+    available("cpp")
+    arguments = inputs((70, 40, 90))
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = linear_row_dot(*arguments)
+        with pytest.raises(ValueError, match="mkldnn is turned off"):
+            linear_row_dot(*arguments, impl="cpp")
+    assert torch.equal(found, linear_row_dot(*arguments, impl="reference"))
+
+
 def test_what_is_not_finite_stays_in_its_row():
     """A block that is cut off overlaps the rows before it."""
     a, b, direction = inputs((70, 40, 90))

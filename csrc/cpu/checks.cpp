@@ -57,6 +57,11 @@ Factor check_factor(const char* op, const char* what, const at::Tensor& x) {
   return {x.const_data_ptr(), stride, type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
 }
 
+Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
+  return check_factor(op, what, x);
+}
+
 std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArrayRef counts, int64_t size) {
   std::vector<int64_t> bounds{0};
   for (const int64_t count : counts) {

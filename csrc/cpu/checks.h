@@ -16,8 +16,10 @@ namespace gfast {
 // `what` [N, V] fp32, bf16 or fp16 on the CPU with contiguous rows, as the kernels' view of it.
 Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, double scale, double softcap);
 
-// `what` [M, N] fp32, bf16 or fp16 on the CPU with contiguous rows apart from each other, as a factor of a product.
+// `what` [M, N] fp32, bf16 or fp16 on the CPU with contiguous rows apart from each other, as a factor of a product; fp32
+// alone where nothing widens it.
 Factor check_factor(const char* op, const char* what, const at::Tensor& x);
+Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x);
 
 // labels [N] int64, each -100 or in [0, vocab); returned contiguous.
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab);

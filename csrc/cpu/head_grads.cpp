@@ -38,14 +38,6 @@ constexpr int64_t kMostDepth = 1024;       // rows of logits that a product take
 // Rows of logits come in any number, and torch keeps a kernel for each depth it has multiplied: this bounds them.
 constexpr int64_t kStep = 8;
 
-int64_t up(int64_t x, int64_t unit) { return at::divup(x, unit) * unit; }
-
-Factor check(const char* op, const char* what, const Tensor& x, bool wide) {
-  TORCH_CHECK_TYPE(!wide || x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ",
-                   x.scalar_type());
-  return check_factor(op, what, x);
-}
-
 void check_product(const char* op, const Tensor& a, const Tensor& b, const Tensor& out, at::ScalarType type, bool fits) {
   TORCH_CHECK_TYPE(out.scalar_type() == type, "gfast: ", op, ": out must be ", type, ", not ", out.scalar_type());
   TORCH_CHECK_VALUE(fits && out.is_contiguous(), "gfast: ", op, ": ", a.sizes(), " and ", b.sizes(),
@@ -58,7 +50,7 @@ void check_product(const char* op, const Tensor& a, const Tensor& b, const Tenso
 // their own. The parts, and with them the order of the sum, follow from that and the shapes alone.
 void head_grad_hidden_cpu(const Tensor& grad_logits, const Tensor& weight, int64_t most, Tensor out) {
   const char* op = "head_grad_hidden";
-  const Factor grad = check(op, "grad_logits", grad_logits, true), w = check(op, "weight", weight, false);
+  const Factor grad = check_wide_factor(op, "grad_logits", grad_logits), w = check_factor(op, "weight", weight);
   const int64_t n = grad_logits.size(0), vocab = grad_logits.size(1), width = weight.size(1);
   check_product(op, grad_logits, weight, out, at::kFloat,
                 out.dim() == 2 && weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
@@ -96,7 +88,7 @@ void head_grad_hidden_cpu(const Tensor& grad_logits, const Tensor& weight, int64
 // out [V, D] bf16 = grad_logits [n, V]^T hidden [n, D], both fp32.
 void head_grad_weight_cpu(const Tensor& grad_logits, const Tensor& hidden, Tensor out) {
   const char* op = "head_grad_weight";
-  const Factor grad = check(op, "grad_logits", grad_logits, true), h = check(op, "hidden", hidden, true);
+  const Factor grad = check_wide_factor(op, "grad_logits", grad_logits), h = check_wide_factor(op, "hidden", hidden);
   const int64_t n = grad_logits.size(0), vocab = grad_logits.size(1), width = hidden.size(1);
   check_product(op, grad_logits, hidden, out, at::kBFloat16,
                 out.dim() == 2 && hidden.size(0) == n && out.size(0) == vocab && out.size(1) == width);

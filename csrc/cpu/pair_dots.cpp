@@ -100,10 +100,10 @@ std::vector<Tile> tiles_of(int64_t n, int64_t m, bool same, int64_t threads) {
 }
 
 Factor factor(const char* what, const Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: pair_dots: ", what, " must be float32, not ", x.scalar_type());
+  const Factor found = check_wide_factor("pair_dots", what, x);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "gfast: pair_dots: ", what, " must be a matrix with columns, not ",
                     x.sizes());
-  return check_factor("pair_dots", what, x);
+  return found;
 }
 
 // out [rows, kPanel] = the tile's rows of x [n, depth] times its rows of y. scratch: a panel, and a product.

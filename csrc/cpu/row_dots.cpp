@@ -37,13 +37,6 @@ constexpr int64_t kLeast = 64;   // rows of G that a task takes at least
 constexpr int64_t kTasks = 8;    // so many tasks a thread even out by themselves
 constexpr int64_t kLanes = 16;   // of the widest instruction set
 
-int64_t up(int64_t x, int64_t unit) { return at::divup(x, unit) * unit; }
-
-Factor check(const char* what, const Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: row_dots: ", what, " must be float32, not ", x.scalar_type());
-  return check_factor("row_dots", what, x);
-}
-
 // Into how many parts the depth is cut, so that `groups` times as many tasks are an equal share for every thread.
 int64_t parts_of(int64_t depth, int64_t groups, int64_t threads) {
   const int64_t even = threads / std::gcd(groups, threads);
@@ -52,7 +45,8 @@ int64_t parts_of(int64_t depth, int64_t groups, int64_t threads) {
 
 // a [n, D_in], b [n, D_out] fp32, direction [D_out, D_in] fp32, bf16 or fp16 -> fp64 [n].
 Tensor row_dots_cpu(const Tensor& a, const Tensor& b, const Tensor& direction) {
-  const Factor of_a = check("a", a), of_b = check("b", b), g = check_factor("row_dots", "direction", direction);
+  const Factor of_a = check_wide_factor("row_dots", "a", a), of_b = check_wide_factor("row_dots", "b", b);
+  const Factor g = check_factor("row_dots", "direction", direction);
   const int64_t n = a.size(0), width = a.size(1), height = b.size(1);
   TORCH_CHECK_VALUE(b.size(0) == n && direction.size(0) == height && direction.size(1) == width, "gfast: row_dots: a ",
                     a.sizes(), " and b ", b.sizes(), " must have equally many rows, and direction ", direction.sizes(),

@@ -10,6 +10,8 @@
 
 namespace gfast {
 
+inline int64_t up(int64_t x, int64_t unit) { return at::divup(x, unit) * unit; }
+
 struct Floats {
   explicit Floats(int64_t size) : memory(c10::GetCPUAllocator()->allocate(std::max<int64_t>(size, 1) * sizeof(float))) {}
   float* get() const { return static_cast<float*>(memory.get()); }

@@ -63,8 +63,10 @@ def dots_of_rows(a: Tensor, b: Tensor, direction: Tensor, impl: str = "auto") ->
 
         return row_dot.linear_row_dot(a, b, direction)
     # 16-bit products, where the CPU has them, are the library's; the kernel multiplies in fp32
-    taken = impl == "cpp" or _product(a, b, direction) == torch.float32
-    if chosen == "cpp" and taken and torch.backends.mkldnn.enabled:
+    taken = _product(a, b, direction) == torch.float32 and torch.backends.mkldnn.enabled
+    if impl == "cpp" and not torch.backends.mkldnn.enabled:
+        raise ValueError("gfast: impl='cpp' cannot serve linear_row_dot here: torch.backends.mkldnn is turned off.")
+    if chosen == "cpp" and (taken or impl == "cpp"):
         wide = (_rows(x, torch.float32) for x in (a, b))
         return torch.ops.gfast.row_dots(*wide, _rows(direction, direction.dtype))
     return _blocks(a, b, direction)

@@ -1,5 +1,6 @@
 // Sums of x * y over runs of columns, for some rows: a run is a sample's rows, so a run's sum is a pair of a row and a
-// sample; and over the rows or the columns of panels. fp32 over 16 at most, fp64 beyond.
+// sample; and over the rows or the columns of panels. fp32 over 16 at most, fp64
+// beyond; over the columns of panels in W fp32 parts, until lane_totals adds those up.
 #include "cpu/kernels/pack.h"
 #include "cpu/kernels/vec.h"
 
