@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,23 +153,24 @@ def test_a_measurement_of_memory_that_fails_says_why(losses):
         peak_in_fresh_process(losses.measure, "{}", ["_loss_providers"])
 
 
-def test_slow_steps_are_called_once(losses):
-    import time
-
-    from _timing import interleaved
+def test_slow_steps_are_called_once(losses, monkeypatch):
+    import _timing
 
     calls = {"slow": 0, "fast": 0}
+    now = 0.0
 
     def step(name: str, seconds: float) -> None:
+        nonlocal now
         calls[name] += 1
-        time.sleep(seconds)
+        now += seconds
 
-    times = interleaved(
-        {"slow": lambda: step("slow", 0.2), "fast": lambda: step("fast", 0.001)}, repetitions=5, budget_s=0.1
-    )
+    # a clock of our own: on a busy machine a sleep of a millisecond may last a tenth of a second
+    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    steps = {"slow": lambda: step("slow", 0.2), "fast": lambda: step("fast", 0.001)}
+    times = _timing.interleaved(steps, repetitions=5, budget_s=0.1)
     assert calls == {"slow": 1, "fast": 3 + 5}
-    assert times["slow"]["repetitions"] == 1 and times["slow"]["median_ms"] >= 200
-    assert times["fast"]["repetitions"] == 5
+    assert times["slow"]["repetitions"] == 1 and times["slow"]["median_ms"] == pytest.approx(200)
+    assert times["fast"]["repetitions"] == 5 and times["fast"]["median_ms"] == pytest.approx(1)
 
 
 def test_units_are_timed_beside_what_they_measure(losses):
