@@ -1,17 +1,27 @@
-"""A process group inside the test process."""
+"""A process group of one, inside the test process."""
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 
-def leave_process_group() -> None:
-    """``destroy_process_group`` once gloo's threads have let go of their last work.
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Of PyTorch's fake backend, which has no threads: what a group of one sums and gathers is there already.
 
-    Letting go takes the GIL. The destructor joins those threads while it holds the GIL, so that a thread which comes
-    late would wait for ever. Sleeping gives the GIL up.
+    Gloo's threads need the GIL to let go of their last work, and its destructor joins them while it holds the GIL: a
+    thread that comes late on a busy machine would wait for ever.
     """
-    from torch.distributed import destroy_process_group
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    time.sleep(0.3)
-    destroy_process_group()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from geffect_models import batches, tiny  # noqa: E402
-from process_group import leave_process_group  # noqa: E402
+from process_group import alone  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import directions as directions_of  # noqa: E402
@@ -329,18 +329,18 @@ def test_progress_bar(capsys):
     assert "g_effect" in capsys.readouterr().err
 
 
-def test_distributed_data_parallel(tmp_path):
-    import torch.distributed as dist
+def test_distributed_data_parallel():
+    def keep(_, bucket):
+        """What an all-reduce over a group of one gives; the fake backend's own gives no result."""
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
 
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
     model = tiny("llama")
     expected = gfast.g_effect(model, WGA(), **data())
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
+    with alone():
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, keep)
         assert gfast.g_effect(wrapped, WGA(), **data()) == expected
         wrapped(**{key: data()["forget"][0][key] for key in ("input_ids", "labels")}).loss.backward()
         assert all(p.grad is not None for p in model.parameters())
-    finally:
-        leave_process_group()

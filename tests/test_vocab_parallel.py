@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 import vocab_parallel
-from process_group import leave_process_group
+from process_group import alone
 from test_ops_losses import IMPLS, assert_law, label, need, problem, run, squared
 from torch import nn
 from training_tiny import server
@@ -24,13 +24,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def gloo_or_skip() -> None:
+def test_two_processes_give_what_one_gives():
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-
-
-def test_two_processes_give_what_one_gives():
-    gloo_or_skip()
     context, port = server(), free_port()
     processes = [context.Process(target=vocab_parallel.check, args=(rank, 2, port)) for rank in range(2)]
     for process in processes:
@@ -42,13 +38,10 @@ def test_two_processes_give_what_one_gives():
 
 @pytest.fixture
 def mesh():
-    from torch.distributed import init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
+    with alone():
+        from torch.distributed.device_mesh import init_device_mesh
 
-    gloo_or_skip()
-    init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    leave_process_group()
+        yield init_device_mesh("cpu", (1,))
 
 
 def test_other_layouts_are_refused(mesh):
