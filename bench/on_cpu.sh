@@ -42,7 +42,9 @@ few=gfast,floor,eager,trl
 lines=gfast,floor,open_unlearning,eager,trl
 everyone=gfast,floor,open_unlearning,eager,upcast,compile,torch_chunked,torch_chunked_rows,liger,cce,cce_exact,cce_torch,trl
 some=gfast,gfast_inplace,floor,open_unlearning,eager,compile
-effects='g_effect(GA);g_effect(WGA);g_effect(4 objectives);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
+effects='g_effect(GA);g_effect(WGA);g_effect(4 objectives);g_effect(4 objectives), gram;pg_effect;token_effect;gram_effect'
+effects+=';clone loop, WGA;published way'
+pairs='g_effect(WGA);g_effect(GA), gram;g_effect(WGA), gram;g_effect(4 objectives), gram;gram_effect'
 grown='g_effect(WGA);pg_effect;token_effect;gram_effect;published way'
 cut=(--shape smollm2-135m --providers "$grown" --repetitions 3 --budget 8)
 
@@ -68,8 +70,7 @@ bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
 bench geffect geffect --batch 4 --tokens 72 --budget 40 --providers "$effects" --json geffect.json
 bench geffect geffect --batch 4 --tokens 72 --budget 80 --no-memory --providers 'pg_effect;pg_effect, directions given' \
   --json geffect_given.json
-bench gram geffect --batch 8 --tokens 72 --budget 48 --providers 'g_effect(WGA);g_effect(GA), gram;g_effect(WGA), gram;gram_effect' --no-memory \
-  --json geffect_gram.json
+bench gram geffect --batch 8 --tokens 72 --budget 48 --providers "$pairs" --no-memory --json geffect_gram.json
 bench geffect_1b geffect --shape llama-3.2-1b --batch 8 --tokens 48 --budget 50 --providers 'g_effect(GA);gram_effect' \
   --json geffect_1b.json
 bench sweeps losses "${head[@]}" --sweep rows --values 128,256,512,1024 --objectives nll --dtypes fp32 --providers "$few" \

@@ -22,8 +22,22 @@ def shared() -> Path:
     return folder
 
 
+# Files of minutes, the longest first: begun last, one of them would have a worker to itself while the others idle. As
+# pytest-xdist sorts files by their number of tests, it takes --no-loadscope-reorder to keep this order.
+LONG = (
+    "test_packaging.py",
+    "test_instruction_sets.py",
+    "test_ops_losses.py",
+    "test_vocab_parallel.py",
+    "test_bench.py",
+)
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """An id that holds an address differs between processes: pytest-xdist then runs nothing. Say it in every run."""
+    """Long files first. And an id that holds an address differs between processes: pytest-xdist then runs nothing. Say
+    it in every run.
+    """
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:
         raise pytest.UsageError(f"{moving[0]}: this id differs from run to run; give ids= a function that names it")

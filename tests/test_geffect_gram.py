@@ -190,7 +190,7 @@ def test_rows_without_labels_are_zero():
 def test_objectives_as_the_stream_engine_measures_them(kind, objective):
     model = tiny(kind).eval()
     expected = gfast.g_effect(model, objective, **data())
-    dots = gram_dots(measured(model, [Term(objective, "forget")]), Term(objective, "forget"))
+    (dots,) = gram_dots(measured(model, [Term(objective, "forget")]), [Term(objective, "forget")])
     for index, group in enumerate(expected.groups):
         # ref_logp and with it some weights are fp32 in the stream engine
         assert dots[index, 0].item() == pytest.approx(expected.unlearn[group], rel=1e-6, abs=1e-9)
@@ -200,7 +200,7 @@ def test_objectives_as_the_stream_engine_measures_them(kind, objective):
 @pytest.mark.parametrize("objective", [KL(), RMU(layer=1)], ids=lambda objective: objective.key)
 def test_objectives_without_token_weights_are_refused(objective):
     with pytest.raises(ValueError, match="no token weights, and the gram engine.*engine='stream'"):
-        gram_dots(measured(tiny("llama")), Term(objective, "forget"))
+        gram_dots(measured(tiny("llama")), [Term(objective, "forget")])
 
 
 def test_a_module_without_a_rule_is_refused_by_name():

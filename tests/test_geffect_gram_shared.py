@@ -108,7 +108,7 @@ def test_what_other_measurements_cost(monkeypatch):
         for objective in OBJECTIVES.values():
             term = Term(objective, "forget")
             measurement = Measurement.of(model, **TWO, used=[term])
-            assert counts.of(lambda m=measurement, t=term: objective_dots(m, directions, t)) == (2, 2)
+            assert counts.of(lambda m=measurement, t=term: objective_dots(m, directions, [t])) == (2, 2)
 
 
 @pytest.mark.parametrize("way", ["whole head", "tiles", "own logits"])

@@ -166,7 +166,7 @@ def test_objectives_as_the_stream_engine_measures_them(kind, objective):
     expected = gfast.g_effect(model, objective, directions=gfast.risk_gradients(model, **data()), **data())
     measurement = measured(model, [Term(objective, "forget")])
     with measurement.directions() as directions:
-        dots = objective_dots(measurement, directions, Term(objective, "forget"))
+        (dots,) = objective_dots(measurement, directions, [Term(objective, "forget")])
     for index, group in enumerate(expected.groups):
         # ref_logp and with it some weights are fp32 in the stream engine
         assert dots[index, 0].item() == pytest.approx(expected.unlearn[group], rel=1e-6, abs=1e-9)
@@ -181,7 +181,7 @@ def measured(model, used=()) -> Measurement:
 def test_objectives_without_token_weights_are_refused(objective):
     measurement = measured(tiny("llama"))
     with measurement.directions() as directions, pytest.raises(ValueError, match="no token weights.*engine='stream'"):
-        objective_dots(measurement, directions, Term(objective, "forget"))
+        objective_dots(measurement, directions, [Term(objective, "forget")])
 
 
 def test_frozen_parts():

@@ -81,7 +81,7 @@ def g_effect(
     as it appears, parameter by parameter, and freed. One objective on single batches stores one gradient in all, and
     shares the forward of its batch with the risk on it, if the model is made of PyTorch's own functions: the
     activations of that forward are held for two backwards. Several objectives share the forward of each batch likewise,
-    unless norms of theirs are to be accumulated over batches.
+    by every engine, unless norms of theirs are to be accumulated over batches.
     Passes over the data: 2 for the directions, and one for each distinct term of the objectives that is not a multiple
     of a direction (GA on forget and NLL on retain data are). The model is measured in evaluation mode and left as
     found, also after an error: gradients, hooks, training flags.

@@ -112,6 +112,14 @@ class Data:
         batches = self.batches[term.source]
         return [(index, batches[index]) for index, count in enumerate(self._counts(term)) if count]
 
+    def shared(self, some: Iterable[Term]) -> list[tuple[Mapping[str, Any], list[Term]]]:
+        """Every batch that has something to count for one of the terms, with those it has: their forward is one."""
+        by_batch: dict[tuple[str, int], list[Term]] = {}
+        for term in some:
+            for index, _ in self.counted(term):
+                by_batch.setdefault((term.source, index), []).append(term)
+        return [(self.batches[source][index], by_batch[source, index]) for source, index in sorted(by_batch)]
+
     def shares(self, term: Term) -> list[int]:
         """What each batch of `counted` contributes to the count."""
         return [count for count in self._counts(term) if count]

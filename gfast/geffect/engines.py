@@ -22,13 +22,11 @@ def engine_effects(engine: str, measurement: Measurement, objectives: Sequence[O
     jobs = jobs_of(wanted)
     with measurement.directions() as directions:
         if engine == "sample":
-            from gfast.geffect import sample
-
-            found = [sample.objective_dots(measurement, directions, _term(job)) for job in jobs]
+            from gfast.geffect.sample import objective_dots
         else:
-            from gfast.geffect import token
+            from gfast.geffect.token import objective_dots
 
-            found = token.objective_dots(measurement, directions, [_term(job) for job in jobs])
+        found = objective_dots(measurement, directions, [_term(job) for job in jobs])
         measured = {job: Measured(dots, None) for job, dots in zip(jobs, found, strict=True)}
         return finished(wanted, measurement, directions.gram, measured, directions.risks)
 
@@ -38,9 +36,9 @@ def _gram_effects(measurement: Measurement, objectives: Sequence[Objective]) -> 
     from gfast.geffect import gram
 
     wanted = plans(objectives, None, norms=False)
-    measured: dict[Job, Measured] = {}
-    for job in jobs_of(wanted):
-        measured[job] = Measured(gram.gram_dots(measurement, _term(job)), None)
+    jobs = jobs_of(wanted)
+    found = gram.gram_dots(measurement, [_term(job) for job in jobs])
+    measured = {job: Measured(dots, None) for job, dots in zip(jobs, found, strict=True)}
     nothing = torch.zeros(len(measurement.groups.names), 2, 2, dtype=torch.float64)
     effects = finished(wanted, measurement, nothing, measured, {})
     for effect in effects:

@@ -9,18 +9,21 @@ forget batch is kept at a time: a forward's activations, twice. The head's outpu
 n up to the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
 
 The G-effect of an objective keeps its batches under the objective's seeds, and both sets pass by under the risk's:
-m_f (m_f + m_r) forwards for an objective on the forget set. The kept batch itself passes by in the graph that it is
-kept from: a second backward, not a second pass. For the risk itself, and for GA, which is minus the NLL, not even that:
-what is kept is multiplied with itself. Until a second backward is through, all activations of the batch stay beside
-what is kept of it, which is no more than while another batch of its size passes by. Where functions that are not
-PyTorch's own take part, whose backward may overwrite what they had saved, it takes a forward of its own, as all do.
+m_f (m_f + m_r) forwards for objectives on the forget set, however many: of each batch the inputs are kept once and the
+output gradients for every objective, by a backward each, and what passes by is multiplied with all of them. The kept
+batch itself passes by in the graph that it is kept from: one more backward, not a second pass. With the risk itself
+among the objectives, or GA, which is minus the NLL, not even that: what is kept is multiplied with what is kept of it.
+Until the last backward is through, all activations of the batch stay beside what is kept of it, which for one objective
+is no more than while another batch of its size passes by. Where functions that are not PyTorch's own take part, whose
+backward may overwrite what they had saved, every backward takes a forward of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, to_device
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Outer, Share, find_sites
 from gfast.geffect.pairs import GramEffect
-from gfast.geffect.passes import Passes, Progress
+from gfast.geffect.passes import Passes, Progress, job_label
 from gfast.geffect.products import Caches, own_products, products
 from gfast.geffect.rows import Rows, rows_of
 from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
@@ -107,71 +110,72 @@ def gram_effects(measurement: Measurement) -> GramEffect:
         # -: the entry is of NLL(s_j) and log p(s_i)
         out[source][rows : rows + values.shape[0], :, columns : columns + values.shape[2]] = -values
 
-    with _Pairs(measurement, "log p", by_sample=True, own=True) as pairs:
+    with _Pairs(measurement, by_sample=True) as pairs:
         for first, batch in enumerate(batches["forget"]):
-            pairs.keep(batch)
+            pairs.keep(batch, [None], own=0)
             for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
-                values = pairs.cross(other)
+                (values,) = pairs.cross(other)
                 put("forget", first, second, values)
                 put("forget", second, first, values.transpose(0, 2))
             for second, other in enumerate(batches["retain"]):
-                put("retain", first, second, pairs.cross(other))
-            put("forget", first, first, pairs.own())
+                put("retain", first, second, pairs.cross(other)[0])
+            put("forget", first, first, pairs.with_kept(0)[0])
     sides = ({name: out[s][:, g].contiguous() for g, name in enumerate(groups)} for s in SIDE_SOURCES)
     counts = {"unlearn": int(tokens["forget"].sum()), "retain": int(tokens["retain"].sum())}
     return GramEffect(*sides, tokens, counts=counts)
 
 
-def gram_dots(measurement: Measurement, term: Term) -> Tensor:
-    """< grad L, grad R(D) > by group and side, fp64 [G, 2], of an objective with token weights on a set.
+def gram_dots(measurement: Measurement, terms: Sequence[Term]) -> list[Tensor]:
+    """< grad L, grad R(D) > by group and side, fp64 [G, 2], of objectives with token weights, each on a set.
 
-    The batches of the objective are kept one at a time, and both sets pass by: the risk's seeds on one side, the
-    objective's on the other. Raises ValueError for an objective or a risk without token weights.
+    The batches of the objectives are kept one at a time, and both sets pass by: the risk's seeds on one side, the
+    objectives' on the other. Raises ValueError for an objective or a risk without token weights.
     """
     data = measurement.data
     risks = [Term(measurement.risk, source) for source in SIDE_SOURCES]
-    for one in (term, *risks):
+    for one in (*terms, *risks):
         check_weighted(one, "gram")
-    label = f"{term.objective} on the {term.source} data"
-    dots = torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64)
-    factor = identity_factor(term, measurement.risk)  # if known, the batch's products with itself are its own
+    dots = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64) for term in terms}
+    factors = {term: identity_factor(term, measurement.risk) for term in terms}
+    others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
 
-    def add(side: int, values: Tensor) -> None:  # [1, G, 1]
-        dots[:, side] += values[0, :, 0] / (data.count(term) * data.count(risks[side]))
+    def add(side: int, some: Sequence[Term], values: Tensor) -> None:  # [K, 1, G, 1]
+        for term, value in zip(some, values, strict=True):
+            dots[term][:, side] += value[0, :, 0] / (data.count(term) * data.count(risks[side]))
 
-    with _Pairs(measurement, label, by_sample=False, own=factor is not None) as pairs:
-        others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
-        for _, batch in data.counted(term):
+    with _Pairs(measurement, by_sample=False) as pairs:
+        for batch, some in data.shared(terms):
             sides = [side for side, other in others if other is batch]
-            same = pairs.keep(batch, term.objective, measurement.risk if sides and factor is None else None)
+            # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
+            known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
+            risk = measurement.risk if sides and known is None else None
+            same = pairs.keep(batch, some, risk, known if sides else None)
             for side, other in others:
                 if other is not batch:
-                    add(side, pairs.cross(other, measurement.risk))
-            if sides and factor is not None:
-                same = factor * pairs.own()  # after the others, which leave less to do
+                    add(side, some, pairs.cross(other, measurement.risk))
+            if sides and known is not None:  # after the others, which leave less to do
+                same = factors[some[known]] * pairs.with_kept(known)
             for side in sides:
-                add(side, same)
-    return dots
+                add(side, some, same)
+    return [dots[term] for term in terms]
 
 
 class _Pairs:
     """One batch's shares kept, and the products of other batches' with them. A context manager: it lends the model.
 
-    With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients. With `own` products of the
-    kept batch with itself are made beside those with the first other one, as far as that is cheaper.
+    What is kept may be of several terms (None: log p), whose K shares of a parameter are multiplied one after the
+    other. With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients.
     """
 
-    def __init__(self, measurement: Measurement, label: str, by_sample: bool, own: bool) -> None:
+    def __init__(self, measurement: Measurement, by_sample: bool) -> None:
         model = measurement.model
         refuse_sharded(model)
         sites = find_sites(model, measurement.groups, "gram")
-        self.label, self.by_sample, self.wants_own = label, by_sample, own
+        self.by_sample = by_sample
         self.bar = Progress(measurement.progress, "gram")
         self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
-        self.kept: dict[str, list[Rows]] = {}
-        self.readers: Counter[int] = Counter()  # of the inputs that are kept, by their place in memory
-        self.caches = Caches.new()
+        self._forget()
         self.model, self.stack = model, ExitStack()
         scale = self.passes.loss_scale
         self.seeded = SeededPasses(model, sites, "gram", scale, whole_head=True)
@@ -184,51 +188,74 @@ class _Pairs:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.kept, self.caches = {}, Caches.new()
+        self._forget()
         self.stack.__exit__(*error)
         if error[0] is None:
             self.seeded.finish()
 
-    def keep(self, batch: _Batch, objective: Objective | None = None, risk: Objective | None = None) -> Tensor | None:
-        """Run a batch and keep its shares under the objective's seeds (None: log p), in place of those kept before.
-
-        With a risk the products with the same batch under its seeds, as `cross` gives them, from the same forward.
-        """
-        self.kept, self.readers = {}, Counter()
+    def _forget(self) -> None:
+        self.kept: list[dict[str, list[Rows]]] = []  # of each term, by parameter
+        self.readers: Counter[int] = Counter()  # of the inputs that are kept, by their place in memory
         self.caches = Caches.new(self.readers)
-        self.samples = self._samples(batch)
-        self.own_table, self.own_done = self._table(self.samples), set()
-        self.table = self._table(self.samples)
-        self._run(batch, (objective, self._keep), *([] if risk is None else [(risk, self._multiply)]))
+
+    def keep(
+        self,
+        batch: _Batch,
+        terms: Sequence[Term | None],
+        risk: Objective | None = None,
+        own: int | None = None,
+    ) -> Tensor | None:
+        """Run a batch and keep its shares under each term's seeds, in place of those kept before.
+
+        With a risk the products with the same batch under its seeds, as `cross` gives them, from the same forward. own:
+        the number of the term whose products with itself will be wanted: they are made beside those with the first
+        other batch, as far as that is cheaper.
+        """
+        self._forget()
+        self.kept = [{} for _ in terms]
+        self.labels = ["log p" if term is None else job_label(((1.0, term),)) for term in terms]
+        self.samples, self.wants_own = self._samples(batch), own
+        self.own_table, self.own_done = self._table(1, self.samples)[0], set()
+        self.table = self._table(len(terms), self.samples)
+        seeds = [(None if t is None else t.objective, partial(self._keep, which)) for which, t in enumerate(terms)]
+        self.caches = Caches.new(self.readers, every=len(terms) > 1)
+        self._run(batch, *seeds, *([] if risk is None else [(risk, self._multiply)]), heads=len(terms))
         return None if risk is None else self._by_group(self.table)
 
     def cross(self, batch: _Batch, objective: Objective | None = None) -> Tensor:
-        """Products of the kept batch's samples with this one's by group, fp64 [S, G, S'] on the CPU."""
-        self.table = self._table(self._samples(batch))
+        """Products of the kept batch's samples with this one's by group, fp64 [K, S, G, S'] on the CPU."""
+        self.table = self._table(len(self.kept), self._samples(batch))
         self._run(batch, (objective, self._multiply))
         return self._by_group(self.table)
 
-    def own(self) -> Tensor:
-        """Products of the kept batch's samples with each other by group, [S, G, S]."""
-        for name in self.kept:
-            self._take_own(name)
-        return self._by_group(self.own_table)
+    def with_kept(self, which: int) -> Tensor:
+        """The same of the kept batch's samples with themselves, under the seeds of one of the terms."""
+        self.table = self._table(len(self.kept), self.samples)
+        for name, some in self.kept[which].items():
+            if name not in self.own_done:
+                self.own_table[self.position[name]] += self._own(some)
+            for number, kept in enumerate(self.kept):
+                if number != which:
+                    self._add_products(number, name, kept.get(name, []), some)
+        self.table[which] = self.own_table
+        return self._by_group(self.table)
 
     def _samples(self, batch: _Batch) -> int:
         return batch["labels"].shape[0] if self.by_sample else 1
 
-    def _table(self, columns: int) -> Tensor:
-        shape = (len(self.position), self.samples, columns)
+    def _table(self, terms: int, columns: int) -> Tensor:
+        shape = (terms, len(self.position), self.samples, columns)
         return torch.zeros(shape, dtype=torch.float64, device=self.passes.device)
 
     def _by_group(self, table: Tensor) -> Tensor:
-        return self.passes.by_group(table.transpose(0, 1) / self.passes.loss_scale**2, self.label)
+        table = table.transpose(1, 2) / self.passes.loss_scale**2  # [K, S, P, S']
+        return torch.stack([self.passes.by_group(one, label) for one, label in zip(table, self.labels, strict=True)])
 
-    def _run(self, batch: _Batch, *seeds: Seed) -> None:
+    def _run(self, batch: _Batch, *seeds: Seed, heads: int = 1) -> None:
         batch = to_device(batch, self.passes.device)
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-            self.seeded.run(batch, *seeds)
+            self.seeded.run(batch, *seeds, heads=heads)
         self.caches = Caches.new(self.readers)  # what it holds belongs to this batch
         self.bar.update()
 
@@ -237,8 +264,8 @@ class _Pairs:
         owner = None if place is None or not self.by_sample else place // length
         return rows_of(share, owner, count if self.by_sample else 1, self.caches.selected)
 
-    def _keep(self, name: str, share: Share, place: Tensor | None) -> None:
-        found, kept = self._rows(share, place), self.kept.setdefault(name, [])
+    def _keep(self, which: int, name: str, share: Share, place: Tensor | None) -> None:
+        found, kept = self._rows(share, place), self.kept[which].setdefault(name, [])
         if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up
             kept[0].share.add_(found.share)
         else:
@@ -247,26 +274,31 @@ class _Pairs:
                 self.readers[found.share.a.data_ptr()] += 1
 
     def _multiply(self, name: str, share: Share, place: Tensor | None) -> None:
-        found, kept, index = self._rows(share, place), self.kept.get(name, []), self.position[name]
-        # forming gradients of the kept samples serves their own products too
-        joint = self.wants_own and len(kept) == 1 and name not in self.own_done
-        for one in kept:
-            values, own = products(one, found, joint, self.caches)
-            self.table[index] += values
-            if joint:
-                self.own_table[index] = own
-                self.own_done.add(name)
+        found = [self._rows(share, place)]
+        for which, kept in enumerate(self.kept):
+            self._add_products(which, name, kept.get(name, []), found)
 
-    def _take_own(self, name: str) -> None:
-        if name in self.own_done:
-            return
-        self.own_done.add(name)
-        kept, index = self.kept[name], self.position[name]
-        for first, one in enumerate(kept):  # a module called several times, or a tied matrix: all pairs of its uses
-            self.own_table[index] += own_products(one)
+    def _add_products(self, which: int, name: str, kept: list[Rows], others: list[Rows]) -> None:
+        # forming gradients of the kept samples serves their own products too
+        joint = self.wants_own == which and len(kept) == 1 and name not in self.own_done
+        for one in kept:
+            for other in others:
+                values, own = products(one, other, joint, self.caches)
+                self.table[which, self.position[name]] += values
+                if joint:
+                    self.own_table[self.position[name]] = own
+                    self.own_done.add(name)
+
+    def _own(self, kept: list[Rows]) -> Tensor:
+        """Products of a parameter's kept shares with themselves, [S, S]: all pairs of the uses of a module that is
+        called several times, or of a tied matrix."""
+        total = self.own_table.new_zeros(self.samples, self.samples)
+        for first, one in enumerate(kept):
+            total += own_products(one)
             for other in kept[first + 1 :]:
                 values = products(one, other, own=False)[0]
-                self.own_table[index] += values + values.t()
+                total += values + values.t()
+        return total
 
 
 def _starts(batches: list[_Batch]) -> list[int]:

@@ -85,8 +85,8 @@ class Caches(NamedTuple):
     readers: Mapping[int, int]
 
     @classmethod
-    def new(cls, readers: Mapping[int, int] | None = None) -> Caches:
-        return cls(InputProducts(), InputProducts(), Selected(), readers or {})
+    def new(cls, readers: Mapping[int, int] | None = None, every: bool = False) -> Caches:
+        return cls(InputProducts(), InputProducts(), Selected(every), {} if readers is None else readers)
 
 
 def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -> tuple[Tensor, Tensor | None]:

@@ -55,16 +55,37 @@ class Rows:
 
 
 class Selected:
-    """Rows of the last module's inputs, kept for the next: queries, keys and values read one input."""
+    """Rows of the last module's inputs, kept for the next: queries, keys and values read one input.
 
-    def __init__(self) -> None:
-        self._inputs: tuple[Tensor, ...] = ()
+    every: of all modules, for further backwards through the same graph; it holds the whole inputs too.
+    """
 
-    def of(self, share: Outer, kept: Tensor) -> Outer:
-        """`share.some(kept)`."""
-        if not (self._inputs and same_memory(self._inputs[0], share.a) and torch.equal(self._inputs[1], kept)):
-            self._inputs = share.a, kept, share.a.index_select(0, kept)
-        return Outer(self._inputs[2], share.b.index_select(0, kept))
+    def __init__(self, every: bool = False) -> None:
+        self._every = every
+        # by place in memory: input, rows of it (None: all), their entries
+        self._known: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
+
+    def of(self, share: Outer, kept: Tensor | None) -> tuple[Outer, Tensor | None]:
+        """`share.some(kept)` (None: all), or a few rows of zeros more where those of its input are there already; and
+        which rows these are.
+        """
+        key = share.a.data_ptr()
+        known = self._known.get(key)
+        if known is None or not (same_memory(known[0], share.a) and _serve(known[1], kept, share.rows)):
+            if not self._every:
+                self._known.clear()
+            entries = share.a if kept is None else share.a.index_select(0, kept)
+            known = self._known[key] = share.a, kept, entries
+        rows = known[1]
+        return Outer(known[2], share.b if rows is None else share.b.index_select(0, rows)), rows
+
+
+def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
+    """Whether rows that are there (None: all) hold those that are wanted, and not many more."""
+    count, wanted = (total if rows is None else len(rows) for rows in (known, kept))
+    if wanted > count or wanted <= _FULL * count:
+        return False
+    return known is None or (kept is not None and bool(torch.isin(kept, known, assume_unique=True).all()))
 
 
 def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
@@ -79,18 +100,19 @@ def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected
             member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
             sums = member @ share.terms.double()
         return Rows(sums, [0] * samples)
-    kept = share.used().nonzero()[:, 0]
-    full = len(kept) > _FULL * share.rows
-    if owner is None:
-        each = max(1, share.rows // samples)
-        counts = [each] * samples if full else torch.bincount(kept // each, minlength=samples).tolist()
-    else:
-        counts = torch.bincount(owner if full else owner[kept], minlength=samples).tolist()
-    if full:
-        return Rows(share, counts)
+    total = share.rows
+    kept: Tensor | None = share.used().nonzero()[:, 0]
+    kept = None if len(kept) > _FULL * total else kept
     if isinstance(share, Outer):
-        return Rows((selected or Selected()).of(share, kept), counts)
-    return Rows(share.some(kept), counts)
+        share, kept = (selected or Selected()).of(share, kept)
+    elif kept is not None:
+        share = share.some(kept)
+    if owner is None:
+        each = max(1, total // samples)
+        counts = [each] * samples if kept is None else torch.bincount(kept // each, minlength=samples).tolist()
+    else:
+        counts = torch.bincount(owner if kept is None else owner[kept], minlength=samples).tolist()
+    return Rows(share, counts)
 
 
 def same_memory(x: Tensor, y: Tensor) -> bool:

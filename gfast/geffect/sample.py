@@ -10,7 +10,8 @@ modules that own trainable parameters, which training keeps too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from gfast.geffect.directions import Directions
 from gfast.geffect.effects import SampleEffect
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Lookup, Outer, Share, Sites, find_sites
-from gfast.geffect.passes import Passes, Progress
+from gfast.geffect.passes import Passes, Progress, job_label
 from gfast.geffect.seeded import SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
@@ -112,7 +113,8 @@ def sample_effects(measurement: Measurement) -> SampleEffect:
     sites = find_sites(measurement.model, measurement.groups, "sample")
     batches = measurement.data.batches["forget"]
     with measurement.directions() as directions:
-        dots, logp = _measure(measurement, directions, sites, batches, None, "log p")
+        found = _measure(measurement, directions, sites, [(batch, [None]) for batch in batches])
+        dots, logp = torch.cat([values for (values,), _ in found]), torch.cat([logp for _, logp in found])
         _check_complete(dots, directions)
         norms, counts = directions.norms(), directions.counts
     sides = ({name: dots[:, g, side].clone() for g, name in enumerate(measurement.groups.names)} for side in (0, 1))
@@ -125,24 +127,25 @@ def sample_effects(measurement: Measurement) -> SampleEffect:
     return SampleEffect(*sides, tokens, norms, str(measurement.risk), counts, logp, ref)
 
 
-def objective_samples(measurement: Measurement, directions: Directions, term: Term) -> Tensor:
-    """Each row's part of < grad L, G > of an objective on a set, fp64 [S, G, 2]: the term's G-effect is their sum.
+def objective_dots(measurement: Measurement, directions: Directions, terms: Sequence[Term]) -> list[Tensor]:
+    """< grad L, G > by group and side, fp64 [G, 2], of every term's data-set loss: the sum of its samples' parts.
+
+    Terms on one set share the forward of each batch.
 
     Raises:
         ValueError: an objective without token weights, with the remedy.
     """
-    check_weighted(term, "sample")
+    for term in terms:
+        check_weighted(term, "sample")
     refuse_sharded(measurement.model)
     sites = find_sites(measurement.model, measurement.groups, "sample")
-    batches = [batch for _, batch in measurement.data.counted(term)]
-    label = f"{term.objective} on the {term.source} data"
-    dots, _ = _measure(measurement, directions, sites, batches, term.objective, label)
-    return dots / max(measurement.data.count(term), 1)
-
-
-def objective_dots(measurement: Measurement, directions: Directions, term: Term) -> Tensor:
-    """< grad L, G > by group and side, fp64 [G, 2], of an objective with token weights on a set."""
-    return objective_samples(measurement, directions, term).sum(0)
+    work = measurement.data.shared(terms)
+    found = _measure(measurement, directions, sites, work)
+    out = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64) for term in terms}
+    for (_, some), (dots, _) in zip(work, found, strict=True):
+        for term, values in zip(some, dots, strict=True):
+            out[term] += values.sum(0)
+    return [out[term] / max(measurement.data.count(term), 1) for term in terms]
 
 
 def share_dots(share: Share, direction: Tensor) -> Tensor:
@@ -160,16 +163,15 @@ def _measure(
     measurement: Measurement,
     directions: Directions,
     sites: Sites,
-    batches: Iterable[_Batch],
-    objective: Objective | None,
-    label: str,
-) -> tuple[Tensor, Tensor]:
-    """Per row of the batches: dots of the gradient [S, G, 2] of an objective (None: log p), and log p [S]; fp64 CPU."""
+    work: Iterable[tuple[_Batch, Sequence[Term | None]]],
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Of each batch: dots [B, G, 2] of every row's gradient of each term (None: log p), and log p [B]; fp64 CPU."""
     model = measurement.model
     position = {name: index for index, name in enumerate(directions.names)}
-    table = torch.empty(0)  # [P, 2, B] of the batch at hand
+    tables: list[Tensor] = []  # [P, 2, B] of each term on the batch at hand
 
-    def consume(name: str, share: Share, place: Tensor | None) -> None:
+    def consume(which: int, name: str, share: Share, place: Tensor | None) -> None:
+        table = tables[which]
         for side in (0, 1):
             direction = directions.get(side, name)
             if direction is None:
@@ -179,24 +181,31 @@ def _measure(
                 values = values.new_zeros(size).index_copy_(0, place, values)
             table[position[name], side] += values.view(table.shape[2], -1).sum(1)
 
-    dots, logps = [], []
+    found = []
     with Progress(measurement.progress, "sample effects") as bar, measuring(model), frozen(model):
         passes = Passes(model, measurement.data, measurement.groups, bar, measurement.loss_scale)
         with SeededPasses(model, sites, "sample", passes.loss_scale) as seeded:
-            for batch in batches:
+            for batch, terms in work:
                 batch = to_device(batch, passes.device)
                 size = batch["labels"].numel()
                 rows = batch["labels"].shape[0]
-                table = torch.zeros(len(position), 2, rows, dtype=torch.float64, device=passes.device)
+                shape = (len(position), 2, rows)
+                tables = [torch.zeros(shape, dtype=torch.float64, device=passes.device) for _ in terms]
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-                    logp = seeded.run(batch, (objective, consume)).double().sum(1)
+                    objectives = [None if term is None else term.objective for term in terms]
+                    seeds = [(objective, partial(consume, which)) for which, objective in enumerate(objectives)]
+                    logp = seeded.run(batch, *seeds).double().sum(1)
                 else:
-                    logp = table.new_zeros(rows)
-                dots.append(passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, label))
-                logps.append(logp.cpu())
+                    logp = torch.zeros(rows, dtype=torch.float64)
+                labels = ["log p" if term is None else job_label(((1.0, term),)) for term in terms]
+                dots = [
+                    passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, label)
+                    for table, label in zip(tables, labels, strict=True)
+                ]
+                found.append((dots, logp.cpu()))
                 bar.update()
             seeded.finish()
-    return torch.cat(dots), torch.cat(logps)
+    return found
 
 
 def _check_complete(dots: Tensor, directions: Directions) -> None:

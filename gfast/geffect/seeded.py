@@ -109,7 +109,8 @@ class SeededPasses:
 
     A context manager; the model must be frozen, see `frozen`. Seeds are multiplied by `loss_scale`, and so is every b.
     With `whole_head` the share of the head's weight comes as one that may be kept: with its b [n, V], or as `HeadRows`
-    where that would be large. Without, it comes a chunk of rows at a time, whose b is gone when the consumer returns.
+    where that and those of other seeds that are kept would be large. Without, it comes a chunk of rows at a time, whose
+    b is gone when the consumer returns.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class SeededPasses:
         if self.ran:
             self.watch.check_all_ran()
 
-    def run(self, batch: Mapping[str, Any], *seeds: Seed) -> Tensor:
-        """One batch (on the device), a backward for each seed in order.
+    def run(self, batch: Mapping[str, Any], *seeds: Seed, heads: int = 1) -> Tensor:
+        """One batch (on the device), a backward for each seed in order. heads: how many keep the head's share.
 
         They share one forward, whose graph is held until the last of them has run through it; where a backward may
         not leave the graph as it was, each has a forward of its own.
@@ -148,7 +149,7 @@ class SeededPasses:
         try:
             for objective, consume in seeds:
                 left -= 1
-                one = one or self._forward(batch)
+                one = one or self._forward(batch, heads)
                 self.watch.consume, self.watch.again = partial(consume, place=None), left > 0 and one.repeats
                 score = self._own_logits if one.chunks is None else partial(self._chunked, consume=consume)
                 logp = score(one, objective)
@@ -160,7 +161,7 @@ class SeededPasses:
                 one.release()
         return logp
 
-    def _forward(self, batch: Mapping[str, Any]) -> _Forward:
+    def _forward(self, batch: Mapping[str, Any], heads: int) -> _Forward:
         labels, head = shifted(batch["labels"]), self.sites.head
         self.watch.start(*labels.shape)
         self.ran = True
@@ -170,11 +171,11 @@ class SeededPasses:
         output = torch.ops.aten._unsafe_view(output, output.shape)
         self.uses.check_graph(output)
         repeats = repeatable(output)
-        chunks, tiled = (None, False) if head is None else self._head_of(output, labels.reshape(-1))
+        chunks, tiled = (None, False) if head is None else self._head_of(output, labels.reshape(-1), heads)
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
         return _Forward(batch, labels, output, chunks, tiled, repeats)
 
-    def _head_of(self, hidden: Tensor, labels: Tensor) -> tuple[ChunkedHead, bool]:
+    def _head_of(self, hidden: Tensor, labels: Tensor, heads: int) -> tuple[ChunkedHead, bool]:
         """The head over the rows that count, and whether its b is too large to exist whole."""
         head = self.sites.head
         h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, labels)
@@ -182,7 +183,7 @@ class SeededPasses:
             order = valid_rows(labels)
             count = len(h) if order is None else len(order)
             whole = self.whole_head and "weight" in self.sites.head_parameters
-            tiled = whole and count > _WHOLE * weight.shape[1]
+            tiled = whole and heads * count > _WHOLE * weight.shape[1]
             chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
             return ChunkedHead(h, weight, bias, labels, chunk, order), tiled
 
