@@ -41,8 +41,9 @@ def test_objectives_are_what_each_is_alone(kind, engine):
     model = MODELS[kind]()
     # products of rows or of gradients, whatever is cheaper for so many: rounded in another order
     relative = {torch.float64: 1e-9, torch.float32: 1e-5}.get(next(model.parameters()).dtype, 2e-2)
-    for data in (full_data(), TWO):
-        assert_alike(model, engine, data, relative)
+    assert_alike(model, engine, TWO, relative)
+    if kind == "llama":
+        assert_alike(model, engine, full_data(), relative)
 
 
 @pytest.mark.parametrize("way", ["tiles", "own logits", "no shared forward"])

@@ -233,6 +233,7 @@ class _Pairs:
         self.table = self._table(len(self.kept), self.samples)
         for name, some in self.kept[which].items():
             if name not in self.own_done:
+                self.own_done.add(name)
                 self.own_table[self.position[name]] += self._own(some)
             for number, kept in enumerate(self.kept):
                 if number != which:
