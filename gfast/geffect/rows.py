@@ -85,7 +85,11 @@ def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
     count, wanted = (total if rows is None else len(rows) for rows in (known, kept))
     if wanted > count or wanted <= _FULL * count:
         return False
-    return known is None or (kept is not None and bool(torch.isin(kept, known, assume_unique=True).all()))
+    if known is None or kept is None:
+        return known is None
+    if wanted == count:
+        return torch.equal(kept, known)
+    return bool(torch.isin(kept, known, assume_unique=True).all())
 
 
 def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:

@@ -59,7 +59,12 @@ def _triton_missing() -> str:
 
 def has_cpu_kernel(kernel: str) -> bool:
     """Whether the compiled extension implements ``kernel`` for CPUs (asking about an op that is not defined raises)."""
-    return compiled(kernel) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
+    return compiled(kernel) and _dispatches(kernel)
+
+
+@functools.cache
+def _dispatches(kernel: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
 
 
 def _kernel_missing(op: str) -> str:
