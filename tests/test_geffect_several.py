@@ -24,7 +24,8 @@ def measured(model, objectives, engine, **data):
     return gfast.g_effect(model, objectives, engine=engine, **data, **own)
 
 
-def assert_alike(model, engine, data, relative=1e-9):
+def assert_alike(model, engine, data, relative=1e-11):
+    relative = 0.0 if engine == "sample" else relative  # the same products in the same order
     together = measured(model, MANY, engine, **data)
     for objective, found in zip(MANY, together, strict=True):
         expected = measured(model, objective, engine, **data)
@@ -40,7 +41,7 @@ def assert_alike(model, engine, data, relative=1e-9):
 def test_objectives_are_what_each_is_alone(kind, engine):
     model = MODELS[kind]()
     # products of rows or of gradients, whatever is cheaper for so many: rounded in another order
-    relative = {torch.float64: 1e-9, torch.float32: 1e-5}.get(next(model.parameters()).dtype, 2e-2)
+    relative = {torch.float64: 1e-11, torch.float32: 1e-6}.get(next(model.parameters()).dtype, 2e-2)
     assert_alike(model, engine, TWO, relative)
     if kind == "llama":
         assert_alike(model, engine, full_data(), relative)
