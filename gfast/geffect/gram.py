@@ -33,7 +33,7 @@ from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, to_device
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Outer, Share, find_sites
 from gfast.geffect.pairs import GramEffect
-from gfast.geffect.passes import Passes, Progress, job_label
+from gfast.geffect.passes import Passes, Progress, term_label
 from gfast.geffect.products import Caches, own_products, products
 from gfast.geffect.rows import Rows, rows_of
 from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
@@ -213,11 +213,11 @@ class _Pairs:
         """
         self._forget()
         self.kept = [{} for _ in terms]
-        self.labels = ["log p" if term is None else job_label(((1.0, term),)) for term in terms]
+        self.labels = [term_label(term) for term in terms]
         self.samples, self.wants_own = self._samples(batch), own
         self.own_table, self.own_done = self._table(1, self.samples)[0], set()
         self.table = self._table(len(terms), self.samples)
-        seeds = [(None if t is None else t.objective, partial(self._keep, which)) for which, t in enumerate(terms)]
+        seeds = [(t and t.objective, partial(self._keep, which)) for which, t in enumerate(terms)]
         self.caches = Caches.new(self.readers, every=len(terms) > 1)
         self._run(batch, *seeds, *([] if risk is None else [(risk, self._multiply)]), heads=len(terms))
         return None if risk is None else self._by_group(self.table)

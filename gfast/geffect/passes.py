@@ -169,6 +169,11 @@ def job_label(job: Job) -> str:
     return " + ".join(f"{term.objective} on the {term.source} data" for _, term in job)
 
 
+def term_label(term: Term | None) -> str:
+    """The same of one term; None: the log-probs themselves."""
+    return "log p" if term is None else job_label(((1.0, term),))
+
+
 class Progress:
     """A bar that counts batches, or nothing."""
 

@@ -22,7 +22,7 @@ from gfast.geffect.directions import Directions
 from gfast.geffect.effects import SampleEffect
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Lookup, Outer, Share, Sites, find_sites
-from gfast.geffect.passes import Passes, Progress, job_label
+from gfast.geffect.passes import Passes, Progress, term_label
 from gfast.geffect.seeded import SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring, refuse_sharded
 from gfast.model import shifted
@@ -192,15 +192,13 @@ def _measure(
                 shape = (len(position), 2, rows)
                 tables = [torch.zeros(shape, dtype=torch.float64, device=passes.device) for _ in terms]
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-                    objectives = [None if term is None else term.objective for term in terms]
-                    seeds = [(objective, partial(consume, which)) for which, objective in enumerate(objectives)]
+                    seeds = [(t and t.objective, partial(consume, which)) for which, t in enumerate(terms)]
                     logp = seeded.run(batch, *seeds).double().sum(1)
                 else:
                     logp = torch.zeros(rows, dtype=torch.float64)
-                labels = ["log p" if term is None else job_label(((1.0, term),)) for term in terms]
                 dots = [
-                    passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, label)
-                    for table, label in zip(tables, labels, strict=True)
+                    passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term))
+                    for table, term in zip(tables, terms, strict=True)
                 ]
                 found.append((dots, logp.cpu()))
                 bar.update()
