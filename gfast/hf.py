@@ -1,40 +1,33 @@
-"""Everything gfast knows about Hugging Face model internals: where the decoder, its blocks and its output head are.
+"""Everything gfast knows about Hugging Face model internals: their inputs, their parts, and where their logits are.
 
-No other file names a model class or a model attribute. Supported families (transformers 4.51 to 5.x): Llama, Mistral,
-Mixtral, Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere 1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT,
-Bloom, Falcon, StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other decoders work as far as their parts can be found: a head
-that is not listed here is never guessed at (`head` returns None and callers take the model's own logits), and a
-parameter that cannot be placed is an error that names it. Models may be wrapped by PEFT, DDP, FSDP or torch.compile.
+No other file names a model class or a model attribute, and none of them decides what the logits are: the model runs by
+its own call, and `gfast.deferred` follows what it does to the product of its head. What is put around a model (PEFT,
+DDP, FSDP, torch.compile) is in `gfast.wrappers`.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gfast import wrappers
+from gfast.deferred import DeferredLogits, deferred
+from gfast.wrappers import unwrap
+
 _log = logging.getLogger("gfast")
 
-# Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family
-# that is not in these tables may do something else between hidden states and logits, so it is not taken as plain.
-_PLAIN_HEADS = frozenset(
-    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe phi phi3 phimoe gemma gpt2 gpt_neo gptj gpt_neox "
-    "gpt_bigcode opt bloom falcon stablelm starcoder2 olmo olmo2 smollm3".split()
+# What a batch carries for gfast; the model gets everything else.
+OWN_KEYS = frozenset(
+    "labels ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id".split()
 )
-_SCALED_HEADS = {
-    "cohere": lambda config: config.logit_scale,
-    "cohere2": lambda config: config.logit_scale,
-    "granite": lambda config: 1.0 / config.logits_scaling,
-    "granitemoe": lambda config: 1.0 / config.logits_scaling,
-}
-_SOFTCAPPED_HEADS = frozenset({"gemma2", "gemma3_text"})
 
 _BLOCK_LISTS = ("layers", "h", "blocks")
 _EMBEDDINGS = frozenset(
@@ -46,62 +39,9 @@ _FINAL_NORMS = frozenset("norm final_layernorm final_layer_norm ln_f project_out
 _OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
 _SCALED_EMBEDDING = "ScaledWordEmbedding"
 
-_WRAPPER_PREFIX = re.compile(r"^(module\.|base_model\.model\.|_forward_module\.)")
-_WRAPPER_ANYWHERE = re.compile(
-    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.[^.]+)\."
-)
-_WRAPPED_MODULE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear output head: logits = softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias).
-
-    `weight` [V, D], `bias` [V] or None; `softcap` None means no soft cap.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
 
 class _EnoughComputed(Exception):
     """Ends a forward pass whose wanted hidden state has been captured; never leaves this file."""
-
-
-def unwrap_name(name: str) -> str:
-    """The parameter or module name without what PEFT, DDP, FSDP, checkpointing and torch.compile put into it.
-
-    >>> unwrap_name("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
-    'model.layers.0.self_attn.q_proj.weight'
-    """
-    name = _WRAPPER_ANYWHERE.sub("", name)
-    while match := _WRAPPER_PREFIX.match(name):
-        name = name[match.end() :]
-    return name
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT, DDP, FSDP and torch.compile wrappers.
-
-    Raises ValueError when there is none.
-    """
-    inner = model
-    while not hasattr(type(inner), "base_model_prefix"):
-        children = inner._modules
-        wrapped = next((key for key in _WRAPPED_MODULE if key in children), None)
-        if wrapped is not None:
-            inner = children[wrapped]
-        elif _is_peft(inner):
-            _refuse_prompt_learning(inner)
-            inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.model
-        else:
-            raise ValueError(
-                f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or "
-                f"torch.compile), and found no transformers model inside {type(model).__name__}"
-            )
-    return inner
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -118,42 +58,137 @@ def num_layers(model: nn.Module) -> int:
     return len(_blocks(model))
 
 
-def head(model: nn.Module, sharded: bool = False) -> Head | None:
-    """The output head if it is a plain linear map of the final hidden states (with scale and soft cap), else None.
+_causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # looked at already
 
-    None means: use the model's own logits. That is the answer for families this file does not list, for heads replaced
-    by an adapter, a quantised layer or a parametrisation, for heads with forward hooks, and for sharded or offloaded
-    weights. With ``sharded`` a vocabulary-parallel head (a DTensor sharded on dim 0 by tensor parallelism) is returned
-    too: by torch's `parallelize_module`, or by Hugging Face's `tp_plan` where its version keeps the head as a DTensor
-    (tried with 5.23; versions that keep a bare local slice and gather in hooks give None). FSDP shards, whose processes
-    see different data, never are.
-    """
+
+def check_causal(model: nn.Module) -> None:
+    """ValueError, by its name, for a model whose logits do not score the next token: no causal language model."""
     inner = unwrap(model)
-    config = getattr(inner, "config", None)
-    family = getattr(config, "model_type", None)
-    if family not in _PLAIN_HEADS and family not in _SCALED_HEADS and family not in _SOFTCAPPED_HEADS:
-        return None
-    linear = inner.get_output_embeddings()
-    if type(linear) is not nn.Linear:
-        return None
-    weight, bias = linear.weight, linear.bias
-    parallel = sharded and _is_vocab_parallel(inner, weight, bias)
-    hooks = [*linear._forward_hooks.values(), *linear._forward_pre_hooks.values()]
-    if any(not (parallel and _is_tensor_parallel_hook(hook)) for hook in hooks):
-        return None
-    if not parallel and (not _is_plain(weight) or (bias is not None and not _is_plain(bias))):
-        return None
-    scale = float(_SCALED_HEADS[family](config)) if family in _SCALED_HEADS else 1.0
-    softcap = config.final_logit_softcapping if family in _SOFTCAPPED_HEADS else None
-    return Head(weight, bias, scale, float(softcap) if softcap else None)
+    if inner in _causal:
+        return
+    name, config = type(inner).__name__, getattr(inner, "config", None)
+    why = None
+    if getattr(config, "is_encoder_decoder", False):
+        why = "an encoder-decoder, which scores labels by its decoder's own inputs, not by a causal model's shift"
+    elif _is_stock(inner) and not inner.can_generate():
+        why = "made for another task (its class cannot generate)"
+    elif any(getattr(m, "is_decoder", None) is False and "Attention" in type(m).__name__ for m in inner.modules()):
+        why = "bidirectional (config.is_decoder is False), so every logit has seen its label"
+    if why is not None:
+        raise ValueError(
+            f"gfast: {name} is no causal language model: it is {why}. Load one with "
+            f"transformers.AutoModelForCausalLM (or AutoModelForImageTextToText)"
+        )
+    _causal.add(inner)
 
 
-def final_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The hidden states the output head reads (after the final norm), [B, T, D]; no logits are computed.
+def _is_stock(model: nn.Module) -> bool:
+    """Whether the model's class is one of transformers' own."""
+    return type(model).__module__.startswith("transformers.models.")
 
-    Only `input_ids`, `attention_mask` and `position_ids` of the batch reach the model.
+
+def inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of a batch that is the model's: all but labels and what gfast reads itself.
+
+    Raises ValueError, naming the keys, for what the model's forward does not take, and for a batch without tokens.
     """
-    return decoder(model)(**_inputs(batch)).last_hidden_state
+    check_causal(model)
+    given = {key: value for key, value in batch.items() if key not in OWN_KEYS and value is not None}
+    if not given.keys() & {"input_ids", "inputs_embeds"}:
+        raise ValueError(f"the batch has no 'input_ids' (its keys are {sorted(batch)})")
+    named, anything = _parameters_of_forward(unwrap(model))
+    unknown = set() if anything else given.keys() - named - wrappers.accepted_by_wrappers(model)
+    if unknown:
+        raise ValueError(
+            f"gfast: the batch has {', '.join(map(repr, sorted(unknown)))}, which {type(unwrap(model)).__name__} "
+            f"does not take; take it out of the batch (the collator's work). It takes {', '.join(sorted(named))}"
+        )
+    return given | ({"use_cache": False} if "use_cache" in named and "use_cache" not in given else {})
+
+
+def _parameters_of_forward(inner: nn.Module) -> tuple[set[str], bool]:
+    """Names that the model's forward takes, and whether it takes any others. What it hands on to that of its base
+    class by ``**kwargs`` counts as well.
+    """
+    named: set[str] = set()
+    functions = [vars(inner).get("forward"), *(vars(cls).get("forward") for cls in type(inner).__mro__)]
+    for function in functions:
+        if function is None:
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        named |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return named - {"self"}, False
+    return named - {"self"}, True
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The module that is called for the logits, as far as the model says; also through wrappers."""
+    return wrappers.active_module(unwrap(model).get_output_embeddings())
+
+
+def logits(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_terms: bool = False) -> Answer:
+    """What the model answers to a batch, `model(**batch)`, by its own outermost call; its logits are `DeferredLogits`
+    where the head is a linear map that nobody has looked behind (and `defer`), else the model's own.
+    """
+    given = inputs(model, batch)
+    if own_terms:
+        given["labels"] = batch["labels"]
+    with deferred(model, output_layer(model) if defer else None, no_cross_entropy=own_terms):
+        out = model(**given)
+    found = logits_of(out)
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != shape_of(batch):
+        what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"that are a {type(found).__name__}"
+        raise ValueError(
+            f"gfast: {type(unwrap(model)).__name__} answered a batch of {tuple(shape_of(batch))} tokens with logits "
+            f"{what}: they must be [B, T, V], one row a token"
+        )
+    if not own_terms:
+        if torch.is_grad_enabled():
+            terms = (
+                [key for key in out if key.endswith("_loss") and out[key] is not None]
+                if isinstance(out, Mapping)
+                else []
+            )
+            adapters = wrappers.own_loss_of_adapters(model)
+            if terms or adapters:
+                _log_own_terms(type(unwrap(model)).__name__, ", ".join([*terms, *([adapters] if adapters else [])]))
+        return Answer(found, None)
+    loss = out[0] if isinstance(out, tuple) else out["loss"]
+    if not isinstance(found, DeferredLogits) or found.computed is not None:  # the cross-entropy was computed with it
+        target = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
+        rows = (found.real() if isinstance(found, DeferredLogits) else found).flatten(0, 1)
+        loss = loss - nn.functional.cross_entropy(rows.float() if rows.dtype.itemsize < 4 else rows, target)
+    return Answer(found, loss)
+
+
+class Answer(NamedTuple):
+    """logits: [B, T, V]. own_terms: what the model adds to its loss beside the cross-entropy, or None."""
+
+    logits: Tensor
+    own_terms: Tensor | None
+
+
+@functools.cache
+def _log_own_terms(model: str, terms: str) -> None:
+    _log.warning(
+        "%s adds terms to its own loss (%s), which objectives of gfast leave out; own_terms=True adds them",
+        model,
+        terms,
+    )
+
+
+def logits_of(out: Any) -> Any:
+    """The logits in a model's output: by their name, or the first of a tuple; None where there are none."""
+    if isinstance(out, tuple):
+        return next((x for x in out if isinstance(x, Tensor) and x.dim() == 3), None)
+    return out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+
+
+def shape_of(batch: Mapping[str, Any]) -> torch.Size:
+    """[B, T] of a batch."""
+    tokens = batch.get("input_ids")
+    return batch["inputs_embeds"].shape[:2] if tokens is None else tokens.shape
 
 
 def depends_on_width(model: nn.Module) -> bool:
@@ -212,33 +247,41 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     """`hidden_states[layer]` of `output_hidden_states=True`, [B, T, D], storing only that one.
 
     0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm. Blocks after the
-    wanted one are not run. Raises ValueError for a layer outside [0, L].
+    wanted one are not run, where the model's call may be left early. Raises ValueError for a layer outside [0, L].
     """
+    model = wrappers.measured(model)  # hooks see nothing of compiled code
     blocks = _blocks(model)
     if not isinstance(layer, int) or not 0 <= layer <= len(blocks):
         raise ValueError(
             f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)"
         )
-    if layer == len(blocks):
-        return final_hidden(model, batch)
     body = decoder(model)
-    if _is_checkpointing(body):
+    if layer < len(blocks) and _is_checkpointing(body):
         # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block
         # would see a detached tensor with the re-entrant variant.
-        return body(**_inputs(batch), output_hidden_states=True).hidden_states[layer]
+        with deferred(model, output_layer(model)):
+            return model(**inputs(model, batch), output_hidden_states=True).hidden_states[layer]
 
     captured: list[Tensor] = []
-    # FSDP keeps state between a module's pre- and post-forward hooks: there the pass has to run to its end.
-    stop = not any("FSDP" in type(module).__name__ for module in unwrap(model).modules())
+    stop = wrappers.stops_safely(model)
 
-    def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         captured.append(args[0] if args else kwargs["hidden_states"])
         if stop:
             raise _EnoughComputed
 
-    handle = blocks[layer].register_forward_pre_hook(capture, prepend=True, with_kwargs=True)
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        if stop:
+            raise _EnoughComputed
+
+    if layer < len(blocks):
+        handle = blocks[layer].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    else:
+        handle = body.register_forward_hook(after)
     try:
-        body(**_inputs(batch))
+        with deferred(model, output_layer(model)):
+            model(**inputs(model, batch))
     except _EnoughComputed:
         pass
     finally:
@@ -355,47 +398,7 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     return next(getattr(body, key) for key in _BLOCK_LISTS if isinstance(getattr(body, key, None), nn.ModuleList))
 
 
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if batch.get(key) is not None}
-    if "input_ids" not in inputs:
-        raise ValueError(f"the batch has no 'input_ids' (its keys are {sorted(batch)})")
-    return inputs | {"use_cache": False, "return_dict": True}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """A dense floating-point tensor with its data here: no DTensor, no quantised or offloaded weight."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta
-
-
-def _is_vocab_parallel(model: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
-    """A head sharded over the vocabulary by tensor parallelism: every process sees the same hidden states."""
-    if type(weight.data).__name__ != "DTensor" or any("FSDP" in type(module).__name__ for module in model.modules()):
-        return False
-    mesh, placements = weight.device_mesh, weight.placements
-    alike = bias is None or (type(bias.data).__name__ == "DTensor" and bias.placements == placements)
-    return alike and mesh.ndim == 1 and placements[0].is_shard(0)
-
-
-def _is_tensor_parallel_hook(hook: Any) -> bool:
-    """torch's tensor parallelism only moves inputs and outputs between layouts in its hooks."""
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.tensor")
-
-
 def _is_checkpointing(module: nn.Module) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(child.training and getattr(child, "gradient_checkpointing", False) for child in module.modules())
-
-
-def _is_peft(module: nn.Module) -> bool:
-    return any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__)
-
-
-def _refuse_prompt_learning(model: nn.Module) -> None:
-    configs = getattr(model, "peft_config", None)
-    for name, config in configs.items() if isinstance(configs, Mapping) else ():
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"the PEFT adapter {name!r} is a prompt-learning method ({type(config).__name__}), whose virtual "
-                f"tokens are no part of the decoder; gfast supports adapters inside the layers (LoRA and its relatives)"
-            )

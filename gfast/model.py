@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
-from typing import Any
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gfast import hf
+from gfast import hf, wrappers
+from gfast.deferred import DeferredLogits, Head
+from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
 from gfast.ops.common import IGNORE_INDEX, LossOutput
 from gfast.ops.linear_token_kl import linear_token_kl
@@ -17,8 +20,9 @@ from gfast.ops.linear_token_logp import linear_token_logp
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
 from gfast.ops.token_kl import token_kl
 from gfast.ops.token_logp import token_logp
-from gfast.ops.unlearn_loss import check_reference, unlearn_loss
+from gfast.ops.unlearn_loss import check_reference, is_pair, unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
+from gfast.packed import pair_ids, sequence_ids
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -34,34 +38,40 @@ def _back(values: Tensor) -> Tensor:
     return nn.functional.pad(values[:, :-1], (1, 0))
 
 
-def model_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    keys = ("input_ids", "attention_mask", "position_ids")
-    return model(**{key: batch[key] for key in keys if batch.get(key) is not None}, use_cache=False).logits
+class ModelOutput(NamedTuple):
+    """What a model answers to a batch.
+
+    head: the linear map from `value` to logits, or None.
+    value: what the head reads [B, T, D], or the model's own logits [B, T, V] where there is no such map.
+    own_terms: what the model adds to its loss beside the cross-entropy, if it was asked for.
+    """
+
+    head: Head | None
+    value: Tensor
+    own_terms: Tensor | None = None
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")
-    if labels.shape != batch["input_ids"].shape:
+    tokens = "inputs_embeds" if batch.get("input_ids") is None else "input_ids"
+    if batch.get(tokens) is not None and labels.shape != hf.shape_of(batch):
         raise ValueError(
-            f"gfast: labels {tuple(labels.shape)} and input_ids {tuple(batch['input_ids'].shape)} must have the "
-            f"same shape; "
-            "gfast shifts them itself."
+            f"gfast: labels {tuple(labels.shape)} and {tokens} {tuple(hf.shape_of(batch))} must have the same shape; "
+            f"gfast shifts them itself."
         )
     return labels
-
-
-def _head_options(head: hf.Head) -> dict[str, Any]:
-    return dict(bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
 
 
 def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto") -> Tensor:
     r"""Log-probability of every label of a batch: :math:`\log p(s_i \mid s_{<i}; \theta)`.
 
     Args:
-        model: a causal language model of Hugging Face, possibly wrapped (PEFT, DDP, torch.compile).
-        batch: input_ids [B, T], attention_mask [B, T], labels [B, T] (unshifted, -100 ignored), on the model's device.
+        model: a causal language model of Hugging Face, possibly wrapped (PEFT, DDP, torch.compile). It runs by its own
+            call, with everything of the batch but labels.
+        batch: what the model takes (input_ids [B, T], attention_mask, pixel_values ...) and labels [B, T] (unshifted,
+            -100 ignored), on the model's device.
         impl: as ``linear_token_logp``.
 
     Returns:
@@ -69,7 +79,8 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         Differentiable.
 
     Raises:
-        ValueError: a batch without input_ids or labels, or labels outside the vocabulary.
+        ValueError: a batch without tokens or labels, labels outside the vocabulary, an input that the model does not
+            take, a model that is no causal language model; each by its name.
 
     Source: arXiv 2502.19301, section 2.
 
@@ -82,14 +93,18 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         torch.Size([1, 3])
     """
     labels = shifted(_labels(batch))
-    return _back(output_logp(*model_output(model, batch), labels, impl=impl))
+
+    def logp(module: nn.Module) -> Tensor:
+        return _back(output_logp(model_output(module, batch), labels, impl=impl))
+
+    return wrappers.inside(model, logp)
 
 
-def output_logp(head: hf.Head | None, output: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
-    """log p [B, T] of shifted labels, from what the head reads [B, T, D], or from logits [B, T, V] where it is None."""
-    if head is None:
-        return token_logp(output, labels, impl=impl)
-    return linear_token_logp(output, head.weight, labels, impl=impl, **_head_options(head))
+def output_logp(output: ModelOutput, labels: Tensor, *, impl: str = "auto") -> Tensor:
+    """log p [B, T] of shifted labels."""
+    if output.head is None:
+        return token_logp(output.value, labels, impl=impl)
+    return linear_token_logp(output.value, output.head.weight, labels, impl=impl, **output.head.form)
 
 
 def model_loss(
@@ -101,29 +116,42 @@ def model_loss(
     reduction: str | None = None,
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
+    reference: str = "auto",
+    own_terms: float = 0.0,
 ) -> LossOutput:
     r"""An objective of a model on a batch, without the logits of the whole batch.
 
-    The decoder runs to its final hidden states, the labels are shifted here, and the head goes through
-    ``linear_unlearn_loss`` (KL: ``linear_token_kl``), also where tensor parallelism has sharded it over the vocabulary,
-    torch's or Hugging Face's; every process of its mesh then calls with the same batch, and ref_head is the whole one.
-    A head that is no plain linear map falls back to the model's own logits.
+    The model runs by its own outermost call, with everything of the batch but labels and what gfast adds. Its head is
+    deferred (`gfast.deferred`): where the logits are a linear map of hidden states, scaled or capped, the objective
+    goes through ``linear_unlearn_loss`` (KL: ``linear_token_kl``), also where tensor parallelism has sharded the head
+    over the vocabulary; every process of its mesh then calls with the same batch, and ref_head is the whole one. Where
+    the model does something else with its logits, they are taken as it gives them. Under DDP and FSDP every process
+    gets the gradient that these make of all processes' losses: their mean.
+
+    Terms that a model adds to its own loss (the balance of a mixture's experts, AdaLoRA's orthogonality) are no part
+    of an objective: they are left out, which is logged once, unless ``own_terms`` asks for them.
 
     Args:
         model: a causal language model of Hugging Face, possibly wrapped.
-        batch: input_ids, attention_mask, labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
+        batch: what the model takes, and labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
             labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
-            [2B, T].
+            [2B, T]. Where rows hold several texts (`gfast.packed`), these are the sequences.
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
         ref_logp: overrides the batch's.
         reduction, normalizer, impl: as ``linear_unlearn_loss``; KL, RMU and RR know only their mean over positions.
+        reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
+            computed with the adapters off. "auto" refuses that where the base is not the original: where something
+            else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
+            the original, although the adapters are not zero.
+        own_terms: this times what the model adds to the cross-entropy in its own loss is added; 1 is its own factor.
 
     Returns:
         LossOutput; logp and weight are [B, T] aligned with labels, and None for KL, RMU and RR, which have no token
         weights.
 
     Raises:
-        ValueError: missing labels or reference data, labels outside the vocabulary.
+        ValueError: missing labels or reference data, a base that is not the original, labels outside the vocabulary,
+            an input that the model does not take, a model that is no causal language model.
         TypeError: a Mix, or something that is no objective.
 
     Source: arXiv 2502.19301.
@@ -137,92 +165,191 @@ def model_loss(
         >>> out = gfast.model_loss(LlamaForCausalLM(LlamaConfig(**sizes)), dict(input_ids=ids, labels=ids), WGA())
         >>> out.loss.backward()
     """
+    if own_terms and (isinstance(objective, (RMU, RR)) or reduction == "none"):
+        raise ValueError("gfast: own_terms needs a loss that is one number from the model's logits; compute them apart")
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
     labels = _labels(batch)
-    if isinstance(objective, (RMU, RR)):
-        valid = labels != IGNORE_INDEX
-        hidden = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
-        if isinstance(objective, RMU):
-            return LossOutput(objective.value(hidden, valid, normalizer), None, None)
-        return LossOutput(
-            objective.value(hidden, _need(batch, "ref_layer_hidden", objective), valid, normalizer), None, None
-        )
-    if isinstance(objective, KL):
-        return LossOutput(_kl(model, batch, shifted(labels), normalizer, impl), None, None)
     if ref_logp is not None:
         batch = {**batch, "ref_logp": ref_logp}
-    check_reference("model_loss", objective, batch.get("ref_logp"), labels)  # before the forward pass, not after it
-    head, output = model_output(model, batch)
-    return output_loss(head, output, batch, objective, reduction=reduction, normalizer=normalizer, impl=impl)
+    # before the forward pass, not after it
+    lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
+    if lacking and not wrappers.is_adapted(model):
+        _refuse_lack(objective, lacking[0])
+    if not isinstance(objective, (KL, RMU, RR)):
+        if batch.get("ref_logp") is not None or not lacking:
+            check_reference("model_loss", objective, batch.get("ref_logp"), labels)
+
+    def loss(module: nn.Module) -> LossOutput:
+        given = with_reference(module, batch, objective, reference) if lacking else batch
+        if isinstance(objective, (RMU, RR)):
+            hidden = hf.layer_hidden(module, given, objective.layer)  # [B, T, D]
+            more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
+            return LossOutput(objective.value(hidden, *more, labels != IGNORE_INDEX, normalizer), None, None)
+        output = model_output(module, given, own_terms=own_terms != 0)
+        if isinstance(objective, KL):
+            out = LossOutput(_kl(output, given, shifted(labels), normalizer, impl), None, None)
+        else:
+            out = output_loss(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
+        return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
+
+    return wrappers.inside(model, loss)
 
 
-def model_output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[hf.Head | None, Tensor]:
-    """The head and what it reads [B, T, D]; None and the model's own logits [B, T, V] where it is no linear map."""
-    head = hf.head(model, sharded=True)
-    return head, model_logits(model, batch) if head is None else hf.final_hidden(model, batch)
+def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = False) -> ModelOutput:
+    """What the model answers to a batch, by its own call."""
+    logits, terms = hf.logits(model, batch, own_terms=own_terms)
+    head = logits.head() if isinstance(logits, DeferredLogits) else None
+    if head is None:
+        return ModelOutput(None, logits.real() if isinstance(logits, DeferredLogits) else logits, terms)
+    if wrappers.is_freed(head.weight):  # with the end of a wrapper's forward: the model's own logits
+        return ModelOutput(None, *hf.logits(model, batch, defer=False, own_terms=own_terms))
+    return ModelOutput(head, logits.hidden, terms)
 
 
-def output_loss(
-    head: hf.Head | None, output: Tensor, batch: Mapping[str, Any], objective, **options: Any
-) -> LossOutput:
+def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **options: Any) -> LossOutput:
     """`model_loss` of an objective with token weights, from what `model_output` gives; options of
     ``linear_unlearn_loss``.
     """
     labels, reference = _labels(batch), batch.get("ref_logp")
     check_reference("model_loss", objective, reference, labels)
-    if reference is not None:
-        options["ref_logp"] = nn.functional.pad(reference[:, 1:], (0, 1))
-    if head is None:
-        out = unlearn_loss(output, shifted(labels), objective, **options)
+    value, target, ids = output.value, shifted(labels), sequence_ids(batch)
+    ref = None if reference is None else nn.functional.pad(reference[:, 1:], (0, 1))
+    if ids is not None and is_pair(objective):
+        if labels.numel() % 2:  # the last column scores nothing
+            value, target, ids = value[:, :-1], target[:, :-1], ids[:, :-1]
+            ref = None if ref is None else ref[:, :-1]
+        ids = pair_ids(ids, target)
+    options |= dict(ref_logp=ref, sequence_id=ids)
+    if output.head is None:
+        out = unlearn_loss(value, target, objective, **options)
     else:
-        out = linear_unlearn_loss(output, head.weight, shifted(labels), objective, **options, **_head_options(head))
-    loss = _back(out.loss) if out.loss.shape == labels.shape else out.loss
-    return LossOutput(loss, _back(out.logp), _back(out.weight))
+        out = linear_unlearn_loss(value, output.head.weight, target, objective, **options, **output.head.form)
+    back = _back if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
+    return LossOutput(back(out.loss) if out.loss.shape == target.shape else out.loss, back(out.logp), back(out.weight))
 
 
-def _need(batch: Mapping[str, Any], key: str, objective) -> Tensor:
-    if batch.get(key) is None:
+# The original model
+
+_REFERENCE = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hidden"})
+REFERENCES = ("auto", "base", "adapted")
+# Models whose adapters were zero when they were first seen, or whose base was said to be the original.
+_base_is_original: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def declare_base_original(model: nn.Module) -> None:
+    """From now on the base of this model with adapters is the original, although the adapters are not zero: as in a run
+    that goes on from a checkpoint.
+    """
+    _base_is_original.add(wrappers.measured(model))
+
+
+@contextmanager
+def original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> Iterator[None]:
+    """The model as it was before it was trained: with its adapters off, in evaluation mode, without gradients.
+
+    Raises ValueError where that is not provably the original: see `model_loss`. ``batch`` is what adapters are looked
+    at with, the first time.
+    """
+    check_original(model, batch, reference)
+    with torch.no_grad(), evaluating(model), wrappers.adapters_off(model):
+        yield
+
+
+def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> None:
+    """ValueError unless the model with its adapters off is the original."""
+    if reference not in REFERENCES:
+        raise ValueError(f"gfast: reference must be one of {', '.join(map(repr, REFERENCES))}, not {reference!r}")
+    if reference == "adapted":
         raise ValueError(
-            f"gfast: {objective} needs '{key}' in the batch, computed under the original model; build a "
-            f"gfast.ReferenceCache and "
-            "give it to the collator."
+            "gfast: reference='adapted' is the model as it starts, adapters on: its values must be computed before "
+            "training. Build them with ReferenceCache.build(model, ..., reference='adapted') and give them with the "
+            "batches"
         )
-    return batch[key]
+    wrappers.check_base_is_original(model)
+    if reference == "base":
+        _base_is_original.add(model)
+    if model in _base_is_original:
+        return
+    with torch.no_grad(), evaluating(model):
+        adapted = model_logp(model, batch)
+        with wrappers.adapters_off(model):
+            base = model_logp(model, batch)
+    # adapters that are zero add nothing, but for methods that divide by a norm: those round
+    narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
+    rounding = 2e-2 if narrowest < 4 else 1e-5 if narrowest == 4 else 1e-12
+    apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1))
+    if not apart <= rounding:
+        raise ValueError(
+            f"gfast: this model's adapters are not zero (its log-probs differ by {apart:.3g} a token from those of the "
+            f"base), so that it is not clear which is the original: the base, or the model with its adapters as they "
+            f"start. Say reference='base' (as for adapters that have been unlearning already), or build the values of "
+            f"the model as it starts with ReferenceCache.build(..., reference='adapted') and give them with the batches"
+        )
+    _base_is_original.add(model)
 
 
-def _kl(model: nn.Module, batch: Mapping[str, Any], target: Tensor, normalizer, impl: str) -> Tensor:
-    head = hf.head(model, sharded=True)
-    # with adapters the original model is this one with them off
-    off = getattr(model, "disable_adapter", None) if batch.get("ref_hidden") is None else None
-    original = contextlib.nullcontext() if off is None else off()
-    if head is None:
-        if off is None:
-            raise ValueError(
-                "gfast: KL on a model whose head is no plain linear map needs the model with adapters (PEFT), so "
-                "that the original's "
-                "logits can be computed by switching them off."
-            )
-        with torch.no_grad(), original:
-            ref_logits = model_logits(model, batch)
-        return token_kl(model_logits(model, batch), ref_logits, target, normalizer=normalizer, impl=impl)
-    if off is not None:
-        with torch.no_grad(), original:
-            ref_hidden, ref_head = hf.final_hidden(model, batch), hf.head(model, sharded=True)
-        ref_weight, ref_bias = ref_head.weight, ref_head.bias
-    else:
-        ref_hidden = _need(batch, "ref_hidden", KL())
-        ref_weight, ref_bias = _need(batch, "ref_head", KL()), batch.get("ref_head_bias")
-        if is_sharded(head.weight):  # the batch holds the whole head on every process
-            ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
+def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, reference: str = "auto") -> dict[str, Any]:
+    """The batch with the values of the original model that the objective needs and the batch lacks, from the model
+    with its adapters off.
+    """
+    given = dict(batch)
+    lacking = {key for key in objective.needs & _REFERENCE if given.get(key) is None}
+    if not lacking:
+        return given
+    with original(model, batch, reference):
+        if "ref_logp" in lacking:
+            given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+        if "ref_layer_hidden" in lacking:
+            given["ref_layer_hidden"] = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
+        if lacking & {"ref_hidden", "ref_head"}:
+            given["ref_output"] = model_output(model, batch)
+    return given
+
+
+def _refuse_lack(objective, key: str) -> None:
+    if key == "ref_logp":
+        check_reference("model_loss", objective, None, torch.zeros(0))
+    raise ValueError(
+        f"gfast: {objective} needs {key!r} in the batch, computed under the original model; build a "
+        f"gfast.ReferenceCache and give it to the collator."
+    )
+
+
+def _kl(output: ModelOutput, batch: Mapping[str, Any], target: Tensor, normalizer, impl: str) -> Tensor:
+    ref = batch.get("ref_output")
+    if ref is None:
+        scale, softcap = batch.get("ref_head_form", _form_of(output))
+        ref_head = Head(batch["ref_head"], batch.get("ref_head_bias"), float(scale), float(softcap) or None)
+        ref = ModelOutput(ref_head, batch["ref_hidden"])
+    head = output.head
+    if head is None or ref.head is None or _form_of(output) != _form_of(ref):
+        return token_kl(_logits(output), _logits(ref).to(output.value.dtype), target, normalizer=normalizer, impl=impl)
+    ref_weight, ref_bias = ref.head.weight, ref.head.bias
+    if is_sharded(head.weight):  # the batch holds the whole head on every process
+        ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
     return linear_token_kl(
-        hf.final_hidden(model, batch),
+        output.value,
         head.weight,
-        ref_hidden,
+        ref.value,
         ref_weight,
         target,
         ref_bias=ref_bias,
         normalizer=normalizer,
         impl=impl,
-        **_head_options(head),
+        **head.form,
     )
+
+
+def _form_of(output: ModelOutput) -> tuple[float, float]:
+    """Scale and soft cap of the logits, 0 for none."""
+    return (1.0, 0.0) if output.head is None else (output.head.logit_scale, output.head.softcap or 0.0)
+
+
+def _logits(output: ModelOutput) -> Tensor:
+    if output.head is None:
+        return output.value
+    head = output.head
+    z = nn.functional.linear(output.value, head.weight.to(output.value.dtype), head.bias)
+    z = z * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

@@ -93,7 +93,9 @@ def test_kl_from_cached_hidden_states_and_from_adapters():
 
     peft = pytest.importorskip("peft", reason="the adapter path needs peft")
     adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    loss = gfast.model_loss(adapted.double(), batch, KL()).loss
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        gfast.model_loss(adapted.double(), batch, KL())
+    loss = gfast.model_loss(adapted.double(), batch, KL(), reference="base").loss
     truth = token_kl_reference(plain_logits(adapted, batch), ref_logits, labels).sum() / count
     assert truth > 0
     torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-12)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gfast import packed
 from gfast.geffect.padding import trimmed
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
 
@@ -67,13 +68,14 @@ def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
     for index, batch in enumerate(listed):
         if not isinstance(batch, Mapping):
             raise ValueError(f"{name}: batch {index} is a {type(batch).__name__}, not a dict with input_ids and labels")
-        for key in ("input_ids", "labels"):
-            if not isinstance(batch.get(key), Tensor) or batch[key].dim() != 2:
+        tokens = "inputs_embeds" if batch.get("input_ids") is None and "inputs_embeds" in batch else "input_ids"
+        for key, dims in ((tokens, 3 if tokens == "inputs_embeds" else 2), ("labels", 2)):
+            if not isinstance(batch.get(key), Tensor) or batch[key].dim() != dims:
                 raise ValueError(f"{name}: batch {index} has no {key!r} of shape [B, T]; its keys are {list(batch)}")
-        if batch["labels"].shape != batch["input_ids"].shape:
+        if batch["labels"].shape != batch[tokens].shape[:2]:
             raise ValueError(
-                f"{name}: batch {index} has labels {tuple(batch['labels'].shape)} but input_ids "
-                f"{tuple(batch['input_ids'].shape)}; labels are aligned with input_ids and shifted by gfast"
+                f"{name}: batch {index} has labels {tuple(batch['labels'].shape)} but {tokens} "
+                f"{tuple(batch[tokens].shape[:2])}; labels are aligned with {tokens} and shifted by gfast"
             )
     return listed
 
@@ -82,6 +84,7 @@ class Data:
     """The batches of a measurement by source, with the global counts that losses are divided by.
 
     adapters: the model has adapters that can be switched off, which gives the original's hidden states.
+    reference: what the original then is, see `gfast.model_loss`.
     fixed_width: what the model computes depends on the width of a batch; else padding that no row needs is cut off.
     """
 
@@ -93,8 +96,10 @@ class Data:
         used: Iterable[Term],
         adapters: bool = False,
         fixed_width: bool = False,
+        reference: str = "auto",
     ) -> None:
         used = list(used)
+        self.reference = reference
         self._known_counts: dict[Term, list[int]] = {}
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:
@@ -138,7 +143,7 @@ class Data:
             # that predict them
             start = 0 if isinstance(term.objective, (RMU, RR)) else 1
             self._known_counts[term] = [
-                term.objective.count(batch["labels"][:, start:]) for batch in self.batches[term.source]
+                packed.count(term.objective, batch, start) for batch in self.batches[term.source]
             ]
         return self._known_counts[term]
 

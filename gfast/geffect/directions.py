@@ -19,7 +19,7 @@ from gfast.geffect.data import SIDE_SOURCES, Data, Term
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.passes import Job, Passes, Progress, job_label
 from gfast.geffect.results import SIDES
-from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.state import measuring
 from gfast.geffect.storage import FileStore, Store, store_for
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
@@ -163,7 +163,6 @@ def risk_directions(
     loss_scale: float | None = None,
 ) -> Directions:
     """Measure the gradients of the risk on both sets; see `gfast.risk_gradients`."""
-    refuse_sharded(model)
     with Progress(progress, "risk gradients") as bar, measuring(model):
         passes = Passes(model, data, groups, bar, loss_scale)
         return collect(passes, risk, groups, dtype, storage)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gfast.deferred import follow, holds_deferred
 from gfast.geffect.uses import function_on_stack, module_on_stack
 
 Streams = tuple[int, ...]
@@ -229,6 +230,9 @@ class ForwardMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if holds_deferred(args) or holds_deferred(kwargs.values()):
+            with self:  # what computes the logits carries tangents too
+                return follow(func, args, kwargs)
         if _asks_for_gradients(func):  # as hooks for checkpointed training do: it would record a graph
             return args[0] if func.__name__ == "requires_grad_" else None
         if self._pending and writes(func, kwargs):

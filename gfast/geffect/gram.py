@@ -37,7 +37,7 @@ from gfast.geffect.passes import Passes, Progress, term_label
 from gfast.geffect.products import Caches, own_products, products
 from gfast.geffect.rows import Rows, rows_of
 from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
-from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.state import measuring
 from gfast.model import shifted
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX
@@ -169,7 +169,6 @@ class _Pairs:
 
     def __init__(self, measurement: Measurement, by_sample: bool) -> None:
         model = measurement.model
-        refuse_sharded(model)
         sites = find_sites(model, measurement.groups, "gram")
         self.by_sample = by_sample
         self.bar = Progress(measurement.progress, "gram")
@@ -178,7 +177,7 @@ class _Pairs:
         self._forget()
         self.model, self.stack = model, ExitStack()
         scale = self.passes.loss_scale
-        self.seeded = SeededPasses(model, sites, "gram", scale, whole_head=True)
+        self.seeded = SeededPasses(self.passes.module, sites, "gram", scale, whole_head=True)
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gfast import hf
+from gfast.wrappers import unwrap_name
 
 _RUNS = ("shallow", "middle", "deep")
 _FIXED_ORDER = {"embed": 0, "embed+lm": 1, "shallow": 2, "middle": 3, "deep": 4, "lm": 10**6, "total": 10**7}
@@ -54,10 +55,10 @@ def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> Gr
         ['embed', 'shallow', 'middle', 'deep', 'lm']
     """
     if callable(groups):
-        named = {name: groups(hf.unwrap_name(name)) for name, p in model.named_parameters() if p.requires_grad}
+        named = {name: groups(unwrap_name(name)) for name, p in model.named_parameters() if p.requires_grad}
         for name, group in named.items():
             if not isinstance(group, str) or not group:
-                raise ValueError(f"groups({hf.unwrap_name(name)!r}) returned {group!r}; a group name is needed")
+                raise ValueError(f"groups({unwrap_name(name)!r}) returned {group!r}; a group name is needed")
         names = list(dict.fromkeys(named.values()))
     elif groups in ("paper", "layer"):
         count = hf.num_layers(model) + 1

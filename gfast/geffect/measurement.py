@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast import hf
+from gfast import hf, wrappers
 from gfast.geffect.data import Data, Term, risk_terms
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
@@ -49,6 +49,7 @@ class Measurement:
         objective_batches: Any = None,
         loss_scale: float | None = None,
         progress: bool = False,
+        reference: str = "auto",
     ) -> Measurement:
         """Check everything that can be checked before any work.
 
@@ -61,9 +62,12 @@ class Measurement:
         check_storage(direction_storage)
         if loss_scale is not None and not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale must be positive, not {loss_scale}")
-        adapters = hasattr(model, "disable_adapter")
+        hf.check_causal(model)
+        wrappers.refuse_sharded(model)
+        wrappers.refuse_offloaded(model)
+        adapters, fixed_width = wrappers.is_adapted(model), hf.depends_on_width(model)
         used = [*used, *risk_terms(risk)]
-        data = Data(forget, retain, objective_batches, used, adapters, hf.depends_on_width(model))
+        data = Data(forget, retain, objective_batches, used, adapters, fixed_width, reference)
         group_map = assign(model, groups)
         if directions is not None:
             _check_given(directions, model, data, group_map, risk)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast import hf
+from gfast.deferred import DeferredLogits
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.head_rows import HeadRows
 from gfast.ops.backend import compiled
@@ -124,11 +125,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """Where all trainable parameters are used: modules, and the head where it is taken in chunks."""
+    """Where all trainable parameters are used."""
 
     modules: list[Site]
-    head: hf.Head | None
-    head_parameters: dict[str, str]  # of the chunked head, as in Site.parameters
 
     def owners(self) -> dict[int, tuple[str, frozenset[str]]]:
         """id of each parameter -> its name, and the names of the modules in whose forward it is used."""
@@ -137,9 +136,11 @@ class Sites:
             for attribute, name in site.parameters.items():
                 key = id(site.module._parameters[attribute])
                 found[key] = name, found.get(key, (name, frozenset()))[1] | {site.name}
-        for attribute, name in self.head_parameters.items():  # the chunked head is no call of a module
-            found.setdefault(id(getattr(self.head, attribute)), (name, frozenset()))
         return found
+
+    def parameters_of(self, module: nn.Module | None) -> dict[str, str]:
+        """Those of one module, as in `Site.parameters`."""
+        return next((site.parameters for site in self.modules if site.module is module), {})
 
 
 def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
@@ -149,12 +150,10 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
         ValueError: a parameter whose module has no rule; the message names both and says what to do instead.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in groups.index}
-    head = hf.head(model)
-    head_module = None if head is None else hf.unwrap(model).get_output_embeddings()
     modules = []
     for path, module in model.named_modules():
         own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
-        if not own or module is head_module:
+        if not own:
             continue
         kind, why = hf.module_kind(module), f"gfast has no rule for a {type(module).__name__}"
         if hf.is_routed(path):
@@ -173,8 +172,7 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
                 f"any module"
             )
         modules.append(Site(path, module, kind, own, unit))
-    used = {} if head is None else {"weight": head.weight, "bias": head.bias}
-    return Sites(modules, head, {key: names[id(p)] for key, p in used.items() if p is not None and id(p) in names})
+    return Sites(modules)
 
 
 class Watch:
@@ -261,6 +259,13 @@ class Watch:
                     f"one tensor. Freeze it, or use engine='stream'"
                 )
             kept = kept.detach()
+            if isinstance(output, DeferredLogits):  # its shares come with the head's, unless somebody asks for logits
+                output.when_real.append(partial(self._seen, site, kept, scale))
+                return None
+        return self._seen(site, kept, scale, output)
+
+    def _seen(self, site: Site, kept: Tensor, scale: Any, output: Tensor) -> Tensor | None:
+        """Keep what the output's backward will need; the output in place of the module's, if it is another."""
         result = None
         if not output.requires_grad:
             # the start of the graph; a copy, because what follows may change a module's output in place

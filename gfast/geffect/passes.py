@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gfast import wrappers
 from gfast.geffect.data import SIDE_SOURCES, Data, Term, to_device
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.results import SIDES
@@ -47,6 +48,7 @@ class Passes:
         self, model: nn.Module, data: Data, groups: GroupMap, progress: Progress, loss_scale: float | None = None
     ) -> None:
         self.model, self.data, self.progress = model, data, progress
+        self.module = wrappers.measured(model)  # what runs
         parameters = dict(model.named_parameters())
         self.names = list(groups.index)
         self.parameters = [parameters[name] for name in self.names]
@@ -97,11 +99,12 @@ class Passes:
                 batch = to_device(item.batch, self.device)
                 again = _share_forward(work[position : position + 2])
                 if again or output is not None:
-                    output = output or model_output(self.model, batch)
-                    again = again and repeatable(output[1])
-                    loss = output_loss(*output, batch, item.term.objective, normalizer=item.count).loss
+                    output = output or model_output(self.module, batch)
+                    again = again and repeatable(output.value)
+                    loss = output_loss(output, batch, item.term.objective, normalizer=item.count).loss
                 else:
-                    loss = model_loss(self.model, batch, item.term.objective, normalizer=item.count).loss
+                    objective, options = item.term.objective, dict(normalizer=item.count, reference=self.data.reference)
+                    loss = model_loss(self.module, batch, objective, **options).loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
                     factor = item.factor * self.loss_scale

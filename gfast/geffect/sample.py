@@ -24,7 +24,7 @@ from gfast.geffect.measurement import Measurement
 from gfast.geffect.modules import Lookup, Outer, Share, Sites, find_sites
 from gfast.geffect.passes import Passes, Progress, term_label
 from gfast.geffect.seeded import SeededPasses, check_weighted, frozen
-from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.state import measuring
 from gfast.model import shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX
@@ -109,7 +109,6 @@ def pg_effect(
 
 def sample_effects(measurement: Measurement) -> SampleEffect:
     """`pg_effect` of a request that is checked."""
-    refuse_sharded(measurement.model)
     sites = find_sites(measurement.model, measurement.groups, "sample")
     batches = measurement.data.batches["forget"]
     with measurement.directions() as directions:
@@ -137,7 +136,6 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
     """
     for term in terms:
         check_weighted(term, "sample")
-    refuse_sharded(measurement.model)
     sites = find_sites(measurement.model, measurement.groups, "sample")
     work = measurement.data.shared(terms)
     found = _measure(measurement, directions, sites, work)
@@ -184,7 +182,7 @@ def _measure(
     found = []
     with Progress(measurement.progress, "sample effects") as bar, measuring(model), frozen(model):
         passes = Passes(model, measurement.data, measurement.groups, bar, measurement.loss_scale)
-        with SeededPasses(model, sites, "sample", passes.loss_scale) as seeded:
+        with SeededPasses(passes.module, sites, "sample", passes.loss_scale) as seeded:
             for batch, terms in work:
                 batch = to_device(batch, passes.device)
                 size = batch["labels"].numel()

@@ -18,19 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import hf
+from gfast.deferred import Head
 from gfast.geffect.data import Term
 from gfast.geffect.head_rows import HeadRows
 from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
 from gfast.geffect.state import uncompiled
 from gfast.geffect.uses import UseWatch, repeatable
-from gfast.model import model_logits, output_logp, shifted
+from gfast.model import ModelOutput, model_output, output_logp, shifted
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
 from gfast.ops.head import ChunkedHead, check_map, prepare_head, valid_rows
 from gfast.ops.token_logp import logp_rows, logp_rows_grad
-from gfast.ops.unlearn_loss import check_reference, spec_of, weigh
+from gfast.ops.unlearn_loss import check_reference, is_pair, spec_of, weigh
 from gfast.ops.weights import WeightSpec, token_weights
+from gfast.packed import pair_ids, sequence_ids
 
 # Rows, as a share of the hidden size, up to which the head's b [n, V] exists whole: it is no larger than the head then.
 _WHOLE = 1.0
@@ -92,6 +93,8 @@ class _Forward:
     batch: Mapping[str, Any]
     labels: Tensor
     output: Tensor
+    head: Head | None
+    names: dict[str, str]
     chunks: ChunkedHead | None
     tiled: bool
     repeats: bool
@@ -162,30 +165,20 @@ class SeededPasses:
         return logp
 
     def _forward(self, batch: Mapping[str, Any], heads: int) -> _Forward:
-        labels, head = shifted(batch["labels"]), self.sites.head
+        labels = shifted(batch["labels"])
         self.watch.start(*labels.shape)
         self.ran = True
         with self.uses:
-            output = model_logits(self.model, batch) if head is None else hf.final_hidden(self.model, batch)
+            head, output, _ = model_output(self.model, batch)
+        names = {} if head is None else self.sites.parameters_of(head.module)
         # the same tensor, but for autograd no view of another, which could not be detached in place
         output = torch.ops.aten._unsafe_view(output, output.shape)
         self.uses.check_graph(output)
         repeats = repeatable(output)
-        chunks, tiled = (None, False) if head is None else self._head_of(output, labels.reshape(-1), heads)
+        whole = self.whole_head and "weight" in names
+        chunks, tiled = (None, False) if head is None else _head_of(head, output, labels.reshape(-1), heads, whole)
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
-        return _Forward(batch, labels, output, chunks, tiled, repeats)
-
-    def _head_of(self, hidden: Tensor, labels: Tensor, heads: int) -> tuple[ChunkedHead, bool]:
-        """The head over the rows that count, and whether its b is too large to exist whole."""
-        head = self.sites.head
-        h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, labels)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            order = valid_rows(labels)
-            count = len(h) if order is None else len(order)
-            whole = self.whole_head and "weight" in self.sites.head_parameters
-            tiled = whole and heads * count > _WHOLE * weight.shape[1]
-            chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
-            return ChunkedHead(h, weight, bias, labels, chunk, order), tiled
+        return _Forward(batch, labels, output, head, names, chunks, tiled, repeats)
 
     def _own_logits(self, one: _Forward, objective: Objective | None) -> Tensor:
         seeds = _flat(self._seeds(one, objective))
@@ -206,7 +199,7 @@ class SeededPasses:
 
     def _head_shares(self, one: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
         """Hands over what the head gets, and leaves dH in `one.chunks`; log-probs [n] of the rows that count."""
-        head, names, chunks = self.sites.head, self.sites.head_parameters, one.chunks
+        head, names, chunks = one.head, one.names, one.chunks
         seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
         place = torch.arange(chunks.rows, device=one.output.device) if chunks.index is None else chunks.index  # [n]
         chunks.start_gradients(one.output.requires_grad, False, False)
@@ -247,8 +240,11 @@ class SeededPasses:
         if spec is not None and spec.level == "token":
             return Seeds(spec, None, ref if spec.uses_ref else None)
         with torch.no_grad():
-            logp = output_logp(self.sites.head, one.output.detach(), one.labels).reshape(-1)
-        ids, count = sequence_layout("g_effect", one.labels, None)
+            logp = output_logp(ModelOutput(one.head, one.output.detach()), one.labels).reshape(-1)
+        texts = sequence_ids(one.batch)
+        if texts is not None and is_pair(objective):
+            texts = pair_ids(texts, one.labels)
+        ids, count = sequence_layout("g_effect", one.labels, texts)
         valid = (one.labels != IGNORE_INDEX).reshape(-1)
         ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
         return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(one.labels.shape))
@@ -265,6 +261,17 @@ class SeededPasses:
         coef = (weight.to(logp.dtype) * self.loss_scale).contiguous()
         logp_rows_grad(rows, labels, logp, stats, coef, scale, cap, out, "auto")
         return logp, stats, coef
+
+
+def _head_of(head: Head, hidden: Tensor, labels: Tensor, heads: int, whole: bool) -> tuple[ChunkedHead, bool]:
+    """The head over the rows that count, and whether its b is too large to exist whole, if that is wanted."""
+    h, weight, bias = prepare_head("g_effect", hidden.detach().flatten(0, 1), head.weight, head.bias, labels)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        order = valid_rows(labels)
+        count = len(h) if order is None else len(order)
+        tiled = whole and heads * count > _WHOLE * weight.shape[1]
+        chunk = count if whole and not tiled else default_chunk_rows(*weight.shape, h.device)
+        return ChunkedHead(h, weight, bias, labels, chunk, order), tiled
 
 
 def _flat(seeds: Seeds) -> Seeds:

@@ -54,14 +54,3 @@ def _checkpoints_without_dropout(module: nn.Module) -> bool:
     if not getattr(module, "gradient_checkpointing", False):
         return False
     return not any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """ValueError for parameters of which this process holds only a part."""
-    fully_sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    for name, parameter in model.named_parameters():
-        if fully_sharded or any(hasattr(parameter, mark) for mark in ("device_mesh", "ds_id")):
-            raise ValueError(
-                f"the parameter {name!r} is sharded over processes (FSDP or ZeRO-3), and the stream engine reads whole "
-                f"parameters: measure the gathered model, or one that is replicated (DDP)"
-            )

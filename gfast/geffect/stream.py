@@ -15,7 +15,7 @@ from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Job, Passes, Progress, job_label
 from gfast.geffect.results import SIDES, GEffect, standard_error
-from gfast.geffect.state import measuring, refuse_sharded
+from gfast.geffect.state import measuring
 from gfast.geffect.storage import Store, store_for
 from gfast.objectives import Objective
 
@@ -56,7 +56,6 @@ def jobs_of(some: Sequence[Plan]) -> list[Job]:
 def stream_effects(measurement: Measurement, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
     model, risk, given = measurement.model, measurement.risk, measurement.given
-    refuse_sharded(model)
     wanted = plans(objectives, risk, norms)
     jobs = jobs_of(wanted)
     alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)

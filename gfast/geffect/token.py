@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast import hf
+from gfast.deferred import Head
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
 from gfast.geffect.effects import TokenEffect
@@ -30,14 +31,15 @@ from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress, default_loss_scale
 from gfast.geffect.seeded import check_weighted
-from gfast.geffect.state import measuring, refuse_sharded, uncompiled
-from gfast.model import model_logits, shifted
+from gfast.geffect.state import measuring, uncompiled
+from gfast.model import model_output, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
 from gfast.ops.head import ChunkedHead
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import weigh
+from gfast.wrappers import measured
 
 
 def token_effect(
@@ -136,7 +138,6 @@ class Tokens:
 
 def token_effects(measurement: Measurement) -> TokenEffect:
     """`token_effect` of a request that is checked."""
-    refuse_sharded(measurement.model)
     with measurement.directions() as directions:
         measured = measure_tokens(measurement, directions, measurement.data.batches["forget"])
         norms, counts = directions.norms(), dict(directions.counts)
@@ -175,7 +176,6 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
     """
     for term in terms:
         check_weighted(term, "token")
-    refuse_sharded(measurement.model)
     data, out = measurement.data, {}
     for source in dict.fromkeys(term.source for term in terms):
         measured = measure_tokens(measurement, directions, data.batches[source])
@@ -215,7 +215,7 @@ def measure_tokens(
     with Progress(measurement.progress, "token effects") as bar, _ready(model):
         mode = ForwardMode(streams, model)
         for batch in batches:
-            tokens = _measure(mode, model, to_device(batch, device), groups.names, loss_scale)
+            tokens = _measure(mode, measured(model), to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
@@ -255,9 +255,8 @@ def _measure(
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-    head = hf.head(model)
     with mode:
-        out = model_logits(hf.unwrap(model), batch) if head is None else hf.final_hidden(model, batch)
+        head, out, _ = model_output(model, batch)
     # [n] log-probs, [2 G, n] effects of streams
     if head is None:
         measured = _by_logits(out, flat, order, groups, loss_scale)
@@ -285,7 +284,7 @@ def _measure(
 
 
 def _by_head(
-    mode: ForwardMode, hidden: Tensor, head: hf.Head, labels: Tensor, order: Tensor, groups: int, loss_scale: float
+    mode: ForwardMode, hidden: Tensor, head: Head, labels: Tensor, order: Tensor, groups: int, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [n] and effects [2 G, n] times the loss scale, from final hidden states [B, T, D] and their head."""
     value, streams, tangents = _parts(hidden, order)
@@ -294,7 +293,7 @@ def _by_head(
     check_label_range("token_effect", labels, vocab)
     rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(*weight.shape, weight.device), None)
     rows.start_gradients(True, False, False)
-    own = {name: mode.directions_of(part) for name, part in (("weight", head.weight), ("bias", head.bias))}
+    own = {name: mode.directions_of(getattr(head.module, name)) for name in ("weight", "bias")}
     logp = value.new_empty(rows.rows, dtype=stats_dtype(value.dtype))
     effects = torch.zeros(2 * groups, rows.rows, dtype=torch.float64, device=value.device)
     for start, stop in row_chunks(rows.rows, rows.chunk):

@@ -344,17 +344,20 @@ def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]
     )
 
 
+def as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that F.linear would multiply in: autocast's, where it is on; fp64 stays as it is."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
+
+
 def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
     """Checks, and the casts autocast would make: hidden, weight and bias in one dtype, gradients flow through the
     casts."""
     check_rows(name, hidden, labels, what="hidden")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        # fp64 stays as it is, as in F.linear
-        hidden, weight, bias = (
-            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
-        )
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_head(name, hidden, weight, bias)
     return hidden, weight, bias
 

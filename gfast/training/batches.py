@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gfast import packed, wrappers
 from gfast.objectives import RMU, RR, Objective
 from gfast.training.reference import ReferenceCache
-from gfast.training.state import evaluating
 
 SIDES = ("forget", "retain")
-_FILLED_BY_ADAPTERS_OFF = {"ref_logp", "ref_hidden", "ref_layer_hidden"}
 
 
 def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -73,9 +71,7 @@ def require_reference(batch: Mapping[str, Any], objective: Objective, side: str,
     """ValueError, with what to do, when the batch of `side` lacks what `objective` needs."""
     lacking = {need for need in objective.needs if need.startswith("ref_") and need not in batch}
     lacking -= set(heads.get(side, ()))
-    if lacking and adapters_off(model) is not None:
-        lacking -= _FILLED_BY_ADAPTERS_OFF | {"ref_head"}
-    if lacking:
+    if lacking and not wrappers.is_adapted(model):
         raise ValueError(
             f"{objective} needs {', '.join(sorted(lacking))} of the original model in each {side} batch. Build it "
             "once: "
@@ -85,11 +81,11 @@ def require_reference(batch: Mapping[str, Any], objective: Objective, side: str,
         )
 
 
-def count(objective: Objective, labels: Tensor) -> int:
-    """What the default reduction of `objective` divides by, for Hugging Face labels [B, T]."""
+def count(objective: Objective, batch: Mapping[str, Any]) -> int:
+    """What the default reduction of `objective` divides by in a batch with Hugging Face labels [B, T]."""
     # Objectives on hidden states look at the positions of the labels themselves, those on log-probs at the ones that
     # score them.
-    return objective.count(labels if isinstance(objective, (RMU, RR)) else labels[..., 1:])
+    return packed.count(objective, batch, start=0 if isinstance(objective, (RMU, RR)) else 1)
 
 
 def needed_from_cache(objective: Objective) -> set[str]:
@@ -101,68 +97,3 @@ def needed_from_cache(objective: Objective) -> set[str]:
     """
     names = {"ref_logp": "logp", "ref_hidden": "hidden", "ref_head": "hidden", "ref_layer_hidden": "layer_hidden"}
     return {names[need] for need in objective.needs if need in names}
-
-
-def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any] | None:
-    """A context in which PEFT adapters are off, or None for a model without adapters."""
-    if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return None
-
-
-def fill_from_adapters_off(model: nn.Module, batch: dict[str, Any], objective: Objective) -> dict[str, Any]:
-    """Add the reference values `objective` needs and the batch lacks, from the PEFT model with its adapters off."""
-    from gfast import hf
-    from gfast.model import model_logp
-
-    lacking = (objective.needs & _FILLED_BY_ADAPTERS_OFF) - set(batch)
-    off = adapters_off(model) if lacking else None
-    if off is None:
-        return batch
-    batch = dict(batch)
-    with torch.no_grad(), evaluating(model), off:
-        if "ref_logp" in lacking:
-            batch["ref_logp"] = model_logp(model, batch).float()  # [B, T]
-        head = hf.head(model) if "ref_hidden" in lacking else None
-        if head is not None:
-            batch["ref_hidden"] = hf.final_hidden(model, batch)  # [B, T, D]
-            batch |= {
-                "ref_head": head.weight.detach(),
-                "ref_head_bias": None if head.bias is None else head.bias.detach(),
-            }
-        if "ref_layer_hidden" in lacking:
-            batch["ref_layer_hidden"] = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
-    return batch
-
-
-def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[], Any]) -> Any:
-    """Call `function` as if it were the forward of `module`, through `wrapper`'s own call.
-
-    DDP, FSDP and DeepSpeed prepare their gradient reduction and gather their shards in their forward; a loss that goes
-    round it by calling the inner modules would silently train on local gradients.
-    """
-    if wrapper is module and not _is_sharded(module):
-        return function()
-    original = module.__dict__.get("forward")
-
-    def forward(*_: Any, **__: Any) -> Any:
-        # The parts of the model that `function` calls must find their own forward again.
-        _put_back(module, original)
-        return function()
-
-    module.forward = forward
-    try:
-        return wrapper()
-    finally:
-        _put_back(module, original)
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = forward
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)

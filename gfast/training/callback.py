@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from gfast.model_state import evaluating, gradients_kept, rng_kept
 from gfast.objectives import NLL, Objective
 from gfast.training.batches import to_device
 from gfast.training.records import read_step, write_record
-from gfast.training.state import evaluating, gradients_kept, rng_kept
 from gfast.training.terms import run_name
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from gfast.model import REFERENCES
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
 
 RETAIN_TERMS = ("none", "nll", "kl", "rr")
@@ -66,6 +67,18 @@ class UnlearnConfig(TrainingArguments):
     record_every: int = field(
         default=1, metadata={"help": "Write loss and weights to OUTPUT_DIR/records every so many steps; 0: never."}
     )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "With adapters, what the original model is: base (adapters off), adapted (the model as it starts, "
+            "adapters on), or auto: base, refused where the adapters do not start at zero.",
+            "choices": REFERENCES,
+        },
+    )
+    own_loss_terms: bool = field(
+        default=False,
+        metadata={"help": "Add the terms that the model adds to its own loss, such as the balance of experts."},
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     report_to: str | None = field(
@@ -81,6 +94,8 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: it would drop the forget and retain batches")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
         if self.retain_term not in RETAIN_TERMS:
             raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
         for name in ("geffect_every", "geffect_samples", "record_every"):

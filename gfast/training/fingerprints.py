@@ -11,11 +11,12 @@ from torch import nn
 CHUNK_BYTES = 64 << 20
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """SHA-256 over the name, dtype, shape and every byte of the parameters, in the order of their names.
 
     Adapter weights are left out and wrapper prefixes are stripped, so that a PEFT model has the fingerprint of its base
-    model: the reference of an adapter run is the model with its adapters off. Reads the parameters in pieces of 64 MiB.
+    model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too.
+    Reads the parameters in pieces of 64 MiB.
 
     >>> a = nn.Linear(2, 2)
     >>> before = model_fingerprint(a)
@@ -25,7 +26,7 @@ def model_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
+    for name, parameter in sorted(_parameters(model, adapters)):
         digest.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())
         flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)  # [bytes]
         for start in range(0, flat.numel(), CHUNK_BYTES):
@@ -33,17 +34,15 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    from gfast.hf import unwrap_name
+def _parameters(model: nn.Module, adapters: bool) -> list[tuple[str, nn.Parameter]]:
+    from gfast.wrappers import adapter_prefix, unwrap_name
 
-    adapter_prefix = (
-        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
-    )
+    prefix = None if adapters else adapter_prefix(model)
     chosen = []
     for name, parameter in model.named_parameters():
-        if adapter_prefix is not None:
-            if adapter_prefix in name or ".modules_to_save." in name:
+        if prefix is not None:
+            if prefix in name or ".modules_to_save." in name:
                 continue
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        chosen.append((unwrap_name(name), parameter))
+        chosen.append((name if adapters else unwrap_name(name), parameter))
     return chosen

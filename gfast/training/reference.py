@@ -6,19 +6,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gfast import wrappers
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import whole_file
+from gfast.model_state import evaluating
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.state import evaluating
 
 FORMAT = "gfast-reference-1"
+# What all samples share: the output head of the original model, and its scale and soft cap (0: none).
+HEAD_KEYS = ("ref_head", "ref_head_bias", "ref_head_form")
 # What can be asked for -> the key in a batch.
 BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_layer_hidden"}
 
@@ -34,7 +37,8 @@ class ReferenceCache:
 
     Samples are found by `sample_id`, never by position in a batch, so the order of batches is free. The file is
     safetensors; it names the model and the data by fingerprints over every byte, and loading it for others is a
-    ValueError. A model with PEFT adapters is its own reference with the adapters off.
+    ValueError. A model with PEFT adapters is its own reference with the adapters off, where that provably is the
+    original.
 
     >>> cache = ReferenceCache.build(model, dataset, collator, path="reference.safetensors")    # doctest: +SKIP
     >>> cache = ReferenceCache.load("reference.safetensors", model=model, dataset=dataset)      # doctest: +SKIP
@@ -137,24 +141,34 @@ class ReferenceCache:
         layer: int | None = None,
         batch_size: int = 8,
         progress: bool = False,
+        reference: str = "auto",
     ) -> ReferenceCache:
         """Run `model` over `dataset` once and keep what it says; with `path`, save it, or load it if it is there
         already.
 
         Args:
-            model: the original model; with PEFT adapters it is run with the adapters off. Its train/eval modes are
-                kept.
+            model: the original model; with PEFT adapters see ``reference``. Its train/eval modes are kept.
             dataset: indexable items for `collator`; every row of a batch has its own `sample_id`.
             collator: makes batches with input_ids, attention_mask, labels [B, T] and sample_id [B].
             path: a safetensors file, written whole or not at all.
             what: out of "logp", "hidden", "layer_hidden" (this one needs `layer`, counted as in `hidden_states`).
             batch_size: items a forward pass; it changes the values by rounding only.
+            reference: what the original is, of a model with PEFT adapters. "adapted": the model as it is, adapters on.
+                "base": the model with its adapters off. "auto": the same, refused where the base is not provably the
+                original: where something else is trained too, the adapters' initialisation rewrote the base (PiSSA,
+                OLoRA, CorDA, LoftQ), or the adapters are not zero.
 
-        Errors: ValueError when the file at `path` is for another model, other data or holds too little.
+        Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
+        that is not the original.
         """
+        from gfast.model import REFERENCES, original
+
         what = _checked(what, layer)
+        if reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(map(repr, REFERENCES))}, not {reference!r}")
+        adapted = reference == "adapted" and wrappers.is_adapted(model)
         if path is not None and Path(path).exists():
-            return cls.load(path, model=model, dataset=dataset, what=what, layer=layer)
+            return cls.load(path, model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
         if len(dataset) == 0:
             raise ValueError("the data set is empty, so there is nothing to compute a reference for")
         parts: dict[int, dict[str, Tensor]] = {}
@@ -165,11 +179,12 @@ class ReferenceCache:
             from tqdm.auto import tqdm
 
             starts = tqdm(starts, desc="Reference", unit="batch", leave=False)
-        with torch.no_grad(), evaluating(model), _adapters_off(model):
+        head: dict[str, Tensor] = {}
+        first = _on(model, collator([dataset[order[0]]]))
+        with _as_it_is(model) if adapted or not wrappers.is_adapted(model) else original(model, first, reference):
             for start in starts:
-                batch = collator([dataset[index] for index in order[start : start + batch_size]])
-                _keep(parts, _forward(model, batch, what, layer), batch)
-            head = _head(model) if "hidden" in what else None
+                batch = _on(model, collator([dataset[index] for index in order[start : start + batch_size]]))
+                _keep(parts, _forward(model, batch, what, layer, head), batch)
         ids = sorted(parts)
         cache = cls(
             ids,
@@ -177,7 +192,7 @@ class ReferenceCache:
             {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
             head=head,
             layer=layer,
-            model_fingerprint=model_fingerprint(model),
+            model_fingerprint=model_fingerprint(model, adapters=adapted),
             data_fingerprint=dataset_fingerprint(dataset),
         )
         if path is not None:
@@ -218,6 +233,7 @@ class ReferenceCache:
         dataset: Any = None,
         what: Collection[str] = (),
         layer: int | None = None,
+        adapted: bool = False,
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
@@ -243,14 +259,14 @@ class ReferenceCache:
         cache = cls(
             tensors.pop("sample_ids"),
             tensors.pop("lengths"),
-            head={name: tensors.pop(name) for name in ("ref_head", "ref_head_bias") if name in tensors},
+            head={name: tensors.pop(name) for name in HEAD_KEYS if name in tensors},
             values=tensors,
             layer=description["layer"],
             model_fingerprint=description["model_fingerprint"],
             data_fingerprint=description["data_fingerprint"],
         )
         try:
-            cache.check(model=model, dataset=dataset, what=what, layer=layer)
+            cache.check(model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cache
@@ -262,8 +278,11 @@ class ReferenceCache:
         dataset: Any = None,
         what: Collection[str] = (),
         layer: int | None = None,
+        adapted: bool = False,
     ) -> None:
-        """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`)."""
+        """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
+        adapted: of the model with its adapters on.
+        """
         lacking = sorted(set(what) - self.what)
         if lacking:
             raise ValueError(
@@ -284,7 +303,7 @@ class ReferenceCache:
                     "build it again"
                 )
         if model is not None:
-            found = model_fingerprint(model)
+            found = model_fingerprint(model, adapters=adapted)
             if found != self.model_fingerprint:
                 raise ValueError(
                     f"the reference cache is for another model (fingerprint {self.model_fingerprint[:12]}, this model "
@@ -303,17 +322,40 @@ def _checked(what: Collection[str], layer: int | None) -> frozenset[str]:
     return what
 
 
-def _forward(model: nn.Module, batch: dict[str, Tensor], what: frozenset[str], layer: int | None) -> dict[str, Tensor]:
-    from gfast import hf
-    from gfast.model import model_logp
-
+def _on(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    with torch.no_grad(), evaluating(model):
+        yield
+
+
+def _forward(
+    model: nn.Module, batch: dict[str, Any], what: frozenset[str], layer: int | None, head: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the model says of a batch; its output head goes into ``head`` with the first one."""
+    from gfast import hf
+    from gfast.model import model_logp, model_output
+
     found = {}
+    if "hidden" in what:
+        output = model_output(model, batch)
+        if output.head is None:
+            raise ValueError(
+                f"KL from a cache needs a model whose logits are a linear map of hidden states (scaled or capped), and "
+                f"those of {type(hf.unwrap(model)).__name__} are not"
+            )
+        if not head:
+            own = {"ref_head": output.head.weight, "ref_head_bias": output.head.bias}
+            head |= {name: tensor.detach().cpu().clone() for name, tensor in own.items() if tensor is not None}
+            form = (output.head.logit_scale, output.head.softcap or 0.0)
+            head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
+        found["ref_hidden"] = output.value  # [B, T, D]
     if "logp" in what:
         found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
-    if "hidden" in what:
-        found["ref_hidden"] = hf.final_hidden(model, batch)  # [B, T, D]
     if "layer_hidden" in what:
         found["ref_layer_hidden"] = hf.layer_hidden(model, batch, layer)  # [B, T, D]
     return found
@@ -330,26 +372,6 @@ def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: 
             )
         # A copy: a view would keep the whole padded batch alive.
         parts[sample_id] = {key: value[row].cpu()[mask[row].cpu()].clone() for key, value in found.items()}
-
-
-def _head(model: nn.Module) -> dict[str, Tensor]:
-    from gfast import hf
-
-    head = hf.head(model)
-    if head is None:
-        raise ValueError(
-            f"KL needs the model's linear output head, and {type(model).__name__} has none that gfast knows"
-        )
-    found = {"ref_head": head.weight, "ref_head_bias": head.bias}
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items() if tensor is not None}
-
-
-def _adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    return (
-        model.disable_adapter()
-        if hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-        else contextlib.nullcontext()
-    )
 
 
 def _length(item: Any) -> int:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from gfast import wrappers
 from gfast.data import epoch_callback
-from gfast.objectives import Mix, Objective
+from gfast.objectives import RMU, RR, Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
 from gfast.training.reference import ReferenceCache
@@ -74,6 +75,7 @@ class UnlearnTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.terms = StepTerms()
         self._normalizers: dict[str, float] = {}
+        self._micro_batches = 1
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(epoch_callback(self.train_dataset))
@@ -84,6 +86,11 @@ class UnlearnTrainer(Trainer):
             found = last_checkpoint(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _reference(self) -> str:
+        """Of a run that goes on from a checkpoint the adapters are not zero, and the base is the original still."""
+        return "base" if self.args.reference == "auto" and self.state.global_step > 0 else self.args.reference
 
     @property
     def _parts(self) -> list[tuple[str, Objective, float]]:
@@ -105,8 +112,9 @@ class UnlearnTrainer(Trainer):
         if not batch_samples:
             return batch_samples, None
         self._check_batch(batch_samples[0])
+        self._micro_batches = len(batch_samples)
         counts = [
-            sum(batches.count(objective, batches.sides(batch)[side]["labels"]) for batch in batch_samples)
+            sum(batches.count(objective, batches.sides(batch)[side]) for batch in batch_samples)
             for side, objective, _ in self._parts
         ]
         if self.accelerator.num_processes > 1:
@@ -140,34 +148,38 @@ class UnlearnTrainer(Trainer):
             raise ValueError("UnlearnTrainer computes losses without logits, so there are no outputs to return")
         found = batches.sides(inputs)
         self.terms.start_step(self.state.global_step)
-        inner = self.accelerator.unwrap_model(model)
 
-        def losses() -> Tensor:
+        def losses(module: Any) -> Tensor:
             total = None
             for side, objective, factor in self._parts:
-                loss = factor * self._side_loss(inner, found[side], objective, side)
+                loss = factor * self._side_loss(module, found[side], objective, side, factor)
                 total = loss if total is None else total + loss
             return total
 
-        # The loss goes to the decoder and the head directly, past the forward that carries Accelerate's autocast.
+        # What follows the model's own forward, which carries Accelerate's autocast, has it too.
         with self.accelerator.autocast():
-            loss = batches.call_inside(model, inner, losses)
+            loss = wrappers.inside(model, losses)
         self.terms.add({"loss": loss})
         # Data parallelism averages gradients over processes; the terms are already divided by the global count.
         return loss * self.accelerator.num_processes
 
-    def _side_loss(self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str) -> Tensor:
+    def _side_loss(
+        self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float
+    ) -> Tensor:
         from gfast.model import model_loss
 
         batch = dict(batch)
-        device = batch["input_ids"].device
+        device = batch["labels"].device
         if side in self._heads:
             # Moved once: the head is the largest thing that comes with a batch, and it is always the same.
             self._heads[side] = {name: tensor.to(device) for name, tensor in self._heads[side].items()}
             batch |= {name: tensor for name, tensor in self._heads[side].items() if name not in batch}
-        batch = batches.fill_from_adapters_off(model, batch, objective)
         normalizer = self._normalizers.get(side) if model.training else None
-        out = model_loss(model, batch, objective, normalizer=normalizer)
+        # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
+        own_terms = 0.0
+        if self.args.own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
+            own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
+        out = model_loss(model, batch, objective, normalizer=normalizer, reference=self._reference, own_terms=own_terms)
         self.terms.add({f"{side}_loss": out.loss})
         if side == "forget" and out.weight is not None:
             self.terms.add_weights(out.weight, out.logp, batch["labels"])
@@ -180,11 +192,10 @@ class UnlearnTrainer(Trainer):
         from gfast.model import model_logp
 
         found = batches.sides(self._prepare_inputs(inputs))
-        inner = self.accelerator.unwrap_model(model)
         sums = {}
         with torch.no_grad(), self.accelerator.autocast():
             for side, batch in found.items():
-                logp = batches.call_inside(model, inner, lambda batch=batch: model_logp(inner, batch))  # [B, T]
+                logp = model_logp(model, batch)  # [B, T]
                 tokens = (batch["labels"][..., 1:] != -100).sum()
                 sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
         if self._evaluation is not None:

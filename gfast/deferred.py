@@ -1,0 +1,315 @@
+"""Logits that are computed when somebody asks for them: how a model is run without those of the whole batch.
+
+For the length of a call the output head returns `DeferredLogits` in place of its product: a tensor that holds what the
+head read and follows what the model then does to its logits (multiplies, divides, caps by tanh, casts, takes a part of
+the sequence). Anything else that looks at them gets the real ones, computed at that moment by the same operations in
+the same order. So the model's own code decides what its logits are. What comes back is either still deferred, a linear
+map with a scale and a soft cap for the ops over a head, or the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gfast import wrappers
+from gfast.ops.head import as_autocast
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output head: logits = softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias).
+
+    `weight` [V, D], `bias` [V] or None, as they were multiplied with: under autocast a cast of the module's own.
+    `softcap` None means no soft cap. `module`: the layer whose call was deferred.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    module: nn.Module | None = None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The keyword arguments of the ops over a head."""
+        return dict(bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
+
+
+class DeferredLogits(Tensor):
+    """Logits [..., V] of a head that has not been multiplied yet: a shape, a dtype and a device, but no memory."""
+
+    hidden: Tensor  # [..., D]: what the head reads
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    steps: tuple[tuple[Callable, tuple], ...]  # what has been done to the product since: functions and arguments
+    computed: Tensor | None  # the real logits, once something has asked
+    when_real: list[Callable[[Tensor], Tensor | None]]  # each sees the product, and may give another in its place
+
+    @staticmethod
+    def __new__(
+        cls,
+        hidden: Tensor,
+        module: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None,
+        steps: tuple[tuple[Callable, tuple], ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> DeferredLogits:
+        with torch._C.DisableTorchFunction():
+            shape = (*hidden.shape[:-1], weight.shape[0])
+            out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or hidden.dtype, device=hidden.device)
+        out.hidden, out.module, out.weight, out.bias, out.steps = hidden, module, weight, bias, steps
+        out.computed, out.when_real = None, []
+        return out
+
+    def real(self) -> Tensor:
+        """The logits themselves, as the model would have computed them."""
+        if self.computed is None:
+            z = F.linear(self.hidden, self.weight, self.bias)
+            for watch in self.when_real:
+                seen = watch(z)
+                z = z if seen is None else seen
+            for function, arguments in self.steps:
+                z = function(z, *arguments)
+            self.computed, self.hidden = z, z.new_empty(0)
+        return self.computed
+
+    def head(self) -> Head | None:
+        """The head with the scale and soft cap that the steps amount to; None where they are no such map, or where
+        the logits have been computed already.
+        """
+        if self.computed is not None:
+            return None
+        scale, cap = 1.0, None  # logits are scale * z, then cap * tanh(scale * z)
+        for function, arguments in self.steps:
+            if function is torch.tanh:
+                if cap is not None:
+                    return None
+                cap = 1.0
+            elif function in (torch.mul, torch.div):
+                factor = arguments[0] if function is torch.mul else 1.0 / arguments[0] if arguments[0] else 0.0
+                scale, cap = (scale * factor, None) if cap is None else (scale, cap * factor)
+        scale = scale if cap is None else scale * cap
+        # one that flips the order of the logits, or is no number, is not what the ops over a head take
+        if not all(0 < x < float("inf") for x in (scale, 1.0 if cap is None else cap)):
+            return None
+        return Head(self.weight, self.bias, scale, cap, self.module)
+
+    def _then(self, function: Callable, *arguments: Any) -> DeferredLogits:
+        """With one step more."""
+        dtype = arguments[0] if function is Tensor.to else self.dtype
+        out = DeferredLogits(
+            self.hidden, self.module, self.weight, self.bias, (*self.steps, (function, arguments)), dtype
+        )
+        out.when_real = self.when_real
+        return out
+
+    def _in_place(self, function: Callable, *arguments: Any) -> DeferredLogits:
+        self.steps = (*self.steps, (function, arguments))
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return follow(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        # reached by what does not ask for torch functions, such as kernels and autograd itself
+        return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
+
+
+# Set while a model computes its own loss for the sake of the terms beside the cross-entropy, which then is 0.
+_no_cross_entropy: ContextVar[bool] = ContextVar("no_cross_entropy", default=False)
+
+
+def _real(value: Any) -> Any:
+    return value.real() if isinstance(value, DeferredLogits) else value
+
+
+def follow(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a torch function makes of arguments among which there are deferred logits."""
+    self = args[0] if args else None
+    if isinstance(self, DeferredLogits) and self.computed is None:
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+        rule = _RULES.get(func)
+        out = NotImplemented if rule is None else rule(self, *args[1:], **kwargs)
+        if out is not NotImplemented:
+            return out
+    return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+
+
+def holds_deferred(values: Any) -> bool:
+    """Is any of the arguments of a function, or an item of one, deferred logits?"""
+    return any(isinstance(v, DeferredLogits) or (type(v) in (tuple, list) and holds_deferred(v)) for v in values)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _times(function: Callable, in_place: bool) -> Callable:
+    def rule(self: DeferredLogits, other: Any = None, **options: Any) -> Any:
+        if options or not _number(other):
+            return NotImplemented
+        return (self._in_place if in_place else self._then)(function, float(other))
+
+    return rule
+
+
+def _tanh(self: DeferredLogits, *rest: Any, **options: Any) -> Any:
+    return NotImplemented if rest or options else self._then(torch.tanh)
+
+
+def _cast(self: DeferredLogits, *args: Any, **options: Any) -> Any:
+    """To the same or a wider dtype, which loses nothing; on the device where they are."""
+    known = {"dtype": None, "device": None, "copy": False, "non_blocking": False} | options
+    for value in args:
+        known["dtype" if isinstance(value, torch.dtype) else "device"] = value
+    dtype, device = known["dtype"], known["device"]
+    if len(known) > 4 or isinstance(device, (bool, Tensor)) or not (dtype is None or isinstance(dtype, torch.dtype)):
+        return NotImplemented
+    if device is not None and torch.device(device) != self.device:
+        return NotImplemented
+    if dtype is None or dtype == self.dtype:
+        return self
+    wider = dtype.is_floating_point and torch.promote_types(dtype, self.dtype) == dtype
+    return self._then(Tensor.to, dtype) if wider else NotImplemented
+
+
+def _part(self: DeferredLogits, index: Any) -> Any:
+    """A part of the rows, all of the vocabulary."""
+    index = index if isinstance(index, tuple) else (index,)
+    before = index[: index.index(Ellipsis)] if any(i is Ellipsis for i in index) else index
+    after = index[len(before) + 1 :]
+    dims = self.hidden.dim()
+    if not all(isinstance(i, slice) for i in (*before, *after)) or len(before) + len(after) > dims:
+        return NotImplemented
+    full = (*before, *[slice(None)] * (dims - len(before) - len(after)), *after)
+    if full[-1] != slice(None) or self.when_real:
+        return NotImplemented
+    return DeferredLogits(self.hidden[full], self.module, self.weight, self.bias, self.steps, self.dtype)
+
+
+def _requires_grad(self: DeferredLogits) -> bool:
+    parts = (self.hidden, self.weight, self.bias)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
+
+
+def _register_hook(self: DeferredLogits, hook: Callable) -> Any:
+    """A gradient hook belongs to real logits; one that only marks the time does as well on what the head reads."""
+    if wrappers.only_times_backward(hook) and self.hidden.requires_grad:
+        return self.hidden.register_hook(hook)
+    return NotImplemented
+
+
+def _flat(self: DeferredLogits, *shape: Any) -> Any:
+    """As rows [N, V], for a cross-entropy that nobody wants."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
+    if not _no_cross_entropy.get() or len(sizes) != 2 or sizes[1] != self.weight.shape[0] or self.when_real:
+        return NotImplemented
+    return DeferredLogits(self.hidden.flatten(0, -2), self.module, self.weight, self.bias, self.steps, self.dtype)
+
+
+def _cross_entropy(self: DeferredLogits, target: Any, *rest: Any, **options: Any) -> Any:
+    return self.hidden.new_zeros((), dtype=self.dtype) if _no_cross_entropy.get() else NotImplemented
+
+
+def _unchanged(self: DeferredLogits, *rest: Any, **options: Any) -> Any:
+    return self
+
+
+_RULES: dict[Callable, Callable] = {
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
+    Tensor.to: _cast,
+    Tensor.float: lambda self: _cast(self, torch.float32),
+    Tensor.double: lambda self: _cast(self, torch.float64),
+    Tensor.contiguous: _unchanged,
+    Tensor.__getitem__: _part,
+    Tensor.register_hook: _register_hook,
+    Tensor.view: _flat,
+    Tensor.reshape: _flat,
+    F.cross_entropy: _cross_entropy,
+    Tensor.requires_grad.__get__: _requires_grad,
+    **{f: _times(torch.mul, False) for f in (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__)},
+    **{f: _times(torch.mul, False) for f in (Tensor.__rmul__,)},
+    **{f: _times(torch.mul, True) for f in (Tensor.mul_, Tensor.__imul__)},
+    **{f: _times(torch.div, False) for f in (torch.div, torch.true_divide, Tensor.div, Tensor.true_divide)},
+    **{f: _times(torch.div, False) for f in (Tensor.__truediv__, Tensor.__div__)},
+    **{f: _times(torch.div, True) for f in (Tensor.div_, Tensor.true_divide_, Tensor.__itruediv__, Tensor.__idiv__)},
+}
+# of the tensor, not of its entries
+_ABOUT = (
+    {
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+            "is_sparse",
+            "is_nested",
+        )
+    }
+    | {
+        getattr(Tensor, name)
+        for name in (
+            "size dim ndimension numel nelement element_size is_floating_point is_complex get_device __len__ __hash__"
+        ).split()
+    }
+    | {torch.is_floating_point, torch.is_complex, torch.numel}
+)
+
+
+@contextmanager
+def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool = False) -> Iterator[None]:
+    """Inside, calls of the model's output head return deferred logits, where its forward is the plain linear map.
+
+    linear: the module that is called for the logits. A subclass, a forward that was put in the place of PyTorch's
+    (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
+    deferred logits and get real ones if they look at them. no_cross_entropy: that of deferred logits is 0.
+    """
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    fsdp_group_of_its_own = "FSDP" in type(linear).__name__  # its weight is freed when its call ends
+    if not plain or fsdp_group_of_its_own or "forward" in vars(linear) or not wrappers.runs_as_written(model, linear):
+        yield
+        return
+    parallel = wrappers.is_vocab_parallel(linear)
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
+        weight, bias = linear.weight, linear.bias
+        if torch.compiler.is_compiling() or not (parallel or all(map(wrappers.is_whole, _present(weight, bias)))):
+            return F.linear(input, weight, bias)
+        input, weight, bias = as_autocast(input, weight, bias)
+        if len({x.dtype for x in _present(input, weight, bias)}) > 1:
+            return F.linear(input, weight, bias)  # for PyTorch to say
+        return DeferredLogits(input, linear, weight, bias)
+
+    linear.forward = forward
+    token = _no_cross_entropy.set(no_cross_entropy)
+    try:
+        with wrappers.without_layout_hooks(linear) if parallel else nullcontext():
+            yield
+    finally:
+        _no_cross_entropy.reset(token)
+        del linear.forward
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]

@@ -1,0 +1,99 @@
+"""Several texts in one row of a batch: which token belongs to which.
+
+Padding-free collators put texts one after another into a row and say where each begins: `position_ids` that start
+again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), or `seq_idx`
+[B, T] (the number of each token's text). What depends on a sequence (a weight for the whole of it, a mean over
+sequences, a sample of an effect) then sees texts, not rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfast.ops.common import IGNORE_INDEX
+
+
+def texts(batch: Mapping[str, Any]) -> Tensor | None:
+    """The number of each token's text, int64 [B, T], ascending along the rows; None where no row holds two texts with
+    labels.
+    """
+    labels = batch["labels"]
+    begins = _begins(batch, labels.shape)
+    if begins is None:
+        return None
+    begins = begins.to(labels.device)
+    begins[:, 0] = True
+    ids = begins.reshape(-1).long().cumsum(0).view(labels.shape) - 1
+    valid = labels != IGNORE_INDEX
+    valid[:, 0] = False  # nothing scores the first
+    # padding has positions of its own too: only texts that are scored count
+    low = torch.where(valid, ids, ids.numel()).amin(1)
+    high = torch.where(valid, ids, -1).amax(1)
+    return ids if bool((high > low).any()) else None
+
+
+def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """Where a text begins, bool [B, T], as far as the batch says; the first column does not matter."""
+    bounds, numbers, positions = (batch.get(key) for key in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    if isinstance(numbers, Tensor) and numbers.shape == shape:
+        return torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
+    if isinstance(bounds, Tensor):
+        begins = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=bounds.device)
+        begins[bounds.reshape(-1).long().clamp(0, shape.numel())] = True
+        return begins[:-1].view(shape)
+    if not isinstance(positions, Tensor):
+        return None
+    # with several kinds of positions (text, then time, height, width of an image) the first tells the order
+    inner = positions[0] if positions.dim() == 3 else positions
+    if inner.dim() != 2 or inner.shape[-1] != shape[-1] or inner.shape[0] not in (1, shape[0]):
+        return None
+    inner = inner.expand(shape)
+    again = inner[:, 1:] < inner[:, :-1]
+    if positions.dim() == 2:  # texts of one token; the places of an image are at one time
+        again = again | (inner[:, 1:] == 0)
+    return torch.nn.functional.pad(again, (1, 0))
+
+
+def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:
+    """The text of each label, numbered 0, 1, ... among those that are scored, int64 [B, T] at the positions that score
+    (one before the label's), as loss ops take it; None where rows are sequences.
+    """
+    ids = texts(batch)
+    if ids is None:
+        return None
+    ids, valid = ids[:, 1:].reshape(-1), (batch["labels"][:, 1:] != IGNORE_INDEX).reshape(-1)
+    scored = torch.zeros(batch["labels"].numel(), dtype=torch.bool, device=ids.device).index_fill_(0, ids[valid], True)
+    rank = (scored.long().cumsum(0) - 1).clamp(min=0)
+    return torch.nn.functional.pad(rank[ids].view(batch["labels"].shape[0], -1), (0, 1))
+
+
+def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
+    """What the default reduction of an objective divides by: valid tokens, sequences or pairs.
+
+    start: the first position whose label counts; 0 for objectives on the hidden states of the labelled positions.
+    """
+    labels = batch["labels"]
+    ids = sequence_ids(batch) if objective.default_reduction == "sequence_mean" else None
+    if ids is None:
+        return objective.count(labels[..., start:])
+    each = torch.full((int(ids.max()) + 1, 1), IGNORE_INDEX)  # a row a text: those that are here are all scored
+    return objective.count(each.fill_(0))
+
+
+def pair_ids(ids: Tensor, labels: Tensor) -> Tensor:
+    """Sequence ids of pairs: the second half of the texts begins at half the number of labels, where ops look for it.
+
+    Raises ValueError for an odd number of texts.
+    """
+    size = labels.numel()
+    found = int(ids.max()) + 1
+    if found % 2:
+        raise ValueError(
+            f"gfast: DPO needs pairs: an even number of texts, the forget answers and then the preferred ones in the "
+            f"same order; the packed rows hold {found}"
+        )
+    return torch.where(ids >= found // 2, ids - found // 2 + size // 2, ids)

@@ -1,0 +1,351 @@
+"""Everything gfast knows of what other libraries put around a model: PEFT, DDP, FSDP, ZeRO, torch.compile, Accelerate.
+
+A wrapper must change neither what is computed nor what it is called: the model runs by its own outermost call, names of
+parameters are compared without prefixes, and what cannot be done through a wrapper is refused by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_PREFIX = re.compile(r"^(module\.|base_model\.model\.|_forward_module\.)")
+_ANYWHERE = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.[^.]+)\."
+)
+_COMPILED, _FSDP1, _REPLICAS = "_orig_mod", "_fsdp_wrapped_module", "module"
+_WRAPPED = (_COMPILED, _FSDP1, "_checkpoint_wrapped_module", _REPLICAS)
+
+# PEFT's initialisations that take from the base's weights what they put into the adapter, by the beginning of their
+# name: with the adapter off the model is not what it was before.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def unwrap_name(name: str) -> str:
+    """The parameter or module name without what PEFT, DDP, FSDP, checkpointing and torch.compile put into it.
+
+    >>> unwrap_name("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    name = _ANYWHERE.sub("", name)
+    while match := _PREFIX.match(name):
+        name = name[match.end() :]
+    return name
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside PEFT, DDP, FSDP and torch.compile wrappers.
+
+    Raises ValueError when there is none.
+    """
+    inner = model
+    while not hasattr(type(inner), "base_model_prefix"):
+        key = _wrapped_key(inner)
+        if key is not None:
+            inner = inner._modules[key]
+        elif _is_peft(inner):
+            _refuse_prompt_learning(inner)
+            inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.model
+        else:
+            raise ValueError(
+                f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or "
+                f"torch.compile), and found no transformers model inside {type(model).__name__}"
+            )
+    return inner
+
+
+def measured(model: nn.Module) -> nn.Module:
+    """The model without what only distributes or compiles it (DDP, DataParallel, torch.compile): what one process
+    measures. Adapters stay.
+    """
+    while _wrapped_key(model) in (_COMPILED, _REPLICAS):
+        model = model._modules[_wrapped_key(model)]
+    return model
+
+
+def inside(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
+    """``function(module)`` within the forward of the wrappers that reduce or gather (DDP, FSDP, DeepSpeed).
+
+    They prepare the backward for what their forward returns. So the loss is computed in there, from as many calls of
+    the module as it takes, and is all that they see.
+    """
+    key = _wrapped_key(model)
+    if key not in (_FSDP1, _REPLICAS) or isinstance(model, nn.DataParallel):
+        return function(model)
+    module = model._modules[key]
+    model._modules[key] = _Call(module, function)
+    try:
+        return model()
+    finally:
+        model._modules[key] = module
+
+
+class _Call(nn.Module):
+    """Stands in a wrapper for the module that it holds."""
+
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return inside(self.module, self.function)
+
+
+def accepted_by_wrappers(model: nn.Module) -> frozenset[str]:
+    """Inputs that wrappers around the Hugging Face model take for themselves, such as PEFT's adapter_names."""
+    found: set[str] = set()
+    for module in model.modules():
+        found |= set(getattr(module, "special_peft_forward_args", ()))
+        if hasattr(type(module), "base_model_prefix"):
+            break
+    return frozenset(found)
+
+
+def runs_as_written(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module of the model is called by plain Python, once for the whole batch: nothing around it is compiled
+    or replicated over devices.
+    """
+    for parent in model.modules():
+        compiled = (
+            type(parent).__name__ == "OptimizedModule" or getattr(parent, "_compiled_call_impl", None) is not None
+        )
+        replicated = isinstance(parent, nn.DataParallel) and len(parent.device_ids) > 1
+        if (compiled or replicated) and any(child is module for child in parent.modules()):
+            return False
+    return True
+
+
+def stops_safely(model: nn.Module) -> bool:
+    """Whether a forward may be left by an exception: PEFT's hooks and FSDP's state would stay behind."""
+    peft = any(_is_peft(module) and hasattr(module, "peft_config") for module in _chain(model))
+    return not peft and not any("FSDP" in type(module).__name__ for module in model.modules())
+
+
+# Sharded, offloaded, quantised
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """A dense floating-point tensor with its data here: no DTensor, no quantised, offloaded or ZeRO-3 weight."""
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+    return plain and not hasattr(tensor, "ds_id")
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor that was whole has been taken from it, as FSDP does with gathered weights."""
+    with torch._C.DisableTorchFunction():
+        plain = type(tensor.data).__name__ != "DTensor" and tensor.numel() > 0
+        return plain and not tensor.untyped_storage().size()
+
+
+def is_vocab_parallel(linear: nn.Module) -> bool:
+    """A head sharded over the vocabulary by tensor parallelism, torch's or Hugging Face's: every process sees the same
+    hidden states, and hooks only move inputs and outputs between layouts.
+    """
+    weight, bias = linear.weight, linear.bias
+    if type(weight.data).__name__ != "DTensor" or "FSDP" in type(linear).__name__:
+        return False
+    mesh, placements = weight.device_mesh, weight.placements
+    alike = bias is None or (type(bias.data).__name__ == "DTensor" and bias.placements == placements)
+    return alike and mesh.ndim == 1 and placements[0].is_shard(0) and all(map(_moves_layouts, _hooks(linear)))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _moves_layouts(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.tensor")
+
+
+@contextmanager
+def without_layout_hooks(linear: nn.Module) -> Iterator[None]:
+    """A vocabulary-parallel head without the hooks that move its input and output between layouts."""
+    tables = (linear._forward_hooks, linear._forward_pre_hooks)
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+def only_times_backward(hook: Any) -> bool:
+    """A gradient hook by which FSDP learns that the backward has begun; it leaves the gradient as it is."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp")
+
+
+def has_fsdp(model: nn.Module) -> bool:
+    return any("FSDP" in type(m).__name__ or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """ValueError for parameters of which this process holds only a part."""
+    fully_sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    for name, parameter in model.named_parameters():
+        if fully_sharded or any(hasattr(parameter, mark) for mark in ("device_mesh", "ds_id")):
+            raise ValueError(
+                f"the parameter {name!r} is sharded over processes (FSDP or ZeRO-3), and the stream engine reads whole "
+                f"parameters: measure the gathered model, or one that is replicated (DDP)"
+            )
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """ValueError for parameters, frozen ones too, whose values are not here while the model is not running."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                name = next((n for n, _ in module.named_parameters()), None)
+                if name is not None:
+                    _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            _refuse_absent(name, "on the meta device: its values are not in memory")
+
+
+def _refuse_absent(name: str, why: str) -> None:
+    raise ValueError(
+        f"the parameter {name!r} is {why}. A gradient effect needs every parameter on its device, frozen ones too: "
+        f"load the model without offloading (a smaller dtype, another device_map), or on a device with more memory"
+    )
+
+
+# PEFT
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model has PEFT adapters that can be switched off."""
+    return any(hasattr(module, "peft_config") and hasattr(module, "disable_adapter") for module in _chain(model))
+
+
+def adapter_prefix(model: nn.Module) -> str | None:
+    """What the names of the adapters' own parameters contain; None for a model without adapters."""
+    peft = _peft_of(model)
+    return None if peft is None else getattr(getattr(peft, "base_model", None), "prefix", None)
+
+
+def own_loss_of_adapters(model: nn.Module) -> str | None:
+    """The term that a PEFT method adds to the loss the model computes from labels, in words; None for most methods."""
+    peft = _peft_of(model)
+    kinds = {} if peft is None else {str(getattr(c, "peft_type", "")) for c in peft.peft_config.values()}
+    return "AdaLoRA's orthogonal regularisation" if any("ADALORA" in kind for kind in kinds) else None
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model with its PEFT adapters off, and nothing else changed; as it is if it has none."""
+    peft = _peft_of(model)
+    if peft is None:
+        yield
+        return
+    # PEFT sets requires_grad of all adapters on the way back
+    flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def check_base_is_original(model: nn.Module) -> None:
+    """ValueError unless the model with its adapters off is, whatever has been trained, the base as it was loaded.
+
+    Every trainable parameter must vanish with the adapters, and their initialisation must have left the base alone.
+    """
+    peft = _peft_of(model)
+    if peft is None:
+        return
+    advice = (
+        "compute the original's values once, before training (ReferenceCache.build(..., reference='adapted')), and "
+        "give them with the batches"
+    )
+    for name, config in peft.peft_config.items():
+        start = getattr(config, "init_lora_weights", None)
+        rewrites = isinstance(start, str) and start.lower().startswith(_REWRITES_BASE)
+        if rewrites or getattr(config, "loftq_config", None):
+            how = start if rewrites else "loftq"
+            raise ValueError(
+                f"the adapter {name!r} was initialised by {how!r}, which rewrote the base's weights: the model with "
+                f"adapters off is not the original. {advice[0].upper()}{advice[1:]}, or use init_lora_weights=True"
+            )
+    vanishing = {id(parameter) for parameter in _vanishing(peft)}
+    left = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) not in vanishing]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(
+            f"with adapters off the trainable parameter {left[0]!r}{more} of the base stays, so that the model is not "
+            f"the original any more once it is trained. Freeze it (bias='none', no trained norms or embeddings beside "
+            f"the adapters), or {advice}"
+        )
+
+
+def _vanishing(peft: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that nothing reads while the adapters are off."""
+    for module in peft.modules():
+        # a copy in the place of a module of the base, or an adapter around one
+        of_base = getattr(module, "original_module", None)
+        of_base = getattr(module, "base_layer", None) if of_base is None else of_base
+        if hasattr(module, "adapter_layer_names") and isinstance(of_base, nn.Module):
+            kept = {id(parameter) for parameter in of_base.parameters()}
+            yield from (parameter for parameter in module.parameters() if id(parameter) not in kept)
+
+
+def active_module(module: nn.Module | None) -> nn.Module | None:
+    """The module that is called where PEFT has put a trained copy in the place of one (``modules_to_save``)."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    active = [name for name in getattr(module, "active_adapters", ()) if name in copies]
+    off = getattr(module, "disable_adapters", False) or not active
+    return module.original_module if off else copies[active[0]]
+
+
+def _chain(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it wraps down to the Hugging Face model."""
+    while True:
+        yield model
+        key = _wrapped_key(model)
+        if key is not None:
+            model = model._modules[key]
+        elif _is_peft(model) and isinstance(getattr(model, "base_model", None), nn.Module) and not _is_hf(model):
+            model = model.base_model
+        else:
+            return
+
+
+def _peft_of(model: nn.Module) -> nn.Module | None:
+    return next((m for m in _chain(model) if hasattr(m, "peft_config") and hasattr(m, "disable_adapter")), None)
+
+
+def _wrapped_key(module: nn.Module) -> str | None:
+    return None if _is_hf(module) else next((key for key in _WRAPPED if key in module._modules), None)
+
+
+def _is_hf(module: nn.Module) -> bool:
+    return hasattr(type(module), "base_model_prefix")
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__)
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    configs = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, Mapping) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"the PEFT adapter {name!r} is a prompt-learning method ({type(config).__name__}), whose virtual "
+                f"tokens are no part of the decoder; gfast supports adapters inside the layers (LoRA and its relatives)"
+            )
