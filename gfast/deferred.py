@@ -243,6 +243,7 @@ _RULES: dict[Callable, Callable] = {
     Tensor.reshape: _flat,
     F.cross_entropy: _cross_entropy,
     Tensor.requires_grad.__get__: _requires_grad,
+    Tensor._base.__get__: lambda self: None,
     **{f: _times(torch.mul, False) for f in (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__)},
     **{f: _times(torch.mul, False) for f in (Tensor.__rmul__,)},
     **{f: _times(torch.mul, True) for f in (Tensor.mul_, Tensor.__imul__)},
@@ -285,12 +286,15 @@ def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool 
     (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
     deferred logits and get real ones if they look at them. no_cross_entropy: that of deferred logits is 0.
     """
-    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    fsdp_group_of_its_own = "FSDP" in type(linear).__name__  # its weight is freed when its call ends
-    if not plain or fsdp_group_of_its_own or "forward" in vars(linear) or not wrappers.runs_as_written(model, linear):
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         yield
         return
-    parallel = wrappers.is_vocab_parallel(linear)
+    parallel = wrappers.is_vocab_parallel(model, linear)
+    own = vars(linear).get("forward")
+    fsdp_group_of_its_own = "FSDP" in type(linear).__name__  # its weight is freed when its call ends
+    if (own and not parallel) or fsdp_group_of_its_own or not wrappers.runs_as_written(model, linear):
+        yield
+        return
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
         weight, bias = linear.weight, linear.bias
@@ -304,11 +308,14 @@ def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool 
     linear.forward = forward
     token = _no_cross_entropy.set(no_cross_entropy)
     try:
-        with wrappers.without_layout_hooks(linear) if parallel else nullcontext():
+        with wrappers.without_hooks(linear) if parallel else nullcontext():
             yield
     finally:
         _no_cross_entropy.reset(token)
-        del linear.forward
+        if own is None:
+            del linear.forward
+        else:
+            linear.forward = own
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

@@ -255,7 +255,7 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
         raise ValueError(
             f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)"
         )
-    body = decoder(model)
+    body = _body(model)
     if layer < len(blocks) and _is_checkpointing(body):
         # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block
         # would see a detached tensor with the re-entrant variant.

@@ -141,33 +141,33 @@ def is_whole(tensor: Tensor) -> bool:
 def is_freed(tensor: Tensor) -> bool:
     """Whether the memory of a tensor that was whole has been taken from it, as FSDP does with gathered weights."""
     with torch._C.DisableTorchFunction():
-        plain = type(tensor.data).__name__ != "DTensor" and tensor.numel() > 0
+        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.numel() > 0
         return plain and not tensor.untyped_storage().size()
 
 
-def is_vocab_parallel(linear: nn.Module) -> bool:
+def is_vocab_parallel(model: nn.Module, linear: nn.Module) -> bool:
     """A head sharded over the vocabulary by tensor parallelism, torch's or Hugging Face's: every process sees the same
     hidden states, and hooks only move inputs and outputs between layouts.
     """
     weight, bias = linear.weight, linear.bias
-    if type(weight.data).__name__ != "DTensor" or "FSDP" in type(linear).__name__:
+    if type(weight.data).__name__ != "DTensor" or any("FSDP" in type(module).__name__ for module in model.modules()):
         return False
     mesh, placements = weight.device_mesh, weight.placements
     alike = bias is None or (type(bias.data).__name__ == "DTensor" and bias.placements == placements)
-    return alike and mesh.ndim == 1 and placements[0].is_shard(0) and all(map(_moves_layouts, _hooks(linear)))
+    around = [*linear._forward_hooks.values(), *linear._forward_pre_hooks.values()]
+    around += [vars(linear)["forward"]] if "forward" in vars(linear) else []
+    return alike and mesh.ndim == 1 and placements[0].is_shard(0) and all(map(_moves_layouts, around))
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
-def _moves_layouts(hook: Any) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.tensor")
+def _moves_layouts(function: Any) -> bool:
+    """A hook of torch's tensor parallelism, or a forward that Hugging Face's puts around the module's own."""
+    places = ("torch.distributed.tensor", "transformers.distributed", "transformers.integrations.tensor_parallel")
+    return (getattr(function, "__module__", None) or "").startswith(places)
 
 
 @contextmanager
-def without_layout_hooks(linear: nn.Module) -> Iterator[None]:
-    """A vocabulary-parallel head without the hooks that move its input and output between layouts."""
+def without_hooks(linear: nn.Module) -> Iterator[None]:
+    """A module without its hooks: those of a vocabulary-parallel head move its input and output between layouts."""
     tables = (linear._forward_hooks, linear._forward_pre_hooks)
     kept = [dict(table) for table in tables]
     try:
@@ -183,10 +183,6 @@ def only_times_backward(hook: Any) -> bool:
     """A gradient hook by which FSDP learns that the backward has begun; it leaves the gradient as it is."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp")
-
-
-def has_fsdp(model: nn.Module) -> bool:
-    return any("FSDP" in type(m).__name__ or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:

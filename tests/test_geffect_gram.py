@@ -97,7 +97,7 @@ def test_frozen_parts_and_a_head_that_hf_does_not_know(monkeypatch):
     model = tiny("tied_llama").eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name or "embed" in name)
-    monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+    monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     forget, retain = literal_samples(model, data()["forget"]), literal_samples(model, data()["retain"])
     assert_gram(gram_effect(model, groups=each, **data()), forget, retain)
 

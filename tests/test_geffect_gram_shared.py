@@ -83,7 +83,7 @@ def unshared(monkeypatch, run):
 def test_a_batch_that_is_kept_passes_by_without_a_second_forward(objective, own_logits, monkeypatch):
     model = tiny("llama").eval()
     if own_logits:
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     counts = Counts(model, monkeypatch)
     known = objective == GA()  # minus the risk: what is kept is multiplied with itself, without a second backward
     assert counts.of(lambda: by_gram(model, objective, **ONE)) == (2, 2 if known else 3)
@@ -121,7 +121,7 @@ def test_matches_autograd_in_fp64(kind, name, way, monkeypatch):
     if way == "tiles":
         small_tiles(monkeypatch)
     elif way == "own logits":
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     effect = by_gram(model, OBJECTIVES[name], **data)
     assert_equal(effect, by_gram(model, OBJECTIVES[name], **data))
     own = gradient(model, literal_loss(model, data["forget"], name))
@@ -264,7 +264,7 @@ class Saved:
 def test_a_graph_is_gone_before_the_next_forward(kind, own_logits, monkeypatch):
     model = tiny(kind).eval()
     if own_logits:
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     before, after = [], []
     with Saved() as saved:
         decoder = gfast.hf.decoder(model)
@@ -283,7 +283,7 @@ def test_a_graph_is_gone_after_an_exception(kind, backward, own_logits, error, m
     model = used_model() if kind == "llama" else tiny(kind)
     before = snapshot(model)
     if own_logits:
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     name = "rows_of" if backward == "first" else "products"  # as shares are kept, and as they are multiplied
     alive, original = [], getattr(gram, name)
     with Saved() as saved:

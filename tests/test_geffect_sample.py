@@ -205,7 +205,7 @@ def test_only_the_head_is_trainable():
 def test_a_head_that_hf_does_not_know_goes_through_the_models_own_logits(monkeypatch):
     model = tiny("tied_llama").eval()
     expected = pg_effect(model, groups=each, **data())
-    monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+    monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     found = pg_effect(model, groups=each, **data())
     for side in ("unlearn", "retain"):
         for group, values in getattr(expected, side).items():

@@ -53,7 +53,7 @@ def test_other_ways_to_the_head(engine, way, monkeypatch):
     if way == "tiles":
         small_tiles(monkeypatch)
     elif way == "own logits":
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     else:
         monkeypatch.setattr(seeded, "repeatable", lambda output: False)
     for data in (full_data(), TWO):
@@ -126,13 +126,13 @@ def test_the_heads_gradients_are_held_for_no_more_rows_than_its_size(monkeypatch
     count = int((TWO["forget"][0]["labels"][:, 1:] != -100).sum())
     some = [WGA(0.1 * number) for number in range(1, width // count + 2)]
     tiled: list[bool] = []
-    original = seeded.SeededPasses._head_of
+    original = seeded._head_of
 
     def spy(*args):
         tiled.append(original(*args)[1])
         return original(*args)
 
-    monkeypatch.setattr(seeded.SeededPasses, "_head_of", spy)
+    monkeypatch.setattr(seeded, "_head_of", spy)
     for objectives, expected in ((some[:-1], False), (some, True)):
         tiled.clear()
         gfast.g_effect(model, objectives, engine="gram", forget=TWO["forget"][:1], retain=TWO["retain"])

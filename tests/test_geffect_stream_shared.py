@@ -36,7 +36,7 @@ def unshared(monkeypatch, run):
 def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
     model = tiny("llama").eval()
     if own_logits:
-        monkeypatch.setattr(gfast.hf, "head", lambda model, **options: None)
+        monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     for objective, data, expected in (
         (WGA(0.7), ONE, 2),
         (NPO(0.3), ONE, 2),
@@ -90,7 +90,7 @@ def test_which_of_several_objectives_is_not_finite():
 def test_kl_goes_alone():
     model = tiny("llama").eval()
     with torch.no_grad():
-        forget = {**ONE["forget"][0], "ref_hidden": gfast.hf.final_hidden(model, ONE["forget"][0])}
+        forget = {**ONE["forget"][0], "ref_hidden": gfast.model.model_output(model, ONE["forget"][0]).value}
     forget["ref_head"] = model.lm_head.weight.detach().clone()
     assert forwards(model, lambda: gfast.g_effect(model, KL(), forget=forget, retain=ONE["retain"])) == 3
 

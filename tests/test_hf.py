@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gfast import hf
+import gfast
+from gfast import hf, wrappers
+from gfast.model import model_output
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,9 +93,9 @@ def reference(model, batch):
 def test_family_agrees_with_transformers(family):
     model, batch = make(family), make_batch()
     expected = reference(model, batch)
-    head = hf.head(model)
     with torch.no_grad():
-        logits = hf.final_hidden(model, batch) @ head.weight.T
+        head, hidden, _ = model_output(model, batch)
+        logits = hidden @ head.weight.T
         logits = head.logit_scale * (logits if head.bias is None else logits + head.bias)
         if head.softcap:
             logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -111,13 +113,17 @@ def test_family_agrees_with_transformers(family):
 
 
 def test_head_numbers():
-    assert hf.head(make("gemma2")).softcap == 3.0
-    assert hf.head(make("gemma2", final_logit_softcapping=None)).softcap is None
-    assert hf.head(make("cohere")).logit_scale == 0.25
-    assert hf.head(make("granite")).logit_scale == pytest.approx(1 / 3)
-    assert hf.head(make("phi")).bias is not None
+    def head(*args, **options):
+        return model_output(make(*args, **options), make_batch()).head
+
+    assert head("gemma2").softcap == 3.0
+    assert head("gemma2", final_logit_softcapping=None).softcap is None
+    assert head("cohere").logit_scale == 0.25
+    assert head("granite").logit_scale == pytest.approx(1 / 3)
+    assert head("phi").bias is not None
     llama = make("llama")
-    assert hf.head(llama).weight is llama.lm_head.weight and hf.head(llama).bias is None
+    found = model_output(llama, make_batch()).head
+    assert found.weight is llama.lm_head.weight and found.bias is None and found.module is llama.lm_head
 
 
 def test_units_of_gpt2_and_opt():
@@ -132,18 +138,6 @@ def test_units_of_gpt2_and_opt():
     assert opt["lm_head.weight"] == "lm"
     bloom = hf.parameter_units(make("bloom"))
     assert bloom["transformer.word_embeddings_layernorm.weight"] == "embed"
-
-
-def test_unknown_heads_are_not_guessed():
-    model = make("llama")
-    model.config.model_type = "something_new"
-    assert hf.head(model) is None
-    model = make("llama")
-    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
-    assert hf.head(model) is None
-    model = make("llama")
-    nn.utils.parametrizations.weight_norm(model.lm_head)
-    assert hf.head(model) is None
 
 
 def test_no_transformers_model_inside():
@@ -208,14 +202,16 @@ def test_layer_hidden_with_gradient_checkpointing(reentrant):
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad)
 
 
-def test_only_model_inputs_reach_the_model():
+def test_everything_but_labels_and_our_own_keys_reaches_the_model():
     model, batch = make("llama"), make_batch()
     seen = {}
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    hf.final_hidden(model, batch)
-    assert set(seen) <= {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    positions = torch.arange(7).expand(2, 7)
+    ours = dict(ref_logp=torch.zeros(2, 7), ref_layer_hidden=torch.zeros(2, 7, 32))
+    model_output(model, batch | ours | dict(position_ids=positions, token_type_ids=None))
+    assert set(seen) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
     with pytest.raises(ValueError, match="no 'input_ids'.*labels"):
-        hf.final_hidden(model, {"labels": batch["labels"]})
+        model_output(model, {"labels": batch["labels"]})
 
 
 @pytest.mark.parametrize(
@@ -233,7 +229,7 @@ def test_only_model_inputs_reach_the_model():
     ],
 )
 def test_unwrap_name(name, plain):
-    assert hf.unwrap_name(name) == plain
+    assert wrappers.unwrap_name(name) == plain
 
 
 def test_compiled_and_data_parallel_wrappers():
@@ -241,9 +237,8 @@ def test_compiled_and_data_parallel_wrappers():
     units = hf.parameter_units(model)
     for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
         assert hf.decoder(wrapped) is model.model
-        assert hf.head(wrapped).weight is model.lm_head.weight
-        assert {hf.unwrap_name(name): unit for name, unit in hf.parameter_units(wrapped).items()} == units
-        torch.testing.assert_close(hf.final_hidden(wrapped, batch), hf.final_hidden(model, batch), rtol=0, atol=0)
+        assert {wrappers.unwrap_name(name): unit for name, unit in hf.parameter_units(wrapped).items()} == units
+        torch.testing.assert_close(gfast.model_logp(wrapped, batch), gfast.model_logp(model, batch))
 
 
 def test_activation_checkpoint_wrapper():
@@ -253,7 +248,7 @@ def test_activation_checkpoint_wrapper():
     units, hidden = hf.parameter_units(model), hf.layer_hidden(model, batch, 1)
     for index, block in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(block)
-    assert {hf.unwrap_name(name): unit for name, unit in hf.parameter_units(model).items()} == units
+    assert {wrappers.unwrap_name(name): unit for name, unit in hf.parameter_units(model).items()} == units
     torch.testing.assert_close(hf.layer_hidden(model, batch, 1), hidden, rtol=0, atol=0)
 
 
@@ -268,15 +263,15 @@ def test_peft_lora():
     assert units[prefix + "layers.1.self_attn.q_proj.lora_A.default.weight"] == 1
     assert units[prefix + "embed_tokens.lora_embedding_A.default"] == "embed"
     assert units[prefix + "norm.modules_to_save.default.weight"] == LAYERS
-    torch.testing.assert_close(
-        hf.final_hidden(model, batch) @ hf.head(model).weight.T, model(**without_extras(batch)).logits
-    )
+    head, hidden, _ = model_output(model, batch)
+    torch.testing.assert_close(hidden @ head.weight.T, model(**without_extras(batch)).logits)
 
 
 def test_peft_on_the_head_falls_back_to_logits():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["lm_head"], r=2))
-    assert hf.head(model) is None
+    head, logits, _ = model_output(model, make_batch())
+    assert head is None and logits.shape[-1] == VOCAB
     assert set(hf.parameter_units(model).values()) == {"lm"}
 
 

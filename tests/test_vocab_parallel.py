@@ -171,14 +171,16 @@ def test_opcheck(mesh):
     torch.library.opcheck(ops.linear_token_kl, (h, weight, bias, h + 1, weight, bias, flat, factor, *shard, need_all))
 
 
-def test_a_head_under_fsdp_is_not_taken_for_a_vocabulary_parallel_one(mesh):
-    from test_model import tiny
+def test_a_head_under_fsdp_is_gathered_and_whole(mesh):
+    from test_model import batch_of, tiny
     from torch.distributed.fsdp import fully_shard
 
-    from gfast import hf
+    from gfast.model import model_output
 
-    model = tiny("llama")
+    model, batch = tiny("llama"), batch_of()
+    expected = gfast.model_logp(model, batch)
     fully_shard(model)
     assert type(model.lm_head.weight.data).__name__ == "DTensor"
-    assert hf.head(model, sharded=True) is None
-    assert isinstance(model.lm_head, nn.Linear)
+    head = model_output(model, batch).head
+    assert type(head.weight) is nn.Parameter  # not a part of the vocabulary
+    torch.testing.assert_close(gfast.model_logp(model, batch), expected, rtol=0, atol=0)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import gfast
-from gfast import hf
+from gfast.model import model_output
 from gfast.objectives import DPO, KL, NLL, NPO, TNPO, WGA
 from gfast.ops.backend import why_not
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
@@ -137,11 +137,9 @@ def same_as_whole(model, truth_model) -> None:
     batch = batch_of()
     generator = torch.Generator().manual_seed(5)
     shape = (*batch["input_ids"].shape, truth_model.config.hidden_size)
-    head = hf.head(truth_model)
-    cached = dict(
-        ref_hidden=torch.randn(shape, generator=generator, dtype=torch.float64), ref_head=head.weight.detach() * 0.5
-    )
-    assert hf.head(model) is None and hf.head(model, sharded=True) is not None
+    whole = truth_model.get_output_embeddings().weight.detach()
+    cached = dict(ref_hidden=torch.randn(shape, generator=generator, dtype=torch.float64), ref_head=whole * 0.5)
+    assert model_output(model, batch).head is not None
     torch.testing.assert_close(gfast.model_logp(model, batch), gfast.model_logp(truth_model, batch))
     for objective in (WGA(), KL()):
         truth = gfast.model_loss(truth_model, {**batch, **cached}, objective)

@@ -35,7 +35,7 @@ from gfast.geffect.state import measuring, uncompiled
 from gfast.model import model_output, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
-from gfast.ops.head import ChunkedHead
+from gfast.ops.head import ChunkedHead, as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import weigh
@@ -288,7 +288,9 @@ def _by_head(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [n] and effects [2 G, n] times the loss scale, from final hidden states [B, T, D] and their head."""
     value, streams, tangents = _parts(hidden, order)
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    # of the layer: those that were multiplied with may carry tangents, as casts of it do
+    own_weight, own_bias = head.module.weight.detach(), head.module.bias
+    value, weight, bias = as_autocast(value, own_weight, None if own_bias is None else own_bias.detach())
     vocab, scale, softcap = weight.shape[0], head.logit_scale, head.softcap or 0.0
     check_label_range("token_effect", labels, vocab)
     rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(*weight.shape, weight.device), None)
