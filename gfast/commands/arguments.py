@@ -96,7 +96,7 @@ class DataArguments:
         for name in ("max_forget", "max_retain"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of rows, or 0 for all")
-        self.chat_kwargs: dict[str, Any] = parse_options(self.chat_kwargs)
+        self.chat_kwargs = parse_options(self.chat_kwargs)
 
     def settings(self) -> dict[str, Any]:
         """What decides the data, for run.json: not where they lie. Without options of the chat template the same as

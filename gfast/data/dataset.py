@@ -73,8 +73,8 @@ class QADataset(Dataset):
         chat_kwargs: dict | None = None,
     ):
         rows = as_rows(rows)
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length}")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length!r}")
         self.template = resolve_template(tokenizer, template)
         self.id_offset = id_offset
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []

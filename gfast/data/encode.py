@@ -232,7 +232,7 @@ def _stop_clock(source: str, day: Any) -> str:
         raise ValueError(f"gfast: chat_kwargs: strftime_now should be a date such as 2026-03-01, got {day!r}") from None
     named = sorted(set(re.findall(r"%[-_#^0]?[aAbBcdDefFGhHIjmMpSTuUVwWxXyYzZ]", source)))
     written = "".join(f"|replace({name!r}, {date.strftime(name)!r})" for name in named)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{source}"
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written}|replace('%%', '%') }}}}{{% endmacro %}}\n{source}"
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -37,7 +37,7 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
         Traceback (most recent call last):
         ValueError: gfast: the data set, row 1: the token ...'Question' (id ...) is beyond ... which has 64 rows; ...
     """
-    sizes = {"input_ids": _rows(model.get_input_embeddings()), "labels": _rows(model.get_output_embeddings())}
+    sizes = {"input_ids": _rows(model, "get_input_embeddings"), "labels": _rows(model, "get_output_embeddings")}
     for index in range(len(dataset)):
         item = dataset[index]
         for key, values in item.items():
@@ -67,8 +67,12 @@ def _message(where: str, token: int, what: str, size: int, tokenizer: Any) -> st
     )
 
 
-def _rows(module: nn.Module | None) -> int | None:
-    """Rows of an embedding or a head, below adapters; None where it does not say."""
+def _rows(model: Any, getter: str) -> int | None:
+    """Rows of the embedding or the head, below adapters; None where a model of its own kind does not say."""
+    try:
+        module: nn.Module | None = getattr(model, getter)()
+    except (NotImplementedError, AttributeError):
+        return None
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
@@ -86,12 +90,16 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         ['<bos>', ' The', ' ', '', 'é']
     """
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    ids, pieces, done = [int(token) for token in ids], [], ""
+    ids, pieces, done, held = [int(token) for token in ids], [], "", None
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count], **options)
         if text.endswith("\ufffd") and count < len(ids):
             pieces.append("")  # a character that is not complete yet
+            held = text
             continue
+        if held is not None and held.startswith(done) and text.startswith(held):
+            pieces[-1], done = held[len(done) :], held  # it was that very character
+        held = None
         kept = len(os.path.commonprefix([done, text]))
         # Some decoders change the end of what they wrote before, as WordPiece's does at an apostrophe.
         for at in range(len(pieces) - 1, -1, -1):
