@@ -146,6 +146,30 @@ def test_options_from_yaml(folder, capsys):
     assert "are options of a chat template" in capsys.readouterr().err
 
 
+def test_examples_of_options_run():
+    import doctest
+
+    from gfast.commands import arguments
+
+    result = doctest.testmod(arguments)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_sides_keep_no_model(folder):
+    import gc
+    import weakref
+
+    from gfast.commands.common import Rows, Sides
+
+    sides = Sides(Rows(ROWS, ROWS), demo_tokenizer(), DataArguments(data="bundled"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    sides.fit(model)
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None, "the original model and the measured one are never in memory together"
+
+
 def test_settings_without_options_are_those_of_older_runs():
     assert "chat_kwargs" not in DataArguments().settings() and "template" in DataArguments().settings()
 

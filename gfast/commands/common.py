@@ -29,6 +29,7 @@ from gfast.data import (
     refusals,
 )
 from gfast.data.encode import chat_source, resolve_template
+from gfast.data.ids import vocabulary_sizes
 from gfast.objectives import Objective
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.records import read_run_info
@@ -153,7 +154,7 @@ class Sides:
         self.tokenizer = tokenizer
         self.arguments = arguments
         self._rows, self._seed = rows, seed
-        self._model: nn.Module | None = None
+        self._sizes: dict[str, int | None] | None = None
         options = dict(arguments.chat_kwargs)
         if resolve_template(tokenizer, arguments.template) == "chat" and today and "strftime_now" not in options:
             if "strftime_now" in chat_source(tokenizer, options):
@@ -173,10 +174,10 @@ class Sides:
 
     def fit(self, model: nn.Module) -> None:
         """ValueError, naming set, row and token, where the data have token ids that the model does not know."""
-        self._model = model
+        self._sizes = vocabulary_sizes(model)
         for side, data in (("forget", self.forget), ("retain", self.retain)):
             if data is not None:
-                check_vocabulary(model, data, self.tokenizer, f"the {side} set")
+                check_vocabulary(self._sizes, data, self.tokenizer, f"the {side} set")
 
     def of(self, objective: Objective) -> Any:
         """The forget data as `objective` wants it: pairs for DPO, refused questions for PO, else as it is."""
@@ -185,8 +186,8 @@ class Sides:
             return self.forget
         lines = refusals(self.arguments.refusals)
         data = self._encoded("forget", kind, self._rows.forget, refusals=lines, seed=self._seed)
-        if self._model is not None:
-            check_vocabulary(self._model, data, self.tokenizer, "the forget set with refusals")
+        if self._sizes is not None:
+            check_vocabulary(self._sizes, data, self.tokenizer, "the forget set with refusals")
         return data
 
     def reference(

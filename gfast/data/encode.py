@@ -276,8 +276,7 @@ def _control(tokenizer: Any, written: Iterable[str]) -> dict[str, int]:
     names = ("bos_token", "eos_token", "sep_token", "cls_token", "pad_token")
     named = {str(getattr(tokenizer, name, None)) for name in names}
     frame = "\0".join([str(getattr(tokenizer, "chat_template", None) or ""), *written])
-    found = {t: i for t, i in _special(tokenizer).items() if t.strip() and (t in named or t in frame)}
-    return found
+    return {t: i for t, i in _special(tokenizer).items() if t.strip() and (t in named or t in frame)}
 
 
 def _refuse_markup(control: Mapping[str, int], question: str, answer: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
     A model with more rows than the tokenizer has tokens is fine.
 
     Args:
-        model: a Hugging Face model, also with adapters.
+        model: a Hugging Face model, also with adapters; or what `vocabulary_sizes` gave of one.
         dataset: items as `QADataset` or `PreferenceDataset` gives them.
         tokenizer: names the token in the message; its padding token is checked too.
         name: what the message calls the data.
@@ -37,7 +37,7 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
         Traceback (most recent call last):
         ValueError: gfast: the data set, row 1: the token ...'Question' (id ...) is beyond ... which has 64 rows; ...
     """
-    sizes = {"input_ids": _rows(model, "get_input_embeddings"), "labels": _rows(model, "get_output_embeddings")}
+    sizes = model if isinstance(model, Mapping) else vocabulary_sizes(model)
     for index in range(len(dataset)):
         item = dataset[index]
         for key, values in item.items():
@@ -55,6 +55,12 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
         raise ValueError(_message("the padding", pad, "model's embedding", size, tokenizer) + instead)
 
 
+def vocabulary_sizes(model: Any) -> dict[str, int | None]:
+    """Rows of the embedding and of the head, None where a model of its own kind does not say: what is needed of a model
+    to check data that are made later."""
+    return {"input_ids": _rows(model, "get_input_embeddings"), "labels": _rows(model, "get_output_embeddings")}
+
+
 def _message(where: str, token: int, what: str, size: int, tokenizer: Any) -> str:
     known = tokenizer is not None and 0 <= token < len(tokenizer)
     text = f"the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token})" if known else f"token id {token}"
@@ -68,12 +74,11 @@ def _message(where: str, token: int, what: str, size: int, tokenizer: Any) -> st
 
 
 def _rows(model: Any, getter: str) -> int | None:
-    """Rows of the embedding or the head, below adapters; None where a model of its own kind does not say."""
     try:
         module: nn.Module | None = getattr(model, getter)()
     except (NotImplementedError, AttributeError):
         return None
-    while hasattr(module, "base_layer"):
+    while hasattr(module, "base_layer"):  # below adapters
         module = module.base_layer
     return getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
 
@@ -86,8 +91,8 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     Example:
         >>> from gfast.data import demo_tokenizer, token_pieces
-        >>> token_pieces(demo_tokenizer(), demo_tokenizer()(" The é").input_ids)
-        ['<bos>', ' The', ' ', '', 'é']
+        >>> token_pieces(demo_tokenizer(), demo_tokenizer()(" The 東").input_ids)
+        ['<bos>', ' The', ' ', '', '', '東']
     """
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     ids, pieces, done, held = [int(token) for token in ids], [], "", None
