@@ -214,7 +214,7 @@ def test_batches_cover_the_data_in_order():
         batches(data, Collator(demo_tokenizer()), 0)
 
 
-@pytest.mark.parametrize("name", ["bundled", "collate", "dataset", "jsonl", "tofu", "tokenizer"])
+@pytest.mark.parametrize("name", ["bundled", "collate", "dataset", "ids", "jsonl", "rows", "tofu", "tokenizer"])
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"gfast.data.{name}"))
     assert result.attempted > 0 and result.failed == 0

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,14 @@ class DataArguments:
     template: str = field(
         default="auto", metadata={"help": "Prompt format: chat, plain, or auto (chat if the tokenizer has one)."}
     )
+    chat_kwargs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the chat template, as name=value or JSON (enable_thinking=false); in YAML a mapping "
+            "will do. strftime_now=2026-03-01 is the date of a template that writes today's; without it the day of the "
+            "run's first start."
+        },
+    )
     refusals: str | None = field(
         default=None, metadata={"help": "File of refusal lines for PO and DPO; a bundled list if not given."}
     )
@@ -86,6 +96,52 @@ class DataArguments:
         for name in ("max_forget", "max_retain"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of rows, or 0 for all")
+        self.chat_kwargs = parse_options(self.chat_kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the data, for run.json: not where they lie. Without options of the chat template the same as
+        before there were any, so that older runs can be resumed."""
+        unneeded = {"reference_cache", "data_path"} | (set() if self.chat_kwargs else {"chat_kwargs"})
+        return {name: value for name, value in asdict(self).items() if name not in unneeded}
+
+
+def parse_options(options: Mapping[str, Any] | Sequence[str] | str | None) -> dict[str, Any]:
+    """Options of a chat template from name=value words, JSON or a mapping, as YAML gives.
+
+    >>> parse_options(["enable_thinking=False", "date_string=26 Jul 2024"]), parse_options('{"n": 1}')
+    ({'enable_thinking': False, 'date_string': '26 Jul 2024'}, {'n': 1})
+    """
+    if isinstance(options, str):
+        options = [options]
+    if not isinstance(options, Mapping):
+        words, options = list(options or []), {}
+        for word in words:
+            name, equals, value = str(word).partition("=")
+            if str(word).lstrip().startswith("{"):
+                options.update(_json_object(word))
+            elif equals and name.isidentifier():
+                options[name] = _value(value)
+            else:
+                raise ValueError(f"chat_kwargs {word!r} should read name=value or be JSON, as in enable_thinking=false")
+    # YAML reads 2026-03-01 as a date.
+    return {str(n): v.isoformat() if isinstance(v, datetime.date) else v for n, v in options.items()}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"chat_kwargs {text!r} is not valid JSON ({error})") from None
+
+
+def _value(text: str) -> Any:
+    # As JSON reads it, and True, False and None as Python writes them: the text "False" would be true in a template.
+    try:
+        found = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+    # 1.10 and 1e5 as they were written: a template prints them.
+    return text if isinstance(found, float) or str(found) != text and type(found) is int else found
 
 
 class CommandParser(HfArgumentParser):

@@ -23,12 +23,16 @@ from gfast.data import (
     RefusalDataset,
     batches,
     bundled_authors,
+    check_vocabulary,
     load_jsonl,
     load_tofu,
     refusals,
 )
+from gfast.data.encode import chat_source, resolve_template
+from gfast.data.ids import vocabulary_sizes
 from gfast.objectives import Objective
 from gfast.training.batches import ReferenceJoin, needed_from_cache
+from gfast.training.records import read_run_info
 from gfast.training.reference import ReferenceCache
 
 # Sample ids of the retain set start here, so that those of the two sets never meet.
@@ -138,16 +142,42 @@ def _side(arguments: DataArguments, name: str) -> list[dict[str, Any]]:
 
 
 class Sides:
-    """Tokenised data sets for an objective and for risks, collators, and the original model's values."""
+    """Tokenised data sets for an objective and for risks, collators, and the original model's values.
 
-    def __init__(self, rows: Rows, tokenizer: Any, arguments: DataArguments, seed: int = 0) -> None:
+    A chat template that writes today's date writes `today` (YYYY-MM-DD): the data of a run must not change while it is
+    interrupted.
+    """
+
+    def __init__(
+        self, rows: Rows, tokenizer: Any, arguments: DataArguments, seed: int = 0, today: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self._options = {"template": arguments.template, "max_length": arguments.max_length}
         self._rows, self._seed = rows, seed
-        self.forget = QADataset(rows.forget, tokenizer, **self._options)
-        self.retain = QADataset(rows.retain, tokenizer, id_offset=RETAIN_IDS, **self._options) if rows.retain else None
+        self._sizes: dict[str, int | None] | None = None
+        options = dict(arguments.chat_kwargs)
+        if resolve_template(tokenizer, arguments.template) == "chat" and today and "strftime_now" not in options:
+            if "strftime_now" in chat_source(tokenizer, options):
+                options["strftime_now"] = today
+                say(f"The chat template may write a date: it is {today}. --chat_kwargs strftime_now={today} fixes it")
+        self._options = {"template": arguments.template, "max_length": arguments.max_length, "chat_kwargs": options}
+        self.forget = self._encoded("forget", QADataset, rows.forget)
+        self.retain = self._encoded("retain", QADataset, rows.retain, id_offset=RETAIN_IDS) if rows.retain else None
         self.collator = Collator(tokenizer)
+
+    def _encoded(self, side: str, kind: type, rows: list[dict[str, Any]], **options: Any) -> Any:
+        name = "" if self.arguments.data == "bundled" else f" ({getattr(self.arguments, side)})"
+        try:
+            return kind(rows, self.tokenizer, **self._options, **options)
+        except ValueError as error:
+            raise ValueError(f"the {side} set{name}: {str(error).removeprefix('gfast: ')}") from error
+
+    def fit(self, model: nn.Module) -> None:
+        """ValueError, naming set, row and token, where the data have token ids that the model does not know."""
+        self._sizes = vocabulary_sizes(model)
+        for side, data in (("forget", self.forget), ("retain", self.retain)):
+            if data is not None:
+                check_vocabulary(self._sizes, data, self.tokenizer, f"the {side} set")
 
     def of(self, objective: Objective) -> Any:
         """The forget data as `objective` wants it: pairs for DPO, refused questions for PO, else as it is."""
@@ -155,7 +185,10 @@ class Sides:
         if kind is None:
             return self.forget
         lines = refusals(self.arguments.refusals)
-        return kind(self._rows.forget, self.tokenizer, refusals=lines, seed=self._seed, **self._options)
+        data = self._encoded("forget", kind, self._rows.forget, refusals=lines, seed=self._seed)
+        if self._sizes is not None:
+            check_vocabulary(self._sizes, data, self.tokenizer, "the forget set with refusals")
+        return data
 
     def reference(
         self, model: nn.Module, objectives: Iterable[Objective], side: str, folder: Path | None, batch_size: int
@@ -187,6 +220,12 @@ class Sides:
         collator = self.collator if cache is None else ReferenceJoin(self.collator, {"forget": cache})
         found = batches(limited, collator, batch_size)
         return found if cache is None else [{**batch, **cache.head} for batch in found]
+
+
+def first_day(folder: Path | None, info: dict[str, Any]) -> str:
+    """The date, YYYY-MM-DD, on which the run of the folder was first started: today, for a new one."""
+    known = folder is not None and (folder / "run.json").exists()
+    return str((read_run_info(folder).get("created") if known else None) or info["created"])[:10]
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gfast.commands.common import (
     Sides,
     check_model,
     device_name,
+    first_day,
     load_model,
     load_rows,
     load_tokenizer,
@@ -34,6 +35,7 @@ from gfast.commands.common import (
     show_log,
     versions,
 )
+from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
 from gfast.training.callback import nll_of_sides
@@ -105,13 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         # A folder takes a series of models and steps, of the same data.
-        "config": {"command": "geffect", "groups": arguments.groups, **_data_settings(data_arguments)},
+        "config": {"command": "geffect", "groups": arguments.groups, **data_arguments.settings()},
     }
     if folder is not None:
         check_run_folder(folder, info)
     check_model(model_arguments)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sides = Sides(rows, load_tokenizer(model_arguments), data_arguments)
+    sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
     one_by_one = None
     if arguments.per == "objective":
@@ -150,6 +152,7 @@ def prepared(
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
     model = load_model(model_arguments, arguments.reference_model).to(device)
+    sides.fit(model)
     caches = {
         kind: sides.reference(model, members, "forget", cache_folder, batch_size)
         for kind, members in kinds.items()
@@ -160,6 +163,7 @@ def prepared(
         del model
         gc.collect()
         model = load_model(model_arguments).to(device)
+        sides.fit(model)
     found = {"retain": sides.batches(sides.retain, None, 0, batch_size)}
     found["forget"] = sides.batches(sides.forget, None, 0, batch_size)
     for kind, cache in caches.items():
@@ -223,18 +227,14 @@ def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
     """The question and the pieces of the labelled answer of each forget row, for figures."""
     found = []
     for row, item in zip(rows.forget, sides.forget, strict=True):
-        ids = [token for token, label in zip(item["input_ids"][1:], item["labels"][1:], strict=True) if label != -100]
-        pieces = [sides.tokenizer.decode([int(token)]) for token in ids]
-        found.append({"question": row.get("question", ""), "pieces": pieces})
+        labelled = [at for at, label in enumerate(item["labels"].tolist()) if label != -100 and at > 0]
+        pieces = token_pieces(sides.tokenizer, item["input_ids"].tolist())
+        found.append({"question": row.get("question", ""), "pieces": [pieces[at] for at in labelled]})
     return found
 
 
 def _kind(objective: Objective) -> str:
     return objective.key if objective.key in ("dpo", "po") else "plain"
-
-
-def _data_settings(data_arguments: DataArguments) -> dict[str, Any]:
-    return {k: v for k, v in asdict(data_arguments).items() if k not in ("reference_cache", "data_path")}
 
 
 def _rows(

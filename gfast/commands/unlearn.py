@@ -27,6 +27,7 @@ from gfast.commands.common import (
     Sides,
     check_model,
     device_name,
+    first_day,
     load_model,
     load_rows,
     load_tokenizer,
@@ -88,10 +89,11 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
     checkpoint = _checkpoint(config, folder)
     check_model(model_arguments)
     tokenizer = load_tokenizer(model_arguments)
-    sides = Sides(rows, tokenizer, data_arguments, config.seed)
+    sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
     say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
     set_seed(config.seed)
     model = load_model(model_arguments).to(config.device)
+    sides.fit(model)
 
     write_run_info(folder, info | {"device": device_name(config.device)})
     references = _references(model, both, sides, data_arguments, config, folder)
@@ -135,9 +137,6 @@ def describe(
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     settings = {name: value for name, value in config.to_dict().items() if name in DECISIVE}
-    data = {
-        name: value for name, value in asdict(data_arguments).items() if name not in ("reference_cache", "data_path")
-    }
     counts = {"forget": len(rows.forget), "retain": len(rows.retain)}
     model = asdict(model_arguments)
     return {
@@ -149,7 +148,7 @@ def describe(
         "argv": ["gfast", "unlearn", *argv],
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config": {**settings, **model, **data, "samples": counts},
+        "config": {**settings, **model, **data_arguments.settings(), "samples": counts},
     }
 
 

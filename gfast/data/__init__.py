@@ -10,6 +10,7 @@ from gfast.data.dataset import (
     epoch_callback,
     fingerprint,
 )
+from gfast.data.ids import check_vocabulary, token_pieces
 from gfast.data.jsonl import iter_jsonl, load_jsonl
 from gfast.data.tofu import load_tofu
 from gfast.data.tokenizer import demo_tokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "RefusalDataset",
     "batches",
     "bundled_authors",
+    "check_vocabulary",
     "demo_tokenizer",
     "epoch_callback",
     "fingerprint",
@@ -31,4 +33,5 @@ __all__ = [
     "load_jsonl",
     "load_tofu",
     "refusals",
+    "token_pieces",
 ]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from gfast.data.bundled import refusals as load_refusals
-from gfast.data.encode import encode_chat, encode_plain, resolve_template
-
-IGNORE = -100
+from gfast.data.encode import IGNORE, make_encoder, resolve_template
+from gfast.data.rows import as_rows, field_text
 
 
 def _seeded(*numbers: int) -> torch.Generator:
@@ -28,12 +27,14 @@ class QADataset(Dataset):
     Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on the token that ends it. Rows
     are tokenised once, here, so that a bad row is an error before training and not in the middle of it.
 
-    The prompt is the tokenizer's chat template where it has one, else `Question: ...\\nAnswer:`. BOS is what the
-    tokenizer (plain) or the chat template (chat) puts there, never twice. The answer ends with EOS, or the template's
-    end-of-turn token.
+    The prompt is the tokenizer's chat template where it has one, else `Question: ...\\nAnswer:`. In front of it stands
+    what the tokenizer (plain: BOS, `[gMASK]<sop>`, `[CLS]`) or the chat template (chat) puts there, never twice. The
+    answer ends with EOS, or the template's end-of-turn token. Whatever else a template writes between the prompt and
+    the end, such as an empty block of thoughts, is context: it is in the ids, and its labels are -100.
 
     Args:
-        rows: dicts with at least the two fields below; surrounding white space of both is dropped.
+        rows: dicts with at least the two fields below: a list, a generator or stream of them, a `datasets.Dataset`, a
+            DataFrame. Surrounding white space of both texts is dropped.
         tokenizer: a Hugging Face tokenizer.
         template: `"auto"`, `"chat"` or `"plain"`.
         max_length: longer rows lose the end of their answer, with one warning that counts them; a row that would lose
@@ -41,11 +42,15 @@ class QADataset(Dataset):
         id_offset: added to the row index to give the sample id; use it to keep the ids of several data sets apart.
         question, answer: the fields to read (for instance `answer="paraphrased_answer"`).
         chat_kwargs: further arguments for the chat template, such as `{"enable_thinking": False}` or a fixed
-        `date_string`.
+            `date_string`. `{"strftime_now": "2026-03-01"}` stops the clock of a template that writes today's date;
+            `{"chat_template": "name"}` chooses one of several named templates.
 
     Raises:
-        ValueError: no rows, a missing, empty or non-text field, an answer that does not fit, a tokenizer without EOS,
-            or a chat template under which the answer's beginning is unknown. The message names the row, counted from 1.
+        TypeError: rows that are no dicts, or a container that holds no rows, such as a path or one dict.
+        ValueError: no rows, a missing, empty or non-text field, half a character (a lone surrogate), an answer that
+            does not fit, a tokenizer without EOS, markup in a text that the tokenizer reads as one of the special
+            tokens around it, or a chat template under which the answer's tokens are unknown. The message names the
+            row, counted from 1.
 
     Example:
         >>> from gfast.data import QADataset, demo_tokenizer
@@ -57,7 +62,7 @@ class QADataset(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[dict],
+        rows: Iterable[Mapping[str, Any]],
         tokenizer: Any,
         *,
         template: str = "auto",
@@ -67,41 +72,34 @@ class QADataset(Dataset):
         answer: str = "answer",
         chat_kwargs: dict | None = None,
     ):
-        if len(rows) == 0:
-            raise ValueError("gfast: no rows to tokenise; the data set is empty")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length}")
+        rows = as_rows(rows)
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length!r}")
         self.template = resolve_template(tokenizer, template)
         self.id_offset = id_offset
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
+        encode = make_encoder(tokenizer, self.template, chat_kwargs)
         cut: list[tuple[int, int]] = []
         for number, row in enumerate(rows, start=1):
-            texts = []
-            for field in (question, answer):
-                text = row.get(field)
-                if not isinstance(text, str) or not text.strip():
-                    found = "is missing" if text is None else f"must be text that is not empty, got {text!r:.60}"
-                    raise ValueError(f'gfast: row {number}: field "{field}" {found}')
-                texts.append(text.strip())
             try:
-                if self.template == "chat":
-                    ids, start = encode_chat(tokenizer, *texts, chat_kwargs)
-                else:
-                    ids, start = encode_plain(tokenizer, *texts)
+                texts = [field_text(row, field) for field in (question, answer)]
+            except ValueError as error:
+                raise ValueError(f"gfast: row {number}: {error}") from None
+            try:
+                ids, marked = encode(*texts)
             except ValueError as error:
                 raise ValueError(f"{error} (row {number})") from error
             if max_length is not None and len(ids) > max_length:
+                start = next(at for at, label in enumerate(marked) if label != IGNORE)
                 if start >= max_length:
                     raise ValueError(
                         f"gfast: row {number}: the prompt alone has {start} tokens, so max_length={max_length} leaves "
                         f"no token of the answer; raise max_length to at least {len(ids)} or remove the row"
                     )
                 cut.append((number, len(ids)))
-                ids = ids[:max_length]
+                ids, marked = ids[:max_length], marked[:max_length]
             input_ids = torch.tensor(ids, dtype=torch.int64)  # [T]
-            labels = input_ids.clone()
-            labels[:start] = IGNORE
-            self._items.append((input_ids, labels))
+            self._items.append((input_ids, torch.tensor(marked, dtype=torch.int64)))
         if cut:
             warnings.warn(
                 f"gfast: {len(cut)} of {len(rows)} rows are longer than max_length={max_length} and lost the end of "
@@ -120,7 +118,7 @@ class QADataset(Dataset):
 
 
 def refused(
-    rows: Sequence[dict], refusals: Sequence[str] | None = None, seed: int = 0, answer: str = "answer"
+    rows: Iterable[Mapping[str, Any]], refusals: Sequence[str] | None = None, seed: int = 0, answer: str = "answer"
 ) -> list[dict]:
     """Copies of the rows with the answer replaced by a refusal; which one depends on `seed` and the row's index only.
 
@@ -129,6 +127,7 @@ def refused(
         >>> refused([{"question": "Who?", "answer": "Nobody."}], ["I don't know."])
         [{'question': 'Who?', 'answer': "I don't know."}]
     """
+    rows = as_rows(rows)
     lines = load_refusals() if refusals is None else list(refusals)
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
@@ -149,7 +148,13 @@ class RefusalDataset(QADataset):
     """
 
     def __init__(
-        self, rows: Sequence[dict], tokenizer: Any, *, refusals: Sequence[str] | None = None, seed: int = 0, **options
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        refusals: Sequence[str] | None = None,
+        seed: int = 0,
+        **options,
     ):
         super().__init__(refused(rows, refusals, seed, options.get("answer", "answer")), tokenizer, **options)
 
@@ -171,7 +176,7 @@ class PreferenceDataset(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[dict],
+        rows: Iterable[Mapping[str, Any]],
         tokenizer: Any,
         *,
         refusals: Sequence[str] | None = None,
@@ -179,6 +184,7 @@ class PreferenceDataset(Dataset):
         id_offset: int = 0,
         **options,
     ):
+        rows = as_rows(rows)
         self.rejected = QADataset(rows, tokenizer, id_offset=id_offset, **options)
         self.preferred = RefusalDataset(
             rows, tokenizer, refusals=refusals, seed=seed, id_offset=id_offset + len(rows), **options

@@ -1,15 +1,24 @@
-"""From a question and an answer to token ids, and where in them the answer begins.
+"""From a question and an answer to token ids, and which of them are labels.
 
 The answer's tokens are what unlearning objectives weigh one by one, so the boundary must be exact: the prompt's ids
-must be what a model is given at generation time, and everything after them, up to the token that ends the turn, is the
-answer.
+must be what a model is given at generation time, and the labels are the answer and the token that ends the turn,
+nothing that a template writes around them.
 """
 
 from __future__ import annotations
 
+import datetime
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 TEMPLATES = ("auto", "chat", "plain")
+IGNORE = -100
+# What `apply_chat_template` takes and gfast gives itself.
+OWN_OPTIONS = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")
+ADVICE = 'use template="plain", or chat_kwargs= to pass options to the chat template'
 
 
 def plain_text(question: str, answer: str) -> tuple[str, str]:
@@ -32,18 +41,221 @@ def resolve_template(tokenizer: Any, template: str) -> str:
     return "chat" if has_chat and template != "plain" else "plain"
 
 
+def make_encoder(tokenizer: Any, template: str, chat_kwargs: Mapping[str, Any] | None = None) -> Plain | Chat:
+    """The encoder for a template that `resolve_template` gave: (question, answer) -> (token ids, labels)."""
+    if template == "chat":
+        return Chat(tokenizer, chat_kwargs)
+    if chat_kwargs:
+        raise ValueError(
+            f"gfast: chat_kwargs ({', '.join(map(str, chat_kwargs))}) are options of a chat template, but the prompts "
+            "are plain text; leave them out"
+        )
+    return Plain(tokenizer)
+
+
+class Plain:
+    """`[bos] + "Question: ...\\nAnswer: ..." + [eos]`; in front is whatever the tokenizer puts in front of a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        _refuse_markup(self._control, question, answer)
+        prompt, completion = plain_text(question, answer)
+        ids, start = _join(self.tokenizer, prompt, completion)
+        head = self._leading
+        end = _end_id(self.tokenizer)
+        return head + ids + [end], [IGNORE] * (len(head) + start) + ids[start:] + [end]
+
+    @cached_property
+    def _leading(self) -> list[int]:
+        # Not only BOS: [gMASK]<sop>, [CLS], a language tag. What comes after the text ends it and is no prompt.
+        text = plain_text("Who?", "")[0]
+        whole, bare = list(self.tokenizer(text).input_ids), _ids(self.tokenizer, text)
+        for at in range(len(whole) - len(bare) + 1):
+            if whole[at : at + len(bare)] == bare:
+                return whole[:at]
+        raise ValueError(
+            "gfast: this tokenizer encodes a text differently with its special tokens and without, so what it puts in "
+            "front of a prompt is unknown; use a chat template"
+        )
+
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        return _control(self.tokenizer, [])
+
+
+class Chat:
+    """One user and one assistant turn under the tokenizer's chat template.
+
+    Where the answer stands is found by rendering the conversation with a placeholder in its place: what comes before
+    it is the prompt, what comes after it ends the turn. With the true answer the template must write exactly the same
+    around it, or it is refused.
+
+    The sequence ends with the template's end-of-turn token (what it adds after that, such as a newline, is no part of
+    an answer and is cut), or with EOS where the template has none. White space that the template writes between the
+    two is no label unless it shares a token with the answer. The template writes its own BOS, if any.
+
+    Raises:
+        ValueError: the template fails, changes the answer, writes it twice or not at all, or the prompt
+            (`add_generation_prompt=True`) is not the beginning of the conversation: where the answer begins is then
+            unknown. Or the question or the answer holds markup that the template uses itself.
+    """
+
+    def __init__(self, tokenizer: Any, chat_kwargs: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.options = _options(tokenizer, chat_kwargs)
+
+    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        _refuse_markup(self._control, question, answer)
+        context, tail = self._around(question, answer)
+        prompt = self._render([_user(question)], True)
+        if not context.startswith(prompt):
+            raise ValueError(
+                "gfast: under this chat template the prompt with its generation prompt is not a prefix of the "
+                f"conversation, so the answer's beginning is unknown (prompt ends {prompt[-40:]!r}); {ADVICE}"
+            )
+        if question not in prompt and prompt == self._render([_user(_placeholder(question))], True):
+            raise ValueError(f"gfast: the chat template does not write the question {question[:60]!r}; {ADVICE}")
+        # White space after the generation prompt, such as Llama 2's, is the model's to write: it may share a token
+        # with the answer. Within the generation prompt it is given to the model, and stays as it is given.
+        written = context[len(prompt) :]
+        movable = len(written) - len(written.rstrip())
+        end = _first_marker(self._markers, tail)
+        if end is None:
+            ids, start = _join(self.tokenizer, context, answer + tail.rstrip(), movable)
+            ids = [*ids, _end_id(self.tokenizer)]
+            return ids, [IGNORE] * start + ids[start:]
+        at, token = end
+        ids, start = _join(self.tokenizer, context, answer + tail[:at] + token, movable)
+        if ids[-1] != self._markers[token]:
+            raise ValueError(f"gfast: cannot find the end of the answer in the chat template's output; {ADVICE}")
+        labels = [IGNORE] * start + ids[start:]
+        if at:
+            through, _ = _join(self.tokenizer, context, answer, movable)
+            if ids[: len(through)] == through:
+                labels[len(through) : -1] = [IGNORE] * (len(ids) - 1 - len(through))
+        return ids, labels
+
+    def _around(self, question: str, answer: str) -> tuple[str, str]:
+        """What the template writes before the answer and after it."""
+        place = _placeholder(question + answer)
+        before, *after = self._render([_user(question), _assistant(place)]).split(place)
+        if len(after) != 1:
+            how = f"writes the answer {len(after)} times" if after else "changed the answer, or does not write it"
+            raise ValueError(f"gfast: the chat template {how}, so the answer's tokens are unknown; {ADVICE}")
+        text = self._render([_user(question), _assistant(answer)])
+        if text != before + answer + after[0]:
+            raise ValueError(
+                f"gfast: the chat template changed the answer {answer[:60]!r}, or writes something else around it "
+                f"than around another answer; {ADVICE}"
+            )
+        return before, after[0]
+
+    def _render(self, messages: list[dict], generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generation_prompt, tokenize=False, **self.options
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program of its own and may fail in any way
+            reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+            raise ValueError(f"gfast: the chat template failed: {reason}; {ADVICE}") from error
+
+    @cached_property
+    def _markers(self) -> dict[str, int]:
+        """The tokens that can end a turn. Some vocabularies add plain white space, which does not."""
+        found = {**self.tokenizer.get_added_vocab(), **_special(self.tokenizer)}
+        return {token: index for token, index in found.items() if token.strip()}
+
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        question, answer = _placeholder("question"), _placeholder("answer")
+        conversation = self._render([_user(question), _assistant(answer)])
+        control = _control(self.tokenizer, [conversation, self._render([_user(question)], True)])
+        end = _first_marker(self._markers, conversation.rpartition(answer)[2])
+        return control if end is None else {**control, end[1]: self._markers[end[1]]}
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _placeholder(text: str) -> str:
+    """A word that is not in the text: letters only, so that no template has a reason to change it."""
+    place = "qzplaceholderzq"
+    while place in text:
+        place += "zq"
+    return place
+
+
+def _options(tokenizer: Any, chat_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """chat_kwargs as `apply_chat_template` takes them."""
+    options = dict(chat_kwargs or {})
+    own = [name for name in OWN_OPTIONS if name in options]
+    if own:
+        raise ValueError(f"gfast: chat_kwargs cannot set {', '.join(own)}: gfast renders the conversation itself")
+    source = chat_source(tokenizer, options)
+    unread = [n for n in options if n != "chat_template" and not re.search(rf"\b{re.escape(str(n))}\b", source)]
+    if unread:
+        warnings.warn(
+            f"gfast: the chat template reads no option named {', '.join(map(str, unread))} (chat_kwargs)", stacklevel=4
+        )
+    day = options.pop("strftime_now", None)
+    if day is not None and "strftime_now" not in unread:
+        options["chat_template"] = _stop_clock(source, day)
+    return options
+
+
+def chat_source(tokenizer: Any, chat_kwargs: Mapping[str, Any]) -> str:
+    """The chat template that is used, of several named ones too; all of them where none is chosen."""
+    chosen, found = chat_kwargs.get("chat_template"), tokenizer.chat_template
+    if not isinstance(found, Mapping):
+        return str(chosen or found)
+    return str(found.get(chosen or "default", chosen or found))
+
+
+def _stop_clock(source: str, day: Any) -> str:
+    """The template with a `strftime_now` of its own, which writes a date that does not move.
+
+    As a macro in front of it, because transformers passes no functions to templates: it writes for each directive of
+    strftime that the template names what it is on that day. The line break is cut by `trim_blocks`.
+    """
+    try:
+        date = datetime.datetime.fromisoformat(str(day))
+    except ValueError:
+        raise ValueError(f"gfast: chat_kwargs: strftime_now should be a date such as 2026-03-01, got {day!r}") from None
+    named = sorted(set(re.findall(r"%[-_#^0]?[aAbBcdDefFGhHIjmMpSTuUVwWxXyYzZ]", source)))
+    written = "".join(f"|replace({name!r}, {date.strftime(name)!r})" for name in named)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written}|replace('%%', '%') }}}}{{% endmacro %}}\n{source}"
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a text: `[bos]` or `[]`."""
-    ids = list(tokenizer("").input_ids)
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids[:1] == [bos] else []
+def _join(tokenizer: Any, context: str, rest: str, movable: int = 0) -> tuple[list[int], int]:
+    """The ids of both texts and how many of them are the context's; of white space at its end the last `movable`
+    characters go with the rest where they share a token with it."""
+    whole = _ids(tokenizer, context + rest)
+    for end in range(len(context), len(context) - movable - 1, -1):
+        head = _ids(tokenizer, context[:end])
+        if whole[: len(head)] == head:
+            return whole, len(head)
+    # A vocabulary that merges across the boundary: keep the context as generation would see it. A line break in front
+    # of the rest keeps SentencePiece from writing the space that begins a text.
+    head, anchor = _ids(tokenizer, context), _ids(tokenizer, "\n")
+    after = _ids(tokenizer, "\n" + rest)
+    after = after[len(anchor) :] if after[: len(anchor)] == anchor else _ids(tokenizer, rest)
+    return head + after, len(head)
 
 
-def end_id(tokenizer: Any) -> int:
+def _end_id(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "gfast: the tokenizer has no EOS token, so the end of an answer cannot be marked; "
@@ -52,65 +264,36 @@ def end_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def encode_plain(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
-    """`[bos] + "Question: ...\\nAnswer: ..." + [eos]` and the number of prompt ids (BOS included)."""
-    prompt, completion = plain_text(question, answer)
-    head = leading_ids(tokenizer)
-    prompt_ids, ids = _ids(tokenizer, prompt), _ids(tokenizer, prompt + completion)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        # A vocabulary that merges across the boundary: keep the prompt as generation would see it.
-        ids = prompt_ids + _ids(tokenizer, completion)
-    return head + ids + [end_id(tokenizer)], len(head) + len(prompt_ids)
+def _special(tokenizer: Any) -> dict[str, int]:
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {**named, **{str(token): index for index, token in added.items() if getattr(token, "special", False)}}
 
 
-def encode_chat(tokenizer: Any, question: str, answer: str, chat_kwargs: dict | None = None) -> tuple[list[int], int]:
-    """One user and one assistant turn under the tokenizer's chat template, and the number of prompt ids.
+def _control(tokenizer: Any, written: Iterable[str]) -> dict[str, int]:
+    """The special tokens that begin and end texts, and those of a chat template. Others, such as markers that a user
+    has added, are words like any other."""
+    names = ("bos_token", "eos_token", "sep_token", "cls_token", "pad_token")
+    named = {str(getattr(tokenizer, name, None)) for name in names}
+    frame = "\0".join([str(getattr(tokenizer, "chat_template", None) or ""), *written])
+    return {t: i for t, i in _special(tokenizer).items() if t.strip() and (t in named or t in frame)}
 
-    The sequence ends with the template's end-of-turn token (what it adds after that, such as a newline, is no part of
-    an answer and is cut), or with EOS where the template has none. The template writes its own BOS, if any.
 
-    Raises:
-        ValueError: the prompt (`add_generation_prompt=True`) is not a prefix of the whole conversation, or the answer
-            is not found in it; the boundary between the two is then unknown.
-    """
-    kwargs = {**(chat_kwargs or {}), "tokenize": False}
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, **kwargs)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **kwargs)
-    advice = 'use template="plain", or chat_kwargs= to pass options to the chat template'
-    if not text.startswith(prompt):
-        raise ValueError(
-            "gfast: under this chat template the prompt with its generation prompt is not a prefix of the "
-            f"conversation, so the answer's beginning is unknown (prompt ends {prompt[-40:]!r}); {advice}"
-        )
-    start = len(text) - len(text[len(prompt) :].lstrip())
-    if not text.startswith(answer, start):
-        start = text.find(answer, len(prompt))
-    if start < 0:
-        raise ValueError(
-            f"gfast: the chat template changed the answer {answer[:60]!r}: it is not in its output; {advice}"
-        )
+def _refuse_markup(control: Mapping[str, int], question: str, answer: str) -> None:
+    """A special token in the data would end a turn or begin one in the middle of a row."""
+    for name, text in (("question", question), ("answer", answer)):
+        token = max((token for token in control if token in text), key=len, default=None)
+        if token is not None:
+            raise ValueError(
+                f"gfast: the {name} contains {token!r}, which this tokenizer reads as a special token and not as text; "
+                "remove it from the row or write it differently"
+            )
 
-    if text[len(prompt) : start].strip():
-        # The template writes more before the answer, such as an empty block of thoughts: context, not answer.
-        prompt = text[:start]
-    tail = text[start + len(answer) :]
-    added = {i for token, i in tokenizer.get_added_vocab().items() if token in tail}
-    tail_ids = _ids(tokenizer, tail)
-    end = next((n for n, i in enumerate(tail_ids) if i in added), None)
-    if end is None:
-        ids = _ids(tokenizer, text.rstrip()) + [end_id(tokenizer)]
-    else:
-        # Added tokens split the text before anything else does, so the ids from the end-of-turn token on are those of
-        # the tail.
-        ids = _ids(tokenizer, text)
-        ids = ids[: len(ids) - (len(tail_ids) - end - 1)]
-        if ids[-1] != tail_ids[end]:
-            raise ValueError(f"gfast: cannot find the end of the answer in the chat template's output; {advice}")
-    prompt_ids = _ids(tokenizer, prompt)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            "gfast: under this chat template the prompt's token ids are not a prefix of the conversation's, "
-            f"so the answer's first token is unknown (prompt ends {prompt[-40:]!r}); {advice}"
-        )
-    return ids, len(prompt_ids)
+
+def _first_marker(markers: Mapping[str, int], text: str) -> tuple[int, str] | None:
+    """Where the first of the tokens stands in the text, and which it is: the longest of those that begin there."""
+    found = [(text.find(token), -len(token), token) for token in markers if token in text]
+    if not found:
+        return None
+    at, _, token = min(found)
+    return at, token

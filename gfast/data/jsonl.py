@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from gfast.data.rows import field_text
+
+# How files of other kinds begin, what they are called, and how to make JSON lines of them.
+_PANDAS = "pandas.{}(...).to_json(..., orient='records', lines=True) makes such a file of it"
+_KINDS = (
+    (b"PAR1", "a Parquet file", _PANDAS.format("read_parquet")),
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook", _PANDAS.format("read_excel") + ", or unpack it"),
+    (b"ARROW1", "an Arrow file", "datasets.Dataset.from_file(...).to_json(...) makes such a file of it"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with unxz"),
+    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
+)
 
 
 def iter_jsonl(path: str | Path, fields: Sequence[str] = ("question", "answer")) -> Iterator[dict]:
@@ -15,7 +32,9 @@ def iter_jsonl(path: str | Path, fields: Sequence[str] = ("question", "answer"))
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not UTF-8, not JSON or not an object, a field is missing, empty or not text.
+        ValueError: the file is of another kind (Parquet, CSV, compressed, UTF-16, one JSON array), a line is not UTF-8,
+            not JSON or not an object, a field is missing, empty, not text or holds half a character. The message names
+            file and row and says what is expected.
 
     Example:
         >>> from gfast.data import iter_jsonl
@@ -28,35 +47,70 @@ def iter_jsonl(path: str | Path, fields: Sequence[str] = ("question", "answer"))
         raise FileNotFoundError(f"gfast: {path} {what}; expected a JSON lines file with {' and '.join(fields)}")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"gfast: {path}, row {number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: not UTF-8 text ({error.reason} at byte {error.start} of the line)"
-                ) from None
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                hint = "; the file looks like one JSON array, but each line must be an object of its own"
-                hint = hint if text.lstrip().startswith("[") else ""
-                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno}){hint}") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where}: expected a JSON object with {' and '.join(fields)}, got {text.strip()[:60]}"
-                )
-            for field in fields:
-                if field not in row:
-                    have = ", ".join(map(str, row)) or "nothing"
-                    raise ValueError(f'{where}: field "{field}" is missing (the row has {have})')
-                value = row[field]
-                if not isinstance(value, str):
-                    raise ValueError(f'{where}: field "{field}" must be text, got {json.dumps(value)[:60]}')
-                if not value.strip():
-                    raise ValueError(f'{where}: field "{field}" is empty')
-            yield row
+                row = _row(line, number, fields)
+            except ValueError as error:
+                raise ValueError(f"gfast: {path}, row {number}: {error}") from None
+            if row is not None:
+                yield row
+
+
+def _row(line: bytes, number: int, fields: Sequence[str]) -> dict[str, Any] | None:
+    """The row of a line, None for a blank one; ValueError says what is wrong with it."""
+    expected = "expected a JSON object with {} on each line".format(" and ".join(f'"{field}"' for field in fields))
+    kind = next((kind for kind in _KINDS if line.startswith(kind[0])), None) if number == 1 else None
+    if kind is not None:
+        raise ValueError(f"the file is {kind[1]}; {expected}: {kind[2]}")
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start} of the line); {expected}") from None
+    if not text.strip():
+        return None
+    if "\0" in text:
+        raise ValueError(f"holds NUL bytes, as UTF-16 text or a file whose writing was interrupted does; {expected}")
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = _hint(text, fields) if number == 1 else ""
+        reason = f"not valid JSON ({error.msg} at column {error.colno})"
+        if text.lstrip().startswith("["):
+            hint = "; the file looks like one JSON array, but each line must be an object of its own"
+        raise ValueError(f"{reason}; {expected}{hint}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        reason = str(error).partition(";")[0] if isinstance(error, ValueError) else "nested too deeply"
+        raise ValueError(f"not readable JSON ({reason}); {expected}") from None
+    if not isinstance(row, dict):
+        hint = "; the file looks like one JSON array, but each line must be an object of its own"
+        raise ValueError(f"{expected}, got {text.strip()[:60]}{hint if isinstance(row, list) else ''}")
+    for field in fields:
+        try:
+            if isinstance(row.get(field), str) and not row[field].strip():
+                raise ValueError(f'field "{field}" is empty')
+            field_text(row, field)
+        except ValueError as error:
+            raise ValueError(f"{error}; {expected}, both text{_shape(row)}") from None
+    return row
+
+
+def _hint(text: str, fields: Sequence[str]) -> str:
+    """A first line that names the fields between commas or tabs is a table's."""
+    for sign, name in ((",", "CSV"), ("\t", "TSV")):
+        names = [cell.strip().strip("\"'").lower() for cell in text.split(sign)]
+        if len(names) > 1 and any(field.lower() in names for field in fields):
+            return f"; the file looks like {name}: {_PANDAS.format('read_csv')}"
+    return ""
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    """What rows of other well-known shapes would need."""
+    if "messages" in row or "conversations" in row:
+        return "; these are chats: take the question from the user's turn and the answer from the assistant's"
+    if "choices" in row:
+        return "; these are multiple choices: write the choices into the question and the right one as the answer"
+    if "text" in row:
+        return "; this is running text: make questions and answers about it"
+    return ""
 
 
 def load_jsonl(path: str | Path, fields: Sequence[str] = ("question", "answer")) -> list[dict]:

@@ -200,7 +200,8 @@ def _lines(pieces: list[str], shares: np.ndarray, values: np.ndarray) -> list[li
     x = 0.0
     for piece, share, value in zip(pieces, shares, values, strict=True):
         size = SIZES[0] + (SIZES[1] - SIZES[0]) * float(share)
-        text = _ascii(piece).strip() or "␣"
+        # A token that only begins a character has no text of its own.
+        text = _ascii(piece).strip() or ("␣" if piece else "…")
         width = TextPath((0, 0), text, size=size).get_extents().width + 5.0
         if x + width > LINE and lines[-1]:
             lines.append([])
