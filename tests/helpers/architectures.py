@@ -1,0 +1,197 @@
+"""Every causal language model of the installed transformers, tiny and with random weights.
+
+    for name in CAUSAL: model = build(name); batch = batch_for(model)
+
+A configuration is the architecture's own default with every size that SMALL names made small; EXTRA holds what a family
+needs besides. Families of which transformers cannot make a causal language model here are in NOT_BUILT, with the reason.
+`IMAGE` are models of text and images; their batches hold pixel values.
+
+Models are fp64 where the architecture can compute in it, else fp32. Many norms and routers compute in fp32 whatever the
+model's type is, so compare two runs of the same model, never a run with a formula.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+VOCAB, LENGTH, SHORT, PROMPT = 83, 9, 6, 2
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
+def _all(names: str, value) -> dict:
+    return dict.fromkeys(names.split(), value)
+
+
+SMALL = (
+    _all("vocab_size decoder_vocab_size audio_vocab_size unpadded_vocab_size vocab_size_per_layer_input", VOCAB)
+    | _all("hidden_size d_model n_embd emb_dim lru_width embedding_size word_embed_proj_dim embed_dim", 32)
+    | _all("input_embedding_size attention_hidden_size d_embed pronunciation_embed_dim shape_embed_dim dim_model", 32)
+    | _all("num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth num_blocks", 2)
+    | _all("num_encoder_layers num_decoder_layers", 2)
+    | _all("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads", 4)
+    | _all("num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads", 4)
+    | _all("num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads", 2)
+    | _all("head_dim attention_head_dim kv_channels d_head global_head_dim index_head_dim swa_head_dim", 8)
+    | _all("intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff dff n_inner", 48)
+    | _all("dense_intermediate_size shared_intermediate_size d_inner intermediate_size_mlp feed_forward_size", 48)
+    | _all("max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length", 64)
+    | _all("max_source_positions", 64)
+    | _all("num_experts n_routed_experts num_local_experts moe_num_experts", 4)
+    | _all("num_experts_per_tok num_experts_per_token moe_topk moe_k", 2)
+    | _all("moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size", 16)
+    | _all("expert_ffn_hidden_size moe_shared_expert_intermediate_size", 16)
+    | _all("n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups n_shared_experts", 1)
+    | _all("num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers", 1)
+    | _all("qk_rope_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank o_lora_rank", 8)
+    | _all("qk_head_dim router_hidden_size", 16)
+    | _all("linear_key_head_dim linear_value_head_dim linear_head_dim hidden_size_per_layer_input laurel_rank", 8)
+    | _all("linear_num_key_heads linear_num_value_heads linear_num_heads n_mamba_heads index_n_heads o_groups", 2)
+    | _all("mamba_d_state state_size ssm_state_size mamba_dt_rank time_step_rank adapter_rank", 4)
+    | _all("mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim mamba_headdim", 8)
+    | _all("mamba_chunk_size chunk_size pronunciation_vocab_size shape_vocab_size", 4)
+    | dict(mamba_d_ssm=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, rotary_dim=4, is_decoder=True)
+)
+
+_LINEAR = dict(layer_types=["linear_attention", "full_attention"])
+EXTRA = {
+    "bamba": dict(attn_layer_indices=[1]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "mamba2": dict(num_heads=8),
+    "zamba": dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], use_mamba_kernels=False)
+    | dict(attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4),
+    "zamba2": dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], n_mamba_heads=8)
+    | dict(num_key_value_heads=4),
+    "jamba": dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_next": _LINEAR,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "olmo_hybrid": _LINEAR,
+    "zaya": dict(num_experts_per_tok=1),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "gemma3n_text": dict(num_kv_shared_layers=0, intermediate_size=48),
+    "reformer": dict(axial_pos_embds_dim=(8, 24), axial_pos_shape=(8, 8), attn_layers=["local", "local"])
+    | dict(attention_head_size=8),
+    "xmod": dict(default_language="en_XX"),
+    "dots3_note": dict(num_key_value_heads=4),
+    "dots3_note_text": dict(num_key_value_heads=4),
+}
+_UNKNOWN = {"dbrx": {"is_decoder", "pad_token_id", "bos_token_id", "eos_token_id"}}  # refused rather than ignored
+
+_DRAFT = "drafts for another model: its input is that model's hidden states"
+_CODES = "a model of audio codes: its input has one row of ids a codebook"
+NOT_BUILT = {
+    "gemma4_assistant": _DRAFT,
+    "gemma4_unified_assistant": _DRAFT,
+    "musicgen": _CODES,
+    "musicgen_melody": _CODES,
+    "gemma3n": "its vision tower needs timm",
+    "qdqbert": "needs pytorch-quantization",
+    "transfo-xl": "an adaptive softmax over word clusters: it has no logits",
+}
+
+
+def _small(cls, extra: dict):
+    plain = cls()
+    known = plain.to_dict()
+    sizes = {key: value for key, value in SMALL.items() if key in known}
+    if "kv_lora_rank" in known:
+        sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
+    for key in _UNKNOWN.get(cls.model_type, ()):
+        sizes.pop(key, None)
+    for key in getattr(cls, "sub_configs", {}):
+        if isinstance(part := getattr(plain, key, None), transformers.PretrainedConfig):
+            sizes[key] = _small(type(part), extra.get(key, {})).to_dict()
+            extra = {k: v for k, v in extra.items() if k != key}
+    return cls(**(sizes | extra))
+
+
+def _names(mapping: dict[str, str]) -> dict[str, str]:
+    """One name a model class: the one that the class is called after."""
+    best: dict[str, str] = {}
+
+    def fit(name: str, cls: str) -> tuple[bool, int]:
+        plain = name.replace("_", "").replace("-", "").removesuffix("text")
+        return cls.lower().startswith(plain), len(name)
+
+    for name, cls in mapping.items():
+        cls = cls if isinstance(cls, str) else cls[0]
+        if cls not in best or fit(name, cls) > fit(best[cls], cls):
+            best[cls] = name
+    return {name: cls for cls, name in best.items()}
+
+
+def _model(name: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        config = _small(transformers.CONFIG_MAPPING[name], EXTRA.get(name, {}))
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product takes no fp64
+    with torch.no_grad():
+        for parameter in model.parameters():  # norm weights are not 1 and biases not 0, so that leaving one out shows
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """The architecture in eval mode; fp32 where it cannot compute in `dtype`."""
+    if dtype == torch.float64 and not _takes_fp64(name):
+        dtype = torch.float32
+    return _model(name, dtype, seed)
+
+
+@functools.cache
+def _takes_fp64(name: str) -> bool:
+    model = _model(name, torch.float64, 0)
+    try:
+        with torch.no_grad():
+            return bool(run(model, batch_for(model)).isfinite().all())
+    except RuntimeError as error:
+        if "dtype" in str(error) or "without overflow" in str(error):
+            return False
+        raise
+
+
+CAUSAL: dict[str, Callable[[], nn.Module]] = {
+    name: functools.partial(build, name)
+    for name in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if name not in NOT_BUILT
+}
+
+
+def not_built() -> dict[str, str]:
+    """The causal architectures of the installed transformers that are not in CAUSAL, with the reason."""
+    return {n: why for n, why in NOT_BUILT.items() if n in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+
+
+def batch_for(model: nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Two rows of different length, right padded; the prompt and the padding have label -100."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, SHORT:] = 0
+    ids[1, SHORT:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :PROMPT] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own logits [B, T, V] on everything of the batch but its labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False
+    return model(**inputs).logits
