@@ -104,6 +104,30 @@ EXTRA = {
     "dots3_note_text": dict(num_key_value_heads=4),
 }
 
+# text and images: image_size 8 in patches of 4, or of 2 that are merged by fours, is four tokens an image
+IMAGE_TOKEN, IMAGE_TOKENS = VOCAB - 1, 4
+_IMAGE_IDS = dict(image_token_index=IMAGE_TOKEN, image_token_id=IMAGE_TOKEN)
+_SIGHT = dict(image_size=8, patch_size=4)
+_ROPE = dict(rope_scaling=dict(type="mrope", rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
+_QWEN = (
+    _IMAGE_IDS
+    | dict(vision_config=dict(patch_size=2, out_hidden_size=32, fullatt_block_indexes=[1], window_size=8))
+    | dict(vision_start_token_id=VOCAB - 2, video_token_id=VOCAB - 3)
+    | (dict(text_config=_ROPE) if TRANSFORMERS >= (5, 0) else _ROPE)
+)
+IMAGE_EXTRA = {
+    "llava": _IMAGE_IDS | dict(vision_config=_SIGHT),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "gemma3": _IMAGE_IDS | dict(vision_config=_SIGHT, mm_tokens_per_image=4),
+    "paligemma": _IMAGE_IDS | dict(vision_config=_SIGHT | dict(projection_dim=32), projection_dim=32),
+    "idefics3": _IMAGE_IDS | dict(vision_config=_SIGHT | dict(patch_size=2), scale_factor=2),
+    "smolvlm": _IMAGE_IDS | dict(vision_config=_SIGHT | dict(patch_size=2), scale_factor=2),
+    "mllama": _IMAGE_IDS
+    | dict(vision_config=_SIGHT | dict(num_global_layers=1, vision_output_dim=64, intermediate_layers_indices=[0]))
+    | dict(text_config=EXTRA["mllama"]["text_config"]),
+}
+
 _DRAFT = "drafts for another model: its input is that model's hidden states"
 _CODES = "a model of audio codes: its input has one row of ids a codebook"
 NOT_BUILT = {
@@ -154,14 +178,17 @@ def _names(mapping: dict[str, str]) -> dict[str, str]:
 
 
 def _model(name: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    kind = name.removesuffix("+image")
+    classes, extra = (CLASSES, EXTRA) if kind == name else (IMAGE_CLASSES, IMAGE_EXTRA)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        config = _small(transformers.CONFIG_MAPPING[name], EXTRA.get(name, {}))
-        cls = getattr(transformers, CLASSES[name])
+        config = _small(transformers.CONFIG_MAPPING[kind], extra.get(kind, {}))
+        cls = getattr(transformers, classes[kind])
         if not isinstance(config, cls.config_class):  # the text model of a composite configuration
             config = config.get_text_config()
         model = cls._from_config(config, attn_implementation="eager").to(dtype).eval()
+    model.sees_images = kind != name
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product takes no fp64
     with torch.no_grad():
@@ -195,6 +222,11 @@ def _takes_fp64(name: str) -> bool:
 CLASSES = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CAUSAL: dict[str, Callable[[], nn.Module]] = {n: functools.partial(build, n) for n in CLASSES if n not in NOT_BUILT}
 
+IMAGE_CLASSES = {n: c for n, c in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if n in IMAGE_EXTRA}
+IMAGE: dict[str, Callable[[], nn.Module]] = {
+    f"{n}+image": functools.partial(build, f"{n}+image") for n in IMAGE_CLASSES
+}
+
 
 def not_built() -> dict[str, str]:
     """The causal architectures of the installed transformers that are not in CAUSAL, with the reason."""
@@ -204,13 +236,47 @@ def not_built() -> dict[str, str]:
 def batch_for(model: nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
     """Two rows of different length, right padded; the prompt and the padding have label -100."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=generator)
+    ids = torch.randint(3, VOCAB - 3, (2, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, SHORT:] = 0
     ids[1, SHORT:] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :PROMPT] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return _with_images(model, batch, generator) if model.sees_images else batch
+
+
+def _with_images(model: nn.Module, batch: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    kind, rows = model.config.model_type, len(batch["input_ids"])
+    front = IMAGE_TOKENS + 1  # a token that says that an image begins, and the image's
+    batch = {key: nn.functional.pad(v, (front, 0), value=-100 if key == "labels" else 1) for key, v in batch.items()}
+    is_image = torch.zeros_like(batch["input_ids"])
+    is_image[:, 1:front] = 1
+    batch["input_ids"][:, 0] = VOCAB - 2
+    if kind != "mllama":
+        batch["input_ids"][:, 1:front] = IMAGE_TOKEN
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+
+    if kind.startswith("qwen"):
+        more = {"pixel_values": pixels(rows * 16, 24), "image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+        if TRANSFORMERS >= (5, 0):
+            more["mm_token_type_ids"] = is_image
+    elif kind in ("idefics3", "smolvlm"):
+        more = {"pixel_values": pixels(rows, 1, 3, 8, 8)}
+    elif kind == "mllama":
+        seen = torch.ones(rows, batch["input_ids"].shape[1], 1, 4, dtype=torch.long)
+        seen[0, :3] = 0  # the image comes after the third token
+        more = {"pixel_values": pixels(rows, 1, 4, 3, 8, 8), "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long)}
+        more |= {"aspect_ratio_mask": torch.ones(rows, 1, 4, dtype=torch.long), "cross_attention_mask": seen}
+    else:
+        more = {"pixel_values": pixels(rows, 3, 8, 8)}
+        if kind == "gemma3":
+            more["token_type_ids"] = is_image
+        elif kind == "paligemma":  # 0: image and prompt, which see one another; 1: the answer
+            more["token_type_ids"] = (torch.arange(is_image.shape[1]) >= front + PROMPT).long().expand(rows, -1)
+    return batch | more
 
 
 def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
