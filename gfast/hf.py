@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfast import structure
+
 _log = logging.getLogger("gfast")
 
 # Families whose logits are output_embeddings(hidden), then optionally scaled, then optionally soft-capped. A family
@@ -35,13 +37,6 @@ _SCALED_HEADS = {
     "granitemoe": lambda config: 1.0 / config.logits_scaling,
 }
 _SOFTCAPPED_HEADS = frozenset({"gemma2", "gemma3_text"})
-
-_BLOCK_LISTS = ("layers", "h", "blocks")
-_EMBEDDINGS = frozenset(
-    "embed_tokens embed_positions embed_in wte wpe word_embeddings word_embeddings_layernorm embed_layer_norm "
-    "embed_layernorm project_in".split()
-)
-_FINAL_NORMS = frozenset("norm final_layernorm final_layer_norm ln_f project_out".split())
 
 _OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
 _SCALED_EMBEDDING = "ScaledWordEmbedding"
@@ -105,17 +100,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The transformer body without the output head, also through wrappers; its output has `last_hidden_state`."""
-    inner = unwrap(model)
-    for key in (inner.base_model_prefix, "model"):  # Gemma 3 in transformers 4 names a prefix that it does not have
-        if isinstance(getattr(inner, key, None), nn.Module):
-            return getattr(inner, key)
-    return inner
+    """The text decoder without the output head, also through wrappers; its output has `last_hidden_state`."""
+    return structure.decoder(unwrap(model))
 
 
 def num_layers(model: nn.Module) -> int:
-    """The number L of decoder blocks."""
-    return len(_blocks(model))
+    """The number L of decoder blocks. Raises ValueError where they cannot be told."""
+    return len(structure.blocks(unwrap(model)))
 
 
 def head(model: nn.Module, sharded: bool = False) -> Head | None:
@@ -161,14 +152,12 @@ def depends_on_width(model: nn.Module) -> bool:
     longest position of a batch.
     """
     config = getattr(unwrap(model), "config", None)
-    texts = [config, *(getattr(config, name, None) for name in ("text_config", "language_config"))]
-    found = [getattr(one, name, None) for one in texts for name in ("rope_scaling", "rope_parameters")]
-    while found:
+    found = [config.to_dict()] if hasattr(config, "to_dict") else []
+    while found:  # by any name, in the configuration of any part, maybe by kind of layer
         one = found.pop()
-        if isinstance(one, Mapping):
-            if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
-                return True
-            found += [value for value in one.values() if isinstance(value, Mapping)]  # a mapping by kind of layer
+        if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
+            return True
+        found += [value for value in one.values() if isinstance(value, Mapping)]
     return False
 
 
@@ -214,7 +203,7 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm. Blocks after the
     wanted one are not run. Raises ValueError for a layer outside [0, L].
     """
-    blocks = _blocks(model)
+    blocks = structure.blocks(unwrap(model))
     if not isinstance(layer, int) or not 0 <= layer <= len(blocks):
         raise ValueError(
             f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)"
@@ -249,13 +238,13 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
 def parameter_units(model: nn.Module) -> dict[str, str | int]:
     """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
 
-    The part is "embed" (token and position embeddings, embedding norms), the 0-based index of a block, L for a norm
-    after the last block, "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter
-    parameters belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or
-    several.
+    The part is "embed" (all that is used before the first block: token and position embeddings, their norms, vision
+    towers and what projects their output), the 0-based index of a block, L for what is used after the last block (the
+    final norm), "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter parameters
+    belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or several.
     """
     inner = unwrap(model)
-    owners = _owners(inner)
+    owners = structure.owners(inner)
     units: dict[str, str | int] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -266,7 +255,11 @@ def parameter_units(model: nn.Module) -> dict[str, str | int]:
         elif set(places) == {"embed", "lm"}:
             units[name] = "embed+lm"
         else:
-            why = f"is shared by several parts ({', '.join(map(str, places))})" if places else "is in no part"
+            why = (
+                f"is shared by several parts ({', '.join(map(str, places))})"
+                if places
+                else "is in no part: no forward on the way to the blocks reads it plainly before them or after them"
+            )
             raise ValueError(
                 f"cannot attribute trainable parameter {name!r} {tuple(parameter.shape)} of {type(inner).__name__}: "
                 f"it {why} (embeddings, one of the {num_layers(model)} blocks, the final norm, the output head). "
@@ -313,46 +306,6 @@ def embedding_lookup(module: nn.Embedding, args: tuple, kwargs: Mapping[str, Any
 def is_routed(name: str) -> bool:
     """Is a module of this name one of a mixture's experts, which see tokens in an order of their own?"""
     return any(part in ("expert", "experts") for part in name.split("."))
-
-
-def _owners(inner: nn.Module) -> dict[int, list[str | int]]:
-    """id(parameter) -> the distinct parts of the model that hold it."""
-    owners: dict[int, list[str | int]] = {}
-
-    def claim(module: nn.Module | None, place: str | int) -> None:
-        for parameter in module.parameters() if module is not None else ():
-            places = owners.setdefault(id(parameter), [])
-            if place not in places:
-                places.append(place)
-
-    blocks = _blocks(inner)
-    claim(inner.get_input_embeddings(), "embed")
-    for name, child in _body(inner).named_children():
-        if name in _EMBEDDINGS:
-            claim(child, "embed")
-        elif name in _FINAL_NORMS:
-            claim(child, len(blocks))
-    for index, block in enumerate(blocks):
-        claim(block, index)
-    claim(inner.get_output_embeddings(), "lm")
-    return owners
-
-
-def _body(model: nn.Module) -> nn.Module:
-    """The module whose direct children are the embeddings, the list of blocks and the final norm."""
-    body = decoder(model)
-    for candidate in (body, getattr(body, "decoder", None)):  # OPT nests one level deeper
-        if any(isinstance(getattr(candidate, key, None), nn.ModuleList) for key in _BLOCK_LISTS):
-            return candidate
-    raise ValueError(
-        f"cannot find the decoder blocks of {type(unwrap(model)).__name__}: looked for a ModuleList named "
-        f"{', '.join(_BLOCK_LISTS)} in {type(body).__name__}"
-    )
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    body = _body(model)
-    return next(getattr(body, key) for key in _BLOCK_LISTS if isinstance(getattr(body, key, None), nn.ModuleList))
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
