@@ -1,10 +1,11 @@
 """Everything gfast knows about Hugging Face model internals: where the decoder, its blocks and its output head are.
 
-No other file names a model class or a model attribute. Supported families (transformers 4.51 to 5.x): Llama, Mistral,
-Mixtral, Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere 1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT,
-Bloom, Falcon, StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other decoders work as far as their parts can be found: a head
-that is not listed here is never guessed at (`head` returns None and callers take the model's own logits), and a
-parameter that cannot be placed is an error that names it. Models may be wrapped by PEFT, DDP, FSDP or torch.compile.
+No other file names a model class or a model attribute, and `structure` finds the parts by place and use. Supported
+families (transformers 4.51 to 5.x): Llama, Mistral, Mixtral, Qwen2/3 (and MoE), Phi, Phi-3, Gemma 1/2/3 (text), Cohere
+1/2, Granite, GPT-2, GPT-Neo, GPT-J, GPT-NeoX, OPT, Bloom, Falcon, StableLM, StarCoder2, OLMo 1/2, SmolLM3. Other
+decoders work as far as their parts can be found: a head that is not listed here is never guessed at (`head` returns
+None and callers take the model's own logits), and a parameter that cannot be placed is an error that names it. Models
+may be wrapped by PEFT, DDP, FSDP or torch.compile.
 """
 
 from __future__ import annotations

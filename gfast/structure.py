@@ -15,6 +15,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
 
@@ -122,29 +123,36 @@ def _path(model: nn.Module, name: str) -> list[tuple[str | None, nn.Module]]:
 
 
 def _side(cls: type, name: str, towards: str) -> str | None:
-    """Does `cls.forward` read the attribute `name` before or after the one that leads to the blocks?
+    """Does `cls.forward` read the attribute `name` before or after it runs the one that leads to the blocks?
 
     None where it does neither or both, reads it between the blocks, or has no text to read.
     """
     reads = _reads(cls)
-    last = max((at for at, (key, _) in enumerate(reads) if key == towards), default=None)
-    at = [(position, loops) for position, (key, loops) in enumerate(reads) if key == name]
-    if last is None or not at or any(towards in loops for _, loops in at):
+    ways = [(at, read.runs) for at, read in enumerate(reads) if read.name == towards]
+    runs = [at for at, run in ways if run] or [at for at, _ in ways]  # len(self.layers) is no run
+    found = [(at, read.loops) for at, read in enumerate(reads) if read.name == name]
+    if not runs or not found or any(towards in loops for _, loops in found):
         return None
-    sides = {"before" if position < last else "after" for position, _ in at}
-    return sides.pop() if len(sides) == 1 else None
+    if all(at < min(runs) for at, _ in found):
+        return "before"
+    return "after" if all(at > max(runs) for at, _ in found) else None
+
+
+class _Read(NamedTuple):
+    """One place in the text of a `forward` that reads an attribute of `self`."""
+
+    name: str
+    loops: frozenset[str]  # the attributes that loops around this place run over
+    runs: bool  # it is called or looped over here
 
 
 @functools.cache
-def _reads(cls: type) -> list[tuple[str, frozenset[str]]]:
-    """The attributes of `self` that `cls.forward` reads, in the order of the text, through the methods that it calls.
-
-    Each with the attributes that a loop around it runs over.
-    """
+def _reads(cls: type) -> list[_Read]:
+    """What `cls.forward` reads of `self`, in the order of the text, through the methods that it calls."""
     return list(_reads_of(cls, "forward", cls.__mro__, frozenset(), frozenset()))
 
 
-def _reads_of(cls: type, method: str, mro: tuple, loops: frozenset, seen: frozenset) -> Iterator:
+def _reads_of(cls: type, method: str, mro: tuple, loops: frozenset, seen: frozenset) -> Iterator[_Read]:
     owner = next((base for base in mro if method in vars(base)), None)
     if owner is None or owner is nn.Module or (owner, method) in seen:
         return
@@ -158,26 +166,27 @@ def _reads_of(cls: type, method: str, mro: tuple, loops: frozenset, seen: frozen
         return
     this = next((argument.arg for argument in function.args.args), None)
 
-    def visit(node: ast.AST, loops: frozenset) -> Iterator:
+    def visit(node: ast.AST, loops: frozenset, runs: bool = False) -> Iterator[_Read]:
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == this:
                 if callable(getattr(cls, node.attr, None)):
                     yield from _reads_of(cls, node.attr, cls.__mro__, loops, seen)
                 else:
-                    yield node.attr, loops
+                    yield _Read(node.attr, loops, runs)
             elif isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
                 after = cls.__mro__[cls.__mro__.index(owner) + 1 :]
                 yield from _reads_of(cls, node.attr, after, loops, seen)
             else:
                 yield from visit(node.value, loops)
         elif isinstance(node, ast.Call):  # the arguments are computed before the call
-            for part in [*node.args, *node.keywords, node.func]:
+            for part in [*node.args, *node.keywords]:
                 yield from visit(part, loops)
+            yield from visit(node.func, loops, runs=True)
         elif isinstance(node, ast.For):
-            over = list(visit(node.iter, loops))
+            over = [read._replace(runs=True) for read in visit(node.iter, loops)]
             yield from over
             for part in [*node.body, *node.orelse]:
-                yield from visit(part, loops | {key for key, _ in over})
+                yield from visit(part, loops | {read.name for read in over})
         else:
             for part in ast.iter_child_nodes(node):
                 yield from visit(part, loops)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import gfast
+from gfast import hf
 from gfast.geffect.groups import assign
 from gfast.objectives import GA, NLL
 
@@ -176,6 +177,22 @@ def test_every_parameter_is_in_the_group_of_its_use(name):
                 run = ("shallow", "middle", "deep")[3 * place // (layers + 1)]
                 place = run if groups == "paper" else f"layer_{place + 1}"
             assert found.names[found.index[parameter]] == place, parameter
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_layer_hidden_counts_as_transformers_does(name):
+    model = model_of(name)
+    batch = batch_for(model)
+    if "is a list of blocks" in NO_GROUPS.get(name, ""):
+        with pytest.raises(ValueError, match=NO_GROUPS[name]):
+            hf.layer_hidden(model, batch, 0)
+        return
+    with torch.no_grad():
+        expected = run(model, batch, output="hidden_states")
+        for layer, hidden in enumerate(expected):
+            torch.testing.assert_close(hf.layer_hidden(model, batch, layer), hidden, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"use 0 .* to {len(expected) - 1}"):
+        hf.layer_hidden(model, batch, len(expected))
 
 
 @pytest.mark.parametrize("name", NAMES)

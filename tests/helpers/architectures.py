@@ -287,9 +287,11 @@ def _with_images(model: nn.Module, batch: dict, generator: torch.Generator) -> d
     return batch | more
 
 
-def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The model's own logits [B, T, V] on everything of the batch but its labels."""
+def run(model: nn.Module, batch: dict[str, torch.Tensor], output: str = "logits"):
+    """The model's own logits [B, T, V], or its hidden_states, on everything of the batch but its labels."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         inputs["use_cache"] = False
-    return model(**inputs).logits
+    if output == "hidden_states":
+        inputs["output_hidden_states"] = True
+    return getattr(model(**inputs), output)
