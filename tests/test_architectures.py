@@ -19,7 +19,7 @@ from gfast.objectives import GA, NLL
 
 pytest.importorskip("transformers")
 
-from helpers.architectures import CAUSAL, IMAGE, NOT_CAUSAL, TRANSFORMERS, batch_for, build, not_built, run  # noqa: E402
+from helpers.architectures import CAUSAL, IMAGE, NOT_CAUSAL, TRANSFORMERS, TRIED, batch_for, build, not_built, run  # noqa: E402
 
 NAMES = [*CAUSAL, *IMAGE]
 # what has no place in the paper's groups, and what the error says of it
@@ -35,7 +35,12 @@ NO_GROUPS = {
 
 @functools.lru_cache(maxsize=2)
 def model_of(name: str):
-    return build(name)
+    try:
+        return build(name)
+    except Exception as error:
+        if TRANSFORMERS <= TRIED:
+            raise
+        pytest.skip(f"new sizes to make small, since transformers {TRANSFORMERS}: {error}")
 
 
 def rounding(logits: torch.Tensor) -> float:
@@ -209,5 +214,5 @@ def test_which_are_causal(name):
 
 
 def test_enough_is_built():
-    assert len(CAUSAL) >= (170 if TRANSFORMERS >= (5, 20) else 95 if TRANSFORMERS < (5, 0) else 95)
+    assert len(CAUSAL) >= (170 if TRANSFORMERS >= TRIED else 95)
     assert not CAUSAL.keys() & not_built().keys() and all(not_built().values())
