@@ -1,8 +1,8 @@
 """Everything gfast knows about Hugging Face model internals: their inputs, their parts, and where their logits are.
 
 No other file names a model class or a model attribute, and none of them decides what the logits are: the model runs by
-its own call, and `gfast.deferred` follows what it does to the product of its head. What is put around a model (PEFT,
-DDP, FSDP, torch.compile) is in `gfast.wrappers`.
+its own call, and `gfast.deferred` follows what it does to the product of its head. `gfast.structure` finds its parts by
+place and use. What is put around a model (PEFT, DDP, FSDP, torch.compile) is in `gfast.wrappers`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import wrappers
+from gfast import structure, wrappers
 from gfast.deferred import DeferredLogits, deferred
+from gfast.model_state import evaluating
 from gfast.wrappers import unwrap
 
 _log = logging.getLogger("gfast")
@@ -28,13 +29,6 @@ _log = logging.getLogger("gfast")
 OWN_KEYS = frozenset(
     "labels ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id".split()
 )
-
-_BLOCK_LISTS = ("layers", "h", "blocks")
-_EMBEDDINGS = frozenset(
-    "embed_tokens embed_positions embed_in wte wpe word_embeddings word_embeddings_layernorm embed_layer_norm "
-    "embed_layernorm project_in".split()
-)
-_FINAL_NORMS = frozenset("norm final_layernorm final_layer_norm ln_f project_out".split())
 
 _OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
 _SCALED_EMBEDDING = "ScaledWordEmbedding"
@@ -45,17 +39,13 @@ class _EnoughComputed(Exception):
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The transformer body without the output head, also through wrappers; its output has `last_hidden_state`."""
-    inner = unwrap(model)
-    for key in (inner.base_model_prefix, "model"):  # Gemma 3 in transformers 4 names a prefix that it does not have
-        if isinstance(getattr(inner, key, None), nn.Module):
-            return getattr(inner, key)
-    return inner
+    """The text decoder without the output head, also through wrappers; its output has `last_hidden_state`."""
+    return structure.decoder(unwrap(model))
 
 
 def num_layers(model: nn.Module) -> int:
-    """The number L of decoder blocks."""
-    return len(_blocks(model))
+    """The number L of decoder blocks. Raises ValueError where they cannot be told."""
+    return len(structure.blocks(unwrap(model)))
 
 
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # looked at already
@@ -196,14 +186,12 @@ def depends_on_width(model: nn.Module) -> bool:
     longest position of a batch.
     """
     config = getattr(unwrap(model), "config", None)
-    texts = [config, *(getattr(config, name, None) for name in ("text_config", "language_config"))]
-    found = [getattr(one, name, None) for one in texts for name in ("rope_scaling", "rope_parameters")]
-    while found:
+    found = [config.to_dict()] if hasattr(config, "to_dict") else []
+    while found:  # by any name, in the configuration of any part, maybe by kind of layer
         one = found.pop()
-        if isinstance(one, Mapping):
-            if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
-                return True
-            found += [value for value in one.values() if isinstance(value, Mapping)]  # a mapping by kind of layer
+        if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
+            return True
+        found += [value for value in one.values() if isinstance(value, Mapping)]
     return False
 
 
@@ -246,24 +234,46 @@ def _log_switch(model: str, what: str, found: str, instead: str) -> None:
 def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
     """`hidden_states[layer]` of `output_hidden_states=True`, [B, T, D], storing only that one.
 
-    0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm. Blocks after the
-    wanted one are not run, where the model's call may be left early. Raises ValueError for a layer outside [0, L].
+    In most models 0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm:
+    then blocks after the wanted one are not run, where the model's call may be left early. A model whose states are
+    others, which is looked at once, is asked for all of them. Raises ValueError for a layer outside [0, L].
     """
     model = wrappers.measured(model)  # hooks see nothing of compiled code
-    blocks = _blocks(model)
-    if not isinstance(layer, int) or not 0 <= layer <= len(blocks):
+    count = num_layers(model)
+    if not isinstance(layer, int) or not 0 <= layer <= count:
         raise ValueError(
-            f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {len(blocks)} (final norm)"
+            f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {count} (final norm)"
         )
-    body = _body(model)
-    if layer < len(blocks) and _is_checkpointing(body):
-        # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block
-        # would see a detached tensor with the re-entrant variant.
-        with deferred(model, output_layer(model)):
-            return model(**inputs(model, batch), output_hidden_states=True).hidden_states[layer]
+    known = _states_by_place.setdefault(model, {})
+    if layer not in known:
+        with torch.no_grad(), evaluating(model):
+            states = _all_states(model, batch)
+            known[layer] = len(states) > layer and torch.allclose(_state_at(model, batch, layer), states[layer])
+            del states
+    # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
+    # detached tensor with the re-entrant variant.
+    if known[layer] and not (layer < count and _is_checkpointing(decoder(model))):
+        return _state_at(model, batch, layer)
+    states = _all_states(model, batch)
+    if layer >= len(states):
+        raise ValueError(f"{type(unwrap(model)).__name__} has {len(states)} hidden states, so none of layer {layer}")
+    return states[layer]
 
+
+# Of each model and layer: is the hidden state what stands at that place between the blocks?
+_states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    with deferred(model, output_layer(model)):
+        return model(**inputs(model, batch), output_hidden_states=True).hidden_states or ()
+
+
+def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
+    """The input of block `layer`, or the output of the decoder after the last."""
     captured: list[Tensor] = []
     stop = wrappers.stops_safely(model)
+    blocks = structure.blocks(unwrap(model))
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         captured.append(args[0] if args else kwargs["hidden_states"])
@@ -278,7 +288,7 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     if layer < len(blocks):
         handle = blocks[layer].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
     else:
-        handle = body.register_forward_hook(after)
+        handle = decoder(model).register_forward_hook(after)
     try:
         with deferred(model, output_layer(model)):
             model(**inputs(model, batch))
@@ -292,13 +302,13 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
 def parameter_units(model: nn.Module) -> dict[str, str | int]:
     """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
 
-    The part is "embed" (token and position embeddings, embedding norms), the 0-based index of a block, L for a norm
-    after the last block, "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter
-    parameters belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or
-    several.
+    The part is "embed" (all that is used before the first block: token and position embeddings, their norms, vision
+    towers and what projects their output), the 0-based index of a block, L for what is used after the last block (the
+    final norm), "lm" for the output head, or "embed+lm" for a matrix shared by embeddings and head. Adapter parameters
+    belong to the module they adapt. Raises ValueError naming the first parameter that has no such place or several.
     """
     inner = unwrap(model)
-    owners = _owners(inner)
+    owners = structure.owners(inner)
     units: dict[str, str | int] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -309,7 +319,11 @@ def parameter_units(model: nn.Module) -> dict[str, str | int]:
         elif set(places) == {"embed", "lm"}:
             units[name] = "embed+lm"
         else:
-            why = f"is shared by several parts ({', '.join(map(str, places))})" if places else "is in no part"
+            why = (
+                f"is shared by several parts ({', '.join(map(str, places))})"
+                if places
+                else "is in no part: no forward on the way to the blocks reads it plainly before them or after them"
+            )
             raise ValueError(
                 f"cannot attribute trainable parameter {name!r} {tuple(parameter.shape)} of {type(inner).__name__}: "
                 f"it {why} (embeddings, one of the {num_layers(model)} blocks, the final norm, the output head). "
@@ -356,46 +370,6 @@ def embedding_lookup(module: nn.Embedding, args: tuple, kwargs: Mapping[str, Any
 def is_routed(name: str) -> bool:
     """Is a module of this name one of a mixture's experts, which see tokens in an order of their own?"""
     return any(part in ("expert", "experts") for part in name.split("."))
-
-
-def _owners(inner: nn.Module) -> dict[int, list[str | int]]:
-    """id(parameter) -> the distinct parts of the model that hold it."""
-    owners: dict[int, list[str | int]] = {}
-
-    def claim(module: nn.Module | None, place: str | int) -> None:
-        for parameter in module.parameters() if module is not None else ():
-            places = owners.setdefault(id(parameter), [])
-            if place not in places:
-                places.append(place)
-
-    blocks = _blocks(inner)
-    claim(inner.get_input_embeddings(), "embed")
-    for name, child in _body(inner).named_children():
-        if name in _EMBEDDINGS:
-            claim(child, "embed")
-        elif name in _FINAL_NORMS:
-            claim(child, len(blocks))
-    for index, block in enumerate(blocks):
-        claim(block, index)
-    claim(inner.get_output_embeddings(), "lm")
-    return owners
-
-
-def _body(model: nn.Module) -> nn.Module:
-    """The module whose direct children are the embeddings, the list of blocks and the final norm."""
-    body = decoder(model)
-    for candidate in (body, getattr(body, "decoder", None)):  # OPT nests one level deeper
-        if any(isinstance(getattr(candidate, key, None), nn.ModuleList) for key in _BLOCK_LISTS):
-            return candidate
-    raise ValueError(
-        f"cannot find the decoder blocks of {type(unwrap(model)).__name__}: looked for a ModuleList named "
-        f"{', '.join(_BLOCK_LISTS)} in {type(body).__name__}"
-    )
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    body = _body(model)
-    return next(getattr(body, key) for key in _BLOCK_LISTS if isinstance(getattr(body, key, None), nn.ModuleList))
 
 
 def _is_checkpointing(module: nn.Module) -> bool:

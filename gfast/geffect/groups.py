@@ -30,7 +30,8 @@ class GroupMap:
 def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> GroupMap:
     """Put every trainable parameter of `model` into exactly one group.
 
-    With L blocks, units 1 to L + 1 are the blocks and the final norm.
+    With L blocks, units 1 to L are the blocks and unit L + 1 is what comes after them (the final norm). What comes
+    before them is embed: position embeddings, embedding norms, vision towers and their projectors.
 
     Args:
         model: a Hugging Face causal language model, possibly wrapped.
