@@ -51,25 +51,67 @@ def num_layers(model: nn.Module) -> int:
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # looked at already
 
 
-def check_causal(model: nn.Module) -> None:
-    """ValueError, by its name, for a model whose logits do not score the next token: no causal language model."""
+def check_causal(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """ValueError, by its name, for a model whose logits do not score the next token: no causal language model.
+
+    Where not every block says that it is causal, or images are involved, it is tried once: another last label in
+    `batch` must leave what is answered before it as it was.
+    """
     inner = unwrap(model)
     if inner in _causal:
         return
-    name, config = type(inner).__name__, getattr(inner, "config", None)
     why = None
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         why = "an encoder-decoder, which scores labels by its decoder's own inputs, not by a causal model's shift"
     elif _is_stock(inner) and not inner.can_generate():
         why = "made for another task (its class cannot generate)"
-    elif any(getattr(m, "is_decoder", None) is False and "Attention" in type(m).__name__ for m in inner.modules()):
-        why = "bidirectional (config.is_decoder is False), so every logit has seen its label"
+    _causal.add(inner)
+    if why is None and not _says_causal(inner):
+        try:
+            why = (
+                "bidirectional: its logits change with the very tokens that they score"
+                if _sees_ahead(model, batch)
+                else None
+            )
+        except BaseException:
+            _causal.discard(inner)
+            raise
     if why is not None:
+        _causal.discard(inner)
         raise ValueError(
-            f"gfast: {name} is no causal language model: it is {why}. Load one with "
+            f"gfast: {type(inner).__name__} is no causal language model: it is {why}. Load one with "
             f"transformers.AutoModelForCausalLM (or AutoModelForImageTextToText)"
         )
-    _causal.add(inner)
+
+
+def _says_causal(inner: nn.Module) -> bool:
+    if any(hasattr(inner.config, key) for key in ("vision_config", "audio_config")):
+        return False  # what precedes the text may be seen from both sides
+    try:
+        blocks = structure.blocks(inner)
+    except ValueError:
+        return False
+    return all(any(getattr(module, "is_causal", False) is True for module in block.modules()) for block in blocks)
+
+
+def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None:
+        return False
+    valid = labels != -100  # [B, T]
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(valid, places, 0).amax(1, keepdim=True)  # [B, 1]
+    other = torch.where(ids.gather(1, last) > 0, ids.gather(1, last) - 1, 1)
+    changed = ids.scatter(1, last, other)
+    with torch.no_grad(), evaluating(model):
+        before, after = (
+            x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x
+            for x in (logits(model, {**batch, "input_ids": one}).logits for one in (ids, changed))
+        )
+    scoring = nn.functional.pad(valid[:, 1:], (0, 1)) & (places < last)
+    moved = (before - after).float().abs()[scoring]
+    rounding = 3e-2 if before.dtype.itemsize == 2 else 1e-4
+    return bool(moved.numel()) and bool(moved.amax() > rounding * before.float().abs().amax())
 
 
 def _is_stock(model: nn.Module) -> bool:
@@ -82,18 +124,25 @@ def inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError, naming the keys, for what the model's forward does not take, and for a batch without tokens.
     """
-    check_causal(model)
+    check_causal(model, batch)
     given = {key: value for key, value in batch.items() if key not in OWN_KEYS and value is not None}
     if not given.keys() & {"input_ids", "inputs_embeds"}:
         raise ValueError(f"the batch has no 'input_ids' (its keys are {sorted(batch)})")
     named, anything = _parameters_of_forward(unwrap(model))
     unknown = set() if anything else given.keys() - named - wrappers.accepted_by_wrappers(model)
+    if "attention_mask" in unknown and _is_padding_on_the_right(given["attention_mask"]):
+        unknown.remove("attention_mask")  # which changes nothing before it in a causal model
+        del given["attention_mask"]
     if unknown:
         raise ValueError(
             f"gfast: the batch has {', '.join(map(repr, sorted(unknown)))}, which {type(unwrap(model)).__name__} "
             f"does not take; take it out of the batch (the collator's work). It takes {', '.join(sorted(named))}"
         )
     return given | ({"use_cache": False} if "use_cache" in named and "use_cache" not in given else {})
+
+
+def _is_padding_on_the_right(mask: Tensor) -> bool:
+    return mask.dim() == 2 and not bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
 def _parameters_of_forward(inner: nn.Module) -> tuple[set[str], bool]:
@@ -247,9 +296,7 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     known = _states_by_place.setdefault(model, {})
     if layer not in known:
         with torch.no_grad(), evaluating(model):
-            states = _all_states(model, batch)
-            known[layer] = len(states) > layer and torch.allclose(_state_at(model, batch, layer), states[layer])
-            del states
+            known[layer] = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
     # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
     # detached tensor with the re-entrant variant.
     if known[layer] and not (layer < count and _is_checkpointing(decoder(model))):
@@ -269,8 +316,14 @@ def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...
         return model(**inputs(model, batch), output_hidden_states=True).hidden_states or ()
 
 
-def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
-    """The input of block `layer`, or the output of the decoder after the last."""
+def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
+    return (
+        found is not None and len(states) == 1 and found.shape == states[0].shape and torch.allclose(found, states[0])
+    )
+
+
+def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor | None:
+    """The input of block `layer`, or the output of the decoder after the last; None where it is not called."""
     captured: list[Tensor] = []
     stop = wrappers.stops_safely(model)
     blocks = structure.blocks(unwrap(model))
@@ -296,7 +349,7 @@ def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
         pass
     finally:
         handle.remove()
-    return captured[0]
+    return captured[0] if captured else None
 
 
 def parameter_units(model: nn.Module) -> dict[str, str | int]:

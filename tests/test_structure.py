@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfast import hf, structure
+from gfast import hf, structure, wrappers
 
 SIZE, LAYERS = 4, 3
 
@@ -233,4 +233,4 @@ def test_compiled_in_place():
     expected = units(model)
     model.body = torch.compile(model.body)
     assert structure.decoder(model) is model.body
-    assert {hf.unwrap_name(name): unit for name, unit in units(model).items()} == expected
+    assert {wrappers.unwrap_name(name): unit for name, unit in units(model).items()} == expected

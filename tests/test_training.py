@@ -71,12 +71,12 @@ def test_accumulation_equals_one_big_batch(tmp_path):
             assert other_log[key] == pytest.approx(log[key], rel=1e-5), key
 
 
-def cache_for(objective, side_data, model):
+def cache_for(objective, side_data, model, **options):
     from gfast.training.batches import needed_from_cache
 
     what = needed_from_cache(objective)
     layer = getattr(objective, "layer", None) if "layer_hidden" in what else None
-    return ReferenceCache.build(model, side_data, collator(), what=what, layer=layer) if what else None
+    return ReferenceCache.build(model, side_data, collator(), what=what, layer=layer, **options) if what else None
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,14 @@ def test_adapters_off_are_the_reference(tmp_path):
         forget, retain = datasets()
         references = None
         if cached:
-            references = {"forget": cache_for(TNPO(), forget, model), "retain": cache_for(KL(), retain, model)}
+            with pytest.raises(ValueError, match="adapters are not zero"):
+                cache_for(TNPO(), forget, model)
+            references = {
+                "forget": cache_for(TNPO(), forget, model, reference="base"),
+                "retain": cache_for(KL(), retain, model, reference="base"),
+            }
             assert references["forget"].model_fingerprint == cache_for(TNPO(), forget, tiny_model()).model_fingerprint
-        args = config(tmp_path / str(cached), objective="TNPO", retain_term="kl", max_steps=2)
+        args = config(tmp_path / str(cached), objective="TNPO", retain_term="kl", max_steps=2, reference="base")
         trainer = train(model, args, references=references)
         assert trainer.state.log_history[0]["retain_loss"] > 1e-3
         results.append(parameters(model))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gfast import hf, wrappers
-from gfast.geffect.data import Data, Term, risk_terms
+from gfast.geffect.data import Data, Term, risk_terms, to_device
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.storage import check_storage
@@ -62,12 +62,12 @@ class Measurement:
         check_storage(direction_storage)
         if loss_scale is not None and not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale must be positive, not {loss_scale}")
-        hf.check_causal(model)
         wrappers.refuse_sharded(model)
         wrappers.refuse_offloaded(model)
         adapters, fixed_width = wrappers.is_adapted(model), hf.depends_on_width(model)
         used = [*used, *risk_terms(risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, reference)
+        hf.check_causal(wrappers.measured(model), to_device(data.batches["forget"][0], next(model.parameters()).device))
         group_map = assign(model, groups)
         if directions is not None:
             _check_given(directions, model, data, group_map, risk)
