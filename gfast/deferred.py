@@ -75,7 +75,9 @@ class DeferredLogits(Tensor):
     def real(self) -> Tensor:
         """The logits themselves, as the model would have computed them."""
         if self.computed is None:
+            token = computing.set(True)
             z = F.linear(self.hidden, self.weight, self.bias)
+            computing.reset(token)
             for watch in self.when_real:
                 seen = watch(z)
                 z = z if seen is None else seen
@@ -128,6 +130,8 @@ class DeferredLogits(Tensor):
         return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
 
+# Set while a head that was deferred is multiplied after all: as a part of the call of its module, which has ended.
+computing: ContextVar[bool] = ContextVar("computing", default=False)
 # Set while a model computes its own loss for the sake of the terms beside the cross-entropy, which then is 0.
 _no_cross_entropy: ContextVar[bool] = ContextVar("no_cross_entropy", default=False)
 

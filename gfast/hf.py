@@ -288,6 +288,7 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     others, which is looked at once, is asked for all of them. Raises ValueError for a layer outside [0, L].
     """
     model = wrappers.measured(model)  # hooks see nothing of compiled code
+    check_causal(model, batch)
     count = num_layers(model)
     if not isinstance(layer, int) or not 0 <= layer <= count:
         raise ValueError(

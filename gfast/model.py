@@ -268,8 +268,8 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
         )
     wrappers.check_base_is_original(model)
     if reference == "base":
-        _base_is_original.add(model)
-    if model in _base_is_original:
+        declare_base_original(model)
+    if wrappers.measured(model) in _base_is_original:
         return
     with torch.no_grad(), evaluating(model):
         adapted = model_logp(model, batch)
@@ -286,7 +286,7 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
             f"start. Say reference='base' (as for adapters that have been unlearning already), or build the values of "
             f"the model as it starts with ReferenceCache.build(..., reference='adapted') and give them with the batches"
         )
-    _base_is_original.add(model)
+    declare_base_original(model)
 
 
 def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, reference: str = "auto") -> dict[str, Any]:

@@ -71,6 +71,54 @@ def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:
     return torch.nn.functional.pad(rank[ids].view(batch["labels"].shape[0], -1), (0, 1))
 
 
+_BY_TOKEN = ("input_ids", "labels", "ref_logp", "ref_hidden", "ref_layer_hidden", "token_type_ids", "inputs_embeds")
+_BOUNDS = (
+    "position_ids",
+    "attention_mask",
+    "seq_idx",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+
+
+def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The scored texts of a packed batch as rows of their own, padded on the right, in order.
+
+    Raises ValueError, naming it, for an entry that belongs to rows and not to tokens.
+    """
+    shape = batch["labels"].shape
+    whole = {"ref_head", "ref_head_bias", "ref_head_form"}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and key not in (*_BY_TOKEN, *_BOUNDS, "sample_id") and key not in whole:
+            raise ValueError(
+                f"gfast: {key!r} {tuple(value.shape)} of a packed batch belongs to rows, and effects of samples look "
+                f"at the texts in them one by one: unpack the batch, one text a row"
+            )
+    ids = texts(batch).reshape(-1)  # [B T]
+    scored = torch.unique(ids[torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0)).reshape(-1)])
+    places = [(ids == number).nonzero()[:, 0] for number in scored]  # of each text's tokens
+    width = max(map(len, places))
+    out = {key: value for key, value in batch.items() if key in whole}
+    out["attention_mask"] = torch.zeros(len(places), width, dtype=torch.int64, device=ids.device)
+    for row, place in enumerate(places):
+        out["attention_mask"][row, : len(place)] = 1
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        batch = {**batch, "_positions": positions.expand(shape)}
+    for key in (*_BY_TOKEN, "_positions"):
+        value = batch.get(key)
+        if value is None:
+            continue
+        flat = value.flatten(0, 1)  # [B T, ...]
+        rows = flat.new_full((len(places), width, *flat.shape[1:]), IGNORE_INDEX if key == "labels" else 0)
+        for row, place in enumerate(places):
+            rows[row, : len(place)] = flat[place]
+        out["position_ids" if key == "_positions" else key] = rows
+    return out
+
+
 def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     """What the default reduction of an objective divides by: valid tokens, sequences or pairs.
 

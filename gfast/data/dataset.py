@@ -283,7 +283,8 @@ def epoch_callback(dataset: Any):
 
 
 def fingerprint(dataset: Any) -> str:
-    """SHA-256 over everything that a model sees of a data set: token ids, labels and sample ids, item by item.
+    """SHA-256 over everything that a model sees of a data set: token ids, labels, sample ids and whatever else its
+    items hold, such as pixel values, item by item.
 
     Stable over processes, machines and versions; equal exactly when all items are. For caches that must not be used
     with other data.
@@ -303,7 +304,12 @@ def fingerprint(dataset: Any) -> str:
             if isinstance(value, dict):
                 add(value)
             else:
-                values = torch.as_tensor(value, dtype=torch.int64).reshape(-1)
+                values = torch.as_tensor(value).cpu()
+                if values.is_floating_point():  # such as pixel values
+                    digest.update(f"[{tuple(values.shape)} {values.dtype}]".encode())
+                    digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    continue
+                values = values.long().reshape(-1)
                 digest.update(f"[{values.numel()}]".encode() + values.numpy().astype("<i8").tobytes())
 
     for index in range(len(dataset)):

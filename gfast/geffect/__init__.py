@@ -68,6 +68,7 @@ def g_effect(
     objective_batches: Batches | None = None,
     loss_scale: float | None = None,
     progress: bool = False,
+    reference: str = "auto",
 ) -> GEffect | list[GEffect]:
     r"""The G-effect of unlearning objectives on the risk of forget and retain data, by layer group.
 
@@ -109,6 +110,8 @@ def g_effect(
         loss_scale: what losses are multiplied by before the backward and gradients divided by after it; None is 1, and
             1024 where fp16 is at work.
         progress: show a bar (needs tqdm).
+        reference: what the original of a model with adapters is, for a KL without ref_hidden in its batches: "auto" or
+            "base", as for `gfast.model_loss`.
 
     Returns:
         GEffect, or a list of them for a list of objectives.
@@ -153,6 +156,7 @@ def g_effect(
         objective_batches=objective_batches,
         loss_scale=loss_scale,
         progress=progress,
+        reference=reference,
     )
     if engine in ("auto", "stream"):
         from gfast.geffect.stream import stream_effects

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gfast import packed
 from gfast.geffect.padding import trimmed
+from gfast.hf import OWN_KEYS
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
@@ -166,23 +167,39 @@ class Data:
 
 
 def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
-    """SHA-256 over the tokens and labels of all rows, each without padding and what follows its last label."""
+    """SHA-256 over everything that the model sees of all rows, each without padding and what follows its last label."""
     rows = []
     for batch in batches:
-        ids, labels, mask = (
-            None if value is None else value.cpu()
-            for value in (batch["input_ids"], batch["labels"], batch.get("attention_mask"))
-        )
+        labels, mask = (None if batch.get(key) is None else batch[key].cpu() for key in ("labels", "attention_mask"))
         labels = labels.clone()
         labels[:, :1] = -100  # nothing scores the first
         labelled = labels != -100  # [B, T]
         kept = labelled.flip(1).cumsum(1).flip(1) > 0
         if mask is not None and mask.shape == labels.shape:
             kept &= mask != 0
-        for tokens, targets, keep in zip(ids.long(), labels.long(), kept, strict=True):
+        given = {key: value.cpu() for key, value in sorted(batch.items()) if isinstance(value, Tensor)}
+        given = {key: value for key, value in given.items() if key not in _NOT_OF_THE_ROW}
+        by_token = {key: value for key, value in given.items() if value.shape[:2] == labels.shape}
+        by_row = {key: value for key, value in given.items() if key not in by_token and len(value) == len(labels)}
+        # what belongs to the batch as a whole, such as the patches of all its images
+        whole = b"".join(_bytes(key, value) for key, value in given.items() if not {key} & {*by_token, *by_row})
+        for row, (targets, keep) in enumerate(zip(labels.long(), kept, strict=True)):
             if bool(keep.any()):  # a row without a label adds nothing to a risk
-                rows.append(hashlib.sha256(torch.stack([tokens[keep], targets[keep]]).numpy().tobytes()).digest())
+                found = [_bytes("labels", targets[keep]), whole]
+                found += [_bytes(key, value[row][keep]) for key, value in by_token.items()]
+                found += [_bytes(key, value[row]) for key, value in by_row.items()]
+                rows.append(hashlib.sha256(b"".join(found)).digest())
     return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
+
+
+_NOT_OF_THE_ROW = OWN_KEYS | {"attention_mask", "position_ids"}
+
+
+def _bytes(key: str, value: Tensor) -> bytes:
+    """An entry's name and values; whole numbers count as int64."""
+    value = (value if value.is_floating_point() else value.long()).contiguous()
+    name = f"{key}|{value.dtype}|{tuple(value.shape)}|".encode()
+    return name + value.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

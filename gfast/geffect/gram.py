@@ -95,6 +95,7 @@ def gram_effect(
 
 def gram_effects(measurement: Measurement) -> GramEffect:
     """`gram_effect` of a request that is checked."""
+    measurement.look_at_texts()
     batches = measurement.data.batches
     tokens = {
         source: torch.cat([(batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu() for batch in batches[source]])

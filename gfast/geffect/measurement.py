@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast import hf, wrappers
+from gfast import hf, packed, wrappers
 from gfast.geffect.data import Data, Term, risk_terms, to_device
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
+from gfast.geffect.state import measuring
 from gfast.geffect.storage import check_storage
+from gfast.model import model_logp
 from gfast.objectives import NLL, Objective
+from gfast.ops.common import IGNORE_INDEX
 
 
 @dataclass
@@ -72,6 +75,36 @@ class Measurement:
         if directions is not None:
             _check_given(directions, model, data, group_map, risk)
         return cls(model, data, group_map, risk, direction_dtype, direction_storage, progress, directions, loss_scale)
+
+    def look_at_texts(self) -> None:
+        """Batches whose rows hold several texts give way to others with a text a row, as effects of samples need them.
+
+        Raises ValueError where the model mixes the texts of a row: there is no effect of one of them then.
+        """
+        module = wrappers.measured(self.model)
+        device = next(module.parameters()).device
+        for source, batches in self.data.batches.items():
+            for index, batch in enumerate(batches):
+                if packed.texts(batch) is None:
+                    continue
+                rows = packed.unpacked(batch)
+                with measuring(module), torch.no_grad():
+                    apart = model_logp(module, to_device(rows, device))
+                    together = model_logp(module, to_device(batch, device))
+                labels = (rows["labels"], batch["labels"])
+                apart, together = (
+                    x[:, 1:][(y[:, 1:] != IGNORE_INDEX).to(x.device)]
+                    for x, y in zip((apart, together), labels, strict=True)
+                )
+                narrow = min(p.dtype.itemsize for p in module.parameters() if p.is_floating_point()) < 4
+                off = float((apart - together).abs().max())
+                if not off <= (0.3 if narrow else 1e-3):
+                    raise ValueError(
+                        f"{source}: the model mixes the texts of the packed rows of batch {index} (a log-prob changes "
+                        f"by {off:.3g} if its text stands alone). Give batches with a text a row, or an attention that "
+                        f"keeps texts apart (attn_implementation='flash_attention_2')"
+                    )
+                batches[index] = rows
 
     @contextmanager
     def directions(self) -> Iterator[Directions]:

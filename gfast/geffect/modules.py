@@ -295,7 +295,7 @@ class Watch:
         size = grad.shape[-1] if site.kind != "norm" else site.module.weight.numel()
         rows, length = self.shape
         flat = grad.dim() == 2 and grad.shape[0] == rows * length
-        if not flat and grad.shape[0] != rows:
+        if not flat and (grad.dim() < 3 or grad.shape[0] != rows):
             raise ValueError(
                 f"the {self.engine} engine cannot attribute the module {site.name!r}: in a batch of {rows} samples of "
                 f"{length} tokens its output has the shape {tuple(grad.shape)}, whose rows cannot be told apart by "

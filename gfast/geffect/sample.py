@@ -69,7 +69,8 @@ def pg_effect(
         loss_scale: as for `g_effect`, in the directions' passes and in that of the samples.
 
     Returns:
-        SampleEffect: samples are the rows of the forget batches in order; one without labels has effect 0.
+        SampleEffect: samples are the rows of the forget batches in order, or the texts of rows that hold several; one
+        without labels has effect 0.
 
     Raises:
         ValueError: as `g_effect`; before any work for a trainable parameter whose module has no rule (experts of a
@@ -109,6 +110,7 @@ def pg_effect(
 
 def sample_effects(measurement: Measurement) -> SampleEffect:
     """`pg_effect` of a request that is checked."""
+    measurement.look_at_texts()
     sites = find_sites(measurement.model, measurement.groups, "sample")
     batches = measurement.data.batches["forget"]
     with measurement.directions() as directions:

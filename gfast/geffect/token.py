@@ -39,6 +39,7 @@ from gfast.ops.head import ChunkedHead, as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import weigh
+from gfast.packed import sequence_ids
 from gfast.wrappers import measured
 
 
@@ -123,15 +124,15 @@ class Tokens:
     Attributes:
         effects: [2, G, n] fp64, sides forget and retain.
         logp: [n] fp64. ref_logp: the same under the original model, or None.
-        labels, rows, positions: [n] int64; rows and positions are the place of the label in input_ids [B, T].
-        sequences: B.
+        labels, samples, positions: [n] int64; the label, whose it is, and its place in its row of input_ids.
+        sequences: S, the rows of the batch, or the texts in rows that hold several.
     """
 
     effects: Tensor
     logp: Tensor
     ref_logp: Tensor | None
     labels: Tensor
-    rows: Tensor
+    samples: Tensor
     positions: Tensor
     sequences: int
 
@@ -145,7 +146,7 @@ def token_effects(measurement: Measurement) -> TokenEffect:
     def by_sample(take: Callable[[Tokens], Tensor]) -> list[Tensor]:
         out: list[Tensor] = []
         for batch in measured:
-            out += take(batch).split(torch.bincount(batch.rows, minlength=batch.sequences).tolist())
+            out += take(batch).split(torch.bincount(batch.samples, minlength=batch.sequences).tolist())
         return out
 
     names = measurement.groups.names
@@ -190,7 +191,7 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
 def token_weights(objective: Any, batch: Tokens) -> Tensor:
     """Detached weights [n] fp64 of the objective on a batch's tokens."""
     valid = torch.ones(len(batch.logp), dtype=torch.bool)
-    weight, _ = weigh(objective, batch.logp, batch.ref_logp, valid, batch.rows, batch.sequences)
+    weight, _ = weigh(objective, batch.logp, batch.ref_logp, valid, batch.samples, batch.sequences)
     return weight
 
 
@@ -265,6 +266,8 @@ def _measure(
     logp, effects = (value.double().cpu() for value in measured)
     length = labels.shape[1]
     rows, positions = order // length, order % length + 1
+    texts = sequence_ids(batch)
+    samples, sequences = (rows, len(labels)) if texts is None else (texts.reshape(-1)[order], int(texts.max()) + 1)
     reference = batch.get("ref_logp")
     bad = ~torch.isfinite(effects)  # [2 G, n]
     if bool(bad.any()):
@@ -278,8 +281,8 @@ def _measure(
         effects.view(groups, 2, -1).transpose(0, 1).contiguous(),
         logp,
         None if reference is None else reference[rows, positions].double().cpu(),
-        *(index.cpu() for index in (flat[order], rows, positions)),
-        sequences=labels.shape[0],
+        *(index.cpu() for index in (flat[order], samples, positions)),
+        sequences=sequences,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from gfast import wrappers
 from gfast.model_state import evaluating, gradients_kept, rng_kept
 from gfast.objectives import NLL, Objective
 from gfast.training.batches import to_device
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
 
 logger = logging.getLogger("gfast")
-_NLL_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 class GEffectCallback(TrainerCallback):
@@ -86,6 +86,10 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         # A fresh start is always measured: what the folder holds for step 0 may be of another model.
         step = state.global_step
+        if step > 0 and wrappers.is_adapted(model):
+            from gfast.model import declare_base_original
+
+            declare_base_original(model)  # adapters are not zero any more: they were when the run began
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._measure(args, state, model)
 
@@ -152,7 +156,7 @@ def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model):
         for batch in batches:
-            batch = to_device({key: batch[key] for key in _NLL_KEYS if key in batch}, device)
+            batch = to_device(batch, device)
             total -= model_logp(model, batch).double().sum()
             tokens += int((batch["labels"][..., 1:] != -100).sum())
     return float(total) / max(tokens, 1)
