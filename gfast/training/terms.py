@@ -116,31 +116,3 @@ class RecordTerms(TrainerCallback):
 def run_name(output_dir: str) -> str:
     """The name of a run in its records: that of its folder."""
     return Path(output_dir).resolve().name
-
-
-class EvaluationNLL:
-    """Exact token means over an evaluation data set, per side."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._nested = False
-
-    def add(self, sums: Mapping[str, Tensor], nested: bool) -> None:
-        """`sums`: side -> [2], the sum of NLL and the number of tokens."""
-        self._nested |= nested
-        for side, value in sums.items():
-            self._sums[side] = self._sums[side] + value if side in self._sums else value
-
-    def metrics(self, accelerator: Any, prefix: str) -> dict[str, float]:
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        packed = torch.stack([self._sums[name] for name in names])  # [sides, 2]
-        if accelerator.num_processes > 1:
-            packed = accelerator.reduce(packed, "sum")
-        rows = {name: row for name, row in zip(names, packed.tolist(), strict=True)}
-        total = [sum(column) for column in zip(*rows.values(), strict=True)]
-        found = {f"{prefix}_loss": total[0] / max(total[1], 1.0)}
-        if self._nested:
-            found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
-        return found

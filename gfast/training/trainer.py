@@ -14,9 +14,10 @@ from gfast.data import epoch_callback
 from gfast.objectives import Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
+from gfast.training.evaluation import EvaluationNLL, OwnBatches
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import last_checkpoint
-from gfast.training.terms import EvaluationNLL, RecordTerms, StepTerms
+from gfast.training.terms import RecordTerms, StepTerms
 
 
 class UnlearnTrainer(Trainer):
@@ -194,13 +195,36 @@ class UnlearnTrainer(Trainer):
 
     _evaluation: EvaluationNLL | None = None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
+        key = eval_dataset if isinstance(eval_dataset, str) else None
+        dataset = self.eval_dataset[key] if key is not None else eval_dataset
+        return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._own_batches(test_dataset)
+
+    def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
+        # As Trainer does: workers that outlive an evaluation are started once a data set.
+        if not self.args.dataloader_persistent_workers:
+            return OwnBatches(dataset, self.data_collator, self.args)
+        kept = self.__dict__.setdefault("_own_loaders", {})
+        if key not in kept or kept[key].dataset is not dataset:
+            kept[key] = OwnBatches(dataset, self.data_collator, self.args)
+        return kept[key]
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested
         batches.
         """
-        self._evaluation = EvaluationNLL()
+        self._evaluation = EvaluationNLL(getattr(dataloader, "counted", None))
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
         finally:
