@@ -25,6 +25,10 @@ class StepTerms:
         self._past: dict[str, Tensor] = {}
         self._past_steps = 0
 
+    def reset(self) -> None:
+        """Forget everything: training starts, perhaps again after a step that failed (auto_find_batch_size)."""
+        self.__init__()
+
     def start_step(self, step: int) -> None:
         """Called at each micro-batch with the number of finished optimizer steps."""
         if step == self.step:
@@ -91,6 +95,9 @@ class RecordTerms(TrainerCallback):
         self.every = every
         self.accelerator = accelerator
         self._learning_rate = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.terms.reset()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Later the scheduler has moved on: this is the rate that the step is taken with.

@@ -15,6 +15,7 @@ from gfast.objectives import Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
+from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import last_checkpoint
 from gfast.training.terms import RecordTerms, StepTerms
@@ -37,7 +38,9 @@ class UnlearnTrainer(Trainer):
     `loss` and, per term, `forget_loss`, `retain_loss`, `mean_weight` (of the forget tokens' log-prob gradients) and
     `mean_inverse_confidence` (of 1/p over the forget tokens). Evaluation gives the token-mean NLL.
 
-    Errors: ValueError at the first step, before any work, for a batch that lacks what the objective needs.
+    Errors: ValueError for an option or argument of Trainer that would have no effect (compute_metrics,
+    compute_loss_func, torch_compile, ...: gfast.training.options), with what to do instead; ValueError at the first
+    step, before any work, for a batch that lacks what the objective needs.
 
     >>> args = UnlearnConfig("run", objective="GA")    # doctest: +SKIP
     >>> trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collator)    # doctest: +SKIP
@@ -56,6 +59,10 @@ class UnlearnTrainer(Trainer):
         args = UnlearnConfig(output_dir="unlearned") if args is None else args
         if not isinstance(args, UnlearnConfig):
             raise ValueError(f"UnlearnTrainer takes an UnlearnConfig as args, not a {type(args).__name__}")
+        # Options may have been set after the config was made.
+        refuse_ignored_options(args)
+        refuse_ignored_arguments(**trainer_arguments)
+        refuse_ignored_with_data(args, trainer_arguments.get("train_dataset"))
         if args.n_gpu > 1:
             # DataParallel replicates the model a step and cannot share one normaliser; torchrun starts one process a
             # GPU.
@@ -236,6 +243,11 @@ class UnlearnTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.terms.since_last_log(self.accelerator)}
         super().log(logs, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's count of the tokens seen (transformers 5), summed over the sides."""
+        for part in batches.sides(inputs).values():
+            super()._track_num_input_tokens(part)
 
     def floating_point_ops(self, inputs: Any) -> float:
         """Trainer's estimate, summed over the sides."""
