@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
-from gfast.training.options import refuse_ignored_options
+from gfast.training.options import COMPILATION, refuse_ignored_options
 
 RETAIN_TERMS = ("none", "nll", "kl", "rr")
 
@@ -78,6 +78,7 @@ class UnlearnConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        refuse_ignored_options(self, COMPILATION)
         super().__post_init__()
         refuse_ignored_options(self)
         if self.retain_term not in RETAIN_TERMS:

@@ -8,7 +8,7 @@ instead; all others are Trainer's own work and mean what they always mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -18,6 +18,13 @@ _NO_PREDICTIONS = "logits are never made, so there are no predictions"
 _INSTEAD = (
     "evaluate() gives the token-mean NLL of each side, and a callback's on_evaluate may measure more on the model"
 )
+
+_COMPILED = (
+    "the compiled forward makes logits and would never be called. Compile the model's blocks instead, before training: "
+    "for block in model.model.layers: block.compile()"
+)
+# TrainingArguments hands these on through the environment, where they would stay behind a refusal: they come first.
+COMPILATION = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo")
 
 # Name -> (whether a value is refused, why and what to do). A name that this version of transformers lacks is skipped.
 _REFUSED: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -47,11 +54,7 @@ _REFUSED: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         "it averages over batches, where the NLL of a data set is a mean over its tokens; leave it False",
     ),
     "jit_mode_eval": (lambda value, _: bool(value), "forget and retain batches cannot be traced; leave it False"),
-    "torch_compile": (
-        lambda value, _: bool(value),
-        "the compiled forward makes logits and would never be called. Compile the model's blocks instead, before "
-        "training: for block in model.model.layers: block.compile()",
-    ),
+    **{name: (lambda value, _: bool(value), _COMPILED) for name in COMPILATION},
     "use_liger_kernel": (
         lambda value, args: bool(value) and not _keeps_the_loss(getattr(args, "liger_kernel_config", None)),
         "its fused loss takes the place of the logits, and the loss here is the objective's. Give liger_kernel_config "
@@ -79,9 +82,10 @@ def _keeps_the_loss(config: Mapping[str, Any] | None) -> bool:
     return all((config or {}).get(name) is False for name in ("fused_linear_cross_entropy", "cross_entropy"))
 
 
-def refuse_ignored_options(args: Any) -> None:
+def refuse_ignored_options(args: Any, names: Iterable[str] = tuple(_REFUSED)) -> None:
     """ValueError that names an option of TrainingArguments which would have no effect, and says what to do."""
-    for name, (refused, reason) in _REFUSED.items():
+    for name in names:
+        refused, reason = _REFUSED[name]
         value = getattr(args, name, None)
         if hasattr(args, name) and refused(value, args):
             raise ValueError(f"{name}={value!r} cannot be used with UnlearnTrainer: {reason}")
@@ -125,6 +129,13 @@ def refuse_ignored_with_data(args: Any, dataset: Any) -> None:
                 f"{name} cannot be used with forget and retain batches in this version of transformers, which counts "
                 "the tokens of plain batches only. Leave it out, or use include_num_input_tokens_seen of transformers 5"
             )
+
+
+def refuse_compiled(accelerator: Any) -> None:
+    """The same for a compilation that `accelerate launch` or the environment asks for."""
+    backend = str(getattr(getattr(accelerator.state, "dynamo_plugin", None), "backend", "NO")).rpartition(".")[2]
+    if backend.upper() != "NO":
+        raise ValueError(f"Accelerate's dynamo_backend={backend} cannot be used with UnlearnTrainer: {_COMPILED}")
 
 
 def _is_plain(dataset: Any) -> bool:

@@ -15,7 +15,12 @@ from gfast.objectives import Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
-from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
+from gfast.training.options import (
+    refuse_compiled,
+    refuse_ignored_arguments,
+    refuse_ignored_options,
+    refuse_ignored_with_data,
+)
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import last_checkpoint
 from gfast.training.terms import RecordTerms, StepTerms
@@ -68,6 +73,7 @@ class UnlearnTrainer(Trainer):
             # GPU.
             args._n_gpu = 1
         super().__init__(model=model, args=args, **trainer_arguments)
+        refuse_compiled(self.accelerator)
         objective = args.build_objective() if objective is None else objective
         self.objective = objective if isinstance(objective, Mix) else Mix(objective)
         self.references = dict(references or {})
