@@ -23,15 +23,26 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model: str | None = field(
-        default=None, metadata={"help": "The original model: a name on the hub or a local folder. Required."}
+        default=None,
+        metadata={
+            "help": "The original model: a name on the hub or a local folder; or a PEFT adapter, such as the folder "
+            "of a LoRA run. Required."
+        },
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Of an adapter: the model it sits on; that of its adapter_config.json if not given."},
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Its tokenizer; the model's own if not given."})
     dtype: str = field(default="float32", metadata={"help": "Precision of the parameters.", "choices": DTYPES})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model or its tokenizer brings along."}
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "The GGUF file in the model's folder to load from."})
-    lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0: all parameters."})
+    lora_r: int = field(default=0, metadata={"help": "Put new LoRA adapters of this rank over the model; 0: none."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter; all linear layers if not given."}

@@ -8,6 +8,9 @@
 
 Objectives that compare with the original model read it from `--reference_model`; without it the model is its own
 reference, as at the first step of an unlearning run.
+
+A model may be a PEFT adapter, such as the run folder of `gfast unlearn --lora_r 4`: the effect is then over the
+adapter's parameters, as it was in training. What its original model is, `--reference_model` must say.
 """
 
 from __future__ import annotations
@@ -25,17 +28,16 @@ import torch
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import (
     Sides,
-    check_model,
     device_name,
-    load_model,
     load_rows,
-    load_tokenizer,
     say,
     show_log,
     versions,
 )
+from gfast.commands.models import check_model, find_adapter, load_model, load_reference, load_tokenizer
 from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
+from gfast.training.batches import needed_from_cache
 from gfast.training.callback import nll_of_sides
 from gfast.training.config import parse_objective
 from gfast.training.records import check_run_folder, effect_file, token_texts_file, write_record, write_run_info
@@ -54,7 +56,9 @@ class GEffectArguments:
     )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "The original model for objectives that need it; the model itself if not given."},
+        metadata={
+            "help": "The original model (or adapter) for objectives that need it; the model itself if not given."
+        },
     )
     groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
     per: str = field(
@@ -110,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is not None:
         check_run_folder(folder, info)
     check_model(model_arguments)
+    if arguments.reference_model is not None:
+        check_model(model_arguments, arguments.reference_model)
+    else:
+        _require_reference(model_arguments, objectives)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments)
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
@@ -149,7 +157,8 @@ def prepared(
     kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
-    model = load_model(model_arguments, arguments.reference_model).to(device)
+    first = arguments.reference_model
+    model = (load_model(model_arguments) if first is None else load_reference(model_arguments, first)).to(device)
     caches = {
         kind: sides.reference(model, members, "forget", cache_folder, batch_size)
         for kind, members in kinds.items()
@@ -227,6 +236,20 @@ def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
         pieces = [sides.tokenizer.decode([int(token)]) for token in ids]
         found.append({"question": row.get("question", ""), "pieces": pieces})
     return found
+
+
+def _require_reference(model_arguments: ModelArguments, objectives: list[Objective]) -> None:
+    """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
+    unlearned them.
+    """
+    needing = [str(objective) for objective in objectives if needed_from_cache(objective)]
+    adapter = find_adapter(model_arguments) if needing else None
+    if adapter is not None:
+        raise ValueError(
+            f"{', '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
+            f"{adapter.base}: say which is the original, --reference_model {adapter.base} (the adapter has unlearned) "
+            f"or --reference_model {adapter.name} (the adapter has learned the data)"
+        )
 
 
 def _kind(objective: Objective) -> str:

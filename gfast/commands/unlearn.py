@@ -9,6 +9,9 @@ All flags of transformers' TrainingArguments work, and a YAML file with their na
 A model that has never seen the data is first taught it: `--objective NLL --retain_term nll` minimises the negative
 log-likelihood of both sets. The same command started again goes on from the last complete checkpoint; a folder that
 holds another run is refused.
+
+`--lora_r 4` trains LoRA adapters, and the run folder then holds those. `--model ADAPTER` (such a run folder, a
+checkpoint of it or one on the hub) goes on with that adapter; `--lora_r` over it is refused.
 """
 
 from __future__ import annotations
@@ -23,17 +26,8 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import (
-    Sides,
-    check_model,
-    device_name,
-    load_model,
-    load_rows,
-    load_tokenizer,
-    say,
-    show_log,
-    versions,
-)
+from gfast.commands.common import Sides, device_name, load_rows, say, show_log, versions
+from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.files import read_json, require_writable, write_json
 from gfast.objectives import Mix
@@ -87,6 +81,7 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
         return 0
     checkpoint = _checkpoint(config, folder)
     check_model(model_arguments)
+    _require_reference(model_arguments, both)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed)
     say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
@@ -139,7 +134,12 @@ def describe(
         name: value for name, value in asdict(data_arguments).items() if name not in ("reference_cache", "data_path")
     }
     counts = {"forget": len(rows.forget), "retain": len(rows.retain)}
-    model = asdict(model_arguments)
+    # Whether code may run does not decide what a run is, nor does a base that the adapter names itself.
+    model = {
+        name: value
+        for name, value in asdict(model_arguments).items()
+        if name != "trust_remote_code" and (name, value) != ("base_model", None)
+    }
     return {
         "objective": str(config.build_objective()),
         "model": model_arguments.model,
@@ -163,6 +163,22 @@ def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
     if not (Path(asked) / "trainer_state.json").is_file():
         raise ValueError(f"{asked} is not a complete checkpoint: it has no trainer_state.json")
     return Path(asked)
+
+
+def _require_reference(model_arguments: ModelArguments, both: Mix) -> None:
+    """ValueError where it would be a guess what the original model is.
+
+    The original of a run that goes on with an adapter is the base and the adapter as it was at the start, but all that
+    is at hand later is the base, with the adapter off.
+    """
+    needing = [str(one) for one in (both.forget, both.retain) if one is not None and needed_from_cache(one)]
+    adapter = find_adapter(model_arguments) if needing else None
+    if adapter is not None:
+        raise ValueError(
+            f"{' and '.join(needing)} compares with the original model, which is the adapter {adapter.name} over "
+            f"{adapter.base}, and that adapter is what this run would train. Merge it into its base first (PEFT's "
+            "merge_and_unload), and give the result as --model with --lora_r"
+        )
 
 
 def _references(
