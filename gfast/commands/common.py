@@ -26,6 +26,7 @@ from gfast.data import (
     load_tofu,
     refusals,
 )
+from gfast.files import readable
 from gfast.objectives import Objective
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.reference import ReferenceCache
@@ -134,6 +135,15 @@ class Sides:
         collator = self.collator if cache is None else ReferenceJoin(self.collator, {"forget": cache})
         found = batches(limited, collator, batch_size)
         return found if cache is None else [{**batch, **cache.head} for batch in found]
+
+
+def as_text(value: Any) -> Any:
+    """JSON-like `value` with text that every file can hold, in whatever locale the command was typed."""
+    if isinstance(value, dict):
+        return {name: as_text(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_text(entry) for entry in value]
+    return readable(value) if isinstance(value, str) else value
 
 
 def versions() -> dict[str, str]:

@@ -28,6 +28,7 @@ import torch
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import (
     Sides,
+    as_text,
     device_name,
     load_rows,
     say,
@@ -83,6 +84,10 @@ class GEffectArguments:
             raise ValueError(f"per is {self.per!r}; choose objective, sample or token")
         if self.norms and self.per != "objective":
             raise ValueError(f"norms has no meaning with per {self.per}: only whole objectives have a gradient norm")
+        if self.groups not in ("paper", "layer"):
+            raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}; give 0 or more")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
 
@@ -98,19 +103,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.per != "objective" and any(_kind(one) != "plain" for one in objectives):
         raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
     show_log()
+    device = usable_device(arguments.device)
     folder = None if arguments.output_dir is None else require_writable(arguments.output_dir)
     rows = load_rows(data_arguments)
-    info = {
-        "objectives": [str(objective) for objective in objectives],
-        "model": model_arguments.model,
-        "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
-        "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
-        "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
-        "versions": versions(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        # A folder takes a series of models and steps, of the same data.
-        "config": {"command": "geffect", "groups": arguments.groups, **_data_settings(data_arguments)},
-    }
+    info = as_text(
+        {
+            "objectives": [str(objective) for objective in objectives],
+            "model": model_arguments.model,
+            "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
+            "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
+            "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
+            "versions": versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            # A folder takes a series of models and steps, of the same data.
+            "config": {"command": "geffect", "groups": arguments.groups, **_data_settings(data_arguments)},
+        }
+    )
     if folder is not None:
         check_run_folder(folder, info)
     check_model(model_arguments)
@@ -118,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_model(model_arguments, arguments.reference_model)
     else:
         _require_reference(model_arguments, objectives)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments)
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
     one_by_one = None
@@ -143,6 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
         say(f"Records and effects: {folder}")
     return 0
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one; ValueError before any work when it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the device {name!r} cannot be used here ({reason}); --device cpu always can") from error
 
 
 def prepared(

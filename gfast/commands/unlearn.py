@@ -26,7 +26,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import Sides, device_name, load_rows, say, show_log, versions
+from gfast.commands.common import Sides, as_text, device_name, load_rows, say, show_log, versions
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.files import read_json, require_writable, write_json
@@ -55,6 +55,10 @@ SHOWN = (
 ).split()
 
 
+# Of TrainingArguments, what the command has no use for.
+WITHOUT_EVALUATION = "eval_strategy eval_on_start load_best_model_at_end do_eval do_predict".split()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     hidden = [entry.name for entry in fields(TrainingArguments) if entry.name not in SHOWN]
     parser = CommandParser(
@@ -69,6 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str]) -> int:
     show_log()
+    for name in WITHOUT_EVALUATION:
+        if getattr(config, name) not in (False, "no"):
+            raise ValueError(
+                f"--{name} has no use here: gfast unlearn has no evaluation set. --geffect_every records the NLL of "
+                "both sides along the run; UnlearnTrainer in Python takes an eval_dataset"
+            )
+    if getattr(config, "overwrite_output_dir", False):
+        raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
     folder = require_writable(config.output_dir)
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
@@ -140,7 +152,7 @@ def describe(
         for name, value in asdict(model_arguments).items()
         if name != "trust_remote_code" and (name, value) != ("base_model", None)
     }
-    return {
+    info = {
         "objective": str(config.build_objective()),
         "model": model_arguments.model,
         "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
@@ -151,6 +163,7 @@ def describe(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": {**settings, **model, **data, "samples": counts},
     }
+    return as_text(info)
 
 
 def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:

@@ -83,6 +83,8 @@ class UnlearnConfig(TrainingArguments):
         refuse_ignored_options(self)
         if self.retain_term not in RETAIN_TERMS:
             raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
+        if self.groups not in ("paper", "layer"):
+            raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
         for name in ("geffect_every", "geffect_samples", "record_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from gfast.files import readable
 from gfast.training.records import write_record
 
 RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence")
@@ -122,4 +123,4 @@ class RecordTerms(TrainerCallback):
 
 def run_name(output_dir: str) -> str:
     """The name of a run in its records: that of its folder."""
-    return Path(output_dir).resolve().name
+    return readable(Path(output_dir).resolve().name)
