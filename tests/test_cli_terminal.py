@@ -117,6 +117,8 @@ MISTYPED = (
     (["unlearn", "--model", "x", "--groups", "block"], "choose paper or layer"),
     (["unlearn", "--model", "x", "--accelerator_config", '{"a":'], "--accelerator_config: '{\"a\":' is not valid JSON"),
     (["unlearn", "--model", "x", "--torch_compile", "yes"], "torch_compile=True cannot be used"),
+    (["unlearn", "--model", "x", "--lora_alpha", "32"], "give their rank with --lora_r"),
+    (["unlearn", "--model", "x", "--lora_targets", "q_proj"], "give their rank with --lora_r"),
     (["geffect", "--model", "x", "--objectives", "NP0"], "did you mean NPO?"),
     (["geffect", "--model", "x", "--objectives"], "expected at least one argument"),
     (["geffect", "--model", "x", "--step", "-1"], "give 0 or more"),

@@ -60,7 +60,9 @@ class ModelArguments:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.lora_r < 0:
-            raise ValueError(f"lora_r is {self.lora_r}; give 0 (all parameters) or a rank")
+            raise ValueError(f"lora_r is {self.lora_r}; give 0 (no new adapters) or a rank")
+        if not self.lora_r and (self.lora_targets or self.lora_alpha != ModelArguments.lora_alpha):
+            raise ValueError("lora_alpha and lora_targets are for new LoRA adapters: give their rank with --lora_r")
 
 
 @dataclass

@@ -65,9 +65,8 @@ def from_name(name: str, **parameters: float) -> Objective:
     cls = REGISTRY.get(name.lower())
     if cls is None:
         meant = did_you_mean(name, (cls.__name__ for cls in REGISTRY.values()))
-        raise ValueError(
-            f"gfast: no objective is called {name!r}{meant or '.'} The objectives are {', '.join(sorted(REGISTRY))}."
-        )
+        choose = f"{meant} Else choose one of" if meant else "; choose one of"
+        raise ValueError(f"gfast: no objective is called {name!r}{choose} {', '.join(sorted(REGISTRY))}.")
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(parameters) - set(known))
     if unknown:
