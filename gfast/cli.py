@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from gfast.commands.parser import Parser
+from gfast.words import did_you_mean
 
 # Command -> module with main(argv) and a line of help. Modules load when their command runs: `gfast --help` loads none.
 COMMANDS = {
@@ -37,33 +41,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
-    try:
-        command, rest = _parser().parse_known_args(arguments[:1])[0].command, arguments[1:]
-        if command is None:
-            _parser().print_help()
+    with _printable():
+        try:
+            return _run(arguments)
+        except SystemExit as stop:
+            # argparse ends with 0 after --help.
+            return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+        except KeyboardInterrupt as interrupt:
+            print(f"\n{interrupt or 'Interrupted; what was written so far is complete.'}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) has seen enough; nothing more can be said to it.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
-        return _run(command, rest)
-    except SystemExit as stop:
-        # argparse ends with 0 after --help and 2 after an error it has already printed.
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'Interrupted; what was written so far is complete.'}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has seen enough; nothing more can be said to it.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        except Exception as error:
+            if debug:
+                raise
+            print(f"gfast: error: {_one_line(error)}", file=sys.stderr)
+            return 2
+
+
+@contextlib.contextmanager
+def _printable() -> Iterator[None]:
+    """Let every text be printed: what a terminal's encoding lacks is shown as an escape, and a closed stream is none.
+
+    Questions, answers, paths and names of runs may hold any character; the terminal may know ASCII alone.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            with contextlib.suppress(ValueError, OSError):
+                stream.reconfigure(errors=errors)
+
+
+def _run(arguments: list[str]) -> int:
+    given = arguments[:1]
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise ValueError(
+            f"there is no command {given[0]!r}{did_you_mean(given[0], COMMANDS) or '.'} The commands are {known}"
+        )
+    command, rest = _parser().parse_args(given).command, arguments[1:]
+    if command is None:
+        _parser().print_help()
         return 0
-    except Exception as error:
-        if debug:
-            raise
-        print(f"gfast: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def _run(command: str, rest: list[str]) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     if command == "doctor":
-        argparse.ArgumentParser(prog="gfast doctor", description=COMMANDS[command][1]).parse_args(rest)
+        Parser(prog="gfast doctor", description=COMMANDS[command][1]).parse_args(rest)
         return module.main() or 0
     return module.main(rest) or 0
 
@@ -71,7 +104,7 @@ def _run(command: str, rest: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     listed = "\n".join(f"  {name:<{width}}{help_line}" for name, (_, help_line) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gfast",
         usage="gfast COMMAND [options]",
         description="Exact and fast unlearning for language models: losses, gradient effects, training.",
@@ -103,7 +136,7 @@ def _take_debug(arguments: list[str]) -> bool:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    expected = (ValueError, OSError, ImportError, RuntimeError, KeyError)
+    expected = (ValueError, OSError, ImportError, RuntimeError)
     if not isinstance(error, expected) or not text:
         text = f"{type(error).__name__}: {text or 'no message'} (gfast --debug ... shows where)"
     text = text.removeprefix("gfast: ")

@@ -10,7 +10,6 @@ The code is also an example of the library: everything goes through its public n
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 import gfast
+from gfast.commands.parser import Parser
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
 from gfast.files import read_json, require_writable, write_json
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
@@ -263,9 +263,7 @@ def claim(out: Path, plan: Plan) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gfast demo", description="Learn, unlearn and measure; ends with report.html."
-    )
+    parser = Parser(prog="gfast demo", description="Learn, unlearn and measure; ends with report.html.")
     parser.add_argument("--out", type=Path, default=Path("gfast-demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Plan.seed, help="seed of everything (default: %(default)s)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of a run (default: {Plan.steps})")

@@ -55,12 +55,38 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def readable(text: str | os.PathLike[str]) -> str:
+    """A path or an argument as text that every file can hold: bytes that are no UTF-8 become escapes.
+
+    Python keeps bytes of file names and arguments that its locale does not know as lone surrogates, which neither JSON,
+    Parquet nor HTML can store; most often they are UTF-8 in a locale that is not.
+
+    >>> readable("gr\\udcc3\\udcb6n"), readable("\\udcff")
+    ('grön', '\\\\xff')
+    """
+    try:
+        return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return os.fspath(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write `value` as indented JSON, whole or not at all. Values JSON does not know are written as their `str`."""
-    text = json.dumps(value, indent=2, sort_keys=True, default=str, ensure_ascii=False) + "\n"
+    options: dict[str, Any] = {"indent": 2, "sort_keys": True, "default": str}
+    text = json.dumps(value, ensure_ascii=False, **options) + "\n"
+    if not _is_unicode(text):
+        text = json.dumps(value, **options) + "\n"  # lone surrogates (see `readable`) survive as escapes
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

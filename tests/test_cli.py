@@ -119,7 +119,7 @@ def test_yaml_under_flags(original, tmp_path, capsys):
     assert info["config"]["max_steps"] == 1 and info["config"]["weight_decay"] == 1e-3
 
     for text, words in (
-        ("learning_rat: 1", "unknown setting learning_rat"),
+        ("learning_rat: 1", "there is no setting learning_rat; did you mean learning_rate?"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("- a list", "should map names to values"),
         ("a: [", "not valid YAML"),
@@ -226,7 +226,7 @@ def test_errors_are_one_line_that_says_what_to_do(original, tmp_path, capsys):
         ("is a file; give a folder", {"output_dir": tmp_path / "file"}),
         ("not a complete checkpoint", {"resume_from_checkpoint": tmp_path}),
         ("invalid choice", {"data": "csv"}),
-        ("not used", {"learning_rat": 1}),
+        ("there is no flag --learning_rat; did you mean --learning_rate?", {"learning_rat": 1}),
     ):  # fmt: skip
         fails(capsys, words, "unlearn", *flags(original, out, **options))
         assert not (out / "run.json").exists(), words

@@ -99,7 +99,7 @@ def test_folders_of_something_else_are_refused(quick, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OSError, match="is a file"):
         demo.main(["--quick", "--out", str(tmp_path / "thesis.tex")])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="must be positive"):
         demo.main(["--steps", "0", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 

@@ -1,38 +1,42 @@
-"""Data parallelism: two processes give what one gives."""
+"""Data parallelism: several processes give what one gives."""
 
 from __future__ import annotations
 
+import math
 import socket
 
 import pytest
 import torch
 import training_parallel
 from safetensors.torch import load_file
-from training_tiny import server
+from test_training import plain_nll
+from training_tiny import server, tiny_model
 
+from gfast.training.evaluation import own_batches
 from gfast.training.records import read_records
 
 
-def test_two_processes_train_like_one(tmp_path):
+def together(target, runs):
+    """Run `target(folder, rank, world, port)` in every process of every world; the folders by world."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    context = server()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runs = {1: tmp_path / "one" / "run", 2: tmp_path / "two" / "run"}
-    processes = [
-        context.Process(target=training_parallel.train, args=(str(folder), rank, world, port))
-        for world, folder in runs.items()
-        for rank in range(world)
-    ]
-    for folder in runs.values():
+    context, processes = server(), []
+    for world, folder in runs.items():
         folder.mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes += [context.Process(target=target, args=(str(folder), rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def test_two_processes_train_like_one(tmp_path):
+    runs = {1: tmp_path / "one" / "run", 2: tmp_path / "two" / "run"}
+    together(training_parallel.train, runs)
     expected = load_file(runs[1] / "process-0.safetensors")
     for rank in range(2):
         found = load_file(runs[2] / f"process-{rank}.safetensors")
@@ -44,3 +48,47 @@ def test_two_processes_train_like_one(tmp_path):
     one, two = (read_records(folder) for folder in runs.values())
     assert one["quantity"].tolist() == two["quantity"].tolist()
     assert two["value"].to_numpy() == pytest.approx(one["value"].to_numpy(), rel=1e-4)
+
+
+def expected_losses(kind, samples):
+    """The token means of a whole data set, by cross-entropy of one batch of all of it."""
+    data, collate = training_parallel.evaluation_data(kind, samples)
+    batch = collate([data[index] for index in range(samples)])
+    sides = batch if kind == "nested" else {"forget": batch}
+    with torch.no_grad():
+        sums = {side: plain_nll(tiny_model().eval(), [part]) for side, part in sides.items()}
+    total, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+    found = {"loss": float(total) / tokens}
+    return found | ({f"{side}_loss": float(nll) / n for side, (nll, n) in sums.items()} if kind == "nested" else {})
+
+
+def test_every_sample_is_evaluated_once_by_any_number_of_processes(tmp_path):
+    runs = {world: tmp_path / str(world) for world in (1, 2, 3)}
+    together(training_parallel.evaluate, runs)
+    for world, folder in runs.items():
+        ranks = [load_file(folder / f"process-{rank}.safetensors") for rank in range(world)]
+        for kind in training_parallel.KINDS:
+            for samples in (1, 3, 5):
+                expected = expected_losses(kind, samples)
+                for batch_size in (1, 2, 4):
+                    name = f"{kind}, {samples} by {batch_size}"
+                    for found in ranks:
+                        for which in ("eval", "test"):
+                            losses = {key: float(found[f"{name}: {which}: {key}"]) for key in expected}
+                            assert losses == pytest.approx(expected, rel=1e-5), (world, name, which)
+                    # A model whose forwards communicate needs as many of them in every process.
+                    rounds = math.ceil(math.ceil(samples / batch_size) / world)
+                    forwards = 2 * rounds * (2 if kind == "nested" else 1)
+                    assert [int(found[f"{name}: forwards"]) for found in ranks] == [forwards] * world, (world, name)
+        assert all(("refused" in found) == (world > 1) and found.get("refused", 1.0) == 1.0 for found in ranks)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("samples", [0, 1, 5, 8, 13])
+def test_batches_are_dealt_out_once_and_evenly(samples, batch_size, processes):
+    dealt = [own_batches(samples, batch_size, processes, rank) for rank in range(processes)]
+    counted = [index for batches, count in dealt for batch in batches[:count] for index in batch]
+    assert sorted(counted) == list(range(samples))
+    assert len({len(batches) for batches, _ in dealt}) == 1
+    assert all(0 < len(batch) <= batch_size for batches, _ in dealt for batch in batches)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import IterableDataset, Subset
 from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
 
-def train(folder: str, rank: int, world: int, port: int) -> None:
+def join(rank: int, world: int, port: int) -> None:
     if world > 1:
         settings = {
             "RANK": rank,
@@ -23,6 +25,10 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
         }
         os.environ.update({name: str(value) for name, value in settings.items()})
     torch.set_num_threads(1)
+
+
+def train(folder: str, rank: int, world: int, port: int) -> None:
+    join(rank, world, port)
     model = tiny_model()
     data, collate = pairing()
     forget, _ = datasets()
@@ -46,3 +52,51 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
     metrics = {name: torch.tensor(value) for name, value in metrics.items() if name.endswith("loss")}
     # Every process saves what it has: they must agree.
     save_file(parameters(model) | metrics, f"{folder}/process-{rank}.safetensors")
+
+
+KINDS = ("plain", "nested", "several rows an item")
+
+
+def evaluation_data(kind: str, samples: int):
+    """Data set and collator; an item of the last kind is a pack of one, two or three rows."""
+    forget, _ = datasets()
+    if kind == "plain":
+        return Subset(forget, range(samples)), collator()
+    if kind == "nested":
+        data, collate = pairing()
+        return Subset(data, range(samples)), collate
+    plain = collator()
+    packs = [[forget[(index + row) % len(forget)] for row in range(1 + index % 3)] for index in range(samples)]
+    return packs, lambda items: plain(list(chain.from_iterable(items)))
+
+
+def evaluate(folder: str, rank: int, world: int, port: int) -> None:
+    """The metrics of every kind, number of samples and batch size, and how many forwards each took."""
+    join(rank, world, port)
+    model = tiny_model()
+    forwards = []
+    model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    found = {}
+    for kind in KINDS:
+        for samples in (1, 3, 5):
+            for batch_size in (1, 2, 4):
+                data, collate = evaluation_data(kind, samples)
+                args = config(folder, per_device_eval_batch_size=batch_size, ddp_backend="gloo" if world > 1 else None)
+                trainer = UnlearnTrainer(model, args, eval_dataset=data, data_collator=collate)
+                name = f"{kind}, {samples} by {batch_size}"
+                for which, metrics in (("eval", trainer.evaluate()), ("test", trainer.predict(data).metrics)):
+                    losses = {key: value for key, value in metrics.items() if key.endswith("loss")}
+                    found |= {f"{name}: {which}: {key.removeprefix(which + '_')}": v for key, v in losses.items()}
+                found[f"{name}: forwards"] = len(forwards)
+                forwards.clear()
+    if world > 1:
+
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(data)
+
+        try:
+            trainer.evaluate(Stream())
+        except ValueError as refusal:
+            found["refused"] = float("Stream" in str(refusal) and "counts once" in str(refusal))
+    save_file({key: torch.tensor(float(value)) for key, value in found.items()}, f"{folder}/process-{rank}.safetensors")

@@ -14,8 +14,13 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from gfast.commands.parser import OneLineErrors, Parser
+from gfast.words import did_you_mean
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
+# Of TrainingArguments, what takes a mapping: JSON in a flag, a mapping in a YAML file.
+_MAPPINGS = TrainingArguments._VALID_DICT_FIELDS
 
 
 @dataclass
@@ -25,15 +30,26 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model: str | None = field(
-        default=None, metadata={"help": "The original model: a name on the hub or a local folder. Required."}
+        default=None,
+        metadata={
+            "help": "The original model: a name on the hub or a local folder; or a PEFT adapter, such as the folder "
+            "of a LoRA run. Required."
+        },
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Of an adapter: the model it sits on; that of its adapter_config.json if not given."},
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Its tokenizer; the model's own if not given."})
     dtype: str = field(default="float32", metadata={"help": "Precision of the parameters.", "choices": DTYPES})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model or its tokenizer brings along."}
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "The GGUF file in the model's folder to load from."})
-    lora_r: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0: all parameters."})
+    lora_r: int = field(default=0, metadata={"help": "Put new LoRA adapters of this rank over the model; 0: none."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter; all linear layers if not given."}
@@ -45,7 +61,9 @@ class ModelArguments:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.lora_r < 0:
-            raise ValueError(f"lora_r is {self.lora_r}; give 0 (all parameters) or a rank")
+            raise ValueError(f"lora_r is {self.lora_r}; give 0 (no new adapters) or a rank")
+        if not self.lora_r and (self.lora_targets or self.lora_alpha != ModelArguments.lora_alpha):
+            raise ValueError("lora_alpha and lora_targets are for new LoRA adapters: give their rank with --lora_r")
 
 
 @dataclass
@@ -144,7 +162,7 @@ def _value(text: str) -> Any:
     return text if isinstance(found, float) or str(found) != text and type(found) is int else found
 
 
-class CommandParser(HfArgumentParser):
+class CommandParser(OneLineErrors, HfArgumentParser):
     """HfArgumentParser with short help, one-line errors, and a YAML file whose values flags override."""
 
     def __init__(self, types: Sequence[type], prog: str, description: str, hidden: Sequence[str] = ()) -> None:
@@ -155,7 +173,7 @@ class CommandParser(HfArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
         """The dataclasses, from `argv` over the file of --config over the defaults."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = Parser(add_help=False, prog=self.prog)
         first.add_argument("--config")
         first.add_argument("--help_all", action="store_true")
         known, rest = first.parse_known_args(argv)
@@ -166,8 +184,20 @@ class CommandParser(HfArgumentParser):
             self.set_defaults(**self._from_yaml(Path(known.config)))
         if {"-h", "--help"} & set(rest):
             self._shorten()
+        # First of all: what is missing may be what was mistyped.
+        given, unknown = self.parse_known_args(rest)
+        self.refuse_unknown(unknown)
+        for name in _MAPPINGS:
+            self._require_json(name, getattr(given, name, None))
         *parsed, _ = self.parse_args_into_dataclasses(rest, look_for_args_file=False)
         return tuple(parsed)
+
+    def _require_json(self, name: str, value: Any) -> None:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                self.error(f"argument --{name}: {value!r} is not valid JSON: {error}")
 
     def _shorten(self) -> None:
         """One spelling a flag, short values, and our own settings before those of TrainingArguments."""
@@ -188,7 +218,7 @@ class CommandParser(HfArgumentParser):
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         if values is None:
@@ -196,20 +226,38 @@ class CommandParser(HfArgumentParser):
         if not isinstance(values, dict):
             raise ValueError(f"{path} should map names to values, as in `learning_rate: 1e-5`")
         known = {entry.name: entry for kind in self.dataclass_types for entry in fields(kind) if entry.init}
-        unknown = [str(name) for name in values if name not in known]
-        if unknown:
-            raise ValueError(
-                f"{path}: unknown setting {', '.join(unknown)}; settings are named like the flags without --"
-            )
-        return {name: self._as_text(name, value) for name, value in values.items()}
+        for name in values:
+            if name not in known:
+                raise ValueError(
+                    f"{path}: there is no setting {name}{did_you_mean(str(name), known)} (settings are named like the "
+                    f"flags without --; {self.prog} --help lists them)"
+                )
+        try:
+            return {name: self._as_flag(known[name], value) for name, value in values.items()}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
-    def _as_text(self, name: str, value: Any) -> Any:
+    def _as_flag(self, entry: Any, value: Any) -> Any:
+        """A value of the file as argparse would have it from a flag."""
+        action = next(action for action in self._actions if action.dest == entry.name)
+        several = action.nargs in ("+", "*")
+        if value is None:
+            if action.default is not None:
+                raise ValueError(f"{entry.name} has no value; give one, or take the line out")
+            return None
+        if isinstance(value, dict) and entry.name in (*_MAPPINGS, "objective_args"):
+            return value
+        if isinstance(value, list) and several:
+            return [_text(action, one) for one in value]
+        if isinstance(value, (dict, list)):
+            kind = "list" if isinstance(value, list) else "mapping"
+            raise ValueError(f"{entry.name} takes {'a list' if several else 'one value'}, and not the {kind} {value}")
         # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as
         # False.
-        action = next(action for action in self._actions if action.dest == name)
-        if isinstance(value, bool) and action.type is not string_to_bool:
-            return "yes" if value else "no"
-        return str(value) if isinstance(value, (bool, int, float)) else value
+        return str(value).split() if several else _text(action, value)
 
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+
+def _text(action: Any, value: Any) -> str:
+    if isinstance(value, bool) and action.type is not string_to_bool:
+        return "yes" if value else "no"
+    return str(value)

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import gfast
+from gfast.commands.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gfast bench",
         description="Run a benchmark of a source checkout; without a name, list them.",
         epilog="Arguments after the name go to the benchmark: gfast bench losses --help",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: models, tokenizers, rows, data sets and reference caches from flags."""
+"""What the commands share: rows, data sets and reference caches from flags, and what they tell the user."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from gfast.commands.arguments import DataArguments, ModelArguments
+from gfast.commands.arguments import DataArguments
 from gfast.data import (
     Collator,
     PreferenceDataset,
@@ -30,6 +29,7 @@ from gfast.data import (
 )
 from gfast.data.encode import chat_source, resolve_template
 from gfast.data.ids import vocabulary_sizes
+from gfast.files import readable
 from gfast.objectives import Objective
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.records import read_run_info
@@ -58,58 +58,6 @@ def show_log() -> None:
         logger.addHandler(Lines())
         logger.propagate = False
     logger.setLevel(logging.INFO)
-
-
-def load_tokenizer(arguments: ModelArguments) -> Any:
-    """The tokenizer; ValueError, naming it, when there is none."""
-    name = arguments.tokenizer or arguments.model
-    options = {"gguf_file": arguments.gguf_file} if arguments.gguf_file and not arguments.tokenizer else {}
-    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
-
-
-def load_model(arguments: ModelArguments, name: str | None = None) -> nn.Module:
-    """The causal language model, with LoRA adapters if asked for; ValueError, naming it, when it cannot be loaded."""
-    name = name or arguments.model
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    # transformers 5 renamed the argument.
-    options: dict[str, Any] = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
-    if arguments.attn_implementation:
-        options["attn_implementation"] = arguments.attn_implementation
-    if arguments.gguf_file:
-        options["gguf_file"] = arguments.gguf_file
-    model = _loaded("model", name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
-    if arguments.lora_r:
-        model = _with_lora(model, arguments)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"Model {name}: {trainable:,} trainable parameters, {next(model.parameters()).dtype}")
-    return model
-
-
-def check_model(arguments: ModelArguments) -> None:
-    """Fail before any work when the model's configuration cannot be found."""
-    if not arguments.gguf_file:
-        _loaded("model", arguments.model, lambda: AutoConfig.from_pretrained(arguments.model))
-
-
-def _loaded(what: str, name: str, load: Any) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "is it complete?" if Path(name).is_dir() else "there is no such local folder; is it a name on the hub?"
-        raise ValueError(f"cannot load the {what} {name!r} ({where}): {reason}") from error
-
-
-def _with_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("--lora_r needs the peft library: pip install peft") from error
-    targets = arguments.lora_targets or "all-linear"
-    config = LoraConfig(
-        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
 
 
 @dataclass
@@ -191,9 +139,18 @@ class Sides:
         return data
 
     def reference(
-        self, model: nn.Module, objectives: Iterable[Objective], side: str, folder: Path | None, batch_size: int
+        self,
+        model: nn.Module,
+        objectives: Iterable[Objective],
+        side: str,
+        folder: Path | None,
+        batch_size: int,
+        reference: str = "auto",
     ) -> ReferenceCache | None:
-        """What `objectives` need of the original model on one side, from `folder` or computed and kept there."""
+        """What `objectives` need of the original model on one side, from `folder` or computed and kept there.
+
+        reference: what the original is, see `ReferenceCache.build`.
+        """
         objectives = list(objectives)
         what = set().union(*(needed_from_cache(objective) for objective in objectives))
         if not what:
@@ -212,6 +169,7 @@ class Sides:
             layer=max(layers, default=None),
             batch_size=batch_size,
             progress=True,
+            reference=reference,
         )
 
     def batches(self, data: Any, cache: ReferenceCache | None, samples: int, batch_size: int) -> list[dict[str, Any]]:
@@ -226,6 +184,15 @@ def first_day(folder: Path | None, info: dict[str, Any]) -> str:
     """The date, YYYY-MM-DD, on which the run of the folder was first started: today, for a new one."""
     known = folder is not None and (folder / "run.json").exists()
     return str((read_run_info(folder).get("created") if known else None) or info["created"])[:10]
+
+
+def as_text(value: Any) -> Any:
+    """JSON-like `value` with text that every file can hold, in whatever locale the command was typed."""
+    if isinstance(value, dict):
+        return {name: as_text(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_text(entry) for entry in value]
+    return readable(value) if isinstance(value, str) else value
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,9 @@
 
 Objectives that compare with the original model read it from `--reference_model`; without it the model is its own
 reference, as at the first step of an unlearning run.
+
+A model may be a PEFT adapter, such as the run folder of `gfast unlearn --lora_r 4`: the effect is then over the
+adapter's parameters, as it was in training. What its original model is, `--reference_model` must say.
 """
 
 from __future__ import annotations
@@ -25,19 +28,19 @@ import torch
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import (
     Sides,
-    check_model,
+    as_text,
     device_name,
     first_day,
-    load_model,
     load_rows,
-    load_tokenizer,
     say,
     show_log,
     versions,
 )
+from gfast.commands.models import check_model, find_adapter, load_model, load_reference, load_tokenizer
 from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
+from gfast.training.batches import needed_from_cache
 from gfast.training.callback import nll_of_sides
 from gfast.training.config import parse_objective
 from gfast.training.records import check_run_folder, effect_file, token_texts_file, write_record, write_run_info
@@ -56,7 +59,9 @@ class GEffectArguments:
     )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "The original model for objectives that need it; the model itself if not given."},
+        metadata={
+            "help": "The original model (or adapter) for objectives that need it; the model itself if not given."
+        },
     )
     groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
     per: str = field(
@@ -81,6 +86,10 @@ class GEffectArguments:
             raise ValueError(f"per is {self.per!r}; choose objective, sample or token")
         if self.norms and self.per != "objective":
             raise ValueError(f"norms has no meaning with per {self.per}: only whole objectives have a gradient norm")
+        if self.groups not in ("paper", "layer"):
+            raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}; give 0 or more")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
 
@@ -96,23 +105,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.per != "objective" and any(_kind(one) != "plain" for one in objectives):
         raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
     show_log()
+    device = usable_device(arguments.device)
     folder = None if arguments.output_dir is None else require_writable(arguments.output_dir)
     rows = load_rows(data_arguments)
-    info = {
-        "objectives": [str(objective) for objective in objectives],
-        "model": model_arguments.model,
-        "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
-        "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
-        "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
-        "versions": versions(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        # A folder takes a series of models and steps, of the same data.
-        "config": {"command": "geffect", "groups": arguments.groups, **data_arguments.settings()},
-    }
+    info = as_text(
+        {
+            "objectives": [str(objective) for objective in objectives],
+            "model": model_arguments.model,
+            "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
+            "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
+            "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
+            "versions": versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            # A folder takes a series of models and steps, of the same data.
+            "config": {"command": "geffect", "groups": arguments.groups, **data_arguments.settings()},
+        }
+    )
     if folder is not None:
         check_run_folder(folder, info)
     check_model(model_arguments)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.reference_model is not None:
+        check_model(model_arguments, arguments.reference_model)
+    else:
+        _require_reference(model_arguments, objectives)
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
     one_by_one = None
@@ -139,6 +154,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one; ValueError before any work when it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the device {name!r} cannot be used here ({reason}); --device cpu always can") from error
+
+
 def prepared(
     objectives: list[Objective],
     sides: Sides,
@@ -151,7 +176,8 @@ def prepared(
     kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
-    model = load_model(model_arguments, arguments.reference_model).to(device)
+    first = arguments.reference_model
+    model = (load_model(model_arguments) if first is None else load_reference(model_arguments, first)).to(device)
     sides.fit(model)
     caches = {
         kind: sides.reference(model, members, "forget", cache_folder, batch_size)
@@ -231,6 +257,20 @@ def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
         pieces = token_pieces(sides.tokenizer, item["input_ids"].tolist())
         found.append({"question": row.get("question", ""), "pieces": [pieces[at] for at in labelled]})
     return found
+
+
+def _require_reference(model_arguments: ModelArguments, objectives: list[Objective]) -> None:
+    """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
+    unlearned them.
+    """
+    needing = [str(objective) for objective in objectives if needed_from_cache(objective)]
+    adapter = find_adapter(model_arguments) if needing else None
+    if adapter is not None:
+        raise ValueError(
+            f"{', '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
+            f"{adapter.base}: say which is the original, --reference_model {adapter.base} (the adapter has unlearned) "
+            f"or --reference_model {adapter.name} (the adapter has learned the data)"
+        )
 
 
 def _kind(objective: Objective) -> str:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from gfast.commands.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gfast report", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="gfast report", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that gfast unlearn, geffect or demo wrote")
     parser.add_argument("--out", default="report", help="folder of the report (default: %(default)s)")
     parser.add_argument("--title", default="G-effect report", help="heading of the page (default: %(default)s)")

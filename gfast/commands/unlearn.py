@@ -9,6 +9,9 @@ All flags of transformers' TrainingArguments work, and a YAML file with their na
 A model that has never seen the data is first taught it: `--objective NLL --retain_term nll` minimises the negative
 log-likelihood of both sets. The same command started again goes on from the last complete checkpoint; a folder that
 holds another run is refused.
+
+`--lora_r 4` trains LoRA adapters, and the run folder then holds those. `--model ADAPTER` (such a run folder, a
+checkpoint of it or one on the hub) goes on with that adapter; `--lora_r` over it is refused.
 """
 
 from __future__ import annotations
@@ -22,19 +25,19 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from gfast import wrappers
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import (
     Sides,
-    check_model,
+    as_text,
     device_name,
     first_day,
-    load_model,
     load_rows,
-    load_tokenizer,
     say,
     show_log,
     versions,
 )
+from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.files import read_json, require_writable, write_json
 from gfast.objectives import Mix
@@ -51,7 +54,7 @@ DECISIVE = (
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "optim "
     "optim_args max_grad_norm num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed "
-    "data_seed bf16 fp16 gradient_checkpointing neftune_noise_alpha dataloader_drop_last"
+    "data_seed bf16 fp16 gradient_checkpointing neftune_noise_alpha dataloader_drop_last reference own_loss_terms"
 ).split()
 # Of TrainingArguments, what `--help` shows.
 SHOWN = (
@@ -60,6 +63,10 @@ SHOWN = (
     "per_device_train_batch_size gradient_accumulation_steps seed bf16 gradient_checkpointing save_strategy save_steps "
     "save_total_limit logging_steps resume_from_checkpoint use_cpu report_to"
 ).split()
+
+
+# Of TrainingArguments, what the command has no use for.
+WITHOUT_EVALUATION = "eval_strategy eval_on_start load_best_model_at_end do_eval do_predict".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str]) -> int:
     show_log()
+    for name in WITHOUT_EVALUATION:
+        if getattr(config, name) not in (False, "no"):
+            raise ValueError(
+                f"--{name} has no use here: gfast unlearn has no evaluation set. --geffect_every records the NLL of "
+                "both sides along the run; UnlearnTrainer in Python takes an eval_dataset"
+            )
+    if getattr(config, "overwrite_output_dir", False):
+        raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
     folder = require_writable(config.output_dir)
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
@@ -88,6 +103,7 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
         return 0
     checkpoint = _checkpoint(config, folder)
     check_model(model_arguments)
+    _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
     say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
@@ -136,10 +152,21 @@ def describe(
     model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, rows: Any, argv: list[str]
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
-    settings = {name: value for name, value in config.to_dict().items() if name in DECISIVE}
+    # Without what came later, as long as it is not used, so that older runs can be resumed.
+    unused = {"reference": "auto", "own_loss_terms": False}
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in DECISIVE and not (name in unused and value == unused[name])
+    }
     counts = {"forget": len(rows.forget), "retain": len(rows.retain)}
-    model = asdict(model_arguments)
-    return {
+    # Whether code may run does not decide what a run is, nor does a base that the adapter names itself.
+    model = {
+        name: value
+        for name, value in asdict(model_arguments).items()
+        if name != "trust_remote_code" and (name, value) != ("base_model", None)
+    }
+    info = {
         "objective": str(config.build_objective()),
         "model": model_arguments.model,
         "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
@@ -150,6 +177,7 @@ def describe(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": {**settings, **model, **data_arguments.settings(), "samples": counts},
     }
+    return as_text(info)
 
 
 def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
@@ -164,6 +192,20 @@ def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
     return Path(asked)
 
 
+def _require_reference(model_arguments: ModelArguments, both: Mix, reference: str) -> None:
+    """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
+    been unlearning them.
+    """
+    needing = [str(one) for one in (both.forget, both.retain) if one is not None and needed_from_cache(one)]
+    adapter = find_adapter(model_arguments) if needing and reference == "auto" else None
+    if adapter is not None:
+        raise ValueError(
+            f"{' and '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
+            f"{adapter.base}: say which is the original, --reference adapted (the adapter has learned the data: the "
+            f"model as it starts) or --reference base (the adapter has been unlearning: the model without it)"
+        )
+
+
 def _references(
     model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path
 ) -> dict[str, Any]:
@@ -174,12 +216,13 @@ def _references(
             continue
         # With adapters the original is at hand, and hidden states of a large retain set would fill the disk.
         if (
-            hasattr(model, "peft_config")
+            wrappers.is_adapted(model)
+            and config.reference != "adapted"
             and needed_from_cache(objective) != {"logp"}
             and not data_arguments.reference_cache
         ):
             continue
-        cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size)
+        cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size, config.reference)
         if cache is not None:
             found[side] = cache
     return found

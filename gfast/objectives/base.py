@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gfast.ops.common import IGNORE_INDEX
 from gfast.ops.weights import WeightSpec
+from gfast.words import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def from_name(name: str, **parameters: float) -> Objective:
 
     cls = REGISTRY.get(name.lower())
     if cls is None:
-        raise ValueError(f"gfast: no objective is called {name!r}; choose one of {', '.join(sorted(REGISTRY))}.")
+        meant = did_you_mean(name, (cls.__name__ for cls in REGISTRY.values()))
+        choose = f"{meant} Else choose one of" if meant else "; choose one of"
+        raise ValueError(f"gfast: no objective is called {name!r}{choose} {', '.join(sorted(REGISTRY))}.")
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(parameters) - set(known))
     if unknown:

@@ -64,7 +64,7 @@ def build_report(
     import jinja2
     from markupsafe import Markup
 
-    from gfast.files import whole_file
+    from gfast.files import readable, whole_file
 
     out = Path(out)
     runs = load_runs([Path(folder) for folder in run_folders])
@@ -100,10 +100,10 @@ def build_report(
         files=[(run, [(_link(path, out), path.name) for path in run.record_files]) for run in runs],
         samples=list(samples),
     )
-    _write(out / "table.md", markdown(summaries).encode())
+    _write(out / "table.md", readable(markdown(summaries)).encode())
     _write(out / "table.json", (json.dumps(summaries, indent=2, ensure_ascii=False) + "\n").encode())
     with whole_file(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(readable(page), encoding="utf-8")
     return out / "report.html"
 
 
@@ -119,7 +119,7 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _link(path: Path, out: Path) -> str:
-    return quote(Path(os.path.relpath(path, out)).as_posix())
+    return quote(os.fsencode(Path(os.path.relpath(path, out)).as_posix()))
 
 
 def _formulas(runs: list[Run]) -> list[tuple[str, tuple[str, str]]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gfast.files import readable
 from gfast.geffect.groups import depth
 
 
@@ -18,6 +19,7 @@ class Run:
     """One unlearning run read back from its folder."""
 
     folder: Path
+    name: str
     label: str
     objective: str
     info: dict[str, Any]
@@ -65,7 +67,8 @@ class Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read run folders in the given order. Runs of the same objective are told apart by the name of their folder.
+    """Read run folders in the given order. Runs of the same objective are told apart by the name of their folder,
+    with as many of the folders it lies in as it takes.
 
     Raises:
         FileNotFoundError: a folder has no records.
@@ -91,11 +94,29 @@ def load_runs(folders: list[Path]) -> list[Run]:
         frame = read_records(folder)
         for objective, rows in frame.groupby("objective", sort=False):
             read.append((folder, str(objective), info, rows.reset_index(drop=True)))
-    names = [_short(objective) for _, objective, _, _ in read]
+    labels = [_short(objective) for _, objective, _, _ in read]
+    names = distinct_names(folders)
     return [
-        Run(folder, name if names.count(name) == 1 else f"{name} · {folder.name}", objective, info, frame)
-        for name, (folder, objective, info, frame) in zip(names, read, strict=True)
+        Run(folder, names[folder], label if labels.count(label) == 1 else f"{label} · {names[folder]}", *rest)
+        for label, (folder, *rest) in zip(labels, read, strict=True)
     ]
+
+
+def distinct_names(folders: list[Path]) -> dict[Path, str]:
+    """The shortest end of each folder's path that no other folder has.
+
+    >>> list(distinct_names([Path("/a/seed0/run"), Path("/a/seed1/run"), Path("/a/npo")]).values())
+    ['seed0/run', 'seed1/run', 'npo']
+    """
+    parts = {folder: folder.resolve().parts for folder in folders}
+    length = dict.fromkeys(folders, 1)
+    while True:
+        names = {folder: readable("/".join(parts[folder][-length[folder] :])) for folder in folders}
+        twice = [folder for folder, name in names.items() if list(names.values()).count(name) > 1]
+        if not any(length[folder] < len(parts[folder]) for folder in twice):
+            return names
+        for folder in twice:
+            length[folder] += 1
 
 
 def _short(objective: str) -> str:

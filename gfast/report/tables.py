@@ -41,7 +41,7 @@ def summarize(run: Run) -> dict[str, Any]:
     harm = np.abs(retain[retain < 0]).sum()
     gain = np.abs(unlearn[unlearn < 0]).sum()
     return {
-        "run": run.folder.name,
+        "run": run.name,
         "label": run.label,
         "objective": run.objective,
         "recorded_steps": len(run.steps),

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from gfast.model import REFERENCES
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
+from gfast.training.options import COMPILATION, refuse_ignored_options
 
 RETAIN_TERMS = ("none", "nll", "kl", "rr")
 
@@ -24,7 +25,8 @@ class UnlearnConfig(TrainingArguments):
     Defaults that differ from TrainingArguments: learning_rate 1e-5 (unlearning needs small steps), logging_steps 1,
     report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"].
 
-    Errors: ValueError for an unknown objective or retain term, or parameters the objective does not have.
+    Errors: ValueError for an unknown objective or retain term, parameters the objective does not have, and options of
+    TrainingArguments that would have no effect here (gfast.training.options says which, and what to do instead).
 
     >>> config = UnlearnConfig(output_dir="run", objective="WGA", objective_args=["alpha=0.5"], retain_term="nll")
     >>> str(config.build_objective())
@@ -89,15 +91,15 @@ class UnlearnConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        refuse_ignored_options(self, COMPILATION)
         super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: it would drop the forget and retain batches")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
+        refuse_ignored_options(self)
         if self.reference not in REFERENCES:
             raise ValueError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
         if self.retain_term not in RETAIN_TERMS:
             raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
+        if self.groups not in ("paper", "layer"):
+            raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
         for name in ("geffect_every", "geffect_samples", "record_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from gfast.files import readable
 from gfast.training.records import write_record
 
 RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence")
@@ -24,6 +25,10 @@ class StepTerms:
         self._now: dict[str, Tensor] = {}
         self._past: dict[str, Tensor] = {}
         self._past_steps = 0
+
+    def reset(self) -> None:
+        """Forget everything: training starts, perhaps again after a step that failed (auto_find_batch_size)."""
+        self.__init__()
 
     def start_step(self, step: int) -> None:
         """Called at each micro-batch with the number of finished optimizer steps."""
@@ -92,6 +97,9 @@ class RecordTerms(TrainerCallback):
         self.accelerator = accelerator
         self._learning_rate = float("nan")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.terms.reset()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Later the scheduler has moved on: this is the rate that the step is taken with.
         if optimizer is not None:
@@ -115,32 +123,4 @@ class RecordTerms(TrainerCallback):
 
 def run_name(output_dir: str) -> str:
     """The name of a run in its records: that of its folder."""
-    return Path(output_dir).resolve().name
-
-
-class EvaluationNLL:
-    """Exact token means over an evaluation data set, per side."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._nested = False
-
-    def add(self, sums: Mapping[str, Tensor], nested: bool) -> None:
-        """`sums`: side -> [2], the sum of NLL and the number of tokens."""
-        self._nested |= nested
-        for side, value in sums.items():
-            self._sums[side] = self._sums[side] + value if side in self._sums else value
-
-    def metrics(self, accelerator: Any, prefix: str) -> dict[str, float]:
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        packed = torch.stack([self._sums[name] for name in names])  # [sides, 2]
-        if accelerator.num_processes > 1:
-            packed = accelerator.reduce(packed, "sum")
-        rows = {name: row for name, row in zip(names, packed.tolist(), strict=True)}
-        total = [sum(column) for column in zip(*rows.values(), strict=True)]
-        found = {f"{prefix}_loss": total[0] / max(total[1], 1.0)}
-        if self._nested:
-            found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
-        return found
+    return readable(Path(output_dir).resolve().name)

@@ -15,9 +15,16 @@ from gfast.data import epoch_callback
 from gfast.objectives import RMU, RR, Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
+from gfast.training.evaluation import EvaluationNLL, OwnBatches
+from gfast.training.options import (
+    refuse_compiled,
+    refuse_ignored_arguments,
+    refuse_ignored_options,
+    refuse_ignored_with_data,
+)
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import last_checkpoint
-from gfast.training.terms import EvaluationNLL, RecordTerms, StepTerms
+from gfast.training.terms import RecordTerms, StepTerms
 
 
 class UnlearnTrainer(Trainer):
@@ -37,7 +44,9 @@ class UnlearnTrainer(Trainer):
     `loss` and, per term, `forget_loss`, `retain_loss`, `mean_weight` (of the forget tokens' log-prob gradients) and
     `mean_inverse_confidence` (of 1/p over the forget tokens). Evaluation gives the token-mean NLL.
 
-    Errors: ValueError at the first step, before any work, for a batch that lacks what the objective needs.
+    Errors: ValueError for an option or argument of Trainer that would have no effect (compute_metrics,
+    compute_loss_func, torch_compile, ...: gfast.training.options), with what to do instead; ValueError at the first
+    step, before any work, for a batch that lacks what the objective needs.
 
     >>> args = UnlearnConfig("run", objective="GA")    # doctest: +SKIP
     >>> trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collator)    # doctest: +SKIP
@@ -56,11 +65,16 @@ class UnlearnTrainer(Trainer):
         args = UnlearnConfig(output_dir="unlearned") if args is None else args
         if not isinstance(args, UnlearnConfig):
             raise ValueError(f"UnlearnTrainer takes an UnlearnConfig as args, not a {type(args).__name__}")
+        # Options may have been set after the config was made.
+        refuse_ignored_options(args)
+        refuse_ignored_arguments(**trainer_arguments)
+        refuse_ignored_with_data(args, trainer_arguments.get("train_dataset"))
         if args.n_gpu > 1:
             # DataParallel replicates the model a step and cannot share one normaliser; torchrun starts one process a
             # GPU.
             args._n_gpu = 1
         super().__init__(model=model, args=args, **trainer_arguments)
+        refuse_compiled(self.accelerator)
         objective = args.build_objective() if objective is None else objective
         self.objective = objective if isinstance(objective, Mix) else Mix(objective)
         self.references = dict(references or {})
@@ -205,13 +219,36 @@ class UnlearnTrainer(Trainer):
 
     _evaluation: EvaluationNLL | None = None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
+        key = eval_dataset if isinstance(eval_dataset, str) else None
+        dataset = self.eval_dataset[key] if key is not None else eval_dataset
+        return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._own_batches(test_dataset)
+
+    def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
+        # As Trainer does: workers that outlive an evaluation are started once a data set.
+        if not self.args.dataloader_persistent_workers:
+            return OwnBatches(dataset, self.data_collator, self.args)
+        kept = self.__dict__.setdefault("_own_loaders", {})
+        if key not in kept or kept[key].dataset is not dataset:
+            kept[key] = OwnBatches(dataset, self.data_collator, self.args)
+        return kept[key]
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested
         batches.
         """
-        self._evaluation = EvaluationNLL()
+        self._evaluation = EvaluationNLL(getattr(dataloader, "counted", None))
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
         finally:
@@ -223,6 +260,11 @@ class UnlearnTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.terms.since_last_log(self.accelerator)}
         super().log(logs, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's count of the tokens seen (transformers 5), summed over the sides."""
+        for part in batches.sides(inputs).values():
+            super()._track_num_input_tokens(part)
 
     def floating_point_ops(self, inputs: Any) -> float:
         """Trainer's estimate, summed over the sides."""

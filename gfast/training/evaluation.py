@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation that counts every sample once, over any number of processes and for any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+def own_batches(samples: int, batch_size: int, processes: int, rank: int) -> tuple[list[list[int]], int]:
+    """The batches of one process, as indices, and how many of them count.
+
+    The batches of the whole data set are dealt out in turn. Every process gets as many, so that collectives inside the
+    model (FSDP, ZeRO-3) stay in step: a process with fewer of its own runs others' once more, which do not count.
+
+    >>> own_batches(5, 2, 2, 0), own_batches(5, 2, 2, 1)
+    (([[0, 1], [4]], 2), ([[2, 3], [0, 1]], 1))
+    """
+    batches = [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+    own = batches[rank::processes]
+    rounds = -(-len(batches) // processes)
+    return own + batches[: rounds - len(own)], len(own)
+
+
+class OwnBatches(DataLoader):
+    """The batches that one of several processes evaluates; the first `counted` of them count.
+
+    Accelerate's own sharding would repeat samples at the end of the data set, and they would be counted twice.
+    """
+
+    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], args: Any) -> None:
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+            raise ValueError(
+                f"the evaluation data set is a {type(dataset).__name__}, which is read in order and not by index: "
+                f"{args.world_size} processes cannot share it so that every sample counts once. Give one with indices "
+                "and a length, such as list(dataset), or evaluate in one process"
+            )
+        samples, batch_size = len(dataset), args.eval_batch_size
+        if args.dataloader_drop_last:
+            samples -= samples % (batch_size * args.world_size)
+        indices, self.counted = own_batches(samples, batch_size, args.world_size, args.process_index)
+        options = {
+            name: getattr(args, f"dataloader_{name}")
+            for name in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        }
+        # New in transformers 5.
+        for name in ("multiprocessing_context", "in_order"):
+            if hasattr(args, f"dataloader_{name}"):
+                options[name] = getattr(args, f"dataloader_{name}")
+        super().__init__(dataset, batch_sampler=indices, collate_fn=collator, **options)
+
+
+class EvaluationNLL:
+    """Exact token means over an evaluation data set, per side."""
+
+    def __init__(self, counted: int | None = None) -> None:
+        """`counted`: of this process only so many batches count, the first; None: all."""
+        self._counted = counted
+        self._batches = 0
+        self._sums: dict[str, Tensor] = {}
+        self._nested = False
+
+    def add(self, sums: Mapping[str, Tensor], nested: bool) -> None:
+        """`sums` of one batch: side -> [2], the sum of NLL and the number of tokens."""
+        counts = self._counted is None or self._batches < self._counted
+        self._batches += 1
+        self._nested |= nested
+        for side, value in sums.items():
+            # A batch that does not count still names its sides, so that all processes sum the same ones. Not 0 * value:
+            # that of an infinite NLL is no number.
+            value = value if counts else torch.zeros_like(value)
+            self._sums[side] = self._sums[side] + value if side in self._sums else value
+
+    def metrics(self, accelerator: Any, prefix: str) -> dict[str, float]:
+        """`<prefix>_loss`, and for nested batches `<prefix>_<side>_loss`, over all processes."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        packed = torch.stack([self._sums[name] for name in names])  # [sides, 2]
+        if accelerator.num_processes > 1:
+            packed = accelerator.reduce(packed, "sum")
+        rows = {name: row for name, row in zip(names, packed.tolist(), strict=True)}
+        total = [sum(column) for column in zip(*rows.values(), strict=True)]
+        found = {f"{prefix}_loss": total[0] / max(total[1], 1.0)}
+        if self._nested:
+            found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
+        return found
