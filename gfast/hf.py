@@ -299,8 +299,9 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
         with torch.no_grad(), evaluating(model):
             known[layer] = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
     # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
-    # detached tensor with the re-entrant variant.
-    if known[layer] and not (layer < count and _is_checkpointing(decoder(model))):
+    # detached tensor with the re-entrant variant. FSDP has to see among the outputs what is differentiated.
+    whole = _is_checkpointing(decoder(model)) or (torch.is_grad_enabled() and wrappers.has_fsdp(model))
+    if known[layer] and not whole:
         return _state_at(model, batch, layer)
     states = _all_states(model, batch)
     if layer >= len(states):

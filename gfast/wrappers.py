@@ -126,7 +126,14 @@ def runs_as_written(model: nn.Module, module: nn.Module) -> bool:
 def stops_safely(model: nn.Module) -> bool:
     """Whether a forward may be left by an exception: PEFT's hooks and FSDP's state would stay behind."""
     peft = any(_is_peft(module) and hasattr(module, "peft_config") for module in _chain(model))
-    return not peft and not any("FSDP" in type(module).__name__ for module in model.modules())
+    return not peft and not has_fsdp(model)
+
+
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP, either version, shards the model or a part of it. It learns from what a forward returns that a
+    backward begins.
+    """
+    return any("FSDP" in type(m).__name__ or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
 
 
 # Sharded, offloaded, quantised
@@ -150,7 +157,7 @@ def is_vocab_parallel(model: nn.Module, linear: nn.Module) -> bool:
     hidden states, and hooks only move inputs and outputs between layouts.
     """
     weight, bias = linear.weight, linear.bias
-    if type(weight.data).__name__ != "DTensor" or any("FSDP" in type(module).__name__ for module in model.modules()):
+    if type(weight.data).__name__ != "DTensor" or has_fsdp(model):
         return False
     mesh, placements = weight.device_mesh, weight.placements
     alike = bias is None or (type(bias.data).__name__ == "DTensor" and bias.placements == placements)

@@ -172,6 +172,8 @@ def test_layer_hidden_stops_after_the_wanted_layer_and_is_differentiable():
     ran = []
     for index, block in enumerate(model.model.layers):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    hf.layer_hidden(model, batch, 1)  # the first time it looks whether that is the hidden state of transformers
+    ran.clear()
     hidden = hf.layer_hidden(model, batch, 1)
     assert ran == [0]
     hidden.sum().backward()

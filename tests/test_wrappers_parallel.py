@@ -1,0 +1,31 @@
+"""A model wrapped by DDP or FSDP gives every process the gradient over the batches of all of them."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import wrappers_parallel
+from training_tiny import server
+
+
+@pytest.mark.parametrize("name", wrappers_parallel.WRAPPERS)
+def test_two_processes_have_the_gradient_of_both(name):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    if "adapters" in name:
+        pytest.importorskip("peft")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = server()
+    processes = [context.Process(target=wrappers_parallel.check, args=(name, rank, 2, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    left = [process for process in processes if process.is_alive()]
+    for process in left:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0] and not left
