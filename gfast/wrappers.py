@@ -300,7 +300,7 @@ def _vanishing(peft: nn.Module) -> Iterator[nn.Parameter]:
         # a copy in the place of a module of the base, or an adapter around one
         of_base = getattr(module, "original_module", None)
         of_base = getattr(module, "base_layer", None) if of_base is None else of_base
-        if hasattr(module, "adapter_layer_names") and isinstance(of_base, nn.Module):
+        if _is_peft(module) and isinstance(of_base, nn.Module):
             kept = {id(parameter) for parameter in of_base.parameters()}
             yield from (parameter for parameter in module.parameters() if id(parameter) not in kept)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from gfast import cli
 from gfast.data import QADataset
 from gfast.model import model_logp
 from gfast.objectives import GA, NPO
-from gfast.training.records import recorded_steps
+from gfast.training.records import read_records, recorded_steps
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):  #
     fails(capsys, "NPO(beta=0.5) compares with the original model", *geffect(original, adapter, **npo))
     for objective in ({"objective": "NPO"}, {"objective": "GA", "retain_term": "kl"}):
         command = ["unlearn", *flags(original, tmp_path / "run", model=adapter, **objective)]
-        fails(capsys, "Merge it into its base first", *command)
+        fails(capsys, "say which is the original, --reference adapted", *command)
     assert not (tmp_path / "run" / "run.json").exists()
     # Against the base, and against base and adapter together: there the two are the same model.
     model = adapted(original, adapter)
@@ -145,6 +146,25 @@ def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):  #
         assert found["unlearn"] == pytest.approx(expected.unlearn, rel=1e-3)
     whole = measured(original, tmp_path / "third", original, objectives=["NPO"], reference_model=adapter)
     assert whole["unlearn"] != measured(original, tmp_path / "fourth", original, objectives=["NPO"])["unlearn"]
+
+
+@pytest.mark.parametrize("retain_term", ["none", "kl"])
+@pytest.mark.parametrize("reference", ["adapted", "base"])
+def test_which_is_the_original_of_an_adapter_that_goes_on(original, adapter, tmp_path, reference, retain_term):  # noqa: F811
+    out = tmp_path / "run"
+    settings = {"model": adapter, "objective": "NPO", "objective_args": "beta=0.5", "reference": reference}
+    settings |= {"retain_term": retain_term, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1}
+    assert cli.main(["unlearn", *flags(original, out, **settings, max_steps=1)]) == 0
+    frame = read_records(out)
+    first = frame[frame["quantity"] == "forget_loss"].iloc[0]["value"]
+    at_start = 2 * math.log(2) / 0.5
+    assert (first == pytest.approx(at_start, abs=1e-3)) == (reference == "adapted")
+    if retain_term == "kl":
+        kl = frame[frame["quantity"] == "retain_loss"].iloc[0]["value"]
+        assert (abs(kl) < 1e-5) == (reference == "adapted")
+    # killed and started again, the original is the same
+    (out / "result.json").unlink()
+    assert cli.main(["unlearn", *flags(original, out, **settings, max_steps=1)]) == 0
 
 
 def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys):  # noqa: F811

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gfast
 from gfast.model import model_output
 from gfast.objectives import GA, KL, NPO, RMU, TNPO
+from gfast.wrappers import unwrap, unwrap_name
 
 OBJECTIVES = [GA(), TNPO(), NPO(0.3), KL(), RMU(layer=2)]
 
@@ -39,7 +40,7 @@ def joined(batches: list[dict]) -> dict:
 
 
 def fsdp(model, root: bool | None = None, head: bool = False, blocks: bool = True):
-    for block in model.model.layers if blocks else ():
+    for block in unwrap(model).model.layers if blocks else ():
         fully_shard(block)
     if head:
         fully_shard(model.lm_head)
@@ -70,14 +71,12 @@ WRAPPERS = {
     "fsdp2, root alone": (lambda: tiny("llama"), functools.partial(fsdp, blocks=False)),
     "fsdp2, root given back": (lambda: tiny("llama"), functools.partial(fsdp, root=True)),
     "fsdp2, head of its own": (lambda: tiny("llama"), functools.partial(fsdp, head=True)),
-    "fsdp2, adapters": (lambda: with_adapters(tiny("llama")), lambda model: (fsdp(model.base_model.model), model)[1]),
+    "fsdp2, adapters": (lambda: with_adapters(tiny("llama")), fsdp),
     "fsdp1": (lambda: tiny("llama"), functools.partial(old_fsdp, use_orig_params=True)),
 }
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    from gfast.wrappers import unwrap_name
-
     found = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad

@@ -245,7 +245,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             if action.default is not None:
                 raise ValueError(f"{entry.name} has no value; give one, or take the line out")
             return None
-        if isinstance(value, dict) and entry.name in (*_MAPPINGS, "objective_args"):
+        if isinstance(value, dict) and entry.name in (*_MAPPINGS, "objective_args", "chat_kwargs"):
             return value
         if isinstance(value, list) and several:
             return [_text(action, one) for one in value]
