@@ -34,10 +34,6 @@ _OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
 _SCALED_EMBEDDING = "ScaledWordEmbedding"
 
 
-class _EnoughComputed(Exception):
-    """Ends a forward pass whose wanted hidden state has been captured; never leaves this file."""
-
-
 def decoder(model: nn.Module) -> nn.Module:
     """The text decoder without the output head, also through wrappers; its output has `last_hidden_state`."""
     return structure.decoder(unwrap(model))
@@ -280,80 +276,6 @@ def _log_switch(model: str, what: str, found: str, instead: str) -> None:
     _log.warning("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
 
 
-def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
-    """`hidden_states[layer]` of `output_hidden_states=True`, [B, T, D], storing only that one.
-
-    In most models 0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm:
-    then blocks after the wanted one are not run, where the model's call may be left early. A model whose states are
-    others, which is looked at once, is asked for all of them. Raises ValueError for a layer outside [0, L].
-    """
-    model = wrappers.measured(model)  # hooks see nothing of compiled code
-    check_causal(model, batch)
-    count = num_layers(model)
-    if not isinstance(layer, int) or not 0 <= layer <= count:
-        raise ValueError(
-            f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {count} (final norm)"
-        )
-    known = _states_by_place.setdefault(model, {})
-    if layer not in known:
-        with torch.no_grad(), evaluating(model):
-            known[layer] = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
-    # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
-    # detached tensor with the re-entrant variant. FSDP has to see among the outputs what is differentiated.
-    whole = _is_checkpointing(decoder(model)) or (torch.is_grad_enabled() and wrappers.has_fsdp(model))
-    if known[layer] and not whole:
-        return _state_at(model, batch, layer)
-    states = _all_states(model, batch)
-    if layer >= len(states):
-        raise ValueError(f"{type(unwrap(model)).__name__} has {len(states)} hidden states, so none of layer {layer}")
-    return states[layer]
-
-
-# Of each model and layer: is the hidden state what stands at that place between the blocks?
-_states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
-
-
-def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    with deferred(model, output_layer(model)):
-        return model(**inputs(model, batch), output_hidden_states=True).hidden_states or ()
-
-
-def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
-    return (
-        found is not None and len(states) == 1 and found.shape == states[0].shape and torch.allclose(found, states[0])
-    )
-
-
-def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor | None:
-    """The input of block `layer`, or the output of the decoder after the last; None where it is not called."""
-    captured: list[Tensor] = []
-    stop = wrappers.stops_safely(model)
-    blocks = structure.blocks(unwrap(model))
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        captured.append(args[0] if args else kwargs["hidden_states"])
-        if stop:
-            raise _EnoughComputed
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
-        if stop:
-            raise _EnoughComputed
-
-    if layer < len(blocks):
-        handle = blocks[layer].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    else:
-        handle = decoder(model).register_forward_hook(after)
-    try:
-        with deferred(model, output_layer(model)):
-            model(**inputs(model, batch))
-    except _EnoughComputed:
-        pass
-    finally:
-        handle.remove()
-    return captured[0] if captured else None
-
-
 def parameter_units(model: nn.Module) -> dict[str, str | int]:
     """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
 
@@ -425,9 +347,3 @@ def embedding_lookup(module: nn.Embedding, args: tuple, kwargs: Mapping[str, Any
 def is_routed(name: str) -> bool:
     """Is a module of this name one of a mixture's experts, which see tokens in an order of their own?"""
     return any(part in ("expert", "experts") for part in name.split("."))
-
-
-def _is_checkpointing(module: nn.Module) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(child.training and getattr(child, "gradient_checkpointing", False) for child in module.modules())

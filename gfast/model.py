@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gfast import hf, wrappers
 from gfast.deferred import DeferredLogits, Head
+from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
 from gfast.ops.common import IGNORE_INDEX, LossOutput
@@ -183,7 +184,7 @@ def model_loss(
     def loss(module: nn.Module) -> LossOutput:
         given = with_reference(module, batch, objective, reference) if lacking else batch
         if isinstance(objective, (RMU, RR)):
-            hidden = hf.layer_hidden(module, given, objective.layer)  # [B, T, D]
+            hidden = layer_hidden(module, given, objective.layer)  # [B, T, D]
             more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
             return LossOutput(objective.value(hidden, *more, labels != IGNORE_INDEX, normalizer), None, None)
         output = model_output(module, given, own_terms=own_terms != 0)
@@ -301,7 +302,7 @@ def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, refere
         if "ref_logp" in lacking:
             given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
         if "ref_layer_hidden" in lacking:
-            given["ref_layer_hidden"] = hf.layer_hidden(model, batch, objective.layer)  # [B, T, D]
+            given["ref_layer_hidden"] = layer_hidden(model, batch, objective.layer)  # [B, T, D]
         if lacking & {"ref_hidden", "ref_head"}:
             given["ref_output"] = model_output(model, batch)
     return given

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import gfast
 from gfast import hf
 from gfast.geffect.groups import assign
+from gfast.hidden_states import layer_hidden
 from gfast.objectives import GA, NLL
 
 pytest.importorskip("transformers")
@@ -202,14 +203,14 @@ def test_layer_hidden_counts_as_transformers_does(name):
         pytest.skip("no causal language model")
     if "is a list of blocks" in NO_GROUPS.get(name, ""):
         with pytest.raises(ValueError, match=NO_GROUPS[name]):
-            hf.layer_hidden(model, batch, 0)
+            layer_hidden(model, batch, 0)
         return
     with torch.no_grad():
         expected = run(model, batch, output="hidden_states")
         for layer in range(min(hf.num_layers(model) + 1, len(expected))):  # Mllama has L states
-            torch.testing.assert_close(hf.layer_hidden(model, batch, layer), expected[layer], rtol=0, atol=0)
+            torch.testing.assert_close(layer_hidden(model, batch, layer), expected[layer], rtol=0, atol=0)
     with pytest.raises(ValueError, match=f"use 0 .* to {hf.num_layers(model)}"):
-        hf.layer_hidden(model, batch, hf.num_layers(model) + 1)
+        layer_hidden(model, batch, hf.num_layers(model) + 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

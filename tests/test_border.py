@@ -13,6 +13,7 @@ from geffect_models import VOCAB, batches, dots, gradient, literal_loss, tiny
 
 import gfast
 from gfast import hf, model_state, wrappers
+from gfast.hidden_states import layer_hidden
 from gfast.model import model_output
 from gfast.objectives import GA, KL, NLL, NPO, RMU, RR, TNPO, WGA
 
@@ -413,7 +414,7 @@ def test_with_adapters_the_original_is_the_base_or_refused(kind, objective):
     with torch.no_grad():
         head, hidden, _ = model_output(original, batch)
         given |= dict(ref_logp=gfast.model_logp(original, batch), ref_hidden=hidden, ref_head=head.weight.detach())
-        given |= dict(ref_layer_hidden=hf.layer_hidden(original, batch, 2))
+        given |= dict(ref_layer_hidden=layer_hidden(original, batch, 2))
     torch.testing.assert_close(found, gfast.model_loss(model, given, objective).loss)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import gfast
 from gfast import hf, wrappers
+from gfast.hidden_states import layer_hidden
 from gfast.model import model_output
 
 transformers = pytest.importorskip("transformers")
@@ -101,9 +102,7 @@ def test_family_agrees_with_transformers(family):
             logits = head.softcap * torch.tanh(logits / head.softcap)
         torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-6)
         for layer in range(LAYERS + 1):
-            torch.testing.assert_close(
-                hf.layer_hidden(model, batch, layer), expected.hidden_states[layer], rtol=0, atol=0
-            )
+            torch.testing.assert_close(layer_hidden(model, batch, layer), expected.hidden_states[layer], rtol=0, atol=0)
     assert hf.num_layers(model) == LAYERS
     units = hf.parameter_units(model)
     assert set(units) == {name for name, _ in model.named_parameters()}
@@ -172,9 +171,9 @@ def test_layer_hidden_stops_after_the_wanted_layer_and_is_differentiable():
     ran = []
     for index, block in enumerate(model.model.layers):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    hf.layer_hidden(model, batch, 1)  # the first time it looks whether that is the hidden state of transformers
+    layer_hidden(model, batch, 1)  # the first time it looks whether that is the hidden state of transformers
     ran.clear()
-    hidden = hf.layer_hidden(model, batch, 1)
+    hidden = layer_hidden(model, batch, 1)
     assert ran == [0]
     hidden.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
@@ -184,20 +183,20 @@ def test_layer_hidden_stops_after_the_wanted_layer_and_is_differentiable():
 
 def test_layer_hidden_out_of_range():
     with pytest.raises(ValueError, match="use 0 .* to 3"):
-        hf.layer_hidden(make("llama"), make_batch(), LAYERS + 1)
+        layer_hidden(make("llama"), make_batch(), LAYERS + 1)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_layer_hidden_with_gradient_checkpointing(reentrant):
     model, batch = make("llama"), make_batch()
     expected = reference(model, batch).hidden_states[2]
-    hf.layer_hidden(model, batch, 2).square().sum().backward()
+    layer_hidden(model, batch, 2).square().sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    hidden = hf.layer_hidden(model, batch, 2)
+    hidden = layer_hidden(model, batch, 2)
     torch.testing.assert_close(hidden, expected)
     hidden.square().sum().backward()
     for name, grad in grads.items():
@@ -247,11 +246,11 @@ def test_activation_checkpoint_wrapper():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model, batch = make("llama"), make_batch()
-    units, hidden = hf.parameter_units(model), hf.layer_hidden(model, batch, 1)
+    units, hidden = hf.parameter_units(model), layer_hidden(model, batch, 1)
     for index, block in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(block)
     assert {wrappers.unwrap_name(name): unit for name, unit in hf.parameter_units(model).items()} == units
-    torch.testing.assert_close(hf.layer_hidden(model, batch, 1), hidden, rtol=0, atol=0)
+    torch.testing.assert_close(layer_hidden(model, batch, 1), hidden, rtol=0, atol=0)
 
 
 def test_peft_lora():

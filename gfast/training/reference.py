@@ -338,6 +338,7 @@ def _forward(
 ) -> dict[str, Tensor]:
     """What the model says of a batch; its output head goes into ``head`` with the first one."""
     from gfast import hf
+    from gfast.hidden_states import layer_hidden
     from gfast.model import model_logp, model_output
 
     found = {}
@@ -357,7 +358,7 @@ def _forward(
     if "logp" in what:
         found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
     if "layer_hidden" in what:
-        found["ref_layer_hidden"] = hf.layer_hidden(model, batch, layer)  # [B, T, D]
+        found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
     return found
 
 

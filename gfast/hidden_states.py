@@ -1,0 +1,99 @@
+"""One hidden state of a model, by its own call, without storing the others."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast import hf, structure, wrappers
+from gfast.deferred import deferred
+from gfast.model_state import evaluating
+from gfast.wrappers import unwrap
+
+
+class _EnoughComputed(Exception):
+    """Ends a forward pass whose wanted hidden state has been captured; never leaves this file."""
+
+
+def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
+    """`hidden_states[layer]` of `output_hidden_states=True`, [B, T, D], storing only that one.
+
+    In most models 0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm:
+    then blocks after the wanted one are not run, where the model's call may be left early. A model whose states are
+    others, which is looked at once, is asked for all of them. Raises ValueError for a layer outside [0, L].
+    """
+    model = wrappers.measured(model)  # hooks see nothing of compiled code
+    hf.check_causal(model, batch)
+    count = hf.num_layers(model)
+    if not isinstance(layer, int) or not 0 <= layer <= count:
+        raise ValueError(
+            f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {count} (final norm)"
+        )
+    known = _states_by_place.setdefault(model, {})
+    if layer not in known:
+        with torch.no_grad(), evaluating(model):
+            known[layer] = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
+    # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
+    # detached tensor with the re-entrant variant. FSDP has to see among the outputs what is differentiated.
+    whole = _is_checkpointing(hf.decoder(model)) or (torch.is_grad_enabled() and wrappers.has_fsdp(model))
+    if known[layer] and not whole:
+        return _state_at(model, batch, layer)
+    states = _all_states(model, batch)
+    if layer >= len(states):
+        raise ValueError(f"{type(unwrap(model)).__name__} has {len(states)} hidden states, so none of layer {layer}")
+    return states[layer]
+
+
+# Of each model and layer: is the hidden state what stands at that place between the blocks?
+_states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    with deferred(model, hf.output_layer(model)):
+        return model(**hf.inputs(model, batch), output_hidden_states=True).hidden_states or ()
+
+
+def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
+    return (
+        found is not None and len(states) == 1 and found.shape == states[0].shape and torch.allclose(found, states[0])
+    )
+
+
+def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor | None:
+    """The input of block `layer`, or the output of the decoder after the last; None where it is not called."""
+    captured: list[Tensor] = []
+    stop = wrappers.stops_safely(model)
+    blocks = structure.blocks(unwrap(model))
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        captured.append(args[0] if args else kwargs["hidden_states"])
+        if stop:
+            raise _EnoughComputed
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        if stop:
+            raise _EnoughComputed
+
+    if layer < len(blocks):
+        handle = blocks[layer].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    else:
+        handle = hf.decoder(model).register_forward_hook(after)
+    try:
+        with deferred(model, hf.output_layer(model)):
+            model(**hf.inputs(model, batch))
+    except _EnoughComputed:
+        pass
+    finally:
+        handle.remove()
+    return captured[0] if captured else None
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(child.training and getattr(child, "gradient_checkpointing", False) for child in module.modules())
