@@ -229,6 +229,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
+def described(choices: dict[str, str]) -> str:
+    """For argparse, to which a percent sign is a place to fill in."""
+    return "; ".join(f"{name}: {text}" for name, text in choices.items()).replace("%", "%%")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -236,8 +241,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="small", help="'all' or some of " + ", ".join(HEADS))
     parser.add_argument("--objectives", default="wga,tnpo,npo,nll")
     parser.add_argument("--dtypes", default="bf16,fp32", help="some of " + ", ".join(DTYPES))
-    parser.add_argument("--modes", default="train", help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
-    parser.add_argument("--batches", default="full", help="; ".join(f"{k}: {v}" for k, v in BATCHES.items()))
+    parser.add_argument("--modes", default="train", help=described(MODES))
+    parser.add_argument("--batches", default="full", help=described(BATCHES))
     parser.add_argument("--rows", type=int, help="default: 1024 for logits and 512 for linear; 4096 on a GPU")
     parser.add_argument("--sweep", choices=SWEEPS, help="over rows, or over the vocabulary, with the first shape's D")
     parser.add_argument("--values", type=lambda text: [int(v) for v in text.split(",")], help="the sweep's values")

@@ -303,6 +303,35 @@ def test_images_count_in_the_cache_and_the_stream_engine(name, tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_training_sees_the_images(name, tmp_path):
+    from helpers.architectures import IMAGE, batch_for, build
+
+    from gfast.training import UnlearnConfig, UnlearnTrainer
+
+    if f"{name}+image" not in IMAGE:
+        pytest.skip(f"this version of transformers has no {name}")
+    model = build(f"{name}+image", dtype=torch.float32)
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch_for(model).items()}
+    expected = {k: v.clone() for k, v in gradient(model, literal_nll(model, batch)).items()}
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    args = UnlearnConfig(
+        str(tmp_path), objective="GA", use_cpu=True, max_steps=1, learning_rate=0.5, optim="sgd", weight_decay=0.0,
+        lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    rows = [{"number": 0}]
+    UnlearnTrainer(model, args, train_dataset=rows, data_collator=lambda items: dict(batch)).train()
+    tower = 0.0
+    for key, value in model.named_parameters():
+        step = (value.detach() - before[key]).double()
+        torch.testing.assert_close(
+            step, 0.5 * expected[key].double(), rtol=1e-3, atol=1e-6, msg=lambda t, k=key: f"{k}: {t}"
+        )
+        tower += float(step.square().sum()) if "vision" in key else 0.0
+    assert tower > 0
+
+
 # H. Models that are none of ours
 
 
