@@ -17,6 +17,7 @@ _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
 _WIDE_TILE_BYTES = 2**24  # of a tile of W or dW in fp32: larger products are worth more than the nearest cache
 _SUM_BYTES, _SUM_ENTRIES = 2**24, 256  # of the sums of dH by parts of the vocabulary; of the least part
+_FEW_ROWS = 16  # twice what MKL and 2 threads were seen to sum term after term
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -249,10 +250,32 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> N
     """out [m, n] = left [m, D] @ right [n, D].T + bias [n], rounded once."""
     if left.dtype != right.dtype:
         torch.ops.gfast.mixed_mm(left, right, bias, out)
-    elif bias is None:
-        torch.mm(left, right.t(), out=out)
+    elif bias is None or _few_rows(left):
+        add_mm(out, left, right.t(), first=True)
+        if bias is not None:
+            out += bias
     else:
         torch.addmm(bias, left, right.t(), out=out)
+
+
+def _few_rows(left: Tensor) -> bool:
+    """Whether a library may sum ``left @ right`` term after term: it does so in fp32 for fewer rows than its registers
+    hold, and a sum over the vocabulary then loses a digit that the same rows keep among others."""
+    return left.dtype == torch.float32 and left.is_cpu and left.shape[0] < _FEW_ROWS and left.shape[1] > _SUM_ENTRIES
+
+
+def add_mm(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total [m, n] += left [m, k] @ right [k, n], or = for the first, all of one dtype; as exact for few rows as for
+    many."""
+    if _few_rows(left):
+        if first:
+            total.zero_()
+        for part in _parts(left.shape[1], _SUM_ENTRIES):
+            total += left[:, part] @ right[part]
+    elif first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -260,10 +283,7 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
     if first and total.is_cpu and (left.dtype, total.dtype) == (torch.float32, torch.bfloat16) and _multiplies_mixed():
         torch.ops.gfast.head_grad_weight(left, right, total)
     elif left.dtype == total.dtype:
-        if first:
-            torch.mm(left.t(), right, out=total)
-        else:
-            total.addmm_(left.t(), right)
+        add_mm(total, left.t(), right, first)
     elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         # the matrix units accumulate in fp32 anyway: asking for fp32 out avoids rounding every chunk's share
         if first:
