@@ -344,9 +344,8 @@ def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor
 
     ``ctx.dtypes`` holds those dtypes; ``late`` is the reduction's factor where it was left out of the accumulation.
     """
-    factor = grad_loss if late is None else grad_loss * late
     return [
-        scaled(ctx, grad, factor).to(dtype) if wanted else None
+        scaled(ctx, grad, grad_loss, late).to(dtype) if wanted else None
         for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
 

@@ -47,8 +47,10 @@ class Overwritten:
         self.loss = _Loss.apply(logits, self)
         _Gone.apply(logits, self.name)
 
-    def finished(self, loss: Tensor) -> Tensor:
-        """The logits hold the gradient now and ``loss`` (0-dim) is its value; returns the loss that autograd knows."""
+    def finished(self, loss: Tensor, late: Tensor | None) -> Tensor:
+        """The logits hold the gradient now, but for a factor ``late``, and ``loss`` (0-dim) is its value; returns the
+        loss that autograd knows."""
+        self.late = late
         self.version = self.grad._version
         value, self.loss = self.loss, None
         with torch.no_grad():
@@ -68,7 +70,7 @@ class Overwritten:
             )
         if not graph_is_kept():
             self.grad = None
-        return scaled(ctx, grad, grad_loss)
+        return scaled(ctx, grad, grad_loss, self.late)
 
 
 class _Loss(torch.autograd.Function):

@@ -13,6 +13,7 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     fresh,
+    kept_scale,
     scaled,
     sequence_layout,
 )
@@ -85,8 +86,9 @@ def _(logits, ref_logits, labels, factor, with_grad, impl):
 class _KLLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, labels, factor, impl):
-        kl, grad = torch.ops.gfast.token_kl(logits, ref_logits, labels, factor, ctx.needs_input_grad[0], impl)
-        ctx.save_for_backward(grad)
+        inner, late = kept_scale(factor, logits.dtype)
+        kl, grad = torch.ops.gfast.token_kl(logits, ref_logits, labels, inner, ctx.needs_input_grad[0], impl)
+        ctx.save_for_backward(grad, late)
         ctx.set_materialize_grads(False)
         return kl.sum() * factor
 
@@ -94,7 +96,8 @@ class _KLLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if grad_loss is None:
             return None, None, None, None, None
-        return scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None, None, None
+        grad, late = ctx.saved_tensors
+        return scaled(ctx, grad, grad_loss, late), None, None, None, None
 
 
 def kl_factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     fresh,
+    kept_scale,
     raise_if_not_finite,
     runs_now,
     scaled,
@@ -121,14 +122,18 @@ class _Loss(torch.autograd.Function):
     """Ties a loss to logits whose gradient was written by the pass that computed it."""
 
     @staticmethod
-    def forward(ctx, logits, loss, grad):
-        ctx.save_for_backward(grad)
+    def forward(ctx, logits, loss, grad, late):
+        ctx.save_for_backward(grad, late)
         ctx.set_materialize_grads(False)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return None if grad_loss is None else scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None
+        nothing = (None,) * 3
+        if grad_loss is None:
+            return None, *nothing
+        grad, late = ctx.saved_tensors
+        return scaled(ctx, grad, grad_loss, late), *nothing
 
 
 def spec_of(objective) -> WeightSpec | None:
@@ -232,17 +237,19 @@ def _scalar_loss(
     now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
     if level == "token":
         ref = ref if spec.uses_ref else None
+        inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
             unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
-            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), factor, wanted, impl)
+            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), inner, wanted, impl)
         else:
             memory.start()
-            logp, weight = weighted_rows(rows, flat, ref, spec, factor, 1.0, 0.0, rows, impl)
+            logp, weight = weighted_rows(rows, flat, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
         logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, flat, impl)
         weight, value = weigh(objective, logp, ref, valid, ids, count)
-        coef = weight * factor
+        inner, late = kept_scale(factor, logits.dtype, weight) if wanted else (factor, None)
+        coef = weight * inner
         if memory is not None:
             memory.start()
             logp_rows_grad(rows, flat, logp, stats, coef, 1.0, 0.0, rows, impl)
@@ -251,9 +258,9 @@ def _scalar_loss(
             grad = gradient(rows, flat, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
-        loss = memory.finished(loss)
+        loss = memory.finished(loss, late)
     elif wanted:
-        loss = _Loss.apply(logits, loss, grad.view(logits.shape))
+        loss = _Loss.apply(logits, loss, grad.view(logits.shape), late)
     return LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
 
 
