@@ -217,9 +217,10 @@ def kept_scale(factor: Tensor, dtype: torch.dtype, weight: Tensor | None = None)
 def scaled(ctx, gradient: Tensor, factor: Tensor, late: Tensor | None = None) -> Tensor:
     """``gradient * factor * late`` (0-dim) in the gradient's dtype, in a backward whose ``ctx`` keeps ``gradient``.
 
-    The factors are multiplied in fp32: a loss scale and its counterpart need not be numbers of fp16. The gradient is scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by
-    a kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned
-    stays as it is.
+    The factors are multiplied in fp32: a loss scale and its counterpart need not be numbers of fp16. The gradient is
+    scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by a
+    kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned stays
+    as it is.
     """
     if late is not None:
         factor = factor * late
