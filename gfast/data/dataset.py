@@ -18,7 +18,7 @@ IGNORE = -100
 
 def _seeded(*numbers: int) -> torch.Generator:
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
 class QADataset(Dataset):
@@ -98,7 +98,7 @@ class QADataset(Dataset):
                     )
                 cut.append((number, len(ids)))
                 ids = ids[:max_length]
-            input_ids = torch.tensor(ids, dtype=torch.int64)  # [T]
+            input_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")  # [T]
             labels = input_ids.clone()
             labels[:start] = IGNORE
             self._items.append((input_ids, labels))
@@ -132,7 +132,7 @@ def refused(
     lines = load_refusals() if refusals is None else list(refusals)
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
-    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i))) for i in range(len(rows))]
+    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i), device="cpu")) for i in range(len(rows))]
     return [{**row, answer: lines[choice]} for row, choice in zip(rows, choices, strict=True)]
 
 
@@ -213,7 +213,7 @@ class ForgetRetain(Dataset):
                 raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
         self.forget, self.retain, self.seed = forget, retain, seed
         # Shared memory, so that persistent data loader workers see the new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._partners: tuple[int, list[int]] | None = None
         self._held = False
 
@@ -241,7 +241,7 @@ class ForgetRetain(Dataset):
         if self._partners is None or self._partners[0] != epoch:
             generator, order = _seeded(self.seed, epoch), []
             while len(order) < len(self.forget):
-                order += torch.randperm(len(self.retain), generator=generator).tolist()
+                order += torch.randperm(len(self.retain), generator=generator, device="cpu").tolist()
             self._partners = (epoch, order[: len(self.forget)])
         return self._partners[1]
 
@@ -297,7 +297,7 @@ def fingerprint(dataset: Any) -> str:
             if isinstance(value, dict):
                 add(value)
             else:
-                values = torch.as_tensor(value, dtype=torch.int64).reshape(-1)
+                values = torch.as_tensor(value, dtype=torch.int64, device="cpu").reshape(-1)
                 digest.update(f"[{values.numel()}]".encode() + values.numpy().astype("<i8").tobytes())
 
     for index in range(len(dataset)):

@@ -52,7 +52,9 @@ class RMU(Objective):
 
     def direction(self, size: int) -> Tensor:
         """u in [0, 1)^D, fp32 on the CPU."""
-        return torch.rand(size, generator=torch.Generator().manual_seed(self.seed))  # [D]
+        return torch.rand(
+            size, generator=torch.Generator("cpu").manual_seed(self.seed), dtype=torch.float32, device="cpu"
+        )
 
     def value(self, hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """The loss from hidden states [B, T, D] and the bool mask of valid positions [B, T]."""

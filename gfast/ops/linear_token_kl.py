@@ -26,7 +26,7 @@ def _kl_parts(logits, ref_logits, labels, form, impl) -> tuple[Tensor, Tensor]:
         from gfast.kernels import kl
 
         totals = torch.empty(logits.shape[0], 4, dtype=torch.float32, device=logits.device)
-        one = torch.ones((), device=logits.device)
+        one = torch.ones((), dtype=torch.float32, device=logits.device)
         return kl.kl_rows(logits, ref_logits, labels, one, *form, totals=totals), totals
     z, ref_z = capped(logits, *form[:2]), capped(ref_logits, *form[2:])
     tops = z.amax(-1), ref_z.amax(-1)

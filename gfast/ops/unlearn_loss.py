@@ -177,12 +177,12 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
     """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2])."""
     spec = spec_of(objective)
     if spec is None:
-        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), device=logp.device)
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
         if weight.shape != logp.shape:
             raise ValueError(
                 f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}."
             )
-        weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
+        weight = torch.where(valid, weight.detach(), 0.0)
         return weight, weight * logp
     return weights_and_values(spec, logp, ref_logp, valid, sequence_id, num_sequences)
 
