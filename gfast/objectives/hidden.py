@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfast.objectives.base import Objective
+from gfast.ops.common import check_normalizer
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,6 @@ class RR(Objective):
 def _mean_square(difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:
     per_position = difference.square().mean(-1)  # [B, T]
     total = torch.where(valid, per_position, 0.0).sum()
+    if normalizer is not None:
+        check_normalizer(normalizer)
     return total / (valid.sum().clamp(min=1) if normalizer is None else normalizer)

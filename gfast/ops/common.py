@@ -36,6 +36,8 @@ def check_rows(name: str, scores: Tensor, labels: Tensor, what: str = "logits") 
             f"gfast: {name}: {what} of shape {tuple(scores.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
             f"not {tuple(labels.shape)}."
         )
+    if what == "logits" and scores.shape[-1] == 0:
+        raise ValueError(f"gfast: {name}: logits of shape {tuple(scores.shape)} have an empty vocabulary.")
     if not scores.is_floating_point():
         raise TypeError(f"gfast: {name}: {what} must be floating point, not {scores.dtype}.")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -124,6 +126,7 @@ def coef_scale(
     if normalizer is not None:
         if reduction in ("sum", "none"):
             raise ValueError(f"gfast: normalizer has no meaning with reduction {reduction!r}.")
+        check_normalizer(normalizer)
         if not isinstance(normalizer, Tensor):  # filled in on the device: a copy from the host would wait
             return torch.full((), 1.0 / normalizer, dtype=dtype, device=valid.device)
         return 1.0 / normalizer.to(valid.device, dtype)
@@ -136,6 +139,19 @@ def coef_scale(
             present = present[: num_sequences // 2] | present[num_sequences // 2 :]
         return 1.0 / present.sum().clamp(min=1).to(dtype)
     return torch.ones((), dtype=dtype, device=valid.device)
+
+
+def check_normalizer(normalizer: float | Tensor) -> None:
+    """It divides: a positive number. A tensor is looked at where that costs no waiting."""
+    if isinstance(normalizer, Tensor) and not (runs_now(normalizer) and reads_are_free(normalizer.device)):
+        return
+    if not 0 < float(normalizer) < math.inf:
+        raise ValueError(f"gfast: normalizer must be a positive number, not {float(normalizer)}.")
+
+
+def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
+    if min(chunk_rows) < 1:
+        raise ValueError(f"gfast: {name}: chunk_rows must be at least 1, not {min(chunk_rows)}.")
 
 
 def check_pairs(name: str, level: str, num_sequences: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -380,10 +381,10 @@ def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
 
 def check_map(name: str, logit_scale: float, softcap: float | None) -> tuple[float, float]:
     """Scale and softcap of the logits, 0 for none."""
-    if not logit_scale > 0:
-        raise ValueError(f"gfast: {name}: logit_scale must be positive, not {logit_scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"gfast: {name}: softcap must be positive or None, not {softcap}.")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"gfast: {name}: logit_scale must be positive and finite, not {logit_scale}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"gfast: {name}: softcap must be positive and finite or None, not {softcap}.")
     return float(logit_scale), float(softcap or 0.0)
 
 

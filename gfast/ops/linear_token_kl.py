@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import IGNORE_INDEX, check_label_range, row_chunks, rows_at_once
+from gfast.ops.common import IGNORE_INDEX, check_chunk_rows, check_label_range, row_chunks, rows_at_once
 from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, valid_rows
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
@@ -117,6 +117,8 @@ def _linear_token_kl(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_label_range("linear_token_kl", labels, vocab)
+    check_chunk_rows("linear_token_kl", chunk_rows)
+    select("linear_token_kl", impl, hidden.device, hidden.dtype)  # also where there are no rows
     shard = Shard(first, vocab, group)  # that both weights [v, D] are
     order = valid_rows(labels)
     chunk = rows_at_once(labels, order, chunk_rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import check_label_range, row_chunks, rows_at_once
+from gfast.ops.common import check_chunk_rows, check_label_range, row_chunks, rows_at_once
 from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 from gfast.ops.head import ChunkedHead, check_map, fake_gradients, valid_rows
 from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
@@ -36,6 +36,7 @@ def _linear_token_logp(
     """logp [N] and statistics [N, 2]; ``first``, ``vocab``, ``group``: the ``Shard`` that weight [v, D] and bias [v]
     are."""
     check_label_range("linear_token_logp", labels, vocab)
+    check_chunk_rows("linear_token_logp", chunk_rows)
     shard = Shard(first, vocab, group)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
     chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
@@ -74,6 +75,7 @@ def _linear_token_logp_backward(
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_chunk_rows("linear_token_logp", chunk_rows)
     shard = Shard(first, vocab, group)
     order = valid_rows(labels)
     chunk = rows_at_once(labels, order, chunk_rows)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gfast.ops import common
+from gfast.ops.backend import select
 from gfast.ops.common import (
     IGNORE_INDEX,
     LossOutput,
+    check_chunk_rows,
     check_label_range,
     check_pairs,
     check_reduction,
@@ -77,6 +79,8 @@ def _linear_unlearn(
     the ``Shard`` that weight [v, D] and bias [v] are.
     """
     check_label_range("linear_unlearn_loss", labels, vocab)
+    check_chunk_rows("linear_unlearn_loss", chunk_rows)
+    select("linear_unlearn_loss", impl, hidden.device, hidden.dtype)  # also where there are no rows
     shard = Shard(first, vocab, group)
     spec = WeightSpec.from_numbers(level, numbers)
     order, chunk, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)

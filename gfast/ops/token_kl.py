@@ -26,7 +26,7 @@ def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Te
     log_p = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
     log_q = torch.log_softmax(capped(ref_logits, 1.0, 0.0), dim=-1)
     q = log_q.exp()
-    terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
+    terms = torch.where(q == 0, 0.0, q * (log_q - log_p))
     return torch.where(labels != IGNORE_INDEX, terms.sum(-1), 0.0)
 
 
