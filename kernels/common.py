@@ -194,6 +194,7 @@ def target_stats(z_y, top, rest):
     s_other = rest * tl.exp(top - m)
     e_y = tl.exp(z_y - m)
     log_total = log1p_positive(tl.where(z_y >= top, s_other, s_other + e_y - 1.0))
+    log_total = tl.where(s_other + e_y == 0.0, float("nan"), log_total)  # all -inf: no softmax
     return m, log_total, (z_y - m) - log_total, e_y, s_other
 
 

@@ -16,6 +16,12 @@ from gfast.kernels.common import LOWEST, absorb, cap_scale, cap_slope, check_row
 
 
 @triton.jit
+def weighted(q, x):
+    """q x, and 0 where q has underflowed: p may be 0 there, and x infinite."""
+    return tl.where(q == 0.0, 0.0, q * x)
+
+
+@triton.jit
 def kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q):
     """Online maxima and sums of both rows, and t = sum exp(z_q - m_q) ((z_q - m_q) - (z_p - m_p)).
 
@@ -24,10 +30,10 @@ def kl_absorb(m_p, s_p, m_q, s_q, t, z_p, z_q):
     m_p_new, s_p = absorb(m_p, s_p, z_p)
     m_q_new = tl.maximum(m_q, tl.max(z_q, 1))
     rescale = tl.exp(m_q - m_q_new)
-    t = rescale * (t + s_q * ((m_q - m_q_new) - (m_p - m_p_new)))
+    t = weighted(rescale, t + s_q * ((m_q - m_q_new) - (m_p - m_p_new)))
     e = tl.exp(z_q - m_q_new[:, None])
     gap = (z_q - m_q_new[:, None]) - (z_p - m_p_new[:, None])
-    t += tl.sum(tl.where(z_q == float("-inf"), 0.0, e * gap), 1)
+    t += tl.sum(weighted(e, gap), 1)
     return m_p_new, s_p, m_q_new, s_q * rescale + tl.sum(e, 1), t
 
 
@@ -98,7 +104,7 @@ def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scal
             top_p = tl.max(m_p, 0)
             top_q = tl.max(m_q, 0)
             share = tl.exp(m_q - top_q)
-            t = tl.sum(share * (t + s_q * ((m_q - top_q) - (m_p - top_p))), 0)
+            t = tl.sum(weighted(share, t + s_q * ((m_q - top_q) - (m_p - top_p))), 0)
             sum_p = tl.sum(s_p * tl.exp(m_p - top_p), 0)
             sum_q = tl.sum(s_q * share, 0)
             tl.store(kl + i, t / sum_q - (tl.log(sum_q) - tl.log(sum_p)))

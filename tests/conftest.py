@@ -1,10 +1,13 @@
-"""Shared fixtures, and Triton's interpreter where there is no CUDA: it must be chosen before triton is imported."""
+"""Shared fixtures, seeds, and Triton's interpreter where there is no CUDA, chosen before triton is imported."""
 
 from __future__ import annotations
 
 import os
+import random
+import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -20,6 +23,23 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared models and data at {folder}; set GFAST_SHARED to the folder that holds them")
     return folder
+
+
+def seed(name: str) -> None:
+    number = zlib.crc32(name.encode())
+    for start in (random.seed, numpy.random.seed, torch.manual_seed):
+        start(number)
+
+
+# Every test and every fixture draws the same numbers in every run, alone or after others, in whichever process.
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request) -> None:
+    seed(f"{fixturedef.argname}[{getattr(request, 'param_index', 0)}]")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item) -> None:
+    seed(f"{item.path.name}::{item.name}")
 
 
 # Files of minutes, the longest first: begun last, one of them would have a worker to itself while the others idle. As

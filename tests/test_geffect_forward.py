@@ -198,7 +198,7 @@ ATTENTION = {
     "plain": {},
     "causal": dict(is_causal=True),
     "bool mask": dict(attn_mask=CAUSAL & (torch.arange(5) > 0)),  # the first query sees nothing
-    "float mask": dict(attn_mask=torch.randn(2, 1, 5, 5, dtype=torch.float64).masked_fill(~CAUSAL, -math.inf)),
+    "float mask": dict(attn_mask=parameter(2, 1, 5, 5).detach().masked_fill(~CAUSAL, -math.inf)),
     "scale": dict(is_causal=True, scale=0.3),
     "grouped": dict(is_causal=True, enable_gqa=True),
     "grouped, mask": dict(attn_mask=CAUSAL.expand(2, 4, 5, 5), enable_gqa=True),

@@ -56,6 +56,28 @@ def test_few_rows_and_odd_vocabularies(n, V, objective, dtype, impl):
             assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 15])
+def test_a_chunk_of_few_rows_is_summed_as_exactly_as_many(rows, impl):
+    """Long sums, over the vocabulary and over the width: the errors are held against the product of all rows at once,
+    as a library sums it that has too few of them to fill its registers."""
+    need("linear_unlearn_loss", impl, "cpu", torch.float32)
+    for width, vocab in ((16, 32768), (8192, 256)):
+        results = []
+        for seed in range(DRAWS // 4):
+            hidden, weight, _, labels = rows_problem(32, width, vocab, torch.float32, seed)
+
+            def ours(h, w):
+                return gfast.linear_unlearn_loss(h, w, labels, WGA(0.5), chunk_rows=rows, impl=impl)  # noqa: B023
+
+            def literal(h, w):
+                return linear_unlearn_loss_reference(h, w, labels, WGA(0.5))  # noqa: B023
+
+            inputs = hidden, weight
+            results.append([run(ours, inputs), run(literal, inputs), run(literal, [x.double() for x in inputs])])
+        assert_law_of_draws(results, torch.float32, f"{impl} {width}")
+
+
 def whole_logits(n, D, V):
     """hidden, weight, bias and logits: multiples of 32, to beyond 1e4, which fp32 sums exactly in any order. A tie is
     a tie for everyone: random logits of this size would leave the errors to chance, in the one row that nearly ties."""

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from test_ops_losses import assert_law, label, need, problem, run, squared
+from test_ops_losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, need, problem, run, squared
 
 import gfast
 from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO
+from gfast.ops.token_kl import token_kl_reference
+from gfast.ops.unlearn_loss import unlearn_loss_reference
+
+
+def tiny(logp, ref_logp, sequence_id):
+    """Weights as of a text that is forgotten."""
+    return 1e-6 * torch.exp(0.1 * logp)
 
 
 @pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss", "token_kl", "linear_token_kl"])
@@ -64,6 +71,67 @@ def test_in_place_is_the_same(objective, impl, flat):
     expected = run(lambda h, w: loss(h, w, False), (hidden, weight))
     for ours, exact in zip(run(lambda h, w: loss(h, w, True), (hidden, weight)), expected, strict=True):
         assert torch.equal(ours, exact)
+
+
+TOKENS, LOSS_SCALE = 16384, 2.0**16  # one micro-batch of a step of so many tokens
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("objective", [*ALL, WGA(3.0), squared, tiny], ids=label)
+def test_a_loss_scale_reaches_fp16_gradients(objective, impl, inplace):
+    """By the law: rounded to fp16 before the loss scale, most of these gradients would be 0."""
+    need("unlearn_loss", impl, "cpu", torch.float16)
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, bias, labels, ref = problem(seed, V=333)
+        logits = torch.nn.functional.linear(hidden, weight, bias).half()
+        mine = dict(ref_logp=ref, reduction="sequence_mean", normalizer=TOKENS, impl=impl, inplace=inplace)
+
+        def ours(z):
+            return LOSS_SCALE * gfast.unlearn_loss(z * 1.0, labels, objective, **mine).loss  # noqa: B023
+
+        def literal(z):
+            out = unlearn_loss_reference(z, labels, objective, ref_logp=ref, reduction="sum")  # noqa: B023
+            return LOSS_SCALE / TOKENS * out.loss
+
+        z = logits.clone().requires_grad_()
+        loss = ours(z)
+        if seed % 2:
+            loss.backward(retain_graph=True)
+            z.grad = None
+        loss.backward()
+        draws.append(([loss.detach(), z.grad], run(literal, (logits,)), run(literal, (logits.double(),))))
+    assert_law_of_draws(draws, torch.float16, impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("near", [1.0, 1e-2])
+def test_a_loss_scale_reaches_fp16_gradients_of_kl(impl, near):
+    need("token_kl", impl, "cpu", torch.float16)
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, bias, labels, _ = problem(seed, V=333)
+        logits = torch.nn.functional.linear(hidden, weight, bias).half()
+        reference = (logits + near * torch.randn(logits.shape)).half()
+
+        def ours(z):
+            return LOSS_SCALE * gfast.token_kl(z, reference, labels, normalizer=TOKENS, impl=impl)  # noqa: B023
+
+        def literal(z):
+            return LOSS_SCALE / TOKENS * token_kl_reference(z, reference.to(z.dtype), labels).sum()  # noqa: B023
+
+        draws.append([run(ours, (logits,)), run(literal, (logits,)), run(literal, (logits.double(),))])
+    assert_law_of_draws(draws, torch.float16, impl)
+
+
+def test_rows_that_are_not_finite_leave_fp16_gradients_of_others():
+    """Callables' weights set what gradients are kept at."""
+    weights = torch.tensor([torch.inf, 1.0, torch.nan, 0.0])
+    logits = torch.zeros(4, 5, dtype=torch.float16, requires_grad=True)
+    (gfast.unlearn_loss(logits, torch.arange(4), lambda *_: weights).loss * 4).backward()
+    assert logits.grad[1].tolist() == pytest.approx([-0.2, 0.8, -0.2, -0.2, -0.2], rel=1e-3)
+    assert not logits.grad[0].isfinite().any() and logits.grad[2].isnan().all() and (logits.grad[3] == 0).all()
 
 
 def test_overwritten_logits_are_never_read_as_logits():

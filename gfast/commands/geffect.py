@@ -241,7 +241,7 @@ def in_words(effect: Any) -> str:
     for side in ("unlearn", "retain"):
         total = effect.total(side)
         values = torch.cat(total) if isinstance(total, list) else total[effect.tokens > 0]
-        low, middle, high = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)).tolist()
+        low, middle, high = torch.quantile(values, values.new_tensor([0.1, 0.5, 0.9])).tolist()
         below = float((values < 0).double().mean())
         lines.append(
             f"{side:<8} {len(values)} values, 10/50/90 %: {low:.4g} {middle:.4g} {high:.4g}; {below:.0%} below zero"

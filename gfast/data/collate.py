@@ -66,16 +66,16 @@ class Collator:
                     "gfast: a batch mixes items with and without a preferred answer; use one kind of data set"
                 )
             items = [*items, *(_preferred(item) for item in items)]
-        ids = [torch.as_tensor(item["input_ids"], dtype=torch.int64) for item in items]
+        ids = [torch.as_tensor(item["input_ids"], dtype=torch.int64, device="cpu") for item in items]
         lengths = [len(row) for row in ids]
         multiple = self.pad_to_multiple_of
         padded = (max(lengths) + multiple - 1) // multiple * multiple
 
-        input_ids = torch.full((len(ids), padded), self.pad_id, dtype=torch.int64)  # [B, T]
+        input_ids = torch.full((len(ids), padded), self.pad_id, dtype=torch.int64, device="cpu")  # [B, T]
         labels = torch.full_like(input_ids, IGNORE)
         attention_mask = torch.zeros_like(input_ids)
         for b, (row, item) in enumerate(zip(ids, items, strict=True)):
-            row_labels = torch.as_tensor(item["labels"], dtype=torch.int64)
+            row_labels = torch.as_tensor(item["labels"], dtype=torch.int64, device="cpu")
             if row_labels.shape != row.shape:
                 raise ValueError(f"gfast: item {b} of a batch has {len(row)} input_ids but {len(row_labels)} labels")
             input_ids[b, : len(row)] = row
@@ -86,7 +86,7 @@ class Collator:
         with_ids = ["sample_id" in item for item in items]
         if all(with_ids):
             sample_ids = [int(item["sample_id"]) for item in items]
-            batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64)  # [B]
+            batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64, device="cpu")  # [B]
             if self.reference is not None:
                 batch.update(self.reference.join(sample_ids, lengths, padded))
         elif any(with_ids) or self.reference is not None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import Dataset
 
@@ -17,7 +18,7 @@ from gfast.data.rows import as_rows, field_text
 
 def _seeded(*numbers: int) -> torch.Generator:
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
 class QADataset(Dataset):
@@ -98,8 +99,8 @@ class QADataset(Dataset):
                     )
                 cut.append((number, len(ids)))
                 ids, marked = ids[:max_length], marked[:max_length]
-            input_ids = torch.tensor(ids, dtype=torch.int64)  # [T]
-            self._items.append((input_ids, torch.tensor(marked, dtype=torch.int64)))
+            input_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")  # [T]
+            self._items.append((input_ids, torch.tensor(marked, dtype=torch.int64, device="cpu")))
         if cut:
             warnings.warn(
                 f"gfast: {len(cut)} of {len(rows)} rows are longer than max_length={max_length} and lost the end of "
@@ -131,7 +132,7 @@ def refused(
     lines = load_refusals() if refusals is None else list(refusals)
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
-    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i))) for i in range(len(rows))]
+    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i), device="cpu")) for i in range(len(rows))]
     return [{**row, answer: lines[choice]} for row, choice in zip(rows, choices, strict=True)]
 
 
@@ -219,7 +220,7 @@ class ForgetRetain(Dataset):
                 raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
         self.forget, self.retain, self.seed = forget, retain, seed
         # Shared memory, so that persistent data loader workers see the new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._partners: tuple[int, list[int]] | None = None
         self._held = False
 
@@ -247,7 +248,7 @@ class ForgetRetain(Dataset):
         if self._partners is None or self._partners[0] != epoch:
             generator, order = _seeded(self.seed, epoch), []
             while len(order) < len(self.forget):
-                order += torch.randperm(len(self.retain), generator=generator).tolist()
+                order += torch.randperm(len(self.retain), generator=generator, device="cpu").tolist()
             self._partners = (epoch, order[: len(self.forget)])
         return self._partners[1]
 
@@ -304,7 +305,8 @@ def fingerprint(dataset: Any) -> str:
             if isinstance(value, dict):
                 add(value)
             else:
-                values = torch.as_tensor(value).cpu()
+                # by way of NumPy: PyTorch's default dtype would decide what a list of numbers is
+                values = value.cpu() if isinstance(value, torch.Tensor) else torch.from_numpy(numpy.asarray(value))
                 if values.is_floating_point():  # such as pixel values
                     digest.update(f"[{tuple(values.shape)} {values.dtype}]".encode())
                     digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

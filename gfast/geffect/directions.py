@@ -129,8 +129,8 @@ class Directions:
             groups = GroupMap(found["groups"], found["parameters"])
             names = list(groups.index)
             stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
-            gram = torch.tensor(found["gram"], dtype=torch.float64).view(len(groups.names), 2, 2)
-            squares = torch.tensor(found["squares"], dtype=torch.float64)
+            gram = torch.tensor(found["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
+            squares = torch.tensor(found["squares"], dtype=torch.float64, device="cpu")
             risks = {side: float(found["risks"][side]) for side in SIDES}
             data = {source: str(found["data"][source]) for source in SIDE_SOURCES}
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -173,7 +173,7 @@ def collect(
 ) -> Directions:
     """`risk_directions` on a model that is lent already."""
     stores: list[Store] = []
-    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
     for side, source in enumerate(SIDE_SOURCES):
         job = ((1.0, Term(risk, source)),)
         into = store_for(storage, dtype, source, passes.names, passes.device)

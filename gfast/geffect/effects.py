@@ -135,7 +135,7 @@ class SampleEffect(Effect):
                 f"token_effect(...) and its g_effect(objective)"
             )
         if found.level == "token":
-            return torch.full((len(self.tokens),), found.sign, dtype=torch.float64)
+            return torch.full((len(self.tokens),), found.sign, dtype=torch.float64, device="cpu")
         for name in ("logp", "ref_logp") if found.uses_ref else ("logp",):
             if getattr(self, name) is None:
                 raise ValueError(
@@ -148,9 +148,9 @@ class SampleEffect(Effect):
             return (values / self.tokens.clamp(min=1))[ids]
 
         ref = spread(self.ref_logp) if found.uses_ref else None
-        valid = torch.ones(len(ids), dtype=torch.bool)
+        valid = torch.ones(len(ids), dtype=torch.bool, device="cpu")
         weight, _ = weigh(objective, spread(self.logp), ref, valid, ids, len(self.tokens))
-        return torch.zeros(len(self.tokens), dtype=torch.float64).index_copy(0, ids, weight)
+        return torch.zeros(len(self.tokens), dtype=torch.float64, device="cpu").index_copy(0, ids, weight)
 
     def g_effect(self, objective: Objective) -> GEffect:
         """The G-effect of an objective with one weight a sequence, from these samples alone:
@@ -266,7 +266,7 @@ class TokenEffect(Effect):
             )
         logp, sizes = torch.cat(self.logp), self._sizes()  # [N], [S]
         ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
-        valid = torch.ones(len(logp), dtype=torch.bool)
+        valid = torch.ones(len(logp), dtype=torch.bool, device="cpu")
         weight, _ = weigh(objective, logp, ref, valid, _sample_ids(sizes), len(sizes))
         return list(weight.split(sizes.tolist()))
 
@@ -280,7 +280,7 @@ class TokenEffect(Effect):
             ValueError: as `weights`.
         """
         weight, sizes = torch.cat(self.weights(objective)), self._sizes()  # [N], [S]
-        ids, zeros = _sample_ids(sizes), torch.zeros(len(sizes), dtype=torch.float64)
+        ids, zeros = _sample_ids(sizes), torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
         sums = {
             side: {g: zeros.index_add(0, ids, torch.cat(tokens) * weight) for g, tokens in self._side(side).items()}
             for side in SIDES
@@ -299,7 +299,7 @@ class TokenEffect(Effect):
 
     def _sizes(self) -> Tensor:
         """Labelled tokens of each sample, int64 [S]."""
-        return torch.tensor([len(one) for one in self.logp])
+        return torch.tensor([len(one) for one in self.logp], device="cpu")
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp, label
@@ -330,7 +330,7 @@ class TokenEffect(Effect):
             return list(row_values(some).split(sizes))
 
         effects = rows_by(found["token_effect"], "side")
-        places = torch.tensor([int(row["token"]) for row in found["logp"]], dtype=torch.int64)
+        places = torch.tensor([int(row["token"]) for row in found["logp"]], dtype=torch.int64, device="cpu")
         return cls(
             *({g: list(v.split(sizes)) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES),
             logp=split(found["logp"]),
@@ -344,7 +344,7 @@ class TokenEffect(Effect):
 
 def _sample_ids(tokens: Tensor) -> Tensor:
     """The sample of each token, int64 [N], from the number of tokens of each sample [S]."""
-    return torch.repeat_interleave(torch.arange(len(tokens)), tokens)
+    return torch.repeat_interleave(torch.arange(len(tokens), device="cpu"), tokens)
 
 
 def _spec_on_forget(objective: Any) -> WeightSpec | None:

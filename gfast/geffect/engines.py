@@ -39,7 +39,7 @@ def _gram_effects(measurement: Measurement, objectives: Sequence[Objective]) -> 
     jobs = jobs_of(wanted)
     found = gram.gram_dots(measurement, [_term(job) for job in jobs])
     measured = {job: Measured(dots, None) for job, dots in zip(jobs, found, strict=True)}
-    nothing = torch.zeros(len(measurement.groups.names), 2, 2, dtype=torch.float64)
+    nothing = torch.zeros(len(measurement.groups.names), 2, 2, dtype=torch.float64, device="cpu")
     effects = finished(wanted, measurement, nothing, measured, {})
     for effect in effects:
         effect.norms = {}

@@ -104,7 +104,9 @@ def gram_effects(measurement: Measurement) -> GramEffect:
     starts = {source: _starts(batches[source]) for source in SIDE_SOURCES}
     total = {source: len(tokens[source]) for source in SIDE_SOURCES}
     groups = measurement.groups.names
-    out = {s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64) for s in SIDE_SOURCES}
+    out = {
+        s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64, device="cpu") for s in SIDE_SOURCES
+    }
 
     def put(source: str, first: int, second: int, values: Tensor) -> None:
         rows, columns = starts["forget"][first], starts[source][second]
@@ -136,7 +138,7 @@ def gram_dots(measurement: Measurement, terms: Sequence[Term]) -> list[Tensor]:
     risks = [Term(measurement.risk, source) for source in SIDE_SOURCES]
     for one in (*terms, *risks):
         check_weighted(one, "gram")
-    dots = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64) for term in terms}
+    dots = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
     factors = {term: identity_factor(term, measurement.risk) for term in terms}
     others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
 

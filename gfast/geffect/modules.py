@@ -360,8 +360,8 @@ def _computes(module: nn.Module, kind: str) -> bool:
                 expected = weight[ids] * scale
             else:
                 matrix = weight if kind == "linear" else weight.t()
-                x = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
-                x = x.to(weight.device, weight.dtype)
+                drawn = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+                x = torch.randn(2, matrix.shape[1], **drawn).to(weight.device, weight.dtype)
                 expected = nn.functional.linear(x, matrix, bias)
             out = module.forward(x)
             return bool((out - expected).norm() <= 0.01 * expected.norm())  # twice the rounding of 16 bits
@@ -377,9 +377,9 @@ def _norm_unit(module: nn.Module) -> float | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *weight.shape, generator=generator).to(weight.device)
-    other = torch.randn(weight.shape, generator=generator).to(weight.device)
+    drawn = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    x = torch.randn(2, *weight.shape, **drawn).to(weight.device)
+    other = torch.randn(weight.shape, **drawn).to(weight.device)
 
     def output(fill: float | Tensor) -> Tensor:
         with _with_weight(module, fill, x.dtype):

@@ -52,7 +52,7 @@ class Passes:
         parameters = dict(model.named_parameters())
         self.names = list(groups.index)
         self.parameters = [parameters[name] for name in self.names]
-        self.group_of = torch.tensor([groups.index[name] for name in self.names])  # [P]
+        self.group_of = torch.tensor([groups.index[name] for name in self.names], device="cpu")  # [P]
         self.num_groups = len(groups.names)
         self.device = self.parameters[0].device
         self.loss_scale = default_loss_scale(self.parameters) if loss_scale is None else float(loss_scale)
@@ -149,7 +149,7 @@ class Passes:
                 f"the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
                 f"{self.names[int(bad[0])]!r}: check the model's weights and, in float16, its range{scale}"
             )
-        out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64)
+        out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64, device="cpu")
         return out.index_add_(-2, self.group_of, table)
 
 

@@ -41,7 +41,8 @@ class InputProducts:
     def __init__(self) -> None:
         self._inputs: tuple[Tensor, ...] = ()
         self._blocks: dict[tuple[int, int], Tensor] = {}
-        self._tiles, self._filled = torch.empty(0), False  # as pair_dots lays them out
+        self._tiles = torch.empty(0, dtype=torch.float32, device="cpu")  # as pair_dots lays them out
+        self._filled = False
 
     def holds(self, x: Tensor, y: Tensor) -> bool:
         """Are products of these inputs kept?"""
@@ -66,7 +67,7 @@ class InputProducts:
         if size > _KEPT_PRODUCTS:
             return None, False
         if self._tiles.numel() < size:  # else that of the inputs before
-            self._tiles = torch.empty(size)
+            self._tiles = torch.empty(size, dtype=torch.float32, device="cpu")
         known, self._filled = self._filled, True
         return self._tiles, known
 

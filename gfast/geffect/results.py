@@ -338,7 +338,7 @@ def rows_by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mappi
 
 def row_values(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """Values of rows, fp64 [rows]."""
-    return torch.tensor([row["value"] for row in rows], dtype=torch.float64)
+    return torch.tensor([row["value"] for row in rows], dtype=torch.float64, device="cpu")
 
 
 def tensors_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -37,8 +37,9 @@ class Rows:
     @cached_property
     def membership(self) -> Tensor:
         """[S, n] of ones and zeros: sums over the rows of each sample, as a product in a fixed order."""
-        owner = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts, dtype=torch.int64))
-        return (owner == torch.arange(len(self.counts))[:, None]).float().to(self.device)
+        samples = torch.arange(len(self.counts), device="cpu")
+        owner = torch.repeat_interleave(samples, torch.tensor(self.counts, dtype=torch.int64, device="cpu"))
+        return (owner == samples[:, None]).float().to(self.device)
 
     def bounds(self) -> list[tuple[int, int]]:
         """First row and the one after the last of each sample."""

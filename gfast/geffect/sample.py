@@ -141,7 +141,7 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
     sites = find_sites(measurement.model, measurement.groups, "sample")
     work = measurement.data.shared(terms)
     found = _measure(measurement, directions, sites, work)
-    out = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64) for term in terms}
+    out = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
     for (_, some), (dots, _) in zip(work, found, strict=True):
         for term, values in zip(some, dots, strict=True):
             out[term] += values.sum(0)
@@ -195,7 +195,7 @@ def _measure(
                     seeds = [(t and t.objective, partial(consume, which)) for which, t in enumerate(terms)]
                     logp = seeded.run(batch, *seeds).double().sum(1)
                 else:
-                    logp = torch.zeros(rows, dtype=torch.float64)
+                    logp = torch.zeros(rows, dtype=torch.float64, device="cpu")
                 dots = [
                     passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term))
                     for table, term in zip(tables, terms, strict=True)

@@ -119,7 +119,7 @@ class HostStore(Store):
         return None if kept is None else kept.to(self.device)
 
     def _to_host(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        host = torch.empty(grad.shape, dtype=dtype, pin_memory=grad.is_cuda)
+        host = torch.empty(grad.shape, dtype=dtype, device="cpu", pin_memory=grad.is_cuda)
         return host.copy_(grad)
 
     def finish(self) -> None:

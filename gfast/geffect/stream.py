@@ -124,7 +124,7 @@ def _gram_of_risks(passes: Passes, measurement: Measurement) -> Tensor:
             return directions.gram
     first = ((1.0, Term(risk, "forget")),)
     table, stored = accumulate(passes, first, [], store_for(storage, dtype, "forget", passes.names, passes.device))
-    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
     gram[:, 0, 0] = passes.by_group(table, job_label(first))[:, 0]
     ((sums, _),) = _stream(passes, [stored], [second])
     sums = sums.sum(0)  # [G, 2]
@@ -168,11 +168,11 @@ def _swapped(
     passes.backward([*own, *of_risks[0], *of_risks[1]], consume, done)
     if not once:
         return None
-    square = torch.zeros(passes.num_groups, dtype=torch.float64)
+    square = torch.zeros(passes.num_groups, dtype=torch.float64, device="cpu")
     if own:
         square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
-    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64)
-    found = torch.zeros(passes.num_groups, 2, dtype=torch.float64)
+    gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
+    found = torch.zeros(passes.num_groups, 2, dtype=torch.float64, device="cpu")
     for side, some in enumerate(of_risks):
         if some:
             sums = passes.by_group(tables.pop(0), job_label(risks[side]))  # [G, 2]
@@ -194,7 +194,8 @@ def _measure(passes: Passes, stores: list[Store], jobs: Sequence[Job], norms: bo
         total = sums.sum(0)
         parts = shares = None
         if len(job) == 1 and len(sums) > 1:
-            parts, shares = sums[:, :, :2], torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64)
+            parts = sums[:, :, :2]
+            shares = torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64, device="cpu")
         measured[job] = Measured(total[:, :2], total[:, 2] if whole else None, parts, shares)
     return measured
 
@@ -224,7 +225,7 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
         rows[:] = [None] * len(rows)
 
     passes.backward([item for _, item in work], consume, done)
-    nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64)
+    nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64, device="cpu")
     found = [torch.stack(table) if table else nothing for table in tables]
     return [
         (passes.by_group(table, job_label(job)), whole) for table, job, whole in zip(found, jobs, once, strict=True)
@@ -235,7 +236,7 @@ def _combine(
     plan: Plan, risk: str, groups: GroupMap, counts: dict[str, int], gram: Tensor, parts: list[tuple[float, Measured]]
 ) -> GEffect:
     """One objective's result from the directions' dot products and its measured parts."""
-    coefficients = torch.tensor(plan.known, dtype=torch.float64)  # [2]
+    coefficients = torch.tensor(plan.known, dtype=torch.float64, device="cpu")  # [2]
     total = gram @ coefficients  # [G, 2]
     square: Tensor | None = torch.einsum("gij,i,j->g", gram, coefficients, coefficients)  # [G]
     for factor, part in parts:

@@ -181,7 +181,7 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
     for source in dict.fromkeys(term.source for term in terms):
         measured = measure_tokens(measurement, directions, data.batches[source])
         for term in (term for term in terms if term.source == source):
-            dots = torch.zeros(2, len(measurement.groups.names), dtype=torch.float64)
+            dots = torch.zeros(2, len(measurement.groups.names), dtype=torch.float64, device="cpu")
             for batch in measured:
                 dots += batch.effects @ token_weights(term.objective, batch)
             out[term] = dots.t() / max(data.count(term), 1)
@@ -190,7 +190,7 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
 
 def token_weights(objective: Any, batch: Tokens) -> Tensor:
     """Detached weights [n] fp64 of the objective on a batch's tokens."""
-    valid = torch.ones(len(batch.logp), dtype=torch.bool)
+    valid = torch.ones(len(batch.logp), dtype=torch.bool, device="cpu")
     weight, _ = weigh(objective, batch.logp, batch.ref_logp, valid, batch.samples, batch.sequences)
     return weight
 
@@ -227,10 +227,10 @@ def _scales(directions: Directions, groups: GroupMap, parameters: Mapping[str, T
     """Factors of the directions by group and side [G, 2], powers of 2: 1, but in float16 such that their entries are
     about 1/64, where a gradient's own would vanish and tangents of larger ones overflow.
     """
-    scales = torch.ones(len(groups.names), 2, dtype=torch.float64)
+    scales = torch.ones(len(groups.names), 2, dtype=torch.float64, device="cpu")
     if all(parameters[name].dtype != torch.float16 for name in groups.index):
         return scales
-    sizes = torch.zeros(len(groups.names), dtype=torch.float64)
+    sizes = torch.zeros(len(groups.names), dtype=torch.float64, device="cpu")
     for name, group in groups.index.items():
         sizes[group] += parameters[name].numel()
     mean = (directions.gram.diagonal(dim1=1, dim2=2) / sizes[:, None]).sqrt()  # [G, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -26,6 +27,12 @@ class Objective:
     key: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     default_reduction: ClassVar[str] = "token_mean"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float):
+                self._require(math.isfinite(value), f"{field.name} must be a finite number.")
 
     def count(self, labels: Tensor) -> int:
         """What the default reduction divides by: valid tokens, sequences with a valid token, or pairs.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfast.objectives.base import Objective
+from gfast.ops.common import check_normalizer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class RMU(Objective):
 
     def direction(self, size: int) -> Tensor:
         """u in [0, 1)^D, fp32 on the CPU."""
-        return torch.rand(size, generator=torch.Generator().manual_seed(self.seed))  # [D]
+        return torch.rand(
+            size, generator=torch.Generator("cpu").manual_seed(self.seed), dtype=torch.float32, device="cpu"
+        )
 
     def value(self, hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """The loss from hidden states [B, T, D] and the bool mask of valid positions [B, T]."""
@@ -91,4 +94,6 @@ class RR(Objective):
 def _mean_square(difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:
     per_position = difference.square().mean(-1)  # [B, T]
     total = torch.where(valid, per_position, 0.0).sum()
+    if normalizer is not None:
+        check_normalizer(normalizer)
     return total / (valid.sum().clamp(min=1) if normalizer is None else normalizer)

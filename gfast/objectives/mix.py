@@ -31,6 +31,7 @@ class Mix(Objective):
     key: ClassVar[str] = "mix"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for side in (self.forget, self.retain):
             self._require(not isinstance(side, Mix), "its terms must be plain objectives, not another Mix.")
 

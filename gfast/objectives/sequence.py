@@ -38,6 +38,7 @@ class NPO(WeightedObjective):
     default_reduction: ClassVar[str] = "sequence_mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.beta > 0, "beta must be > 0.")
 
     def spec(self) -> WeightSpec:
@@ -67,6 +68,7 @@ class SimNPO(WeightedObjective):
     default_reduction: ClassVar[str] = "sequence_mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.beta > 0, "beta must be > 0.")
 
     def spec(self) -> WeightSpec:
@@ -98,6 +100,7 @@ class DPO(WeightedObjective):
     default_reduction: ClassVar[str] = "sequence_mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.beta > 0, "beta must be > 0.")
 
     def spec(self) -> WeightSpec:

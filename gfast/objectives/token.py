@@ -47,6 +47,7 @@ class WGA(WeightedObjective):
     key: ClassVar[str] = "wga"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.alpha >= 0, "alpha must be >= 0; a negative power gives forgotten tokens unbounded weight.")
 
     def spec(self) -> WeightSpec:
@@ -72,6 +73,7 @@ class SatImp(WeightedObjective):
     key: ClassVar[str] = "satimp"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.beta1 >= 0 and self.beta2 >= 0, "beta1 and beta2 must be >= 0.")
 
     def spec(self) -> WeightSpec:
@@ -101,6 +103,7 @@ class TNPO(WeightedObjective):
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.beta > 0, "beta must be > 0.")
 
     def spec(self) -> WeightSpec:
@@ -127,6 +130,7 @@ class WTNPO(WeightedObjective):
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.alpha >= 0, "alpha must be >= 0.")
         self._require(self.beta > 0, "beta must be > 0.")
 

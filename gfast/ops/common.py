@@ -36,6 +36,8 @@ def check_rows(name: str, scores: Tensor, labels: Tensor, what: str = "logits") 
             f"gfast: {name}: {what} of shape {tuple(scores.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
             f"not {tuple(labels.shape)}."
         )
+    if what == "logits" and scores.shape[-1] == 0:
+        raise ValueError(f"gfast: {name}: logits of shape {tuple(scores.shape)} have an empty vocabulary.")
     if not scores.is_floating_point():
         raise TypeError(f"gfast: {name}: {what} must be floating point, not {scores.dtype}.")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -124,6 +126,7 @@ def coef_scale(
     if normalizer is not None:
         if reduction in ("sum", "none"):
             raise ValueError(f"gfast: normalizer has no meaning with reduction {reduction!r}.")
+        check_normalizer(normalizer)
         if not isinstance(normalizer, Tensor):  # filled in on the device: a copy from the host would wait
             return torch.full((), 1.0 / normalizer, dtype=dtype, device=valid.device)
         return 1.0 / normalizer.to(valid.device, dtype)
@@ -136,6 +139,19 @@ def coef_scale(
             present = present[: num_sequences // 2] | present[num_sequences // 2 :]
         return 1.0 / present.sum().clamp(min=1).to(dtype)
     return torch.ones((), dtype=dtype, device=valid.device)
+
+
+def check_normalizer(normalizer: float | Tensor) -> None:
+    """It divides: a positive number. A tensor is looked at where that costs no waiting."""
+    if isinstance(normalizer, Tensor) and not (runs_now(normalizer) and reads_are_free(normalizer.device)):
+        return
+    if not 0 < float(normalizer) < math.inf:
+        raise ValueError(f"gfast: normalizer must be a positive number, not {float(normalizer)}.")
+
+
+def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
+    if min(chunk_rows) < 1:
+        raise ValueError(f"gfast: {name}: chunk_rows must be at least 1, not {min(chunk_rows)}.")
 
 
 def check_pairs(name: str, level: str, num_sequences: int) -> None:
@@ -198,22 +214,43 @@ def graph_is_kept() -> bool:
     return asked is None or asked()
 
 
-def scaled(ctx, gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient * factor`` (0-dim) in the gradient's dtype, in a backward whose ``ctx`` keeps ``gradient``.
+def kept_scale(factor: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """What a gradient of ``dtype`` is kept at until the backward, and what multiplies it there (None: nothing).
 
-    It is scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by
-    a kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned
-    stays as it is.
+    Their product is ``factor`` (0-dim). fp16 has no digits below 6e-8, where 1/N puts most of a gradient before a loss
+    scale can lift it: it is kept near the top of its range instead. ``weight`` [N]: of the rows; None: none is above 2.
     """
+    if dtype != torch.float16:
+        return factor, None
+    if weight is None or not weight.numel():
+        scale = torch.full_like(factor, 2.0**14)
+    else:  # a power of two; a row that is not finite leaves the others as they are
+        top = weight.abs().nan_to_num(0.0, posinf=0.0).amax()
+        scale = torch.exp2((15.0 - torch.log2(top).ceil()).clamp(-100.0, 100.0))
+    return scale, factor / scale
+
+
+def scaled(ctx, gradient: Tensor, factor: Tensor, late: Tensor | None = None) -> Tensor:
+    """``gradient * factor * late`` (0-dim) in the gradient's dtype, in a backward whose ``ctx`` keeps ``gradient``.
+
+    The factors are multiplied in fp32: a loss scale and its counterpart need not be numbers of fp16. The gradient is
+    scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by a
+    kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned stays
+    as it is.
+    """
+    if late is not None:
+        factor = factor * late
     if torch.compiler.is_compiling():
-        return (gradient * factor).to(gradient.dtype)
+        return _times(gradient, factor)
     kept = graph_is_kept() or torch.is_grad_enabled()  # or this very backward is recorded
     on_host = reads_are_free(factor.device)
     if on_host and float(factor) == 1.0:
         ctx.lent = kept  # the caller now holds the memory that a later backward starts from
         return gradient
     if kept or getattr(ctx, "lent", False):
-        return (gradient * factor).to(gradient.dtype)
+        if gradient.dtype.itemsize > 2:
+            return gradient * factor
+        gradient = gradient.clone()
     if gradient.is_contiguous():
         where = gradient.device, gradient.dtype
         if gradient.is_cuda and not why_not("unlearn_loss", "triton", *where):
@@ -224,7 +261,13 @@ def scaled(ctx, gradient: Tensor, factor: Tensor) -> Tensor:
         if on_host and not why_not("scale", "cpp", *where):
             torch.ops.gfast.scale_(gradient, factor.float())
             return gradient
-    return gradient.mul_(factor)
+    return gradient.copy_(_times(gradient, factor))
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In fp32 (fp64) before it is rounded: PyTorch would round the factor to 16 bits first."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(wide) * factor).to(gradient.dtype)
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

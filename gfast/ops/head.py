@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +18,7 @@ _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
 _WIDE_TILE_BYTES = 2**24  # of a tile of W or dW in fp32: larger products are worth more than the nearest cache
 _SUM_BYTES, _SUM_ENTRIES = 2**24, 256  # of the sums of dH by parts of the vocabulary; of the least part
+_FEW_ROWS = 16  # twice what MKL and 2 threads were seen to sum term after term
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -249,10 +251,32 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> N
     """out [m, n] = left [m, D] @ right [n, D].T + bias [n], rounded once."""
     if left.dtype != right.dtype:
         torch.ops.gfast.mixed_mm(left, right, bias, out)
-    elif bias is None:
-        torch.mm(left, right.t(), out=out)
+    elif bias is None or _few_rows(left):
+        add_mm(out, left, right.t(), first=True)
+        if bias is not None:
+            out += bias
     else:
         torch.addmm(bias, left, right.t(), out=out)
+
+
+def _few_rows(left: Tensor) -> bool:
+    """Whether a library may sum ``left @ right`` term after term: it does so in fp32 for fewer rows than its registers
+    hold, and a sum over the vocabulary then loses a digit that the same rows keep among others."""
+    return left.dtype == torch.float32 and left.is_cpu and left.shape[0] < _FEW_ROWS and left.shape[1] > _SUM_ENTRIES
+
+
+def add_mm(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total [m, n] += left [m, k] @ right [k, n], or = for the first, all of one dtype; as exact for few rows as for
+    many."""
+    if _few_rows(left):
+        if first:
+            total.zero_()
+        for part in _parts(left.shape[1], _SUM_ENTRIES):
+            total += left[:, part] @ right[part]
+    elif first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -260,10 +284,7 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool)
     if first and total.is_cpu and (left.dtype, total.dtype) == (torch.float32, torch.bfloat16) and _multiplies_mixed():
         torch.ops.gfast.head_grad_weight(left, right, total)
     elif left.dtype == total.dtype:
-        if first:
-            torch.mm(left.t(), right, out=total)
-        else:
-            total.addmm_(left.t(), right)
+        add_mm(total, left.t(), right, first)
     elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         # the matrix units accumulate in fp32 anyway: asking for fp32 out avoids rounding every chunk's share
         if first:
@@ -324,9 +345,8 @@ def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor
 
     ``ctx.dtypes`` holds those dtypes; ``late`` is the reduction's factor where it was left out of the accumulation.
     """
-    factor = grad_loss if late is None else grad_loss * late
     return [
-        scaled(ctx, grad, factor).to(dtype) if wanted else None
+        scaled(ctx, grad, grad_loss, late).to(dtype) if wanted else None
         for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
 
@@ -364,10 +384,10 @@ def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
 
 def check_map(name: str, logit_scale: float, softcap: float | None) -> tuple[float, float]:
     """Scale and softcap of the logits, 0 for none."""
-    if not logit_scale > 0:
-        raise ValueError(f"gfast: {name}: logit_scale must be positive, not {logit_scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"gfast: {name}: softcap must be positive or None, not {softcap}.")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"gfast: {name}: logit_scale must be positive and finite, not {logit_scale}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"gfast: {name}: softcap must be positive and finite or None, not {softcap}.")
     return float(logit_scale), float(softcap or 0.0)
 
 

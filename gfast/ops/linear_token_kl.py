@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import IGNORE_INDEX, check_label_range, row_chunks, rows_at_once
+from gfast.ops.common import IGNORE_INDEX, check_chunk_rows, check_label_range, row_chunks, rows_at_once
+from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, valid_rows
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
 from gfast.ops.token_logp import cap_slope, capped, own_labels, stats_dtype
@@ -25,7 +26,7 @@ def _kl_parts(logits, ref_logits, labels, form, impl) -> tuple[Tensor, Tensor]:
         from gfast.kernels import kl
 
         totals = torch.empty(logits.shape[0], 4, dtype=torch.float32, device=logits.device)
-        one = torch.ones((), device=logits.device)
+        one = torch.ones((), dtype=torch.float32, device=logits.device)
         return kl.kl_rows(logits, ref_logits, labels, one, *form, totals=totals), totals
     z, ref_z = capped(logits, *form[:2]), capped(ref_logits, *form[2:])
     tops = z.amax(-1), ref_z.amax(-1)
@@ -116,6 +117,8 @@ def _linear_token_kl(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_label_range("linear_token_kl", labels, vocab)
+    check_chunk_rows("linear_token_kl", chunk_rows)
+    select("linear_token_kl", impl, hidden.device, hidden.dtype)  # also where there are no rows
     shard = Shard(first, vocab, group)  # that both weights [v, D] are
     order = valid_rows(labels)
     chunk = rows_at_once(labels, order, chunk_rows)
@@ -158,6 +161,22 @@ def _(
     )
 
 
+def linear_token_kl_reference(
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, scale=1.0, softcap=0.0
+) -> Tensor:
+    """The literal definition per token: all logits of both, then ``token_kl_reference``."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    ref_z = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+    return token_kl_reference(capped(z, scale, softcap), capped(ref_z, scale, softcap), labels)
+
+
+def _literal(ctx):
+    if not ctx.literal:
+        return None
+    *inputs, factor = ctx.saved_tensors[4:12]
+    return linear_token_kl_reference(*inputs, *ctx.form).sum() * factor, inputs[:3]
+
+
 class _LinearKLLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -195,17 +214,22 @@ class _LinearKLLoss(torch.autograd.Function):
             impl,
             need,
         )
-        ctx.save_for_backward(factor if late else None, *grads)
+        ctx.literal = impl == "reference" and not shard.group
+        inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor) if ctx.literal else ()
+        ctx.form = scale, softcap
+        loss = kl.sum() * factor
+        ctx.save_for_backward(factor if late else None, *grads, *inputs, loss)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
-        return kl.sum() * factor
+        return loss
 
     @staticmethod
+    @differentiable_once("linear_token_kl", _literal)
     def backward(ctx, grad_loss):
         nothing = (None,) * 13
         if grad_loss is None:
             return nothing
-        late, *grads = ctx.saved_tensors
+        late, *grads = ctx.saved_tensors[:4]
         return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
 
 
@@ -264,6 +288,13 @@ def linear_token_kl(
             f"gfast: {name}: the heads have different vocabularies: {head.shard.vocab} and {ref.shard.vocab}."
         )
     flat, factor = kl_factor(name, labels, reduction, normalizer, stats_dtype(dtype))
+    form = check_map(name, logit_scale, softcap)
+    if wants_literal(name, impl, *head[:3]):
+        if head.shard.group:
+            raise RuntimeError(f"gfast: {name}: a vocabulary-parallel head has first derivatives by backward only.")
+        if has_values(flat):
+            check_label_range(name, flat, head.shard.vocab)
+        return linear_token_kl_reference(*head[:3], *ref[:3], flat, *form).sum() * factor
     return _LinearKLLoss.apply(
         head.hidden,
         head.weight,
@@ -274,7 +305,7 @@ def linear_token_kl(
         flat,
         factor,
         head.shard,
-        *check_map(name, logit_scale, softcap),
+        *form,
         head.chunk_rows,
         impl,
     )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gfast.ops.backend import select
-from gfast.ops.common import check_label_range, row_chunks, rows_at_once
+from gfast.ops.common import check_chunk_rows, check_label_range, row_chunks, rows_at_once
+from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 from gfast.ops.head import ChunkedHead, check_map, fake_gradients, valid_rows
 from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
 from gfast.ops.vocab_parallel import LocalHead, Shard, local_head
@@ -35,6 +36,7 @@ def _linear_token_logp(
     """logp [N] and statistics [N, 2]; ``first``, ``vocab``, ``group``: the ``Shard`` that weight [v, D] and bias [v]
     are."""
     check_label_range("linear_token_logp", labels, vocab)
+    check_chunk_rows("linear_token_logp", chunk_rows)
     shard = Shard(first, vocab, group)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
     chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
@@ -73,6 +75,7 @@ def _linear_token_logp_backward(
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_chunk_rows("linear_token_logp", chunk_rows)
     shard = Shard(first, vocab, group)
     order = valid_rows(labels)
     chunk = rows_at_once(labels, order, chunk_rows)
@@ -97,14 +100,23 @@ def _setup(ctx, inputs, output) -> None:
     logp, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, logp, stats)
+    ctx.save_for_backward(hidden, weight, bias, labels, stats, logp)
 
 
+def _literal(ctx):
+    hidden, weight, bias, labels, *_ = ctx.saved_tensors
+    _first, _vocab, group, scale, softcap, _chunk_rows, impl = ctx.options
+    if impl != "reference" or group:
+        return None
+    return linear_token_logp_reference(hidden, weight, labels, bias, scale, softcap), [hidden, weight, bias]
+
+
+@differentiable_once("linear_token_logp", _literal)
 def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
     nothing = (None,) * 11
     if grad_logp is None:
         return nothing
-    hidden, weight, bias, labels, logp, stats = ctx.saved_tensors
+    hidden, weight, bias, labels, stats, logp = ctx.saved_tensors
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     grads = torch.ops.gfast.linear_token_logp_backward(
         hidden, weight, bias, labels, logp, stats, grad_logp, *ctx.options, need
@@ -122,6 +134,16 @@ def flat_logp(head: LocalHead, labels: Tensor, scale: float, softcap: float, imp
     hidden, weight, bias, shard, chunk_rows = head
     flat = labels.reshape(-1).long()
     return torch.ops.gfast.linear_token_logp(hidden, weight, bias, flat, *shard, scale, softcap, chunk_rows, impl)[0]
+
+
+def literal_of_head(name: str, head: LocalHead, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """``flat_logp`` by the literal definition, for torch.func and forward mode."""
+    if head.shard.group:
+        raise RuntimeError(f"gfast: {name}: a vocabulary-parallel head has first derivatives by backward only.")
+    flat = labels.reshape(-1)
+    if has_values(flat):
+        check_label_range(name, flat, head.shard.vocab)
+    return linear_token_logp_reference(head.hidden, head.weight, flat, head.bias, scale, softcap)
 
 
 def linear_token_logp(
@@ -150,7 +172,7 @@ def linear_token_logp(
         logit_scale, softcap: as in Cohere, Granite and Gemma 2: softcap * tanh(scale * z / softcap).
         chunk_rows: rows of logits held at a time where whole rows are needed: in the backward, and in the forward where
             no kernel folds tiles of the vocabulary; None chooses by device and head.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp" or "triton". Derivatives other than the first, backward, as in ``token_logp``.
 
     Returns:
         [...], fp32 (fp64 for fp64 inputs), 0 where ignored; differentiable with respect to hidden, weight and bias
@@ -169,4 +191,7 @@ def linear_token_logp(
     """
     name = "linear_token_logp"
     head = local_head(name, hidden, weight, bias, labels, chunk_rows)
-    return flat_logp(head, labels, *check_map(name, logit_scale, softcap), impl).reshape(labels.shape)
+    form = check_map(name, logit_scale, softcap)
+    if wants_literal(name, impl, *head[:3]):
+        return literal_of_head(name, head, labels, *form).reshape(labels.shape)
+    return flat_logp(head, labels, *form, impl).reshape(labels.shape)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gfast.ops import common
+from gfast.ops.backend import select
 from gfast.ops.common import (
     IGNORE_INDEX,
     LossOutput,
+    check_chunk_rows,
     check_label_range,
     check_pairs,
     check_reduction,
@@ -21,8 +23,9 @@ from gfast.ops.common import (
     row_chunks,
     sequence_layout,
 )
+from gfast.ops.derivatives import differentiable_once, wants_literal
 from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, flat_reference
-from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference
+from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
 from gfast.ops.plan import plan_chunks, sequence_length
 from gfast.ops.token_logp import stats_dtype
 from gfast.ops.unlearn_loss import (
@@ -76,6 +79,8 @@ def _linear_unlearn(
     the ``Shard`` that weight [v, D] and bias [v] are.
     """
     check_label_range("linear_unlearn_loss", labels, vocab)
+    check_chunk_rows("linear_unlearn_loss", chunk_rows)
+    select("linear_unlearn_loss", impl, hidden.device, hidden.dtype)  # also where there are no rows
     shard = Shard(first, vocab, group)
     spec = WeightSpec.from_numbers(level, numbers)
     order, chunk, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
@@ -176,6 +181,13 @@ def _(
     return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, tuple(need))
 
 
+def _literal(ctx):
+    if ctx.define is None:
+        return None
+    inputs = ctx.saved_tensors[4:7]
+    return ctx.define(*inputs), inputs
+
+
 class _LinearLoss(torch.autograd.Function):
     """Scalar loss whose gradients were accumulated by the pass that computed it."""
 
@@ -199,7 +211,9 @@ class _LinearLoss(torch.autograd.Function):
         softcap,
         chunk_rows,
         impl,
+        define,
     ):
+        ctx.define = define  # the loss as a function of hidden, weight and bias, or None
         need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
         # fp16 gradients of one token would vanish if divided by N here: they are divided after the sums instead
         late = hidden.dtype == torch.float16
@@ -224,7 +238,6 @@ class _LinearLoss(torch.autograd.Function):
             impl,
             need,
         )
-        ctx.save_for_backward(factor if late else None, *grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logp, weights)
@@ -234,14 +247,18 @@ class _LinearLoss(torch.autograd.Function):
             value = sequence_weights(spec, logp, ref, labels != IGNORE_INDEX, ids, count)[1]
         else:
             value = weights * logp
-        return value.sum() * factor, logp, weights
+        loss = value.sum() * factor
+        inputs = () if define is None else (hidden, weight, bias)
+        ctx.save_for_backward(factor if late else None, *grads, *inputs, loss)
+        return loss, logp, weights
 
     @staticmethod
+    @differentiable_once("linear_unlearn_loss", _literal)
     def backward(ctx, grad_loss, _logp, _weights):
-        nothing = (None,) * 17
+        nothing = (None,) * 18
         if grad_loss is None:
             return nothing
-        late, *grads = ctx.saved_tensors
+        late, *grads = ctx.saved_tensors[:4]
         return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
 
 
@@ -284,7 +301,8 @@ def linear_unlearn_loss(
         logit_scale, softcap: logits are softcap * tanh(scale * (W h + b) / softcap).
         chunk_rows: rows of logits held at a time; None chooses by device and head. Logits of bf16 rows are held all at
             once up to the memory that the sum of several chunks' dW, in fp32, would take.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp" or "triton". Derivatives other than the first, backward, as in
+            ``unlearn_loss``.
         check_finite: raise on NaN or infinite log-probs (waits for the device).
 
     Returns:
@@ -312,9 +330,13 @@ def linear_unlearn_loss(
     spec = spec_of(objective)
     inputs = (head.hidden, head.weight, head.bias)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if reduction == "none" or not differentiated:  # scoring is enough, and needs no logits where they can be folded
+    literal = impl == "reference"
+    given = (ref_logp, labels, sequence_id, reduction, normalizer, name, literal)
+    if wants_literal(name, impl, *inputs, ref_logp):
+        out = loss_from_logp(objective, literal_of_head(name, head, labels, *form).reshape(labels.shape), *given)
+    elif reduction == "none" or not differentiated:  # scoring is enough, and needs no logits where they can be folded
         logp = flat_logp(head, labels, *form, impl).reshape(labels.shape)
-        out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
+        out = loss_from_logp(objective, logp, *given)
     else:
         flat_labels = labels.reshape(-1).long()
         valid = flat_labels != IGNORE_INDEX
@@ -323,19 +345,26 @@ def linear_unlearn_loss(
         check_pairs(name, level, count)
         dtype = stats_dtype(head.hidden.dtype)
         factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
-        ref, given = flat_reference(name, ref_logp, labels), None
+        ref, weights = flat_reference(name, ref_logp, labels), None
         ref = None if ref is None else ref.to(dtype)
         if spec is None:
             with torch.no_grad():
                 logp = flat_logp(head, labels, *form, impl)
-            given = weigh(objective, logp, ref, valid, ids, count)[0]
+            weights = weigh(objective, logp, ref, valid, ids, count)[0]
+        define = None
+        if literal and not head.shard.group and not torch.compiler.is_compiling():
+
+            def define(h, w, b):
+                logp = linear_token_logp_reference(h, w, flat_labels, b, *form).reshape(labels.shape)
+                return loss_from_logp(objective, logp, *given).loss
+
         loss, logp, weights = _LinearLoss.apply(
             head.hidden,
             head.weight,
             head.bias,
             flat_labels,
             ref if spec is None or spec.uses_ref else None,
-            given,
+            weights,
             ids,
             count,
             sequence_length(labels, sequence_id),
@@ -346,6 +375,7 @@ def linear_unlearn_loss(
             *form,
             head.chunk_rows,
             impl,
+            define,
         )
         out = LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))
     if check_finite:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.common import graph_is_kept, scaled
+from gfast.ops.derivatives import differentiable_once
 
 
 class Overwritten:
@@ -44,11 +45,13 @@ class Overwritten:
     def start(self) -> None:
         logits, self.logits = self.logits, None  # kept, they would hold this object in a cycle
         self.grad: Tensor | None = logits.detach()
-        self.loss = _Loss.apply(logits, self)
+        self.loss, _ = _Loss.apply(logits, self)
         _Gone.apply(logits, self.name)
 
-    def finished(self, loss: Tensor) -> Tensor:
-        """The logits hold the gradient now and ``loss`` (0-dim) is its value; returns the loss that autograd knows."""
+    def finished(self, loss: Tensor, late: Tensor | None) -> Tensor:
+        """The logits hold the gradient now, but for a factor ``late``, and ``loss`` (0-dim) is its value; returns the
+        loss that autograd knows."""
+        self.late = late
         self.version = self.grad._version
         value, self.loss = self.loss, None
         with torch.no_grad():
@@ -68,7 +71,7 @@ class Overwritten:
             )
         if not graph_is_kept():
             self.grad = None
-        return scaled(ctx, grad, grad_loss)
+        return scaled(ctx, grad, grad_loss, self.late)
 
 
 class _Loss(torch.autograd.Function):
@@ -80,10 +83,13 @@ class _Loss(torch.autograd.Function):
         ctx.memory = memory
         ctx.set_materialize_grads(False)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.new_empty((), dtype=wide)
+        anchor = logits.new_empty(0)  # the loss itself is written to after this
+        ctx.save_for_backward(anchor)
+        return logits.new_empty((), dtype=wide), anchor
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    @differentiable_once("unlearn_loss")
+    def backward(ctx, grad_loss, _):
         return None if grad_loss is None else ctx.memory.take(ctx, grad_loss), None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gfast.ops.backend import select
 from gfast.ops.common import row_chunks
-from gfast.ops.head import product_dtype
+from gfast.ops.head import add_mm, product_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 256  # rows of the product held at a time on a CPU: [256, D] stays in the cache until it is dotted
@@ -29,7 +29,8 @@ def _blocks(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
     out = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for start, stop in row_chunks(a.shape[0], _BLOCK if a.device.type == "cpu" else 8192):
-        product = left[start:stop].to(dtype) @ factor  # [rows, min(D_in, D_out)]
+        product = a.new_empty(stop - start, factor.shape[1], dtype=dtype)  # [rows, min(D_in, D_out)]
+        add_mm(product, left[start:stop].to(dtype), factor, first=True)
         out[start:stop] = row_sums(product.to(wide).mul_(right[start:stop]))
     return out
 

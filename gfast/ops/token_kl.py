@@ -13,9 +13,11 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     fresh,
+    kept_scale,
     scaled,
     sequence_layout,
 )
+from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
 
 
@@ -24,7 +26,7 @@ def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Te
     log_p = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
     log_q = torch.log_softmax(capped(ref_logits, 1.0, 0.0), dim=-1)
     q = log_q.exp()
-    terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
+    terms = torch.where(q == 0, 0.0, q * (log_q - log_p))
     return torch.where(labels != IGNORE_INDEX, terms.sum(-1), 0.0)
 
 
@@ -82,19 +84,31 @@ def _(logits, ref_logits, labels, factor, with_grad, impl):
     return logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)), out
 
 
+def _literal(ctx):
+    if not ctx.literal:
+        return None
+    logits, ref_logits, labels, factor = ctx.saved_tensors[2:6]
+    return token_kl_reference(logits, ref_logits, labels).sum() * factor, [logits]
+
+
 class _KLLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, labels, factor, impl):
-        kl, grad = torch.ops.gfast.token_kl(logits, ref_logits, labels, factor, ctx.needs_input_grad[0], impl)
-        ctx.save_for_backward(grad)
+        inner, late = kept_scale(factor, logits.dtype)
+        kl, grad = torch.ops.gfast.token_kl(logits, ref_logits, labels, inner, ctx.needs_input_grad[0], impl)
+        ctx.literal = impl == "reference"
+        loss = kl.sum() * factor
+        ctx.save_for_backward(grad, late, *((logits, ref_logits, labels, factor) if ctx.literal else ()), loss)
         ctx.set_materialize_grads(False)
-        return kl.sum() * factor
+        return loss
 
     @staticmethod
+    @differentiable_once("token_kl", _literal)
     def backward(ctx, grad_loss):
         if grad_loss is None:
             return None, None, None, None, None
-        return scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None, None, None
+        grad, late = ctx.saved_tensors[:2]
+        return scaled(ctx, grad, grad_loss, late), None, None, None, None
 
 
 def kl_factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,7 +139,8 @@ def token_kl(
         logits, ref_logits: [..., V], fp32, bf16, fp16 (fp64: reference).
         labels: [...], int64; only says which positions count (-100 does not).
         reduction: "token_mean", "sequence_mean" (sum over tokens, mean over sequences) or "sum".
-        normalizer: replaces the count. impl: "auto", "reference", "cpp" or "triton".
+        normalizer: replaces the count. impl: "auto", "reference", "cpp" or "triton". Second derivatives, forward mode
+            and torch.func's transforms take "reference"; elsewhere they raise RuntimeError.
 
     Returns:
         0-dim fp32 (fp64) loss, differentiable with respect to logits only.
@@ -155,4 +170,8 @@ def token_kl(
         )
     flat, factor = kl_factor(name, labels, reduction, normalizer, stats_dtype(logits.dtype))
     vocab = logits.shape[-1]
+    if wants_literal(name, impl, logits):
+        if has_values(flat):
+            check_label_range(name, flat, vocab)
+        return token_kl_reference(logits, ref_logits.detach(), labels).sum() * factor
     return _KLLoss.apply(logits.reshape(-1, vocab), ref_logits.detach().reshape(-1, vocab), flat, factor, impl)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gfast.ops.backend import extension, select
 from gfast.ops.common import IGNORE_INDEX, check_label_range, check_rows, fresh
+from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -27,6 +28,13 @@ def token_logp_reference(logits: Tensor, labels: Tensor) -> Tensor:
     log_probs = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
     picked = log_probs.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
     return torch.where(valid, picked, 0.0)
+
+
+def literal_logp(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """``token_logp_reference`` after a check of the labels, where torch.func lets them be looked at."""
+    if has_values(labels):
+        check_label_range(name, labels.reshape(-1), logits.shape[-1])
+    return token_logp_reference(logits, labels)
 
 
 def _logp_rows_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -179,13 +187,21 @@ def _setup(ctx, inputs, output) -> None:
     logp, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, logp, stats)
+    ctx.save_for_backward(logits, labels, stats, logp)
 
 
+def _literal(ctx):
+    if ctx.impl != "reference":
+        return None
+    logits, labels, *_ = ctx.saved_tensors
+    return token_logp_reference(logits, labels), [logits]
+
+
+@differentiable_once("token_logp", _literal)
 def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
     if grad_logp is None:
         return None, None, None
-    logits, labels, logp, stats = ctx.saved_tensors
+    logits, labels, stats, logp = ctx.saved_tensors
     return torch.ops.gfast.token_logp_backward(logits, labels, logp, stats, grad_logp, ctx.impl), None, None
 
 
@@ -201,7 +217,8 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
         logits: [..., V], fp32, bf16, fp16 (or fp64 with the reference); ``logits[..., i, :]`` scores ``labels[...,
             i]``.
         labels: [...], int64; -100 is ignored.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp" or "triton". Second derivatives, forward mode and torch.func's transforms take
+            "reference"; elsewhere they raise RuntimeError.
 
     Returns:
         [...], fp32 (fp64 for fp64 logits), 0 where ignored; differentiable with respect to logits. The backward
@@ -220,5 +237,7 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
         tensor([0.2500, 1.0000])
     """
     check_rows("token_logp", logits, labels)
+    if wants_literal("token_logp", impl, logits):
+        return literal_logp("token_logp", logits, labels)
     flat = torch.ops.gfast.token_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)[0]
     return flat.reshape(labels.shape)

@@ -16,17 +16,20 @@ from gfast.ops.common import (
     check_rows,
     coef_scale,
     fresh,
+    kept_scale,
     raise_if_not_finite,
     runs_now,
     scaled,
     sequence_layout,
 )
+from gfast.ops.derivatives import differentiable_once, wants_literal
 from gfast.ops.overwrite import Overwritten
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
     label_logp,
     label_logp_gradient,
+    literal_logp,
     logp_rows_grad,
     stats_dtype,
     token_logp,
@@ -117,18 +120,32 @@ def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), out
 
 
+def _literal(ctx):
+    if ctx.define is None:
+        return None
+    logits = ctx.saved_tensors[2]
+    return ctx.define(logits), [logits]
+
+
 class _Loss(torch.autograd.Function):
     """Ties a loss to logits whose gradient was written by the pass that computed it."""
 
     @staticmethod
-    def forward(ctx, logits, loss, grad):
-        ctx.save_for_backward(grad)
+    def forward(ctx, logits, loss, grad, late, define):
+        ctx.define = define  # the loss as a function of the logits, or None
+        loss = loss.clone()
+        ctx.save_for_backward(grad, late, None if define is None else logits, loss)
         ctx.set_materialize_grads(False)
-        return loss.clone()
+        return loss
 
     @staticmethod
+    @differentiable_once("unlearn_loss", _literal)
     def backward(ctx, grad_loss):
-        return None if grad_loss is None else scaled(ctx, ctx.saved_tensors[0], grad_loss), None, None
+        nothing = (None,) * 4
+        if grad_loss is None:
+            return None, *nothing
+        grad, late = ctx.saved_tensors[:2]
+        return scaled(ctx, grad, grad_loss, late), *nothing
 
 
 def spec_of(objective) -> WeightSpec | None:
@@ -160,12 +177,12 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
     """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2])."""
     spec = spec_of(objective)
     if spec is None:
-        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), device=logp.device)
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
         if weight.shape != logp.shape:
             raise ValueError(
                 f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}."
             )
-        weight = torch.where(valid, weight.detach().to(logp.dtype), 0.0)
+        weight = torch.where(valid, weight.detach(), 0.0)
         return weight, weight * logp
     return weights_and_values(spec, logp, ref_logp, valid, sequence_id, num_sequences)
 
@@ -183,9 +200,12 @@ def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tenso
         check_like_labels(name, "ref_logp", ref_logp, labels)
 
 
-def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name) -> LossOutput:
+def loss_from_logp(
+    objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name, literal: bool = False
+) -> LossOutput:
     """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the
-    rest."""
+    rest. With ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further
+    derivatives are the value's."""
     valid = (labels != IGNORE_INDEX).reshape(-1)
     ids, count = sequence_layout(name, labels, sequence_id)
     spec = spec_of(objective)
@@ -193,16 +213,22 @@ def loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, no
         check_pairs(name, spec.level, count)
     flat = logp.reshape(-1)  # [N]
     ref = None if ref_logp is None else ref_logp.reshape(-1).to(flat.dtype)
-    weight, value = weigh(objective, flat.detach(), ref, valid, ids, count)
+    whole = literal and spec is not None and spec.level != "token"
+    weight, value = weigh(objective, flat if whole else flat.detach(), ref, valid, ids, count)
+    weight = weight.detach()
     out_logp, out_weight = flat.detach().reshape(labels.shape), weight.reshape(labels.shape)
     per_token = weight * flat
     if reduction == "none":
         if spec is None or spec.level == "token":
             return LossOutput(per_token.reshape(labels.shape), out_logp, out_weight)
+        if whole:
+            return LossOutput(value, out_logp, out_weight)
         unit = ids % value.shape[0]  # both halves of a pair share a value
         carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
         return LossOutput(value + (carried - carried.detach()), out_logp, out_weight)
     factor = coef_scale(valid, reduction, normalizer, ids, count, is_pair(objective), flat.dtype)
+    if whole:
+        return LossOutput(value.sum() * factor, out_logp, out_weight)
     surrogate = per_token.sum()
     loss = (value.sum() + (surrogate - surrogate.detach())) * factor  # in this order: see unlearn_loss_reference
     return LossOutput(loss, out_logp, out_weight)
@@ -232,17 +258,19 @@ def _scalar_loss(
     now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
     if level == "token":
         ref = ref if spec.uses_ref else None
+        inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
             unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
-            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), factor, wanted, impl)
+            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), inner, wanted, impl)
         else:
             memory.start()
-            logp, weight = weighted_rows(rows, flat, ref, spec, factor, 1.0, 0.0, rows, impl)
+            logp, weight = weighted_rows(rows, flat, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
         logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, flat, impl)
         weight, value = weigh(objective, logp, ref, valid, ids, count)
-        coef = weight * factor
+        inner, late = kept_scale(factor, logits.dtype, weight) if wanted else (factor, None)
+        coef = weight * inner
         if memory is not None:
             memory.start()
             logp_rows_grad(rows, flat, logp, stats, coef, 1.0, 0.0, rows, impl)
@@ -251,9 +279,13 @@ def _scalar_loss(
             grad = gradient(rows, flat, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
-        loss = memory.finished(loss)
+        loss = memory.finished(loss, late)
     elif wanted:
-        loss = _Loss.apply(logits, loss, grad.view(logits.shape))
+        define = None
+        if impl == "reference" and not torch.compiler.is_compiling():
+            given = (ref_logp, labels, sequence_id, reduction, normalizer, name, True)
+            define = lambda z: loss_from_logp(objective, token_logp_reference(z, labels), *given).loss  # noqa: E731
+        loss = _Loss.apply(logits, loss, grad.view(logits.shape), late, define)
     return LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
 
 
@@ -286,7 +318,9 @@ def unlearn_loss(
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp" or "triton". Second derivatives, forward mode and torch.func's transforms take
+            "reference"; elsewhere they raise RuntimeError. They are those of the value where the gradient is (GA, PO,
+            NLL, NPO, SimNPO, DPO), and of sum w_i logp_i with constant w_i for WGA, SatImp, TNPO, WTNPO and callables.
         check_finite: raise on NaN or infinite log-probs (waits for the device).
         inplace: the gradient overwrites the logits, which saves as much memory as they take and the time to fill
             it. They hold no logits after the call, so compute metrics before it. What else of the graph needs them
@@ -317,14 +351,18 @@ def unlearn_loss(
     check_reference(name, objective, ref_logp, labels)
     reduction = reduction or default_reduction(objective)
     check_reduction(name, reduction)
-    if reduction == "none":
+    literal = impl == "reference"
+    given = (ref_logp, labels, sequence_id, reduction, normalizer, name, literal)
+    if wants_literal(name, impl, logits, ref_logp):
+        out = loss_from_logp(objective, literal_logp(name, logits, labels), *given)
+    elif reduction == "none":
         if inplace:
             raise ValueError(
                 f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is "
                 f"only known in the backward."
             )
         logp = token_logp(logits, labels, impl=impl)
-        out = loss_from_logp(objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name)
+        out = loss_from_logp(objective, logp, *given)
     else:
         out = _scalar_loss(name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace)
     if check_finite:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX, default_chunk_rows
+from gfast.ops.common import IGNORE_INDEX, check_chunk_rows, default_chunk_rows
 from gfast.ops.head import ChunkedHead, finished_stats, prepare_head, product_dtype
 from gfast.ops.token_logp import capped, logp_columns_grad, logp_rows, logp_rows_grad, own_labels, stats_dtype
 
@@ -187,7 +187,10 @@ def local_head(
     if is_sharded(weight):
         hidden, weight, bias, shard, rows = _local_part(name, hidden, weight, bias)
     hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
+    if shard.vocab == 0:
+        raise ValueError(f"gfast: {name}: the head's weight {tuple(weight.shape)} has an empty vocabulary.")
     if chunk_rows is not None:
+        check_chunk_rows(name, [chunk_rows])
         chunks = [chunk_rows, chunk_rows]
     else:
         several = default_chunk_rows(rows, weight.shape[1], hidden.device)

@@ -60,8 +60,8 @@ class ReferenceCache:
         """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]; `head` holds
         the batch entries that all samples share: `ref_head` [V, D] and, where there is one, `ref_head_bias` [V].
         """
-        self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64).reshape(-1)  # [S]
-        self.lengths = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1)  # [S]
+        self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
         self.values = values
         self.head = dict(head or {})
         self.layer = layer

@@ -115,6 +115,8 @@ RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* 
     raise(block.raw);
   }
   const double zy = target.value[0];
+  // All masked, or +inf: no softmax. A label that is the maximum would make it p = 1.
+  if (!std::isfinite(top)) other = std::nan("");
   return {top, zy, (double)f.scale * target.slope[0], other, other + std::exp(zy - top)};
 }
 

@@ -1,0 +1,112 @@
+"""Derivatives that the fused ops do not have: second ones, forward mode and torch.func's transforms.
+
+Asked for one, an op raises; with ``impl="reference"`` its literal definition stands in, which plain autograd can
+differentiate in every way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
+    """Whether a call must be the literal definition: a transform that no fused op supports holds one of its tensors.
+
+    Raises:
+        RuntimeError: it must, but ``impl`` is not "reference".
+    """
+    if torch.compiler.is_compiling():
+        return False
+    transform = _transform([x for x in tensors if x is not None])
+    if transform and impl != "reference":
+        raise RuntimeError(
+            f'gfast: {name}: the fused op cannot be used in {transform}; pass impl="reference", the literal '
+            f"definition, which can."
+        )
+    return bool(transform)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether ``x`` stands for another tensor in torch.func.grad, jvp, vmap and the like."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` can be looked at: not where it stands for many tensors, in torch.func.vmap."""
+    while _is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def _transform(tensors: Sequence[Tensor]) -> str:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
+    if any(_is_wrapped(x) for x in tensors):
+        return "a transform of torch.func (grad, vmap, jacrev)"
+    return ""
+
+
+def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Callable:
+    """Decorator of a backward whose result is no differentiable function of anything: a gradient made earlier, say.
+
+    Where the backward is recorded (``create_graph=True``), its gradients refuse to be differentiated: in silence a
+    second derivative would lack a part. The tensor that ``ctx`` saved last must be a differentiable output of the op:
+    it connects the refusal with the op's inputs.
+
+    Args:
+        name: of the public op.
+        literal: of ctx, the op's first output by its literal definition and the inputs it is a function of, as many
+            as come first among the op's own; None where there is no such definition.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *grads):
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled() or grads[0] is None:
+                return backward(ctx, *grads)
+            defined = literal(ctx)
+            if defined is not None:
+                return _differentiated(*defined, grads[0], ctx.needs_input_grad)
+            output = ctx.saved_tensors[-1]
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            found = found if isinstance(found, tuple) else (found,)
+            kept = [x for x in found if x is not None]
+            refusing = iter(_Refused.apply(name, len(kept), *kept, output, grads[0]))
+            return tuple(None if x is None else next(refusing) for x in found)
+
+        return once
+
+    return decorate
+
+
+def _differentiated(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]) -> tuple:
+    """A recorded backward: the gradients of as many inputs, None for the rest of ``needed``."""
+    own = needed[: len(inputs)]
+    wanted = [x for x, need in zip(inputs, own, strict=True) if need]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return (*(next(found) if need else None for need in own), *(None,) * (len(needed) - len(inputs)))
+
+
+class _Refused(torch.autograd.Function):
+    """The first tensors as they are; whoever differentiates them, with respect to any of the tensors, gets an error."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"gfast: {ctx.name} has no second derivative: its gradient comes out of a fused kernel. Pass "
+            f'impl="reference" (without inplace, and with a head that is not sharded), the literal definition, which '
+            f"has."
+        )
