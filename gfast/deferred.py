@@ -76,8 +76,10 @@ class DeferredLogits(Tensor):
         """The logits themselves, as the model would have computed them."""
         if self.computed is None:
             token = computing.set(True)
-            z = F.linear(self.hidden, self.weight, self.bias)
-            computing.reset(token)
+            try:
+                z = F.linear(self.hidden, self.weight, self.bias)
+            finally:
+                computing.reset(token)
             for watch in self.when_real:
                 seen = watch(z)
                 z = z if seen is None else seen
@@ -290,7 +292,8 @@ def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool 
     (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
     deferred logits and get real ones if they look at them. no_cross_entropy: that of deferred logits is 0.
     """
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    if not plain or torch.compiler.is_compiling():
         yield
         return
     parallel = wrappers.is_vocab_parallel(model, linear)

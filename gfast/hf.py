@@ -102,7 +102,7 @@ def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     with torch.no_grad(), evaluating(model):
         before, after = (
             x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x
-            for x in (logits(model, {**batch, "input_ids": one}).logits for one in (ids, changed))
+            for x in (answer(model, {**batch, "input_ids": one}).logits for one in (ids, changed))
         )
     scoring = nn.functional.pad(valid[:, 1:], (0, 1)) & (places < last)
     moved = (before - after).float().abs()[scoring]
@@ -162,7 +162,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return wrappers.active_module(unwrap(model).get_output_embeddings())
 
 
-def logits(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_terms: bool = False) -> Answer:
+def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_terms: bool = False) -> Answer:
     """What the model answers to a batch, `model(**batch)`, by its own outermost call; its logits are `DeferredLogits`
     where the head is a linear map that nobody has looked behind (and `defer`), else the model's own.
     """

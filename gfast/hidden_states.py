@@ -54,7 +54,8 @@ _states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakre
 
 def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     with deferred(model, hf.output_layer(model)):
-        return model(**hf.inputs(model, batch), output_hidden_states=True).hidden_states or ()
+        out = model(**hf.inputs(model, batch), output_hidden_states=True)
+        return getattr(out, "hidden_states", None) or ()
 
 
 def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
