@@ -270,6 +270,7 @@ def check_base_is_original(model: nn.Module) -> None:
     peft = _peft_of(model)
     if peft is None:
         return
+    _refuse_prompt_learning(peft)
     advice = (
         "compute the original's values once, before training (ReferenceCache.build(..., reference='adapted')), and "
         "give them with the batches"

@@ -95,7 +95,7 @@ def compare(name: str, rank: int, world: int) -> None:
     for objective in OBJECTIVES:
         if isinstance(objective, RMU) and name in ("ddp", "ddp, tied", "ddp, adapters", "ddp, static"):
             continue  # such a loss leaves parameters unused, which these settings of DDP do not allow
-        for again in range(2):  # DDP and FSDP keep state from one step to the next
+        for _ in range(2):  # DDP and FSDP keep state from one step to the next
             wrapped.zero_grad()
             out = gfast.model_loss(wrapped, batches[rank], objective)
             out.loss.backward()
@@ -119,7 +119,6 @@ def compare(name: str, rank: int, world: int) -> None:
             torch.testing.assert_close(
                 found[key], grad, rtol=10 * exact, atol=exact / 1e3, msg=lambda text, m=message: f"{m}: {text}"
             )
-        del again
     with torch.no_grad():
         torch.testing.assert_close(gfast.model_logp(wrapped, batches[rank]), gfast.model_logp(truth, batches[rank]))
     if name == "ddp":  # each process measures what it is given
