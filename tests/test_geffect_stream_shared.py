@@ -12,6 +12,7 @@ from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils
 
 import gfast  # noqa: E402
 from gfast.geffect import passes  # noqa: E402
+from gfast.hidden_states import layer_hidden  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
 
 
@@ -37,6 +38,7 @@ def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
     model = tiny("llama").eval()
     if own_logits:
         monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
+    layer_hidden(model, ONE["forget"][0], 2)  # once a model: is that the hidden state of transformers?
     for objective, data, expected in (
         (WGA(0.7), ONE, 2),
         (NPO(0.3), ONE, 2),
@@ -53,6 +55,7 @@ def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
 def test_several_objectives_share_the_forward_of_every_batch(monkeypatch):
     """The directions take a forward a batch, and all objectives together one more of each of theirs."""
     model = tiny("llama").eval()
+    layer_hidden(model, ONE["forget"][0], 2)
     some = [WGA(0.7), NPO(0.3), GA(), TNPO(1.5), RMU(layer=2), SatImp(1.0, 0.5)]  # GA follows; RMU stops at its layer
     measure = lambda d, **options: gfast.g_effect(model, some, **d, **options)  # noqa: E731
     for data, batches_of_forget in ((ONE, 1), (TWO, 2)):
