@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -222,6 +222,15 @@ def _refuse_absent(name: str, why: str) -> None:
         f"the parameter {name!r} is {why}. A gradient effect needs every parameter on its device, frozen ones too: "
         f"load the model without offloading (a smaller dtype, another device_map), or on a device with more memory"
     )
+
+
+def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
+    """Accelerate's mixed precision. Its own `accelerator.autocast()` stays in force after an error in older versions,
+    and casts of weights that were cached under it with it.
+    """
+    from accelerate.utils import get_mixed_precision_context_manager
+
+    return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
 
 
 # PEFT

@@ -225,6 +225,18 @@ def test_config_refuses_what_cannot_be_meant(tmp_path):
         UnlearnTrainer(tiny_model(), TrainingArguments(output_dir=str(tmp_path)))
 
 
+def test_autocast_ends_with_an_error(tmp_path):
+    model = tiny_model()
+    model.model.norm.register_forward_hook(lambda *args: (_ for _ in ()).throw(ArithmeticError("no")))
+    for call in ("train", "evaluate"):
+        data = datasets()[0]
+        args = config(tmp_path, bf16=True, max_steps=1)
+        trainer = UnlearnTrainer(model, args, train_dataset=data, eval_dataset=data, data_collator=collator())
+        with pytest.raises(ArithmeticError):
+            getattr(trainer, call)()
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_bf16_autocast_trains(tmp_path):
     trainer = train(tiny_model(), config(tmp_path, objective="WGA", bf16=True, retain_term="nll"))
     exact = train(tiny_model(), config(tmp_path, objective="WGA", retain_term="nll"))

@@ -171,7 +171,7 @@ class UnlearnTrainer(Trainer):
             return total
 
         # What follows the model's own forward, which carries Accelerate's autocast, has it too.
-        with self.accelerator.autocast():
+        with wrappers.autocast_of(self.accelerator):
             loss = wrappers.inside(model, losses)
         self.terms.add({"loss": loss})
         # Data parallelism averages gradients over processes; the terms are already divided by the global count.
@@ -207,7 +207,7 @@ class UnlearnTrainer(Trainer):
 
         found = batches.sides(self._prepare_inputs(inputs))
         sums = {}
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), wrappers.autocast_of(self.accelerator):
             for side, batch in found.items():
                 logp = model_logp(model, batch)  # [B, T]
                 tokens = (batch["labels"][..., 1:] != -100).sum()
