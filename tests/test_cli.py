@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
+from gfast.files import read_json
 from gfast.training.records import read_records, read_run_info, recorded_steps
 
 
@@ -195,7 +196,7 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     for effect in json.loads((out / "geffect.json").read_text())["effects"]:  # of the tokens, by objective
         same = next(one for one in whole if one["objective"] == effect["objective"])
         assert effect["retain"] == pytest.approx(same["retain"], rel=1e-4, abs=1e-6)
-    texts = json.loads(token_texts_file(out).read_text())
+    texts = read_json(token_texts_file(out))["samples"]
     assert [len(text["pieces"]) for text in texts] == [len(one) for one in tokens.logp]
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.html").read_text()

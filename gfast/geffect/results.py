@@ -96,9 +96,8 @@ class Effect:
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the table with `COLUMNS` to a Parquet file, whole or not at all; `from_parquet` is its inverse."""
         import pyarrow
-        import pyarrow.parquet
 
-        from gfast.files import whole_file
+        from gfast.tables import write_table
 
         text, whole = pyarrow.string(), pyarrow.int64()
         kinds = {name: whole if name in _WHOLE else text for name in COLUMNS} | {"value": pyarrow.float64()}
@@ -108,26 +107,24 @@ class Effect:
         if hasattr(self, "objective"):
             names = pyarrow.array([self.objective] * len(table), text)
             table = table.set_column(0, schema.field(0), names)
-        with whole_file(path) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
-        return Path(path)
+        return write_table(path, table)
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str]) -> Any:
         """The effect that `to_parquet` wrote, of its own class.
 
         Raises:
-            ValueError: a file that is no such table, or holds another kind of effect than the class it is asked of.
+            DamagedFile: a file that cannot be read, or is not as it was written.
+            ValueError: a table that is no effect, or holds another kind of effect than the class it is asked of.
         """
-        import pyarrow
-        import pyarrow.parquet
+        from gfast.tables import read_table
 
+        table = read_table(path, "restore it from a copy, or measure again")
         try:
-            table = pyarrow.parquet.read_table(path)
             scalars = json.loads((table.schema.metadata or {})[b"gfast_effect"])
-        except (pyarrow.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
+            kind = scalars.pop("kind")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no effect written by gfast ({error})") from error
-        kind = scalars.pop("kind")
         found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
