@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ SIDES = ("unlearn", "retain")
 COLUMNS = ("objective", "step", "quantity", "side", "group", "sample", "token", "other", "value")
 Norms = dict[str, dict[str, float]]
 
+# In a run folder the name of a file says of which step it is.
+_IN_A_RUN = re.compile(r"[a-z]+-\d{8,}\.parquet")
 _WHOLE = frozenset({"step", "sample", "token", "other"})
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "
@@ -101,7 +104,7 @@ class Effect:
 
         text, whole = pyarrow.string(), pyarrow.int64()
         kinds = {name: whole if name in _WHOLE else text for name in COLUMNS} | {"value": pyarrow.float64()}
-        scalars = {"kind": self.kind, **self._scalars()}
+        scalars = {"kind": self.kind, "file": Path(path).name, **self._scalars()}
         schema = pyarrow.schema(kinds.items(), metadata={"gfast_effect": json.dumps(scalars)})
         table = pyarrow.Table.from_pylist(self.rows(), schema=schema)
         if hasattr(self, "objective"):
@@ -117,14 +120,17 @@ class Effect:
             DamagedFile: a file that cannot be read, or is not as it was written.
             ValueError: a table that is no effect, or holds another kind of effect than the class it is asked of.
         """
+        from gfast.files import DamagedFile
         from gfast.tables import read_table
 
         table = read_table(path, "restore it from a copy, or measure again")
         try:
             scalars = json.loads((table.schema.metadata or {})[b"gfast_effect"])
-            kind = scalars.pop("kind")
+            kind, name = scalars.pop("kind"), scalars.pop("file", Path(path).name)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no effect written by gfast ({error})") from error
+        if name != Path(path).name and _IN_A_RUN.fullmatch(name) and _IN_A_RUN.fullmatch(Path(path).name):
+            raise DamagedFile(path, f"it is {name} under another name", "give it its name back, or measure again")
         found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
