@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -81,7 +82,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"could not write {path}: {reason} (nothing was left half written)") from error
+        raise OSError(errno_of(error), f"could not write {path}: {reason} (nothing was left half written)") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -105,6 +106,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def errno_of(error: Exception) -> int:
+    """The system's number of an error; libraries that raise errors of their own have it in the text, if at all."""
+    found = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    return getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
 
 
 def remove_partial_files(folders: Iterable[Path]) -> None:

@@ -37,6 +37,7 @@ def read_table(path: str | os.PathLike[str], remedy: str) -> pyarrow.Table:
     import pyarrow.parquet
 
     with undamaged(path, remedy):
+        # A page that is damaged must not reach a decoder written for whole ones: pages have checksums of their own.
         # From bytes, not through the memory-mapped dataset reader: the file may be replaced while it is read.
         content = pyarrow.BufferReader(Path(path).read_bytes())
         table = pyarrow.parquet.ParquetFile(content, page_checksum_verification=True).read()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.files import DamagedFile, undamaged, whole_file
+from gfast.files import DamagedFile, errno_of, undamaged, whole_file
 
 _CHUNK = 64 << 20
 # The entries of a file's metadata.
@@ -46,7 +46,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], d
             save_file(stored, temporary, metadata=metadata | {_SUM: _overall(metadata)})
         except Exception as error:
             # safetensors reports a full disk as its own exception type.
-            raise OSError(getattr(error, "errno", None), str(error)) from error
+            raise OSError(errno_of(error), str(error)) from error
     return _overall(metadata)
 
 

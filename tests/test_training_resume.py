@@ -10,7 +10,7 @@ from gfast.data import batches
 from gfast.objectives import GA, NPO, WGA
 from gfast.training.callback import GEffectCallback, nll
 from gfast.training.records import read_records, recorded_steps
-from gfast.training.resume import last_checkpoint
+from gfast.training.resume import last_checkpoint, saving
 from gfast.training.trainer import UnlearnTrainer
 
 
@@ -127,3 +127,11 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_checkpoint_that_is_saved_again_is_none_until_it_is_whole(tmp_path):
+    run(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt), saving(tmp_path / "checkpoint-4", mine=True):
+        assert last_checkpoint(tmp_path).name == "checkpoint-2"
+        raise KeyboardInterrupt
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from gfast.files import MANIFEST, DamagedFile, check_manifest, read_json, write_manifest
+from gfast.files import MANIFEST, DamagedFile, check_manifest, errno_of, read_json, write_manifest
 
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -79,7 +79,7 @@ def saving(checkpoint: str | os.PathLike[str], mine: bool) -> Iterator[None]:
         if not _is_about_files(error):
             raise
         raise OSError(
-            getattr(error, "errno", None),
+            errno_of(error),
             f"could not save {checkpoint}: {' '.join(str(error).split())}. Make room and start again: the run goes on "
             "from the checkpoint before it",
         ) from error
@@ -89,4 +89,4 @@ def _is_about_files(error: Exception) -> bool:
     from safetensors import SafetensorError
 
     # torch.save says it with a RuntimeError of its file writer.
-    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+    return isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error)
