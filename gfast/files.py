@@ -92,7 +92,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     # Without fsync a full disk or a power cut can surface after the rename, and the rename would then have replaced a
     # good file.
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -101,11 +101,12 @@ def _sync(path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     # The new name is an entry of the folder: after a power cut it could be the old file, or none.
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _sync(folder)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Not every file system does this for folders, nor every folder may be read.
 
 
 def errno_of(error: Exception) -> int:
@@ -229,10 +230,10 @@ def write_manifest(folder: str | os.PathLike[str], deep: bool = True) -> Path:
     return write_json(folder / MANIFEST, {"format": "gfast-manifest-1", "folder": folder.name, "files": entries})
 
 
-def check_manifest(folder: str | os.PathLike[str], remedy: str, skip: tuple[str, ...] = ()) -> bool:
+def check_manifest(folder: str | os.PathLike[str], remedy: str, only: tuple[str, ...] = ("",)) -> bool:
     """True if every file of the manifest in `folder` is as it was written, False if there is no manifest.
 
-    skip: beginnings of the names of files that are not going to be read.
+    only: beginnings of the names of files to look at.
 
     Errors: DamagedFile, which names the first file that differs or is missing.
     """
@@ -244,7 +245,7 @@ def check_manifest(folder: str | os.PathLike[str], remedy: str, skip: tuple[str,
         entries = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     for name, (size, checksum) in entries.items():
         path = folder / name
-        if path.name.startswith(skip):
+        if not path.name.startswith(only):
             continue
         if not path.is_file():
             raise DamagedFile(path, "it is missing", remedy)

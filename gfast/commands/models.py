@@ -22,8 +22,9 @@ from gfast.commands.common import say
 from gfast.files import MANIFEST, check_manifest, read_json
 from gfast.training.resume import last_checkpoint
 
-# Of a checkpoint, what is only there to train on.
-NOT_LOADED = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
+# What a model is computed from; not what there is to train on, nor the texts that people change in a model's folder (a
+# chat template, the base that an adapter names).
+DECIDING = ("config.json", "model", "adapter_model", "pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check_model(arguments: ModelArguments, name: str | None = None) -> None:
     for folder in (name or arguments.model, None if adapter is None else adapter.base):
         if folder is not None and Path(folder).is_dir():
             edited = f"or, if you changed it on purpose, delete {Path(folder) / MANIFEST}"
-            check_manifest(folder, f"restore it from a copy, {edited}", skip=NOT_LOADED)
+            check_manifest(folder, f"restore it from a copy, {edited}", only=DECIDING)
     if not arguments.gguf_file:
         _config(arguments, name or arguments.model, adapter)
 
