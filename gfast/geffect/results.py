@@ -117,20 +117,21 @@ class Effect:
         """The effect that `to_parquet` wrote, of its own class.
 
         Raises:
-            DamagedFile: a file that cannot be read, or is not as it was written.
-            ValueError: a table that is no effect, or holds another kind of effect than the class it is asked of.
+            DamagedFile: a file that cannot be read, is not as it was written, or is no effect at all.
+            ValueError: a file that holds another kind of effect than the class it is asked of.
         """
         from gfast.files import DamagedFile
         from gfast.tables import read_table
 
-        table = read_table(path, "restore it from a copy, or measure again")
+        remedy = "restore it from a copy, or measure again"
+        table = read_table(path, remedy)
         try:
             scalars = json.loads((table.schema.metadata or {})[b"gfast_effect"])
             kind, name = scalars.pop("kind"), scalars.pop("file", Path(path).name)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no effect written by gfast ({error})") from error
+            raise DamagedFile(path, f"it is no effect written by gfast ({error})", remedy) from error
         if name != Path(path).name and _IN_A_RUN.fullmatch(name) and _IN_A_RUN.fullmatch(Path(path).name):
-            raise DamagedFile(path, f"it is {name} under another name", "give it its name back, or measure again")
+            raise DamagedFile(path, f"it is {name} under another name", f"give it its name back, {remedy}")
         found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
