@@ -116,8 +116,11 @@ def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
                     f"{folder} is in use: {_holder(folder / RUN_LOCK)} is writing its run there. Wait until it has "
                     "ended, or give another output folder"
                 ) from None
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            try:
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
             inside = [folder / name for name in ("records", "effects", "reference")]
             remove_partial_files([folder, *inside, *folder.glob("checkpoint-*")])
             yield

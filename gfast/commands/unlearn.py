@@ -40,7 +40,7 @@ from gfast.commands.common import (
 )
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
-from gfast.files import read_json, require_writable, write_json, write_manifest
+from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
 from gfast.locks import claimed
 from gfast.objectives import Mix
 from gfast.training.batches import needed_from_cache
@@ -147,6 +147,8 @@ def _train(
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
+    if trainer.is_world_process_zero():
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
     trainer.save_model()
     result = {
         "steps": output.global_step,
