@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 import gfast
 from gfast.commands.parser import Parser
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
-from gfast.files import read_json, require_writable, write_json
+from gfast.files import check_manifest, read_json, require_writable, write_json, write_manifest
+from gfast.locks import RUN_LOCK, claimed
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.report import build_report
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
@@ -80,6 +81,7 @@ class Study:
         """A small Llama that knows both sets by heart; an earlier call's, if the folder holds one."""
         folder = self.out / "model"
         if folder.exists():
+            check_manifest(folder, f"delete {self.out} to begin again")
             return LlamaForCausalLM.from_pretrained(folder)
         set_seed(self.plan.seed)
         config = LlamaConfig(
@@ -116,6 +118,7 @@ class Study:
         partial = self.out / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         model.cpu().save_pretrained(partial)
+        write_manifest(partial)
         os.replace(partial, folder)
         shutil.rmtree(args.output_dir, ignore_errors=True)
         return model
@@ -247,16 +250,15 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def claim(out: Path, plan: Plan) -> None:
+def begin(out: Path, plan: Plan) -> None:
     """Take an empty folder, or one with a demo of the same plan; ValueError for a folder that holds anything else."""
-    require_writable(out)
     marker, wanted = out / "demo.json", asdict(plan)
     if marker.exists():
         there = read_json(marker)
         differ = [f"{k} is {there.get(k)} there and {v} here" for k, v in wanted.items() if there.get(k) != v]
         if differ:
             raise ValueError(f"{out} holds a demo with other settings: {', '.join(differ)}. Give another --out")
-    elif any(out.iterdir()):
+    elif any(path.name != RUN_LOCK for path in out.iterdir()):
         raise ValueError(f"{out} holds something else than a demo. Give another --out, or an empty folder")
     else:
         write_json(marker, wanted)
@@ -277,17 +279,23 @@ def main(argv: list[str] | None = None) -> int:
     plan = Plan(**(QUICK if options.quick else {}) | given)
     if plan.steps < 1 or not plan.learning_rate > 0:
         parser.error("--steps and --learning_rate must be positive")
-    claim(options.out, plan)
+    require_writable(options.out)
+    with claimed(options.out):
+        return run(plan, options.out, options.cpu)
+
+
+def run(plan: Plan, out: Path, cpu: bool) -> int:
+    begin(out, plan)
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     try:
-        study = Study(plan, options.out, options.cpu)
+        study = Study(plan, out, cpu)
         model = study.learn()
         before, references = study.replies(model), study.references(model)
         folders = [study.unlearn(name, objective, references) for name, objective in OBJECTIVES.items()]
         page = study.report(folders, before)
     except KeyboardInterrupt:
-        message = f"Stopped. Finished runs stay in {options.out}; the same command goes on from there."
+        message = f"Stopped. Finished runs stay in {out}; the same command goes on from there."
         raise KeyboardInterrupt(message) from None
     print(f"Finished in {time.perf_counter() - started:.0f} s. Open {page.resolve()}")
     return 0

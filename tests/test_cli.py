@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
+from gfast.files import read_json
 from gfast.training.records import read_records, read_run_info, recorded_steps
 
 
@@ -195,7 +197,7 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     for effect in json.loads((out / "geffect.json").read_text())["effects"]:  # of the tokens, by objective
         same = next(one for one in whole if one["objective"] == effect["objective"])
         assert effect["retain"] == pytest.approx(same["retain"], rel=1e-4, abs=1e-6)
-    texts = json.loads(token_texts_file(out).read_text())
+    texts = read_json(token_texts_file(out))["samples"]
     assert [len(text["pieces"]) for text in texts] == [len(one) for one in tokens.logp]
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
@@ -304,3 +306,38 @@ def test_bench_lists_runs_or_says_where_the_scripts_are(tmp_path, capsys, monkey
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_files_only(original, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(original, data)
+    argv = ["unlearn", *flags(original, out, data_path=data, retain_term="nll", save_strategy="steps", save_steps=1)]
+    assert cli.main(argv) == 0
+    (out / "result.json").unlink()  # as if it had been killed
+    path = data / "retain.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row | {"note": 1}) + "\n" for row in rows[:-1]), encoding="utf-8")
+    fails(capsys, "samples is", *argv)  # a row less is another run
+    rows[2]["answer"] += "!"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fails(capsys, "the rows of the retain set (retain.jsonl) are not those that it was begun with", *argv)
+    rows[2]["answer"] = rows[2]["answer"][:-1]
+    path.write_text("\n" + "".join(json.dumps(row, indent=None) + "\n" for row in rows), encoding="utf-8")
+    assert cli.main(argv) == 0
+
+
+def test_a_damaged_model_of_a_run_is_not_taken(original, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["unlearn", *flags(original, out, save_strategy="steps", save_steps=1)]) == 0
+    for folder in (out, out / "checkpoint-1"):
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 16
+        path.write_bytes(bytes(content))
+        words = f"{path} is damaged: its contents do not fit its checksum"
+        fails(capsys, words, "geffect", "--model", str(folder), "--data", "bundled")
+        content[-3] ^= 16
+        path.write_bytes(bytes(content))
+    (out / "checkpoint-1" / "optimizer.pt").write_bytes(b"")  # which is not loaded
+    data = ["--data", "bundled", "--max_forget", "2", "--max_retain", "2"]
+    assert cli.main(["geffect", "--model", str(out / "checkpoint-1"), *data]) == 0

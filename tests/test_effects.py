@@ -10,6 +10,7 @@ import torch
 
 import gfast.geffect.effects
 import gfast.geffect.history
+from gfast.files import DamagedFile
 from gfast.geffect import Effect, EffectHistory, GEffect, GramEffect, SampleEffect, TokenEffect
 from gfast.geffect.results import standard_error
 from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO
@@ -303,7 +304,12 @@ def test_cumulative_rows_of_a_file_are_not_read(tmp_path):
     table = parquet.read_table(path)
     derived = [quantity in ("cumulative", "cosine") for quantity in table["quantity"].to_pylist()]
     assert sum(derived) == 24  # 18 and, at the first step alone, 6
-    parquet.write_table(table.filter([not one for one in derived]), path)
+    few = table.filter([not one for one in derived])
+    parquet.write_table(few, path)
+    with pytest.raises(DamagedFile, match="take the metadata gfast_sha256 out of it"):
+        EffectHistory.from_parquet(path)
+    metadata = {name: value for name, value in few.schema.metadata.items() if name != b"gfast_sha256"}
+    parquet.write_table(few.replace_schema_metadata(metadata), path)
     again = EffectHistory.from_parquet(path)
     assert again == history() and again.cumulative("unlearn") == history().cumulative("unlearn")
     with pytest.raises(ValueError, match="holds a history effect"):
@@ -323,7 +329,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a sample effect, not a token one"):
         TokenEffect.from_parquet(path)
     (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(ValueError, match="no effect written by gfast"):
+    with pytest.raises(ValueError, match="text.parquet is damaged"):
         Effect.from_parquet(tmp_path / "text.parquet")
     parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="no effect written by gfast"):

@@ -15,6 +15,7 @@ from geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
 from test_geffect import count_losses  # noqa: E402
 
 import gfast  # noqa: E402
+from gfast.files import read_json  # noqa: E402
 from gfast.geffect import Directions, passes  # noqa: E402
 from gfast.geffect.storage import HostStore  # noqa: E402
 from gfast.objectives import GA, NLL, NPO, WGA, Mix, SimNPO  # noqa: E402
@@ -145,10 +146,10 @@ def test_damaged_folders_are_refused(tmp_path):
     folder = gfast.risk_gradients(tiny("llama").eval(), **data()).save(tmp_path / "d")
     whole = (folder / "retain.safetensors").read_bytes()
     (folder / "retain.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="retain.safetensors is damaged: .*measure the directions again"):
         Directions.load(folder)
     (folder / "retain.safetensors").write_bytes(whole)
-    text = json.loads((folder / "directions.json").read_text())
+    text = read_json(folder / "directions.json")
     (folder / "directions.json").write_text(json.dumps(text | {"format": "other"}))
     with pytest.raises(ValueError, match="format is 'other'"):
         Directions.load(folder)

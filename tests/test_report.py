@@ -289,7 +289,7 @@ def with_effects(tmp_path):
         tokens.to_parquet(effect_file(run, "token", step))
         tokens.samples().to_parquet(effect_file(run, "sample", step))
     texts = [{"question": f"Who is {i}?", "pieces": pieces} for i, pieces in enumerate(WORDS)]
-    write_json(token_texts_file(run), texts)
+    write_json(token_texts_file(run), {"samples": texts})
     return run
 
 

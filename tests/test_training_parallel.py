@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from test_training import plain_nll
 from training_tiny import server, tiny_model
 
+from gfast.files import MANIFEST, read_json
+from gfast.locks import claimed
 from gfast.training.evaluation import own_batches
 from gfast.training.records import read_records
 
@@ -48,6 +51,19 @@ def test_two_processes_train_like_one(tmp_path):
     one, two = (read_records(folder) for folder in runs.values())
     assert one["quantity"].tolist() == two["quantity"].tolist()
     assert two["value"].to_numpy() == pytest.approx(one["value"].to_numpy(), rel=1e-4)
+
+
+def test_a_job_is_one_writer_and_fails_as_one(tmp_path):
+    folder = tmp_path / "two"
+    with claimed(tmp_path / "held"):
+        together(training_parallel.one_job, {2: folder})
+    for step in (1, 2):
+        listed = read_json(folder / f"checkpoint-{step}" / MANIFEST)["files"]
+        assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "optimizer.pt"} <= set(listed)
+    for rank in range(2):
+        damaged, held = read_json(folder / f"process-{rank}.json")["said"]
+        assert "rng_state_0.pth is damaged: it has " in damaged and "go on from the checkpoint before it" in damaged
+        assert f"is in use: process {os.getpid()} on " in held
 
 
 def expected_losses(kind, samples):

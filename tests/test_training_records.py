@@ -73,6 +73,20 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(tmp_path, monk
     assert read_records(tmp_path)["value"].tolist() == [1.0]
 
 
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    sync, codes = files._sync, [errno.EINVAL, errno.EIO]
+
+    def some(path):
+        if path.is_dir():
+            raise OSError(codes.pop(0), "said of a folder")
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", some)
+    assert write_record(tmp_path, [row(7)]).exists()
+    with pytest.raises(OSError, match="could not write .*step-00000008.parquet: said of a folder"):
+        write_record(tmp_path, [row(8)])
+
+
 def test_a_really_full_disk(tmp_path):
     import os
 

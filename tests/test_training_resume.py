@@ -1,20 +1,16 @@
-"""G-effects along a training: the training does not notice, and a run that is killed and resumed loses nothing."""
+"""G-effects along a training, which does not notice, and which checkpoint a run goes on from."""
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 import torch
-import training_killed
-from safetensors.torch import load_file
-from training_tiny import collator, config, datasets, pairing, parameters, server, tiny_model
+from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
 from gfast.data import batches
 from gfast.objectives import GA, NPO, WGA
 from gfast.training.callback import GEffectCallback, nll
-from gfast.training.records import KEY, read_records, recorded_steps
-from gfast.training.resume import last_checkpoint
+from gfast.training.records import read_records, recorded_steps
+from gfast.training.resume import last_checkpoint, saving
 from gfast.training.trainer import UnlearnTrainer
 
 
@@ -124,48 +120,6 @@ def test_an_objective_without_its_data_is_said(tmp_path):
         measured(label="one name for two")
 
 
-@pytest.fixture(scope="module")
-def in_another_process():
-    """Runs training_killed.main(folder, where, number) in a process of its own and returns its exit code."""
-    context = server()
-
-    def start(folder, where="nowhere", number=0):
-        process = context.Process(target=training_killed.main, args=(str(folder), where, number))
-        process.start()
-        process.join(timeout=300)
-        return process.exitcode
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, in_another_process):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert in_another_process(folder) == 0
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("where", "number"),
-    [("step", 1), ("write", 9), ("checkpoint", 4)],
-    ids=["before any checkpoint", "writing a record", "saving a checkpoint"],
-)
-def test_killed_and_resumed_is_as_if_never_killed(tmp_path, uninterrupted, in_another_process, where, number):
-    folder = tmp_path / "run"
-    assert in_another_process(folder, where, number) == -signal.SIGKILL
-    before = set(recorded_steps(folder))
-    read_records(folder)
-    assert in_another_process(folder) == 0
-    assert before <= set(recorded_steps(folder))
-    found, expected = (read_records(which).set_index(list(KEY)) for which in (folder, uninterrupted))
-    assert sorted(set(expected.index.get_level_values("step"))) == list(range(8))
-    assert found.index.equals(expected.index)
-    assert found["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-4, abs=1e-6)
-    weights, whole = (load_file(which / "model.safetensors") for which in (folder, uninterrupted))
-    for name, value in whole.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
-
-
 def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
     for step, text in ((2, '{"global_step": 2}'), (4, '{"global_st'), (10, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -173,3 +127,11 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_checkpoint_that_is_saved_again_is_none_until_it_is_whole(tmp_path):
+    run(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt), saving(tmp_path / "checkpoint-4", mine=True):
+        assert last_checkpoint(tmp_path).name == "checkpoint-2"
+        raise KeyboardInterrupt
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"

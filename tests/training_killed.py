@@ -1,4 +1,4 @@
-"""A small training run that kills itself where it is told to."""
+"""A small training run that kills itself where it is told to, or is killed from outside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from gfast import files
 from gfast.data import batches
 from gfast.objectives import WGA
-from gfast.training import callback
+from gfast.training import callback, resume
 from gfast.training.trainer import UnlearnTrainer
 
 
@@ -35,7 +35,7 @@ def kill_at_write(number: int):
 
     def counted(path):
         sync(path)
-        left[0] -= 1
+        left[0] -= path.suffix == ".parquet"
         if left[0] == 0:
             die()
 
@@ -54,7 +54,30 @@ def kill_in_checkpoint(trainer, step: int):
     trainer._save_optimizer_and_scheduler = cut_short
 
 
-def main(folder: str, where: str, number: int) -> None:
+def kill_before_manifest(step: int):
+    """Die with all files of a checkpoint there and no manifest."""
+
+    def instead(folder, **options):
+        if str(folder).endswith(f"checkpoint-{step}"):
+            die()
+        return write(folder, **options)
+
+    write, resume.write_manifest = resume.write_manifest, instead
+
+
+class Announce(TrainerCallback):
+    def __init__(self, begun):
+        self.begun = begun
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun.set()
+
+
+def main(folder: str, where: str = "nowhere", number: int = 0, begun=None, save_steps: int = 2) -> None:
+    """Train to the end, from the last checkpoint if there is one.
+
+    where, number: at which step, record or checkpoint to die. begun: an event to set when training begins.
+    """
     torch.set_num_threads(1)
     data, collate = pairing()
     model = tiny_model(attention_dropout=0.2)
@@ -64,7 +87,8 @@ def main(folder: str, where: str, number: int) -> None:
         retain_term="nll",
         max_steps=7,
         save_strategy="steps",
-        save_steps=2,
+        save_steps=save_steps,
+        save_total_limit=2,
         lr_scheduler_type="linear",
         warmup_steps=2,
         max_grad_norm=1.0,
@@ -80,5 +104,9 @@ def main(folder: str, where: str, number: int) -> None:
         kill_at_write(number)
     elif where == "checkpoint":
         kill_in_checkpoint(trainer, number)
+    elif where == "manifest":
+        kill_before_manifest(number)
+    if begun is not None:
+        trainer.add_callback(Announce(begun))
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from itertools import chain
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset, Subset
 from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
+from gfast.files import write_json
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
@@ -52,6 +54,30 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
     metrics = {name: torch.tensor(value) for name, value in metrics.items() if name.endswith("loss")}
     # Every process saves what it has: they must agree.
     save_file(parameters(model) | metrics, f"{folder}/process-{rank}.safetensors")
+
+
+def one_job(folder: str, rank: int, world: int, port: int) -> None:
+    """Train and save; then the checkpoint is damaged, then the folder is another process's: what each process says."""
+    join(rank, world, port)
+    data, collate = pairing()
+
+    def trainer(where):
+        args = config(
+            where, max_steps=2, save_strategy="steps", save_steps=1, ddp_backend="gloo" if world > 1 else None
+        )
+        return UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+
+    trainer(folder).train()
+    path = Path(folder) / "checkpoint-2" / f"rng_state_{rank}.pth"
+    path.write_bytes(path.read_bytes()[:-1])
+    torch.distributed.barrier()
+    said = []
+    for where in (folder, Path(folder).parent / "held"):
+        try:
+            trainer(where).train(resume_from_checkpoint=True)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    write_json(Path(folder) / f"process-{rank}.json", {"said": said})
 
 
 KINDS = ("plain", "nested", "several rows an item")

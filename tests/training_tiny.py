@@ -80,7 +80,7 @@ def server():
     They start at once, share no state with the test process, and may be killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_killed", "training_parallel"])
+    context.set_forkserver_preload(["training_killed", "training_parallel", "files_shared"])
     here = str(Path(__file__).parent)
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Iterable
@@ -66,6 +68,19 @@ class Rows:
 
     forget: list[dict[str, Any]]
     retain: list[dict[str, Any]]
+
+    def checksums(self, arguments: DataArguments) -> dict[str, str]:
+        """Name of a set -> SHA-256 of its rows, for run.json: a run goes on with the data that it was begun with.
+
+        Of the rows that are used and not of their file, which may be moved, or written in another way.
+        """
+        found = {}
+        for side in ("forget", "retain"):
+            if rows := getattr(self, side):
+                name = "bundled" if arguments.data == "bundled" else getattr(arguments, side)
+                text = json.dumps(rows, sort_keys=True, default=str)
+                found[f"the {side} set ({name})"] = hashlib.sha256(text.encode()).hexdigest()
+        return found
 
 
 def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:

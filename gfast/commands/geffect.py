@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": model_arguments.model,
             "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
             "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
+            "data_sha256": rows.checksums(data_arguments),
             "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
             "versions": versions(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_run_info(folder, info | {"device": device_name(device)})
         if one_by_one is not None:
             one_by_one.to_parquet(effect_file(folder, arguments.per, arguments.step))
-            write_json(token_texts_file(folder), token_texts(sides, rows))
+            write_json(token_texts_file(folder), {"samples": token_texts(sides, rows)})
         write_record(folder, _rows(objectives, effects, risks, folder, arguments.step))
         if effects:
             write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})

@@ -19,8 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
-from gfast.files import read_json
+from gfast.files import MANIFEST, check_manifest, read_json
 from gfast.training.resume import last_checkpoint
+
+# What a model is computed from; not what there is to train on, nor the texts that people change in a model's folder (a
+# chat template, the base that an adapter names).
+DECIDING = ("config.json", "model", "adapter_model", "pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,14 @@ def find_adapter(arguments: ModelArguments, name: str | None = None) -> Adapter 
 
 
 def check_model(arguments: ModelArguments, name: str | None = None) -> None:
-    """Fail before any work when the configuration of the model, or of an adapter's base, cannot be found."""
+    """Fail before any work when the configuration of the model, or of an adapter's base, cannot be found, or one of
+    them is a run's and not as the run left it.
+    """
     adapter = find_adapter(arguments, name)
+    for folder in (name or arguments.model, None if adapter is None else adapter.base):
+        if folder is not None and Path(folder).is_dir():
+            edited = f"or, if you changed it on purpose, delete {Path(folder) / MANIFEST}"
+            check_manifest(folder, f"restore it from a copy, {edited}", only=DECIDING)
     if not arguments.gguf_file:
         _config(arguments, name or arguments.model, adapter)
 

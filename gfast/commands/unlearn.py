@@ -16,6 +16,7 @@ checkpoint of it or one on the hub) goes on with that adapter; `--lora_r` over i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -39,11 +40,13 @@ from gfast.commands.common import (
 )
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
-from gfast.files import read_json, require_writable, write_json
+from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
+from gfast.locks import claimed
 from gfast.objectives import Mix
 from gfast.training.batches import needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
+from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
 from gfast.training.trainer import UnlearnTrainer
@@ -92,6 +95,15 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
     if getattr(config, "overwrite_output_dir", False):
         raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
     folder = require_writable(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        main = config.process_index == 0
+        together((lambda: stack.enter_context(claimed(folder))) if main else None, config.world_size)
+        return _train(model_arguments, data_arguments, config, argv, folder)
+
+
+def _train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str], folder: Path
+) -> int:
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
     need_retain = both.retain is not None or config.geffect_every > 0
@@ -135,6 +147,8 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
+    if trainer.is_world_process_zero():
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
     trainer.save_model()
     result = {
         "steps": output.global_step,
@@ -143,6 +157,7 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
         "objective": str(objective),
     }
     if trainer.is_world_process_zero():
+        write_manifest(folder, deep=False)
         write_json(folder / "result.json", result)
         say(f"Finished {output.global_step} steps. Model and records: {folder}. Figures: gfast report {folder}")
     return 0
@@ -172,6 +187,7 @@ def describe(
         "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
         "seed": config.seed,
         "samples": counts,
+        "data_sha256": rows.checksums(data_arguments),
         "argv": ["gfast", "unlearn", *argv],
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

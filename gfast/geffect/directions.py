@@ -6,7 +6,6 @@ number of measurements of the same model: `gfast.risk_gradients` gives them, `di
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gfast.files import whole_file
+from gfast.files import DamagedFile, read_json, undamaged, write_json
 from gfast.geffect.data import SIDE_SOURCES, Data, Term
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.passes import Job, Passes, Progress, job_label
@@ -25,7 +24,10 @@ from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-FORMAT = "gfast-directions-2"
+FORMAT = "gfast-directions-3"
+# Of earlier versions; their files have no checksums.
+KNOWN_FORMATS = ("gfast-directions-2", FORMAT)
+REMEDY = "measure the directions again with gfast.risk_gradients"
 DESCRIPTION = "directions.json"
 
 
@@ -94,24 +96,26 @@ class Directions:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the directions to a folder (two safetensors files and a description); `load` reads them back."""
         folder = Path(folder)
-        for store, side in zip(self.stores, SIDES, strict=True):
+        checksums = [
             FileStore.write(folder / f"{side}.safetensors", {n: store.get(i) for i, n in enumerate(self.names)})
-        return self._describe(folder)
+            for store, side in zip(self.stores, SIDES, strict=True)
+        ]
+        return self._describe(folder, checksums)
 
-    def _describe(self, folder: Path) -> Path:
+    def _describe(self, folder: Path, checksums: list[str | None]) -> Path:
         description = {
             "format": FORMAT,
             "risk": self.risk,
             "counts": self.counts,
             "risks": self.risks,
             "groups": self.groups.names,
-            "parameters": self.groups.index,
+            "parameters": list(self.groups.index.items()),  # in order
             "gram": self.gram.flatten().tolist(),
             "squares": self.squares.tolist(),
             "data": self.data,
+            "files": dict(zip(SIDES, checksums, strict=True)),
         }
-        with whole_file(folder / DESCRIPTION) as temporary:
-            temporary.write_text(json.dumps(description), encoding="utf-8")
+        write_json(folder / DESCRIPTION, description)
         return folder
 
     @classmethod
@@ -119,22 +123,30 @@ class Directions:
         """Directions saved by `save`, memory-mapped: a parameter's part is read when it is asked for.
 
         Raises:
-            ValueError: a folder that holds no directions, or damaged ones.
+            ValueError: a folder that holds no directions, or (DamagedFile) damaged ones. The values of a parameter are
+                checked when they are first read.
         """
         folder = Path(folder)
+        path = folder / DESCRIPTION
         try:
-            found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            if found["format"] != FORMAT:
-                raise ValueError(f"their format is {found['format']!r}")
-            groups = GroupMap(found["groups"], found["parameters"])
+            found = read_json(path, REMEDY)
+            stored = str(found["format"])
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
+        if stored not in KNOWN_FORMATS:
+            raise ValueError(f"{folder} holds no directions that can be read (their format is {stored!r})")
+        with undamaged(path, REMEDY):
+            groups = GroupMap(found["groups"], dict(found["parameters"]))
             names = list(groups.index)
             stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
             gram = torch.tensor(found["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
             squares = torch.tensor(found["squares"], dtype=torch.float64, device="cpu")
             risks = {side: float(found["risks"][side]) for side in SIDES}
             data = {source: str(found["data"][source]) for source in SIDE_SOURCES}
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
+            expected = found["files"] if stored == FORMAT else {side: None for side in SIDES}
+        for store, side in zip(stores, SIDES, strict=True):
+            if store.checksum != expected[side]:
+                raise DamagedFile(store.path, f"it is not the file that {DESCRIPTION} was written with", REMEDY)
         return cls(groups, stores, gram, found["counts"], found["risk"], squares, risks, data)
 
     def __enter__(self) -> Directions:
@@ -188,7 +200,7 @@ def collect(
         groups, stores, gram, counts, str(risk), squares, passes.risks(risk), passes.data.fingerprints()
     )
     if isinstance(stores[0], FileStore):
-        directions._describe(Path(storage))
+        directions._describe(Path(storage), [store.checksum for store in stores])
     return directions
 
 

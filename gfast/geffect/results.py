@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ SIDES = ("unlearn", "retain")
 COLUMNS = ("objective", "step", "quantity", "side", "group", "sample", "token", "other", "value")
 Norms = dict[str, dict[str, float]]
 
+# In a run folder the name of a file says of which step it is.
+_IN_A_RUN = re.compile(r"[a-z]+-\d{8,}\.parquet")
 _WHOLE = frozenset({"step", "sample", "token", "other"})
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "
@@ -96,38 +99,39 @@ class Effect:
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the table with `COLUMNS` to a Parquet file, whole or not at all; `from_parquet` is its inverse."""
         import pyarrow
-        import pyarrow.parquet
 
-        from gfast.files import whole_file
+        from gfast.tables import write_table
 
         text, whole = pyarrow.string(), pyarrow.int64()
         kinds = {name: whole if name in _WHOLE else text for name in COLUMNS} | {"value": pyarrow.float64()}
-        scalars = {"kind": self.kind, **self._scalars()}
+        scalars = {"kind": self.kind, "file": Path(path).name, **self._scalars()}
         schema = pyarrow.schema(kinds.items(), metadata={"gfast_effect": json.dumps(scalars)})
         table = pyarrow.Table.from_pylist(self.rows(), schema=schema)
         if hasattr(self, "objective"):
             names = pyarrow.array([self.objective] * len(table), text)
             table = table.set_column(0, schema.field(0), names)
-        with whole_file(path) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
-        return Path(path)
+        return write_table(path, table)
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str]) -> Any:
         """The effect that `to_parquet` wrote, of its own class.
 
         Raises:
-            ValueError: a file that is no such table, or holds another kind of effect than the class it is asked of.
+            DamagedFile: a file that cannot be read, is not as it was written, or is no effect at all.
+            ValueError: a file that holds another kind of effect than the class it is asked of.
         """
-        import pyarrow
-        import pyarrow.parquet
+        from gfast.files import DamagedFile
+        from gfast.tables import read_table
 
+        remedy = "restore it from a copy, or measure again"
+        table = read_table(path, remedy)
         try:
-            table = pyarrow.parquet.read_table(path)
             scalars = json.loads((table.schema.metadata or {})[b"gfast_effect"])
-        except (pyarrow.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no effect written by gfast ({error})") from error
-        kind = scalars.pop("kind")
+            kind, name = scalars.pop("kind"), scalars.pop("file", Path(path).name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFile(path, f"it is no effect written by gfast ({error})", remedy) from error
+        if name != Path(path).name and _IN_A_RUN.fullmatch(name) and _IN_A_RUN.fullmatch(Path(path).name):
+            raise DamagedFile(path, f"it is {name} under another name", f"give it its name back, {remedy}")
         found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gfast.files import whole_file
+from gfast.tensor_files import TensorFile, write_tensors
 
 
 def store_for(
@@ -183,7 +183,7 @@ class FileStore(HostStore):
     ) -> None:
         super().__init__(len(names), dtype or torch.float64, device or torch.device("cpu"))
         self.path, self.names = path, names
-        self._file = None
+        self._file: TensorFile | None = None
         if dtype is None:
             self._open()
 
@@ -194,31 +194,27 @@ class FileStore(HostStore):
         self._open()
 
     @staticmethod
-    def write(path: Path, tensors: dict[str, Tensor | None]) -> None:
-        """A safetensors file of what is not None, whole or not at all."""
-        from safetensors.torch import save_file
+    def write(path: Path, tensors: dict[str, Tensor | None]) -> str:
+        """A safetensors file of what is not None, whole or not at all; returns its checksum."""
+        return write_tensors(path, {n: t for n, t in tensors.items() if t is not None})
 
-        with whole_file(path) as temporary:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}, temporary)
+    @property
+    def checksum(self) -> str | None:
+        """Of the file; None in one of an earlier version."""
+        return None if self._file is None else self._file.checksum
 
     def _open(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a whole safetensors file ({error})") from error
-        self._present = set(self._file.keys())
+        self._file = TensorFile(self.path, "measure the directions again with gfast.risk_gradients")
 
     def _host(self, index: int) -> Tensor | None:
         if self._file is None:
             return self.kept[index]
         name = self.names[index]
-        return self._file.get_tensor(name) if name in self._present else None
+        return self._file.get(name) if name in self._file.names else None
 
     def close(self) -> None:
         super().close()
-        self._file, self._present = None, set()
+        self._file = None
 
     def __repr__(self) -> str:
         return f"in {self.path.parent}"

@@ -59,7 +59,8 @@ class Run:
         from gfast.training.records import token_texts_file
 
         path = token_texts_file(self.folder)
-        return read_json(path) if path.exists() else []
+        found = read_json(path) if path.exists() else []
+        return found["samples"] if isinstance(found, dict) else found  # earlier versions wrote the list alone
 
     @property
     def record_files(self) -> list[Path]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import nn
 
-CHUNK_BYTES = 64 << 20
+from gfast.tensor_files import hash_tensor
 
 
 def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
@@ -18,6 +17,7 @@ def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
     model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too.
     Reads the parameters in pieces of 64 MiB.
 
+    >>> import torch
     >>> a = nn.Linear(2, 2)
     >>> before = model_fingerprint(a)
     >>> with torch.no_grad():
@@ -27,10 +27,7 @@ def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(_parameters(model, adapters)):
-        digest.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())
-        flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)  # [bytes]
-        for start in range(0, flat.numel(), CHUNK_BYTES):
-            digest.update(flat[start : start + CHUNK_BYTES].cpu().numpy())
+        hash_tensor(digest, name, parameter)
     return digest.hexdigest()
 
 

@@ -8,16 +8,19 @@ key, so a run that is killed and resumed neither loses nor doubles a step.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfast.files import read_json, whole_file, write_json
+from gfast.files import DamagedFile, read_json, undamaged, write_json
+from gfast.locks import locked
+from gfast.tables import read_table, write_table
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +29,9 @@ COLUMNS = ("run", "objective", "step", "epoch", "quantity", "side", "group", "va
 KEY = ("run", "objective", "step", "quantity", "side", "group")
 SORT = ("step", "run", "objective", "quantity", "side", "group")
 # What a run is does not depend on when, where or with which command line it was started.
-NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device"})
+NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device", "data_sha256"})
+# Held while a record is merged: between reading and writing it, another writer's rows would be lost.
+LOCK = ".gfast-records-lock"
 
 _TEXT = ("run", "objective", "quantity", "side", "group")
 _FILE = re.compile(r"step-(\d{8,})\.parquet")
@@ -43,7 +48,7 @@ def effect_file(run_folder: str | os.PathLike[str], kind: str, step: int) -> Pat
 
 
 def token_texts_file(run_folder: str | os.PathLike[str]) -> Path:
-    """The file with the words behind the tokens of a run: a JSON list, {"question": ..., "pieces": [...]} a sample."""
+    """The file with the words behind the tokens of a run: JSON, {"samples": [{"question": ..., "pieces": [...]}]}."""
     return Path(run_folder) / "effects" / "token-texts.json"
 
 
@@ -56,8 +61,10 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
             be missing: they are then ""), all of one step. Rows already in the step's file stay, unless a new row has
             the same (run, objective, step, quantity, side, group): then the new one replaces it.
 
-    Errors: ValueError for no rows, rows of several steps, a missing or unknown key; OSError when the file cannot be
-    written (what was there before is untouched).
+    Writers of one step, in threads or processes, wait for each other: nobody's rows are lost.
+
+    Errors: ValueError for no rows, rows of several steps, a missing or unknown key; DamagedFile for a file that is
+    there and damaged; OSError when it cannot be written (what was there before is untouched).
 
     >>> import tempfile
     >>> row = {"run": "a", "objective": "GA()", "step": 10, "epoch": 1.0, "quantity": "loss", "value": -2.5}
@@ -65,7 +72,6 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
     'step-00000010.parquet'
     """
     import pyarrow
-    import pyarrow.parquet
 
     rows = [_clean(row, index) for index, row in enumerate(rows)]
     steps = sorted({row["step"] for row in rows})
@@ -73,21 +79,32 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
         raise ValueError(
             f"a record holds the rows of one step, but these {len(rows)} rows have steps {steps}; write them one by one"
         )
-    path = step_file(run_folder, steps[0])
-    merged = {_key(row): row for row in read_step(run_folder, steps[0])}
-    merged.update((_key(row), row) for row in rows)
-    ordered = sorted(merged.values(), key=lambda row: tuple(row[name] for name in SORT))
-    table = pyarrow.Table.from_pylist(ordered, schema=_schema())
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
-    return path
+    with _only_writer(run_folder):
+        merged = {_key(row): row for row in read_step(run_folder, steps[0])}
+        merged.update((_key(row), row) for row in rows)
+        ordered = sorted(merged.values(), key=lambda row: tuple(row[name] for name in SORT))
+        table = pyarrow.Table.from_pylist(ordered, schema=_schema())
+        return write_table(step_file(run_folder, steps[0]), table)
+
+
+@contextlib.contextmanager
+def _only_writer(run_folder: str | os.PathLike[str]) -> Iterator[None]:
+    """One process, and one thread of it, at a time."""
+    path = Path(run_folder) / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to the folder {run_folder}: {error.strerror}") from error
+        yield
 
 
 def read_records(run_folder: str | os.PathLike[str]) -> pandas.DataFrame:
     """All rows of a run as one DataFrame with the columns of `COLUMNS`, sorted, one row per key; empty if nothing was
     recorded.
 
-    Errors: FileNotFoundError when the folder does not exist; ValueError that names a file that is damaged or is no
+    Errors: FileNotFoundError when the folder does not exist; DamagedFile, which names a file that is damaged or is no
     record.
 
     >>> import tempfile
@@ -117,9 +134,9 @@ def recorded_steps(run_folder: str | os.PathLike[str]) -> list[int]:
 
 
 def read_step(run_folder: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
-    """The rows of one step, [] if nothing was recorded there; ValueError for a damaged file."""
+    """The rows of one step, [] if nothing was recorded there; DamagedFile for a damaged file."""
     path = step_file(run_folder, step)
-    return _read_rows(path) if path.exists() else []
+    return _read_rows(path, step) if path.exists() else []
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -140,9 +157,11 @@ def write_run_info(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) 
         run_folder: the run's folder; it is created if need be.
         info: what the run is, JSON-like: objective, model, data, seed, argv, versions, counts. Two runs are the same
             when everything but the keys of `NOT_IN_FINGERPRINT` is equal; `info["config"]`, where present, alone
-            decides.
+            decides. `info["data_sha256"]`, where both have it, maps the names of data sets to checksums of their rows,
+            which must be equal too.
 
-    Errors: ValueError when the folder holds another run (it says which settings differ) or files of something else.
+    Errors: ValueError when the folder holds another run (it says which settings differ), one of other data (it says
+    which), or files of something else.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -152,12 +171,11 @@ def write_run_info(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) 
     Traceback (most recent call last):
     ValueError: ... holds another run: objective is 'GA()' there and 'NPO(beta=0.1)' here...
     """
-    run_folder = Path(run_folder)
-    path = run_folder / "run.json"
-    check_run_folder(run_folder, info)
-    if path.exists():
-        return path
-    return write_json(path, {**info, "fingerprint": fingerprint(_identity(info))})
+    path = Path(run_folder) / "run.json"
+    with _only_writer(run_folder):
+        if not check_run_folder(run_folder, info):
+            write_json(path, {**info, "fingerprint": fingerprint(_identity(info))})
+    return path
 
 
 def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) -> bool:
@@ -170,6 +188,7 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
                 f"{run_folder} holds another run: {_difference(_identity(found), _identity(info))}. "
                 "Give another output folder, or the settings of that run to resume it"
             )
+        _check_data(run_folder, found.get("data_sha256") or {}, info.get("data_sha256") or {})
         return True
     leftovers = sorted(p.name for p in run_folder.glob("checkpoint-*")) if run_folder.is_dir() else []
     if leftovers or recorded_steps(run_folder):
@@ -180,14 +199,24 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
     return False
 
 
+def _check_data(run_folder: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    changed = [name for name, checksum in here.items() if there.get(name, checksum) != checksum]
+    if changed:
+        raise ValueError(
+            f"{run_folder} holds a run with other data: the rows of {' and of '.join(changed)} are not those that it "
+            "was begun with. Restore them to go on with it, or give another output folder"
+        )
+
+
 def read_run_info(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_run_info` wrote. FileNotFoundError when there is no run.json, ValueError when it is damaged."""
+    """What `write_run_info` wrote. FileNotFoundError when there is no run.json, DamagedFile when it is damaged."""
     path = Path(run_folder) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_folder} is not a run folder: it has no run.json")
-    info = read_json(path)
+    remedy = "restore it from a copy, or give another output folder"
+    info = read_json(path, remedy)
     if not isinstance(info, dict):
-        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(info).__name__}")
+        raise DamagedFile(path, f"it should hold a JSON object, but it holds a {type(info).__name__}", remedy)
     return info
 
 
@@ -230,15 +259,12 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # From bytes, not through the memory-mapped dataset reader: the file may be replaced while it is read.
-        table = pyarrow.parquet.ParquetFile(path).read()
-        return table.select(list(COLUMNS)).cast(_schema()).to_pylist()
-    except (pyarrow.ArrowException, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or is not a gfast record ({error}); delete it and run that step again"
-        ) from error
+def _read_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    remedy = "delete it and run that step again"
+    table = read_table(path, remedy)
+    with undamaged(path, remedy):
+        rows = table.select(list(COLUMNS)).cast(_schema()).to_pylist()
+    others = sorted({row["step"] for row in rows} - {step})
+    if others or not rows:
+        raise DamagedFile(path, f"it holds the rows of the steps {others}" if others else "it has no rows", remedy)
+    return rows

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +14,15 @@ from torch import Tensor, nn
 
 from gfast import wrappers
 from gfast.data import fingerprint as dataset_fingerprint
-from gfast.files import whole_file
+from gfast.files import DamagedFile, undamaged
 from gfast.model_state import evaluating
+from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
 
-FORMAT = "gfast-reference-1"
+FORMAT = "gfast-reference-2"
+# Of earlier versions; their files have no checksums.
+KNOWN_FORMATS = ("gfast-reference-1", FORMAT)
+REMEDY = "delete it and build it again with ReferenceCache.build"
 # What all samples share: the output head of the original model, and its scale and soft cap (0: none).
 HEAD_KEYS = ("ref_head", "ref_head_bias", "ref_head_form")
 # What can be asked for -> the key in a batch.
@@ -201,8 +204,6 @@ class ReferenceCache:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file, whole or not at all. OSError, with the path, when that is not possible."""
-        from safetensors.torch import save_file
-
         tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths, **self.values, **self.head}
         description = {
             "format": FORMAT,
@@ -212,16 +213,7 @@ class ReferenceCache:
             "data_fingerprint": self.data_fingerprint,
             "torch": torch.__version__,
         }
-        with whole_file(path) as temporary:
-            try:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()},
-                    temporary,
-                    metadata={"gfast": json.dumps(description)},
-                )
-            except Exception as error:
-                # safetensors reports a full disk as its own exception type.
-                raise OSError(getattr(error, "errno", None), str(error)) from error
+        write_tensors(path, tensors, description)
         return Path(path)
 
     @classmethod
@@ -237,34 +229,31 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
-        Errors: FileNotFoundError; ValueError for a file that is no cache or belongs to another model or other data.
+        Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache or belongs to another model or
+        other data.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no reference cache {path}; ReferenceCache.build(..., path=...) makes one"
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("gfast", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or is not a safetensors file ({error}); delete it and build it again"
-            ) from error
-        if description.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a {FORMAT} file; delete it and build it again with ReferenceCache.build")
-        cache = cls(
-            tensors.pop("sample_ids"),
-            tensors.pop("lengths"),
-            head={name: tensors.pop(name) for name in HEAD_KEYS if name in tensors},
-            values=tensors,
-            layer=description["layer"],
-            model_fingerprint=description["model_fingerprint"],
-            data_fingerprint=description["data_fingerprint"],
-        )
+        file = TensorFile(path, REMEDY)
+        description = file.description
+        if not isinstance(description, dict) or description.get("format") not in KNOWN_FORMATS:
+            raise ValueError(f"{path} is not a {FORMAT} file; {REMEDY}")
+        if description["format"] == FORMAT and file.checksum is None:
+            raise DamagedFile(path, "its checksums are missing", REMEDY)
+        tensors = {name: file.get(name) for name in file.names}
+        with undamaged(path, REMEDY):
+            cache = cls(
+                tensors.pop("sample_ids"),
+                tensors.pop("lengths"),
+                head={name: tensors.pop(name) for name in HEAD_KEYS if name in tensors},
+                values=tensors,
+                layer=description["layer"],
+                model_fingerprint=description["model_fingerprint"],
+                data_fingerprint=description["data_fingerprint"],
+            )
         try:
             cache.check(model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
         except ValueError as error:

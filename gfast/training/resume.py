@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint a killed run goes on from."""
+"""Which checkpoint a killed run goes on from, and whether it is still what was saved."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from gfast.files import MANIFEST, DamagedFile, check_manifest, errno_of, read_json, write_manifest
+
+STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+logger = logging.getLogger("gfast")
 
 
 def last_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
@@ -16,6 +24,8 @@ def last_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
 
     A run killed while saving leaves a folder that has the highest number but not all of its files, and Trainer would
     take it. Trainer writes `trainer_state.json` last: a checkpoint is complete when that file is there and whole.
+    UnlearnTrainer writes a manifest after it: with one the checkpoint was complete, whatever has become of it since
+    (`check_checkpoint` tells).
 
     >>> import tempfile
     >>> last_checkpoint(tempfile.mkdtemp()) is None
@@ -27,12 +37,56 @@ def last_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
     numbered = sorted(
         ((int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))), reverse=True
     )
-    return next((entry for step, entry in numbered if _is_complete(entry, step)), None)
+    return next((entry for step, entry in numbered if (entry / MANIFEST).exists() or _is_complete(entry, step)), None)
 
 
 def _is_complete(checkpoint: Path, step: int) -> bool:
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         return state["global_step"] == step
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """DamagedFile unless every file of a checkpoint is as it was saved; without a manifest that is only logged."""
+    checkpoint = Path(checkpoint)
+    remedy = f"delete the folder {checkpoint} to go on from the checkpoint before it, or restore it from a copy"
+    if not check_manifest(checkpoint, remedy):
+        logger.warning("%s has no %s: its files go unchecked", checkpoint, MANIFEST)
+        return
+    name = read_json(checkpoint / MANIFEST, remedy).get("folder")
+    if name != checkpoint.name and _NAME.fullmatch(checkpoint.name):
+        raise DamagedFile(checkpoint / MANIFEST, f"it is that of {name}", remedy)
+
+
+@contextlib.contextmanager
+def saving(checkpoint: str | os.PathLike[str], mine: bool) -> Iterator[None]:
+    """Around the saving of a checkpoint by all processes; `mine`: this one writes what all share.
+
+    Errors: OSError, with the folder, when the disk is full.
+    """
+    checkpoint = Path(checkpoint)
+    if mine:
+        # Over a checkpoint of the same step: killed half-way, its files would be of two runs.
+        for name in (MANIFEST, STATE):
+            (checkpoint / name).unlink(missing_ok=True)
+    try:
+        yield
+        if mine:
+            write_manifest(checkpoint)
+    except Exception as error:
+        if not _is_about_files(error):
+            raise
+        raise OSError(
+            errno_of(error),
+            f"could not save {checkpoint}: {' '.join(str(error).split())}. Make room and start again: the run goes on "
+            "from the checkpoint before it",
+        ) from error
+
+
+def _is_about_files(error: Exception) -> bool:
+    from safetensors import SafetensorError
+
+    # torch.save says it with a RuntimeError of its file writer.
+    return isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import Trainer
 
 from gfast import wrappers
 from gfast.data import epoch_callback
+from gfast.locks import claimed
 from gfast.objectives import RMU, RR, Mix, Objective
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
@@ -22,8 +25,9 @@ from gfast.training.options import (
     refuse_ignored_options,
     refuse_ignored_with_data,
 )
+from gfast.training.processes import together
 from gfast.training.reference import ReferenceCache
-from gfast.training.resume import last_checkpoint
+from gfast.training.resume import check_checkpoint, last_checkpoint, saving
 from gfast.training.terms import RecordTerms, StepTerms
 
 
@@ -95,11 +99,37 @@ class UnlearnTrainer(Trainer):
             self.add_callback(epoch_callback(self.train_dataset))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; `resume_from_checkpoint=True` takes the newest complete checkpoint, if there is one."""
-        if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
-            resume_from_checkpoint = None if found is None else str(found)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """Trainer's train; `resume_from_checkpoint=True` takes the newest complete checkpoint, if there is one.
+
+        Errors: FolderInUse where another process trains into the output folder; DamagedFile for a checkpoint that is
+        not as it was saved.
+        """
+        with contextlib.ExitStack() as stack:
+            main, processes = self.is_world_process_zero(), self.accelerator.num_processes
+            together((lambda: stack.enter_context(claimed(self.args.output_dir))) if main else None, processes)
+            if resume_from_checkpoint is True:
+                found = last_checkpoint(self.args.output_dir)
+                resume_from_checkpoint = None if found is None else str(found)
+            if resume_from_checkpoint:
+                # Once a machine: each sees its own disk.
+                local = self.is_local_process_zero()
+                together((lambda: check_checkpoint(resume_from_checkpoint)) if local else None, processes)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and the manifest by which a damaged checkpoint is known."""
+        # With the trial of a hyper-parameter search as the second argument, the folder is that trial's.
+        trial = args[1] if len(args) > 1 else kwargs.get("trial")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(folder, self.args.should_save):
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_rng_state(*args, **kwargs)
+        # What makes a checkpoint complete, trainer_state.json, comes after this: it must not come before other
+        # processes have written theirs.
+        self.accelerator.wait_for_everyone()
 
     @property
     def _reference(self) -> str:
