@@ -42,6 +42,12 @@ def pytest_runtest_call(item) -> None:
     seed(f"{item.path.name}::{item.name}")
 
 
+@pytest.fixture(autouse=True)
+def precision_of_its_own(monkeypatch) -> None:
+    """TrainingArguments(bf16=True) of transformers 4 sets it for all trainers that follow in the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 # Files of minutes, the longest first: begun last, one of them would have a worker to itself while the others idle. As
 # pytest-xdist sorts files by their number of tests, it takes --no-loadscope-reorder to keep this order.
 LONG = (
@@ -49,6 +55,7 @@ LONG = (
     "test_instruction_sets.py",
     "test_ops_losses.py",
     "test_vocab_parallel.py",
+    "test_architectures.py",
     "test_bench.py",
 )
 
