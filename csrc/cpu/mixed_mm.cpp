@@ -77,12 +77,12 @@ void mixed_mm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
                     "gfast: mixed_mm: a ", a.scalar_type(), " ", a.sizes(), " and b ", b.sizes(),
                     " must be float32 [M, K] and [N, K], and out float32 [M, N], not ", out.scalar_type(), " ",
                     out.sizes());
-  check_apart("mixed_mm", out, "a", a);
-  check_apart("mixed_mm", out, "b", b);
+  check_apart("mixed_mm", {"out", out}, {{"a", a}, {"b", b}});
   p.a = static_cast<const float*>(left.data), p.a_stride = left.stride;
   p.out = out.mutable_data_ptr<float>(), p.out_stride = target.stride;
   if (bias) {
-    check_apart("mixed_mm", out, "bias", *bias);
+    check_memory("mixed_mm", "bias", *bias);
+    check_apart("mixed_mm", {"out", out}, {{"bias", *bias}});
     TORCH_CHECK_VALUE(bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->dim() == 1 &&
                           bias->size(0) == p.columns,
                       "gfast: mixed_mm: bias must be contiguous float32 of shape [", p.columns, "], not ",

@@ -35,7 +35,7 @@ class Pool {
       }
     }
     constexpr size_t page = size_t{2} << 20;
-    const size_t whole = (bytes + page - 1) / page * page;
+    const size_t whole = (bytes + page - 1) / page * page;  // no overflow: bytes fit in 63 bits
     void* data = nullptr;
     TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, page, whole) == 0, "gfast: no memory for a gradient of ",
                      bytes, " bytes");
@@ -76,7 +76,12 @@ Pool& pool() {
 }
 
 at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
-  const size_t bytes = c10::multiply_integers(size) * c10::elementSize(dtype);
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "gfast: fresh: a gradient is of floating point numbers, not ", dtype);
+  for (const int64_t one : size)
+    TORCH_CHECK_VALUE(one >= 0, "gfast: fresh: a size cannot be negative: ", size);
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
+  for (const int64_t one : size)
+    TORCH_CHECK_VALUE(!__builtin_mul_overflow(bytes, one, &bytes), "gfast: fresh: ", size, " is more than any memory");
   const Block block = pool().take(bytes);
   at::Tensor out = at::from_blob(
       block.data, size, [block](void*) { pool().give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
