@@ -49,6 +49,7 @@ TORCH_LIBRARY(gfast, m) {
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
   m.def("row_dots(Tensor a, Tensor b, Tensor direction) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
+  m.def("empty_cache() -> int");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");
 }

@@ -65,6 +65,7 @@ Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, doubl
                     " has an empty vocabulary");
   TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, "gfast: ", op, ": rows of ", what,
                     " must be contiguous: stride(1) is ", x.stride(1), ", not 1; call .contiguous()");
+  TORCH_CHECK_VALUE(scale > 0, "gfast: ", op, ": scale must be positive, not ", scale);
   TORCH_CHECK_VALUE(softcap >= 0, "gfast: ", op, ": softcap must be positive, or 0 for none, not ", softcap);
   const Dtype dtype = type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
   return {x.const_data_ptr(), row_stride(x), dtype, check_number(op, "scale", scale), check_number(op, "softcap", softcap)};
@@ -77,16 +78,20 @@ Factor check_factor(const char* op, const char* what, const at::Tensor& x) {
                    " must be float32, bfloat16 or float16, not ", type);
   TORCH_CHECK_VALUE(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), "gfast: ", op, ": ", what,
                     " must be a matrix with contiguous rows, not ", x.sizes(), " with strides ", x.strides());
-  const int64_t stride = row_stride(x);  // oneDNN refuses one that is shorter than the row
-  TORCH_CHECK_VALUE(stride >= x.size(1), "gfast: ", op, ": rows of ", what, " overlap: ", x.sizes(), " with strides ",
-                    x.strides());
-  return {x.const_data_ptr(), stride, type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
+  return {x.const_data_ptr(), row_stride(x), type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
 }
 
 Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x) {
   check_memory(op, what, x);
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
-  return check_factor(op, what, x);
+  const Factor found = check_factor(op, what, x);
+  check_rows_apart(op, what, x);
+  return found;
+}
+
+void check_rows_apart(const char* op, const char* what, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(row_stride(x) >= x.size(1), "gfast: ", op, ": rows of ", what, " overlap: ", x.sizes(),
+                    " with strides ", x.strides());
 }
 
 std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArrayRef counts, int64_t size) {

@@ -31,10 +31,11 @@ int64_t grain(int64_t entries, int64_t row);
 // `what` [N, V] fp32, bf16 or fp16 on the CPU with contiguous rows, as the kernels' view of it.
 Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, double scale, double softcap);
 
-// `what` [M, N] fp32, bf16 or fp16 on the CPU with contiguous rows apart from each other, as a factor of a product; fp32
-// alone where nothing widens it.
+// `what` [M, N] fp32, bf16 or fp16 on the CPU with contiguous rows, as a factor that is packed for a product. One that
+// products are given as it lies is fp32, its rows apart from each other (an expanded one is refused by oneDNN).
 Factor check_factor(const char* op, const char* what, const at::Tensor& x);
 Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x);
+void check_rows_apart(const char* op, const char* what, const at::Tensor& x);
 
 // labels [N] int64, each -100 or in [0, vocab); returned contiguous.
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab);

@@ -70,6 +70,8 @@ void multiply(const Product& p) {
 void mixed_mm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out) {
   Product p{};
   const Factor left = check_factor("mixed_mm", "a", a), target = check_factor("mixed_mm", "out", out);
+  check_rows_apart("mixed_mm", "a", a);
+  check_rows_apart("mixed_mm", "out", out);
   p.b = check_factor("mixed_mm", "b", b);
   p.rows = a.size(0), p.columns = b.size(0), p.depth = a.size(1);
   TORCH_CHECK_VALUE(b.size(1) == p.depth && out.size(0) == p.rows && out.size(1) == p.columns &&
