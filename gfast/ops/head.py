@@ -49,7 +49,7 @@ def _has_mixed_mm() -> bool:
 
 
 def _written(*args) -> None:
-    """Fake of an op that only writes to its last argument. Beside tensors without values none that has some is written."""
+    """Fake of an op that only writes to its last argument, which must be as free of values as the others."""
     devices = {x.device.type for x in args if isinstance(x, Tensor)}
     if len(devices) > 1:
         raise ValueError(f"gfast: tensors on {' and '.join(sorted(devices))} in one product; move all to one device.")

@@ -53,7 +53,7 @@ def run_case(seed: int, number: int, show: bool = False) -> str:
     label = f"{case.name}: {what}"
     if show:
         given = case.args if hasattr(case, "args") else case.tensors.values()
-        print(label, *(described(x) if isinstance(x, torch.Tensor) else x for x in _tensors(given)), sep="\n    ")
+        print(label, *map(described, given), sep="\n    ")
     try:
         run()
     except AssertionError as error:

@@ -117,11 +117,15 @@ def hostile(r: Draw, args: list[Any], written: int | None) -> str:
             args[place], args[written] = _overlapping(r, value, args[written])
             return f"argument {place} and the output overlap"
         args[place] = _spoiled(r, value)
-    return f"argument {place} = {args[place] if not isinstance(args[place], Tensor) else described(args[place])}"
+    return f"argument {place} = {described(args[place])}"
 
 
-def described(x: Tensor) -> str:
+def described(x: Any) -> str:
     """In words, without a look at memory that may be gone."""
+    if isinstance(x, list):
+        return f"[{', '.join(map(described, x))}]"
+    if not isinstance(x, Tensor):
+        return str(x)
     strides = x.stride() if x.layout == torch.strided else x.layout
     return f"{x.dtype} {tuple(x.shape)} strides {strides} {x.device} requires_grad={x.requires_grad}"
 

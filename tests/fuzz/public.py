@@ -10,7 +10,7 @@ from raw import near
 from torch import Tensor
 
 import gfast
-from gfast.objectives import GA, NLL, NPO, TNPO, WGA, SatImp, SimNPO
+from gfast.objectives import GA, NLL, NPO, TNPO, WGA, SatImp
 from gfast.ops.row_dot import linear_row_dot
 
 EPS = ROUNDING[torch.float32]
@@ -24,7 +24,7 @@ class Public(NamedTuple):
     tensors: dict[str, Tensor]
     by: tuple[str, ...]
     expected: Any  # tensors in fp64 -> the same by the definition
-    slack: Any  # tensors in fp64, size of the result -> error of the result; and of a gradient relative to its largest entry
+    slack: Any  # tensors in fp64 -> error of the result (None: not compared); and of a gradient, of its largest entry
 
 
 def _logp(z: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _cap(z: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def _weighted(objective, logp: Tensor, ref: Tensor | None, labels: Tensor) -> Tensor:
-    """sum of w logp over its count, w by the objective's formula; its gradient is the loss's (its value is not always)."""
+    """sum of w logp over its count, w by the objective's formula: its gradient is the loss's, its value not always."""
     valid = labels != -100
     detached, one = logp.detach(), torch.ones_like(logp)
     count = valid.sum().clamp(min=1)

@@ -28,7 +28,7 @@ def capped(z: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 class Rows:
-    """fp64 softmax of rows. ``plain``: rows whose log-probs are numbers; what an infinite row gives is not asked here."""
+    """fp64 softmax of rows. ``plain``: those whose log-probs are numbers; what infinite ones give is not asked here."""
 
     def __init__(self, logits: Tensor, labels: Tensor, scale: float, softcap: float):
         self.valid = labels != -100
