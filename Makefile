@@ -11,7 +11,7 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test demo install lint cuda-check clean
+.PHONY: test demo install lint cuda-check sanitize sanitize-threads fuzz clean
 
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -42,6 +42,17 @@ lint: install
 
 cuda-check:
 	csrc/cuda/compile_check.sh
+
+# The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer; under ThreadSanitizer; more cases of the fuzzer.
+sanitize: install
+	.ci/sanitized $(PY)
+
+sanitize-threads: install
+	.ci/sanitized $(PY) thread 500
+
+CASES ?= 100000
+fuzz: install
+	$(PY) tests/fuzz $(CASES)
 
 clean:
 	rm -rf build dist *.egg-info gfast/*.so

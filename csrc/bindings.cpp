@@ -1,11 +1,16 @@
 // Every op schema of gfast, and build_info() for `gfast doctor`. Implementations register themselves:
-// csrc/cpu/*.cpp for the CPU key, csrc/cuda/* for the CUDA key; fake tensors and autograd live in Python.
+// csrc/cpu/*.cpp for the CPU key, csrc/cuda/* for the CUDA key; fake tensors live in Python, and so do derivatives: the
+// public functions have them, these ops refuse.
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -44,11 +49,42 @@ TORCH_LIBRARY(gfast, m) {
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
   m.def("row_dots(Tensor a, Tensor b, Tensor direction) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
+  m.def("empty_cache() -> int");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");
 }
 
 namespace {
+
+bool requires_grad(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().defined() && value.toTensor().requires_grad();
+  if (!value.isTensorList()) return false;
+  for (const at::Tensor& x : value.toTensorVector())
+    if (x.defined() && x.requires_grad()) return true;
+  return false;
+}
+
+// Without it a result would come out as a constant, and the gradient through it be missing without a word. What an op
+// has written to counts as modified, as for torch's own ops: autograd notices where it has kept the old values.
+void no_derivative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const size_t first = stack->size() - arguments.size();
+  std::vector<at::Tensor> written;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const c10::IValue& value = (*stack)[first + i];
+    TORCH_CHECK(!at::GradMode::is_enabled() || !requires_grad(value), op.schema().name(), " has no derivative but ",
+                arguments[i].name(), " requires grad: call the public function of gfast instead, which has one, "
+                "detach() the argument, or use torch.no_grad()");
+    const c10::AliasInfo* alias = arguments[i].alias_info();
+    if (alias != nullptr && alias->isWrite() && value.isTensor()) written.push_back(value.toTensor());
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  for (const at::Tensor& x : written)
+    if (x.defined() && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -79,6 +115,14 @@ pybind11::dict build_info() {
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(gfast, Autograd, m) {
+  for (const char* name :
+       {"logp_rows", "logp_rows_grad", "weighted_rows", "kl_rows", "kl_parts", "kl_rows_grad", "fold_rows", "mixed_mm",
+        "head_grad_hidden", "head_grad_weight", "accumulate", "pair_dots", "pair_sums", "row_dots", "scale_",
+        "grad_dots"})  // not used_rows and fresh: booleans and new memory have no derivative to miss
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_derivative>());
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gfast's compiled ops; they are reached through torch.ops.gfast";

@@ -10,6 +10,8 @@
 #include <numeric>
 #include <vector>
 
+#include "extent.h"
+
 namespace gfast {
 
 enum ElementType : int { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
@@ -43,6 +45,8 @@ inline void check_operand(const at::Tensor& t, const char* list, int64_t index, 
                     "; grad_dot takes float32, bfloat16, float16 and float64");
   TORCH_CHECK_VALUE(t.device() == device, "gfast: ", list, "[", index, "] is on ", t.device(), " but xs[0] is on ",
                     device, "; all tensors must be on one device");
+  TORCH_CHECK_VALUE(has_memory(t), "gfast: ", list, "[", index, "] of shape ", t.sizes(), " has lost its memory: its ",
+                    "storage has ", t.storage().nbytes(), " bytes (a sharded parameter must be gathered first)");
 }
 
 // xs: T tensors; ys: T * num_dirs tensors, direction d of tensor t at ys[d * T + t]; groups: T indices.
@@ -51,8 +55,11 @@ inline DotPlan plan_grad_dots(at::TensorList xs, at::TensorList ys, at::IntArray
   const int64_t T = static_cast<int64_t>(xs.size());
   TORCH_CHECK_VALUE(num_dirs >= 0 && num_groups >= 0, "gfast: num_dirs (", num_dirs, ") and num_groups (", num_groups,
                     ") must not be negative");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(ys.size()) == T * num_dirs, "gfast: grad_dots got ", ys.size(),
-                    " direction tensors for ", T, " tensors and ", num_dirs, " directions; expected ", T * num_dirs);
+  const int64_t given = static_cast<int64_t>(ys.size());  // divided, as T * num_dirs may not fit in 64 bits
+  TORCH_CHECK_VALUE(T == 0 || num_dirs == 0 ? given == 0 : given / T == num_dirs && given % T == 0,
+                    "gfast: grad_dots got ", given, " direction tensors for ", T, " tensors and ", num_dirs,
+                    " directions; expected one for each tensor and direction");
+  TORCH_CHECK_VALUE(T > 0, "gfast: grad_dots got no tensors");
   TORCH_CHECK_VALUE(static_cast<int64_t>(groups.size()) == T, "gfast: grad_dots got ", groups.size(),
                     " group indices for ", T, " tensors");
   for (int64_t t = 0; t < T; ++t) {

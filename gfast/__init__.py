@@ -18,6 +18,7 @@ _EXPORTS = {
     "token_kl": "gfast.ops.token_kl",
     "linear_token_kl": "gfast.ops.linear_token_kl",
     "grad_dot": "gfast.ops.grad_dot",
+    "empty_cache": "gfast.ops.memory",
     "LossOutput": "gfast.ops.common",
     "model_loss": "gfast.model",
     "model_logp": "gfast.model",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from gfast.ops.linear_token_kl import linear_token_kl
     from gfast.ops.linear_token_logp import linear_token_logp
     from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
+    from gfast.ops.memory import empty_cache
     from gfast.ops.token_kl import token_kl
     from gfast.ops.token_logp import token_logp
     from gfast.ops.unlearn_loss import unlearn_loss

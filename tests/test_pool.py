@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -84,3 +85,105 @@ print(before - resident() < 20e6)
         [sys.executable, "-c", code], env=os.environ | {"GFAST_POOL_MIB": limit}, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(kept), done.stderr
+
+
+def run(code: str, **settings: str) -> subprocess.CompletedProcess:
+    head = "import os, time, torch, gfast\nfrom gfast.ops.common import fresh\ncpu = torch.device('cpu')\n"
+    head += "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + code], env=os.environ | settings, capture_output=True, text=True
+    )
+
+
+def test_empty_cache_gives_everything_back_that_nobody_uses():
+    gfast.empty_cache()
+    used, freed = (fresh((3_000_000,), torch.float32, CPU) for _ in range(2))
+    used.fill_(3)
+    del freed
+    assert gfast.empty_cache() == 12 << 20  # in whole huge pages
+    assert gfast.empty_cache() == 0 and (used == 3).all()
+
+
+def test_blocks_that_nobody_takes_again_grow_old():
+    code = """
+one, other = (fresh((20_000_000,), torch.bfloat16, cpu).zero_() for _ in range(2))
+del one
+time.sleep(1.1)
+before = resident()
+del other  # young: it stays
+print(30e6 < before - resident() < 60e6, gfast.empty_cache() >> 20)
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("resident memory is read from /proc")
+    done = run(code, GFAST_POOL_SECONDS="1")
+    assert done.stdout.split() == ["True", "40"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["GFAST_POOL_MIB", "GFAST_POOL_SECONDS"])
+@pytest.mark.parametrize("value", ["1G", "-1", "0x10", " 5", "99999999999999999999", "1.5"])
+def test_a_setting_that_is_no_number_is_refused(name, value):
+    done = run("fresh((3_000_000,), torch.float32, cpu)", **{name: value})
+    assert done.returncode == 1 and f"ValueError: gfast: {name}='{value}' is not a whole number from 0" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
+def test_a_fork_amid_other_threads_leaves_a_pool_that_works():
+    code = """
+import threading
+stop = False
+def churn():
+    while not stop:
+        fresh((1_500_000,), torch.float32, cpu)
+threads = [threading.Thread(target=churn) for _ in range(3)]
+[t.start() for t in threads]
+failed = 0
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        import signal
+        signal.alarm(20)
+        one = torch.ops.gfast.fresh([1_500_000], torch.float32)
+        del one
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+stop = True
+[t.join() for t in threads]
+print('failed', failed)
+"""
+    done = run(code)
+    assert done.stdout.strip() == "failed 0", done.stdout + done.stderr
+
+
+LIMITS = {
+    "version 2": ("0::/a/b\n", {"a/memory.max": "7000", "a/b/memory.max": "max"}, 7000),
+    "version 2, in a container": ("0::/elsewhere\n", {"memory.max": "5000"}, 5000),
+    "version 1": ("9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n", {"memory/a/b/memory.limit_in_bytes": "300"}, 300),
+    "version 1, a parent's": ("4:memory:/a/b\n", {"memory/a/memory.limit_in_bytes": "20"}, 20),
+    "another controller": ("4:memoryless:/a\n", {"memory/a/memory.limit_in_bytes": "20"}, 2**64 - 1),
+    "none": ("", {}, 2**64 - 1),
+}
+
+
+@pytest.fixture(scope="module")
+def limit_reader(tmp_path_factory):
+    gxx = shutil.which("g++")
+    if gxx is None:
+        pytest.skip("it takes g++")
+    folder = tmp_path_factory.mktemp("limit")
+    source = '#include "cpu/memory_limit.h"\n#include <iostream>\n'
+    source += "int main(int, char** v) { std::cout << gfast::cgroup_limit(v[1], v[2]); }\n"
+    (folder / "reader.cpp").write_text(source)
+    csrc = os.path.join(os.path.dirname(__file__), "..", "csrc")
+    subprocess.run([gxx, "-std=c++20", f"-I{csrc}", folder / "reader.cpp", "-o", folder / "reader"], check=True)
+    return folder / "reader"
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_control_groups(name, limit_reader, tmp_path):
+    groups, files, expected = LIMITS[name]
+    (tmp_path / "cgroup").write_text(groups)
+    for path, text in files.items():
+        (tmp_path / "fs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / path).write_text(text + "\n")
+    done = subprocess.run([limit_reader, tmp_path / "cgroup", tmp_path / "fs"], capture_output=True, text=True)
+    assert int(done.stdout) == expected

@@ -3,7 +3,11 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
+
+#include "extent.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -12,24 +16,47 @@
 namespace gfast {
 namespace {
 
-void check_cpu(const char* op, const char* what, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.device().is_cpu(), "gfast: ", op, ": ", what, " is on ", x.device(),
-                    " but this op got CPU tensors; move all arguments to one device");
-}
-
-// First and one past the last byte that a [N, V] tensor covers.
+// First and one past the last byte that a tensor covers.
 std::pair<const char*, const char*> bytes(const at::Tensor& x) {
   const char* start = static_cast<const char*>(x.const_data_ptr());
-  if (x.numel() == 0) return {start, start};
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  return {start, start + (last + 1) * x.element_size()};
+  return {start, start + extent(x)};
 }
 
 }  // namespace
 
+void check_memory(const char* op, const char* what, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.defined(), "gfast: ", op, ": ", what, " is missing");
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "gfast: ", op, ": ", what, " is on ", x.device(),
+                    " but this op got CPU tensors; move all arguments to one device");
+  TORCH_CHECK_VALUE(x.layout() == at::kStrided, "gfast: ", op, ": ", what, " has layout ", x.layout(),
+                    "; make it dense first");
+  TORCH_CHECK_VALUE(has_memory(x), "gfast: ", op, ": ", what, " of shape ", x.sizes(), " has lost its memory: its ",
+                    "storage has ", x.storage().nbytes(), " bytes (a sharded parameter must be gathered first)");
+}
+
+int64_t check_size(const char* op, const char* what, std::initializer_list<int64_t> factors) {
+  int64_t size = 1;
+  for (const int64_t factor : factors)
+    TORCH_CHECK_VALUE(!__builtin_mul_overflow(size, factor, &size), "gfast: ", op, ": ", what,
+                      " would have more entries than 64 bits can count");
+  return size;
+}
+
+float check_number(const char* op, const char* what, double x) {
+  const bool fits = std::isfinite(x) && std::fabs(x) <= std::numeric_limits<float>::max();
+  TORCH_CHECK_VALUE(fits, "gfast: ", op, ": ", what, " must be a finite float32 number, not ", x);
+  const float single = static_cast<float>(x);
+  TORCH_CHECK_VALUE(single != 0 || x == 0, "gfast: ", op, ": ", what, " = ", x,
+                    " is 0 in float32, which means something else; give 0 or a larger number");
+  return single;
+}
+
+int64_t row_stride(const at::Tensor& x) { return x.size(0) <= 1 ? x.size(1) : x.stride(0); }
+
+int64_t grain(int64_t entries, int64_t row) { return 1 + entries / std::max<int64_t>(row, 1); }
+
 Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, double scale, double softcap) {
-  check_cpu(op, what, x);
+  check_memory(op, what, x);
   TORCH_CHECK_VALUE(x.dim() == 2, "gfast: ", op, ": ", what, " must be [N, V], not ", x.sizes());
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "gfast: ", op, ": ", what,
@@ -38,42 +65,50 @@ Matrix check_matrix(const char* op, const char* what, const at::Tensor& x, doubl
                     " has an empty vocabulary");
   TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, "gfast: ", op, ": rows of ", what,
                     " must be contiguous: stride(1) is ", x.stride(1), ", not 1; call .contiguous()");
+  TORCH_CHECK_VALUE(scale > 0, "gfast: ", op, ": scale must be positive, not ", scale);
   TORCH_CHECK_VALUE(softcap >= 0, "gfast: ", op, ": softcap must be positive, or 0 for none, not ", softcap);
   const Dtype dtype = type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
-  return {x.const_data_ptr(), x.stride(0), dtype, static_cast<float>(scale), static_cast<float>(softcap)};
+  return {x.const_data_ptr(), row_stride(x), dtype, check_number(op, "scale", scale), check_number(op, "softcap", softcap)};
 }
 
 Factor check_factor(const char* op, const char* what, const at::Tensor& x) {
-  check_cpu(op, what, x);
+  check_memory(op, what, x);
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "gfast: ", op, ": ", what,
                    " must be float32, bfloat16 or float16, not ", type);
   TORCH_CHECK_VALUE(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), "gfast: ", op, ": ", what,
                     " must be a matrix with contiguous rows, not ", x.sizes(), " with strides ", x.strides());
-  // a single row may have any stride; oneDNN refuses one that is shorter than the row
-  const int64_t stride = x.size(0) <= 1 ? x.size(1) : x.stride(0);
-  TORCH_CHECK_VALUE(stride >= x.size(1), "gfast: ", op, ": rows of ", what, " overlap: ", x.sizes(), " with strides ",
-                    x.strides());
-  return {x.const_data_ptr(), stride, type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
+  return {x.const_data_ptr(), row_stride(x), type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16};
 }
 
 Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x) {
+  check_memory(op, what, x);
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
-  return check_factor(op, what, x);
+  const Factor found = check_factor(op, what, x);
+  check_rows_apart(op, what, x);
+  return found;
+}
+
+void check_rows_apart(const char* op, const char* what, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(row_stride(x) >= x.size(1), "gfast: ", op, ": rows of ", what, " overlap: ", x.sizes(),
+                    " with strides ", x.strides());
 }
 
 std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArrayRef counts, int64_t size) {
   std::vector<int64_t> bounds{0};
   for (const int64_t count : counts) {
     TORCH_CHECK_VALUE(count >= 0, "gfast: ", op, ": a sample cannot have ", count, " ", what);
-    bounds.push_back(bounds.back() + count);
+    int64_t end;
+    TORCH_CHECK_VALUE(!__builtin_add_overflow(bounds.back(), count, &end), "gfast: ", op, ": the samples have more ", what,
+                      " than 64 bits can count, of ", size);
+    bounds.push_back(end);
   }
   TORCH_CHECK_VALUE(bounds.back() == size, "gfast: ", op, ": the samples have ", bounds.back(), " ", what, " of ", size);
   return bounds;
 }
 
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
-  check_cpu(op, "labels", labels);
+  check_memory(op, "labels", labels);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "gfast: ", op, ": labels must be int64, not ",
                    labels.scalar_type());
   TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "gfast: ", op, ": labels must be [", rows,
@@ -87,7 +122,7 @@ at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, 
 }
 
 at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, int64_t rows, int64_t columns) {
-  check_cpu(op, what, x);
+  check_memory(op, what, x);
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
   const bool fits = columns == 0 ? x.dim() == 1 && x.size(0) == rows
                                  : x.dim() == 2 && x.size(0) == rows && x.size(1) == columns;
@@ -97,21 +132,25 @@ at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, i
 }
 
 float check_scalar(const char* op, const char* what, const at::Tensor& x) {
-  check_cpu(op, what, x);
+  check_memory(op, what, x);
   TORCH_CHECK_VALUE(x.numel() == 1, "gfast: ", op, ": ", what, " must be a single number (0-dim), not ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "gfast: ", op, ": ", what, " must be float32, not ", x.scalar_type());
   return *x.const_data_ptr<float>();
 }
 
-void check_apart(const char* op, const at::Tensor& out, const char* what, const at::Tensor& other) {
-  const auto [a0, a1] = bytes(out);
-  const auto [b0, b1] = bytes(other);
-  TORCH_CHECK_VALUE(a1 <= b0 || b1 <= a0, "gfast: ", op, ": out shares memory with ", what,
-                    "; give it memory of its own", std::string_view(what) == "logits" ? ", or logits itself" : "");
+void check_apart(const char* op, Named out, std::initializer_list<Named> inputs) {
+  const auto [a0, a1] = bytes(out.x);
+  for (const Named& input : inputs) {
+    if (!input.x.defined()) continue;
+    const auto [b0, b1] = bytes(input.x);
+    TORCH_CHECK_VALUE(a0 == a1 || b0 == b1 || a1 <= b0 || b1 <= a0, "gfast: ", op, ": ", out.what,
+                      " shares memory with ", input.what, "; give it memory of its own",
+                      std::string_view(input.what) == "logits" ? ", or logits itself" : "");
+  }
 }
 
-void check_out(const char* op, const at::Tensor& out, const at::Tensor& logits) {
-  check_cpu(op, "out", out);
+void check_out(const char* op, const at::Tensor& out, const at::Tensor& logits, std::initializer_list<Named> inputs) {
+  check_memory(op, "out", out);
   TORCH_CHECK_VALUE(out.sizes() == logits.sizes(), "gfast: ", op, ": out must have the shape of logits ",
                     logits.sizes(), ", not ", out.sizes());
   TORCH_CHECK_TYPE(out.scalar_type() == logits.scalar_type(), "gfast: ", op, ": out must have the dtype of logits (",
@@ -120,9 +159,9 @@ void check_out(const char* op, const at::Tensor& out, const at::Tensor& logits) 
                     ": rows of out must be contiguous: stride(1) is ", out.stride(1), ", not 1");
   TORCH_CHECK_VALUE(out.size(0) <= 1 || out.stride(0) >= out.size(1), "gfast: ", op,
                     ": rows of out overlap (stride(0) is ", out.stride(0), "); an expanded tensor cannot be written to");
-  const bool same = out.const_data_ptr() == logits.const_data_ptr() &&
-                    (out.size(0) <= 1 || out.stride(0) == logits.stride(0));
-  if (!same) check_apart(op, out, "logits", logits);
+  const bool same = out.const_data_ptr() == logits.const_data_ptr() && row_stride(out) == row_stride(logits);
+  if (!same) check_apart(op, {"out", out}, {{"logits", logits}});
+  check_apart(op, {"out", out}, inputs);
 }
 
 void advise_huge_pages(const at::Tensor& out) {

@@ -24,21 +24,27 @@ void fold_rows_cpu(const Tensor& logits, const Tensor& labels, int64_t first, do
   args.rows = logits.size(0);
   args.tile = logits.size(1);
   args.first = first;
+  check_memory(op, "labels", labels);
+  check_memory(op, "state", state);
+  TORCH_CHECK_VALUE(first >= 0, "gfast: ", op, ": first must be a vocabulary entry, not ", first);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong && state.scalar_type() == at::kDouble, "gfast: ", op,
                    ": labels must be int64 and state float64, not ", labels.scalar_type(), " and ", state.scalar_type());
   TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == args.rows && labels.is_contiguous() && state.dim() == 2 &&
                         state.size(0) == 3 && state.size(1) == args.rows && state.is_contiguous(),
                     "gfast: ", op, ": logits ", logits.sizes(), " need contiguous labels [N] and state [3, N], not ",
                     labels.sizes(), " and ", state.sizes());
+  check_apart(op, {"state", state}, {{"logits", logits}, {"labels", labels}});
   args.labels = labels.const_data_ptr<int64_t>();
   args.state = state.mutable_data_ptr<double>();
   auto* kernel = GFAST_KERNEL(fold_rows);
   // Each row is folded by one thread in the order of the vocabulary: the result does not depend on their number.
-  at::parallel_for(0, args.rows, 1 + (1 << 13) / (args.tile + 1),
+  at::parallel_for(0, args.rows, grain(1 << 13, args.tile),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void accumulate_cpu(Tensor total, const Tensor& share) {
+  check_memory("accumulate", "total", total);
+  check_memory("accumulate", "share", share);
   const auto type = share.scalar_type();
   TORCH_CHECK_TYPE(total.scalar_type() == at::kFloat && (type == at::kBFloat16 || type == at::kHalf),
                    "gfast: accumulate: total must be float32 and share bfloat16 or float16, not ", total.scalar_type(),
@@ -46,6 +52,7 @@ void accumulate_cpu(Tensor total, const Tensor& share) {
   TORCH_CHECK_VALUE(total.sizes() == share.sizes() && total.is_contiguous() && share.is_contiguous(),
                     "gfast: accumulate: total ", total.sizes(), " and share ", share.sizes(),
                     " must be contiguous and of one shape");
+  check_apart("accumulate", {"total", total}, {{"share", share}});
   float* sum = total.mutable_data_ptr<float>();
   const void* data = share.const_data_ptr();
   const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;

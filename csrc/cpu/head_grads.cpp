@@ -38,12 +38,12 @@ constexpr int64_t kMostDepth = 1024;       // rows of logits that a product take
 // Rows of logits come in any number, and torch keeps a kernel for each depth it has multiplied: this bounds them.
 constexpr int64_t kStep = 8;
 
-void check_product(const char* op, const Tensor& a, const Tensor& b, const Tensor& out, at::ScalarType type, bool fits) {
+void check_product(const char* op, Named a, Named b, const Tensor& out, at::ScalarType type, bool fits) {
+  check_memory(op, "out", out);
   TORCH_CHECK_TYPE(out.scalar_type() == type, "gfast: ", op, ": out must be ", type, ", not ", out.scalar_type());
-  TORCH_CHECK_VALUE(fits && out.is_contiguous(), "gfast: ", op, ": ", a.sizes(), " and ", b.sizes(),
+  TORCH_CHECK_VALUE(fits && out.is_contiguous(), "gfast: ", op, ": ", a.x.sizes(), " and ", b.x.sizes(),
                     " do not make a contiguous ", out.sizes());
-  check_apart(op, out, "grad_logits", a);
-  check_apart(op, out, "the other factor", b);
+  check_apart(op, {"out", out}, {a, b});
 }
 
 // out [n, D] fp32 = grad_logits [n, V] fp32 times weight [V, D]. Up to `most` parts of the vocabulary have a sum of
@@ -52,10 +52,16 @@ void head_grad_hidden_cpu(const Tensor& grad_logits, const Tensor& weight, int64
   const char* op = "head_grad_hidden";
   const Factor grad = check_wide_factor(op, "grad_logits", grad_logits), w = check_factor(op, "weight", weight);
   const int64_t n = grad_logits.size(0), vocab = grad_logits.size(1), width = weight.size(1);
-  check_product(op, grad_logits, weight, out, at::kFloat,
+  check_product(op, {"grad_logits", grad_logits}, {"weight", weight}, out, at::kFloat,
                 out.dim() == 2 && weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
+  TORCH_CHECK_VALUE(most >= 1, "gfast: ", op, ": most must be 1 or more parts of the vocabulary, not ", most);
   if (out.numel() == 0) return;
-  const int64_t part_size = up(at::divup(vocab, std::max<int64_t>(most, 1)), kDepth), parts = at::divup(vocab, part_size);
+  if (vocab == 0) {
+    out.zero_();
+    return;
+  }
+  most = std::min(most, at::divup(vocab, kDepth));  // no part is smaller
+  const int64_t part_size = up(at::divup(vocab, most), kDepth), parts = at::divup(vocab, part_size);
   const int64_t groups = std::max<int64_t>(1, (width + kGroup / 2) / kGroup);
   const int64_t group_size = up(at::divup(width, groups), kPanel), stride = kDepth + kPad;
   const Tensor sums = parts == 1 ? out : at::empty({parts, n, width}, out.options());
@@ -90,7 +96,7 @@ void head_grad_weight_cpu(const Tensor& grad_logits, const Tensor& hidden, Tenso
   const char* op = "head_grad_weight";
   const Factor grad = check_wide_factor(op, "grad_logits", grad_logits), h = check_wide_factor(op, "hidden", hidden);
   const int64_t n = grad_logits.size(0), vocab = grad_logits.size(1), width = hidden.size(1);
-  check_product(op, grad_logits, hidden, out, at::kBFloat16,
+  check_product(op, {"grad_logits", grad_logits}, {"hidden", hidden}, out, at::kBFloat16,
                 out.dim() == 2 && hidden.size(0) == n && out.size(0) == vocab && out.size(1) == width);
   if (out.numel() == 0 || n == 0) {
     out.zero_();

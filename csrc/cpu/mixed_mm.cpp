@@ -70,6 +70,8 @@ void multiply(const Product& p) {
 void mixed_mm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Tensor out) {
   Product p{};
   const Factor left = check_factor("mixed_mm", "a", a), target = check_factor("mixed_mm", "out", out);
+  check_rows_apart("mixed_mm", "a", a);
+  check_rows_apart("mixed_mm", "out", out);
   p.b = check_factor("mixed_mm", "b", b);
   p.rows = a.size(0), p.columns = b.size(0), p.depth = a.size(1);
   TORCH_CHECK_VALUE(b.size(1) == p.depth && out.size(0) == p.rows && out.size(1) == p.columns &&
@@ -77,12 +79,12 @@ void mixed_mm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
                     "gfast: mixed_mm: a ", a.scalar_type(), " ", a.sizes(), " and b ", b.sizes(),
                     " must be float32 [M, K] and [N, K], and out float32 [M, N], not ", out.scalar_type(), " ",
                     out.sizes());
-  check_apart("mixed_mm", out, "a", a);
-  check_apart("mixed_mm", out, "b", b);
+  check_apart("mixed_mm", {"out", out}, {{"a", a}, {"b", b}});
   p.a = static_cast<const float*>(left.data), p.a_stride = left.stride;
   p.out = out.mutable_data_ptr<float>(), p.out_stride = target.stride;
   if (bias) {
-    check_apart("mixed_mm", out, "bias", *bias);
+    check_memory("mixed_mm", "bias", *bias);
+    check_apart("mixed_mm", {"out", out}, {{"bias", *bias}});
     TORCH_CHECK_VALUE(bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->dim() == 1 &&
                           bias->size(0) == p.columns,
                       "gfast: mixed_mm: bias must be contiguous float32 of shape [", p.columns, "], not ",

@@ -133,19 +133,23 @@ void multiply(const Factor& x, int64_t n, const Factor& y, int64_t depth, const 
 Tensor pair_dots_cpu(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d, at::IntArrayRef rows,
                      at::IntArrayRef columns, bool same, const std::optional<Tensor>& inputs, bool known) {
   const Factor of_a = factor("a", a), of_b = factor("b", b), of_c = factor("c", c), of_d = factor("d", d);
-  const int64_t n = a.size(0), m = c.size(0), size = (int64_t)(rows.size() * columns.size());
+  const int64_t n = a.size(0), m = c.size(0);
+  const int64_t size = check_size("pair_dots", "the result", {(int64_t)rows.size(), (int64_t)columns.size()});
   TORCH_CHECK_VALUE(b.size(0) == n && d.size(0) == m && c.size(1) == a.size(1) && d.size(1) == b.size(1),
                     "gfast: pair_dots: a ", a.sizes(), " and b ", b.sizes(), " must have equally many rows, as must c ",
                     c.sizes(), " and d ", d.sizes(), "; a and c, b and d equally many columns");
   TORCH_CHECK_VALUE(!same || (rows == columns && n == m), "gfast: pair_dots: one side has other samples than itself");
   TORCH_CHECK_VALUE(!known || inputs, "gfast: pair_dots: known, but no inputs are given");
-  TORCH_CHECK_VALUE(!inputs || (inputs->scalar_type() == at::kFloat && inputs->is_contiguous() &&
-                                inputs->numel() >= n * at::divup(m, kPanel) * kPanel),
-                    "gfast: pair_dots: inputs must be contiguous float32 of at least ",
-                    n * at::divup(m, kPanel) * kPanel, " entries");
+  const int64_t pairs = check_size("pair_dots", "inputs", {n, at::divup(m, kPanel), kPanel});
+  if (inputs) {
+    check_memory("pair_dots", "inputs", *inputs);
+    TORCH_CHECK_VALUE(inputs->scalar_type() == at::kFloat && inputs->is_contiguous() && inputs->numel() >= pairs,
+                      "gfast: pair_dots: inputs must be contiguous float32 of at least ", pairs, " entries");
+    check_apart("pair_dots", {"inputs", *inputs}, {{"a", a}, {"b", b}, {"c", c}, {"d", d}});
+  }
   const Sums sums(sample_bounds("pair_dots", "rows", rows, n), sample_bounds("pair_dots", "columns", columns, m));
   const auto tiles = tiles_of(n, m, same, at::get_num_threads());
-  std::vector<double> parts(tiles.size() * size);  // by tile: who takes which does not change the order of the sum
+  std::vector<double> parts(check_size("pair_dots", "sums by tile", {(int64_t)tiles.size(), size}));  // by tile: who takes which does not change the order of the sum
   float* kept = inputs ? inputs->mutable_data_ptr<float>() : nullptr;
   const int64_t panel = kPanel * std::min(kDepth, std::max(a.size(1), b.size(1))), tile_size = kTileRows * kPanel;
   for_tasks((int64_t)tiles.size(), 2 * tile_size + kRows * kPanel + panel, [&](int64_t i, float* scratch) {

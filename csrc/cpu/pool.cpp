@@ -1,24 +1,44 @@
 // Memory of gradients that come and go: what a training step frees, the next one takes. Fresh memory is zeroed by the
 // system page by page, which for a gradient of the logits or of the head takes longer than the kernel that fills it.
 #include <ATen/ops/from_blob.h>
+#include <pthread.h>
 #include <torch/library.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
+#include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <list>
 #include <mutex>
 
 #include "cpu/checks.h"
+#include "cpu/memory_limit.h"
 
 namespace gfast {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 struct Block {
   void* data;
   size_t bytes;
+  Clock::time_point given{};
 };
+
+// A whole number from the environment, or `otherwise` where there is none.
+size_t setting(const char* name, size_t otherwise, size_t most) {
+  const char* text = std::getenv(name);
+  if (text == nullptr || *text == 0) return otherwise;
+  size_t value = 0;
+  const char* end = text + std::strlen(text);
+  const auto [stop, error] = std::from_chars(text, end, value);
+  TORCH_CHECK_VALUE(error == std::errc() && stop == end && value <= most, "gfast: ", name, "='", text,
+                    "' is not a whole number from 0 to ", most, "; correct it or unset it");
+  return value;
+}
 
 class Pool {
  public:
@@ -26,6 +46,7 @@ class Pool {
   Block take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      drop([this](const Block& oldest) { return oldest.given + age_ < Clock::now(); });
       for (auto it = kept_.begin(); it != kept_.end(); ++it) {
         if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
         const Block found = *it;
@@ -35,48 +56,79 @@ class Pool {
       }
     }
     constexpr size_t page = size_t{2} << 20;
-    const size_t whole = (bytes + page - 1) / page * page;
+    const size_t whole = (bytes + page - 1) / page * page;  // no overflow: bytes fit in 63 bits
     void* data = nullptr;
     TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, page, whole) == 0, "gfast: no memory for a gradient of ",
                      bytes, " bytes");
     return {data, whole};
   }
 
-  // Keeps the block, and the newest of the others, within the limit.
+  // Keeps the block, and the newest of the others, within the limit and for a while.
   void give(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    block.given = Clock::now();
     kept_.push_front(block);
     held_ += block.bytes;
-    while (held_ > limit_) {
+    drop([&](const Block& oldest) { return held_ > limit_ || oldest.given + age_ < block.given; });
+  }
+
+  size_t empty() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t held = held_;
+    drop([](const Block&) { return true; });
+    return held;
+  }
+
+  // Around a fork nobody else is in the middle of a change: the child has this thread alone to finish it.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  template <typename When>
+  void drop(const When& when) {
+    while (!kept_.empty() && when(kept_.back())) {
       held_ -= kept_.back().bytes;
       std::free(kept_.back().data);
       kept_.pop_back();
     }
   }
 
- private:
-  // An eighth of the machine's memory: a head's gradient of a gigabyte should find its memory again too.
+  // An eighth of the memory there is for this process, a head's gradient of a gigabyte should find its memory again too;
+  // at least half a gigabyte, unless that is more than a quarter.
   static size_t limit() {
-    const char* text = std::getenv("GFAST_POOL_MIB");
-    if (text != nullptr && *text != 0) return std::strtoull(text, nullptr, 10) << 20;
     const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    const size_t machine = pages > 0 && page > 0 ? size_t(pages) * size_t(page) : 0;
-    return std::max(machine / 8, size_t{512} << 20);
+    const uint64_t machine = pages > 0 && page > 0 ? uint64_t(pages) * uint64_t(page) : uint64_t{4} << 30;
+    const uint64_t mine = std::min(machine, cgroup_limit("/proc/self/cgroup", "/sys/fs/cgroup"));
+    const size_t usual = std::min(std::max<size_t>(mine / 8, size_t{512} << 20), size_t(mine / 4));
+    return setting("GFAST_POOL_MIB", usual >> 20, size_t{1} << 40) << 20;
   }
 
   std::mutex mutex_;
   std::list<Block> kept_;  // newest first
   size_t held_ = 0;
   const size_t limit_ = limit();
+  const std::chrono::seconds age_{setting("GFAST_POOL_SECONDS", 60, size_t{1} << 30)};  // what was not taken again
 };
 
 Pool& pool() {
-  static Pool* const one = new Pool;  // never destroyed: tensors may outlive static objects
+  static Pool* const one = [] {
+    Pool* const made = new Pool;  // never destroyed: tensors may outlive static objects
+    static Pool* const forked = made;
+    pthread_atfork([] { forked->lock(); }, [] { forked->unlock(); }, [] { forked->unlock(); });
+    return made;
+  }();
   return *one;
 }
 
+int64_t empty_cache() { return static_cast<int64_t>(pool().empty()); }
+
 at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
-  const size_t bytes = c10::multiply_integers(size) * c10::elementSize(dtype);
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "gfast: fresh: a gradient is of floating point numbers, not ", dtype);
+  for (const int64_t one : size)
+    TORCH_CHECK_VALUE(one >= 0, "gfast: fresh: a size cannot be negative: ", size);
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
+  for (const int64_t one : size)
+    TORCH_CHECK_VALUE(!__builtin_mul_overflow(bytes, one, &bytes), "gfast: fresh: ", size, " is more than any memory");
   const Block block = pool().take(bytes);
   at::Tensor out = at::from_blob(
       block.data, size, [block](void*) { pool().give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
@@ -86,6 +138,9 @@ at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gfast, CompositeExplicitAutograd, m) { m.impl("fresh", &fresh); }
+TORCH_LIBRARY_IMPL(gfast, CompositeExplicitAutograd, m) {
+  m.impl("fresh", &fresh);
+  m.impl("empty_cache", &empty_cache);
+}
 
 }  // namespace gfast

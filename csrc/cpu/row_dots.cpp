@@ -57,7 +57,7 @@ Tensor row_dots_cpu(const Tensor& a, const Tensor& b, const Tensor& direction) {
   const int64_t part_size = at::divup(height, parts_of(height, groups, at::get_num_threads()));
   const int64_t parts = at::divup(height, part_size);
   const float *inputs = static_cast<const float*>(of_a.data), *grads = static_cast<const float*>(of_b.data);
-  std::vector<double> sums(groups * parts * n);  // by task: who takes which does not change the order of the sum
+  std::vector<double> sums(check_size("row_dots", "sums by task", {groups, parts, n}));  // by task: who takes which does not change the order of the sum
   auto* pack = GFAST_KERNEL(pack_rows);
   auto* dots = GFAST_KERNEL(panel_dots);
   auto* add = GFAST_KERNEL(lane_totals);

@@ -35,11 +35,11 @@ bool streams(const Tensor& out, const Tensor& logits) {
 }
 
 template <typename Args>
-void set_out(const char* op, Args& args, const Tensor& out, const Tensor& logits) {
-  check_out(op, out, logits);
+void set_out(const char* op, Args& args, const Tensor& out, const Tensor& logits, std::initializer_list<Named> inputs) {
+  check_out(op, out, logits, inputs);
   advise_huge_pages(out);
   args.out = out.mutable_data_ptr();
-  args.out_stride = out.stride(0);
+  args.out_stride = row_stride(out);
 }
 
 std::tuple<Tensor, Tensor> logp_rows_cpu(const Tensor& logits, const Tensor& labels, double scale, double softcap) {
@@ -69,7 +69,7 @@ void logp_rows_grad_cpu(const Tensor& logits, const Tensor& labels, const Tensor
   args.logp = p.const_data_ptr<float>();
   args.stats = s.const_data_ptr<float>();
   args.coef = c.const_data_ptr<float>();
-  set_out(op, args, out, logits);
+  set_out(op, args, out, logits, {{"labels", labels}, {"logp", logp}, {"stats", stats}, {"coef", coef}});
   args.stream = streams(out, logits);
   run(GFAST_KERNEL(logp_rows_grad), args, rows);
 }
@@ -85,6 +85,10 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
   const int64_t rows = logits.size(0);
   const Tensor y = check_labels(op, labels, rows, args.vocab);
   args.labels = y.const_data_ptr<int64_t>();
+  args.sign = check_number(op, "sign", sign);
+  args.p_pow = check_number(op, "p_pow", p_pow);
+  args.q_pow = check_number(op, "q_pow", q_pow);
+  args.beta = check_number(op, "beta", beta);
   TORCH_CHECK_VALUE(beta >= 0, "gfast: weighted_rows: beta must not be negative, it is ", beta);
   Tensor ref;
   if (beta > 0) {
@@ -93,13 +97,9 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
     ref = check_values(op, "ref_logp", *ref_logp, rows);
     args.ref_logp = ref.const_data_ptr<float>();
   }
-  args.sign = static_cast<float>(sign);
-  args.p_pow = static_cast<float>(p_pow);
-  args.q_pow = static_cast<float>(q_pow);
-  args.beta = static_cast<float>(beta);
   args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
   if (out.has_value()) {
-    set_out(op, args, *out, logits);
+    set_out(op, args, *out, logits, {{"labels", labels}, {"ref_logp", ref_logp.value_or(Tensor())}});
     args.stream = streams(*out, logits);
   }
   Tensor logp = at::empty({rows}, at::kFloat), weight = at::empty({rows}, at::kFloat);
@@ -130,8 +130,7 @@ Tensor kl_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   KlArgs args = kl_args(op, logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
   args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
   if (out.has_value()) {
-    set_out(op, args, *out, logits);
-    check_apart(op, *out, "ref_logits", ref_logits);
+    set_out(op, args, *out, logits, {{"labels", labels}, {"ref_logits", ref_logits}});
   }
   Tensor kl = at::empty({logits.size(0)}, at::kFloat);
   args.kl = kl.mutable_data_ptr<float>();
@@ -156,18 +155,19 @@ void kl_rows_grad_cpu(const Tensor& logits, const Tensor& ref_logits, const Tens
   const char* op = "kl_rows_grad";
   Tensor y;
   KlArgs args = kl_args(op, logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
+  check_memory(op, "totals", totals);
   TORCH_CHECK_VALUE(totals.dim() == 2 && totals.size(0) == logits.size(0) && totals.size(1) == 4 &&
-                        totals.scalar_type() == at::kDouble && totals.is_cpu() && totals.is_contiguous(),
+                        totals.scalar_type() == at::kDouble && totals.is_contiguous(),
                     "gfast: ", op, ": totals must be contiguous fp64 [", logits.size(0), ", 4] on the CPU");
   args.given = totals.const_data_ptr<double>();
   args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
-  set_out(op, args, out, logits);
-  check_apart(op, out, "ref_logits", ref_logits);
+  set_out(op, args, out, logits, {{"labels", labels}, {"ref_logits", ref_logits}, {"totals", totals}});
   run(GFAST_KERNEL(kl_rows), args, logits.size(0));
 }
 
 // torch's own x.mul_() takes three times as long for bfloat16.
 void scale_cpu(Tensor x, const Tensor& factor) {
+  check_memory("scale_", "x", x);
   TORCH_CHECK_VALUE(x.is_contiguous(), "gfast: scale_: x must be contiguous, its strides are ", x.strides());
   const Matrix m = check_matrix("scale_", "x", x.view({x.numel(), 1}), 1.0, 0.0);
   const float by = check_scalar("scale_", "factor", factor);

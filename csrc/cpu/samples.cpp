@@ -46,6 +46,7 @@ bool used(const char* row, int64_t n) {
 
 // x [N, D] of a floating point dtype, rows apart from each other and each contiguous -> bool [N].
 Tensor used_rows_cpu(const Tensor& x) {
+  check_memory("used_rows", "x", x);
   TORCH_CHECK_VALUE(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
                     "gfast: used_rows: x must be [N, D] with contiguous rows, not ", x.sizes(), " with strides ",
                     x.strides());
@@ -55,8 +56,8 @@ Tensor used_rows_cpu(const Tensor& x) {
   Tensor out = at::empty({x.size(0)}, x.options().dtype(at::kBool));
   const char* data = static_cast<const char*>(x.const_data_ptr());
   bool* found = out.mutable_data_ptr<bool>();
-  const int64_t columns = x.size(1), step = x.stride(0) * size;
-  at::parallel_for(0, x.size(0), 1 + (1 << 16) / (columns + 1), [&](int64_t begin, int64_t end) {
+  const int64_t columns = x.size(1), step = x.size(0) > 1 ? x.stride(0) * size : 0;
+  at::parallel_for(0, x.size(0), grain(1 << 16, columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const char* row = data + i * step;
       found[i] = size == 2   ? used<uint16_t>(row, columns)
@@ -69,6 +70,8 @@ Tensor used_rows_cpu(const Tensor& x) {
 
 // x, y [n, m] fp32 or fp64; rows and columns of each sample -> fp64 [samples, samples'], sums of x * y.
 Tensor pair_sums_cpu(const Tensor& x, const Tensor& y, at::IntArrayRef rows, at::IntArrayRef columns) {
+  check_memory("pair_sums", "x", x);
+  check_memory("pair_sums", "y", y);
   const bool wide = x.scalar_type() == at::kDouble;
   TORCH_CHECK_TYPE((wide || x.scalar_type() == at::kFloat) && x.scalar_type() == y.scalar_type(),
                    "gfast: pair_sums: x and y must both be float32 or float64, not ", x.scalar_type(), " and ",
@@ -79,11 +82,11 @@ Tensor pair_sums_cpu(const Tensor& x, const Tensor& y, at::IntArrayRef rows, at:
                     " must be matrices of one shape with contiguous rows");
   const auto first = sample_bounds("pair_sums", "rows", rows, x.size(0)), runs = sample_bounds("pair_sums", "columns", columns, x.size(1));
   const int64_t n = x.size(0), samples = (int64_t)rows.size(), others = (int64_t)columns.size();
-  std::vector<double> parts(n * others);  // by row first: what is added up in which order depends on no thread
+  std::vector<double> parts(check_size("pair_sums", "sums by row", {n, others}));  // by row first: what is added up in which order depends on no thread
   const void *a = x.const_data_ptr(), *b = y.const_data_ptr();
   auto* kernel = GFAST_KERNEL(pair_sums);
-  at::parallel_for(0, n, 1 + (1 << 14) / (x.size(1) + 1), [&](int64_t begin, int64_t end) {
-    kernel(a, b, wide, x.stride(0), y.stride(0), runs.data(), others, parts.data(), begin, end);
+  at::parallel_for(0, n, grain(1 << 14, x.size(1)), [&](int64_t begin, int64_t end) {
+    kernel(a, b, wide, row_stride(x), row_stride(y), runs.data(), others, parts.data(), begin, end);
   });
   Tensor out = at::zeros({samples, others}, x.options().dtype(at::kDouble));
   double* sums = out.mutable_data_ptr<double>();

@@ -166,7 +166,7 @@ __device__ __noinline__ void finish_group(const DotArgs& args, double* shared) {
   if (threadIdx.x == 0) {
     __threadfence();  // this thread's partials, before the count that announces them
     last = atomicAdd(args.arrived + r.group, 1u) == static_cast<unsigned>(r.group_end - r.group_begin) - 1u;
-    if (last) args.arrived[r.group] = 0u;  // for the next launch
+    if (last) atomicExch(args.arrived + r.group, 0u);  // for the next launch; a plain store could meet the others' counts
   }
   __syncthreads();
   if (!last) return;

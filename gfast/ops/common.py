@@ -53,6 +53,8 @@ def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> No
             f"gfast: {name}: {what} has shape {tuple(value.shape)} but labels {tuple(labels.shape)}; it needs one "
             f"value a label."
         )
+    if value.is_complex():
+        raise TypeError(f"gfast: {name}: {what} must be real numbers, not {value.dtype}.")
     if value.device != labels.device:
         raise ValueError(f"gfast: {name}: {what} is on {value.device} but labels on {labels.device}.")
 

@@ -46,8 +46,15 @@ def _has_mixed_mm() -> bool:
     if not all(map(has_cpu_kernel, names)) or extension()[0].build_info()["instruction_set"] == "default":
         return False
     for name in names:
-        torch.library.register_fake(f"gfast::{name}", lambda *args: None)  # they only write to their last argument
+        torch.library.register_fake(f"gfast::{name}", _written)
     return True
+
+
+def _written(*args) -> None:
+    """Fake of an op that only writes to its last argument, which must be as free of values as the others."""
+    devices = {x.device.type for x in args if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"gfast: tensors on {' and '.join(sorted(devices))} in one product; move all to one device.")
 
 
 def _mixes(rows: torch.dtype, weight: Tensor) -> bool:

@@ -36,10 +36,10 @@ void fold_rows_impl(const FoldArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* row = (const T*)a.logits.data + i * a.logits.stride;
     double &top = a.state[i], &rest = a.state[a.rows + i], &target = a.state[2 * a.rows + i];
-    const int64_t y = a.labels[i] - a.first;
-    const bool here = y >= 0 && y < a.tile;
+    const bool here = a.labels[i] >= a.first && a.labels[i] - a.first < a.tile;  // no label overflows: first >= 0
+    const int64_t y = here ? a.labels[i] - a.first : -1;
     if (here) target = f.template apply<map>(splat(load_one(row + y))).value[0];
-    fold<map>(f, row, a.tile, here ? y : -1, top, rest);
+    fold<map>(f, row, a.tile, y, top, rest);
   }
 }
 

@@ -347,8 +347,8 @@ GFAST_INLINE vf exp(vf x) {
   const Reduced reduced = reduce_ln2(x);
   const vf r = reduced.r;
   const vf y = (exp_tail(r) * r + 1.0f) * r + 1.0f;
-  const vi scaled = (vi)y + (reduced.power << 23);
-  return (vf)(x < -87.3f ? vi{} : scaled);
+  const vu scaled = (vu)y + ((vu)reduced.power << 23);  // wraps where x is far off, and is not taken then
+  return (vf)(x < -87.3f ? vu{} : scaled);
 }
 
 struct Tanh {
@@ -365,7 +365,7 @@ GFAST_INLINE Tanh tanh(vf x) {
   a = a > 43.0f ? splat(43.0f) : a;
   const Reduced reduced = reduce_ln2(-2.0f * a);
   const vf r = reduced.r;
-  const vf power = (vf)((reduced.power + 127) << 23);  // 2^n, n in [-125, 0]
+  const vf power = (vf)(((vu)reduced.power + 127u) << 23);  // 2^n, n in [-125, 0]
   const vf tail = rounded((r * r) * exp_tail(r));
 #if defined(__FMA__) || defined(__aarch64__)
   const vf small = rounded(r + tail);  // expm1(r)

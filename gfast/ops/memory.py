@@ -1,0 +1,37 @@
+"""``empty_cache``: gives back the CPU memory that gfast keeps for the next gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from gfast.ops.backend import compiled
+
+
+def empty_cache() -> int:
+    """Gives the system back the CPU memory of freed gradients that gfast holds for the next ones.
+
+    The size of what a loss allocates on a CPU (gradients of logits and heads, chunks of logits) repeats from step to
+    step, and new memory costs more than the kernel that fills it: from 4 MiB on, memory that is freed is kept. At most
+    an eighth of the memory there is for this process (the machine's, or less by the limits of its control groups;
+    ``GFAST_POOL_MIB`` sets another limit, 0 keeps nothing), and no block for longer than a minute in which nobody takes
+    it (``GFAST_POOL_SECONDS``), counted when the next one is taken or freed. Memory on a GPU is PyTorch's own:
+    ``torch.cuda.empty_cache()``.
+
+    Args:
+        None.
+
+    Returns:
+        Bytes given back. Tensors in use keep theirs. 0 where the compiled extension is missing, which keeps nothing.
+
+    Raises:
+        ValueError: ``GFAST_POOL_MIB`` or ``GFAST_POOL_SECONDS`` is not a whole number.
+
+    Source: none; PyTorch's function of that name does the same on GPUs.
+
+    Example:
+        >>> import gfast
+        >>> _ = gfast.empty_cache()
+        >>> gfast.empty_cache()
+        0
+    """
+    return torch.ops.gfast.empty_cache() if compiled("empty_cache") else 0
