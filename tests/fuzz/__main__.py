@@ -31,7 +31,6 @@ def run_case(seed: int, number: int, show: bool = False) -> str:
     """Empty, or what went wrong."""
     import public
     import raw
-    import torch
     from draw import Draw, described, hostile
 
     from gfast.ops.backend import extension
