@@ -135,3 +135,20 @@ def test_a_checkpoint_that_is_saved_again_is_none_until_it_is_whole(tmp_path):
         assert last_checkpoint(tmp_path).name == "checkpoint-2"
         raise KeyboardInterrupt
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    """Killed after its last checkpoint and started again: in the middle of an epoch, and at the end of one."""
+    for steps in (2, 3, 4):
+        folder, weights, records = tmp_path / str(steps), [], []
+        for resume in (None, True):
+            data, collate = pairing()
+            saves = dict(max_steps=steps, save_strategy="steps", save_steps=1)
+            args = config(folder, objective="GA", retain_term="nll", **saves)
+            trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+            trainer.train(resume_from_checkpoint=resume)
+            assert trainer.state.global_step == steps
+            weights.append(parameters(trainer.model))
+            records.append(read_records(folder))
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        assert records[0].equals(records[1])

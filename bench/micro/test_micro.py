@@ -247,3 +247,14 @@ def test_gradient_effects(benchmark, model, name):
         parts = [torch.cat(list(v)) if isinstance(v, list) else v for v in found.retain.values()]
         total = sum(float(part.sum()) for part in parts) / float(count)
     assert total == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.benchmark(group="memory")
+def test_empty_cache(benchmark):
+    """With a gradient of 16 MiB freed before."""
+
+    def freed():
+        logits = torch.zeros(512, 8192, requires_grad=True)
+        gfast.unlearn_loss(logits, torch.zeros(512, dtype=torch.int64), GA()).loss.backward()
+
+    benchmark.pedantic(gfast.empty_cache, setup=freed, rounds=5)

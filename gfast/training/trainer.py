@@ -148,7 +148,8 @@ class UnlearnTrainer(Trainer):
     ) -> tuple[list[Any], int | None]:
         """The micro-batches of one optimizer step, and what their terms are to be divided by, over all processes."""
         batch_samples = []
-        for _ in range(num_batches):
+        # Trainer looks whether a run is finished after a step: one that is resumed at its end would take one too many.
+        for _ in range(num_batches if self.state.global_step < self.state.max_steps else 0):
             try:
                 batch_samples.append(next(epoch_iterator))
             except StopIteration:
