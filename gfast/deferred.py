@@ -1,10 +1,10 @@
 """Logits that are computed when somebody asks for them: how a model is run without those of the whole batch.
 
-For the length of a call the output head returns `DeferredLogits` in place of its product: a tensor that holds what the
-head read and follows what the model then does to its logits (multiplies, divides, caps by tanh, casts, takes a part of
-the sequence). Anything else that looks at them gets the real ones, computed at that moment by the same operations in
-the same order. So the model's own code decides what its logits are. What comes back is either still deferred, a linear
-map with a scale and a soft cap for the ops over a head, or the model's own logits.
+For the length of a call the output head returns `DeferredLogits` in place of its product: a tensor that holds what
+the head read and follows what the model then does to its logits (multiplies, divides, caps by tanh, casts). Anything
+else that looks at them gets the real ones, computed at that moment by the same operations in the same order. So the
+model's own code decides what its logits are. What comes back is either still deferred, a linear map with a scale and
+a soft cap for the ops over a head, or the model's own logits.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class DeferredLogits(Tensor):
 
 # Set while a head that was deferred is multiplied after all: as a part of the call of its module, which has ended.
 computing: ContextVar[bool] = ContextVar("computing", default=False)
-# Set while a model computes its own loss for the sake of the terms beside the cross-entropy, which then is 0.
-_no_cross_entropy: ContextVar[bool] = ContextVar("no_cross_entropy", default=False)
+# A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
+# is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
+_left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)
 
 
 def _real(value: Any) -> Any:
@@ -184,7 +185,12 @@ def _cast(self: DeferredLogits, *args: Any, **options: Any) -> Any:
     for value in args:
         known["dtype" if isinstance(value, torch.dtype) else "device"] = value
     dtype, device = known["dtype"], known["device"]
-    if len(known) > 4 or isinstance(device, (bool, Tensor)) or not (dtype is None or isinstance(dtype, torch.dtype)):
+    if (
+        len(known) > 4
+        or known["copy"]
+        or isinstance(device, (bool, Tensor))
+        or not (dtype is None or isinstance(dtype, torch.dtype))
+    ):
         return NotImplemented
     if device is not None and torch.device(device) != self.device:
         return NotImplemented
@@ -192,20 +198,6 @@ def _cast(self: DeferredLogits, *args: Any, **options: Any) -> Any:
         return self
     wider = dtype.is_floating_point and torch.promote_types(dtype, self.dtype) == dtype
     return self._then(Tensor.to, dtype) if wider else NotImplemented
-
-
-def _part(self: DeferredLogits, index: Any) -> Any:
-    """A part of the rows, all of the vocabulary."""
-    index = index if isinstance(index, tuple) else (index,)
-    before = index[: index.index(Ellipsis)] if any(i is Ellipsis for i in index) else index
-    after = index[len(before) + 1 :]
-    dims = self.hidden.dim()
-    if not all(isinstance(i, slice) for i in (*before, *after)) or len(before) + len(after) > dims:
-        return NotImplemented
-    full = (*before, *[slice(None)] * (dims - len(before) - len(after)), *after)
-    if full[-1] != slice(None) or self.when_real:
-        return NotImplemented
-    return DeferredLogits(self.hidden[full], self.module, self.weight, self.bias, self.steps, self.dtype)
 
 
 def _requires_grad(self: DeferredLogits) -> bool:
@@ -223,13 +215,17 @@ def _register_hook(self: DeferredLogits, hook: Callable) -> Any:
 def _flat(self: DeferredLogits, *shape: Any) -> Any:
     """As rows [N, V], for a cross-entropy that nobody wants."""
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
-    if not _no_cross_entropy.get() or len(sizes) != 2 or sizes[1] != self.weight.shape[0] or self.when_real:
+    if _left_out.get() is None or len(sizes) != 2 or sizes[1] != self.weight.shape[0] or self.when_real:
         return NotImplemented
     return DeferredLogits(self.hidden.flatten(0, -2), self.module, self.weight, self.bias, self.steps, self.dtype)
 
 
 def _cross_entropy(self: DeferredLogits, target: Any, *rest: Any, **options: Any) -> Any:
-    return self.hidden.new_zeros((), dtype=self.dtype) if _no_cross_entropy.get() else NotImplemented
+    left_out = _left_out.get()
+    if left_out is None:
+        return NotImplemented
+    left_out.append(target)
+    return self.hidden.new_zeros((), dtype=self.dtype)
 
 
 def _unchanged(self: DeferredLogits, *rest: Any, **options: Any) -> Any:
@@ -243,7 +239,6 @@ _RULES: dict[Callable, Callable] = {
     Tensor.float: lambda self: _cast(self, torch.float32),
     Tensor.double: lambda self: _cast(self, torch.float64),
     Tensor.contiguous: _unchanged,
-    Tensor.__getitem__: _part,
     Tensor.register_hook: _register_hook,
     Tensor.view: _flat,
     Tensor.reshape: _flat,
@@ -285,12 +280,13 @@ _ABOUT = (
 
 
 @contextmanager
-def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool = False) -> Iterator[None]:
+def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] | None = None) -> Iterator[None]:
     """Inside, calls of the model's output head return deferred logits, where its forward is the plain linear map.
 
     linear: the module that is called for the logits. A subclass, a forward that was put in the place of PyTorch's
     (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
-    deferred logits and get real ones if they look at them. no_cross_entropy: that of deferred logits is 0.
+    deferred logits and get real ones if they look at them. left_out: the cross-entropy of deferred logits is 0, and its
+    targets are added to this list.
     """
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     if not plain or torch.compiler.is_compiling():
@@ -313,12 +309,12 @@ def deferred(model: nn.Module, linear: nn.Module | None, no_cross_entropy: bool 
         return DeferredLogits(input, linear, weight, bias)
 
     linear.forward = forward
-    token = _no_cross_entropy.set(no_cross_entropy)
+    token = _left_out.set(left_out)
     try:
         with wrappers.without_hooks(linear) if parallel else nullcontext():
             yield
     finally:
-        _no_cross_entropy.reset(token)
+        _left_out.reset(token)
         if own is None:
             del linear.forward
         else:

@@ -169,7 +169,8 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     given = inputs(model, batch)
     if own_terms:
         given["labels"] = batch["labels"]
-    with deferred(model, output_layer(model) if defer else None, no_cross_entropy=own_terms):
+    left_out: list[Tensor] = []
+    with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None):
         out = model(**given)
     found = logits_of(out)
     if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != shape_of(batch):
@@ -190,7 +191,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
                 _log_own_terms(type(unwrap(model)).__name__, ", ".join([*terms, *([adapters] if adapters else [])]))
         return Answer(found, None)
     loss = out[0] if isinstance(out, tuple) else out["loss"]
-    if not isinstance(found, DeferredLogits) or found.computed is not None:  # the cross-entropy was computed with it
+    if not left_out:  # the model computed the cross-entropy with the others
         target = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
         rows = (found.real() if isinstance(found, DeferredLogits) else found).flatten(0, 1)
         loss = loss - nn.functional.cross_entropy(rows.float() if rows.dtype.itemsize < 4 else rows, target)

@@ -89,22 +89,6 @@ def test_what_is_followed_stays_deferred(after, scale, softcap):
     assert out.head() is None
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        (slice(None), slice(1, None)),
-        (slice(None), slice(-2, None), slice(None)),
-        (..., slice(2), slice(None)),
-        slice(1),
-    ],
-)
-def test_a_part_of_the_sequence_stays_deferred(part):
-    model, hidden = Model(lambda z: (z * 2.0)[part]), hidden_states()
-    out = run(model, hidden)
-    assert out.computed is None and out.shape == model(hidden).shape
-    torch.testing.assert_close(out.real(), model(hidden), rtol=1e-6, atol=1e-6)  # a product of fewer rows
-
-
 def masked(z):
     z[..., 3] = -torch.inf
     return z
@@ -130,7 +114,29 @@ def hooked(z):
     return z
 
 
+def part_in_place(z):
+    z[:, 1:].mul_(2.0)
+    return z
+
+
+def whole_in_place(z):
+    part = z[:, 1:]
+    z.mul_(2.0)
+    return part
+
+
+def copy_in_place(z):
+    copy = z.to(z.dtype, copy=True)
+    copy.mul_(2.0)
+    return z + copy
+
+
 COMPUTED = {
+    "a part of the sequence": lambda z: (z * 2.0)[:, 1:],
+    "a part of the batch": lambda z: z[:1],
+    "a part changed in place": part_in_place,
+    "a part of what changes in place": whole_in_place,
+    "a copy changed in place": copy_in_place,
     "bias added": lambda z: z + torch.arange(11.0),
     "scaled by a parameter": lambda z: z * torch.tensor(2.0, requires_grad=True),
     "set": masked,
