@@ -154,6 +154,40 @@ print('failed', failed)
     assert done.stdout.strip() == "failed 0", done.stdout + done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
+def test_a_fork_amid_the_first_use_leaves_ops_that_work():
+    # What a thread is making as it is first used, a child of that moment would wait for. Each trial is a copy of a
+    # process that has used nothing yet.
+    code = """
+import signal, threading, gfast._C
+logits, labels = torch.randn(1, 8), torch.zeros(1, dtype=torch.int64)
+def use():
+    torch.ops.gfast.fresh([1_500_000], torch.float32)
+    torch.ops.gfast.logp_rows(logits, labels, 1.0, 0.0)
+failed = 0
+for trial in range(150):
+    copy = os.fork()
+    if copy == 0:
+        signal.alarm(60)
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=lambda: (start.wait(), use())) for _ in range(3)]
+        [t.start() for t in threads]
+        start.wait()
+        time.sleep(trial % 15 * 1e-5)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            use()
+            os._exit(0)
+        os._exit(os.waitpid(child, 0)[1] != 0)
+    failed += os.waitpid(copy, 0)[1] != 0
+    if failed: break
+print('failed', failed)
+"""
+    done = run(code, OMP_NUM_THREADS="1")
+    assert done.stdout.strip() == "failed 0", done.stdout + done.stderr
+
+
 LIMITS = {
     "version 2": ("0::/a/b\n", {"a/memory.max": "7000", "a/b/memory.max": "max"}, 7000),
     "version 2, in a container": ("0::/elsewhere\n", {"memory.max": "5000"}, 5000),

@@ -46,6 +46,7 @@ class Pool {
   Block take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      read_settings();
       drop([this](const Block& oldest) { return oldest.given + age_ < Clock::now(); });
       for (auto it = kept_.begin(); it != kept_.end(); ++it) {
         if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
@@ -84,6 +85,13 @@ class Pool {
   void unlock() { mutex_.unlock(); }
 
  private:
+  // With the first tensor: a setting that is wrong is an error of the call, which loading the library could not raise.
+  void read_settings() {
+    if (limit_ != unread) return;
+    age_ = std::chrono::seconds(setting("GFAST_POOL_SECONDS", 60, size_t{1} << 30));
+    limit_ = limit();
+  }
+
   template <typename When>
   void drop(const When& when) {
     while (!kept_.empty() && when(kept_.back())) {
@@ -106,21 +114,18 @@ class Pool {
   std::mutex mutex_;
   std::list<Block> kept_;  // newest first
   size_t held_ = 0;
-  const size_t limit_ = limit();
-  const std::chrono::seconds age_{setting("GFAST_POOL_SECONDS", 60, size_t{1} << 30)};  // what was not taken again
+  static constexpr size_t unread = ~size_t{0};
+  size_t limit_ = unread;
+  std::chrono::seconds age_{0};  // after which a block that was not taken again is freed
 };
 
-Pool& pool() {
-  static Pool* const one = [] {
-    Pool* const made = new Pool;  // never destroyed: tensors may outlive static objects
-    static Pool* const forked = made;
-    pthread_atfork([] { forked->lock(); }, [] { forked->unlock(); }, [] { forked->unlock(); });
-    return made;
-  }();
-  return *one;
-}
+// Made as the library is loaded: a child forked while another thread makes it would wait for that thread for ever.
+// Never destroyed: tensors may outlive static objects.
+Pool& pool = *new Pool;
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { pool.lock(); }, [] { pool.unlock(); }, [] { pool.unlock(); });
 
-int64_t empty_cache() { return static_cast<int64_t>(pool().empty()); }
+int64_t empty_cache() { return static_cast<int64_t>(pool.empty()); }
 
 at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
   TORCH_CHECK_TYPE(at::isFloatingType(dtype), "gfast: fresh: a gradient is of floating point numbers, not ", dtype);
@@ -129,9 +134,9 @@ at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
   int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
   for (const int64_t one : size)
     TORCH_CHECK_VALUE(!__builtin_mul_overflow(bytes, one, &bytes), "gfast: fresh: ", size, " is more than any memory");
-  const Block block = pool().take(bytes);
+  const Block block = pool.take(bytes);
   at::Tensor out = at::from_blob(
-      block.data, size, [block](void*) { pool().give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
+      block.data, size, [block](void*) { pool.give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
   advise_huge_pages(out);
   return out;
 }
