@@ -199,6 +199,13 @@ def target_stats(z_y, top, rest):
 
 
 @triton.jit
+def log_one_minus_p(e_y, s_other, log_total, m, top, rest):
+    """log(1 - p), accurate at both ends, however far the label is above the others; -inf if there are none."""
+    lost = (top - m) + tl.log(rest) - log_total  # where s_other underflows, or is about to
+    return tl.where(s_other < 1e-20, lost, -log1p_positive(e_y / s_other))
+
+
+@triton.jit
 def token_weight(logp, log_1mp, ref_logp, sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr,
                  beta: tl.constexpr):
     """sign p^p_pow (1-p)^q_pow 2 sigmoid(beta (logp - ref_logp)), powers formed in log space, one of 0 left out."""

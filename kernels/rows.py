@@ -22,7 +22,7 @@ from gfast.kernels.common import (
     check_rows,
     gradient_row,
     launch,
-    log1p_positive,
+    log_one_minus_p,
     max_and_sum,
     one_minus_exp,
     target_stats,
@@ -83,8 +83,8 @@ def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp,
             ref = value
             if beta > 0.0:
                 ref = tl.load(ref_logp + i).to(tl.float32)
-            # log(1 - p) = -log1p(e_y / s_other) is accurate at both ends: p -> 0, and p -> 1 down to -inf at p = 1.
-            w = token_weight(value, -log1p_positive(e_y / s_other), ref, sign, p_pow, q_pow, beta)
+            log_1mp = log_one_minus_p(e_y, s_other, log_total, m, top, rest)
+            w = token_weight(value, log_1mp, ref, sign, p_pow, q_pow, beta)
             tl.store(logp + i, value)
             tl.store(weight + i, w)
             if has_out:

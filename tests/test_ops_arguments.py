@@ -111,3 +111,17 @@ def test_an_empty_vocabulary():
             ):
                 with pytest.raises(ValueError, match="empty vocabulary"):
                     call()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpp"])
+def test_hidden_states_of_no_width(impl):
+    hidden, weight = torch.zeros(3, 0), torch.zeros(7, 0)
+    for rows in (0, 3):
+        given, labels = hidden[:rows], LABELS[:rows]
+        for call in (
+            lambda: gfast.linear_token_logp(given, weight, labels, impl=impl),  # noqa: B023
+            lambda: gfast.linear_unlearn_loss(given, weight, labels, GA(), impl=impl),  # noqa: B023
+            lambda: gfast.linear_token_kl(given, weight, given, weight, labels, impl=impl),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="width 0 make no logits"):
+                call()

@@ -104,6 +104,32 @@ def test_a_masked_entry_that_the_reference_gives_nothing_adds_nothing(impl):
         assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [V, 5000])
+def test_a_softcap_makes_infinite_logits_finite(size, impl):
+    """c tanh(-inf / c) = -c: a row of them is uniform, as it is to the model."""
+    need("linear_unlearn_loss", impl, "cpu", torch.float32)
+    for value in (-INF, INF):
+        bias = torch.full((size,), value)
+        mixed = torch.zeros(size)
+        mixed[3:] = value
+        for b in (bias, mixed):
+            given = torch.ones(2, 4), torch.ones(size, 4), torch.tensor([2, 7]), b
+            exact = linear_token_logp_reference(
+                *(x.double() if x.is_floating_point() else x for x in given), softcap=5.0
+            )
+            assert exact.isfinite().all()
+            for objective in (WGA(1.0), NPO(0.1)):
+                leaf = given[0].clone().requires_grad_()
+                out = gfast.linear_unlearn_loss(
+                    leaf, given[1], given[2], objective, bias=b, softcap=5.0, ref_logp=torch.zeros(2), impl=impl
+                )
+                out.loss.backward()
+                same(out.logp, exact, (value, objective))
+                assert leaf.grad.isfinite().all()
+            same(gfast.linear_token_logp(*given[:3], bias=b, softcap=5.0, impl=impl), exact, value)
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpp"])
 def test_whole_heads_of_nan_do_not_hide(impl):
     need("linear_unlearn_loss", impl, "cpu", torch.float32)

@@ -61,6 +61,8 @@ def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> No
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden [..., D], weight [V, D], bias [V] of one dtype and device."""
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"gfast: {name}: hidden is {tuple(hidden.shape)}: hidden states of width 0 make no logits.")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"gfast: {name}: the head's weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, not "

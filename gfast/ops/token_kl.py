@@ -22,12 +22,15 @@ from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
 
 
 def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    """The literal definition per token, differentiable by autograd, 0 where ignored."""
-    log_p = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
-    log_q = torch.log_softmax(capped(ref_logits, 1.0, 0.0), dim=-1)
+    """The literal definition per token, differentiable by autograd, 0 where ignored. In fp64: in fp32 the rounding of
+    its terms, 1e-7, is more than the KL of a model that has hardly moved. A q below the least fp32 number is 0 all the
+    same, and adds nothing where the model has masked the entry."""
+    dtype = stats_dtype(logits.dtype)
+    log_p = torch.log_softmax(logits.double(), dim=-1)  # [..., V]
+    log_q = torch.log_softmax(ref_logits.double(), dim=-1)
     q = log_q.exp()
-    terms = torch.where(q == 0, 0.0, q * (log_q - log_p))
-    return torch.where(labels != IGNORE_INDEX, terms.sum(-1), 0.0)
+    terms = torch.where(q < torch.finfo(dtype).tiny, 0.0, q * (log_q - log_p))
+    return torch.where(labels != IGNORE_INDEX, terms.sum(-1), 0.0).to(dtype)
 
 
 def _kl_rows_reference(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out) -> Tensor:
@@ -35,7 +38,7 @@ def _kl_rows_reference(logits, ref_logits, labels, factor, scale, softcap, ref_s
     ref_z = capped(ref_logits, ref_scale, ref_softcap).to(z.dtype)
     kl = token_kl_reference(z, ref_z, labels)
     if out is not None:
-        delta = torch.softmax(z, -1) - torch.softmax(ref_z, -1)
+        delta = (torch.softmax(z.double(), -1) - torch.softmax(ref_z.double(), -1)).to(z.dtype)
         slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
         out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], factor * delta * slope, 0.0))
     return kl

@@ -27,6 +27,7 @@ from gfast.ops.overwrite import Overwritten
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
+    capped,
     label_logp,
     label_logp_gradient,
     literal_logp,
@@ -54,9 +55,18 @@ def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=N
     return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
 
 
+def _log_others(z: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
+    """log(1 - p) [N] from effective logits [N, V]: from logp, unless the label is so far above the others that only
+    their logits tell."""
+    target = labels.clamp(min=0)[:, None]
+    lost = torch.logsumexp(z.scatter(1, target, -torch.inf), -1) - z.gather(1, target)[:, 0]  # log((1 - p) / p)
+    return torch.where((logp > -1e-20) & (lost < -40), lost, torch.log(-torch.expm1(logp)))
+
+
 def _weighted_rows_reference(logits, labels, ref_logp, spec: WeightSpec, factor, scale, softcap, out):
     logp, stats = _logp_rows_reference(logits, labels, scale, softcap)
-    weight = torch.where(labels != IGNORE_INDEX, token_weights(spec, logp, ref_logp), 0.0)
+    others = _log_others(capped(logits, scale, softcap), labels, logp) if spec.q_pow else None
+    weight = torch.where(labels != IGNORE_INDEX, token_weights(spec, logp, ref_logp, others), 0.0)
     if out is not None:
         _logp_rows_grad_reference(logits, labels, logp, stats, weight * factor, scale, softcap, out)
     return logp, weight

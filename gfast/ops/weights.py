@@ -42,13 +42,15 @@ class WeightSpec(NamedTuple):
         return cls(level, sign, p_pow, q_pow, beta, delta, bool(length_norm), bool(uses_ref))
 
 
-def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, log_others: Tensor | None = None) -> Tensor:
     """Token-level weights.
 
     Args:
         spec: a spec of level "token".
         logp: log-probs [N] of the labels, fp32 or fp64.
         ref_logp: the same under the reference model [N]; only read when ``spec.uses_ref``.
+        log_others: log(1 - p) [N], where that is known better than from logp: in fp32, logp is 0 for p within 1e-45
+            of 1, and a power of 1 - p with it (the gradient, 1 - p times that power, is 0 either way).
 
     Returns:
         weights [N], dtype of ``logp``.
@@ -57,7 +59,7 @@ def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None) -> Te
     if spec.p_pow:
         log_w = log_w + spec.p_pow * logp
     if spec.q_pow:
-        log_w = log_w + spec.q_pow * torch.log(-torch.expm1(logp))
+        log_w = log_w + spec.q_pow * (torch.log(-torch.expm1(logp)) if log_others is None else log_others)
     if spec.beta:
         log_w = log_w + math.log(2.0) + torch.nn.functional.logsigmoid(spec.beta * (logp - ref_logp))
     return spec.sign * torch.exp(log_w)

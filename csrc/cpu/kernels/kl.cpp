@@ -76,6 +76,16 @@ void write_row(void* out, const float* values, int64_t n) {
   if (j < n) store_part((T*)out + j, n - j, load_part(values + j, n - j, 0.0f));
 }
 
+// a - b and what its rounding lost; of an infinite one nothing.
+struct Difference {
+  vf value, lost;
+};
+
+GFAST_INLINE Difference subtract(vf a, vf b) {
+  const vf value = a - b, back = value - a;
+  return {value, select(value > -kInf, (a - (value - back)) - (b + back), vf{})};
+}
+
 using Writer = void (*)(void*, const float*, int64_t);
 
 // The row's KL; where grad is not null, it gets coef (p - q) slope (no slopes: 1) and may be p's values.
@@ -89,9 +99,9 @@ double row_kl(const float* zp, const float* zq, const float* slopes, int64_t voc
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
     vf sum{};
     for (int64_t j = start; j < end; j += W) {
-      const vf xp = load(zp + j) - top_p, xq = load(zq + j) - top_q;
-      const vf p = exp(xp) * inverse_p, q = exp(xq) * inverse_q;
-      const vf d = (xq - xp) - log_ratio;
+      const Difference xp = subtract(load(zp + j), top_p), xq = subtract(load(zq + j), top_q);
+      const vf p = exp(xp.value) * inverse_p, q = exp(xq.value) * inverse_q;
+      const vf d = (xq.value - xp.value) + ((xq.lost - xp.lost) - log_ratio);
       const vi near = (d < 0.34f) & (d > -0.34f);
       const vf bend = (d * d) * exp_tail(-d);  // exp(-d) - 1 + d
       vf term = select(near, q * bend, (p - q) + q * d);

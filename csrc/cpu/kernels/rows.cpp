@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "cpu/kernels/visit.h"
 
@@ -91,7 +92,7 @@ RowStats visit(const T* row, int64_t vocab, int64_t y, const Mapping& f, float* 
   float raw = -kInf, top = -kInf;
   double other = 0;
   const auto raise = [&](float block_raw) {
-    if (!(block_raw > raw)) return;
+    if (!(block_raw > raw || top == -kInf)) return;  // -inf too: a softcap makes it finite
     raw = block_raw;
     const float before = top;
     top = f.finish<map>(splat(raw)).value[0];
@@ -125,10 +126,32 @@ void fill_zero(T* out, int64_t n) {
   memset(out, 0, n * sizeof(T));
 }
 
-double token_weight(const WeightedArgs& a, const RowStats& s, double logp, int64_t i) {
+// log(1 - p) of a row whose label is so far above the others that their exps relative to it are lost; nothing for any other
+// row, which the first block mostly tells. It comes before the visit, which may write over the row.
+template <typename T, Map map>
+std::optional<double> log_others(const T* row, int64_t vocab, int64_t y, const Mapping& f) {
+  constexpr float lost = 60.0f;
+  const double zy = f.apply<map>(splat(load_one(row + y))).value[0];
+  if (!std::isfinite(zy)) return {};
+  float raw = -kInf, top = -kInf;
+  for (const auto& [begin, end] : {std::pair{int64_t{0}, y}, std::pair{y + 1, vocab}}) {
+    for (int64_t start = begin; start < end; start += kBlock) {
+      raw = std::fmax(raw, f.block_max<map>(row + start, end - start < kBlock ? end - start : kBlock));
+      top = f.finish<map>(splat(raw)).value[0];
+      if (!(zy - top > lost)) return {};
+    }
+  }
+  const double shift = top == -kInf ? 0.0 : top;  // all others masked: log 0
+  double sum = 0;
+  for (int64_t j = 0; j < vocab; ++j)
+    if (j != y) sum += std::exp(f.apply<map>(splat(load_one(row + j))).value[0] - shift);
+  return shift - zy + log(sum);
+}
+
+double token_weight(const WeightedArgs& a, const RowStats& s, double logp, std::optional<double> others, int64_t i) {
   double log_w = 0;
   if (a.p_pow != 0) log_w += a.p_pow * logp;
-  if (a.q_pow != 0) log_w += a.q_pow * (log(s.other) - log(s.total));
+  if (a.q_pow != 0) log_w += a.q_pow * (others ? *others : log(s.other) - log(s.total));
   if (a.beta > 0) {
     const double d = a.beta * (logp - a.ref_logp[i]);
     log_w += M_LN2 + (d < 0 ? d : 0) - log1p(std::exp(-fabs(d)));
@@ -174,10 +197,11 @@ void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float
       before->all();
       before.reset();
     }
+    const std::optional<double> others = a.q_pow != 0 ? log_others<T, map>(row, a.vocab, y, f) : std::nullopt;
     const RowStats s = before ? visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift, *before)
                               : visit<T, map, grad>(row, a.vocab, y, f, kept, block_shift);
     if (before) before->target();
-    const double logp = s.logp(), weight = token_weight(a, s, logp, i);
+    const double logp = s.logp(), weight = token_weight(a, s, logp, others, i);
     a.logp[i] = (float)logp;
     a.weight[i] = (float)weight;
     if (!grad) continue;
