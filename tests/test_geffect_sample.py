@@ -13,10 +13,11 @@ from geffect_models import batches, gradient, literal_loss, logps, tiny  # noqa:
 from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import sample  # noqa: E402
+from gfast.geffect import pg_effect  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
-from gfast.geffect.measurement import Measurement  # noqa: E402
-from gfast.geffect.sample import objective_dots, pg_effect  # noqa: E402
+from gfast.geffect.engines import sample  # noqa: E402
+from gfast.geffect.engines.sample import objective_dots  # noqa: E402
+from gfast.geffect.request import Request  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
 
 KINDS = ["llama", "tied_llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt", "phi", "mistral"]
@@ -164,24 +165,24 @@ def test_one_measurement_gives_objectives_with_a_weight_a_sample(kind):
 def test_objectives_as_the_stream_engine_measures_them(kind, objective):
     model = tiny(kind).eval()
     expected = gfast.g_effect(model, objective, directions=gfast.risk_gradients(model, **data()), **data())
-    measurement = measured(model, [Term(objective, "forget")])
-    with measurement.directions() as directions:
-        (dots,) = objective_dots(measurement, directions, [Term(objective, "forget")])
+    request = measured(model, [Term(objective, "forget")])
+    with request.directions() as directions:
+        (dots,) = objective_dots(request, directions, [Term(objective, "forget")])
     for index, group in enumerate(expected.groups):
         # ref_logp and with it some weights are fp32 in the stream engine
         assert dots[index, 0].item() == pytest.approx(expected.unlearn[group], rel=1e-6, abs=1e-9)
         assert dots[index, 1].item() == pytest.approx(expected.retain[group], rel=1e-6, abs=1e-9)
 
 
-def measured(model, used=()) -> Measurement:
-    return Measurement.of(model, **data(), used=used)
+def measured(model, used=()) -> Request:
+    return Request.of(model, **data(), used=used)
 
 
 @pytest.mark.parametrize("objective", [KL(), RMU(layer=1)], ids=lambda objective: objective.key)
 def test_objectives_without_token_weights_are_refused(objective):
-    measurement = measured(tiny("llama"))
-    with measurement.directions() as directions, pytest.raises(ValueError, match="no token weights.*engine='stream'"):
-        objective_dots(measurement, directions, [Term(objective, "forget")])
+    request = measured(tiny("llama"))
+    with request.directions() as directions, pytest.raises(ValueError, match="no token weights.*engine='stream'"):
+        objective_dots(request, directions, [Term(objective, "forget")])
 
 
 def test_frozen_parts():
@@ -317,7 +318,7 @@ def test_model_is_left_as_found(monkeypatch, error, fails_at):
     model = used_model()
     before = snapshot(model)
     calls = []
-    original = sample.share_dots
+    original = sample.contribution_dots
 
     def failing(*args):
         calls.append(1)
@@ -325,7 +326,7 @@ def test_model_is_left_as_found(monkeypatch, error, fails_at):
             raise error("stop")
         return original(*args)
 
-    monkeypatch.setattr(sample, "share_dots", failing)
+    monkeypatch.setattr(sample, "contribution_dots", failing)
     if fails_at is None:
         pg_effect(model, **data())
         assert calls
@@ -350,8 +351,8 @@ def test_no_weight_gradient_ever_exists(monkeypatch):
     model = tiny("llama").eval()
     directions = gfast.risk_gradients(model, **data())
     seen = []
-    original = sample.share_dots
-    monkeypatch.setattr(sample, "share_dots", lambda *a: seen.append(any_trainable(model)) or original(*a))
+    original = sample.contribution_dots
+    monkeypatch.setattr(sample, "contribution_dots", lambda *a: seen.append(any_trainable(model)) or original(*a))
     pg_effect(model, directions=directions, **data())
     assert seen and not any(seen)
 
