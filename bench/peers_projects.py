@@ -16,9 +16,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from _effect_checks import linear_parameters
-from _effect_providers import Effects, Sides, token_losses
-from _models import Batch
+from cases import Batch
+from peers_effects import Sides, linear_parameters, token_losses
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -149,13 +148,3 @@ def _quiet():
             yield
     finally:
         logging.disable(level)
-
-
-PEERS: dict[str, Effects] = {
-    "kronfluence, identity": Effects(
-        kronfluence, "sample", "pairwise scores, identity", 3, 1, package="kronfluence", parameters="linear"
-    ),
-    "bergson": Effects(
-        bergson, "sample", "collector and scorer in memory", 3, 1, package="bergson", parameters="linear"
-    ),
-}

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 
-from _effect_providers import Sides, gradient, plain_loss, token_losses
-from _models import Batch, rows_of
+from cases import Batch, rows_of
+from peers_effects import Sides, gradient, linear_parameters, plain_loss, token_losses
 from torch import Tensor, nn
 
 from gfast.geffect import assign
 
 Gradient = dict[str, Tensor]
 TOKENS_CHECKED = 3
-
-
-def linear_parameters(model: nn.Module) -> set[str]:
-    """The matrices of the blocks' Linear layers: all that kronfluence and bergson see, without the head."""
-    modules = ((name, module) for name, module in model.named_modules() if "layers." in name)
-    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
 
 
 class Truth:

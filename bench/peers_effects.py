@@ -7,18 +7,19 @@ groups of its own, or none, calls its only group "total".
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _models import Batch, padded, rows_of
+from cases import Batch, padded, rows_of
 from torch import Tensor, nn
 
 import gfast
-from gfast.geffect import ENGINES
 from gfast.objectives import GA, WGA, SatImp, SimNPO
 
 Sides = dict[str, dict[str, Tensor]]
@@ -30,23 +31,23 @@ VMAP_BYTES = 2**31  # per-sample gradients are held at once: only where they fit
 
 
 @dataclass(frozen=True)
-class Effects:
-    """A provider. ``passes``, ``forwards`` and ``steps`` are the plain passes, forwards and training steps that it is
+class Provider:
+    """Who measures. ``passes``, ``forwards`` and ``steps`` are the plain passes, forwards and training steps that it is
     measured by: what it cannot do without, or is to be had for."""
 
     run: Callable[[nn.Module, Batch, Batch], Sides]
     kind: str  # "effect", "sample", "token" or "gram"
-    what: str
     passes: float = 0
     forwards: float = 0
-    law: float | None = None
-    package: str | None = None
-    needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
-    parameters: str = "all"  # or "linear": the Linear layers of the blocks
     steps: float = 0
+    law: float | None = None
     input_passes: float = 0  # passes without gradients of weights, as a second measure
     input_law: float | None = None
+    package: str | None = None  # must be importable
+    needs: Callable[[nn.Module, Batch], str | None] = lambda model, batch: None
+    parameters: str = "all"  # or "linear": the Linear layers of the blocks
     micro_batch: int = 0  # samples at a time, of who is exact for one micro-batch and approximates over several
+    ours: bool = False  # a wrong result is a bug of this repository: never timed
 
     @property
     def floor(self) -> str:
@@ -59,19 +60,20 @@ class Effects:
         return " + ".join(f"{count:g} {one if count == 1 else many}" for count, one, many in units if count)
 
     def units(self) -> list[str]:
-        """What it is measured by, as `geffect.UNITS` names it."""
-        counts = {
-            "plain pass": self.passes,
-            "plain forward": self.forwards,
-            "training step": self.steps,
-            "pass without dW": self.input_passes,
-        }
-        return [name for name, count in counts.items() if count]
+        """What it is measured by, of ``UNITS``."""
+        counts = (self.passes, self.forwards, self.steps, self.input_passes)
+        return [name for name, count in zip(UNITS, counts, strict=True) if count]
 
     def why_not(self, model: nn.Module, forget: Batch) -> str | None:
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"
         return self.needs(model, forget)
+
+
+def linear_parameters(model: nn.Module) -> set[str]:
+    """The matrices of the blocks' Linear layers: all that kronfluence and bergson see, without the head."""
+    modules = ((name, module) for name, module in model.named_modules() if "layers." in name)
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def token_losses(model: nn.Module, batch: Batch, embeds: Tensor | None = None) -> Tensor:
@@ -122,6 +124,14 @@ def input_pass(model: nn.Module, batch: Batch) -> None:
             p.requires_grad_(flag)
 
 
+UNITS: dict[str, Callable[[nn.Module, Batch, Batch], object]] = {  # of floors
+    "plain pass": lambda model, forget, retain: plain_pass(model, forget),
+    "plain forward": lambda model, forget, retain: plain_forward(model, forget),
+    "training step": plain_step,
+    "pass without dW": lambda model, forget, retain: input_pass(model, forget),
+}
+
+
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """A copy of every parameter's gradient."""
     loss.backward()
@@ -153,7 +163,7 @@ def published_total(own: dict[str, Tensor], risk: dict[str, Tensor], device: str
     return {"total": torch.tensor(sum(groups.values()), dtype=torch.float64)}
 
 
-def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | None, objective: str = "wga") -> Sides:
+def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | None = None) -> Sides:
     """The published code's four forward/backwards and copies to the host, once for the whole batch.
 
     One micro-batch leaves nothing to average: this is exact, and costs less than `published_micro_batches`. For each
@@ -167,12 +177,12 @@ def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | N
 
     out: Sides = {}
     for side, batch in (("unlearn", forget), ("retain", retain)):
-        own, risk = to_host(forget, objective), to_host(batch, "nll")
+        own, risk = to_host(forget, "wga"), to_host(batch, "nll")
         out[side] = published_total(own, risk, "cpu")
     return out
 
 
-def published_micro_batches(model: nn.Module, forget: Batch, retain: Batch, objective: str = "wga") -> Sides:
+def published_micro_batches(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
     """The published code's way, micro-batch by micro-batch: an approximation, as soon as there are two.
 
     A micro-batch takes four forward/backwards: the forget samples' risk, the objective, the retain samples' risk, and
@@ -180,15 +190,11 @@ def published_micro_batches(model: nn.Module, forget: Batch, retain: Batch, obje
     model's dtype, into a moving average of its own (0.6 old, 0.4 new); the effect is the dot product of the objective's
     average with a risk's, on the device. So late micro-batches count more than early ones, and a token counts by its
     micro-batch.
-
-    Where the published code leaves a choice, the cheaper one is taken: nothing is padded beyond the batch, no copy is
-    made of a gradient that is on the host, and the dot products are taken once, after the last micro-batch (it takes
-    them at the third of every four, and prints them).
     """
     averages: dict[str, dict[str, Tensor]] = {"unlearn": {}, "objective": {}, "retain": {}}
     for start in range(0, forget["labels"].shape[0], MICRO_BATCH):
         some, other = (rows_of(batch, start, start + MICRO_BATCH) for batch in (forget, retain))
-        for key, batch, kind in (("unlearn", some, "nll"), ("objective", some, objective), ("retain", other, "nll")):
+        for key, batch, kind in (("unlearn", some, "nll"), ("objective", some, "wga"), ("retain", other, "nll")):
             held = averages[key]
             for name, grad in host_gradients(model, plain_loss(model, batch, kind)):
                 held[name] = OLD * held[name] + NEW * grad if name in held else grad
@@ -239,17 +245,6 @@ def _vmap_fits(model: nn.Module, forget: Batch) -> str | None:
     return None if size <= VMAP_BYTES else f"its per-sample gradients would take {size / 2**30:.1f} GiB"
 
 
-def _gfast_missing(name: str) -> Callable[[nn.Module, Batch], str | None]:
-    def why(model: nn.Module, batch: Batch) -> str | None:
-        return None if hasattr(gfast, name) else f"this version has no gfast.{name}"
-
-    return why
-
-
-def _no_engine(engine: str) -> Callable[[nn.Module, Batch], str | None]:
-    return lambda model, batch: None if engine in ENGINES else f"g_effect has no engine {engine!r} in this version"
-
-
 def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, Batch], Sides]:
     def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
         return sides_of(gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine))
@@ -297,67 +292,37 @@ def _given(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
     return with_directions
 
 
-PROVIDERS: dict[str, Effects] = {
-    "g_effect(GA)": Effects(g_effect(GA()), "effect", "stream engine, GA", 2, law=1.05),
-    "g_effect(WGA)": Effects(g_effect(WGA()), "effect", "stream engine, WGA", 3, law=1.05),
-    "g_effect(4 objectives)": Effects(
-        g_effect_of_four("stream"), "effect", "stream, GA, WGA, SatImp, SimNPO", 5, law=1.05
-    ),
-    "g_effect(WGA), sample": Effects(
-        g_effect(WGA(), "sample"), "effect", "sample engine", 3, 1, 1.15, needs=_no_engine("sample")
-    ),
-    "g_effect(WGA), gram": Effects(
-        g_effect(WGA(), "gram"), "effect", "gram engine", law=1.0, needs=_no_engine("gram"), steps=1
-    ),
-    "g_effect(GA), gram": Effects(
-        g_effect(GA(), "gram"), "effect", "gram engine, GA", law=1.0, needs=_no_engine("gram"), steps=1
-    ),
-    "g_effect(4 objectives), gram": Effects(g_effect_of_four("gram"), "effect", "gram engine, the same four", 5),
-    "g_effect(WGA), token": Effects(
-        g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 1.15, needs=_no_engine("token")
-    ),
-    "clone loop, WGA": Effects(clone_loop, "effect", "three backwards, gradients cloned", 3),
-    "published way": Effects(
-        lambda m, f, r: published_way(m, f, r, None), "effect", "published code's way, padding to the longest", 3
-    ),
-    "published way, padded": Effects(
-        lambda m, f, r: published_way(m, f, r, PUBLISHED_WIDTH),
-        "effect",
-        f"published code's way, padding to {PUBLISHED_WIDTH} tokens as it does",
-        3,
-    ),
-    "published way, micro-batches": Effects(
-        published_micro_batches,
-        "effect",
-        f"published code's way, {MICRO_BATCH} samples at a time, with its moving averages",
-        3,
-        micro_batch=MICRO_BATCH,
-    ),
-    "pg_effect": Effects(
-        _engine("pg_effect", "sample"), "sample", "one value a sample", 3, 1, 1.15, needs=_gfast_missing("pg_effect")
-    ),
-    "pg_effect, directions given": Effects(
-        _given("pg_effect", "sample"), "sample", "the pass over the samples alone", 1, 1, 1.15
-    ),
-    "sample loop": Effects(sample_loop, "sample", "a backward for each sample", 3, 1),
-    "vmap(grad)": Effects(sample_vmap, "sample", "torch.func, all gradients at once", 3, 1, needs=_vmap_fits),
-    "token_effect": Effects(
-        _engine("token_effect", "token"),
-        "token",
-        "one value a label token",
-        2,
-        TOKEN_UNITS,
-        1.15,
-        needs=_gfast_missing("token_effect"),
-    ),
-    "gram_effect": Effects(
-        _engine("gram_effect", "gram"),
-        "gram",
-        "all pairs of samples, both sides",
-        steps=1,
-        law=1.0,
-        input_passes=2,
-        input_law=1.3,
-        needs=_gfast_missing("gram_effect"),
-    ),
+_ours = partial(Provider, ours=True)
+
+
+def _project(name: str) -> Provider:
+    """Of peers_projects, which is imported when it is called: it imports this module."""
+
+    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
+        return getattr(importlib.import_module("peers_projects"), name)(model, forget, retain)
+
+    return Provider(run, "sample", passes=3, forwards=1, package=name, parameters="linear")
+
+
+PROVIDERS: dict[str, Provider] = {  # README.md says what each does
+    "g_effect(GA)": _ours(g_effect(GA()), "effect", passes=2, law=1.05),
+    "g_effect(WGA)": _ours(g_effect(WGA()), "effect", passes=3, law=1.05),
+    "g_effect(4 objectives)": _ours(g_effect_of_four("stream"), "effect", passes=5, law=1.05),
+    "g_effect(WGA), sample": _ours(g_effect(WGA(), "sample"), "effect", passes=3, forwards=1, law=1.15),
+    "g_effect(WGA), gram": _ours(g_effect(WGA(), "gram"), "effect", steps=1, law=1.0),
+    "g_effect(GA), gram": _ours(g_effect(GA(), "gram"), "effect", steps=1, law=1.0),
+    "g_effect(4 objectives), gram": _ours(g_effect_of_four("gram"), "effect", passes=5),
+    "g_effect(WGA), token": _ours(g_effect(WGA(), "token"), "effect", passes=2, forwards=TOKEN_UNITS, law=1.15),
+    "clone loop, WGA": Provider(clone_loop, "effect", passes=3),
+    "published way": Provider(published_way, "effect", passes=3),
+    "published way, padded": Provider(partial(published_way, width=PUBLISHED_WIDTH), "effect", passes=3),
+    "published way, micro-batches": Provider(published_micro_batches, "effect", passes=3, micro_batch=MICRO_BATCH),
+    "pg_effect": _ours(_engine("pg_effect", "sample"), "sample", passes=3, forwards=1, law=1.15),
+    "pg_effect, directions given": _ours(_given("pg_effect", "sample"), "sample", passes=1, forwards=1, law=1.15),
+    "sample loop": Provider(sample_loop, "sample", passes=3, forwards=1),
+    "vmap(grad)": Provider(sample_vmap, "sample", passes=3, forwards=1, needs=_vmap_fits),
+    "token_effect": _ours(_engine("token_effect", "token"), "token", passes=2, forwards=TOKEN_UNITS, law=1.15),
+    "gram_effect": _ours(_engine("gram_effect", "gram"), "gram", steps=1, law=1.0, input_passes=2, input_law=1.3),
+    "kronfluence, identity": _project("kronfluence"),
+    "bergson": _project("bergson"),
 }

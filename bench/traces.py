@@ -1,6 +1,6 @@
-"""Named ranges put around gfast's functions from outside, a profiled run, its trace and its tables.
+"""A profiled call: named ranges put around gfast's functions from outside, a trace for Perfetto, the top ops.
 
-The ranges exist only while a profile script runs: the functions themselves carry none, so they cost nothing.
+The ranges exist only during the profile: the functions themselves carry none, so they cost nothing.
 """
 
 from __future__ import annotations
@@ -10,38 +10,13 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import environment, write_json
+from harness import Row
 from torch.profiler import ProfilerActivity, profile, record_function
 
-TRACES = Path("runs") / "traces"  # git-ignored: a trace is megabytes
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what all profile scripts take."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--top", type=int, default=12, help="ops to show")
-    parser.add_argument("--traces", type=Path, default=TRACES, help=f"folder of the traces (default: {TRACES})")
-    parser.add_argument("--json", help="file name under bench/results/DEVICE, or a path")
-    return parser
-
-
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return args
-
-
-def write(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
-    """The runs' result file, if one is wanted."""
-    if args.json:
-        write_json(args.json, {"environment": environment(args.device), "runs": runs})
+TOP = 12  # ops shown
 
 
 @contextlib.contextmanager
@@ -77,13 +52,13 @@ def _ranged(function: Callable, label: str) -> Callable:
     return call
 
 
-def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.Namespace, name: str) -> dict[str, Any]:
+def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.Namespace, name: str) -> Row:
     """Run a step under the profiler; leaves a trace, prints the ranges and the top ops, returns both as rows.
 
     The trace is the file NAME_DEVICE.json. The first call is not profiled. Times of ranges contain what runs inside
     them; those of ops do not.
     """
-    trace, top, cuda = args.traces / f"{name}_{args.device}.json", args.top, args.device == "cuda"
+    trace, cuda = args.traces / f"{name}_{args.device}.json", args.device == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with named(where) as missing:
         step()
@@ -119,12 +94,12 @@ def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.N
         }
         for e in sorted(events, key=lambda e: -getattr(e, order))
         if e.key not in labels and e.key != "step"
-    ][:top]
+    ][:TOP]
     print(f"step: {whole / 1e3:.2f} ms on the host; ranges (with what runs inside them):")
     for row in ranges:
         there = f"{row['device_ms']:>10.2f} ms device" if cuda else ""
         print(f"  {row['range']:<40}{row['calls']:>7} x {row['ms']:>10.2f} ms {row['share']:>7.1%}{there}")
-    print(events.table(sort_by=order, row_limit=top, max_name_column_width=60))
+    print(events.table(sort_by=order, row_limit=TOP, max_name_column_width=60))
     if missing:
         print(f"not found, so without a range: {', '.join(missing)}")
     print(f"trace: {trace} (open it in ui.perfetto.dev or chrome://tracing)")
