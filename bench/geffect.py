@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from cases import batch_pair, random_model, rows_of
 from harness import Row, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason
-from peers_effects import PROVIDERS, UNITS
-from truth import Truth, error, off_by
+from peers_effects import PROVIDERS
+from truth import UNITS, Truth, error, off_by
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative to the product of the norms; bf16: plain autograd's own error
 NO_RESULT = 0.5

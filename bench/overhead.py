@@ -14,9 +14,9 @@ import torch
 from cases import batch_pair, random_model
 from harness import Row, interleaved, synchronize
 from laws import MEASUREMENT
-from peers_effects import plain_pass
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from truth import plain_pass
 
 import gfast
 from gfast.objectives import NLL, WGA, Mix

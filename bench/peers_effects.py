@@ -7,7 +7,6 @@ groups of its own, or none, calls its only group "total".
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -17,12 +16,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from cases import Batch, padded, rows_of
+from peers_projects import bergson, kronfluence
 from torch import Tensor, nn
+from truth import UNITS, Gradient, Sides, gradient, plain_loss, token_losses
 
 import gfast
 from gfast.objectives import GA, WGA, SatImp, SimNPO
 
-Sides = dict[str, dict[str, Tensor]]
 PUBLISHED_WIDTH = 500  # tokens to which the published code pads every sample
 MICRO_BATCH = 2  # samples; the published configuration's 4 would leave a batch of 4 without a second one to average
 OLD, NEW = 0.6, 0.4  # the published code's moving average
@@ -70,77 +70,7 @@ class Provider:
         return self.needs(model, forget)
 
 
-def linear_parameters(model: nn.Module) -> set[str]:
-    """The matrices of the blocks' Linear layers: all that kronfluence and bergson see, without the head."""
-    modules = ((name, module) for name, module in model.named_modules() if "layers." in name)
-    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
-
-
-def token_losses(model: nn.Module, batch: Batch, embeds: Tensor | None = None) -> Tensor:
-    """NLL [B, T - 1] from full logits, 0 at ignored labels; ``embeds`` [B, T, D] stand for the tokens where given."""
-    inputs = {"input_ids": batch["input_ids"]} if embeds is None else {"inputs_embeds": embeds}
-    logits = model(**inputs, attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
-
-
-def plain_loss(model: nn.Module, batch: Batch, objective: str) -> Tensor:
-    """Token mean written out: NLL, GA or WGA with alpha 1."""
-    nll = token_losses(model, batch)
-    count = (batch["labels"][:, 1:] != -100).sum()
-    if objective == "wga":
-        return -((-nll).detach().exp() * nll).sum() / count
-    return (-nll if objective == "ga" else nll).sum() / count
-
-
-def plain_pass(model: nn.Module, batch: Batch, objective: str = "nll") -> None:
-    plain_loss(model, batch, objective).backward()
-    model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def plain_forward(model: nn.Module, batch: Batch) -> Tensor:
-    return plain_loss(model, batch, "nll")
-
-
-def plain_step(model: nn.Module, forget: Batch, retain: Batch) -> None:
-    """A training step on both batches: gradients accumulated over them, and the cheapest update there is."""
-    for batch in (forget, retain):
-        plain_loss(model, batch, "nll").backward()
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
-    model.zero_grad(set_to_none=True)
-
-
-def input_pass(model: nn.Module, batch: Batch) -> None:
-    """A forward and a backward down to the embedded tokens: gradients of activations, none of weights."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        embeds = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        token_losses(model, batch, embeds).sum().backward()
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-UNITS: dict[str, Callable[[nn.Module, Batch, Batch], object]] = {  # of floors
-    "plain pass": lambda model, forget, retain: plain_pass(model, forget),
-    "plain forward": lambda model, forget, retain: plain_forward(model, forget),
-    "training step": plain_step,
-    "pass without dW": lambda model, forget, retain: input_pass(model, forget),
-}
-
-
-def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """A copy of every parameter's gradient."""
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+def _dot(a: Gradient, b: Gradient) -> Tensor:
     parts = [(a[name].float() * b[name].float()).sum().double() for name in a if name in b]
     return torch.stack(parts).sum()
 
@@ -153,7 +83,7 @@ def host_gradients(model: nn.Module, loss: Tensor) -> Iterator[tuple[str, Tensor
     model.zero_grad(set_to_none=True)
 
 
-def published_total(own: dict[str, Tensor], risk: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+def published_total(own: Gradient, risk: Gradient, device: str | torch.device) -> Gradient:
     """Dot products on the device, summed over groups that are matched by name (blocks 0-9, 10-19, 20 and more)."""
     groups: dict[str, float] = {}
     for name, grad in own.items():
@@ -172,7 +102,7 @@ def published_way(model: nn.Module, forget: Batch, retain: Batch, width: int | N
     if width is not None:
         forget, retain = padded(forget, width), padded(retain, width)
 
-    def to_host(batch: Batch, kind: str) -> dict[str, Tensor]:
+    def to_host(batch: Batch, kind: str) -> Gradient:
         return {name: grad.clone() for name, grad in host_gradients(model, plain_loss(model, batch, kind))}
 
     out: Sides = {}
@@ -191,7 +121,7 @@ def published_micro_batches(model: nn.Module, forget: Batch, retain: Batch) -> S
     average with a risk's, on the device. So late micro-batches count more than early ones, and a token counts by its
     micro-batch.
     """
-    averages: dict[str, dict[str, Tensor]] = {"unlearn": {}, "objective": {}, "retain": {}}
+    averages: dict[str, Gradient] = {"unlearn": {}, "objective": {}, "retain": {}}
     for start in range(0, forget["labels"].shape[0], MICRO_BATCH):
         some, other = (rows_of(batch, start, start + MICRO_BATCH) for batch in (forget, retain))
         for key, batch, kind in (("unlearn", some, "nll"), ("objective", some, "wga"), ("retain", other, "nll")):
@@ -228,7 +158,7 @@ def sample_vmap(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
     risks = [gradient(model, plain_loss(model, batch, "nll")) for batch in (forget, retain)]
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def logp(weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+    def logp(weights: Gradient, ids: Tensor, labels: Tensor) -> Tensor:
         arguments = {"input_ids": ids[None], "use_cache": False}
         logits = torch.func.functional_call(model, weights, (), arguments).logits[0, :-1]  # [T - 1, V]
         return -F.cross_entropy(logits, labels[1:], reduction="sum")
@@ -246,25 +176,15 @@ def _vmap_fits(model: nn.Module, forget: Batch) -> str | None:
 
 
 def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, Batch], Sides]:
-    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        return sides_of(gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine))
-
-    return run
-
-
-def sides_of(effect: gfast.GEffect) -> Sides:
-    return {
-        side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(effect, side).items()}
-        for side in ("unlearn", "retain")
-    }
-
-
-def g_effect_of_four(engine: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
-    """Four objectives in one call; WGA's result is handed on."""
-    objectives = [GA(), WGA(), SatImp(), SimNPO()]
+    """Of several objectives the second's result is handed on."""
 
     def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        return sides_of(gfast.g_effect(model, objectives, forget=forget, retain=retain, engine=engine)[1])
+        found = gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine)
+        found = found[1] if isinstance(objective, list) else found
+        return {
+            side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(found, side).items()}
+            for side in ("unlearn", "retain")
+        }
 
     return run
 
@@ -280,9 +200,9 @@ def _engine(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
     return run
 
 
-def _given(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
-    """The engine with the directions of the risks given: they are measured once a model, before the first call."""
-    run, held = _engine(name, kind), {}
+def pg_effect_given() -> Callable[[nn.Module, Batch, Batch], Sides]:
+    """With the directions of the risks given: they are measured once a model, before the first call."""
+    run, held = _engine("pg_effect", "sample"), {}
 
     def with_directions(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
         if held.get("model") is not model:
@@ -295,34 +215,28 @@ def _given(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
 _ours = partial(Provider, ours=True)
 
 
-def _project(name: str) -> Provider:
-    """Of peers_projects, which is imported when it is called: it imports this module."""
-
-    def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        return getattr(importlib.import_module("peers_projects"), name)(model, forget, retain)
-
-    return Provider(run, "sample", passes=3, forwards=1, package=name, parameters="linear")
-
+_project = partial(Provider, kind="sample", passes=3, forwards=1, parameters="linear")
+FOUR = [GA(), WGA(), SatImp(), SimNPO()]
 
 PROVIDERS: dict[str, Provider] = {  # README.md says what each does
     "g_effect(GA)": _ours(g_effect(GA()), "effect", passes=2, law=1.05),
     "g_effect(WGA)": _ours(g_effect(WGA()), "effect", passes=3, law=1.05),
-    "g_effect(4 objectives)": _ours(g_effect_of_four("stream"), "effect", passes=5, law=1.05),
+    "g_effect(4 objectives)": _ours(g_effect(FOUR), "effect", passes=5, law=1.05),
     "g_effect(WGA), sample": _ours(g_effect(WGA(), "sample"), "effect", passes=3, forwards=1, law=1.15),
     "g_effect(WGA), gram": _ours(g_effect(WGA(), "gram"), "effect", steps=1, law=1.0),
     "g_effect(GA), gram": _ours(g_effect(GA(), "gram"), "effect", steps=1, law=1.0),
-    "g_effect(4 objectives), gram": _ours(g_effect_of_four("gram"), "effect", passes=5),
+    "g_effect(4 objectives), gram": _ours(g_effect(FOUR, "gram"), "effect", passes=5),
     "g_effect(WGA), token": _ours(g_effect(WGA(), "token"), "effect", passes=2, forwards=TOKEN_UNITS, law=1.15),
     "clone loop, WGA": Provider(clone_loop, "effect", passes=3),
     "published way": Provider(published_way, "effect", passes=3),
     "published way, padded": Provider(partial(published_way, width=PUBLISHED_WIDTH), "effect", passes=3),
     "published way, micro-batches": Provider(published_micro_batches, "effect", passes=3, micro_batch=MICRO_BATCH),
     "pg_effect": _ours(_engine("pg_effect", "sample"), "sample", passes=3, forwards=1, law=1.15),
-    "pg_effect, directions given": _ours(_given("pg_effect", "sample"), "sample", passes=1, forwards=1, law=1.15),
+    "pg_effect, directions given": _ours(pg_effect_given(), "sample", passes=1, forwards=1, law=1.15),
     "sample loop": Provider(sample_loop, "sample", passes=3, forwards=1),
     "vmap(grad)": Provider(sample_vmap, "sample", passes=3, forwards=1, needs=_vmap_fits),
     "token_effect": _ours(_engine("token_effect", "token"), "token", passes=2, forwards=TOKEN_UNITS, law=1.15),
     "gram_effect": _ours(_engine("gram_effect", "gram"), "gram", steps=1, law=1.0, input_passes=2, input_law=1.3),
-    "kronfluence, identity": _project("kronfluence"),
-    "bergson": _project("bergson"),
+    "kronfluence, identity": _project(kronfluence, package="kronfluence"),
+    "bergson": _project(bergson, package="bergson"),
 }

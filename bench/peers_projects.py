@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from cases import Batch
-from peers_effects import Sides, linear_parameters, token_losses
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from truth import Sides, linear_parameters, token_losses
 
 
 class _Rows(Dataset):
