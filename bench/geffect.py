@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from cases import batch_pair, random_model, rows_of
 from harness import Row, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason
+from laws import verdict
 from peers_effects import PROVIDERS
 from truth import UNITS, Truth, error, off_by
 
@@ -20,15 +21,8 @@ CHECK_ROWS = 2
 CHECK_LAYERS, CHECK_PARAMETERS = 4, 50_000_000  # a check holds a dozen gradients: larger models are checked cut short
 LARGE = 200_000_000  # parameters of that which a CPU's memory does not hold a dozen times: cut to one block
 SWEEPS = {"batch": [1, 2, 4, 8, 16], "length": [32, 64, 128, 256, 512], "depth": [2, 4, 8, 16, 32]}
-SWEPT = (  # who is in a sweep that names nobody
-    "g_effect(WGA)",
-    "clone loop, WGA",
-    "published way",
-    "pg_effect",
-    "sample loop",
-    "vmap(grad)",
-    "token_effect",
-    "gram_effect",
+SWEPT = "g_effect(WGA);clone loop, WGA;published way;pg_effect;sample loop;vmap(grad);token_effect;gram_effect".split(
+    ";"
 )
 RANGES = {  # of a profile: what is wrapped in which name
     "gfast.geffect.passes:Passes.backward": "gfast::pass",
@@ -130,15 +124,11 @@ def bench(settings: Row, names: list[str], args: argparse.Namespace) -> list[Row
             if provider.floor:
                 row["ratio"], row["floor"] = round(of_floor(time, *units), 4), provider.floor
                 if provider.law is not None:
-                    row |= {"law": provider.law, "law_met": row["ratio"] <= provider.law}
+                    row |= verdict(row["ratio"], provider.law)
             if provider.input_law is not None:
                 ratio = round(of_floor(time, (provider.input_passes, without)), 4)
-                row["of_passes_without_dw"] = {
-                    "ratio": ratio,
-                    "floor": f"{provider.input_passes:g} passes without dW",
-                    "law": provider.input_law,
-                    "law_met": ratio <= provider.input_law,
-                }
+                floor = f"{provider.input_passes:g} passes without dW"
+                row["of_passes_without_dw"] = {"ratio": ratio, "floor": floor, **verdict(ratio, provider.input_law)}
         if not args.no_memory and name not in ("plain forward", "pass without dW"):  # units of time only
             try:
                 row["peak_extra_mb"] = peak_mb(name, settings, steps.get(name))

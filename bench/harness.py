@@ -130,16 +130,10 @@ def interleaved(
 ) -> dict[str, Row]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
-    Args:
-        steps: name -> what to time.
-        device: "cuda" times with events around each call, after an idle device.
-        repetitions: rounds; a step that would take more than ``budget_s`` in all sits out the later ones.
-        warmup: untimed calls of each step, at least 1, fewer for a slow one.
-        budget_s: per step (or name -> seconds), for its timed calls; a step that takes more in its first call is
-            timed by that alone.
-        first: name -> seconds of a first call that was made before.
-        beside: name -> steps to time right before each of its calls, the units of its floor: a round of slow steps
-            lasts longer than a machine keeps its speed. They have no other turn in the rounds.
+    A step that would take more than its ``budget_s`` in all rounds sits out the later ones; one that takes more in its
+    first call (``first`` has the seconds of those made before) is timed by that alone. ``beside`` names the steps to
+    time right before each call of another, the units of its floor: a round of slow steps lasts longer than a machine
+    keeps its speed. They have no other turn in the rounds.
 
     Returns:
         name -> ``summary`` of its times, with those of what was called beside it, and its name where it was that.

@@ -108,6 +108,11 @@ class Check:
         return self.demanded / self.value if LAWS[self.law].at_least else self.value / self.demanded
 
 
+def verdict(value: float, law: float, at_least: bool = False) -> Data:
+    """Fields of a row: its law, and whether it is met."""
+    return {"law": law, "law_met": value >= law if at_least else value <= law}
+
+
 def figure(law: str, value: float) -> str:
     return f"{value:.0%}" if law == "grad_dot" else f"{value:.2f}"
 

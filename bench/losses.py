@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -10,26 +11,14 @@ from dataclasses import asdict, replace
 
 import torch
 from cases import BATCHES, DTYPES, HEADS, Case, Inputs, Step, bytes_moved, flops, make_inputs
-from harness import (
-    Row,
-    give_back,
-    interleaved,
-    of_floor,
-    peak_extra_bytes,
-    peak_in_fresh_process,
-    reason,
-    synchronize,
-)
-from laws import COPIES, PRODUCTS
+from harness import Row, give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason, synchronize
+from laws import COPIES, PRODUCTS, verdict
 from memory import allowed_bytes, of_memory
 from peers_losses import PROVIDERS, plain
 
 CHECK_ROWS = dict(zip(BATCHES, (64, 128, 64), strict=True))
 NO_RESULT = 0.5  # relative error from which a provider computes something else
-SWEEPS = {
-    "rows": [128, 256, 512, 1024, 2048, 4096],
-    "vocab": [8192, 16384, 32768, 65536, 131072, 262144],
-}
+SWEEPS = {"rows": [128, 256, 512, 1024, 2048, 4096], "vocab": [8192, 16384, 32768, 65536, 131072, 262144]}
 RANGES = {  # of a profile: what is wrapped in which name
     "gfast.ops.head:ChunkedHead.logits": "gfast::chunk/head GEMM",
     "gfast.ops.vocab_parallel:Shard.fold": "gfast::head GEMM in tiles, folded",
@@ -115,7 +104,7 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[Row]:
         if "floor" in times:
             row["times_floor"] = round(of_floor(times[name], (1, times["floor"])), 3)
             if (most := law(case, name)) is not None:
-                row |= {"law": most, "law_met": row["times_floor"] <= most}
+                row |= verdict(row["times_floor"], most)
         if found.get(name, 0.0) > limit:
             row["unequal"] = f"error {found[name]:.2e} exceeds {limit:.2e}"
         if not args.no_memory and name != "floor":  # which writes into memory that is there
@@ -184,14 +173,10 @@ def combinations(args: argparse.Namespace) -> list[Case]:
         elif args.sweep == "vocab":
             _, width, _, rows = sizes[0]
             sizes = [(f"V{vocab}", width, vocab, rows) for vocab in args.values or SWEEPS["vocab"]]
-        for size in sizes:
-            for dtype in args.dtypes:
-                for objective in args.objectives:
-                    for mode in args.modes:
-                        for batch in args.batches:
-                            if (op, mode) == ("logits", "frozen"):
-                                continue
-                            case = Case(op, objective, *size, dtype, mode, batch, args.device)
-                            case.layout  # noqa: B018 - refuses rows that cannot be cut, before any work
-                            found.append(case)
+        for size, *chosen in itertools.product(sizes, args.dtypes, args.objectives, args.modes, args.batches):
+            dtype, objective, mode, batch = chosen
+            if (op, mode) != ("logits", "frozen"):
+                found.append(Case(op, objective, *size, dtype, mode, batch, args.device))
+    for case in found:
+        case.layout  # noqa: B018 - refuses rows that cannot be cut, before any work
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cases import OBJECTIVES, Case, Inputs
-from laws import MEMORY
+from laws import MEMORY, verdict
 
 from gfast.ops.backend import select
 from gfast.ops.common import sequence_layout
@@ -17,7 +17,7 @@ from gfast.ops.vocab_parallel import local_head
 def of_memory(extra_mb: float, allowed: int) -> dict[str, float | bool]:
     """Fields of a row: the law of its memory, given the bytes it may take."""
     ratio = round(extra_mb * 2**20 / allowed, 3)
-    return {"allowed_mb": round(allowed / 2**20, 1), "ratio": ratio, "law": MEMORY, "law_met": ratio <= MEMORY}
+    return {"allowed_mb": round(allowed / 2**20, 1), "ratio": ratio, **verdict(ratio, MEMORY)}
 
 
 def allowed_bytes(case: Case, inputs: Inputs) -> int:

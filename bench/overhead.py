@@ -13,7 +13,7 @@ import time
 import torch
 from cases import batch_pair, random_model
 from harness import Row, interleaved, synchronize
-from laws import MEASUREMENT
+from laws import MEASUREMENT, verdict
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from truth import plain_pass
@@ -160,6 +160,6 @@ def bench(args: argparse.Namespace, shape: str) -> list[Row]:
                 row["ratio"] = round(measurement / floor, 4)
             # of the tiny model a measurement is mostly writing its record, and a pass mostly Python
             if every == 1 and shape != "tiny" and "ratio" in row:
-                row |= {"law": MEASUREMENT, "law_met": row["ratio"] <= MEASUREMENT}
+                row |= verdict(row["ratio"], MEASUREMENT)
         rows.append(row)
     return rows

@@ -140,7 +140,7 @@ def run_geffect(args: argparse.Namespace) -> None:
     settings = {"shape": args.model, **settings}
     if args.profile:
         return profile_effects(args, settings)
-    names = args.providers or list(geffect.SWEPT if args.sweep else geffect.PROVIDERS)
+    names = args.providers or (geffect.SWEPT if args.sweep else list(geffect.PROVIDERS))
     key = {"batch": "batch", "length": "tokens", "depth": "layers"}.get(args.sweep)
     rows: list[Row] = []
     for value in (args.values or geffect.SWEEPS[args.sweep]) if args.sweep else [None]:

@@ -20,27 +20,17 @@ TOP = 12  # ops shown
 
 
 @contextlib.contextmanager
-def named(where: dict[str, str]) -> Iterator[list[str]]:
-    """Wrap "package.module:Name.attribute" -> range name for the time; yields those that do not exist (any more)."""
-    undo, missing = [], []
-    for path, label in where.items():
-        module, _, attribute = path.partition(":")
-        *outer, name = attribute.split(".")
-        try:
-            owner: Any = importlib.import_module(module)
-            for part in outer:
-                owner = getattr(owner, part)
+def named(where: dict[str, str]) -> Iterator[None]:
+    """Wrap "package.module:Name.attribute" -> range name for the time."""
+    with contextlib.ExitStack() as undo:
+        for path, label in where.items():
+            module, _, attribute = path.partition(":")
+            *outer, name = attribute.split(".")
+            owner = functools.reduce(getattr, outer, importlib.import_module(module))
             function = getattr(owner, name)
-        except (ImportError, AttributeError):
-            missing.append(path)
-            continue
-        undo.append((owner, name, function))
-        setattr(owner, name, _ranged(function, label))
-    try:
-        yield missing
-    finally:
-        for owner, name, function in reversed(undo):
-            setattr(owner, name, function)
+            undo.callback(setattr, owner, name, function)
+            setattr(owner, name, _ranged(function, label))
+        yield
 
 
 def _ranged(function: Callable, label: str) -> Callable:
@@ -60,7 +50,7 @@ def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.N
     """
     trace, cuda = args.traces / f"{name}_{args.device}.json", args.device == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with named(where) as missing:
+    with named(where):
         step()
         with profile(activities=activities, record_shapes=False) as run:
             with record_function("step"):
@@ -100,7 +90,5 @@ def profiled(step: Callable[[], object], where: dict[str, str], args: argparse.N
         there = f"{row['device_ms']:>10.2f} ms device" if cuda else ""
         print(f"  {row['range']:<40}{row['calls']:>7} x {row['ms']:>10.2f} ms {row['share']:>7.1%}{there}")
     print(events.table(sort_by=order, row_limit=TOP, max_name_column_width=60))
-    if missing:
-        print(f"not found, so without a range: {', '.join(missing)}")
     print(f"trace: {trace} (open it in ui.perfetto.dev or chrome://tracing)")
-    return {"step_ms": round(whole / 1e3, 3), "ranges": ranges, "ops": ops, "missing": missing}
+    return {"step_ms": round(whole / 1e3, 3), "ranges": ranges, "ops": ops}
