@@ -11,10 +11,10 @@ import tempfile
 import time
 
 import torch
-from cases import batch_pair, random_model
+from cases import Batch, batch_pair, random_model
 from harness import Row, interleaved, synchronize
 from laws import MEASUREMENT, verdict
-from torch.utils.data import Dataset
+from torch.utils.data import default_collate
 from transformers import TrainerCallback
 from truth import plain_pass
 
@@ -23,26 +23,6 @@ from gfast.objectives import NLL, WGA, Mix
 
 PASSES = "passes"  # plain ones after every step, in place of a measurement
 EVERY = (None, 10, 5, 1)
-
-
-class Pairs(Dataset):
-    """Index -> one forget and one retain row, all of one width."""
-
-    def __init__(self, forget: dict, retain: dict):
-        self.sides = {"forget": forget, "retain": retain}
-
-    def __len__(self) -> int:
-        return self.sides["forget"]["labels"].shape[0]
-
-    def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
-        return {side: {key: value[index] for key, value in batch.items()} for side, batch in self.sides.items()}
-
-
-def collate(rows: list[dict]) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        side: {key: torch.stack([row[side][key] for row in rows]) for key in rows[0][side]}
-        for side in ("forget", "retain")
-    }
 
 
 class Clock(TrainerCallback):
@@ -76,15 +56,20 @@ class Passes(TrainerCallback):
         plain_pass(model, self.forget, "wga")
 
 
+def to_host(batch: Batch) -> Batch:
+    return {key: value.cpu() for key, value in batch.items()}
+
+
 def train(model, forget: dict, retain: dict, every: int | str | None, steps: int, device: str) -> float:
     """Seconds a step of a run that starts from the model's weights and leaves them as trained."""
     clock, rows = Clock(device), forget["labels"].shape[0]
-    host = [{key: value.cpu() for key, value in batch.items()} for batch in (forget, retain)]
+    host = {"forget": to_host(forget), "retain": to_host(retain)}
+    pairs = [{side: {key: v[row] for key, v in batch.items()} for side, batch in host.items()} for row in range(rows)]
     callbacks: list[TrainerCallback] = [clock]
     if every == PASSES:
         callbacks.insert(0, Passes(forget, retain))
     elif every is not None:
-        callbacks.insert(0, gfast.GEffectCallback(every, [host[0]], [host[1]], WGA()))
+        callbacks.insert(0, gfast.GEffectCallback(every, [host["forget"]], [host["retain"]], WGA()))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = gfast.UnlearnConfig(
             output_dir=folder,
@@ -104,8 +89,8 @@ def train(model, forget: dict, retain: dict, every: int | str | None, steps: int
         trainer = gfast.UnlearnTrainer(
             model,
             args,
-            train_dataset=Pairs(*host),
-            data_collator=collate,
+            train_dataset=pairs,
+            data_collator=default_collate,
             objective=Mix(WGA(), NLL()),
             callbacks=callbacks,
         )
