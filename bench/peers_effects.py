@@ -26,7 +26,7 @@ from gfast.objectives import GA, WGA, SatImp, SimNPO
 PUBLISHED_WIDTH = 500  # tokens to which the published code pads every sample
 MICRO_BATCH = 2  # samples; the published configuration's 4 would leave a batch of 4 without a second one to average
 OLD, NEW = 0.6, 0.4  # the published code's moving average
-TOKEN_UNITS = 9  # forward units of the tangents of two directions by group (DESIGN: about 9)
+TOKEN_UNITS = 9  # forward units of the tangents of two directions by group
 VMAP_BYTES = 2**31  # per-sample gradients are held at once: only where they fit easily
 
 

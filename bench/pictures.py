@@ -32,7 +32,6 @@ OURS = ("gfast", "g_effect", "pg_effect", "gram_effect", "token_effect")
 
 def draw(found: list[Result], folder: Path) -> list[Path]:
     """Every picture for which there is a result; but for the laws, of the device measured last, a GPU first."""
-
     plt.switch_backend("Agg")  # no window, no screen needed
     if not found:
         return []
@@ -64,13 +63,11 @@ def draw(found: list[Result], folder: Path) -> list[Path]:
 
 
 def grid(rows: int, columns: int, width: float, height: float):
-
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
 def law_dots(found: list[Result]):
     """A line a law, a dot a case: how much of what is allowed it takes."""
-
     known = {law: by_device for law, by_device in law_checks(found).items() if by_device}
     if not known:
         return None
@@ -103,7 +100,6 @@ def marked(name: str, row: Data) -> str:
 
 def bars(ax: Any, names: list[str], rows: list[Data], field: str, unit: str) -> None:
     """Horizontal bars, the first on top, each with its number; none for what was not measured."""
-
     values = [row.get(field) for row in rows]
     colors = [GREY if name in UNITS else LIGHT.cycle[1] if name.startswith(OURS) else LIGHT.cycle[0] for name in names]
     ax.barh(range(len(names)), [value or 0.0 for value in values], color=colors, height=0.7)
@@ -161,7 +157,6 @@ def effect_bars(data: Data | None):
 
 def sweep_lines(sweeps: list[Data]):
     """A row a sweep: time, and memory where it was measured."""
-
     if not sweeps:
         return None
     figure, axes = grid(len(sweeps), 2, 9.5, 2.9 * len(sweeps) + 0.3)

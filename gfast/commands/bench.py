@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     run = Path(gfast.__file__).resolve().parent.parent / "bench" / "run.py"
     if not run.is_file():
         raise FileNotFoundError(
-            "the benchmarks are in the folder bench/ of gfast's source repository, and this installation has none; check "
-            "the repository out, run pip install -e . in it and call gfast bench again"
+            "the benchmarks are in the folder bench/ of gfast's source repository, and this installation has none; "
+            "check the repository out, run pip install -e . in it and call gfast bench again"
         )
     words = ["--help"] if options.name is None else [options.name, *options.arguments]
     return subprocess.run([sys.executable, str(run), *words], check=False).returncode
