@@ -2,7 +2,7 @@
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
-python bench/run.py losses --profile          # where the time goes: a trace for Perfetto instead of a table
+python bench/run.py losses --profile --objectives wga     # where the time goes: traces for Perfetto
 python bench/run.py NAME --help
 """
 
@@ -129,7 +129,8 @@ def profile_loss(args: argparse.Namespace, case: cases.Case, name: str) -> list[
     if step is None:
         print(f"{name}: {why or 'does not apply'}")
         return []
-    found = profiled(step, losses.RANGES, args, f"losses_{case.op}_{case.objective}_{name}")
+    trace = f"losses_{case.op}_{case.objective}_{case.mode}_{case.head}_{case.dtype}_{name}"
+    found = profiled(step, losses.RANGES, args, trace)
     return [{**asdict(case), "shape": case.shape, "provider": name, **found}]
 
 
