@@ -1,15 +1,21 @@
-"""One directional derivative carried through a model's forward pass by PyTorch's own forward mode.
+"""Many directional derivatives carried through a model's forward pass by PyTorch's own forward mode.
 
-`tangents_along` makes a dual tensor (torch.autograd.forward_ad) of a parameter each time a torch function reads it, so
-that every use counts, in whatever module, and no module needs an attribution rule; torch carries the tangents on. What
-PyTorch cannot differentiate forward (kernels behind torch.autograd.Function or custom operators, raw memory) is an
+A *stream* is a direction in the space of parameters that is restricted to one group and one side. `tangents_along`
+makes a dual tensor (torch.autograd.forward_ad) of a parameter each time a torch function reads it, so that every use
+counts, in whatever module, and no module needs an attribution rule. The derivatives are torch's: only what it takes for
+the tangent, `Streams`, is a family of tensors, on each of which an operation on it is done. So values are computed once,
+a stream begins to exist at the first operation that reads one of its parameters, and what a parameter adds to a stream
+(G a for a matrix) is computed once whatever the number of streams.
+
+What PyTorch cannot differentiate forward (kernels behind torch.autograd.Function or custom operators, raw memory) is an
 error that names the module, never a gap. Tangents stop where gradients would: at detach and under no_grad.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +25,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from gfast.deferred import follow, holds_deferred
 from gfast.geffect.uses import frames_of, function_on_stack, module_on_stack, only_about
 from gfast.ops.common import row_chunks
 
-Direction = Callable[[], Tensor | None]
+Directions = Mapping[nn.Parameter, Sequence[tuple[int, Callable[[], Tensor | None]]]]
 
 _SCORES = 2**22  # attention scores held at a time
 _KEPT = 4  # parameters whose dual is kept: experts that share one read it one after the other
@@ -36,22 +43,126 @@ class ForwardModeError(ValueError):
     """An operation through which no tangent can be carried."""
 
 
+_aten = torch.ops.aten
+_ASKS = (_aten.is_same_size.default, _aten._has_same_storage_numel.default)  # of what all streams have in common
+
+
+class Streams(Tensor):
+    """The tangents of a tensor in all streams that have reached it: to torch's forward mode, its tangent.
+
+    Attributes:
+        parts: by stream, tensors that lie in memory alike; a stream that is missing is 0.
+        family: what lies in the same memory, and this itself.
+    """
+
+    parts: dict[int, Tensor]
+    family: list[weakref.ref[Streams]]
+
+    @staticmethod
+    def __new__(cls, parts: dict[int, Tensor], like: Tensor | None = None) -> Streams:
+        form = next(iter(parts.values())) if like is None else like
+        out = Tensor._make_wrapper_subclass(
+            cls,
+            form.shape,
+            strides=form.stride(),
+            storage_offset=form.storage_offset(),
+            dtype=form.dtype,
+            device=form.device,
+        )
+        out.parts = parts
+        out.family = [weakref.ref(out)]
+        return out
+
+    def __repr__(self) -> str:
+        return f"Streams({tuple(self.shape)}, {sorted(self.parts)})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves, layout = pytree.tree_flatten((args, kwargs or {}))
+        where = [i for i, leaf in enumerate(leaves) if type(leaf) is Streams]
+        streams = sorted(set().union(*(leaves[i].parts for i in where)))
+        if func in _ASKS:
+            streams = streams[:1]
+        elif func is _aten.add.Tensor and len(leaves) == 2 == len(where) and leaves[0].shape == leaves[1].shape:
+            x, y = (leaf.parts for leaf in leaves)
+            return Streams(_alike({k: x[k] + y[k] if k in x and k in y else x.get(k, y.get(k)).clone() for k in streams}))
+        elif func._schema.is_mutable:
+            if type(args[0]) is not Streams:
+                raise ForwardModeError(f"{func} writes tangents into what has none")
+            args[0]._grow(streams)
+
+        outs = []
+        for stream in streams:
+            given = list(leaves)
+            for i in where:
+                part = leaves[i].parts.get(stream)
+                given[i] = part if part is not None else leaves[i]._zeros()
+            some_args, some_kwargs = pytree.tree_unflatten(given, layout)
+            outs.append(func(*some_args, **some_kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        if isinstance(outs[0], Tensor):
+            found = Streams(_alike(dict(zip(streams, outs, strict=True))))
+            if func._schema.returns[0].alias_info is not None:
+                found._join(leaves[where[0]])
+            return found
+        if isinstance(outs[0], (tuple, list)):
+            items = [Streams(_alike(dict(zip(streams, item, strict=True)))) for item in zip(*outs, strict=True)]
+            if func._schema.returns[0].alias_info is not None:
+                for item in items:
+                    item._join(leaves[where[0]])
+            return type(outs[0])(items)
+        return outs[0]
+
+    def _zeros(self) -> Tensor:
+        some = next(iter(self.parts.values()))
+        return some.new_zeros(()).expand(self.shape)
+
+    def _join(self, base: Streams) -> None:
+        base.family.append(weakref.ref(self))
+        self.family = base.family
+
+    def _grow(self, streams: Sequence[int]) -> None:
+        """The streams exist from here on, 0, in everything that lies in this memory, which is about to be written to."""
+        missing = [stream for stream in streams if stream not in self.parts]
+        if not missing:
+            return
+        some = next(iter(self.parts.values()))
+        members = [member for ref in self.family if (member := ref()) is not None]
+        if any(member.dtype != self.dtype for member in members):
+            raise ForwardModeError("it writes into a tensor of which there are views of another dtype")
+        size = some.untyped_storage().nbytes() // some.element_size()
+        for stream in missing:
+            room = some.new_zeros(size)
+            for member in members:
+                part = next(iter(member.parts.values()))
+                member.parts[stream] = room.as_strided(part.shape, part.stride(), part.storage_offset())
+
+
+def _alike(parts: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The parts, all of which lie in memory as the first does."""
+    form = next(iter(parts.values())).stride()
+    for stream, part in parts.items():
+        if part.stride() != form:
+            parts[stream] = part.new_empty_strided(part.shape, form).copy_(part)
+    return parts
+
+
 class Tangents(TorchFunctionMode):
     """Context in which reading a parameter gives its dual.
 
     Args:
-        directions: for every parameter that must not be taken for a constant, the function that gives its direction,
-            shaped like the parameter, or None for zero; it is called when the parameter is read.
-
-    Attributes:
-        used: ids of the parameters that were read.
+        directions: for every parameter that must not be taken for a constant, its streams and the function that gives
+            the direction of each, shaped like the parameter, or None for zero; they are asked for when the parameter is
+            read.
     """
 
-    def __init__(self, directions: Mapping[nn.Parameter, Direction | None]) -> None:
+    def __init__(self, directions: Directions) -> None:
         super().__init__()
-        self._directions = {id(parameter): (parameter, along) for parameter, along in directions.items()}
+        self._directions = {id(parameter): (parameter, streams) for parameter, streams in directions.items()}
         self._duals: dict[int, Tensor] = {}  # the last few
-        self.used: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,16 +199,21 @@ class Tangents(TorchFunctionMode):
             if tensor.requires_grad:  # nothing that is computed in the pass requires any
                 raise ForwardModeError("it reads a view or a product of parameters that was made before the pass")
             return tensor
-        self.used.add(id(tensor))
         if id(tensor) not in self._duals:
-            parameter, along = known
-            dual, direction = parameter.detach(), None if along is None else along()
-            if direction is not None:
-                dual = forward_ad.make_dual(dual, direction.to(parameter.dtype))
             if len(self._duals) == _KEPT:
                 del self._duals[next(iter(self._duals))]
-            self._duals[id(tensor)] = dual
+            self._duals[id(tensor)] = _dual(*known)
         return self._duals[id(tensor)]
+
+
+def _dual(parameter: nn.Parameter, streams: Sequence[tuple[int, Callable[[], Tensor | None]]]) -> Tensor:
+    value = parameter.detach()
+    found = {stream: direction for stream, along in streams if (direction := along()) is not None}
+    for stream, direction in found.items():
+        direction = direction.to(value.dtype)
+        same = direction.stride() == value.stride()
+        found[stream] = direction if same else torch.empty_like(value).copy_(direction)
+    return forward_ad.make_dual(value, Streams(found, value)) if found else value
 
 
 def _mapped(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
@@ -145,14 +261,13 @@ def attention(
 
 
 @contextmanager
-def tangents_along(directions: Mapping[nn.Parameter, Direction | None], model: nn.Module) -> Iterator[Tangents]:
+def tangents_along(directions: Directions, model: nn.Module) -> Iterator[None]:
     """Context in which model code carries tangents (see `Tangents`); `model` names modules in errors."""
-    mode = Tangents(directions)
     with forward_ad.dual_level():
         try:
             # in torch's own functions attention has no forward mode but this, and scripted code may lose tangents
-            with mode, sdpa_kernel(SDPBackend.MATH), torch.jit.optimized_execution(False):
-                yield mode
+            with Tangents(directions), sdpa_kernel(SDPBackend.MATH), torch.jit.optimized_execution(False):
+                yield
         except (ForwardModeError, NotImplementedError) as error:
             if not isinstance(error, ForwardModeError) and _NO_RULE.search(str(error)) is None:
                 raise

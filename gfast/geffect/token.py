@@ -32,7 +32,8 @@ from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress, default_loss_scale
 from gfast.geffect.seeded import check_weighted
 from gfast.geffect.state import measuring, uncompiled
-from gfast.geffect.tangents import Direction, tangents_along
+from gfast.geffect.tangents import Directions as Along
+from gfast.geffect.tangents import tangents_along
 from gfast.model import model_output, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
@@ -209,12 +210,11 @@ def measure_tokens(
         direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
         return direction if direction is None or scale == 1.0 else direction * scale
 
-    streams = [
-        {parameters[name]: partial(along, name, side) if group == of else None for name, of in groups.index.items()}
-        for group in range(len(groups.names))
-        for side in (0, 1)
-    ]
-    device, out = next(iter(streams[0])).device, []
+    streams: Along = {
+        parameters[name]: [(2 * group + side, partial(along, name, side)) for side in (0, 1)]
+        for name, group in groups.index.items()
+    }
+    device, out = next(iter(streams)).device, []
     with Progress(measurement.progress, "token effects") as bar, _ready(model):
         for batch in batches:
             tokens = _measure(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
@@ -250,34 +250,24 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-Stream = Mapping[nn.Parameter, Direction | None]  # of one group and side: every trainable parameter, None for 0
-
-
 def _measure(
-    streams: Sequence[Stream], model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
+    streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
 ) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-    effects = torch.zeros(len(streams), len(order), dtype=torch.float64, device=flat.device)
-    logp = slopes = used = None
-    rewind = _draws(flat.device)
-    for stream, row in zip(streams, effects, strict=True):
-        if used is not None and not any(id(p) in used for p, along in stream.items() if along is not None):
-            continue  # of the head alone
-        rewind()  # what is random is the same in every pass
-        with tangents_along(stream, model) as mode:
-            head, out, _ = model_output(model, batch)
-            value, tangent = forward_ad.unpack_dual(out.reshape(-1, out.shape[-1])[order])  # [n, D] or [n, V]
-        if slopes is None:
-            used = mode.used
-            if head is None:
-                check_label_range("token_effect", labels, value.shape[-1])
-                logp, slopes = _slopes(value, flat[order], 1.0, 0.0, loss_scale), value
-            else:
-                logp, slopes = _by_head(streams, value, head, flat[order], effects, loss_scale)
-        if tangent is not None:
-            row += _row_dots(slopes, tangent)
+    effects = torch.zeros(2 * len(names), len(order), dtype=torch.float64, device=flat.device)
+    with tangents_along(streams, model):
+        head, out, _ = model_output(model, batch)
+        value, tangent = forward_ad.unpack_dual(out.reshape(-1, out.shape[-1])[order])  # [n, D] or [n, V]
+    if head is None:
+        check_label_range("token_effect", labels, value.shape[-1])
+        logp, slopes = _slopes(value, flat[order], 1.0, 0.0, loss_scale), value
+    else:
+        logp, slopes = _by_head(streams, value, head, flat[order], effects, loss_scale)
+    if tangent is not None:
+        for stream, part in tangent.parts.items():
+            effects[stream] += _row_dots(slopes, part)
     logp, effects = logp.double().cpu(), effects.cpu()
     length = labels.shape[1]
     rows, positions = order // length, order % length + 1
@@ -302,7 +292,7 @@ def _measure(
 
 
 def _by_head(
-    streams: Sequence[Stream], value: Tensor, head: Head, labels: Tensor, effects: Tensor, loss_scale: float
+    streams: Along, value: Tensor, head: Head, labels: Tensor, effects: Tensor, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [n] and their derivatives dH [n, D] by final hidden states, times the loss scale; what the head's own
     parameters add is added to the effects [2 G, n].
@@ -328,25 +318,9 @@ def _by_head(
     return logp, rows.grad_hidden
 
 
-def _directions_of(streams: Sequence[Stream], parameter: Tensor | None) -> list[tuple[int, Tensor]]:
+def _directions_of(streams: Along, parameter: Tensor | None) -> list[tuple[int, Tensor]]:
     """The streams in which a parameter moves, and how; none for a constant."""
-    found = [(i, along()) for i, stream in enumerate(streams) if (along := stream.get(parameter)) is not None]
-    return [(i, direction) for i, direction in found if direction is not None]
-
-
-def _draws(device: torch.device) -> Callable[[], None]:
-    """A function that puts the random numbers of a device and of the CPU back to where they are now."""
-    state = torch.get_rng_state()
-    if device.type == "cpu":
-        return partial(torch.set_rng_state, state)
-    module = torch.get_device_module(device)
-    there = module.get_rng_state(device)
-
-    def rewind() -> None:
-        torch.set_rng_state(state)
-        module.set_rng_state(there, device)
-
-    return rewind
+    return [(stream, found) for stream, along in streams.get(parameter, ()) if (found := along()) is not None]
 
 
 def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float, loss_scale: float) -> Tensor:
