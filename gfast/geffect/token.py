@@ -32,8 +32,8 @@ from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress, default_loss_scale
 from gfast.geffect.seeded import check_weighted
 from gfast.geffect.state import measuring, uncompiled
-from gfast.geffect.tangents import Directions as Along
-from gfast.geffect.tangents import tangents_along
+from gfast.geffect.forward import Directions as Along
+from gfast.geffect.forward import tangents_along
 from gfast.model import model_output, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
