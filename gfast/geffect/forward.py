@@ -2,10 +2,10 @@
 
 A *stream* is a direction in the space of parameters that is restricted to one group and one side. `tangents_along`
 makes a dual tensor (torch.autograd.forward_ad) of a parameter each time a torch function reads it, so that every use
-counts, in whatever module, and no module needs an attribution rule. The derivatives are torch's: only what it takes for
-the tangent, `Streams`, is a family of tensors, on each of which an operation on it is done. So values are computed once,
-a stream begins to exist at the first operation that reads one of its parameters, and what a parameter adds to a stream
-(G a for a matrix) is computed once whatever the number of streams.
+counts, in whatever module, and no module needs an attribution rule. The derivatives are torch's: only what torch takes
+for a tangent, `Streams`, is a family of tensors, and an operation on it is done on each of them. So values are computed
+once, a stream begins to exist at the first operation that reads one of its parameters, and what a parameter adds to a
+stream (G a for a matrix) is computed once whatever the number of streams.
 
 What PyTorch cannot differentiate forward (kernels behind torch.autograd.Function or custom operators, raw memory) is an
 error that names the module, never a gap. Tangents stop where gradients would: at detach and under no_grad.
@@ -31,7 +31,7 @@ from gfast.deferred import follow, holds_deferred
 from gfast.geffect.uses import frames_of, function_on_stack, module_on_stack, only_about
 from gfast.ops.common import row_chunks
 
-Directions = Mapping[nn.Parameter, Sequence[tuple[int, Callable[[], Tensor | None]]]]
+Along = Mapping[nn.Parameter, Sequence[tuple[int, Callable[[], Tensor | None]]]]
 
 _SCORES = 2**22  # attention scores held at a time, over all streams
 _KEPT = 4  # parameters whose dual is kept: experts that share one read it one after the other
@@ -59,8 +59,10 @@ class Streams(Tensor):
     family: list[weakref.ref[Streams]]
 
     @staticmethod
-    def __new__(cls, parts: dict[int, Tensor], like: Tensor | None = None) -> Streams:
-        form = next(iter(parts.values())) if like is None else like
+    def __new__(cls, parts: dict[int, Tensor], base: Streams | None = None) -> Streams:
+        if len({part.stride() for part in parts.values()}) > 1:
+            parts = {stream: part.contiguous() for stream, part in parts.items()}
+        stream, form = next(iter(parts.items()))
         out = Tensor._make_wrapper_subclass(
             cls,
             form.shape,
@@ -70,7 +72,9 @@ class Streams(Tensor):
             device=form.device,
         )
         out.parts = parts
-        out.family = [weakref.ref(out)]
+        view = base is not None and _memory(base.parts.get(stream)) == _memory(form)
+        out.family = base.family if view else []
+        out.family.append(weakref.ref(out))
         return out
 
     def __repr__(self) -> str:
@@ -85,9 +89,9 @@ class Streams(Tensor):
         streams = sorted(set().union(*(leaves[i].parts for i in where)))
         if func in _ASKS:
             streams = streams[:1]
-        elif func is _aten.add.Tensor and len(leaves) == 2 == len(where) and leaves[0].shape == leaves[1].shape:
+        elif func is _aten.add.Tensor and len(where) == len(leaves) and _same(*leaves):
             x, y = (leaf.parts for leaf in leaves)
-            return Streams(_alike({k: x[k] + y[k] if k in x and k in y else x.get(k, y.get(k)).clone() for k in streams}))
+            return Streams({k: x[k] + y[k] if k in x and k in y else x.get(k, y.get(k)).clone() for k in streams})
         elif func._schema.is_mutable:
             if type(args[0]) is not Streams:
                 raise ForwardModeError(f"{func} writes tangents into what has none")
@@ -98,34 +102,24 @@ class Streams(Tensor):
             given = list(leaves)
             for i in where:
                 part = leaves[i].parts.get(stream)
-                given[i] = part if part is not None else leaves[i]._zeros()
+                given[i] = leaves[i]._zeros() if part is None else part
             some_args, some_kwargs = pytree.tree_unflatten(given, layout)
             outs.append(func(*some_args, **some_kwargs))
         if func._schema.is_mutable:
             return args[0]
+        base = leaves[where[0]]
         if isinstance(outs[0], Tensor):
-            found = Streams(_alike(dict(zip(streams, outs, strict=True))))
-            if func._schema.returns[0].alias_info is not None:
-                found._join(leaves[where[0]])
-            return found
+            return Streams(dict(zip(streams, outs, strict=True)), base)
         if isinstance(outs[0], (tuple, list)):
-            items = [Streams(_alike(dict(zip(streams, item, strict=True)))) for item in zip(*outs, strict=True)]
-            if func._schema.returns[0].alias_info is not None:
-                for item in items:
-                    item._join(leaves[where[0]])
-            return type(outs[0])(items)
+            items = zip(*outs, strict=True)
+            return type(outs[0])([Streams(dict(zip(streams, item, strict=True)), base) for item in items])
         return outs[0]
 
     def _zeros(self) -> Tensor:
-        some = next(iter(self.parts.values()))
-        return some.new_zeros(()).expand(self.shape)
-
-    def _join(self, base: Streams) -> None:
-        base.family.append(weakref.ref(self))
-        self.family = base.family
+        return next(iter(self.parts.values())).new_zeros(()).expand(self.shape)
 
     def _grow(self, streams: Sequence[int]) -> None:
-        """The streams exist from here on, 0, in everything that lies in this memory, which is about to be written to."""
+        """The streams exist from here on, as 0, in all that lies in this memory: it is about to be written to."""
         missing = [stream for stream in streams if stream not in self.parts]
         if not missing:
             return
@@ -141,13 +135,8 @@ class Streams(Tensor):
                 member.parts[stream] = room.as_strided(part.shape, part.stride(), part.storage_offset())
 
 
-def _alike(parts: dict[int, Tensor]) -> dict[int, Tensor]:
-    """The parts, all of which lie in memory as the first does."""
-    form = next(iter(parts.values())).stride()
-    for stream, part in parts.items():
-        if part.stride() != form:
-            parts[stream] = part.new_empty_strided(part.shape, form).copy_(part)
-    return parts
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
 
 
 class Tangents(TorchFunctionMode):
@@ -159,7 +148,7 @@ class Tangents(TorchFunctionMode):
             read.
     """
 
-    def __init__(self, directions: Directions) -> None:
+    def __init__(self, directions: Along) -> None:
         super().__init__()
         self._directions = {id(parameter): (parameter, streams) for parameter, streams in directions.items()}
         self._memory = {_memory(parameter) for parameter in directions}
@@ -182,7 +171,7 @@ class Tangents(TorchFunctionMode):
         if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not str(func).startswith("aten"):
             if _moves(given) or _moves(options.values()):  # torch would drop the tangents in silence
                 raise ForwardModeError(f"the custom operator {func} has no forward derivative")
-        if _writes(name, options) and _memory(given[0]) in self._memory:
+        if _writes(name, options) and given and _memory(given[0]) in self._memory:
             raise ForwardModeError(f"torch function {name!r} writes into a parameter")
         if func is F.scaled_dot_product_attention:
             return attention(*given, **options)
@@ -209,12 +198,8 @@ class Tangents(TorchFunctionMode):
 
 def _dual(parameter: nn.Parameter, streams: Sequence[tuple[int, Callable[[], Tensor | None]]]) -> Tensor:
     value = parameter.detach()
-    found = {stream: direction for stream, along in streams if (direction := along()) is not None}
-    for stream, direction in found.items():
-        direction = direction.to(value.dtype)
-        same = direction.stride() == value.stride()
-        found[stream] = direction if same else torch.empty_like(value).copy_(direction)
-    return forward_ad.make_dual(value, Streams(found, value)) if found else value
+    found = {stream: direction.to(value.dtype) for stream, along in streams if (direction := along()) is not None}
+    return forward_ad.make_dual(value, Streams(found)) if found else value
 
 
 _WRITING = frozenset(
@@ -281,7 +266,7 @@ def attention(
 
 
 @contextmanager
-def tangents_along(directions: Directions, model: nn.Module) -> Iterator[None]:
+def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
     """Context in which model code carries tangents (see `Tangents`); `model` names modules in errors."""
     with forward_ad.dual_level():
         try:

@@ -27,13 +27,12 @@ from gfast.deferred import Head
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
 from gfast.geffect.effects import TokenEffect
+from gfast.geffect.forward import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.measurement import Measurement
 from gfast.geffect.passes import Progress, default_loss_scale
 from gfast.geffect.seeded import check_weighted
 from gfast.geffect.state import measuring, uncompiled
-from gfast.geffect.forward import Directions as Along
-from gfast.geffect.forward import tangents_along
 from gfast.model import model_output, shifted
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
@@ -250,9 +249,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(
-    streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
-) -> Tokens:
+def _measure(streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]

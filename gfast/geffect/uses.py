@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from gfast.deferred import computing
 
-
 # functions of what a tensor is, of its value without a derivative, or that make a new tensor like it
 _ABOUT = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed get_device "
