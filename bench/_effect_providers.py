@@ -314,7 +314,7 @@ PROVIDERS: dict[str, Effects] = {
     ),
     "g_effect(4 objectives), gram": Effects(g_effect_of_four("gram"), "effect", "gram engine, the same four", 5),
     "g_effect(WGA), token": Effects(
-        g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 1.15, needs=_no_engine("token")
+        g_effect(WGA(), "token"), "effect", "token engine", 2, TOKEN_UNITS, 2.0, needs=_no_engine("token")
     ),
     "clone loop, WGA": Effects(clone_loop, "effect", "three backwards, gradients cloned", 3),
     "published way": Effects(
@@ -347,7 +347,7 @@ PROVIDERS: dict[str, Effects] = {
         "one value a label token",
         2,
         TOKEN_UNITS,
-        1.15,
+        2.0,
         needs=_gfast_missing("token_effect"),
     ),
     "gram_effect": Effects(

@@ -360,6 +360,63 @@ def test_fused_operators_of_gfast_are_refused_and_their_definitions_work():
         run(lambda x: token_logp(x.float() * 2, INDEX[:2]), [x], directions_for([x], [(0,)]))
 
 
+class WithJvp(Twice):
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent
+
+
+class Holds(nn.Module):
+    """Reads its parameter through an autograd.Function alone, with nothing that moves."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self):
+        return Twice.apply(self.weight.view(-1)) + 1
+
+
+def test_autograd_functions_that_say_how_to_go_forward():
+    x = parameter(2, 3)
+    along = directions_for([x], [(0, 1)])
+    ((value, tangents),) = run(lambda x: WithJvp.apply(x * 3), [x], along)
+    assert torch.equal(value, 6 * x)
+    for stream, tangent in tangents.items():
+        assert torch.equal(tangent, 6 * along[x][stream])
+
+
+def test_errors_name_the_module():
+    model = nn.Sequential(nn.Identity(), Holds(parameter(2, 3)))
+    given = {model[1].weight: [(0, lambda: torch.ones(2, 3, dtype=torch.float64))]}
+    with pytest.raises(ForwardModeError, match=r"in '1' \(Holds\): the torch.autograd.Function 'Twice'"):
+        with tangents_along(given, model):
+            model[1]()
+
+
+def test_attention_inside_of_functions_of_torch():
+    layer = nn.MultiheadAttention(6, 2, batch_first=True).double().eval()
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    inputs = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def function(*values):
+        given = dict(zip(names, values, strict=True))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # for jvp
+            call = torch.func.functional_call(layer, given, (inputs, inputs, inputs), {"need_weights": False})
+        return call[0]
+
+    along = directions_for(weights, [(0, 1)] * len(weights))
+    ((value, tangents),) = run(function, weights, along)
+    torch.backends.mha.set_fastpath_enabled(False)  # for jvp too
+    try:
+        ((expected, moved),) = check(function, list(weights), [(0, 1)] * len(weights))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.allclose(value, expected, rtol=1e-12) and all(
+        torch.allclose(tangents[stream], moved[stream], rtol=1e-12) for stream in moved
+    )
+
+
 def test_dropout_that_stays_on_is_the_same_for_all_streams():
     x = parameter(20, 30)
     along = directions_for([x], [(0, 1)])

@@ -83,8 +83,8 @@ def token_effect(
         there if every batch has it.
 
     Raises:
-        ValueError: as `g_effect`; later for an operation that has no forward derivative (an autograd.Function, a custom
-            kernel), naming the module, and for effects that are not finite.
+        ValueError: as `g_effect`; later for an operation that has no forward derivative (an autograd.Function without
+            jvp, a custom kernel), naming the module, and for effects that are not finite.
 
     Source: arXiv 2502.19301, Definition 1, for single tokens.
 
