@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from gfast.geffect import forward
-from gfast.geffect.forward import ForwardModeError, tangents_along
+from gfast.geffect.engines import jvp as forward
+from gfast.geffect.engines.jvp import ForwardModeError, tangents_along
 
 
 def parameter(*shape: int, seed: int = 0, positive: bool = False) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
     e(D, i) = < grad R(D), grad logp_i > = d/de logp_i(theta + e grad R(D))
 
-One stream a group and a side (`gfast.geffect.forward`). The output head is reversed: with b_i = d logp_i / d logits
+One stream a group and a side (`gfast.geffect.engines.jvp`). The output head is reversed: with b_i = d logp_i / d logits
 and dH_i = W' b_i, computed once, a stream's effect on token i is the dot product of dH_i with its tangent of the final
 hidden state, so the head's cost does not grow with the streams. Forward units: 1, and for each side 1 (what parameters
 add) and as many as streams are alive in a layer: about 9 for two sides by the groups of the paper. No activations are
@@ -27,7 +27,7 @@ from gfast.geffect.backward import Progress, default_loss_scale
 from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
-from gfast.geffect.forward import Along, tangents_along
+from gfast.geffect.engines.jvp import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
 from gfast.geffect.results import TokenEffect
