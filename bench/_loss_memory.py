@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from _loss_cases import OBJECTIVES, Case, Inputs
 
-from gfast.ops.backend import select
-from gfast.ops.common import sequence_layout
+from gfast.ops.chunks import plan_chunks, sequence_length, valid_rows
+from gfast.ops.dispatch import select
 from gfast.ops.head import (
     _FOLD_BYTES,
     _TILE_BYTES,
@@ -15,11 +15,10 @@ from gfast.ops.head import (
     _mixes,
     _wide_rows,
     sum_parts,
-    valid_rows,
 )
-from gfast.ops.plan import plan_chunks, sequence_length
-from gfast.ops.unlearn_loss import spec_of
-from gfast.ops.vocab_parallel import local_head
+from gfast.ops.linear_inputs import local_head
+from gfast.ops.reductions import sequence_layout
+from gfast.ops.weights import spec_of
 
 # For what is measured beyond the tensors of a call: on a GPU the allocator rounds each up to 512 bytes; on a CPU it is
 # the resident memory of the process, in pages, with a MiB or so of interpreter, thread stacks and heap. What a matrix

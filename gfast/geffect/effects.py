@@ -27,8 +27,7 @@ from gfast.geffect.results import (
     tensors_by_group,
 )
 from gfast.objectives import Objective
-from gfast.ops.unlearn_loss import default_reduction, spec_of, weigh
-from gfast.ops.weights import WeightSpec
+from gfast.ops.weights import WeightSpec, default_reduction, spec_of, weigh
 
 _NEEDS_SAMPLE_NORMS = (
     "the norms ||grad log p(s)|| of the samples are not known, because pg_effect and token_effect form no gradient of "

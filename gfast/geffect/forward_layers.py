@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gfast.geffect.forward import ForwardModeError, Pair, Streams, places, primal, union
-from gfast.ops.common import row_chunks
+from gfast.ops.chunks import row_chunks
 
 _SCORES = 2**22  # attention scores held at a time for one stream
 

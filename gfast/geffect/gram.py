@@ -40,7 +40,7 @@ from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring
 from gfast.model import shifted
 from gfast.objectives import Objective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 
 _Batch = Mapping[str, Any]
 

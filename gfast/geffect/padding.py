@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 
 _BY_POSITION = frozenset(
     "input_ids inputs_embeds labels attention_mask position_ids token_type_ids mm_token_type_ids "

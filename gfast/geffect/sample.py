@@ -27,7 +27,7 @@ from gfast.geffect.seeded import SeededPasses, check_weighted, frozen
 from gfast.geffect.state import measuring
 from gfast.model import shifted
 from gfast.objectives import NLL, Objective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.row_dot import dots_of_rows, row_sums
 
 _Batch = Mapping[str, Any]

@@ -53,15 +53,14 @@ def _transform(tensors: Sequence[Tensor]) -> str:
     return ""
 
 
-def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Callable:
+def differentiable_once(literal: Callable = lambda ctx: None) -> Callable:
     """Decorator of a backward whose result is no differentiable function of anything: a gradient made earlier, say.
 
     Where the backward is recorded (``create_graph=True``), its gradients refuse to be differentiated: in silence a
-    second derivative would lack a part. The tensor that ``ctx`` saved last must be a differentiable output of the op:
-    it connects the refusal with the op's inputs.
+    second derivative would lack a part. ``ctx.name`` is the public op's. The tensor that ``ctx`` saved last must be a
+    differentiable output of the op: it connects the refusal with the op's inputs.
 
     Args:
-        name: of the public op.
         literal: of ctx, the op's first output by its literal definition and the inputs it is a function of, as many
             as come first among the op's own; None where there is no such definition.
     """
@@ -76,11 +75,11 @@ def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Call
                 return _differentiated(*defined, grads[0], ctx.needs_input_grad)
             output = ctx.saved_tensors[-1]
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            found = found if isinstance(found, tuple) else (found,)
-            kept = [x for x in found if x is not None]
-            refusing = iter(_Refused.apply(name, len(kept), *kept, output, grads[0]))
-            return tuple(None if x is None else next(refusing) for x in found)
+                gradients = backward(ctx, *grads)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            wanted = [x for x in gradients if x is not None]
+            refusing = iter(_Refused.apply(ctx.name, len(wanted), *wanted, output, grads[0]))
+            return tuple(None if x is None else next(refusing) for x in gradients)
 
         return once
 
@@ -88,11 +87,10 @@ def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Call
 
 
 def _differentiated(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]) -> tuple:
-    """A recorded backward: the gradients of as many inputs, None for the rest of ``needed``."""
-    own = needed[: len(inputs)]
-    wanted = [x for x, need in zip(inputs, own, strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return (*(next(found) if need else None for need in own), *(None,) * (len(needed) - len(inputs)))
+    """A recorded backward: the gradients of as many inputs, None for what else is in ``needed``."""
+    wanted = [x for x, need in zip(inputs, needed[: len(inputs)], strict=True) if need]
+    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return tuple(next(gradients) if need and i < len(inputs) else None for i, need in enumerate(needed))
 
 
 class _Refused(torch.autograd.Function):

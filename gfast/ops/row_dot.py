@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import select
-from gfast.ops.common import row_chunks
+from gfast.ops.chunks import row_chunks
+from gfast.ops.dispatch import select
 from gfast.ops.head import add_mm, product_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,7 +66,7 @@ def dots_of_rows(a: Tensor, b: Tensor, direction: Tensor, impl: str = "auto") ->
     # 16-bit products, where the CPU has them, are the library's; the kernel multiplies in fp32
     taken = _product(a, b, direction) == torch.float32 and torch.backends.mkldnn.enabled
     if impl == "cpp" and not torch.backends.mkldnn.enabled:
-        raise ValueError("gfast: impl='cpp' cannot serve linear_row_dot here: torch.backends.mkldnn is turned off.")
+        raise ValueError("gfast: linear_row_dot: impl='cpp' cannot serve it here: torch.backends.mkldnn is turned off.")
     if chosen == "cpp" and (taken or impl == "cpp"):
         wide = (_rows(x, torch.float32) for x in (a, b))
         return torch.ops.gfast.row_dots(*wide, _rows(direction, direction.dtype))

@@ -1,4 +1,5 @@
-"""Token weights of the built-in objectives, as numbers that kernels and tensors understand alike.
+"""Token weights of objectives: the protocol of an objective, and the numbers of the built-in ones, which kernels and
+tensors understand alike.
 
 The gradient of these objectives is ``sum_i w_i grad logp_i`` with detached weights. All of them are one of two
 families:
@@ -7,8 +8,7 @@ families:
     sequence:  w_i = 2 sigmoid(x_s) / len_s^length_norm,  value_s = (2 / beta) softplus(x_s)
 
 with ``x_s = beta (S_s - S_ref_s)`` (NPO), ``beta (S_s / len_s + delta)`` (SimNPO) or ``beta (D_rejected -
-D_preferred)``
-(DPO, level "pair"), where ``S_s`` is the summed log-prob of sequence s and ``D = S - S_ref``.
+D_preferred)`` (DPO, level "pair"), where ``S_s`` is the summed log-prob of sequence s and ``D = S - S_ref``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gfast.ops.checks import check_like_labels
 
 
 class WeightSpec(NamedTuple):
@@ -66,12 +68,7 @@ def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, log_o
 
 
 def sequence_weights(
-    spec: WeightSpec,
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    valid: Tensor,
-    sequence_id: Tensor,
-    num_sequences: int,
+    spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, valid: Tensor, sequence_id: Tensor, num_sequences: int
 ) -> tuple[Tensor, Tensor]:
     """Weights that depend on whole sequences.
 
@@ -113,15 +110,65 @@ def sequence_weights(
 
 
 def weights_and_values(
-    spec: WeightSpec,
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    valid: Tensor,
-    sequence_id: Tensor,
-    num_sequences: int,
+    spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, valid: Tensor, sequence_id: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor]:
     """``sequence_weights`` of a spec of any level; at level "token" the values are those of the tokens [N]."""
     if spec.level != "token":
-        return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
+        return sequence_weights(spec, logp, ref_logp, valid, sequence_id, count)
     weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
     return weight, weight * logp
+
+
+def spec_of(objective) -> WeightSpec | None:
+    """The numbers of a built-in objective; None for a callable of the user's own."""
+    is_class = isinstance(objective, type)
+    spec = getattr(objective, "spec", None)
+    if spec is not None and not is_class:
+        return spec()
+    if not callable(objective) or is_class:
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise TypeError(
+            f"gfast: {name}: no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a "
+            f"callable (logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through "
+            f"model_loss."
+        )
+    return None
+
+
+def level_of(objective) -> str:
+    """What a weight depends on: "token", "sequence", "pair", or of a callable, which sees all tokens, "any"."""
+    spec = spec_of(objective)
+    return "any" if spec is None else spec.level
+
+
+def is_pair(objective) -> bool:
+    return level_of(objective) == "pair"
+
+
+def default_reduction(objective) -> str:
+    return getattr(objective, "default_reduction", "token_mean")
+
+
+def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
+    """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2])."""
+    spec = spec_of(objective)
+    if spec is None:
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
+        if weight.shape != logp.shape:
+            shapes = f"{tuple(weight.shape)}, not {tuple(logp.shape)}"
+            raise ValueError(f"gfast: objective: the weight callable returned shape {shapes}.")
+        weight = torch.where(valid, weight.detach(), 0.0)
+        return weight, weight * logp
+    return weights_and_values(spec, logp, ref_logp, valid, sequence_id, num_sequences)
+
+
+def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
+    """An objective that needs a reference has one, of the right shape."""
+    spec = spec_of(objective)
+    if spec is not None and spec.uses_ref and ref_logp is None:
+        raise ValueError(
+            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. Compute "
+            f"them once with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
+        )
+    if ref_logp is not None:
+        check_like_labels(name, "ref_logp", ref_logp, labels)

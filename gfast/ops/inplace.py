@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.common import graph_is_kept, scaled
 from gfast.ops.derivatives import differentiable_once
+from gfast.ops.gradients import graph_is_kept, scaled
+from gfast.ops.token_logp import stats_dtype
 
 
 class Overwritten:
@@ -62,12 +63,10 @@ class Overwritten:
         """The gradient times the upstream one."""
         grad = self.grad
         if grad is None:
-            raise RuntimeError(
-                f"gfast: backward through {self.name} a second time: pass retain_graph=True to the first."
-            )
+            raise RuntimeError(f"gfast: {self.name}: backward a second time: pass retain_graph=True to the first.")
         if self.version != grad._version:
             raise RuntimeError(
-                f"gfast: the logits were modified after {self.name}(inplace=True) had put their gradient there."
+                f"gfast: {self.name}: the logits were modified after inplace=True had put their gradient there."
             )
         if not graph_is_kept():
             self.grad = None
@@ -80,15 +79,14 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, memory):
-        ctx.memory = memory
+        ctx.memory, ctx.name = memory, memory.name
         ctx.set_materialize_grads(False)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         anchor = logits.new_empty(0)  # the loss itself is written to after this
         ctx.save_for_backward(anchor)
-        return logits.new_empty((), dtype=wide), anchor
+        return logits.new_empty((), dtype=stats_dtype(logits.dtype)), anchor
 
     @staticmethod
-    @differentiable_once("unlearn_loss")
+    @differentiable_once()
     def backward(ctx, grad_loss, _):
         return None if grad_loss is None else ctx.memory.take(ctx, grad_loss), None
 
@@ -107,7 +105,7 @@ class _Gone(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is not None:
             raise RuntimeError(
-                f"gfast: the logits were used after {ctx.name}(inplace=True), when they held their gradient: use them "
+                f"gfast: {ctx.name}: the logits were used after inplace=True had put their gradient there: use them "
                 f"before that call, or leave inplace off."
             )
         return None, None
