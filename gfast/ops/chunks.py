@@ -35,8 +35,8 @@ def default_chunk_rows(vocab: int, width: int, device: torch.device) -> int:
 
 def rows_at_once(labels: Tensor, order: Tensor | None, chunk_rows: Sequence[int]) -> int:
     """Rows of a chunk. ``order``: those of labels [N] that take part, None: all; ``chunk_rows``: see ``LocalHead``."""
-    rows, (several, one) = (labels if order is None else order).shape[0], chunk_rows
-    return max(rows, 1) if rows <= one else several
+    rows, (of_chunk, of_single) = (labels if order is None else order).shape[0], chunk_rows
+    return max(rows, 1) if rows <= of_single else of_chunk
 
 
 def row_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -47,7 +47,7 @@ def row_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def plan_chunks(
-    level: str, labels: Tensor, ids: Tensor, count: int, length: int, chunk_rows: Sequence[int]
+    level: str, labels: Tensor, ids: Tensor | None, count: int, length: int, chunk_rows: Sequence[int]
 ) -> tuple[Tensor | None, int, Spans]:
     """Row order and chunk boundaries such that a chunk holds whole sequences (or pairs) where weights depend on them.
 
@@ -56,11 +56,8 @@ def plan_chunks(
     becomes one span.
 
     Args:
-        level: "token", "sequence" or "pair".
-        labels: int64 [N]. ids: sequence of each row, int64 [N].
-        count: bound S on the sequences; for pairs s and s + S/2 belong together.
+        ids: sequence of each row [N]. count: a bound S on them; for level "pair" s and s + S/2 belong together.
         length: rows of each sequence where all have the same number and lie one after the other, else 0.
-        chunk_rows: rows held at a time, see ``LocalHead``.
 
     Returns:
         The rows that take part in their order (None: all as they come), rows of a chunk, and spans of that order. A
@@ -105,6 +102,4 @@ def _plan_by_shape(level: str, labels: Tensor, count: int, length: int, chunk: i
 
 def sequence_length(labels: Tensor, sequence_id: Tensor | None) -> int:
     """``length`` of ``plan_chunks`` for labels [..., T]: T, or 0 where ids say which row is whose."""
-    if sequence_id is not None:
-        return 0
-    return labels.shape[-1] if labels.dim() > 1 else labels.numel()
+    return 0 if sequence_id is not None else labels.shape[-1] if labels.dim() > 1 else labels.numel()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gfast.ops.checks import check_label_range
+
 
 def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     """Whether a call must be the literal definition: a transform that no fused op supports holds one of its tensors.
@@ -36,13 +38,14 @@ def _is_wrapped(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)
 
 
-def has_values(x: Tensor) -> bool:
-    """Whether ``x`` can be looked at: not where it stands for many tensors, in torch.func.vmap."""
-    while _is_wrapped(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return True
+def check_literal_labels(name: str, labels: Tensor, vocab: int) -> None:
+    """``check_label_range``, unless labels cannot be looked at as they stand for many tensors, in torch.func.vmap."""
+    seen = labels.reshape(-1)
+    while _is_wrapped(seen):
+        if torch._C._functorch.is_batchedtensor(seen):
+            return
+        seen = torch._C._functorch.get_unwrapped(seen)
+    check_label_range(name, labels.reshape(-1), vocab)
 
 
 def _transform(tensors: Sequence[Tensor]) -> str:

@@ -83,8 +83,6 @@ def kernel(name: str, impl: str) -> Callable:
 
 
 def _interpreting() -> bool:
-    if _triton_missing():
-        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -123,10 +121,8 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if impl == "triton":
         if op == "grad_dot":
             return "grad_dot has no Triton kernel"
-        if _triton_missing():
+        if _triton_missing() or kind == "cuda":
             return _triton_missing()
-        if kind == "cuda":
-            return ""
         if kind == "cpu" and _interpreting():
             return interpreter_fails()
         return f"Triton kernels take CUDA tensors, not {kind} (CPU only with TRITON_INTERPRET=1)"
@@ -135,10 +131,9 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if kind != "cuda":
         return f"the CUDA kernel takes CUDA tensors, not {kind}"
     module, reason = extension()
-    if module is None:
+    if module is None or (info := module.build_info()).get("cuda"):
         return reason
-    info = module.build_info()
-    return "" if info.get("cuda") else f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
+    return f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
 
 
 @functools.cache
@@ -146,8 +141,7 @@ def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
     order = ("cpp",) if kind == "cpu" else ("cuda", "triton")
     reasons = []
     for impl in order:
-        reason = why_not(op, impl, kind, dtype)
-        if not reason:
+        if not (reason := why_not(op, impl, kind, dtype)):
             logger.info("gfast: %s on %s uses impl=%r", op, kind, impl)
             return impl
         reasons.append(f"{impl}: {reason}")
@@ -156,21 +150,14 @@ def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
 
 
 def select(op: str, impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
-    """The implementation that serves ``op``.
-
-    Args:
-        op: one of ``OPS``, or a step of several.
-        impl: "auto" or an explicit choice.
-        device: where the tensors are.
-        dtype: of the logits (row ops only).
+    """The implementation of ``op`` (one of ``OPS`` or ``_STEPS``) for tensors there and, of row ops, logits of a dtype.
 
     Raises:
         ValueError: an explicit choice that is unknown or cannot serve the op here, with the reason.
     """
     if impl == "auto":
         return _auto(op, torch.device(device).type, dtype)
-    reason = why_not(op, impl, device, dtype)
-    if reason:
+    if reason := why_not(op, impl, device, dtype):
         raise ValueError(f"gfast: {op}: impl={impl!r} cannot serve {op} here: {reason}.")
     return impl
 

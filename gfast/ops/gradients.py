@@ -47,17 +47,20 @@ def scaled(ctx, gradient: Tensor, factor: Tensor, late: Tensor | None = None) ->
     scaled in place where this graph will not be run again, so that ``loss / k`` costs no new [N, V]: on a GPU by a
     kernel that returns at once where the factor is 1. What an earlier backward through a kept graph has returned stays
     as it is.
+
+    To find out takes a private call of torch's. It is worth that: a step with bf16 logits [1024, 32000] takes 86 ms on
+    one thread of an AMD EPYC and 287 ms with a gradient in new memory, one with fp32 [2048, 32000] 250 and 1120 ms.
     """
     if late is not None:
         factor = factor * late
     if torch.compiler.is_compiling():
         return _times(gradient, factor)
-    kept = graph_is_kept() or torch.is_grad_enabled()  # or this very backward is recorded
+    again = graph_is_kept() or torch.is_grad_enabled()  # or this very backward is recorded
     on_host = checks.reads_are_free(factor.device)
     if on_host and float(factor) == 1.0:
-        ctx.lent = kept  # the caller now holds the memory that a later backward starts from
+        ctx.lent = again  # the caller now holds the memory that a later backward starts from
         return gradient
-    if kept or getattr(ctx, "lent", False):  # someone else has this memory
+    if again or getattr(ctx, "lent", False):  # someone else has this memory
         if gradient.dtype.itemsize > 2:
             return gradient * factor
         gradient = gradient.clone()
@@ -95,6 +98,8 @@ def with_gradients(
         gradients: one an input, of any dtype, empty where it is not wanted.
         literal: the loss of the inputs by its definition, which further derivatives are taken of; None: it has none.
     """
+    if torch.compiler.is_compiling():  # differentiates no further
+        literal = None
     return _Known.apply(*inputs, *gradients, loss, late, literal, name)
 
 
@@ -125,8 +130,6 @@ class _Known(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (2 * count + 4)
         *gradients, late = ctx.saved_tensors[: count + 1]
-        finished = [
-            scaled(ctx, gradient, grad_loss, late).to(dtype) if wanted else None
-            for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.needs_input_grad[:count], strict=True)
-        ]
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:count], strict=True)
+        finished = (scaled(ctx, x, grad_loss, late).to(dtype) if need else None for x, dtype, need in wanted)
         return (*finished, *(None,) * (count + 4))

@@ -14,6 +14,7 @@ from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.chunks import row_chunks
 from gfast.ops.dispatch import compiled, extension, has_cpu_kernel
 from gfast.ops.memory import fresh
+from gfast.ops.token_logp import stats_dtype
 
 _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what a processor's last cache holds
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
@@ -58,10 +59,6 @@ def _multiplies_mixed() -> bool:
     return torch.backends.mkldnn.enabled and _has_mixed_mm()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of finished gradients. fp16 ones stay wide: the reduction's factor and a loss scale are applied later, and before
     it sums can overflow and small weights vanish."""
@@ -92,23 +89,18 @@ class ChunkedHead:
         self.labels = self.select(labels).contiguous()  # [n]
         self.rows = self.hidden.shape[0]
         self.chunk = min(chunk, max(self.rows, 1))
-        self._weight, self._bias = weight, bias
-        self.vocab = weight.shape[0]
-        self._wide_tile: Tensor | None = None
-        self._buffer: Tensor | None = None
+        self._weight, self._bias, self.vocab = weight, bias, weight.shape[0]
+        self._wide_tile, self._buffer = None, None
 
     def select(self, values: Tensor | None) -> Tensor | None:
         """Per-row values [N] of the rows that take part [n]."""
-        if values is None or self.index is None:
-            return values
-        return values.index_select(0, self.index)
+        return values if values is None or self.index is None else values.index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of these rows [n, ...] at their places among all rows [N, ...], 0 elsewhere."""
         if self.index is None:
             return values
-        out = values.new_zeros(self.total_rows, *values.shape[1:])
-        return out.index_copy_(0, self.index, values)
+        return values.new_zeros(self.total_rows, *values.shape[1:]).index_copy_(0, self.index, values)
 
     def _tiles(self, step: int | None = None, mixed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
@@ -179,7 +171,7 @@ class ChunkedHead:
         self._need_weight, self._added = need_weight, 0
         new = torch.empty_like if self.vocab else torch.zeros_like  # to a share of no entries nothing is added
         self.grad_hidden = new(self.hidden, dtype=_grad_dtype(self.dtype)) if need_hidden else None
-        self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=_wide(self.dtype)) if need_bias else None
+        self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=stats_dtype(self.dtype)) if need_bias else None
         self._total: Tensor | None = None  # of dW [V, D]
 
     def add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
@@ -198,7 +190,7 @@ class ChunkedHead:
         if self._need_weight:
             if self._total is None:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
-                finished, wide = _grad_dtype(self._weight.dtype), _wide(self.dtype)
+                finished, wide = _grad_dtype(self._weight.dtype), stats_dtype(self.dtype)
                 only = stop - start == self.rows and self.dtype in (finished, wide)
                 self._total = fresh(tuple(self._weight.shape), finished if only else wide, self._weight.device)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
@@ -229,11 +221,7 @@ class ChunkedHead:
         grad_hidden = self.hidden.new_empty(0)
         if self.grad_hidden is not None:
             grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))
-        return (
-            grad_hidden,
-            grad_weight,
-            self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
-        )
+        return grad_hidden, grad_weight, self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -312,17 +300,12 @@ def _parts(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def finished_stats(top: Tensor, rest: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logp [n] and statistics [n, 2] (maximum, log of the sum relative to it) from the parts of a row.
-
-    Args:
-        top: maximum of the logits but the label's [n]; -inf where there is none. Any other shift does as well.
-        rest: sum of exp(z - top) over all but the label [n].
-        target: logit of the label [n].
-    """
+def finished_stats(top: Tensor, others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logp [n] and statistics [n, 2] (maximum, log of the sum relative to it) from the three parts of ``fold_state``;
+    any other shift does as well as the maximum."""
     m = torch.maximum(top, target)
     m = torch.where(m == -torch.inf, 0.0, m)  # all masked: -inf - -inf would be NaN
-    others = rest * torch.exp(top - m)
+    others = others * torch.exp(top - m)
     distance = target - m  # <= 0
     # with the label as the maximum log p = -log1p(others), which keeps its relative accuracy as p -> 1
     log_total = torch.where(distance == 0, torch.log1p(others), torch.log(others + torch.exp(distance)))
@@ -331,10 +314,7 @@ def finished_stats(top: Tensor, rest: Tensor, target: Tensor) -> tuple[Tensor, T
 
 def fake_gradients(hidden: Tensor, weight: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of ``ChunkedHead.gradients`` for tracing."""
-    gradients = (
-        (hidden.shape, _grad_dtype(hidden.dtype)),
-        (weight.shape, _grad_dtype(weight.dtype)),
-        (weight.shape[:1], _wide(weight.dtype)),
-    )
-    shapes = [(shape if wanted else (0,), dtype) for (shape, dtype), wanted in zip(gradients, need, strict=True)]
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    dtypes = _grad_dtype(hidden.dtype), _grad_dtype(weight.dtype), stats_dtype(weight.dtype)
+    gradients = zip(shapes, dtypes, need, strict=True)
+    return tuple(hidden.new_empty(shape if wanted else 0, dtype=dtype) for shape, dtype, wanted in gradients)

@@ -16,10 +16,6 @@ class Overwritten:
     ``start`` puts the loss in the logits' place in the graph and makes the logits themselves the result of an operation
     without a derivative: whoever saved them for a backward finds them modified, and whoever uses them later gets an
     error in the backward. Then the logits may be written, and ``finished`` gives the loss its value.
-
-    Args:
-        name: of the public op, for messages.
-        logits: [..., V], not a leaf, rows evenly spaced and contiguous.
     """
 
     def __init__(self, name: str, logits: Tensor):

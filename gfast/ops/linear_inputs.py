@@ -46,23 +46,10 @@ class LocalHead(NamedTuple):
         """The inputs for an op that computes their gradients itself."""
         return [None if x is None else x.detach() for x in self.inputs]
 
-    def options(self, form: tuple[float, float], impl: str) -> HeadOptions:
-        return HeadOptions([self.shard.first, self.shard.vocab, *self.chunk_rows], list(form), self.shard.group, impl)
-
-
-class HeadOptions(NamedTuple):
-    """The arguments of an op over a head that are no tensors, as they cross the dispatcher.
-
-    Attributes:
-        sizes: ``Shard.first``, ``Shard.vocab`` and both of ``LocalHead.chunk_rows``.
-        form: scale and softcap of the logits, 0 for no softcap.
-        group: ``Shard.group``. impl: as given.
-    """
-
-    sizes: list[int]
-    form: list[float]
-    group: str
-    impl: str
+    def options(self, form: tuple[float, float], impl: str) -> tuple[list[int], list[float], str, str]:
+        """What an op takes beside tensors: sizes (first and vocab of the shard, chunk_rows), form (scale and softcap of
+        the logits, 0 for no softcap), the shard's group, and impl."""
+        return [self.shard.first, self.shard.vocab, *self.chunk_rows], list(form), self.shard.group, impl
 
 
 def unpacked(

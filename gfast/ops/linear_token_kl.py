@@ -17,7 +17,7 @@ from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
-from gfast.ops.token_logp import capped, finite_slope, own_labels, stats_dtype
+from gfast.ops.token_logp import capped, finite_slope, local_labels, stats_dtype
 from gfast.ops.vocab_parallel import Shard, check_alike
 
 
@@ -97,15 +97,16 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
     if not shard.group:
         return kl_rows(logits, ref_logits, labels, factor, *form, out, impl)
     impl = select("sharded_token_kl", impl, logits.device, logits.dtype)
-    own, _ = own_labels(labels, shard.first, logits.shape[1])
+    local, _ = local_labels(labels, shard.first, logits.shape[1])
     if logits.shape[1]:
-        kl, totals = _kl_parts(logits, ref_logits, own, form, impl)
+        kl, totals = _kl_parts(logits, ref_logits, local, form, impl)
     else:
-        kl, totals = logits.new_zeros(logits.shape[0]), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(len(own), 1)
+        rows = logits.shape[0]
+        kl, totals = logits.new_zeros(rows), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(rows, 1)
     state = shard.gathered(torch.cat([kl.double()[None], totals.double().t()]))  # [processes, 5, n]
     kl, totals = merged_kl(state[:, 0], state[:, 1:].transpose(1, 2))
     if out is not None and logits.shape[1]:
-        _kl_rows_grad(logits, ref_logits, own, totals, factor, form, out, impl)
+        _kl_rows_grad(logits, ref_logits, local, totals, factor, form, out, impl)
     return torch.where(labels != IGNORE_INDEX, kl, 0.0).to(stats_dtype(logits.dtype))
 
 
@@ -123,7 +124,7 @@ def _linear_token_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL [N] and the gradients of factor (0-dim) times its sum: dH [N, D], dW [v, D], db [v] (empty if unwanted).
 
-    Both heads are hidden, weight and bias; for what is no tensor see ``HeadOptions``.
+    Both heads are hidden, weight and bias; for what is no tensor see ``LocalHead.options``.
     """
     hidden = head[0]
     shard, chunk_rows, _ = unpacked("linear_token_kl", hidden, labels, sizes, group, impl)
@@ -219,5 +220,5 @@ def linear_token_kl(
     loss = kl.sum() * factor
     if not any(need):
         return loss
-    again = literal if impl == "reference" and not head.shard.group and not torch.compiler.is_compiling() else None
-    return with_gradients(name, loss, head.inputs, gradients, late, again)
+    defined = literal if impl == "reference" and not head.shard.group else None
+    return with_gradients(name, loss, head.inputs, gradients, late, defined)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import check_chunk_rows, check_label_range
+from gfast.ops.checks import check_chunk_rows
 from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
+from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
 from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.token_logp import capped, fake_logp, stats_dtype, token_logp_reference
@@ -31,7 +31,7 @@ def _linear_token_logp(
     group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and statistics [N, 2]; for what is no tensor see ``HeadOptions``."""
+    """logp [N] and statistics [N, 2]; for what is no tensor see ``LocalHead.options``."""
     shard, chunk_rows, chosen = unpacked("linear_token_logp", hidden, labels, sizes, group, impl)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
     if head.folds(chosen):
@@ -129,8 +129,7 @@ def check_literal(name: str, head: LocalHead) -> None:
     """Whether a head can be differentiated by its literal definition; and its labels, where they can be looked at."""
     if head.shard.group:
         raise RuntimeError(f"gfast: {name}: a vocabulary-parallel head has first derivatives by backward only.")
-    if has_values(head.labels):
-        check_label_range(name, head.labels, head.shard.vocab)
+    check_literal_labels(name, head.labels, head.shard.vocab)
 
 
 def linear_token_logp(

@@ -10,35 +10,25 @@ import torch
 from torch import Tensor
 
 from gfast.ops import checks
-from gfast.ops.checks import IGNORE_INDEX, check_reduction, raise_if_not_finite
+from gfast.ops.checks import IGNORE_INDEX, raise_if_not_finite
 from gfast.ops.chunks import plan_chunks, row_chunks, sequence_length
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.gradients import summed_scale, with_gradients
 from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
-from gfast.ops.reductions import LossOutput, Tokens
+from gfast.ops.reductions import LossOutput
 from gfast.ops.token_logp import stats_dtype
 from gfast.ops.unlearn_loss import loss_from_logp, weighted_rows
-from gfast.ops.weights import (
-    WeightSpec,
-    check_reference,
-    default_reduction,
-    level_of,
-    sequence_weights,
-    spec_of,
-    weigh,
-    weights_and_values,
-)
+from gfast.ops.weights import Terms, WeightSpec, sequence_weights, weigh
 
 
 def linear_unlearn_loss_reference(
     hidden, weight, labels, objective, ref_logp=None, reduction=None, **head
 ) -> LossOutput:
     """The literal definition: all logits, then log softmax, detached weights and autograd."""
-    logp = linear_token_logp_reference(hidden, weight, labels, **head)
-    reduction = reduction or default_reduction(objective)
-    return loss_from_logp(objective, logp, ref_logp, labels, None, reduction, None, "linear_unlearn_loss")
+    terms = Terms.of("linear_unlearn_loss", objective, labels, ref_logp, reduction)
+    return loss_from_logp(terms, linear_token_logp_reference(hidden, weight, labels, **head))
 
 
 @torch.library.custom_op("gfast::linear_unlearn", mutates_args=())
@@ -64,7 +54,7 @@ def _linear_unlearn(
         per_row: ref_logp, weights and sequence ids, [N] each or None. Weights that are given are those, and nothing is
             computed from ``numbers``.
         level, numbers: a ``WeightSpec``.
-        sequences: count and length of ``plan_chunks``. For the rest see ``HeadOptions``.
+        sequences: count and length of ``plan_chunks``. For the rest see ``LocalHead.options``.
     """
     hidden = head[0]
     shard, chunk_rows, _ = unpacked("linear_unlearn_loss", hidden, labels, sizes, group, impl)
@@ -89,7 +79,7 @@ def _linear_unlearn(
             return given[part].to(dtype)
         span_ref, span_ids = None if ref is None else ref[part].to(dtype), None if ids is None else ids[part]
         valid = chunked.labels[part] != IGNORE_INDEX
-        return weights_and_values(spec, logp[part], span_ref, valid, span_ids, count)[0]
+        return weigh(spec, logp[part], span_ref, valid, span_ids, count)[0]
 
     def whole_span(start: int, stop: int) -> None:
         pieces = [(start + a, start + b) for a, b in row_chunks(stop - start, chunked.chunk)]
@@ -137,46 +127,37 @@ def _(head, *rest):
     return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, rest[-1])
 
 
-def _scalar_loss(
-    name, head: LocalHead, labels, objective, ref_logp, sequence_id, reduction, normalizer, form, impl
-) -> LossOutput:
+def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl: str) -> LossOutput:
     """The loss of a head that is differentiated: its gradients come out of the same pass."""
-    spec, dtype = spec_of(objective), stats_dtype(head.hidden.dtype)
-    tokens = Tokens.of(name, labels, sequence_id, level_of(objective), reduction)
-    factor = tokens.factor(reduction, normalizer, dtype)
-    ref, weights = None if ref_logp is None else ref_logp.detach().reshape(-1).to(dtype), None
-    if spec is None:
+    spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
+    factor, ref, given = terms.factor(dtype), terms.reference(dtype), None
+    if terms.spec is None:
         with torch.no_grad():
-            logp = flat_logp(head, form, impl)
-        weights = weigh(objective, logp, ref, tokens.valid, tokens.ids, tokens.count)[0]
-    numbers = spec or WeightSpec()
-    ref = ref if spec is None or spec.uses_ref else None
+            given = terms.weigh(flat_logp(head, form, impl), ref)[0].detach()
+    ref = ref.detach() if spec.uses_ref else None
     inner, late = summed_scale(factor, head.hidden.dtype)
     logp, weights, *gradients = torch.ops.gfast.linear_unlearn(
         head.detached(),
         head.labels,
-        [ref, weights, tokens.ids],
+        [ref, given, tokens.ids],
         inner,
-        numbers.level,
-        numbers.numbers(),
-        [tokens.count, sequence_length(labels, sequence_id)],
+        spec.level,
+        spec.numbers(),
+        [tokens.count, sequence_length(terms.labels, terms.sequence_id)],
         *head.options(form, impl),
         head.wanted(),
     )
-    if numbers.level == "token":
-        value = weights * logp
-    else:
+    value = weights * logp
+    if spec.level != "token":
         value = sequence_weights(spec, logp, ref, tokens.valid, tokens.ids, tokens.count)[1]
-    literal = None
-    if impl == "reference" and not head.shard.group and not torch.compiler.is_compiling():
-        given = (ref_logp, labels, sequence_id, reduction, normalizer, name, True)
 
-        def literal(hidden, weight, bias):
-            logp = linear_token_logp_reference(hidden, weight, head.labels, bias, *form).reshape(labels.shape)
-            return loss_from_logp(objective, logp, *given).loss
+    def literal(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logp = linear_token_logp_reference(hidden, weight, head.labels, bias, *form)
+        return loss_from_logp(terms, logp, literal=True).loss
 
-    loss = with_gradients(name, value.sum() * factor, head.inputs, gradients, late, literal)
-    return LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))
+    defined = literal if impl == "reference" and not head.shard.group else None
+    loss = with_gradients(terms.name, value.sum() * factor, head.inputs, gradients, late, defined)
+    return terms.output(loss, logp, weights)
 
 
 def linear_unlearn_loss(
@@ -240,19 +221,15 @@ def linear_unlearn_loss(
     """
     name = "linear_unlearn_loss"
     head = local_head(name, hidden, weight, bias, labels, chunk_rows)
-    check_reference(name, objective, ref_logp, labels)
-    reduction = reduction or default_reduction(objective)
-    check_reduction(name, reduction)
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
     form = check_map(name, logit_scale, softcap)
-    literal = wants_literal(name, impl, *head.inputs, ref_logp)
-    if literal or reduction == "none" or not any(head.wanted()):
+    if wants_literal(name, impl, *head.inputs, ref_logp):
+        out = loss_from_logp(terms, literal_of_head(name, head, form), impl == "reference")
+    elif terms.reduction == "none" or not any(head.wanted()):
         # scoring is enough, and needs no logits where they can be folded
-        logp = literal_of_head(name, head, form) if literal else flat_logp(head, form, impl)
-        given = (ref_logp, labels, sequence_id, reduction, normalizer, name, impl == "reference")
-        out = loss_from_logp(objective, logp.reshape(labels.shape), *given)
+        out = loss_from_logp(terms, flat_logp(head, form, impl), impl == "reference")
     else:
-        given = (ref_logp, sequence_id, reduction, normalizer)
-        out = _scalar_loss(name, head, labels, objective, *given, form, impl)
+        out = _scalar_loss(terms, head, form, impl)
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

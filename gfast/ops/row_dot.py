@@ -8,6 +8,7 @@ from torch import Tensor
 from gfast.ops.chunks import row_chunks
 from gfast.ops.dispatch import select
 from gfast.ops.head import add_mm, product_dtype
+from gfast.ops.token_logp import stats_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 256  # rows of the product held at a time on a CPU: [256, D] stays in the cache until it is dotted
@@ -27,7 +28,7 @@ def _blocks(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
     direction = direction.to(dtype)
     left, right, factor = (b, a, direction) if a.shape[1] < b.shape[1] else (a, b, direction.t())
     out = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = stats_dtype(dtype)
     for start, stop in row_chunks(a.shape[0], _BLOCK if a.device.type == "cpu" else 8192):
         product = a.new_empty(stop - start, factor.shape[1], dtype=dtype)  # [rows, min(D_in, D_out)]
         add_mm(product, left[start:stop].to(dtype), factor, first=True)

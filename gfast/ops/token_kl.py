@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_reduction, check_rows
-from gfast.ops.derivatives import has_values, wants_literal
+from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.memory import fresh
@@ -125,8 +125,7 @@ def token_kl(
         return token_kl_reference(logits, ref_logits, labels).sum() * factor
 
     if wants_literal(name, impl, logits):
-        if has_values(flat):
-            check_label_range(name, flat, vocab)
+        check_literal_labels(name, flat, vocab)
         return literal(logits)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
@@ -135,5 +134,5 @@ def token_kl(
     loss = kl.sum() * factor
     if not wanted:
         return loss
-    again = literal if impl == "reference" and not torch.compiler.is_compiling() else None
-    return with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, again)
+    defined = literal if impl == "reference" else None
+    return with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
+from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.memory import fresh
 
@@ -34,13 +34,6 @@ def cap_slope(z: Tensor, scale: float, softcap: float) -> Tensor | float:
 def finite_slope(z: Tensor, scale: float, softcap: float) -> Tensor | float:
     """``cap_slope``, 0 where the capped value is not finite."""
     return torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
-
-
-def literal_logp(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """``token_logp_reference`` after a check of the labels, where torch.func lets them be looked at."""
-    if has_values(labels):
-        check_label_range(name, labels.reshape(-1), logits.shape[-1])
-    return token_logp_reference(logits, labels)
 
 
 def _logp_rows_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -89,16 +82,16 @@ def logp_columns_grad(logits, labels, first: int, logp, stats, coef, scale: floa
 
     logp and statistics are those of whole rows, labels int64 [N] those of the whole vocabulary.
     """
-    own, foreign = own_labels(labels, first, logits.shape[1])
+    local, foreign = local_labels(labels, first, logits.shape[1])
     z = capped(logits[:, 0].clone(), scale, softcap)
-    logp_rows_grad(logits, own, logp, stats, coef, scale, softcap, logits, impl)
+    logp_rows_grad(logits, local, logp, stats, coef, scale, softcap, logits, impl)
     # column 0 stood in for labels elsewhere: there it is a column like the others
     m, log_total = stats.unbind(1)
-    other = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
-    logits[:, 0] = torch.where(foreign, other.to(logits.dtype), logits[:, 0])
+    column = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
+    logits[:, 0] = torch.where(foreign, column.to(logits.dtype), logits[:, 0])
 
 
-def own_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+def local_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
     """Labels relative to the vocabulary entries first to first + size, 0 for those elsewhere; and which are those."""
     valid = labels != IGNORE_INDEX
     foreign = valid & ((labels < first) | (labels >= first + size))
@@ -203,6 +196,7 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     """
     check_rows("token_logp", logits, labels)
     if wants_literal("token_logp", impl, logits):
-        return literal_logp("token_logp", logits, labels)
+        check_literal_labels("token_logp", labels, logits.shape[-1])
+        return token_logp_reference(logits, labels)
     flat = torch.ops.gfast.token_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)[0]
     return flat.reshape(labels.shape)

@@ -5,48 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import (
-    IGNORE_INDEX,
-    check_label_range,
-    check_reduction,
-    check_rows,
-    raise_if_not_finite,
-    runs_now,
-)
-from gfast.ops.derivatives import wants_literal
+from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows, raise_if_not_finite, runs_now
+from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.inplace import Overwritten
 from gfast.ops.memory import fresh
-from gfast.ops.reductions import LossOutput, Tokens
+from gfast.ops.reductions import LossOutput
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
     capped,
     label_logp,
     label_logp_gradient,
-    literal_logp,
     logp_rows_grad,
     stats_dtype,
     token_logp,
     token_logp_reference,
     unit_stride,
 )
-from gfast.ops.weights import WeightSpec, check_reference, default_reduction, level_of, spec_of, token_weights, weigh
+from gfast.ops.weights import Terms, WeightSpec, token_weights
 
 
 def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None) -> LossOutput:
     """The literal definition for leading-dimension sequences, differentiable by autograd; never optimised."""
-    reduction = reduction or default_reduction(objective)
-    tokens = Tokens.of("unlearn_loss", labels, None, level_of(objective), reduction)
+    terms = Terms.of("unlearn_loss", objective, labels, ref_logp, reduction)
     logp = token_logp_reference(logits, labels).reshape(-1)
-    ref = None if ref_logp is None else ref_logp.reshape(-1).to(logp.dtype)
-    weight, value = weigh(objective, logp.detach(), ref, tokens.valid, tokens.ids, tokens.count)
-    factor = tokens.factor(reduction, None, logp.dtype)
+    weight, value = terms.weigh(logp.detach(), terms.reference(logp.dtype))
+    factor = terms.factor(logp.dtype)
     surrogate = (weight * logp).sum() * factor
     # the difference first: the sum would take the digits of a value far below it (NPO's, once a text is forgotten)
     loss = value.sum() * factor + (surrogate - surrogate.detach())
-    return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
+    return terms.output(loss, logp.detach(), weight)
 
 
 def _log_others(z: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
@@ -107,86 +97,78 @@ def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
     return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
 
 
-def loss_from_logp(
-    objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name, literal: bool = False
-) -> LossOutput:
-    """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the
-    rest. With ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further
-    derivatives are the value's."""
-    spec = spec_of(objective)
-    tokens = Tokens.of(name, labels, sequence_id, level_of(objective), reduction)
+def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOutput:
+    """Any objective from differentiable log-probs [...]: the weights are detached, autograd does the rest. With
+    ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further derivatives are
+    the value's."""
     logp = logp.reshape(-1)  # [N]
-    ref = None if ref_logp is None else ref_logp.reshape(-1).to(logp.dtype)
-    whole = literal and spec is not None and spec.level != "token"
-    given = logp if whole else logp.detach()
-    weight, value = weigh(objective, given, ref, tokens.valid, tokens.ids, tokens.count)
+    whole = literal and terms.spec is not None and not terms.by_token
+    weight, value = terms.weigh(logp if whole else logp.detach(), terms.reference(logp.dtype))
     weight = weight.detach()
-    outputs = logp.detach().reshape(labels.shape), weight.reshape(labels.shape)
     per_token = weight * logp
-    if reduction == "none":
-        if spec is None or spec.level == "token":
-            return LossOutput(per_token.reshape(labels.shape), *outputs)
-        if whole:
-            return LossOutput(value, *outputs)
-        unit = tokens.ids % value.shape[0]  # both halves of a pair share a value
-        carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
-        return LossOutput(value + (carried - carried.detach()), *outputs)
-    factor = tokens.factor(reduction, normalizer, logp.dtype)
-    if whole:
-        return LossOutput(value.sum() * factor, *outputs)
-    surrogate = per_token.sum()
-    loss = (value.sum() + (surrogate - surrogate.detach())) * factor  # in this order: see unlearn_loss_reference
-    return LossOutput(loss, *outputs)
+    if terms.reduction == "none":
+        if terms.spec is None or terms.by_token:
+            loss = per_token.reshape(terms.labels.shape)
+        elif whole:
+            loss = value
+        else:
+            unit = terms.tokens.ids % value.shape[0]  # both halves of a pair share a value
+            carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
+            loss = value + (carried - carried.detach())
+    else:
+        total = value.sum()
+        if not whole:
+            surrogate = per_token.sum()
+            total = total + (surrogate - surrogate.detach())  # in this order: see unlearn_loss_reference
+        loss = total * terms.factor(logp.dtype)
+    return terms.output(loss, logp.detach(), weight)
 
 
-def _scalar_loss(
-    name, logits, labels, objective, ref_logp, sequence_id, reduction, normalizer, impl, inplace
-) -> LossOutput:
-    spec, level = spec_of(objective), level_of(objective)
-    tokens = Tokens.of(name, labels, sequence_id, level, reduction)
-    targets = tokens.labels  # [N]
+def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> LossOutput:
+    name, spec, labels = terms.name, terms.spec, terms.tokens.labels
     dtype = stats_dtype(logits.dtype)
-    factor = tokens.factor(reduction, normalizer, dtype)
-    ref = None if ref_logp is None else ref_logp.detach().reshape(-1).to(dtype).contiguous()  # [N]
+    factor, ref = terms.factor(dtype), terms.reference(dtype)
+    ref = None if ref is None else ref.detach()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
         impl = select(name, impl, logits.device, logits.dtype)
-        check_label_range(name, targets, logits.shape[-1])  # before the logits are touched
+        check_label_range(name, labels, logits.shape[-1])  # before the logits are touched
         memory = Overwritten(name, logits)
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
     now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
-    if level == "token":
+    if terms.by_token:
         ref = ref if spec.uses_ref else None
         inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
             unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
-            logp, weight, gradient = unlearn_rows(rows, targets, ref, spec.numbers(), inner, wanted, impl)
+            logp, weight, gradient = unlearn_rows(rows, labels, ref, spec.numbers(), inner, wanted, impl)
         else:
             memory.start()
-            logp, weight = weighted_rows(rows, targets, ref, spec, inner, 1.0, 0.0, rows, impl)
+            logp, weight = weighted_rows(rows, labels, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
-        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, targets, impl)
-        weight, value = weigh(objective, logp, ref, tokens.valid, tokens.ids, tokens.count)
+        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, labels, impl)
+        weight, value = terms.weigh(logp, ref)
         inner, late = kept_scale(factor, logits.dtype, weight) if wanted else (factor, None)
         coef = weight * inner
         if memory is not None:
             memory.start()
-            logp_rows_grad(rows, targets, logp, stats, coef, 1.0, 0.0, rows, impl)
+            logp_rows_grad(rows, labels, logp, stats, coef, 1.0, 0.0, rows, impl)
         elif wanted:
             logp_gradient = label_logp_gradient if now else torch.ops.gfast.token_logp_backward
-            gradient = logp_gradient(rows, targets, logp, stats, coef, impl)
+            gradient = logp_gradient(rows, labels, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
         loss = memory.finished(loss, late)
     elif wanted:
-        literal = None
-        if impl == "reference" and not torch.compiler.is_compiling():
-            given = (ref_logp, labels, sequence_id, reduction, normalizer, name, True)
-            literal = lambda z: loss_from_logp(objective, token_logp_reference(z, labels), *given).loss  # noqa: E731
-        loss = with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, literal)
-    return LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
+
+        def literal(logits: Tensor) -> Tensor:
+            return loss_from_logp(terms, token_logp_reference(logits, terms.labels), literal=True).loss
+
+        defined = literal if impl == "reference" else None
+        loss = with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)
+    return terms.output(loss, logp, weight)
 
 
 def unlearn_loss(
@@ -248,21 +230,19 @@ def unlearn_loss(
     """
     name = "unlearn_loss"
     check_rows(name, logits, labels)
-    check_reference(name, objective, ref_logp, labels)
-    reduction = reduction or default_reduction(objective)
-    check_reduction(name, reduction)
-    given = (ref_logp, labels, sequence_id, reduction, normalizer, name, impl == "reference")
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
     if wants_literal(name, impl, logits, ref_logp):
-        out = loss_from_logp(objective, literal_logp(name, logits, labels), *given)
-    elif reduction == "none":
-        if inplace:
-            raise ValueError(
-                f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is "
-                f"only known in the backward."
-            )
-        out = loss_from_logp(objective, token_logp(logits, labels, impl=impl), *given)
+        check_literal_labels(name, labels, logits.shape[-1])
+        out = loss_from_logp(terms, token_logp_reference(logits, labels), impl == "reference")
+    elif terms.reduction != "none":
+        out = _scalar_loss(terms, logits, impl, inplace)
+    elif inplace:
+        raise ValueError(
+            f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is only "
+            f"known in the backward."
+        )
     else:
-        out = _scalar_loss(name, logits, labels, objective, ref_logp, sequence_id, reduction, normalizer, impl, inplace)
+        out = loss_from_logp(terms, token_logp(logits, labels, impl=impl), impl == "reference")
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.head import ChunkedHead, finished_stats
-from gfast.ops.token_logp import capped, logp_columns_grad, logp_rows, logp_rows_grad, own_labels, stats_dtype
+from gfast.ops.token_logp import capped, local_labels, logp_columns_grad, logp_rows, logp_rows_grad, stats_dtype
 
 
 class Shard(NamedTuple):
@@ -33,14 +33,18 @@ class Shard(NamedTuple):
     vocab: int
     group: str
 
+    def _processes(self):
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        return _resolve_process_group(self.group)
+
     def gathered(self, state: Tensor) -> Tensor:
         """``state`` [k, n] of every process, [processes, k, n]."""
         from torch import distributed
-        from torch.distributed.distributed_c10d import _resolve_process_group
 
         # the older of its two names warns where there are both
         all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        group = _resolve_process_group(self.group)
+        group = self._processes()
         out = state.new_empty(group.size() * state.shape[0], state.shape[1])
         if out.numel():
             all_gather(out, state.contiguous(), group=group)
@@ -51,10 +55,9 @@ class Shard(NamedTuple):
         if not self.group or not x.numel():
             return x
         from torch.distributed import all_reduce
-        from torch.distributed.distributed_c10d import _resolve_process_group
 
         x = x.to(stats_dtype(x.dtype), copy=True)
-        all_reduce(x, group=_resolve_process_group(self.group))
+        all_reduce(x, group=self._processes())
         return x
 
     def fold(self, head: ChunkedHead, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
@@ -69,14 +72,14 @@ class Shard(NamedTuple):
             return logp_rows(rows, labels, scale, softcap, impl)
         if rows.shape[1] == 0:
             return self._finished(_nothing(labels), labels, stats_dtype(rows.dtype))
-        own, foreign = own_labels(labels, self.first, rows.shape[1])
-        target = capped(rows.gather(1, own.clamp(min=0)[:, None])[:, 0], scale, softcap)
-        logp, stats = logp_rows(rows, own, scale, softcap, impl)
+        local, foreign = local_labels(labels, self.first, rows.shape[1])
+        target = capped(rows.gather(1, local.clamp(min=0)[:, None])[:, 0], scale, softcap)
+        logp, stats = logp_rows(rows, local, scale, softcap, impl)
         top, total = stats[:, 0], torch.exp(stats[:, 1])
         # 1 - p from logp: where p is near 1 the others' sum is all the signal there is
-        rest = torch.where(foreign, total, total * -torch.expm1(logp))
-        rest = torch.where((total == 0) | (top == -torch.inf), 0.0, rest)  # all masked here
-        state = torch.stack([top, rest, torch.where(foreign, -torch.inf, target)])
+        others = torch.where(foreign, total, total * -torch.expm1(logp))
+        others = torch.where((total == 0) | (top == -torch.inf), 0.0, others)  # all masked here
+        state = torch.stack([top, others, torch.where(foreign, -torch.inf, target)])
         return self._finished(state, labels, logp.dtype)
 
     def logp_rows_grad(self, rows: Tensor, labels, logp, stats, coef, scale: float, softcap: float, impl: str) -> None:
@@ -96,10 +99,10 @@ class Shard(NamedTuple):
         """logp [n] and statistics [n, 2], 0 where ignored, from this shard's [3, n] (see ``fold_state``)."""
         state = state.double()  # every process the same dtype, whatever kernel it took
         if self.group:
-            top, rest, target = self.gathered(state).unbind(1)  # [processes, n] each
+            top, others, target = self.gathered(state).unbind(1)  # [processes, n] each
             highest = top.amax(0)
             shift = torch.where(top == -torch.inf, -torch.inf, top - highest)  # not -inf - -inf
-            state = torch.stack([highest, (rest * torch.exp(shift)).sum(0), target.amax(0)])
+            state = torch.stack([highest, (others * torch.exp(shift)).sum(0), target.amax(0)])
         logp, stats = finished_stats(*state)
         ignored = labels == IGNORE_INDEX
         return logp.masked_fill(ignored, 0.0).to(dtype), stats.masked_fill(ignored[:, None], 0.0).to(dtype)
