@@ -24,13 +24,19 @@ def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    transform = _transform([x for x in tensors if x is not None])
-    if transform and impl != "reference":
+    given = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        transform = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
+    elif any(map(_is_wrapped, given)):
+        transform = "a transform of torch.func (grad, vmap, jacrev)"
+    else:
+        return False
+    if impl != "reference":
         raise RuntimeError(
             f'gfast: {name}: the fused op cannot be used in {transform}; pass impl="reference", the literal '
             f"definition, which can."
         )
-    return bool(transform)
+    return True
 
 
 def _is_wrapped(x: Tensor) -> bool:
@@ -46,14 +52,6 @@ def check_literal_labels(name: str, labels: Tensor, vocab: int) -> None:
             return
         seen = torch._C._functorch.get_unwrapped(seen)
     check_label_range(name, labels.reshape(-1), vocab)
-
-
-def _transform(tensors: Sequence[Tensor]) -> str:
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        return "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
-    if any(_is_wrapped(x) for x in tensors):
-        return "a transform of torch.func (grad, vmap, jacrev)"
-    return ""
 
 
 def differentiable_once(literal: Callable = lambda ctx: None) -> Callable:

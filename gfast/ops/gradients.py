@@ -116,10 +116,10 @@ class _Known(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, loss, late, ctx.literal, ctx.name = arguments
         count = len(tensors) // 2
-        inputs, gradients = tensors[:count], tensors[count:]
+        inputs = tensors[:count]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         loss = loss.clone()
-        ctx.save_for_backward(*gradients, late, *(inputs if ctx.literal else ()), loss)
+        ctx.save_for_backward(*tensors[count:], late, *(inputs if ctx.literal else ()), loss)
         ctx.set_materialize_grads(False)
         return loss
 
@@ -127,9 +127,11 @@ class _Known(torch.autograd.Function):
     @differentiable_once(_literal)
     def backward(ctx, grad_loss):
         count = len(ctx.dtypes)
-        if grad_loss is None:
-            return (None,) * (2 * count + 4)
-        *gradients, late = ctx.saved_tensors[: count + 1]
-        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:count], strict=True)
-        finished = (scaled(ctx, x, grad_loss, late).to(dtype) if need else None for x, dtype, need in wanted)
-        return (*finished, *(None,) * (count + 4))
+        finished = [None] * (2 * count + 4)
+        if grad_loss is not None:
+            saved = ctx.saved_tensors
+            for i, dtype in enumerate(ctx.dtypes):
+                if ctx.needs_input_grad[i]:
+                    gradient = scaled(ctx, saved[i], grad_loss, saved[count])
+                    finished[i] = gradient if gradient.dtype == dtype else gradient.to(dtype)
+        return tuple(finished)

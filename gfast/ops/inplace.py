@@ -24,18 +24,11 @@ class Overwritten:
                 f"gfast: {name}: inplace=True would overwrite a leaf that requires grad; only computed logits may be "
                 f"overwritten."
             )
-        try:
-            rows = logits.detach().view(-1, logits.shape[-1])
-        except RuntimeError:
+        if not _lie_evenly(logits.detach()):
             raise ValueError(
-                f"gfast: {name}: inplace=True needs rows that lie evenly in memory, not strides {logits.stride()} of "
-                f"shape {tuple(logits.shape)}. Instead of cutting the logits along the sequence, give all of them and "
-                f"pad the labels with -100."
-            ) from None
-        if (rows.shape[1] > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
-            raise ValueError(
-                f"gfast: {name}: inplace=True needs contiguous rows that do not overlap, not strides "
-                f"{logits.stride()} of shape {tuple(logits.shape)}."
+                f"gfast: {name}: inplace=True needs contiguous rows that lie evenly in memory and do not overlap, not "
+                f"strides {logits.stride()} of shape {tuple(logits.shape)}. Instead of cutting the logits along the "
+                f"sequence, give all of them and pad the labels with -100."
             )
         self.name, self.logits = name, logits
 
@@ -67,6 +60,16 @@ class Overwritten:
         if not graph_is_kept():
             self.grad = None
         return scaled(ctx, grad, grad_loss, self.late)
+
+
+def _lie_evenly(logits: Tensor) -> bool:
+    """Whether [..., V] is a view of contiguous rows [N, V] at one distance, none over another."""
+    try:
+        rows = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return False
+    count, width = rows.shape
+    return (width <= 1 or rows.stride(1) == 1) and (count <= 1 or rows.stride(0) >= width)
 
 
 class _Loss(torch.autograd.Function):

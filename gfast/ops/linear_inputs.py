@@ -52,9 +52,7 @@ class LocalHead(NamedTuple):
         return [self.shard.first, self.shard.vocab, *self.chunk_rows], list(form), self.shard.group, impl
 
 
-def unpacked(
-    name: str, hidden: Tensor, labels: Tensor, sizes: list[int], group: str, impl: str
-) -> tuple[Shard, list[int], str]:
+def unpacked(name: str, hidden: Tensor, labels: Tensor, sizes, group, impl) -> tuple[Shard, list[int], str]:
     """Inside an op: the shard, ``chunk_rows`` and the implementation that serves the op, after checks of what raw calls
     may get wrong."""
     (first, vocab), chunk_rows = sizes[:2], sizes[2:]
@@ -63,15 +61,7 @@ def unpacked(
     return Shard(first, vocab, group), chunk_rows, select(name, impl, hidden.device, hidden.dtype)
 
 
-def local_head(
-    name: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk_rows: int | None,
-    buffers: int = 1,
-) -> LocalHead:
+def local_head(name: str, hidden, weight, bias, labels, chunk_rows: int | None, buffers: int = 1) -> LocalHead:
     """Checks, autocast's casts and, of a DTensor head, this process's part; gradients flow back into what was given.
     ``buffers``: how many chunks of logits the op holds."""
     rows = weight.shape[0]

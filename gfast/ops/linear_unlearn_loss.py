@@ -133,7 +133,8 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
     factor, ref, given = terms.factor(dtype), terms.reference(dtype), None
     if terms.spec is None:
         with torch.no_grad():
-            given = terms.weigh(flat_logp(head, form, impl), ref)[0].detach()
+            logp = flat_logp(head, form, impl)
+        given = terms.weigh(logp, ref)[0].detach()
     ref = ref.detach() if spec.uses_ref else None
     inner, late = summed_scale(factor, head.hidden.dtype)
     logp, weights, *gradients = torch.ops.gfast.linear_unlearn(

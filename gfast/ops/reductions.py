@@ -75,13 +75,13 @@ class Tokens(NamedTuple):
             check_normalizer(self.name, normalizer)
             if not isinstance(normalizer, Tensor):  # filled in on the device: a copy from the host would wait
                 return torch.full((), 1.0 / normalizer, dtype=dtype, device=device)
-            return 1.0 / normalizer.to(device, dtype)
+            return normalizer.to(device, dtype).reciprocal()
         if reduction == "token_mean":
-            return 1.0 / self.valid.sum().clamp(min=1).to(dtype)
+            return self.valid.sum().clamp(min=1).to(dtype).reciprocal()
         if reduction == "sequence_mean":
             present = torch.zeros(self.count, dtype=torch.float32, device=device)
             present = present.index_add(0, self.ids, self.valid.float()) > 0  # [S]
             if self.paired:
                 present = present[: self.count // 2] | present[self.count // 2 :]
-            return 1.0 / present.sum().clamp(min=1).to(dtype)
+            return present.sum().clamp(min=1).to(dtype).reciprocal()
         return torch.ones((), dtype=dtype, device=device)

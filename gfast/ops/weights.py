@@ -172,10 +172,11 @@ class Terms(NamedTuple):
     @classmethod
     def of(cls, name, objective, labels, ref_logp, reduction, sequence_id=None, normalizer=None) -> Terms:
         """Of a loss's arguments, after checks."""
-        check_reference(name, objective, ref_logp, labels)
+        spec = spec_of(objective)
+        if ref_logp is not None or spec is None or spec.uses_ref:
+            check_reference(name, objective, ref_logp, labels)
         reduction = reduction or default_reduction(objective)
         check_reduction(name, reduction)
-        spec = spec_of(objective)
         tokens = Tokens.of(name, labels, sequence_id, "any" if spec is None else spec.level, reduction)
         ref = None if ref_logp is None else ref_logp.reshape(-1)
         return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer)
