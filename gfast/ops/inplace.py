@@ -104,7 +104,7 @@ class _Gone(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is not None:
             raise RuntimeError(
-                f"gfast: {ctx.name}: the logits were used after inplace=True had put their gradient there: use them "
-                f"before that call, or leave inplace off."
+                f"gfast: {ctx.name}: the logits were used after {ctx.name}(inplace=True), when they held their "
+                f"gradient: use them before that call, or leave inplace off."
             )
         return None, None

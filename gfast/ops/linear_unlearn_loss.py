@@ -131,11 +131,12 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
     """The loss of a head that is differentiated: its gradients come out of the same pass."""
     spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
     factor, ref, given = terms.factor(dtype), terms.reference(dtype), None
+    ref = None if ref is None else ref.detach()
     if terms.spec is None:
         with torch.no_grad():
             logp = flat_logp(head, form, impl)
-        given = terms.weigh(logp, ref)[0].detach()
-    ref = ref.detach() if spec.uses_ref else None
+        given = terms.weigh(logp, ref)[0]
+    ref = ref if spec.uses_ref else None
     inner, late = summed_scale(factor, head.hidden.dtype)
     logp, weights, *gradients = torch.ops.gfast.linear_unlearn(
         head.detached(),

@@ -77,6 +77,7 @@ def _unlearn_rows(
     with_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``weighted_rows`` of logits of any strides, after a check of the labels; and the gradient (empty if unwanted)."""
     impl = select("unlearn_loss", impl, logits.device, logits.dtype)
     if impl != "cpp":  # which checks for itself
         check_label_range("unlearn_loss", labels, logits.shape[1])
@@ -125,6 +126,7 @@ def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOut
 
 
 def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> LossOutput:
+    """A loss that is one number; where it is differentiated, the gradient comes out of the same pass."""
     name, spec, labels = terms.name, terms.spec, terms.tokens.labels
     dtype = stats_dtype(logits.dtype)
     factor, ref = terms.factor(dtype), terms.reference(dtype)

@@ -187,9 +187,11 @@ class Terms(NamedTuple):
         return self.spec is not None and self.spec.level == "token"
 
     def factor(self, dtype: torch.dtype) -> Tensor:
+        """Of the sum over tokens or sequences, 0-dim."""
         return self.tokens.factor(self.reduction, self.normalizer, dtype)
 
     def reference(self, dtype: torch.dtype) -> Tensor | None:
+        """ref_logp [N] in a dtype, still part of its graph if it has one."""
         return None if self.ref_logp is None else self.ref_logp.to(dtype).contiguous()
 
     def weigh(self, logp: Tensor, ref_logp: Tensor | None) -> tuple[Tensor, Tensor]:
