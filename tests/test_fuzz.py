@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gfast.ops.backend import compiled
+from gfast.ops.dispatch import compiled
 
 FUZZ = Path(__file__).parent / "fuzz"
 

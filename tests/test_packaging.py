@@ -22,7 +22,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 """
 REFERENCE_ONLY = """
 import gfast, torch
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 assert gfast.__file__.startswith({folder!r}), gfast.__file__
 assert backend.select("grad_dot", "auto", "cpu") == "reference"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
@@ -40,7 +40,7 @@ assert "not available" in doctor.report()
 WITH_EXTENSION = """
 import gfast, torch
 from gfast import _C
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 assert _C.__file__.startswith({folder!r}), _C.__file__
 assert backend.select("grad_dot", "auto", "cpu") == "cpp"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
@@ -155,7 +155,7 @@ def test_kernels_import_from_the_package(installed):
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_instruction_sets_agree(isa):
     """Each set that this CPU has gives the dots of the best one, up to fp32 rounding of the products."""
-    from gfast.ops import backend
+    from gfast.ops import dispatch as backend
 
     module, reason = backend.extension()
     if module is None:
@@ -179,7 +179,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 
 def test_unknown_instruction_set_is_refused():
-    from gfast.ops import backend
+    from gfast.ops import dispatch as backend
 
     if backend.extension()[0] is None:
         pytest.skip(backend.extension()[1])

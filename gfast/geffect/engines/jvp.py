@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from gfast.deferred import follow, holds_deferred
 from gfast.geffect.contributions.coverage import frames_of, function_on_stack, module_on_stack, only_about
-from gfast.ops.common import row_chunks
+from gfast.ops.chunks import row_chunks
 
 Along = Mapping[nn.Parameter, Sequence[tuple[int, Callable[[], Tensor | None]]]]
 

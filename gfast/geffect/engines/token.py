@@ -33,11 +33,13 @@ from gfast.geffect.request import Request
 from gfast.geffect.results import TokenEffect
 from gfast.model import model_output, shifted
 from gfast.model_state import measuring, uncompiled
-from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
-from gfast.ops.head import ChunkedHead, as_autocast
+from gfast.ops.checks import IGNORE_INDEX, check_label_range
+from gfast.ops.chunks import default_chunk_rows, row_chunks
+from gfast.ops.head import ChunkedHead
+from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
-from gfast.ops.unlearn_loss import weigh
+from gfast.ops.weights import weigh
 from gfast.packed import sequence_ids
 from gfast.wrappers import measured
 
