@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 import transformers
-from geffect_models import VOCAB, batches, dots, gradient, literal_loss, tiny
+from helpers.geffect_models import VOCAB, batches, dots, gradient, literal_loss, tiny
 
 import gfast
 from gfast import hf, model_state, wrappers
@@ -457,7 +457,7 @@ def test_with_adapters_the_original_is_the_base_or_refused(kind, objective):
 
 @pytest.mark.parametrize("reference", ["auto", "base", "adapted"])
 def test_a_cache_of_a_model_whose_adapters_learned_the_data(reference, tmp_path):
-    from training_tiny import collator, datasets, tiny_model
+    from helpers.training_tiny import collator, datasets, tiny_model
 
     from gfast.training import ReferenceCache
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 from test_cli import fails, flags, original  # noqa: F401
-from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
 from gfast.files import read_json, readable, write_json

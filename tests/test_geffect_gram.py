@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, logps, small_tiles, tiny  # noqa: E402
+from helpers.geffect_models import batches, gradient, logps, small_tiles, tiny  # noqa: E402
 from test_geffect_sample import (  # noqa: E402
     KINDS,
     any_trainable,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import VOCAB, batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
+from helpers.geffect_models import VOCAB, batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
 from test_geffect_sample import lora_model  # noqa: E402
 from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
 

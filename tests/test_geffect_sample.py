@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, literal_loss, logps, tiny  # noqa: E402
+from helpers.geffect_models import batches, gradient, literal_loss, logps, tiny  # noqa: E402
 from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402

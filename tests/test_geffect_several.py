@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from geffect_models import batches, small_tiles, tiny  # noqa: E402
+from helpers.geffect_models import batches, small_tiles, tiny  # noqa: E402
 from test_geffect_gram_shared import MODELS, ONE, TWO, Counts, Saved, full, full_data, unshared  # noqa: E402
 
 import gfast  # noqa: E402

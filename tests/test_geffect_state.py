@@ -9,8 +9,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, tiny  # noqa: E402
-from process_group import alone  # noqa: E402
+from helpers.geffect_models import batches, tiny  # noqa: E402
+from helpers.process_group import alone  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import directions as directions_of  # noqa: E402

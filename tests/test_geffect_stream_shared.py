@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, tiny  # noqa: E402
+from helpers.geffect_models import batches, tiny  # noqa: E402
 from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils, assert_equal, full_data  # noqa: E402
 
 import gfast  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, exact_norms, literal_group, logps, tiny  # noqa: E402
+from helpers.geffect_models import batches, exact_norms, literal_group, logps, tiny  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast import hf  # noqa: E402

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-import training_killed
+from helpers import training_killed
+from helpers.training_tiny import server
 from safetensors.torch import load_file
-from training_tiny import server
 
 from gfast.files import MANIFEST, TEMPORARY_PREFIX
 from gfast.training.records import KEY, read_records, recorded_steps

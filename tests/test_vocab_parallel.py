@@ -6,11 +6,11 @@ import socket
 
 import pytest
 import torch
-import vocab_parallel
-from process_group import alone
+from helpers import vocab_parallel
+from helpers.process_group import alone
+from helpers.training_tiny import server
 from test_ops_losses import IMPLS, assert_law, label, need, problem, run, squared
 from torch import nn
-from training_tiny import server
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp

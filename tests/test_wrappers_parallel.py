@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
-import wrappers_parallel
-from training_tiny import server
+from helpers import wrappers_parallel
+from helpers.training_tiny import server
 
 
 @pytest.mark.parametrize("name", wrappers_parallel.WRAPPERS)
