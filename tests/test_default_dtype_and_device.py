@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 from helpers.geffect_models import batches, tiny
+from helpers.losses import ALL, problem, squared
 from helpers.training_tiny import collator, datasets, tiny_model
-from test_ops_losses import ALL, problem, squared
 
 import gfast
 from gfast.objectives import RMU, RR, WGA

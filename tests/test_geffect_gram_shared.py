@@ -11,8 +11,8 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 
 from helpers.geffect_models import VOCAB, batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
-from test_geffect_sample import lora_model  # noqa: E402
-from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.geffect_samples import lora_model  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import gram, seeded  # noqa: E402

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 
 from helpers.geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
-from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import ENGINES, passes, seeded  # noqa: E402

@@ -19,7 +19,9 @@ if "GFAST_CPU_ISA" in os.environ:
 HERE = Path(__file__).parent
 TESTS = {  # file: those of its tests that reach the kernels
     "test_cpp_rows.py": "not bad and not thread",
-    "test_linear_head.py": "fold or one_chunk_or_many or multiplied_in_fp32 or keep_their_digits or sum_over_chunks",
+    "test_cpp_rows_extremes.py": "not bad and not thread",
+    "test_linear_forward.py": "fold or keep_their_digits",
+    "test_linear_head.py": "one_chunk_or_many or multiplied_in_fp32 or sum_over_chunks",
     "test_linear_extremes.py": "few_rows and (cpp or 7-4099)",
     "test_vocab_parallel.py": "of_parts",
     "test_mixed_mm.py": "not refuse",
@@ -27,7 +29,7 @@ TESTS = {  # file: those of its tests that reach the kernels
     "test_pair_dots.py": "not refuse",
     "test_row_dot.py": "cpp or threads or finite",
     "test_grad_dot.py": "cpp and not compiles",
-    "test_geffect_gram.py": "used_rows or (pair_sums and not refuse)",
+    "test_geffect_gram_products.py": "used_rows or (pair_sums and not refuse)",
 }
 BRGEMM = ("test_mixed_mm.py", "test_head_grads.py", "test_pair_dots.py", "test_row_dot.py")
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_linear_head import DRAWS, rows_problem
-from test_ops_losses import assert_law_of_draws, label, need, run, squared
+from helpers.linear_head import DRAWS, rows_problem
+from helpers.losses import assert_law_of_draws, label, need, run, squared
 
 import gfast
 from gfast.objectives import GA, NPO, TNPO, WGA, SatImp

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops_losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, need, problem, run, squared
+from helpers.losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, need, problem, run, squared
 
 import gfast
 from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from test_ops_losses import need
+from helpers.losses import need
 
 import gfast
 from gfast.objectives import GA, NPO, TNPO, WGA, SatImp

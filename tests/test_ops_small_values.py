@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_ops_losses import IMPLS, need
+from helpers.losses import IMPLS, need
 
 import gfast
 from gfast.objectives import WGA, WTNPO, SatImp

@@ -7,9 +7,9 @@ import socket
 import pytest
 import torch
 from helpers import vocab_parallel
+from helpers.losses import IMPLS, assert_law, label, need, problem, run, squared
 from helpers.process_group import alone
 from helpers.training_tiny import server
-from test_ops_losses import IMPLS, assert_law, label, need, problem, run, squared
 from torch import nn
 
 import gfast
@@ -172,7 +172,7 @@ def test_opcheck(mesh):
 
 
 def test_a_head_under_fsdp_is_gathered_and_whole(mesh):
-    from test_model import batch_of, tiny
+    from helpers.small_models import batch_of, tiny
     from torch.distributed.fsdp import fully_shard
 
     from gfast.model import model_output
