@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helpers.marks import mark_slow
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -60,10 +61,13 @@ LONG = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest asks which are slow
 def pytest_collection_modifyitems(items) -> None:
     """Long files first. And an id that holds an address differs between processes: pytest-xdist then runs nothing. Say
     it in every run.
     """
+    for item in items:
+        mark_slow(item)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:

@@ -113,6 +113,17 @@ def test_sdist_can_be_built_from(sdist):
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 
+def test_everything_of_the_package_is_built_from_the_sdist(sdist, tmp_path):
+    """What a wheel holds beside the extension, which takes minutes to compile."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    result = subprocess.run(command, cwd=sdist, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    built = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "gfast").rglob("*") if p.is_file()}
+    assert package_sources() <= built
+    assert {p.relative_to(sdist).as_posix() for p in (sdist / "gfast").rglob("*") if p.is_file()} == built
+
+
+@pytest.mark.slow  # the extension is compiled
 def test_wheel_contents(wheel, sdist):
     sources = {p.relative_to(sdist).as_posix() for p in (sdist / "gfast").rglob("*") if p.is_file()}
     assert {f"gfast/kernels/{p.name}" for p in (sdist / "kernels").glob("*.py")} <= sources
@@ -125,6 +136,7 @@ def test_wheel_contents(wheel, sdist):
     assert not [n for n in names if n.endswith(".pyc") or "csrc" in n]
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_wheel_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         read = {n.split("/", 1)[1]: archive.read(n).decode() for n in archive.namelist() if ".dist-info/" in n}
@@ -141,10 +153,12 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == gfast.__version__
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_installed_wheel_works(installed):
     run_python(WITH_EXTENSION, installed)
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_kernels_import_from_the_package(installed):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
