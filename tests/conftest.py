@@ -49,6 +49,13 @@ def precision_of_its_own(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: the cores that this process may run on, up to eight, as every worker holds torch and transformers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 # Files of minutes, the longest first: begun last, one of them would have a worker to itself while the others idle. As
 # pytest-xdist sorts files by their number of tests, it takes --no-loadscope-reorder to keep this order.
 LONG = (

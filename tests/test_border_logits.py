@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers.border import DATA, literal_nll
 from helpers.geffect_models import VOCAB, dots, gradient, literal_loss, tiny
+from helpers.marks import slow_when
 
 import gfast
 from gfast import hf
@@ -73,6 +74,8 @@ FUNCTIONS = {
 }
 
 
+# every function by a hook, and every way with one function
+@slow_when(lambda p: (p.way, p.kind) != (0, "llama") and p.name != "biased")
 @pytest.mark.parametrize("way", range(4), ids=["hook", "patched", "subclass", "hook of the head"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("kind", ["llama", "tied_llama"])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.losses import ALL, DEVICES, DRAWS, IMPLS, assert_law_of_draws, label, need, problem, run, squared
+from helpers.marks import slow_when
 
 import gfast
 from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, SimNPO
@@ -34,6 +35,12 @@ def test_fp64_equals_the_literal_reference(objective, reduction):
             torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
+# interpreted, each takes seconds; test_triton.py asks the kernels themselves about every weight
+QUICK_ON_TRITON = [(WGA(0.5), torch.float32), (WGA(1.0), torch.float32), (NPO(0.3), torch.float16)]
+few_on_triton = slow_when(lambda p: p.impl == "triton" and (p.objective, p.dtype) not in QUICK_ON_TRITON)
+
+
+@few_on_triton
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -56,6 +63,7 @@ def test_from_logits_by_the_law(objective, dtype, impl, device):
     assert_law_of_draws(draws, dtype, impl)
 
 
+@few_on_triton
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,4 @@
-"""Which tests, or which of a test's parameters, are long and prove again what quicker ones prove: see CONTRIBUTING.md."""
+"""Tests, or parameters of one, that are long and prove again what quicker ones prove: see CONTRIBUTING.md."""
 
 from __future__ import annotations
 
