@@ -17,17 +17,17 @@ from _models import DTYPES, SHAPES, answers, random_model
 from _profiling import arguments, parsed, profiled, write
 
 RANGES = {
-    "gfast.geffect.passes:Passes.backward": "gfast::pass",
-    "gfast.geffect.passes:model_loss": "gfast::batch/forward",
+    "gfast.geffect.backward:Passes.backward": "gfast::pass",
+    "gfast.geffect.backward:model_loss": "gfast::batch/forward",
     "torch:Tensor.backward": "gfast::batch/backward",
     "gfast.geffect.directions:dots": "gfast::hook/dots of a direction",
-    "gfast.geffect.stream:dots": "gfast::hook/dots of an objective",
+    "gfast.geffect.engines.stream:dots": "gfast::hook/dots of an objective",
     "gfast.geffect.storage:Store.add": "gfast::hook/direction storage",
     "gfast.geffect.storage:Store.finish": "gfast::direction storage/finish",
     "gfast.geffect.directions:parameter_squares": "gfast::fingerprint of the weights",
-    "gfast.geffect.sample:objective_dots": "gfast::sample engine",
-    "gfast.geffect.gram:gram_dots": "gfast::gram engine",
-    "gfast.geffect.token:objective_dots": "gfast::token engine",
+    "gfast.geffect.engines.sample:objective_dots": "gfast::sample engine",
+    "gfast.geffect.engines.gram:objective_dots": "gfast::gram engine",
+    "gfast.geffect.engines.token:objective_dots": "gfast::token engine",
 }
 
 

@@ -8,11 +8,9 @@ import math
 import pytest
 import torch
 
-import gfast.geffect.effects
-import gfast.geffect.history
 from gfast.files import DamagedFile
 from gfast.geffect import Effect, EffectHistory, GEffect, GramEffect, SampleEffect, TokenEffect
-from gfast.geffect.results import standard_error
+from gfast.geffect.results import base, effect_history, sample_effect, standard_error
 from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO
 
 SIZES = (3, 0, 2, 4)
@@ -316,7 +314,7 @@ def test_cumulative_rows_of_a_file_are_not_read(tmp_path):
         GEffect.from_parquet(path)
 
 
-@pytest.mark.parametrize("module", [gfast.geffect.effects, gfast.geffect.history, gfast.geffect.results])
+@pytest.mark.parametrize("module", [sample_effect, effect_history, base])
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0

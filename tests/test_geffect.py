@@ -139,7 +139,7 @@ def test_a_pass_for_each_distinct_term_only(monkeypatch):
 
 def count_losses(monkeypatch) -> list[str]:
     """The objectives in the order of their evaluation, each after a forward of its own or after a shared one."""
-    from gfast.geffect import passes
+    from gfast.geffect import backward
 
     calls: list[str] = []
 
@@ -148,7 +148,7 @@ def count_losses(monkeypatch) -> list[str]:
         return original(*args, **options)
 
     for name, place in (("model_loss", 2), ("output_loss", 2)):
-        monkeypatch.setattr(passes, name, functools.partial(counted, getattr(passes, name), place))
+        monkeypatch.setattr(backward, name, functools.partial(counted, getattr(backward, name), place))
     return calls
 
 

@@ -16,7 +16,7 @@ from test_geffect import count_losses  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.files import read_json  # noqa: E402
-from gfast.geffect import Directions, passes  # noqa: E402
+from gfast.geffect import Directions, backward  # noqa: E402
 from gfast.geffect.storage import HostStore  # noqa: E402
 from gfast.objectives import GA, NLL, NPO, WGA, Mix, SimNPO  # noqa: E402
 
@@ -116,7 +116,7 @@ def stepped(model):
 def test_directions_of_something_else_are_refused(monkeypatch, other, options, message):
     model = tiny("llama").eval()
     directions = gfast.risk_gradients(model, **data())
-    monkeypatch.setattr(passes, "model_loss", None)  # before any work
+    monkeypatch.setattr(backward, "model_loss", None)  # before any work
     with pytest.raises(ValueError, match=message):
         gfast.g_effect(other(model), WGA(), directions=directions, **(data() | options))
 

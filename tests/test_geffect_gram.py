@@ -28,10 +28,11 @@ from helpers.geffect_samples import (  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import gram, products, seeded  # noqa: E402
+from gfast.geffect import gram_effect, pg_effect  # noqa: E402
+from gfast.geffect.contributions import row_pass  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
-from gfast.geffect.gram import gram_dots, gram_effect  # noqa: E402
-from gfast.geffect.sample import pg_effect  # noqa: E402
+from gfast.geffect.engines import gram, gram_products  # noqa: E402
+from gfast.geffect.engines.gram import objective_dots as gram_dots  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
 
 
@@ -284,9 +285,9 @@ def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
 
     expected = gram_effect(model, forget=long, retain=short).total("retain")
     assert largest(short) == 8 * 997  # at most the hidden size
-    monkeypatch.setattr(seeded, "default_chunk_rows", lambda *args: 10)
+    monkeypatch.setattr(row_pass, "default_chunk_rows", lambda *args: 10)
     for name, value in (("_MIN_TILE", 16), ("_TILES", 0.01)):
-        monkeypatch.setattr(products, name, value)
+        monkeypatch.setattr(gram_products, name, value)
     whole = 16 * 997  # the head's own size
     assert largest(long) <= 10 * 997 < whole / 1.5
     found = gram_effect(model, forget=long, retain=short).total("retain")

@@ -9,10 +9,11 @@ pytest.importorskip("transformers")
 
 from helpers.geffect_samples import WAYS, multiplied  # noqa: E402
 
-from gfast.geffect import modules, products  # noqa: E402
-from gfast.geffect.modules import Lookup, Outer, Sum  # noqa: E402
-from gfast.geffect.products import own_products  # noqa: E402
-from gfast.geffect.rows import Rows, Selected, rows_of  # noqa: E402
+from gfast.geffect.contributions import layers  # noqa: E402
+from gfast.geffect.contributions.layers import OuterProduct, RowLookup, RowSum  # noqa: E402
+from gfast.geffect.engines import gram_products  # noqa: E402
+from gfast.geffect.engines.gram_products import own_products  # noqa: E402
+from gfast.geffect.engines.gram_rows import Rows, Selected, rows_of  # noqa: E402
 
 
 @pytest.fixture(params=WAYS)
@@ -23,9 +24,9 @@ def way(request, monkeypatch):
 def literal_gradients(share, owner: list[int], samples: int, shape: tuple[int, ...]) -> torch.Tensor:
     out = torch.zeros(samples, *shape, dtype=torch.float64)
     for row, sample in enumerate(owner):
-        if isinstance(share, Outer):
+        if isinstance(share, OuterProduct):
             out[sample] += torch.outer(share.b[row], share.a[row])
-        elif isinstance(share, Lookup):
+        elif isinstance(share, RowLookup):
             out[sample, share.ids[row]] += share.b[row]
         else:
             out[sample] += share.terms[row].view(shape)
@@ -45,17 +46,17 @@ def test_products_of_every_pair_of_shares(left, right, rows, way):
         b = torch.randn(n, 9 if kind == "outer" else 6, generator=generator, dtype=torch.float64)
         b[::3] = 0.0
         if kind == "outer":
-            share = Outer(torch.randn(n, 6, generator=generator, dtype=torch.float64), b)
+            share = OuterProduct(torch.randn(n, 6, generator=generator, dtype=torch.float64), b)
         elif kind == "lookup":
-            share = Lookup(torch.randint(0, 9, (n,), generator=generator), b)
+            share = RowLookup(torch.randint(0, 9, (n,), generator=generator), b)
         else:
-            share = Sum(b)
+            share = RowSum(b)
         truth = literal_gradients(share, owner.tolist(), samples, (6,) if kind == "sum" else (9, 6))
         return rows_of(share, owner, samples), truth
 
     (x, x_truth), (y, y_truth) = made(left, rows, 11), made(right, rows // 2, 4)
     assert left == "sum" or x.size == rows - len(range(0, rows, 3))
-    cross, own = products.products(x, y, own=True)
+    cross, own = gram_products.products(x, y, own=True)
     torch.testing.assert_close(cross, x_truth @ y_truth.t(), rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(own, x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(own_products(x), x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
@@ -63,10 +64,10 @@ def test_products_of_every_pair_of_shares(left, right, rows, way):
 
 
 def test_products_with_a_batch_without_rows():
-    empty = rows_of(Outer(torch.zeros(0, 6), torch.zeros(0, 9)), torch.zeros(0, dtype=torch.int64), 3)
-    some = rows_of(Outer(torch.ones(8, 6), torch.ones(8, 9)), torch.arange(8) // 2, 4)
-    assert torch.equal(products.products(empty, some, own=False)[0], torch.zeros(3, 4, dtype=torch.float64))
-    cross, own = products.products(some, empty, own=True)
+    empty = rows_of(OuterProduct(torch.zeros(0, 6), torch.zeros(0, 9)), torch.zeros(0, dtype=torch.int64), 3)
+    some = rows_of(OuterProduct(torch.ones(8, 6), torch.ones(8, 9)), torch.arange(8) // 2, 4)
+    assert torch.equal(gram_products.products(empty, some, own=False)[0], torch.zeros(3, 4, dtype=torch.float64))
+    cross, own = gram_products.products(some, empty, own=True)
     assert torch.equal(cross, torch.zeros(4, 3, dtype=torch.float64)) and (own == 4 * 6 * 9).all()
 
 
@@ -74,10 +75,10 @@ def test_a_few_rows_of_zeros_are_kept_and_many_left_out():
     a, b = torch.ones(40, 3), torch.ones(40, 2)
     owner = torch.arange(40) // 10
     b[5] = 0.0
-    assert rows_of(Outer(a, b), owner, 4).counts == [10, 10, 10, 10]
+    assert rows_of(OuterProduct(a, b), owner, 4).counts == [10, 10, 10, 10]
     b[20:] = 0.0
-    found = rows_of(Outer(a, b), owner, 4)
-    assert found.counts == [9, 10, 0, 0] and len(found.share.a) == 19
+    found = rows_of(OuterProduct(a, b), owner, 4)
+    assert found.counts == [9, 10, 0, 0] and len(found.contribution.a) == 19
     assert isinstance(found, Rows)
 
 
@@ -86,15 +87,15 @@ def test_a_few_rows_of_zeros_are_kept_and_many_left_out():
 def test_used_rows(way, dtype, monkeypatch):
     """Something in the first, the last or a middle column counts, NaN too; -0 and what lies between rows does not."""
     if way == "plain":
-        monkeypatch.setattr(modules, "compiled", lambda op: False)
-    elif not modules.compiled("used_rows"):
+        monkeypatch.setattr(layers, "compiled", lambda op: False)
+    elif not layers.compiled("used_rows"):
         pytest.skip("gfast._C is not built, or older than used_rows")
     for columns in (1, 5, 64, 200):
         x = torch.ones(9, columns + 3, dtype=dtype)[:, :columns].zero_()
         x[1], x[2, 0], x[3, -1], x[4, columns // 2] = -0.0, 1.0, -1.0, float("nan")
         x[5, columns // 3], x[6] = torch.finfo(dtype).smallest_normal, 0.0
-        assert modules._not_zero(x).tolist() == [False, False, True, True, True, True, False, False, False]
-    assert modules._not_zero(torch.zeros(0, 7, dtype=dtype)).tolist() == []
+        assert layers._not_zero(x).tolist() == [False, False, True, True, True, True, False, False, False]
+    assert layers._not_zero(torch.zeros(0, 7, dtype=dtype)).tolist() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -102,25 +103,25 @@ def test_used_rows(way, dtype, monkeypatch):
 def test_pair_sums(way, dtype, monkeypatch):
     """Sums by samples of a part of the rows and columns, some samples empty, x and y parts of larger matrices."""
     if way == "plain":
-        monkeypatch.setattr(products, "compiled", lambda op: False)
-    elif not products.compiled("pair_sums"):
+        monkeypatch.setattr(gram_products, "compiled", lambda op: False)
+    elif not gram_products.compiled("pair_sums"):
         pytest.skip("gfast._C is not built, or older than pair_sums")
     generator = torch.Generator().manual_seed(0)
     counts, others = [5, 0, 40, 1], [0, 300, 2, 17, 0]
-    left, right = (Rows(Outer(torch.zeros(sum(c), 1), torch.zeros(sum(c), 1)), c) for c in (counts, others))
+    left, right = (Rows(OuterProduct(torch.zeros(sum(c), 1), torch.zeros(sum(c), 1)), c) for c in (counts, others))
     x, y = (torch.randn(46, 400, generator=generator, dtype=dtype) for _ in range(2))
     for rows, columns in ((slice(0, 46), slice(0, 319)), (slice(3, 30), slice(100, 310)), (slice(7, 7), slice(0, 319))):
         height, width = rows.stop - rows.start, columns.stop - columns.start
         a, b = x[:height, :width], y[:height, 3 : 3 + width]
         truth = a.double() * b.double()
         expected = left.membership[:, rows].double() @ truth @ right.membership[:, columns].double().t()
-        found = products._sample_sums(a, b, left, rows, right, columns)
+        found = gram_products._sample_sums(a, b, left, rows, right, columns)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
 
 
 def test_pair_sums_refuses_what_does_not_fit():
-    if not products.compiled("pair_sums"):
+    if not gram_products.compiled("pair_sums"):
         pytest.skip("gfast._C is not built, or older than pair_sums")
     x = torch.zeros(4, 6)
     for arguments, error, message in (
@@ -144,16 +145,18 @@ def test_rows_of_one_input_are_selected_once():
     b, c = torch.randn(2, 40, 2)
     b[20:], c[:20] = 0.0, 0.0
     selected = Selected()
-    first, again = (rows_of(Outer(a, b * scale), owner, 4, selected) for scale in (1, 2))
-    assert first.share.a.data_ptr() == again.share.a.data_ptr() and torch.equal(first.share.a, a[:20])
-    assert torch.equal(rows_of(Outer(a, c), owner, 4, selected).share.a, a[20:])
+    first, again = (rows_of(OuterProduct(a, b * scale), owner, 4, selected) for scale in (1, 2))
+    assert first.contribution.a.data_ptr() == again.contribution.a.data_ptr() and torch.equal(
+        first.contribution.a, a[:20]
+    )
+    assert torch.equal(rows_of(OuterProduct(a, c), owner, 4, selected).contribution.a, a[20:])
     other = a + 1
-    assert torch.equal(rows_of(Outer(other, c), owner, 4, selected).share.a, other[20:])
-    assert torch.equal(first.share.a, a[:20])
+    assert torch.equal(rows_of(OuterProduct(other, c), owner, 4, selected).contribution.a, other[20:])
+    assert torch.equal(first.contribution.a, a[:20])
 
 
 def test_products_of_inputs_are_not_mixed_up():
-    inputs = products.InputProducts()
+    inputs = gram_products.InputProducts()
     x, y = torch.randn(5, 3), torch.randn(4, 3)
     first = inputs.get(x, y, 0, 5, 0)
     assert inputs.get(x, y, 0, 5, 0) is first and inputs.holds(x, y)

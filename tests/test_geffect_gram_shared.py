@@ -15,10 +15,11 @@ from helpers.geffect_samples import lora_model  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import gram, seeded  # noqa: E402
+from gfast.geffect.contributions import row_pass  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
-from gfast.geffect.measurement import Measurement  # noqa: E402
-from gfast.geffect.sample import objective_dots  # noqa: E402
+from gfast.geffect.engines import gram  # noqa: E402
+from gfast.geffect.engines.sample import objective_dots  # noqa: E402
+from gfast.geffect.request import Request  # noqa: E402
 from gfast.objectives import DPO, GA, NLL, NPO, WGA, Mix  # noqa: E402
 
 OBJECTIVES = {"ga": GA(), "wga": WGA(0.7), "npo": NPO(0.3)}
@@ -45,13 +46,13 @@ class Counts:
         self.forwards = self.backwards = 0
         decoder = gfast.hf.decoder(model)
         decoder.register_forward_hook(self.forward)
-        original = seeded.SeededPasses._backward
+        original = row_pass.RowPass._backward
 
         def backward(*args):
             self.backwards += 1
             original(*args)
 
-        monkeypatch.setattr(seeded.SeededPasses, "_backward", backward)
+        monkeypatch.setattr(row_pass.RowPass, "_backward", backward)
 
     def forward(self, *args) -> None:
         self.forwards += 1
@@ -74,7 +75,7 @@ def assert_equal(found, expected) -> None:
 def unshared(monkeypatch, run):
     """What `run` gives where every backward has a forward of its own."""
     with monkeypatch.context() as patch:
-        patch.setattr(seeded, "repeatable", lambda output: False)
+        patch.setattr(row_pass, "repeatable", lambda output: False)
         return run()
 
 
@@ -104,11 +105,11 @@ def test_what_other_measurements_cost(monkeypatch):
     same = ONE["forget"]  # one batch on both sides
     assert counts.of(lambda: by_gram(model, forget=same, retain=same)) == (1, 2)
     assert counts.of(lambda: by_gram(model, GA(), forget=same, retain=same)) == (1, 1)
-    with Measurement.of(model, **TWO).directions() as directions:
+    with Request.of(model, **TWO).directions() as directions:
         for objective in OBJECTIVES.values():
             term = Term(objective, "forget")
-            measurement = Measurement.of(model, **TWO, used=[term])
-            assert counts.of(lambda m=measurement, t=term: objective_dots(m, directions, [t])) == (2, 2)
+            request = Request.of(model, **TWO, used=[term])
+            assert counts.of(lambda m=request, t=term: objective_dots(m, directions, [t])) == (2, 2)
 
 
 @pytest.mark.parametrize("way", ["whole head", "tiles", "own logits"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gfast import g_effect, gram_effect, pg_effect, token_effect
-from gfast.geffect.padding import trimmed
+from gfast.geffect.data import trimmed
 from gfast.objectives import TNPO
 
 transformers = pytest.importorskip("transformers")

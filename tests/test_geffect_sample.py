@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from helpers.geffect_models import batches, gradient, literal_loss, logps, tiny  # noqa: E402
 from helpers.geffect_samples import (  # noqa: E402
@@ -24,8 +24,9 @@ from helpers.geffect_samples import (  # noqa: E402
 )
 
 import gfast  # noqa: E402
+from gfast.geffect import pg_effect  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
-from gfast.geffect.sample import objective_dots, pg_effect  # noqa: E402
+from gfast.geffect.engines.sample import objective_dots  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
 
 
@@ -124,9 +125,9 @@ def test_one_measurement_gives_objectives_with_a_weight_a_sample(kind):
 def test_objectives_as_the_stream_engine_measures_them(kind, objective):
     model = tiny(kind).eval()
     expected = gfast.g_effect(model, objective, directions=gfast.risk_gradients(model, **data()), **data())
-    measurement = measured(model, [Term(objective, "forget")])
-    with measurement.directions() as directions:
-        (dots,) = objective_dots(measurement, directions, [Term(objective, "forget")])
+    request = measured(model, [Term(objective, "forget")])
+    with request.directions() as directions:
+        (dots,) = objective_dots(request, directions, [Term(objective, "forget")])
     for index, group in enumerate(expected.groups):
         # ref_logp and with it some weights are fp32 in the stream engine
         assert dots[index, 0].item() == pytest.approx(expected.unlearn[group], rel=1e-6, abs=1e-9)
@@ -135,9 +136,9 @@ def test_objectives_as_the_stream_engine_measures_them(kind, objective):
 
 @pytest.mark.parametrize("objective", [KL(), RMU(layer=1)], ids=lambda objective: objective.key)
 def test_objectives_without_token_weights_are_refused(objective):
-    measurement = measured(tiny("llama"))
-    with measurement.directions() as directions, pytest.raises(ValueError, match="no token weights.*engine='stream'"):
-        objective_dots(measurement, directions, [Term(objective, "forget")])
+    request = measured(tiny("llama"))
+    with request.directions() as directions, pytest.raises(ValueError, match="no token weights.*engine='stream'"):
+        objective_dots(request, directions, [Term(objective, "forget")])
 
 
 def test_frozen_parts():

@@ -12,8 +12,8 @@ from helpers.geffect_samples import any_trainable, data  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import sample  # noqa: E402
-from gfast.geffect.sample import pg_effect  # noqa: E402
+from gfast.geffect import pg_effect  # noqa: E402
+from gfast.geffect.engines import sample  # noqa: E402
 
 
 def test_a_module_without_a_rule_is_refused_by_name(monkeypatch):
@@ -93,7 +93,7 @@ def test_model_is_left_as_found(monkeypatch, error, fails_at):
     model = used_model()
     before = snapshot(model)
     calls = []
-    original = sample.share_dots
+    original = sample.contribution_dots
 
     def failing(*args):
         calls.append(1)
@@ -101,7 +101,7 @@ def test_model_is_left_as_found(monkeypatch, error, fails_at):
             raise error("stop")
         return original(*args)
 
-    monkeypatch.setattr(sample, "share_dots", failing)
+    monkeypatch.setattr(sample, "contribution_dots", failing)
     if fails_at is None:
         pg_effect(model, **data())
         assert calls
@@ -126,8 +126,8 @@ def test_no_weight_gradient_ever_exists(monkeypatch):
     model = tiny("llama").eval()
     directions = gfast.risk_gradients(model, **data())
     seen = []
-    original = sample.share_dots
-    monkeypatch.setattr(sample, "share_dots", lambda *a: seen.append(any_trainable(model)) or original(*a))
+    original = sample.contribution_dots
+    monkeypatch.setattr(sample, "contribution_dots", lambda *a: seen.append(any_trainable(model)) or original(*a))
     pg_effect(model, directions=directions, **data())
     assert seen and not any(seen)
 

@@ -11,7 +11,9 @@ from helpers.geffect_models import batches, small_tiles, tiny  # noqa: E402
 from test_geffect_gram_shared import MODELS, ONE, TWO, Counts, Saved, full, full_data, unshared  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import gram, products, rows, seeded  # noqa: E402
+from gfast.geffect.contributions import row_pass  # noqa: E402
+from gfast.geffect.contributions.layers import OuterProduct  # noqa: E402
+from gfast.geffect.engines import gram, gram_rows  # noqa: E402
 from gfast.objectives import DPO, GA, NLL, NPO, WGA, Mix  # noqa: E402
 
 MANY = [Mix(WGA(0.7), NLL(), alpha=0.5), WGA(0.7), NPO(0.3), GA(), NLL(), DPO(0.3)]
@@ -55,7 +57,7 @@ def test_other_ways_to_the_head(engine, way, monkeypatch):
     elif way == "own logits":
         monkeypatch.setattr(gfast.hf, "output_layer", lambda model: None)
     else:
-        monkeypatch.setattr(seeded, "repeatable", lambda output: False)
+        monkeypatch.setattr(row_pass, "repeatable", lambda output: False)
     for data in (full_data(), TWO):
         assert_alike(tiny("tied_llama").eval(), engine, data)
 
@@ -87,16 +89,16 @@ def test_inputs_are_kept_once(padding, monkeypatch):
     model, batch = tiny("llama").eval(), full(3, 2, 40)
     if padding:
         batch["labels"][0, -padding:], batch["attention_mask"][0, -padding:] = -100, 0
-    kept: list[dict[str, list[rows.Rows]]] = []
+    kept: list[dict[str, list[gram_rows.Rows]]] = []
     cross = gram._Pairs.cross
     monkeypatch.setattr(gram._Pairs, "cross", lambda self, *args: kept.extend(self.kept) or cross(self, *args))
     measured(model, [WGA(0.7), NPO(0.3)], "gram", forget=batch, retain=ONE["retain"])
     first, second = kept
     assert first.keys() == second.keys()
-    linear = [name for name, (one, *_) in first.items() if isinstance(one.share, products.Outer)]
+    linear = [name for name, (one, *_) in first.items() if isinstance(one.contribution, OuterProduct)]
     assert len(linear) == 7 * len(model.model.layers)  # the head's are tiles
     for name in linear:
-        one, other = first[name][0].share, second[name][0].share
+        one, other = first[name][0].contribution, second[name][0].contribution
         assert one.a.data_ptr() == other.a.data_ptr() and one.b.data_ptr() != other.b.data_ptr()
         assert (one.rows < 76) == bool(padding)
 
@@ -106,17 +108,17 @@ def test_rows_of_an_input_serve_others_if_they_are_not_many_more():
     some = [torch.arange(70), torch.arange(3, 70), torch.arange(40), torch.arange(72), None, torch.arange(95)]
     shares = []
     for every in (False, True):
-        selected = rows.Selected(every)
-        shares = [selected.of(products.Outer(a, b), kept) for kept in some]
+        selected = gram_rows.Selected(every)
+        shares = [selected.of(OuterProduct(a, b), kept) for kept in some]
         assert [None if kept is None else len(kept) for _, kept in shares] == [70, 70, 40, 72, None, None]
         for share, kept in shares:
             assert torch.equal(share.a, a if kept is None else a[kept]) and len(share.b) == len(share.a)
-        other, _ = selected.of(products.Outer(a + 1, b), some[0])
+        other, _ = selected.of(OuterProduct(a + 1, b), some[0])
         assert torch.equal(other.a, a[:70] + 1)
-        again, _ = selected.of(products.Outer(a, b), None)
+        again, _ = selected.of(OuterProduct(a, b), None)
         assert torch.equal(again.a, a)
     shifted = torch.arange(1, 71)  # as many, but not the same
-    assert torch.equal(rows.Selected().of(products.Outer(a, b), shifted)[1], shifted)
+    assert torch.equal(gram_rows.Selected().of(OuterProduct(a, b), shifted)[1], shifted)
 
 
 def test_the_heads_gradients_are_held_for_no_more_rows_than_its_size(monkeypatch):
@@ -126,13 +128,13 @@ def test_the_heads_gradients_are_held_for_no_more_rows_than_its_size(monkeypatch
     count = int((TWO["forget"][0]["labels"][:, 1:] != -100).sum())
     some = [WGA(0.1 * number) for number in range(1, width // count + 2)]
     tiled: list[bool] = []
-    original = seeded._head_of
+    original = row_pass._head_of
 
     def spy(*args):
         tiled.append(original(*args)[1])
         return original(*args)
 
-    monkeypatch.setattr(seeded, "_head_of", spy)
+    monkeypatch.setattr(row_pass, "_head_of", spy)
     for objectives, expected in ((some[:-1], False), (some, True)):
         tiled.clear()
         gfast.g_effect(model, objectives, engine="gram", forget=TWO["forget"][:1], retain=TWO["retain"])

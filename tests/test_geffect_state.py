@@ -14,8 +14,8 @@ from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E40
 from helpers.process_group import alone  # noqa: E402
 
 import gfast  # noqa: E402
+from gfast.geffect import backward  # noqa: E402
 from gfast.geffect import directions as directions_of  # noqa: E402
-from gfast.geffect import passes  # noqa: E402
 from gfast.geffect.storage import Store  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RR, TNPO, WGA, Mix  # noqa: E402
 
@@ -45,12 +45,12 @@ def test_model_is_left_as_found_after_an_exception(monkeypatch, error, fails_at)
             raise error("stop")
         return original(*args, **options)
 
-    original = passes.model_loss
-    monkeypatch.setattr(passes, "model_loss", failing)
+    original = backward.model_loss
+    monkeypatch.setattr(backward, "model_loss", failing)
     with pytest.raises(error, match="stop"):
         gfast.g_effect(model, WGA(), **data())
     assert_same(before, snapshot(model))
-    monkeypatch.setattr(passes, "model_loss", original)
+    monkeypatch.setattr(backward, "model_loss", original)
     gfast.g_effect(model, WGA(), **data())
 
 
@@ -232,7 +232,7 @@ def no_passes(monkeypatch) -> None:
     def never(*args, **options):
         raise AssertionError("a pass was started")
 
-    monkeypatch.setattr(passes, "model_loss", never)
+    monkeypatch.setattr(backward, "model_loss", never)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from helpers.geffect_models import batches, tiny  # noqa: E402
 from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils, assert_equal, full_data  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import passes  # noqa: E402
+from gfast.geffect import backward  # noqa: E402
 from gfast.hidden_states import layer_hidden  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
 
@@ -29,7 +29,7 @@ def forwards(model, run) -> int:
 
 def unshared(monkeypatch, run):
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "repeatable", lambda output: False)
+        patch.setattr(backward, "repeatable", lambda output: False)
         return run()
 
 

@@ -13,10 +13,10 @@ from helpers.geffect_models import batches, exact_norms, literal_group, logps, t
 from helpers.geffect_tokens import FAMILIES, TINY, assert_close, data, literal, made, measured, stacked  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import assign, risk_gradients  # noqa: E402
+from gfast.geffect import assign, risk_gradients, token_effect  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
-from gfast.geffect.measurement import Measurement  # noqa: E402
-from gfast.geffect.token import objective_dots, token_effect  # noqa: E402
+from gfast.geffect.engines.token import objective_dots  # noqa: E402
+from gfast.geffect.request import Request  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp, SimNPO  # noqa: E402
 
 
@@ -153,11 +153,11 @@ def test_one_measurement_gives_every_objective():
 
 def dots_of(model, used, forget, retain, objective_batches=None):
     """[G, 2] of every term."""
-    measurement = Measurement.of(
+    request = Request.of(
         model, forget, retain, used=used, direction_dtype=torch.float64, objective_batches=objective_batches
     )
-    with measurement.directions() as directions:
-        return objective_dots(measurement, directions, used)
+    with request.directions() as directions:
+        return objective_dots(request, directions, used)
 
 
 def assert_dots(dots, effect):
@@ -166,7 +166,7 @@ def assert_dots(dots, effect):
 
 
 def test_engine_shares_one_measurement_of_a_set(monkeypatch):
-    from gfast.geffect import token
+    from gfast.geffect.engines import token
 
     counted = []
     original = token.measure_tokens
@@ -197,7 +197,7 @@ def test_engine_refuses_what_has_no_token_weights(objective):
     model, _ = made("llama")
     forget, retain = data()
     with pytest.raises(ValueError, match=r"no token weights.*engine='stream'"):
-        objective_dots(Measurement.of(model, forget, retain), None, [Term(objective, "retain")])
+        objective_dots(Request.of(model, forget, retain), None, [Term(objective, "retain")])
 
 
 def test_sums_are_the_risk_gradients_squares():

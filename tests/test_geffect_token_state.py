@@ -12,8 +12,7 @@ transformers = pytest.importorskip("transformers")
 from helpers.geffect_tokens import assert_close, data, made, stacked  # noqa: E402
 
 from gfast import hf  # noqa: E402
-from gfast.geffect import risk_gradients  # noqa: E402
-from gfast.geffect.token import token_effect  # noqa: E402
+from gfast.geffect import risk_gradients, token_effect  # noqa: E402
 from gfast.objectives import GA, NLL, PO, Mix  # noqa: E402
 
 

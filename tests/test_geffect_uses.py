@@ -14,7 +14,8 @@ from helpers.geffect_models import batches, gradient, literal_loss, tiny  # noqa
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import ENGINES, passes, seeded  # noqa: E402
+from gfast.geffect import ENGINES, backward  # noqa: E402
+from gfast.geffect.contributions import row_pass  # noqa: E402
 from gfast.objectives import WGA  # noqa: E402
 
 UP = "model.layers.2.mlp.up_proj.weight"
@@ -222,8 +223,8 @@ def test_gradients_that_are_not_finite_are_named_by_every_engine(engine):
 def test_directions_of_another_model_or_dtype_are_refused_by_every_engine(monkeypatch, engine):
     model = tiny("llama", dtype=torch.float32).eval()
     directions = gfast.risk_gradients(model, **data())
-    monkeypatch.setattr(passes, "model_loss", None)  # before any work
-    monkeypatch.setattr(seeded, "logp_rows", None)
+    monkeypatch.setattr(backward, "model_loss", None)  # before any work
+    monkeypatch.setattr(row_pass, "logp_rows", None)
     options = dict(engine=engine, directions=directions) | data()
     with pytest.raises(ValueError, match="measured at other weights"):
         gfast.g_effect(copy.deepcopy(model).bfloat16(), WGA(), **options)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gfast.geffect.modules import Outer
-from gfast.geffect.products import Caches, _in_one, own_products, products
-from gfast.geffect.rows import Rows
+from gfast.geffect.contributions.layers import OuterProduct
+from gfast.geffect.engines.gram_products import Caches, _in_one, own_products, products
+from gfast.geffect.engines.gram_rows import Rows
 from gfast.ops.backend import has_cpu_kernel
 
 if not has_cpu_kernel("pair_dots"):
@@ -130,10 +130,10 @@ def test_products_of_a_module_come_from_it(dtype, monkeypatch):
     """Rows of 16 bits where they are multiplied in fp32; and the readers of one input share its products."""
     counts, others = SAMPLES["uneven"], [40, 30]
     left, right = ([x.to(dtype) for x in sides(c, 300, 70, seed)] for seed, c in enumerate((counts, others)))
-    x, y = Rows(Outer(*left), counts), Rows(Outer(*right), others)
+    x, y = Rows(OuterProduct(*left), counts), Rows(OuterProduct(*right), others)
     if not _in_one(x, y):
         pytest.skip(f"this CPU multiplies {dtype} by instructions of its own")
-    used, caches = [], Caches.new({x.share.a.data_ptr(): 2})
+    used, caches = [], Caches.new({x.contribution.a.data_ptr(): 2})
     original = torch.ops.gfast.pair_dots
     monkeypatch.setattr(torch.ops.gfast, "pair_dots", lambda *a: used.append(a[-1]) or original(*a))
     for _ in range(2):

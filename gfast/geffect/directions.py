@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gfast.files import DamagedFile, read_json, undamaged, write_json
+from gfast.geffect.backward import Job, Passes, Progress, job_label
 from gfast.geffect.data import SIDE_SOURCES, Data, Term
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.passes import Job, Passes, Progress, job_label
 from gfast.geffect.results import SIDES
-from gfast.geffect.state import measuring
 from gfast.geffect.storage import FileStore, Store, store_for
+from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gfast.deferred import follow, holds_deferred
-from gfast.geffect.uses import function_on_stack, module_on_stack
+from gfast.geffect.contributions.coverage import function_on_stack, module_on_stack
 
 Streams = tuple[int, ...]
 

@@ -183,9 +183,10 @@ def dots(model, x: dict, y: dict, layers: int, tied: bool) -> dict[str, float]:
 
 def small_tiles(monkeypatch) -> None:
     """No batch is short enough for the head's b as a whole, and chunks, tiles and strips are small beside the tests."""
-    from gfast.geffect import products, seeded
+    from gfast.geffect.contributions import row_pass
+    from gfast.geffect.engines import gram_products
 
-    monkeypatch.setattr(seeded, "_WHOLE", 0.0)
-    monkeypatch.setattr(seeded, "default_chunk_rows", lambda *args: 4)
+    monkeypatch.setattr(row_pass, "_WHOLE", 0.0)
+    monkeypatch.setattr(row_pass, "default_chunk_rows", lambda *args: 4)
     for name, value in (("_MIN_TILE", 7), ("_TILES", 0.01), ("_STRIPS", 0.2), ("_BLOCK_ROWS", 5), ("_BUFFER", 500)):
-        monkeypatch.setattr(products, name, value)
+        monkeypatch.setattr(gram_products, name, value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfast.geffect import products
-from gfast.geffect.measurement import Measurement
+from gfast.geffect.engines import gram_products
+from gfast.geffect.request import Request
 from helpers.geffect_models import batches, gradient, logps, small_tiles, tiny
 
 KINDS = ["llama", "tied_llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt", "phi", "mistral"]
@@ -59,8 +59,8 @@ def shift(values: torch.Tensor, length: int) -> torch.Tensor:
     return values.roll(len(values) - length)
 
 
-def measured(model, used=()) -> Measurement:
-    return Measurement.of(model, **data(), used=used)
+def measured(model, used=()) -> Request:
+    return Request.of(model, **data(), used=used)
 
 
 def lora_model(kind: str = "llama"):
@@ -86,12 +86,12 @@ def multiplied(way: str, monkeypatch):
     tiles too. Yields the calls."""
     used, kind = [], way.split()[0]
     if kind != "cheaper":
-        monkeypatch.setattr(products, "_gradients_are_cheaper", lambda *args: kind == "gradients")
+        monkeypatch.setattr(gram_products, "_gradients_are_cheaper", lambda *args: kind == "gradients")
     if "tiles" in way:
         small_tiles(monkeypatch)
     for name in ("_by_pairs", "_by_gradients", "_by_tiles"):
-        original = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: used.append(n) or f(*a))
+        original = getattr(gram_products, name)
+        monkeypatch.setattr(gram_products, name, lambda *a, f=original, n=name: used.append(n) or f(*a))
     yield used
     if kind != "cheaper":
         assert set(used) <= {"_by_" + kind, "_by_tiles" if kind == "pairs" else ""}

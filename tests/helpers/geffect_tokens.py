@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from gfast.geffect import assign, risk_gradients
-from gfast.geffect.token import token_effect
+from gfast.geffect import assign, risk_gradients, token_effect
 from helpers.geffect_models import batches, exact_norms, logps, tiny
 
 SIZES = dict(vocab_size=61, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gfast.geffect.effects import SampleEffect
-from gfast.geffect.results import SIDES, Effect, Norms, row_values, rows_by, tensors_by_group
+from gfast.geffect.results.base import SIDES, Effect, Norms, row_values, rows_by, tensors_by_group
+from gfast.geffect.results.sample_effect import SampleEffect
 from gfast.objectives import NLL
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gfast import wrappers
+from gfast.geffect.contributions.coverage import repeatable
 from gfast.geffect.data import SIDE_SOURCES, Data, Term, to_device
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.results import SIDES
 from gfast.geffect.storage import sum_dtype
-from gfast.geffect.uses import repeatable
 from gfast.model import model_loss, model_output, output_loss
 from gfast.objectives import KL, RMU, RR, Objective
 

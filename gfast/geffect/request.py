@@ -15,15 +15,15 @@ from gfast import hf, packed, wrappers
 from gfast.geffect.data import Data, Term, risk_terms, to_device
 from gfast.geffect.directions import DTYPES, Directions, risk_counts, risk_directions
 from gfast.geffect.groups import GroupMap, assign
-from gfast.geffect.state import measuring
 from gfast.geffect.storage import check_storage
 from gfast.model import model_logp
+from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.common import IGNORE_INDEX
 
 
 @dataclass
-class Measurement:
+class Request:
     """A checked request. `given` are directions measured before, or None."""
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Measurement:
         loss_scale: float | None = None,
         progress: bool = False,
         reference: str = "auto",
-    ) -> Measurement:
+    ) -> Request:
         """Check everything that can be checked before any work.
 
         Raises:

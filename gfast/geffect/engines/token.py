@@ -12,7 +12,6 @@ kept.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +22,16 @@ from torch import Tensor, nn
 
 from gfast import hf
 from gfast.deferred import Head
+from gfast.geffect.backward import Progress, default_loss_scale
+from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
-from gfast.geffect.effects import TokenEffect
 from gfast.geffect.forward import Dual, ForwardMode
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.measurement import Measurement
-from gfast.geffect.passes import Progress, default_loss_scale
-from gfast.geffect.seeded import check_weighted
-from gfast.geffect.state import measuring, uncompiled
+from gfast.geffect.request import Request
+from gfast.geffect.results import TokenEffect
 from gfast.model import model_output, shifted
-from gfast.objectives import NLL, Objective
+from gfast.model_state import measuring, uncompiled
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
 from gfast.ops.head import ChunkedHead, as_autocast
 from gfast.ops.row_dot import row_sums
@@ -41,80 +39,6 @@ from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.unlearn_loss import weigh
 from gfast.packed import sequence_ids
 from gfast.wrappers import measured
-
-
-def token_effect(
-    model: nn.Module,
-    *,
-    forget: Any,
-    retain: Any,
-    groups: str | Callable[[str], str] = "paper",
-    risk: Objective = NLL(),  # noqa: B008 - frozen
-    direction_dtype: torch.dtype = torch.float32,
-    direction_storage: str | os.PathLike[str] = "device",
-    directions: Directions | None = None,
-    loss_scale: float | None = None,
-    progress: bool = False,
-) -> TokenEffect:
-    r"""The effect of each label token's log-probability on the risk of forget and retain data, by layer group.
-
-        e(D, i) = < grad R(D), grad log p(s_i | s_<i; theta) >
-
-    The G-effect of every objective with token weights is a weighted sum of these, so one measurement serves every
-    objective and every setting of its hyper-parameters: `TokenEffect.g_effect(objective)`.
-
-    Two passes with gradients give the directions grad R(D); then one forward pass over the forget set carries their
-    derivatives along, by group and side, and keeps no activations. Its cost is one forward, and for each side one more
-    and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 6 for groups="layer".
-    Every kind of module is covered as long as it is made of PyTorch operations; what backward hooks do to gradients is
-    not, because there is no backward. The model is measured in evaluation
-    mode and left as found, also after an error.
-
-    Args:
-        model: a Hugging Face causal language model, possibly wrapped by PEFT, DDP or torch.compile. Attention kernels
-            that are neither SDPA nor eager, and fused experts, give way to plain operations for the pass (logged).
-        forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`.
-            Tangents have the model's dtype, and directions are rounded to it where they are used.
-        loss_scale: as for `g_effect`, in the directions' passes and for the gradients d log p / d logits.
-
-    Returns:
-        TokenEffect: samples are the rows of the forget batches in order, tokens their labels in order; ref_logp is
-        there if every batch has it.
-
-    Raises:
-        ValueError: as `g_effect`; later for an operation that has no forward derivative (an autograd.Function, a custom
-            kernel), naming the module, and for effects that are not finite.
-
-    Source: arXiv 2502.19301, Definition 1, for single tokens.
-
-    Example:
-        >>> import torch
-        >>> from gfast.geffect.token import token_effect
-        >>> from gfast.objectives import NPO, WGA
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        ...                      num_attention_heads=2)
-        >>> ids = torch.arange(12).view(2, 6)
-        >>> batch = {"input_ids": ids, "labels": ids}
-        >>> tokens = token_effect(LlamaForCausalLM(config), forget=batch, retain=batch)
-        >>> [len(one) for one in tokens.total("unlearn")]
-        [5, 5]
-        >>> grid = [tokens.g_effect(WGA(alpha=alpha)) for alpha in (0.0, 0.5, 1.0)]
-    """
-    return token_effects(
-        Measurement.of(
-            model,
-            forget,
-            retain,
-            groups=groups,
-            risk=risk,
-            direction_dtype=direction_dtype,
-            direction_storage=direction_storage,
-            directions=directions,
-            loss_scale=loss_scale,
-            progress=progress,
-        )
-    )
 
 
 @dataclass
@@ -137,10 +61,10 @@ class Tokens:
     sequences: int
 
 
-def token_effects(measurement: Measurement) -> TokenEffect:
+def token_effects(request: Request) -> TokenEffect:
     """`token_effect` of a request that is checked."""
-    with measurement.directions() as directions:
-        measured = measure_tokens(measurement, directions, measurement.data.batches["forget"])
+    with request.directions() as directions:
+        measured = measure_tokens(request, directions, request.data.batches["forget"])
         norms, counts = directions.norms(), dict(directions.counts)
 
     def by_sample(take: Callable[[Tokens], Tensor]) -> list[Tensor]:
@@ -149,7 +73,7 @@ def token_effects(measurement: Measurement) -> TokenEffect:
             out += take(batch).split(torch.bincount(batch.samples, minlength=batch.sequences).tolist())
         return out
 
-    names = measurement.groups.names
+    names = request.groups.names
     sides = [
         {name: by_sample(lambda batch, side=side, g=g: batch.effects[side, g]) for g, name in enumerate(names)}
         for side in (0, 1)
@@ -162,12 +86,12 @@ def token_effects(measurement: Measurement) -> TokenEffect:
         positions=by_sample(lambda batch: batch.positions),
         norms=norms,
         ref_logp=by_sample(lambda batch: batch.ref_logp) if with_ref else None,
-        risk=str(measurement.risk),
+        risk=str(request.risk),
         counts=counts,
     )
 
 
-def objective_dots(measurement: Measurement, directions: Directions, terms: Sequence[Term]) -> list[Tensor]:
+def objective_dots(request: Request, directions: Directions, terms: Sequence[Term]) -> list[Tensor]:
     """< grad L, G > by group and side, fp64 [G, 2], of every term's data-set loss, from the effects of its tokens.
 
     Each set of batches is measured once, whatever the number of terms on it.
@@ -177,11 +101,11 @@ def objective_dots(measurement: Measurement, directions: Directions, terms: Sequ
     """
     for term in terms:
         check_weighted(term, "token")
-    data, out = measurement.data, {}
+    data, out = request.data, {}
     for source in dict.fromkeys(term.source for term in terms):
-        measured = measure_tokens(measurement, directions, data.batches[source])
+        measured = measure_tokens(request, directions, data.batches[source])
         for term in (term for term in terms if term.source == source):
-            dots = torch.zeros(2, len(measurement.groups.names), dtype=torch.float64, device="cpu")
+            dots = torch.zeros(2, len(request.groups.names), dtype=torch.float64, device="cpu")
             for batch in measured:
                 dots += batch.effects @ token_weights(term.objective, batch)
             out[term] = dots.t() / max(data.count(term), 1)
@@ -195,14 +119,12 @@ def token_weights(objective: Any, batch: Tokens) -> Tensor:
     return weight
 
 
-def measure_tokens(
-    measurement: Measurement, directions: Directions, batches: Sequence[Mapping[str, Any]]
-) -> list[Tokens]:
+def measure_tokens(request: Request, directions: Directions, batches: Sequence[Mapping[str, Any]]) -> list[Tokens]:
     """Effects of the label tokens of every batch."""
-    model, groups = measurement.model, measurement.groups
+    model, groups = request.model, request.groups
     parameters = dict(model.named_parameters())
     scales = _scales(directions, groups, parameters)  # [G, 2]
-    loss_scale = measurement.loss_scale or default_loss_scale([parameters[name] for name in groups.index])
+    loss_scale = request.loss_scale or default_loss_scale([parameters[name] for name in groups.index])
 
     def along(name: str, side: int) -> Tensor | None:
         direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
@@ -213,7 +135,7 @@ def measure_tokens(
         for name, group in groups.index.items()
     }
     device, out = next(iter(streams)).device, []
-    with Progress(measurement.progress, "token effects") as bar, _ready(model):
+    with Progress(request.progress, "token effects") as bar, _ready(model):
         mode = ForwardMode(streams, model)
         for batch in batches:
             tokens = _measure(mode, measured(model), to_device(batch, device), groups.names, loss_scale)

@@ -6,7 +6,7 @@ One pass over a forget batch (a forward, and the backward of the activations) ke
 its modules; then every other batch passes by and is multiplied with them as its own appear. Two single batches cost two
 such passes and the products. With m_f and m_r batches there are m_f (m_f + 1) / 2 + m_f m_r passes, because only one
 forget batch is kept at a time: a forward's activations, twice. The head's output gradient [n, V] exists whole only for
-n up to the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadRows`).
+n up to the hidden size; for more rows it is formed a tile of the vocabulary at a time (`HeadProduct`).
 
 The G-effect of an objective keeps its batches under the objective's seeds, and both sets pass by under the risk's:
 m_f (m_f + m_r) forwards for objectives on the forget set, however many: of each batch the inputs are kept once and the
@@ -21,89 +21,41 @@ backward may overwrite what they had saved, every backward takes a forward of it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gfast.geffect.backward import Passes, Progress, term_label
+from gfast.geffect.contributions.layers import Contribution, OuterProduct, find_sites
+from gfast.geffect.contributions.row_pass import RowPass, Seed, check_weighted, frozen
 from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, to_device
-from gfast.geffect.measurement import Measurement
-from gfast.geffect.modules import Outer, Share, find_sites
-from gfast.geffect.pairs import GramEffect
-from gfast.geffect.passes import Passes, Progress, term_label
-from gfast.geffect.products import Caches, own_products, products
-from gfast.geffect.rows import Rows, rows_of
-from gfast.geffect.seeded import Seed, SeededPasses, check_weighted, frozen
-from gfast.geffect.state import measuring
+from gfast.geffect.engines.gram_products import Caches, own_products, products
+from gfast.geffect.engines.gram_rows import Rows, rows_of
+from gfast.geffect.request import Request
+from gfast.geffect.results.gram_effect import GramEffect
 from gfast.model import shifted
+from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX
 
 _Batch = Mapping[str, Any]
 
 
-def gram_effect(
-    model: nn.Module,
-    *,
-    forget: Any,
-    retain: Any,
-    groups: str | Callable[[str], str] = "paper",
-    loss_scale: float | None = None,
-    progress: bool = False,
-) -> GramEffect:
-    r"""Dot products of the gradients of forget samples with those of forget and retain samples, by layer group.
-
-        entry i, j = < grad NLL(s_j), grad log p(s_i) >,    both summed over the labelled tokens of the sample
-
-    A step that lowers log p(s_i) changes the NLL of s_j by -lr times the entry, to first order. Nothing of a
-    parameter's size is formed or stored: two passes without weight gradients, and products between rows. Made for
-    batches of some hundred to a few thousand tokens; memory holds one forget batch's activations twice. The output
-    head's gradients [n, V] of n labelled tokens are held where n is at most the hidden size, else formed a tile of
-    the vocabulary at a time, which costs up to one more product with the head a batch.
-
-    Args:
-        model: as for `pg_effect`: its trainable parameters must belong to Linears (or GPT-2's Conv1D), embeddings and
-            norms. It is measured in evaluation mode and left as found, also after an error.
-        forget, retain: as for `g_effect`. Every pair of a forget and another batch costs a pass.
-        groups, loss_scale, progress: as for `pg_effect`.
-
-    Returns:
-        GramEffect: `unlearn` group -> fp64 [S_f, S_f] and `retain` group -> [S_f, S_r].
-
-    Raises:
-        ValueError: as `pg_effect`.
-
-    Source: arXiv 2502.19301, Definition 1, between single samples.
-
-    Example:
-        >>> import torch
-        >>> from gfast.geffect.gram import gram_effect
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        ...                      num_attention_heads=2)
-        >>> ids = torch.arange(12).view(2, 6)
-        >>> gram = gram_effect(LlamaForCausalLM(config), forget={"input_ids": ids, "labels": ids},
-        ...                    retain={"input_ids": ids[:1], "labels": ids[:1]})
-        >>> gram.total("retain").shape
-        torch.Size([2, 1])
-    """
-    return gram_effects(Measurement.of(model, forget, retain, groups=groups, loss_scale=loss_scale, progress=progress))
-
-
-def gram_effects(measurement: Measurement) -> GramEffect:
+def gram_effects(request: Request) -> GramEffect:
     """`gram_effect` of a request that is checked."""
-    measurement.look_at_texts()
-    batches = measurement.data.batches
+    request.look_at_texts()
+    batches = request.data.batches
     tokens = {
         source: torch.cat([(batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu() for batch in batches[source]])
         for source in SIDE_SOURCES
     }
     starts = {source: _starts(batches[source]) for source in SIDE_SOURCES}
     total = {source: len(tokens[source]) for source in SIDE_SOURCES}
-    groups = measurement.groups.names
+    groups = request.groups.names
     out = {
         s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64, device="cpu") for s in SIDE_SOURCES
     }
@@ -113,7 +65,7 @@ def gram_effects(measurement: Measurement) -> GramEffect:
         # -: the entry is of NLL(s_j) and log p(s_i)
         out[source][rows : rows + values.shape[0], :, columns : columns + values.shape[2]] = -values
 
-    with _Pairs(measurement, by_sample=True) as pairs:
+    with _Pairs(request, by_sample=True) as pairs:
         for first, batch in enumerate(batches["forget"]):
             pairs.keep(batch, [None], own=0)
             for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
@@ -128,34 +80,34 @@ def gram_effects(measurement: Measurement) -> GramEffect:
     return GramEffect(*sides, tokens, counts=counts)
 
 
-def gram_dots(measurement: Measurement, terms: Sequence[Term]) -> list[Tensor]:
+def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
     """< grad L, grad R(D) > by group and side, fp64 [G, 2], of objectives with token weights, each on a set.
 
     The batches of the objectives are kept one at a time, and both sets pass by: the risk's seeds on one side, the
     objectives' on the other. Raises ValueError for an objective or a risk without token weights.
     """
-    data = measurement.data
-    risks = [Term(measurement.risk, source) for source in SIDE_SOURCES]
+    data = request.data
+    risks = [Term(request.risk, source) for source in SIDE_SOURCES]
     for one in (*terms, *risks):
         check_weighted(one, "gram")
-    dots = {term: torch.zeros(len(measurement.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
-    factors = {term: identity_factor(term, measurement.risk) for term in terms}
+    dots = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
+    factors = {term: identity_factor(term, request.risk) for term in terms}
     others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
 
     def add(side: int, some: Sequence[Term], values: Tensor) -> None:  # [K, 1, G, 1]
         for term, value in zip(some, values, strict=True):
             dots[term][:, side] += value[0, :, 0] / (data.count(term) * data.count(risks[side]))
 
-    with _Pairs(measurement, by_sample=False) as pairs:
+    with _Pairs(request, by_sample=False) as pairs:
         for batch, some in data.shared(terms):
             sides = [side for side, other in others if other is batch]
             # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
             known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
-            risk = measurement.risk if sides and known is None else None
+            risk = request.risk if sides and known is None else None
             same = pairs.keep(batch, some, risk, known if sides else None)
             for side, other in others:
                 if other is not batch:
-                    add(side, some, pairs.cross(other, measurement.risk))
+                    add(side, some, pairs.cross(other, request.risk))
             if sides and known is not None:  # after the others, which leave less to do
                 same = factors[some[known]] * pairs.with_kept(known)
             for side in sides:
@@ -164,23 +116,24 @@ def gram_dots(measurement: Measurement, terms: Sequence[Term]) -> list[Tensor]:
 
 
 class _Pairs:
-    """One batch's shares kept, and the products of other batches' with them. A context manager: it lends the model.
+    """One batch's contributions kept, and the products of other batches' with them. A context manager that lends the
+    model.
 
-    What is kept may be of several terms (None: log p), whose K shares of a parameter are multiplied one after the
-    other. With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients.
+    What is kept may be of several terms (None: log p), whose K contributions to a parameter are multiplied one after
+    the other. With `by_sample` False a batch counts as one sample, with the sum of its rows' gradients.
     """
 
-    def __init__(self, measurement: Measurement, by_sample: bool) -> None:
-        model = measurement.model
-        sites = find_sites(model, measurement.groups, "gram")
+    def __init__(self, request: Request, by_sample: bool) -> None:
+        model = request.model
+        sites = find_sites(model, request.groups, "gram")
         self.by_sample = by_sample
-        self.bar = Progress(measurement.progress, "gram")
-        self.passes = Passes(model, measurement.data, measurement.groups, self.bar, measurement.loss_scale)
+        self.bar = Progress(request.progress, "gram")
+        self.passes = Passes(model, request.data, request.groups, self.bar, request.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self._forget()
         self.model, self.stack = model, ExitStack()
         scale = self.passes.loss_scale
-        self.seeded = SeededPasses(self.passes.module, sites, "gram", scale, whole_head=True)
+        self.seeded = RowPass(self.passes.module, sites, "gram", scale, whole_head=True)
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails
@@ -207,7 +160,7 @@ class _Pairs:
         risk: Objective | None = None,
         own: int | None = None,
     ) -> Tensor | None:
-        """Run a batch and keep its shares under each term's seeds, in place of those kept before.
+        """Run a batch and keep its contributions under each term's seeds, in place of those kept before.
 
         With a risk the products with the same batch under its seeds, as `cross` gives them, from the same forward. own:
         the number of the term whose products with itself will be wanted: they are made beside those with the first
@@ -262,22 +215,22 @@ class _Pairs:
         self.caches = Caches.new(self.readers)  # what it holds belongs to this batch
         self.bar.update()
 
-    def _rows(self, share: Share, place: Tensor | None) -> Rows:
+    def _rows(self, contribution: Contribution, place: Tensor | None) -> Rows:
         count, length = self.shape
         owner = None if place is None or not self.by_sample else place // length
-        return rows_of(share, owner, count if self.by_sample else 1, self.caches.selected)
+        return rows_of(contribution, owner, count if self.by_sample else 1, self.caches.selected)
 
-    def _keep(self, which: int, name: str, share: Share, place: Tensor | None) -> None:
-        found, kept = self._rows(share, place), self.kept[which].setdefault(name, [])
-        if kept and isinstance(found.share, Tensor):  # whole gradients of samples add up
-            kept[0].share.add_(found.share)
+    def _keep(self, which: int, name: str, contribution: Contribution, place: Tensor | None) -> None:
+        found, kept = self._rows(contribution, place), self.kept[which].setdefault(name, [])
+        if kept and isinstance(found.contribution, Tensor):  # whole gradients of samples add up
+            kept[0].contribution.add_(found.contribution)
         else:
             kept.append(found)
-            if isinstance(found.share, Outer):
-                self.readers[found.share.a.data_ptr()] += 1
+            if isinstance(found.contribution, OuterProduct):
+                self.readers[found.contribution.a.data_ptr()] += 1
 
-    def _multiply(self, name: str, share: Share, place: Tensor | None) -> None:
-        found = [self._rows(share, place)]
+    def _multiply(self, name: str, contribution: Contribution, place: Tensor | None) -> None:
+        found = [self._rows(contribution, place)]
         for which, kept in enumerate(self.kept):
             self._add_products(which, name, kept.get(name, []), found)
 
@@ -293,8 +246,8 @@ class _Pairs:
                     self.own_done.add(name)
 
     def _own(self, kept: list[Rows]) -> Tensor:
-        """Products of a parameter's kept shares with themselves, [S, S]: all pairs of the uses of a module that is
-        called several times, or of a tied matrix."""
+        """Products of a parameter's kept contributions with themselves, [S, S]: of all pairs of the uses of a module
+        that is called several times, or of a tied matrix."""
         total = self.own_table.new_zeros(self.samples, self.samples)
         for first, one in enumerate(kept):
             total += own_products(one)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.geffect.head_rows import HeadRows
-from gfast.geffect.modules import Lookup, Outer
-from gfast.geffect.rows import Rows, Selected, same_memory
+from gfast.geffect.contributions.head import HeadProduct
+from gfast.geffect.contributions.layers import OuterProduct, RowLookup
+from gfast.geffect.engines.gram_rows import Rows, Selected, same_memory
 from gfast.ops.backend import compiled, has_cpu_kernel
 from gfast.ops.head import product_dtype
 
@@ -78,7 +78,7 @@ class InputProducts:
 
 class Caches(NamedTuple):
     """Of products with the batch that passes by, of those of the kept batch with itself, of rows of a batch; and how
-    many of the kept shares read each input (by its place in memory): they take one product of inputs together."""
+    many kept contributions read each input (by its place in memory): they take one product of inputs together."""
 
     other: InputProducts
     own: InputProducts
@@ -96,15 +96,15 @@ def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -
     Both must be of one parameter. Taking both at once forms left's gradients once, where they are formed.
     """
     caches = caches or Caches.new()
-    matrices = (Outer, HeadRows)
-    if isinstance(left.share, matrices) and isinstance(right.share, matrices):
+    matrices = (OuterProduct, HeadProduct)
+    if isinstance(left.contribution, matrices) and isinstance(right.contribution, matrices):
         if left.size == 0 or (right.size == 0 and not own):
             return _zeros(left, right), _zeros(left, left) if own else None
-        known = caches.other.holds(left.share.a, right.share.a)
-        readers = caches.readers.get(left.share.a.data_ptr(), 1)
+        known = caches.other.holds(left.contribution.a, right.contribution.a)
+        readers = caches.readers.get(left.contribution.a.data_ptr(), 1)
         if _gradients_are_cheaper(left, right, own, 0.0 if known else 1.0 / readers):
             return _by_gradients(left, right, own)
-        if HeadRows in (type(left.share), type(right.share)):
+        if HeadProduct in (type(left.contribution), type(right.contribution)):
             return _by_tiles(left, right, own)
         return _by_pairs(left, right, caches.other), _by_own_pairs(left, caches.own) if own else None
     return _mixed(left, right), own_products(left) if own else None
@@ -112,8 +112,10 @@ def products(left: Rows, right: Rows, own: bool, caches: Caches | None = None) -
 
 def own_products(rows: Rows) -> Tensor:
     """<g_i, g_j> for samples i and j of `rows`, fp64 [S, S]."""
-    if isinstance(rows.share, (Outer, HeadRows)):
-        empty = Rows(Outer(rows.share.a[:0], rows.share.a.new_empty(0, rows.share.width)), [])
+    if isinstance(rows.contribution, (OuterProduct, HeadProduct)):
+        empty = Rows(
+            OuterProduct(rows.contribution.a[:0], rows.contribution.a.new_empty(0, rows.contribution.width)), []
+        )
         return products(rows, empty, own=True)[1]
     return _mixed(rows, rows)
 
@@ -127,14 +129,14 @@ def _gradients_are_cheaper(left: Rows, right: Rows, own: bool, inputs: float) ->
 
     inputs: how much of the products of inputs these have to pay for.
     """
-    d_in, d_out = left.share.a.shape[1], left.share.width
+    d_in, d_out = left.contribution.a.shape[1], left.contribution.width
     n, m, samples, others = left.size, right.size, len(left.counts), len(right.counts)
     pairs = (n * m + (n * n / 2 if own else 0)) * (inputs * d_in + d_out)
     squares = samples * (others + (samples if own else 0))
     if _in_one(left, right):
         return (1 + (samples + others) / _THIN_SAMPLES) * (n + m + squares) * d_in * d_out < pairs
     on_cpu = left.device.type == "cpu"
-    thin = _THIN_16_BIT if on_cpu and left.share.a.dtype.itemsize == 2 else _THIN
+    thin = _THIN_16_BIT if on_cpu and left.contribution.a.dtype.itemsize == 2 else _THIN
     return thin * (n + m + thin * squares) * d_in * d_out < pairs
 
 
@@ -177,17 +179,17 @@ def _sample_sums(x: Tensor, y: Tensor, left: Rows, rows: slice, right: Rows, col
 
 def _in_one(left: Rows, right: Rows) -> bool:
     """Whether pair_dots takes them: on a CPU what is multiplied in fp32."""
-    if HeadRows in (type(left.share), type(right.share)) or left.device.type != "cpu":
+    if HeadProduct in (type(left.contribution), type(right.contribution)) or left.device.type != "cpu":
         return False
-    sides = ((left.share.a, right.share.a), (left.share.b, right.share.b))
+    sides = ((left.contribution.a, right.contribution.a), (left.contribution.b, right.contribution.b))
     wide = all(_dtype(x.dtype, y.dtype, x.device) == torch.float32 for x, y in sides)
     return wide and has_cpu_kernel("pair_dots") and torch.backends.mkldnn.enabled
 
 
 def _pair_dots(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
     """Products and their sums by samples in one; `right` may be `left` itself."""
-    tiles, known = inputs.tiles(left.share.a, right.share.a)
-    factors = (left.share.a, left.share.b, right.share.a, right.share.b)
+    tiles, known = inputs.tiles(left.contribution.a, right.contribution.a)
+    factors = (left.contribution.a, left.contribution.b, right.contribution.a, right.contribution.b)
     factors = (x if x.dtype == torch.float32 and x.stride(1) == 1 else x.float().contiguous() for x in factors)
     return torch.ops.gfast.pair_dots(*factors, left.counts, right.counts, left is right, tiles, known)
 
@@ -198,8 +200,8 @@ def _by_pairs(left: Rows, right: Rows, inputs: InputProducts) -> Tensor:
     out = _zeros(left, right)
     for start in range(0, left.size, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, left.size)
-        of_b = _mm(left.share.b[start:stop], right.share.b)  # [block, m]
-        of_a = inputs.get(left.share.a, right.share.a, start, stop, 0)
+        of_b = _mm(left.contribution.b[start:stop], right.contribution.b)  # [block, m]
+        of_a = inputs.get(left.contribution.a, right.contribution.a, start, stop, 0)
         out += _sample_sums(of_b, of_a, left, slice(start, stop), right, slice(0, right.size))
     return out
 
@@ -214,8 +216,8 @@ def _by_own_pairs(rows: Rows, inputs: InputProducts) -> Tensor:
         while last < len(bounds) and bounds[last][1] - start <= _OWN_ROWS:
             last += 1
         stop = bounds[last - 1][1]
-        of_b = _mm(rows.share.b[start:stop], rows.share.b[start:])
-        of_a = inputs.get(rows.share.a, rows.share.a, start, stop, start)
+        of_b = _mm(rows.contribution.b[start:stop], rows.contribution.b[start:])
+        of_a = inputs.get(rows.contribution.a, rows.contribution.a, start, stop, start)
         sums = _sample_sums(of_b, of_a, rows, slice(start, stop), rows, slice(start, rows.size))  # [S, S]
         out[first:last, first:] = sums[first:last, first:]
         out[last:, first:last] = sums[first:last, last:].t()
@@ -230,11 +232,18 @@ def _by_tiles(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None
     than half as large as the head; a second strip forms the tiles again.
     """
     out, mine = _zeros(left, right), _zeros(left, left)
-    n, m, vocab, size = left.size, right.size, left.share.width, left.share.width * left.share.a.shape[1]
-    wide = torch.float64 if left.share.a.dtype == torch.float64 else torch.float32
+    n, m, vocab, size = (
+        left.size,
+        right.size,
+        left.contribution.width,
+        left.contribution.width * left.contribution.a.shape[1],
+    )
+    wide = torch.float64 if left.contribution.a.dtype == torch.float64 else torch.float32
     step = max(_BLOCK_ROWS, int(_STRIPS * size) // (m + (n if own else 0)))
     for first in range(0, n, step):
-        here = left.share.some(slice(first, None if own else first + step))  # with own: the rows after the strip too
+        here = left.contribution.some(
+            slice(first, None if own else first + step)
+        )  # with own: the rows after the strip too
         strip = min(step, n - first)
         blocks = [(r, min(r + _BLOCK_ROWS, strip)) for r in range(0, strip, _BLOCK_ROWS)]
         cross = [here.a.new_zeros(end - r, m, dtype=wide) for r, end in blocks]
@@ -242,14 +251,14 @@ def _by_tiles(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None
         width = _tile_width(left, right)
         for start in range(0, vocab, width):
             stop = min(start + width, vocab)
-            x, y = here.columns(start, stop), right.share.columns(start, stop)
+            x, y = here.columns(start, stop), right.contribution.columns(start, stop)
             for i, (r, end) in enumerate(blocks):
                 _add_mm(cross[i], x[r:end], y)
                 if own:
                     _add_mm(same[i], x[r:end], x[r:])
         for i, (r, end) in enumerate(blocks):
             block, a = slice(first + r, first + end), here.a[r:end]
-            out += _sample_sums(cross[i], _mm(a, right.share.a), left, block, right, slice(0, m))
+            out += _sample_sums(cross[i], _mm(a, right.contribution.a), left, block, right, slice(0, m))
             if own:  # the block itself, then what comes after it, which counts for both orders
                 of_a, after = _mm(a, here.a[r:]), slice(first + end, n)
                 mine += _sample_sums(same[i][:, : end - r], of_a[:, : end - r], left, block, left, block)
@@ -261,25 +270,28 @@ def _by_tiles(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None
 
 def _tile_width(left: Rows, right: Rows) -> int:
     """Columns of b that both sides hold at a time, of a head whose b does not exist whole."""
-    size = left.share.width * left.share.a.shape[1]
-    return min(left.share.width, max(_MIN_TILE, int(_TILES * size) // (left.size + right.size)))
+    size = left.contribution.width * left.contribution.a.shape[1]
+    return min(left.contribution.width, max(_MIN_TILE, int(_TILES * size) // (left.size + right.size)))
 
 
 def _by_gradients(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of all samples, a block of output rows at a time in one buffer, and their dot products."""
-    a = left.share.a
-    (d_in, d_out), samples, others = (a.shape[1], left.share.width), len(left.counts), len(right.counts)
+    a = left.contribution.a
+    (d_in, d_out), samples, others = (a.shape[1], left.contribution.width), len(left.counts), len(right.counts)
     total = samples + others
     work = [(0, left), (samples, right)]
-    dtype = _dtype(left.share.dtype, right.share.dtype, a.device)
+    dtype = _dtype(left.contribution.dtype, right.contribution.dtype, a.device)
     tile = whole = max(1, min(d_out, _BUFFER // (total * d_in)))
-    if HeadRows in (type(left.share), type(right.share)):  # b is formed for several blocks at once, if there is room
+    if HeadProduct in (
+        type(left.contribution),
+        type(right.contribution),
+    ):  # b is formed for several blocks at once, if there is room
         tile = min(tile, _tile_width(left, right))
         whole = _tile_width(left, right) // tile * tile
     buffer = torch.zeros(total, tile, d_in, dtype=dtype, device=a.device)
     out = torch.zeros(samples, total, dtype=torch.float64, device=a.device)
     for first in range(0, d_out, whole):
-        columns = [rows.share.columns(first, min(first + whole, d_out)) for _, rows in work]
+        columns = [rows.contribution.columns(first, min(first + whole, d_out)) for _, rows in work]
         for start in range(0, min(whole, d_out - first), tile):
             width = min(tile, d_out - first - start)
             for (offset, rows), b in zip(work, columns, strict=True):
@@ -294,7 +306,7 @@ def _by_gradients(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | 
 
 def _gradient_block(rows: Rows, b: Tensor, out: Tensor) -> None:
     """out [S, width, D_in] = the rows of the gradient of each sample that b [n, width] is of."""
-    a = rows.share.a.to(b.dtype)
+    a = rows.contribution.a.to(b.dtype)
     samples = len(rows.counts)
     if samples and rows.counts.count(rows.counts[0]) == samples:
         torch.bmm(b.view(samples, -1, b.shape[1]).transpose(1, 2), a.view(samples, -1, a.shape[1]), out=out)
@@ -305,18 +317,18 @@ def _gradient_block(rows: Rows, b: Tensor, out: Tensor) -> None:
 
 def _mixed(left: Rows, right: Rows) -> Tensor:
     """Products of small parameters, of embeddings, and of an embedding with the head that it is tied to."""
-    if isinstance(left.share, Tensor):
-        return left.share @ right.share.t()
-    if isinstance(left.share, Lookup) and not isinstance(right.share, Lookup):
+    if isinstance(left.contribution, Tensor):
+        return left.contribution @ right.contribution.t()
+    if isinstance(left.contribution, RowLookup) and not isinstance(right.contribution, RowLookup):
         return _mixed(right, left).t()
     out = _zeros(left, right)
     for start in range(0, left.size, _BLOCK_ROWS):
-        part, ids = slice(start, start + _BLOCK_ROWS), right.share.ids
-        if not isinstance(left.share, Lookup):  # row u of the embedding meets column ids_u of the head's b
-            terms = _mm(left.share.a[part], right.share.b)
-            factor = left.share.some(part).at(ids)
+        part, ids = slice(start, start + _BLOCK_ROWS), right.contribution.ids
+        if not isinstance(left.contribution, RowLookup):  # row u of the embedding meets column ids_u of the head's b
+            terms = _mm(left.contribution.a[part], right.contribution.b)
+            factor = left.contribution.some(part).at(ids)
         else:
-            terms = _mm(left.share.b[part], right.share.b)
-            factor = left.share.ids[part, None] == ids
+            terms = _mm(left.contribution.b[part], right.contribution.b)
+            factor = left.contribution.ids[part, None] == ids
         out += _sample_sums(terms, factor, left, part, right, slice(0, right.size))
     return out

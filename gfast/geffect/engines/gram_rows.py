@@ -8,21 +8,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gfast.geffect.head_rows import HeadRows
-from gfast.geffect.modules import Lookup, Outer, Share, Sum
+from gfast.geffect.contributions.head import HeadProduct
+from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowLookup, RowSum
 
 _FULL = 0.9  # leaving out fewer rows than the rest would not pay for the copy
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Shares of the samples of a batch, sorted by sample, without most of the rows that are zero.
+    """Contributions of the samples of a batch, sorted by sample, without most of the rows that are zero.
 
-    share: what each row adds to the gradient; or fp64 [S, size], whole gradients of the samples, for small parameters.
+    contribution: what each row adds to the gradient; or fp64 [S, size], whole gradients, for small parameters.
     counts: rows of each sample.
     """
 
-    share: Outer | HeadRows | Lookup | Tensor
+    contribution: OuterProduct | HeadProduct | RowLookup | Tensor
     counts: list[int]
 
     @property
@@ -31,8 +31,8 @@ class Rows:
 
     @property
     def device(self) -> torch.device:
-        share = self.share
-        return (share if isinstance(share, Tensor) else share.b if isinstance(share, Lookup) else share.a).device
+        of = self.contribution
+        return (of if isinstance(of, Tensor) else of.b if isinstance(of, RowLookup) else of.a).device
 
     @cached_property
     def membership(self) -> Tensor:
@@ -66,19 +66,19 @@ class Selected:
         # by place in memory: input, rows of it (None: all), their entries
         self._known: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
 
-    def of(self, share: Outer, kept: Tensor | None) -> tuple[Outer, Tensor | None]:
-        """`share.some(kept)` (None: all), or a few rows of zeros more where those of its input are there already; and
-        which rows these are.
+    def of(self, contribution: OuterProduct, kept: Tensor | None) -> tuple[OuterProduct, Tensor | None]:
+        """`contribution.some(kept)` (None: all), or a few rows of zeros more where those of its input are there
+        already; and which rows these are.
         """
-        key = share.a.data_ptr()
+        key = contribution.a.data_ptr()
         known = self._known.get(key)
-        if known is None or not (same_memory(known[0], share.a) and _serve(known[1], kept, share.rows)):
+        if known is None or not (same_memory(known[0], contribution.a) and _serve(known[1], kept, contribution.rows)):
             if not self._every:
                 self._known.clear()
-            entries = share.a if kept is None else share.a.index_select(0, kept)
-            known = self._known[key] = share.a, kept, entries
+            entries = contribution.a if kept is None else contribution.a.index_select(0, kept)
+            known = self._known[key] = contribution.a, kept, entries
         rows = known[1]
-        return Outer(known[2], share.b if rows is None else share.b.index_select(0, rows)), rows
+        return OuterProduct(known[2], contribution.b if rows is None else contribution.b.index_select(0, rows)), rows
 
 
 def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
@@ -93,31 +93,31 @@ def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
     return bool(torch.isin(kept, known, assume_unique=True).all())
 
 
-def rows_of(share: Share, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
-    """The share's rows, without those that are zero if there are many.
+def rows_of(contribution: Contribution, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
+    """The contribution's rows, without those that are zero if there are many.
 
     owner: int64 [n], ascending: the sample of each; None where all samples have equally many.
     """
-    if isinstance(share, Sum):
+    if isinstance(contribution, RowSum):
         if owner is None:
-            sums = share.terms.reshape(samples, -1, share.terms.shape[1]).sum(1, dtype=torch.float64)
+            sums = contribution.terms.reshape(samples, -1, contribution.terms.shape[1]).sum(1, dtype=torch.float64)
         else:
             member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
-            sums = member @ share.terms.double()
+            sums = member @ contribution.terms.double()
         return Rows(sums, [0] * samples)
-    total = share.rows
-    kept: Tensor | None = share.used().nonzero()[:, 0]
+    total = contribution.rows
+    kept: Tensor | None = contribution.used().nonzero()[:, 0]
     kept = None if len(kept) > _FULL * total else kept
-    if isinstance(share, Outer):
-        share, kept = (selected or Selected()).of(share, kept)
+    if isinstance(contribution, OuterProduct):
+        contribution, kept = (selected or Selected()).of(contribution, kept)
     elif kept is not None:
-        share = share.some(kept)
+        contribution = contribution.some(kept)
     if owner is None:
         each = max(1, total // samples)
         counts = [each] * samples if kept is None else torch.bincount(kept // each, minlength=samples).tolist()
     else:
         counts = torch.bincount(owner if kept is None else owner[kept], minlength=samples).tolist()
-    return Rows(share, counts)
+    return Rows(contribution, counts)
 
 
 def same_memory(x: Tensor, y: Tensor) -> bool:

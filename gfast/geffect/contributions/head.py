@@ -1,4 +1,4 @@
-"""The output head's share of every row, whose gradient of the logits exists a tile of the vocabulary at a time.
+"""The output head's contribution of every row, whose gradient of the logits exists a tile of the vocabulary at a time.
 
     b_t = c_t (onehot(y_t) - softmax(z_t)) dz_t/d logits,        z_t = cap(scale * (W a_t + bias))
 
@@ -18,8 +18,8 @@ from gfast.ops.token_logp import cap_slope, capped, logp_columns_grad
 
 
 @dataclass(frozen=True)
-class HeadRows:
-    """Row t has the share b_t a_t^T in the gradient [V, D] of the head's weight.
+class HeadProduct:
+    """Row t adds b_t a_t^T to the gradient [V, D] of the head's weight.
 
     a: hidden states [n, D], in the dtype that products are made in.
     labels: int64 [n]. logp, coef: [n], log-prob of the label and its weight. stats: [n, 2] of the softmax.
@@ -48,7 +48,7 @@ class HeadRows:
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
-    def some(self, rows: Tensor | slice) -> HeadRows:
+    def some(self, rows: Tensor | slice) -> HeadProduct:
         """The same for some of the rows."""
         kept = {name: getattr(self, name)[rows] for name in ("a", "labels", "logp", "stats", "coef")}
         return replace(self, **kept)

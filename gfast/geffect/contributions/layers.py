@@ -1,11 +1,11 @@
 """How the gradient of every kind of module is made of its inputs and of the gradients of its outputs.
 
 The sample and gram engines never form a weight gradient. For each row t of a module call (a token of a sample) the
-gradient of a parameter gets one of three shares, and every supported module reduces to them:
+gradient of a parameter gets one of three contributions, and every supported module reduces to them:
 
-    Outer    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D); HeadRows where b is not kept
-    Lookup   b_t at row id_t    an embedding
-    Sum      v_t                a bias (v = b), a norm's weight (v = b * x_hat)
+    OuterProduct    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D); HeadProduct where b is not kept
+    RowLookup   b_t at row id_t    an embedding
+    RowSum      v_t                a bias (v = b), a norm's weight (v = b * x_hat)
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from gfast import hf
 from gfast.deferred import DeferredLogits
+from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.head_rows import HeadRows
 from gfast.ops.backend import compiled
 
 
 @dataclass(frozen=True)
-class Outer:
-    """Row t has the share b_t a_t^T in a gradient [D_out, D_in]; a [n, D_in], b [n, D_out]."""
+class OuterProduct:
+    """Row t adds b_t a_t^T to a gradient [D_out, D_in]; a [n, D_in], b [n, D_out]."""
 
     a: Tensor
     b: Tensor
@@ -46,9 +46,9 @@ class Outer:
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.a.dtype, self.b.dtype)
 
-    def some(self, rows: Tensor | slice) -> Outer:
+    def some(self, rows: Tensor | slice) -> OuterProduct:
         """The same for some of the rows."""
-        return Outer(self.a[rows], self.b[rows])
+        return OuterProduct(self.a[rows], self.b[rows])
 
     def used(self) -> Tensor:
         """Which rows are not zero, bool [n]."""
@@ -64,7 +64,7 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class RowLookup:
     """Row t adds b_t to row ids_t of a gradient [V, D]; ids int64 [n], b [n, D]."""
 
     ids: Tensor
@@ -74,9 +74,9 @@ class Lookup:
     def rows(self) -> int:
         return len(self.b)
 
-    def some(self, rows: Tensor | slice) -> Lookup:
+    def some(self, rows: Tensor | slice) -> RowLookup:
         """The same for some of the rows."""
-        return Lookup(self.ids[rows], self.b[rows])
+        return RowLookup(self.ids[rows], self.b[rows])
 
     def used(self) -> Tensor:
         """Which rows are not zero, bool [n]."""
@@ -84,7 +84,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Sum:
+class RowSum:
     """Row t adds terms_t; terms [n, size of the parameter], fp32 or wider where they were computed here."""
 
     terms: Tensor
@@ -94,7 +94,7 @@ class Sum:
         return len(self.terms)
 
 
-Share = Outer | HeadRows | Lookup | Sum
+Contribution = OuterProduct | HeadProduct | RowLookup | RowSum
 
 
 def _not_zero(x: Tensor) -> Tensor:
@@ -176,12 +176,12 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
 
 
 class Watch:
-    """Hooks on sites: in a backward, `consume(name, share)` gets every parameter's shares as soon as they are known.
+    """Hooks on sites: in a backward, `consume(name, contribution)` is told of every parameter as soon as it is known.
 
     Inputs are kept from a module's forward to its backward, as training does, and longer if `again` announces another
     backward through the same graph follows; outputs that need no gradient (those of frozen embeddings, or of the first
-    trainable module) are made the start of the graph. Rows of a share are the batch's samples one after the other,
-    equally many each.
+    trainable module) are made the start of the graph. Its rows are the batch's samples one after the other, equally
+    many each.
 
     Use it as a context manager around forward and backward passes, call `start` before each forward, and set `consume`
     before each backward.
@@ -189,7 +189,7 @@ class Watch:
 
     def __init__(self, sites: list[Site], engine: str) -> None:
         self.sites, self.engine = sites, engine
-        self.consume: Callable[[str, Share], None] | None = None
+        self.consume: Callable[[str, Contribution], None] | None = None
         self.again = False
         self.shape = (0, 0)  # of the batch: B, T
         self.ran: set[str] = set()
@@ -259,7 +259,7 @@ class Watch:
                     f"one tensor. Freeze it, or use engine='stream'"
                 )
             kept = kept.detach()
-            if isinstance(output, DeferredLogits):  # its shares come with the head's, unless somebody asks for logits
+            if isinstance(output, DeferredLogits):  # they come with the head's, unless somebody asks for logits
                 output.when_real.append(partial(self._seen, site, kept, scale))
                 return None
         return self._seen(site, kept, scale, output)
@@ -270,7 +270,7 @@ class Watch:
         if not output.requires_grad:
             # the start of the graph; a copy, because what follows may change a module's output in place
             start = output.detach().requires_grad_()
-            # its gradient may lie where a kept share does, and a second backward would be added to it in place
+            # its gradient may lie where a kept contribution does, and a second backward would be added to it in place
             start.register_post_accumulate_grad_hook(_drop_grad)
             output = result = start.clone()
         # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
@@ -287,10 +287,12 @@ class Watch:
                 f"engine cannot attribute it. Freeze it, or use engine='stream'"
             )
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            for name, share in self._shares(site, kept, grad.detach(), scale):
-                self.consume(name, share)
+            for name, contribution in self._contributions(site, kept, grad.detach(), scale):
+                self.consume(name, contribution)
 
-    def _shares(self, site: Site, kept: Tensor, grad: Tensor, scale: Tensor | float) -> Iterator[tuple[str, Share]]:
+    def _contributions(
+        self, site: Site, kept: Tensor, grad: Tensor, scale: Tensor | float
+    ) -> Iterator[tuple[str, Contribution]]:
         weight, bias = site.parameters.get("weight"), site.parameters.get("bias")
         size = grad.shape[-1] if site.kind != "norm" else site.module.weight.numel()
         rows, length = self.shape
@@ -308,15 +310,15 @@ class Watch:
                 b = b * scale if isinstance(scale, Tensor) or scale != 1.0 else b
                 if site.module.padding_idx is not None:
                     b = b.masked_fill((ids == site.module.padding_idx)[:, None], 0.0)
-                yield weight, Lookup(ids, b)
+                yield weight, RowLookup(ids, b)
             elif site.kind == "norm":
                 x_hat = _normalized(site, kept).reshape(-1, size)  # [n, D], fp32 or fp64
-                yield weight, Sum(x_hat.mul_(b))
+                yield weight, RowSum(x_hat.mul_(b))
             else:
                 a = kept.reshape(-1, kept.shape[-1])  # [n, D_in]
-                yield weight, Outer(a, b) if site.kind == "linear" else Outer(b, a)
+                yield weight, OuterProduct(a, b) if site.kind == "linear" else OuterProduct(b, a)
         if bias is not None:
-            yield bias, Sum(b)
+            yield bias, RowSum(b)
 
 
 def _drop_grad(tensor: Tensor) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from gfast.deferred import Head
+from gfast.geffect.contributions.coverage import UseWatch, repeatable
+from gfast.geffect.contributions.head import HeadProduct
+from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSum, Sites, Watch
 from gfast.geffect.data import Term
-from gfast.geffect.head_rows import HeadRows
-from gfast.geffect.modules import Outer, Share, Sites, Sum, Watch
-from gfast.geffect.state import uncompiled
-from gfast.geffect.uses import UseWatch, repeatable
 from gfast.model import ModelOutput, model_output, output_logp, shifted
+from gfast.model_state import uncompiled
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
 from gfast.ops.head import ChunkedHead, check_map, prepare_head, valid_rows
@@ -33,12 +33,12 @@ from gfast.ops.unlearn_loss import check_reference, is_pair, spec_of, weigh
 from gfast.ops.weights import WeightSpec, token_weights
 from gfast.packed import pair_ids, sequence_ids
 
-# Rows, as a share of the hidden size, up to which the head's b [n, V] exists whole: it is no larger than the head then.
+# Rows, in hidden sizes, up to which the head's b [n, V] exists whole: it is no larger than the head then.
 _WHOLE = 1.0
 
-# consume(name, share, place): `place` int64 [n] are the rows' positions among all B * T, None for rows in their order
-Consumer = Callable[[str, Share, Tensor | None], None]
-# the objective whose detached token weights seed a backward (None: every weight is 1), and who gets its shares
+# consume(name, contribution, place): `place` int64 [n] are the rows' positions among all B * T, None: in their order
+Consumer = Callable[[str, Contribution, Tensor | None], None]
+# the objective whose detached token weights seed a backward (None: every weight is 1), and who gets the contributions
 Seed = tuple[Objective | None, Consumer]
 
 
@@ -86,7 +86,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class _Forward:
     """What a batch's forward leaves: logits [B, T, V], or hidden states [B, T, D] and the head that reads them.
 
-    labels: [B, T] at the positions that score. tiled: the share of the head's weight comes as `HeadRows`.
+    labels: [B, T] at the positions that score. tiled: the contribution to the head's weight comes as `HeadProduct`.
     repeats: further backwards through the graph are as good as the first.
     """
 
@@ -107,13 +107,13 @@ class _Forward:
         torch.zeros((), device="cpu", requires_grad=True).backward()
 
 
-class SeededPasses:
-    """Forwards and backwards over batches, with all shares going to consumers.
+class RowPass:
+    """Forwards and backwards over batches, with all contributions going to consumers.
 
     A context manager; the model must be frozen, see `frozen`. Seeds are multiplied by `loss_scale`, and so is every b.
-    With `whole_head` the share of the head's weight comes as one that may be kept: with its b [n, V], or as `HeadRows`
-    where that and those of other seeds that are kept would be large. Without, it comes a chunk of rows at a time, whose
-    b is gone when the consumer returns.
+    With `whole_head` the contribution to the head's weight comes as one that may be kept: with its b [n, V], or as
+    `HeadProduct` where that and those of other seeds that are kept would be large. Without, it comes a chunk of rows at
+    a time, whose b is gone when the consumer returns.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SeededPasses:
         self.uses = UseWatch(model, sites.owners(), self.watch.running, engine)
         self.stack = ExitStack()
 
-    def __enter__(self) -> SeededPasses:
+    def __enter__(self) -> RowPass:
         with self.stack as stack:  # what was entered is left again if the next one fails
             for one in (uncompiled(), self.watch):
                 stack.enter_context(one)
@@ -141,7 +141,7 @@ class SeededPasses:
             self.watch.check_all_ran()
 
     def run(self, batch: Mapping[str, Any], *seeds: Seed, heads: int = 1) -> Tensor:
-        """One batch (on the device), a backward for each seed in order. heads: how many keep the head's share.
+        """One batch (on the device), a backward for each seed in order. heads: how many keep the head's contribution.
 
         They share one forward, whose graph is held until the last of them has run through it; where a backward may
         not leave the graph as it was, each has a forward of its own.
@@ -191,13 +191,13 @@ class SeededPasses:
     def _chunked(self, one: _Forward, objective: Objective | None, consume: Consumer) -> Tensor:
         seeds = self._seeds(one, objective)
         with torch.no_grad(), torch.autocast(one.output.device.type, enabled=False):
-            logp = self._head_shares(one, seeds, consume)
+            logp = self._head_contributions(one, seeds, consume)
             grad = one.chunks.gradients()[0]
             logp = one.chunks.scatter(logp).view(one.labels.shape)
         self._backward(one, grad)
         return logp
 
-    def _head_shares(self, one: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
+    def _head_contributions(self, one: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
         """Hands over what the head gets, and leaves dH in `one.chunks`; log-probs [n] of the rows that count."""
         head, names, chunks = one.head, one.names, one.chunks
         seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
@@ -212,14 +212,14 @@ class SeededPasses:
             found.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
             chunks.add_gradients(start, stop, rows)
             if "weight" in names and not one.tiled:
-                consume(names["weight"], Outer(chunks.hidden[part], rows), place[part])
+                consume(names["weight"], OuterProduct(chunks.hidden[part], rows), place[part])
             if "bias" in names:
-                consume(names["bias"], Sum(rows), place[part])
+                consume(names["bias"], RowSum(rows), place[part])
         logp, stats, coef = map(torch.cat, zip(*found, strict=True))
         if one.tiled:
             own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
-            share = HeadRows(chunks.hidden, chunks.labels, logp, stats, coef, *own)
-            consume(names["weight"], share, place)
+            contribution = HeadProduct(chunks.hidden, chunks.labels, logp, stats, coef, *own)
+            consume(names["weight"], contribution, place)
         return logp
 
     def _backward(self, one: _Forward, grad: Tensor) -> None:

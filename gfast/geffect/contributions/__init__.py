@@ -1,0 +1,1 @@
+"""What a row of a batch adds to the gradient of a parameter, without that gradient."""

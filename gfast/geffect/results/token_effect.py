@@ -1,0 +1,144 @@
+"""Gradient effects of label tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gfast.geffect.results.base import SIDES, Effect, Norms, row_values, rows_by, tensors_by_group
+from gfast.geffect.results.g_effect import GEffect
+from gfast.geffect.results.sample_effect import SampleEffect
+from gfast.geffect.results.weighted import norms_of, sample_ids, spec_on_forget, weighted_effect
+from gfast.objectives import Objective
+from gfast.ops.unlearn_loss import weigh
+
+
+@dataclass(repr=False)
+class TokenEffect(Effect):
+    """The effect of each label token's log-probability on the risk of both sets, by layer group.
+
+        e(D, i) = < grad R(D), grad log p(s_i | s_<i) >
+
+    There are no cosines of tokens: they take the norm of every token's gradient, and forward mode forms the products
+    with the directions without any gradient.
+
+    Attributes:
+        unlearn, retain: group -> S tensors, fp64 [N_s]: one value a labelled token of sample s.
+        logp: S tensors, fp64 [N_s]. labels: the token ids, int64. positions: their places in the rows of input_ids.
+        ref_logp: log-probs under the original model, where the batches had them, else None.
+        norms: "unlearn" and "retain" -> {group: ||grad R(D)||}.
+        risk: readable label of R. counts: what R was averaged over.
+    """
+
+    kind: ClassVar[str] = "token"
+
+    unlearn: dict[str, list[Tensor]]
+    retain: dict[str, list[Tensor]]
+    logp: list[Tensor]
+    labels: list[Tensor]
+    positions: list[Tensor]
+    norms: Norms
+    ref_logp: list[Tensor] | None = None
+    risk: str = "NLL()"
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def total(self, side: str) -> list[Tensor]:
+        """The effects over all parameters, S tensors [N_s]: the sum over groups."""
+        return [sum(parts) for parts in zip(*self._side(side).values(), strict=True)]
+
+    def weights(self, objective: Objective) -> list[Tensor]:
+        """The detached weight that an objective gives each token, S tensors [N_s] fp64.
+
+        Raises:
+            ValueError: an objective that needs ref_logp, and none was recorded; one without token weights.
+        """
+        if spec_on_forget(objective) is None:
+            raise ValueError(
+                f"{objective} is no weighting of the forget set's tokens, so their effects do not give its G-effect: "
+                f"measure it with g_effect(..., engine='stream')"
+            )
+        if "ref_logp" in objective.needs and self.ref_logp is None:
+            raise ValueError(
+                f"{objective} compares with the original model, and these tokens were measured without ref_logp: give "
+                f"token_effect batches with ref_logp (a ReferenceCache and the collator that joins it)"
+            )
+        logp, sizes = torch.cat(self.logp), self._sizes()  # [N], [S]
+        ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
+        valid = torch.ones(len(logp), dtype=torch.bool, device="cpu")
+        weight, _ = weigh(objective, logp, ref, valid, sample_ids(sizes), len(sizes))
+        return list(weight.split(sizes.tolist()))
+
+    def g_effect(self, objective: Objective) -> GEffect:
+        """The G-effect of an objective, from these tokens alone: sum over i of (w_i / Z) e(D, i).
+
+        Exactly the effects that `gfast.g_effect` measures on the same data, without the objective's norm and the
+        risks. Standard errors are over samples.
+
+        Raises:
+            ValueError: as `weights`.
+        """
+        weight, sizes = torch.cat(self.weights(objective)), self._sizes()  # [N], [S]
+        ids, zeros = sample_ids(sizes), torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+        sums = {
+            side: {g: zeros.index_add(0, ids, torch.cat(tokens) * weight) for g, tokens in self._side(side).items()}
+            for side in SIDES
+        }
+        return weighted_effect(self, objective, sums, sizes)
+
+    def samples(self) -> SampleEffect:
+        """The effects of whole samples: sums over their tokens."""
+
+        def summed(tokens: list[Tensor]) -> Tensor:
+            return torch.stack([one.sum() for one in tokens])
+
+        sides = ({group: summed(tokens) for group, tokens in self._side(side).items()} for side in SIDES)
+        ref = None if self.ref_logp is None else summed(self.ref_logp)
+        return SampleEffect(*sides, self._sizes(), self.norms, self.risk, self.counts, summed(self.logp), ref)
+
+    def _sizes(self) -> Tensor:
+        """Labelled tokens of each sample, int64 [S]."""
+        return torch.tensor([len(one) for one in self.logp], device="cpu")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp, label
+        or risk_norm, token the place in the row of input_ids.
+        """
+        rows = []
+        for side in SIDES:
+            for group, tokens in (*self._side(side).items(), ("total", self.total(side))):
+                rows += self._token_rows(tokens, quantity="token_effect", side=side, group=group)
+        rows += self._token_rows(self.logp, quantity="logp")
+        rows += self._token_rows(self.labels, quantity="label")
+        if self.ref_logp is not None:
+            rows += self._token_rows(self.ref_logp, quantity="ref_logp")
+        rows += [{"quantity": "tokens", "sample": s, "value": float(len(one))} for s, one in enumerate(self.logp)]
+        return rows + self._norm_rows()
+
+    def _token_rows(self, tokens: list[Tensor], **keys: str) -> Iterator[dict[str, Any]]:
+        for sample, (values, places) in enumerate(zip(tokens, self.positions, strict=True)):
+            for value, place in zip(values.tolist(), places.tolist(), strict=True):
+                yield {**keys, "sample": sample, "token": place, "value": float(value)}
+
+    @classmethod
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> TokenEffect:
+        found = rows_by(rows, "quantity")
+        sizes = [int(row["value"]) for row in found["tokens"]]
+
+        def split(some: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+            return list(row_values(some).split(sizes))
+
+        effects = rows_by(found["token_effect"], "side")
+        places = torch.tensor([int(row["token"]) for row in found["logp"]], dtype=torch.int64, device="cpu")
+        return cls(
+            *({g: list(v.split(sizes)) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES),
+            logp=split(found["logp"]),
+            labels=[one.long() for one in split(found["label"])],
+            positions=list(places.split(sizes)),
+            norms=norms_of(found),
+            ref_logp=split(found["ref_logp"]) if "ref_logp" in found else None,
+            **scalars,
+        )
