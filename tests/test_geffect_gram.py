@@ -26,6 +26,7 @@ from helpers.geffect_samples import (  # noqa: E402
     square,
 )
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.marks import slow_when  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import gram_effect, pg_effect  # noqa: E402
@@ -56,6 +57,9 @@ def way(request, monkeypatch):
     yield from multiplied(request.param, monkeypatch)
 
 
+@slow_when(
+    lambda p: p.kind != "tied_llama" and p.way not in ("pairs", "gradients of tiles")
+)  # all of one, and two of all
 @pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
 def test_matches_autograd_in_fp64_every_way(kind, way):
     model = tiny(kind).eval()
@@ -64,6 +68,7 @@ def test_matches_autograd_in_fp64_every_way(kind, way):
     assert way  # the calls
 
 
+@slow_when(lambda p: p.kind not in ("gemma2", "phi"))  # the sample engine is asked about each, by the same rules
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama", "tied_llama", "gpt2")])
 def test_matches_autograd_in_fp64(kind):
     model = tiny(kind).eval()
