@@ -62,9 +62,15 @@ LONG = (
     "test_packaging.py",
     "test_instruction_sets.py",
     "test_ops_losses.py",
-    "test_vocab_parallel.py",
-    "test_architectures.py",
+    "test_cli_terminal.py",
+    "test_fuzz.py",
+    "test_cuda_on_cpu.py",
+    "test_training_killed.py",
     "test_bench.py",
+    "test_demo.py",
+    "test_vocab_parallel.py",
+    "test_wrappers_parallel.py",
+    "test_architectures.py",
 )
 
 

@@ -57,9 +57,8 @@ def way(request, monkeypatch):
     yield from multiplied(request.param, monkeypatch)
 
 
-@slow_when(
-    lambda p: p.kind != "tied_llama" and p.way not in ("pairs", "gradients of tiles")
-)  # all of one, and two of all
+# every way of one model, and two of every model
+@slow_when(lambda p: p.kind != "tied_llama" and p.way not in ("pairs", "gradients of tiles"))
 @pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
 def test_matches_autograd_in_fp64_every_way(kind, way):
     model = tiny(kind).eval()
