@@ -31,12 +31,12 @@ TESTS = {  # file: those of its tests that reach the kernels
     "test_grad_dot.py": "cpp and not compiles",
     "test_geffect_gram_products.py": "used_rows or (pair_sums and not refuse)",
 }
-# some of each, on one other set, in `make test`
+# some of each, in `make test`
 FEW = {
     "test_cpp_rows.py": "row_counts or in_place or (weighted_and_logp and 31)",
     "test_linear_forward.py": "keep_their_digits",
     "test_mixed_mm.py": "not refuse",
-    "test_grad_dot.py": "cpp and (any_number or patterns)",
+    "test_grad_dot.py": "cpp and (pair_of_dtypes or any_number or patterns)",
 }
 BRGEMM = ("test_mixed_mm.py", "test_head_grads.py", "test_pair_dots.py", "test_row_dot.py")
 
@@ -83,5 +83,6 @@ def test_every_instruction_set(isa, threads):
     run_on(isa, threads, TESTS)
 
 
-def test_a_few_of_them_on_the_plainest():
-    run_on("default", 1, FEW)
+@pytest.mark.parametrize("isa", LIBRARIES)
+def test_a_few_of_them_on_every_other_set(isa):
+    run_on(isa, 1, FEW)
