@@ -7,8 +7,8 @@
 # Results are DEVICE/KIND*.json, DEVICE a name made from the GPU (GFAST_BENCH_DEVICE chooses another), logs NAME.log,
 # traces in traces/. Benchmarks write after every case, beside the result of an earlier call, which is replaced by a whole
 # one only: a step that fails or runs out of time loses nothing (what it had is partial/KIND*.json, and becomes the result
-# where there was none). For README and docs/benchmarks.md copy the folder DEVICE to bench/results, then run
-# bench/plots.py and bench/render.py.
+# where there was none). For README and docs/performance.md copy the folder DEVICE to bench/results, then run
+# bench/report.py.
 #
 # A failing step does not stop the others; the exit status is the number of failed steps. PYTHON chooses the interpreter
 # (it needs torch with CUDA, cmake, ninja, pytest; the projects of bench/requirements.txt are measured where they are
@@ -49,12 +49,12 @@ step() {
   return "$rc"
 }
 
-# bench NAME SECONDS RESULT SCRIPT [ARGUMENTS...]: a benchmark on the GPU whose result is $results/RESULT.json
+# bench NAME SECONDS RESULT BENCHMARK [ARGUMENTS...]: a benchmark on the GPU whose result is $results/RESULT.json
 bench() {
-  local name=$1 limit=$2 result=$3.json script=$4 whole=1
+  local name=$1 limit=$2 result=$3.json benchmark=$4 whole=1
   shift 4
   rm -f "$out/partial/$result"
-  step "$name" "$limit" "$python" "bench/$script.py" --device cuda "$@" --json "$out/partial/$result" || whole=0
+  step "$name" "$limit" "$python" bench/run.py "$benchmark" --device cuda "$@" --json "$out/partial/$result" || whole=0
   if [ -f "$out/partial/$result" ] && { [ "$whole" -eq 1 ] || [ ! -f "$results/$result" ]; }; then
     mv "$out/partial/$result" "$results/$result"
   fi
@@ -64,7 +64,7 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   say "no CUDA device for $python's torch"
   exit 1
 fi
-device=$("$python" bench/_device.py cuda) || exit 1
+device=$("$python" bench/harness.py cuda) || exit 1
 results=$out/$device
 mkdir -p "$results"
 # The extension of this interpreter alone, for this GPU alone, beside the sources.
@@ -91,39 +91,40 @@ effects='g_effect(GA);g_effect(WGA);g_effect(4 objectives);g_effect(WGA), sample
 effects+=';g_effect(WGA), gram;g_effect(4 objectives), gram;g_effect(WGA), token;pg_effect'
 effects+=';pg_effect, directions given;token_effect;gram_effect;clone loop, WGA;sample loop;published way'
 effects+=';published way, padded;kronfluence, identity;bergson'
-large=(--shapes llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
+large=(--heads llama-3.1-8b --rows 8192 --dtypes bf16 --budget 2)
 
 step build 150 env GFAST_CUDA=1 GFAST_CUDA_ARCH="$arch" "$python" setup.py build_ext --inplace
 step doctor 60 "$python" -m gfast.doctor
 bench losses 170 losses losses "${large[@]}" --objectives wga,nll --providers "$all"
 bench grad_dot 80 grad_dot grad_dot
-bench losses_4096 60 losses_4096 losses --shapes llama-3.1-8b --rows 4096 --ops linear --dtypes bf16 --objectives nll \
+bench losses_4096 60 losses_4096 losses --heads llama-3.1-8b --rows 4096 --ops linear --dtypes bf16 --objectives nll \
   --budget 1 --providers "$fast"
-bench geffect 120 geffect geffect --shape llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6 \
+bench geffect 120 geffect geffect --model llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 6 \
   --providers "$effects"
-bench geffect_small 60 geffect_small geffect --shape smollm2-135m --layers 2 --dtype bf16 --batch 8 --tokens 256 --budget 2
+bench geffect_small 60 geffect_small geffect --model smollm2-135m --layers 2 --dtype bf16 --batch 8 --tokens 256 --budget 2
 # shellcheck disable=SC2086 # a list of files
 step tests_gpu 200 "${few_threads[@]}" "$python" -m pytest -q -ra "${workers[@]}" $on_gpu
 step tests 240 "${few_threads[@]}" "$python" -m pytest -q -ra "${workers[@]}" --ignore tests/test_packaging.py tests
-bench geffect_7b 200 geffect_7b geffect --shape llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
+bench geffect_7b 200 geffect_7b geffect --model llama-2-7b --dtype bf16 --batch 4 --tokens 256 --budget 8 \
   --repetitions 3 --providers 'g_effect(GA);g_effect(WGA);pg_effect;token_effect;gram_effect;clone loop, WGA;published way'
 bench losses_modes 120 losses_modes losses "${large[@]}" --ops linear --objectives wga,nll \
   --modes frozen,nograd,forward --providers "$fast"
 bench losses_batches 90 losses_batches losses "${large[@]}" --ops linear --objectives wga,npo \
   --batches tofu,long --providers "$fast"
-bench losses_shapes 150 losses_shapes losses --shapes all --rows 8192 --dtypes bf16 --objectives wga --budget 1 \
+bench losses_shapes 150 losses_shapes losses --heads all --rows 8192 --dtypes bf16 --objectives wga --budget 1 \
   --providers "$fast"
-bench overhead 80 overhead overhead --shapes tiny,smollm2-135m --dtype bf16 --rounds 3
+bench overhead 80 overhead overhead --models tiny,smollm2-135m --dtype bf16 --rounds 3
 bench sweep_rows 90 losses_sweep_rows losses --sweep rows --values 512,1024,2048,4096,8192,16384 \
-  --shapes llama-3.2-1b --dtypes bf16 --objectives wga --budget 1 --providers "$lines"
-bench sweep_vocab 90 losses_sweep_vocab losses --sweep vocab --shapes llama-3.2-1b --rows 4096 --dtypes bf16 \
+  --heads llama-3.2-1b --dtypes bf16 --objectives wga --budget 1 --providers "$lines"
+bench sweep_vocab 90 losses_sweep_vocab losses --sweep vocab --heads llama-3.2-1b --rows 4096 --dtypes bf16 \
   --objectives wga --budget 1 --providers "$lines"
 for sweep in batch length depth; do
-  bench "sweep_$sweep" 60 "geffect_sweep_$sweep" geffect --sweep "$sweep" --shape smollm2-135m --dtype bf16 \
+  bench "sweep_$sweep" 60 "geffect_sweep_$sweep" geffect --sweep "$sweep" --model smollm2-135m --dtype bf16 \
     --budget 1 --repetitions 5
 done
-bench profile_losses 60 profile_losses profile_losses --shape llama-3.1-8b --rows 8192 --traces "$out/traces"
-bench profile_geffect 60 profile_geffect profile_geffect --shape llama-3.2-1b --dtype bf16 --batch 8 \
+bench profile_losses 60 profile_losses losses --profile --ops linear,logits --heads llama-3.1-8b --rows 8192 \
+  --objectives wga --dtypes bf16 --traces "$out/traces"
+bench profile_geffect 60 profile_geffect geffect --profile --model llama-3.2-1b --dtype bf16 --batch 8 \
   --tokens 256 --traces "$out/traces"
 step micro 60 "$python" -m pytest -q bench --benchmark-only --benchmark-json "$out/micro.json"
 step sanitize_grad_dot 100 "${sanitize[@]}" "$python" -m pytest -q -x -m cuda -k "hundreds or layout or any_number" \

@@ -41,9 +41,9 @@ def subtract(a, b):
 
 
 @triton.jit
-def kl_block(row, ref, out, start, V, c, top_p, sum_p, top_q, sum_q, masked: tl.constexpr, scale: tl.constexpr,
-             softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr, has_out: tl.constexpr,
-             R: tl.constexpr, K: tl.constexpr):
+def kl_block(row, ref, out, start, V, c, top_p, inverse_p, top_q, inverse_q, log_ratio, masked: tl.constexpr,
+             scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
+             has_out: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     """A block's terms of the KL and of sum(p - q), summed along K [R]; its gradient c (p - q) dz'/dz into `out`."""
     at = start + columns(R, K)
     if masked:
@@ -54,10 +54,10 @@ def kl_block(row, ref, out, start, V, c, top_p, sum_p, top_q, sum_q, masked: tl.
         raw_q = tl.load(ref + at, eviction_policy="evict_first")
     x_p, lost_p = subtract(cap_scale(raw, scale, softcap), top_p)
     x_q, lost_q = subtract(cap_scale(raw_q, ref_scale, ref_softcap), top_q)
-    p = tl.exp(x_p) / sum_p
-    q = tl.exp(x_q) / sum_q
+    p = tl.exp(x_p) * inverse_p
+    q = tl.exp(x_q) * inverse_q
     # relative to both maxima: differences of raw logits would lose the KL of rows with a large offset
-    d = (x_q - x_p) + ((lost_q - lost_p) - (tl.log(sum_q) - tl.log(sum_p)))
+    d = (x_q - x_p) + ((lost_q - lost_p) - log_ratio)
     near = tl.abs(d) < 0.34
     bend = d * d * exp_tail(-d)  # exp(-d) - 1 + d
     term = tl.where(near, q * bend, (p - q) + q * d)
@@ -83,12 +83,15 @@ def kl_row(row, ref, out, c, V, top_p, sum_p, top_q, sum_q, scale: tl.constexpr,
     blocks = V // block
     kl = tl.zeros((R,), tl.float32)
     rest = tl.zeros((R,), tl.float32)
+    inverse_p = 1.0 / sum_p
+    inverse_q = 1.0 / sum_q
+    log_ratio = tl.log(sum_q) - tl.log(sum_p)
     if blocks * block < V:
-        kl, rest = kl_block(row, ref, out, blocks * block, V, c, top_p, sum_p, top_q, sum_q, True, scale, softcap,
-                            ref_scale, ref_softcap, has_out, R, K)
+        kl, rest = kl_block(row, ref, out, blocks * block, V, c, top_p, inverse_p, top_q, inverse_q, log_ratio, True,
+                            scale, softcap, ref_scale, ref_softcap, has_out, R, K)
     for j in range(blocks):
-        terms, deltas = kl_block(row, ref, out, (blocks - 1 - j) * block, V, c, top_p, sum_p, top_q, sum_q, False,
-                                 scale, softcap, ref_scale, ref_softcap, has_out, R, K)
+        terms, deltas = kl_block(row, ref, out, (blocks - 1 - j) * block, V, c, top_p, inverse_p, top_q, inverse_q,
+                                 log_ratio, False, scale, softcap, ref_scale, ref_softcap, has_out, R, K)
         kl += terms
         rest += deltas
     r = tl.sum(rest, 0)

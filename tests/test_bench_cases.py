@@ -23,6 +23,8 @@ def losses(monkeypatch):
 def test_wrong_losses_are_reported_and_not_timed(losses, monkeypatch):
     from dataclasses import replace
 
+    import harness
+
     def off_by(name: str, factor: float) -> None:
         provider = losses.PROVIDERS[name]
 
@@ -47,13 +49,13 @@ def test_wrong_losses_are_reported_and_not_timed(losses, monkeypatch):
     assert "unequal" in rows["eager"] and rows["eager"]["median_ms"] > 0  # a peer that rounds is shown, and marked
     assert "not timed" in rows["open_unlearning"]["wrong"] and "median_ms" not in rows["open_unlearning"]
     assert rows["upcast"]["failed"] == "RuntimeError: no kernel"
-    printed = losses.table(list(rows.values()))
+    printed = "\n".join(harness.line(name, row) for name, row in rows.items())
     assert "WRONG" in printed and "UNEQUAL" in printed and "FAILED" in printed
 
 
 def test_memory_is_measured_in_a_fresh_process(losses):
     case = losses.Case("logits", "wga", "tiny", 32, 4096, 512, "fp32", "train", "full", "cpu")
-    size = losses.memory(case, "fresh_copy", lambda: None)
+    size = losses.peak_mb(case, "fresh_copy", lambda: None)
     assert size is None or 7.5 <= size <= 12  # MiB: a copy of 512 x 4096 in fp32 is 8
 
 
@@ -89,7 +91,7 @@ def test_memory_allowed_is_the_gradients_and_one_chunk(losses, monkeypatch):
     monkeypatch.setattr(head, "_multiplies_mixed", lambda: False)
     assert allowed(losses, dtype="bf16")[0] == d_hidden // 2 + d_weight // 2 + logits + rows + 2 * tile
     monkeypatch.setattr(head, "_multiplies_mixed", lambda: True)
-    monkeypatch.setattr("_loss_memory.sum_parts", lambda *shape: 7)
+    monkeypatch.setattr("memory.sum_parts", lambda *shape: 7)
     sums = 7 * 64 * 32 * 4  # of dH, by parts of the vocabulary
     assert allowed(losses, dtype="bf16")[0] == d_hidden // 2 + d_weight // 2 + logits + rows + sums
 
@@ -105,12 +107,13 @@ def test_memory_of_scoring_does_not_grow_with_the_logits(losses):
 
 
 def test_memory_is_judged_where_it_was_measured(losses, monkeypatch):
-    from _laws import checks
+    from harness import line
+    from laws import checks
 
     args = argparse.Namespace(repetitions=1, budget=0.1, peer_budget=None, no_memory=False)
 
     def rows(size: float | None, mode: str = "train") -> list[dict]:
-        monkeypatch.setattr(losses, "memory", lambda *_: size)
+        monkeypatch.setattr(losses, "peak_mb", lambda *_: size)
         return losses.bench(linear_case(losses, mode=mode), ["gfast", "eager", "floor"], args)
 
     def verdicts(found: list[dict]) -> dict[str, bool]:
@@ -121,40 +124,40 @@ def test_memory_is_judged_where_it_was_measured(losses, monkeypatch):
     met, missed = rows(needed), rows(1.2 * needed)
     assert {row["provider"] for row in met if "of_memory" in row} == {"gfast"}
     assert verdicts(met) == {"memory": True} and verdicts(missed) == {"memory": False}
-    assert "memory 1.20 of 1.10: MISSED" in losses.table(missed)
+    assert any("memory 1.20 of 1.10: MISSED" in line("", row) for row in missed)
     assert verdicts(rows(0.0, "nograd")) == {"memory_nograd": True}
     assert verdicts(rows(None)) == {}  # the system could not say
     earlier = [{key: value for key, value in row.items() if key != "of_memory"} for row in missed]
-    assert verdicts(earlier) == {} and "memory" not in losses.table(earlier)
+    assert verdicts(earlier) == {} and not any("memory" in line("", row) for row in earlier)
 
 
 def test_results_say_which_peers_they_were_measured_with(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    import _timing
+    import harness
 
     listed = {line for line in (BENCH / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
-    assert set(_timing.PEERS) <= listed
+    assert set(harness.PEERS) <= listed
     versions = {"trl": "1.2.3", "triton": "4.5.6"}
 
     def version(name: str) -> str:
         if name not in versions:
-            raise _timing.metadata.PackageNotFoundError(name)
+            raise harness.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(_timing.metadata, "version", version)
-    found = _timing.environment()
+    monkeypatch.setattr(harness.metadata, "version", version)
+    found = harness.environment()
     assert found["triton"] == "4.5.6" and found["peers"] == {"trl": "1.2.3"}
 
 
 def test_a_measurement_of_memory_that_fails_says_why(losses):
-    from _timing import peak_in_fresh_process
+    from harness import peak_in_fresh_process
 
     with pytest.raises(RuntimeError, match="measuring memory failed: KeyError"):
-        peak_in_fresh_process(losses.measure, "{}", ["_loss_providers"])
+        peak_in_fresh_process(losses.measure, "{}", ["peers_losses"])
 
 
 def test_slow_steps_are_called_once(losses, monkeypatch):
-    import _timing
+    import harness
 
     calls = {"slow": 0, "fast": 0}
     now = 0.0
@@ -165,16 +168,16 @@ def test_slow_steps_are_called_once(losses, monkeypatch):
         now += seconds
 
     # a clock of our own: on a busy machine a sleep of a millisecond may last a tenth of a second
-    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now))
     steps = {"slow": lambda: step("slow", 0.2), "fast": lambda: step("fast", 0.001)}
-    times = _timing.interleaved(steps, repetitions=5, budget_s=0.1)
+    times = harness.interleaved(steps, repetitions=5, budget_s=0.1)
     assert calls == {"slow": 1, "fast": 3 + 5}
     assert times["slow"]["repetitions"] == 1 and times["slow"]["median_ms"] == pytest.approx(200)
     assert times["fast"]["repetitions"] == 5 and times["fast"]["median_ms"] == pytest.approx(1)
 
 
 def test_units_are_timed_beside_what_they_measure(losses):
-    from _timing import interleaved, of_floor
+    from harness import interleaved, of_floor
 
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in ("unit", "other", "a", "b", "slow")}
@@ -195,7 +198,7 @@ def test_units_are_timed_beside_what_they_measure(losses):
 
 
 def test_floors_are_those_of_the_same_round(losses):
-    from _timing import of_floor, summary
+    from harness import of_floor, summary
 
     one, other, unused = summary([1.0, 2.0, 30.0, 4.0]), summary([1.0, 1.0, 10.0]), summary([1.0])
     # rounds of 2 + 1, 4 + 1 and 60 + 10: a disturbed round has both sides of its ratio disturbed
@@ -216,13 +219,13 @@ def test_wrong_effects_are_reported_and_not_timed(geffect, monkeypatch):
     from dataclasses import replace
 
     def off_by(name: str, factor: float) -> None:
-        provider = geffect.ALL[name]
+        provider = geffect.PROVIDERS[name]
 
         def wrong(model, forget, retain):
             found = provider.run(model, forget, retain)
             return {s: {group: factor * value for group, value in groups.items()} for s, groups in found.items()}
 
-        monkeypatch.setitem(geffect.ALL, name, replace(provider, run=wrong))
+        monkeypatch.setitem(geffect.PROVIDERS, name, replace(provider, run=wrong))
 
     off_by("g_effect(WGA)", 1.001)
     off_by("clone loop, WGA", 1.001)
@@ -236,13 +239,13 @@ def test_wrong_effects_are_reported_and_not_timed(geffect, monkeypatch):
 
 
 def test_effects_of_another_shape_are_wrong(geffect):
-    import _effect_checks
     import torch
+    import truth
 
     settings = {"shape": "tiny", "dtype": "fp32", "batch": 2, "tokens": 10, "layers": 1, "device": "cpu"}
-    truth = _effect_checks.Truth(*geffect.setup(settings))
+    exact = truth.Truth(*geffect.setup(settings))
     some = {"total": torch.zeros(3, dtype=torch.float64)}
-    assert _effect_checks.error(truth, {"unlearn": some, "retain": some}, "sample") == float("inf")
+    assert truth.error(exact, {"unlearn": some, "retain": some}, "sample") == float("inf")
 
 
 MICRO_BATCHES = "published way, micro-batches"
@@ -253,11 +256,11 @@ def tiny(rows: int) -> dict:
 
 
 def test_one_micro_batch_of_the_published_way_is_exact(geffect):
-    from _effect_checks import Truth
-    from _effect_providers import MICRO_BATCH
+    from peers_effects import MICRO_BATCH
+    from truth import Truth
 
     batches = geffect.setup(tiny(MICRO_BATCH))
-    found, truth = geffect.ALL[MICRO_BATCHES].run(*batches), Truth(*batches)
+    found, truth = geffect.PROVIDERS[MICRO_BATCHES].run(*batches), Truth(*batches)
     for side in ("unlearn", "retain"):
         exact, _ = truth.table("effect", side)[0]["total"]
         assert float(found[side]["total"]) == pytest.approx(exact, rel=1e-4)
@@ -267,9 +270,9 @@ def test_one_micro_batch_of_the_published_way_is_exact(geffect):
 
 def test_several_micro_batches_of_the_published_way_are_moving_averages(geffect):
     import torch
-    from _effect_checks import Truth
-    from _effect_providers import MICRO_BATCH
-    from _models import rows_of
+    from cases import rows_of
+    from peers_effects import MICRO_BATCH
+    from truth import Truth
 
     def gradient(batch, weighted: bool):
         """Flat, of the mean NLL or of minus the mean of p NLL, p detached."""
@@ -287,7 +290,7 @@ def test_several_micro_batches_of_the_published_way_are_moving_averages(geffect)
             gradient(rows_of(batch, i * MICRO_BATCH, (i + 1) * MICRO_BATCH), weighted) for i in range(3)
         )
         average[key] = 0.36 * first + 0.24 * second + 0.4 * third
-    found, truth = geffect.ALL[MICRO_BATCHES].run(model, forget, retain), Truth(model, forget, retain)
+    found, truth = geffect.PROVIDERS[MICRO_BATCHES].run(model, forget, retain), Truth(model, forget, retain)
     for side in ("unlearn", "retain"):
         value = float(found[side]["total"])
         assert value == pytest.approx(float(average["objective"] @ average[side]), rel=1e-4)
@@ -299,8 +302,9 @@ def test_several_micro_batches_of_the_published_way_are_moving_averages(geffect)
 def test_an_approximation_is_shown_with_its_error(geffect, monkeypatch):
     from dataclasses import replace
 
-    import _laws
-    import _tables
+    import harness
+    import laws
+    import pictures
 
     names = ["g_effect(WGA)", "published way", MICRO_BATCHES]
     args = argparse.Namespace(repetitions=1, budget=1.0, no_memory=True)
@@ -308,21 +312,19 @@ def test_an_approximation_is_shown_with_its_error(geffect, monkeypatch):
     ours, published, approximate = rows[-3:]
     assert "unequal" not in ours and "unequal" not in published and "off_by" not in published
     assert approximate["median_ms"] > 0 and approximate["off_by"] > 1e-2
-    assert "UNEQUAL: off by" in geffect.table(rows)
-    told = f"off by {approximate['off_by']:.1%}"
-    against = geffect.against_published(rows)
-    assert [row["against"] for row in against] == ["published way"]  # what is not the same numbers is no law
-    data = json.loads(json.dumps({"settings": tiny(4), "rows": rows, "published": against}))
-    assert f"unequal: {told} |" in _tables.geffect(data)
-    assert f" ≠ {told} |" in _tables.short_geffect({"cpu-test": data})
-    assert not [check.case for check in _laws.checks("geffect", data) if MICRO_BATCHES in check.case]
+    assert "UNEQUAL: off by" in harness.line("", approximate)
+    assert pictures.marked("", approximate) == f" ≠ {approximate['off_by']:.0%} off"
+    data = json.loads(json.dumps({"settings": tiny(4), "rows": rows}))
+    found = list(laws.checks("geffect", data))
+    assert {check.law for check in found} == {"g_effect", "ahead_time"}
+    assert not [check.case for check in found if MICRO_BATCHES in check.case]  # what is not the same numbers is no law
 
-    provider = geffect.ALL[MICRO_BATCHES]
+    provider = geffect.PROVIDERS[MICRO_BATCHES]
 
     def far(model, forget, retain):  # beyond what is refused of others
         found = provider.run(model, forget, retain)
         return {side: {"total": 100 * groups["total"]} for side, groups in found.items()}
 
-    monkeypatch.setitem(geffect.ALL, MICRO_BATCHES, replace(provider, run=far))
+    monkeypatch.setitem(geffect.PROVIDERS, MICRO_BATCHES, replace(provider, run=far))
     note = geffect.checked(tiny(4), [MICRO_BATCHES])[MICRO_BATCHES]
     assert "wrong" not in note and note["off_by"] > 10 and "unequal" in note

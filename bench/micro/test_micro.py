@@ -55,119 +55,79 @@ def data():
 
 
 def plain_logp(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
 def backward(loss: torch.Tensor, *leaves: torch.Tensor):
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.benchmark(group="token_logp")
+def leaves_of(op: str, data, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What the op is of: hidden states and weight, or logits; in the dtype, differentiable."""
+    hidden, weight = (t.to(dtype) for t in data[:2])
+    leaves = (hidden, weight) if op.startswith("linear") else (hidden @ weight.T,)
+    return tuple(t.detach().requires_grad_() for t in leaves)
+
+
+def wide_logits(leaves: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Copies of the leaves in fp64, and the logits from them."""
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    return wide, wide[0] if len(wide) == 1 else wide[0] @ wide[1].T
+
+
 @DTYPES
-def test_token_logp(benchmark, data, dtype):
-    hidden, weight, labels, _ = data
-    logits = (hidden @ weight.T).to(dtype)
-    close(benchmark(waited(lambda: gfast.token_logp(logits, labels))), plain_logp(logits, labels), dtype)
+@pytest.mark.parametrize("op", ["token_logp", "linear_token_logp"])
+def test_logp(benchmark, data, dtype, op):
+    benchmark.group = "log-probs"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
+    with torch.no_grad():
+        found = benchmark(waited(lambda: getattr(gfast, op)(*leaves, labels)))
+    close(found, plain_logp(wide_logits(leaves)[1].detach(), labels), dtype)
 
 
-@pytest.mark.benchmark(group="linear_token_logp")
-@DTYPES
-def test_linear_token_logp(benchmark, data, dtype):
-    hidden, weight, labels, _ = (t.to(dtype) if t.is_floating_point() else t for t in data)
-    found = benchmark(waited(lambda: gfast.linear_token_logp(hidden, weight, labels)))
-    close(found, plain_logp(hidden @ weight.T, labels), dtype)
-
-
-@pytest.mark.benchmark(group="log-probs, forward and backward")
 @DTYPES
 @pytest.mark.parametrize("op", ["token_logp", "linear_token_logp"])
 def test_logp_gradients(benchmark, data, dtype, op):
-    hidden, weight, labels, _ = (t.to(dtype) if t.is_floating_point() else t for t in data)
-    leaves = (hidden, weight) if op == "linear_token_logp" else (hidden @ weight.T,)
-    leaves = tuple(t.detach().requires_grad_() for t in leaves)
+    benchmark.group = "log-probs, forward and backward"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
     found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, labels).sum(), *leaves)))
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    logits = wide[0] if op == "token_logp" else wide[0] @ wide[1].T
+    wide, logits = wide_logits(leaves)
     wanted = torch.autograd.grad(plain_logp(logits, labels).sum(), wide)
     for one, exact in zip(found[1:], wanted, strict=True):
         assert (one.double() - exact).norm() <= (1e-5 if dtype == torch.float32 else 3e-2) * exact.norm()
 
 
-@pytest.mark.benchmark(group="unlearn_loss, forward and backward")
-@DTYPES
-def test_unlearn_loss_in_place(benchmark, data, dtype):
-    hidden, weight, labels, _ = data
-    logits = (hidden @ weight.T).to(dtype)
-    leaf = logits.clone().requires_grad_()
-
-    def step():  # the op overwrites what a layer produced, never a leaf
-        return backward(gfast.unlearn_loss(leaf * 1, labels, WGA(alpha=1.0), inplace=True).loss, leaf)
-
-    wanted = gfast.unlearn_loss(logits.double(), labels, WGA(alpha=1.0), impl="reference").loss
-    close(benchmark(waited(step))[0], wanted, dtype)
-
-
-@pytest.mark.benchmark(group="unlearn_loss, forward and backward")
 @DTYPES
 @OBJECTIVES
-def test_unlearn_loss(benchmark, data, dtype, objective):
-    hidden, weight, labels, ref = data
-    logits = (hidden @ weight.T).to(dtype).requires_grad_()
-    ref = ref if "ref_logp" in objective.needs else None
+@pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss", "in place"])
+def test_losses(benchmark, data, dtype, objective, op):
+    benchmark.group = f"{op}, forward and backward"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
+    ref = data[3] if "ref_logp" in objective.needs else None
 
     def step():
-        return backward(gfast.unlearn_loss(logits, labels, objective, ref_logp=ref).loss, logits)
+        if op == "in place":  # the op overwrites what a layer produced, never a leaf
+            loss = gfast.unlearn_loss(leaves[0] * 1, labels, objective, ref_logp=ref, inplace=True)
+        else:
+            loss = getattr(gfast, op)(*leaves, labels, objective, ref_logp=ref)
+        return backward(loss.loss, *leaves)
 
-    wanted = gfast.unlearn_loss(logits.detach().double(), labels, objective, ref_logp=ref, impl="reference").loss
-    close(benchmark(waited(step))[0], wanted, dtype)
-
-
-@pytest.mark.benchmark(group="linear_unlearn_loss, forward and backward")
-@DTYPES
-@OBJECTIVES
-def test_linear_unlearn_loss(benchmark, data, dtype, objective):
-    hidden, weight, labels, ref = data
-    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-    ref = ref if "ref_logp" in objective.needs else None
-
-    def step():
-        loss = gfast.linear_unlearn_loss(hidden, weight, labels, objective, ref_logp=ref).loss
-        return backward(loss, hidden, weight)
-
-    logits = hidden.detach().double() @ weight.detach().double().T
+    logits = wide_logits(leaves)[1].detach()
     wanted = gfast.unlearn_loss(logits, labels, objective, ref_logp=ref, impl="reference").loss
     close(benchmark(waited(step))[0], wanted, dtype)
 
 
-def plain_kl(logits: torch.Tensor, ref_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    each = F.kl_div(
-        logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1), log_target=True, reduction="none"
-    )
-    return each.sum(-1)[labels != -100].mean()
-
-
-@pytest.mark.benchmark(group="token_kl, forward and backward")
 @DTYPES
-def test_token_kl(benchmark, data, dtype):
-    hidden, weight, labels, _ = data
-    logits = (hidden @ weight.T).to(dtype).requires_grad_()
-    ref_logits = (hidden @ weight.flip(1).T).to(dtype)
-    found = benchmark(waited(lambda: backward(gfast.token_kl(logits, ref_logits, labels), logits)))
-    close(found[0], plain_kl(logits.detach(), ref_logits, labels), dtype)
-
-
-@pytest.mark.benchmark(group="linear_token_kl, forward and backward")
-@DTYPES
-def test_linear_token_kl(benchmark, data, dtype):
-    hidden, weight, labels, _ = data
-    ref_hidden, ref_weight = hidden.to(dtype), weight.flip(1).to(dtype).contiguous()
-    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-
-    def step():
-        return backward(gfast.linear_token_kl(hidden, weight, ref_hidden, ref_weight, labels), hidden, weight)
-
-    wanted = plain_kl(hidden.detach() @ weight.detach().T, ref_hidden @ ref_weight.T, labels)
-    close(benchmark(waited(step))[0], wanted, dtype)
+@pytest.mark.parametrize("op", ["token_kl", "linear_token_kl"])
+def test_kl(benchmark, data, dtype, op):
+    benchmark.group = "KL, forward and backward"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
+    ref = leaves_of(op, (data[0], data[1].flip(1).contiguous()), dtype)
+    ref = [t.detach() for t in ref]
+    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels), *leaves)))
+    mine, other = (wide_logits(tensors)[1].detach().log_softmax(-1) for tensors in (leaves, ref))
+    each = F.kl_div(mine, other, log_target=True, reduction="none").sum(-1)
+    close(found[0], each[labels != -100].mean(), dtype)
 
 
 @pytest.mark.benchmark(group="grad_dot")

@@ -129,7 +129,7 @@ def _train(
     collator: Any = sides.collator
     if both.retain is not None:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
-    callbacks = [_measure(objective, both, sides, references, config)] if config.geffect_every else []
+    callbacks = [_geffect_callback(objective, both, sides, references, config)] if config.geffect_every else []
     trainer = UnlearnTrainer(
         model,
         config,
@@ -244,7 +244,7 @@ def _references(
     return found
 
 
-def _measure(
+def _geffect_callback(
     objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig
 ) -> GEffectCallback:
     samples, size = config.geffect_samples, config.per_device_eval_batch_size

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gfast import wrappers
 from gfast.geffect.contributions.coverage import repeatable
-from gfast.geffect.data import SIDE_SOURCES, Data, Term, to_device
+from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.results import SIDES
 from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss, model_output, output_loss
 from gfast.objectives import KL, RMU, RR, Objective
+from gfast.sides import SETS, SIDES
 
 Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
 Consumer = Callable[[int, Tensor, int], None]  # (parameter's index, its gradient, position in the work)
@@ -60,7 +60,7 @@ class Passes:
 
     def risks(self, risk: Objective) -> dict[str, float]:
         """The risk on each side whose gradient was measured."""
-        terms = {side: Term(risk, source) for side, source in zip(SIDES, SIDE_SOURCES, strict=True)}
+        terms = {side: Term(risk, source) for side, source in zip(SIDES, SETS, strict=True)}
         return {side: self.values[term] for side, term in terms.items() if term in self.values}
 
     def batches(self, job: Job) -> int:

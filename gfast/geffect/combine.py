@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from gfast.geffect.backward import Job
-from gfast.geffect.data import SIDE_SOURCES, identity_factor, terms
+from gfast.geffect.data import identity_factor, terms
 from gfast.geffect.directions import risk_counts
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
-from gfast.geffect.results import SIDES, GEffect, standard_error
+from gfast.geffect.results import GEffect, standard_error
 from gfast.objectives import Objective
+from gfast.sides import SETS, SIDES
 
 
 @dataclass
@@ -82,7 +83,7 @@ def _plan(objective: Objective, risk: Objective | None, norms: bool) -> Plan:
         if identity is None:
             rest.append((factor, term))
         else:
-            known[SIDE_SOURCES.index(term.source)] += factor * identity
+            known[SETS.index(term.source)] += factor * identity
     if norms and len(rest) > 1:  # the norm of a sum needs its terms accumulated into one gradient
         return Plan(objective, tuple(known), ((1.0, tuple(rest)),))
     return Plan(objective, tuple(known), tuple((factor, ((1.0, term),)) for factor, term in rest))

@@ -14,10 +14,10 @@ from gfast import packed
 from gfast.hf import OWN_KEYS
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
 from gfast.ops.common import IGNORE_INDEX
+from gfast.sides import SETS
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
 _REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
-SIDE_SOURCES = ("forget", "retain")  # the sets whose risk is looked at, in the order of all tensors
 OWN_DATA = frozenset({"preferred", "refusal"})
 # Tensors of a batch with a value a position, and without.
 _BY_POSITION = frozenset(
@@ -56,7 +56,7 @@ def risk_terms(risk: Objective) -> list[Term]:
 
 def identity_factor(term: Term, risk: Objective) -> float | None:
     """c when the gradient of the term is c times that of the risk on the same set, by construction; else None."""
-    if term.source not in SIDE_SOURCES or term.objective.default_reduction != risk.default_reduction:
+    if term.source not in SETS or term.objective.default_reduction != risk.default_reduction:
         return None
     if term.objective == risk:
         return 1.0
@@ -165,7 +165,7 @@ class Data:
 
     def fingerprints(self) -> dict[str, str]:
         """Of the forget and of the retain data: the same however their rows are ordered, batched or padded."""
-        return {source: _fingerprint(self.batches[source]) for source in SIDE_SOURCES}
+        return {source: _fingerprint(self.batches[source]) for source in SETS}
 
     def _counts(self, term: Term) -> list[int]:
         if term not in self._known_counts:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from gfast.files import DamagedFile, read_json, undamaged, write_json
 from gfast.geffect.backward import Job, Passes, Progress, job_label
-from gfast.geffect.data import SIDE_SOURCES, Data, Term
+from gfast.geffect.data import Data, Term
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.results import SIDES
 from gfast.geffect.storage import FileStore, Store, store_for
 from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
+from gfast.sides import SETS, SIDES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 FORMAT = "gfast-directions-3"
@@ -142,7 +142,7 @@ class Directions:
             gram = torch.tensor(found["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
             squares = torch.tensor(found["squares"], dtype=torch.float64, device="cpu")
             risks = {side: float(found["risks"][side]) for side in SIDES}
-            data = {source: str(found["data"][source]) for source in SIDE_SOURCES}
+            data = {source: str(found["data"][source]) for source in SETS}
             expected = found["files"] if stored == FORMAT else {side: None for side in SIDES}
         for store, side in zip(stores, SIDES, strict=True):
             if store.checksum != expected[side]:
@@ -186,7 +186,7 @@ def collect(
     """`risk_directions` on a model that is lent already."""
     stores: list[Store] = []
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
-    for side, source in enumerate(SIDE_SOURCES):
+    for side, source in enumerate(SETS):
         job = ((1.0, Term(risk, source)),)
         into = store_for(storage, dtype, source, passes.names, passes.device)
         table, gradient = accumulate(passes, job, stores, into)

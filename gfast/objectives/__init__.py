@@ -5,14 +5,29 @@
 
 from __future__ import annotations
 
-from gfast.objectives.base import Objective, from_name
+from gfast.objectives.base import Objective
 from gfast.objectives.hidden import KL, RMU, RR
 from gfast.objectives.mix import Mix
+from gfast.objectives.registry import REGISTRY, from_name
 from gfast.objectives.sequence import DPO, NPO, SimNPO
 from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp
 
-REGISTRY: dict[str, type[Objective]] = {
-    cls.key: cls for cls in (GA, WGA, SatImp, TNPO, WTNPO, NPO, SimNPO, DPO, PO, NLL, KL, RMU, RR)
-}
-
-__all__ = [*(cls.__name__ for cls in REGISTRY.values()), "Mix", "Objective", "REGISTRY", "from_name"]
+__all__ = [
+    "DPO",
+    "GA",
+    "KL",
+    "Mix",
+    "NLL",
+    "NPO",
+    "Objective",
+    "PO",
+    "REGISTRY",
+    "RMU",
+    "RR",
+    "SatImp",
+    "SimNPO",
+    "TNPO",
+    "WGA",
+    "WTNPO",
+    "from_name",
+]

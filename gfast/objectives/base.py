@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gfast.ops.common import IGNORE_INDEX
 from gfast.ops.weights import WeightSpec
-from gfast.words import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -55,29 +54,3 @@ class WeightedObjective(Objective):
     def spec(self) -> WeightSpec:
         """The numbers that kernels take: see ``gfast.ops.weights``."""
         raise TypeError(f"gfast: {type(self).__name__} defines no weights.")
-
-
-def from_name(name: str, **parameters: float) -> Objective:
-    """An objective from its short name.
-
-    Raises:
-        ValueError: an unknown name, or a parameter the objective does not have; both list what exists.
-
-    Example:
-        >>> from_name("wga", alpha=0.5)
-        WGA(alpha=0.5)
-    """
-    from gfast.objectives import REGISTRY
-
-    cls = REGISTRY.get(name.lower())
-    if cls is None:
-        meant = did_you_mean(name, (cls.__name__ for cls in REGISTRY.values()))
-        choose = f"{meant} Else choose one of" if meant else "; choose one of"
-        raise ValueError(f"gfast: no objective is called {name!r}{choose} {', '.join(sorted(REGISTRY))}.")
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ValueError(
-            f"gfast: {cls.__name__} has no parameter {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
-        )
-    return cls(**parameters)

@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gfast.report.runs import Run
 from gfast.report.style import Theme, linear_threshold, power, run_color, run_marker, steps_axis, wrap, zero_line
+from gfast.sides import SIDES
 
 WEIGHT_RANGES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0), (1.0, math.inf))
 MAX_POINTS = 600  # above it a scatter is a blot, and the density is drawn instead
@@ -46,7 +47,7 @@ def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.nda
         except ValueError:
             return []
         kept = (effect.tokens > 0).numpy()
-        sides = (effect.total(side).numpy()[kept] for side in ("unlearn", "retain"))
+        sides = (effect.total(side).numpy()[kept] for side in SIDES)
         found.append((step, weight.numpy()[kept], *sides))
     return found
 

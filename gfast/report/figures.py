@@ -38,6 +38,7 @@ from gfast.report.style import (
     wrap,
     zero_line,
 )
+from gfast.sides import SIDES
 
 MAX_PANEL_GROUPS = 8
 PANELS_PER_BAND = 5
@@ -114,7 +115,7 @@ def drawings(runs: list[Run]) -> list[Drawing]:
                 _draw_training,
             )
         )
-    if any(len(run.series("risk", side)[0]) for run in runs for side in ("unlearn", "retain")):
+    if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES):
         found.append(
             Drawing(
                 "nll",
@@ -183,7 +184,7 @@ def _side_legend(figure: Figure, theme: Theme) -> None:
 def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
     columns = min(len(runs), PANELS_PER_BAND)
     bands = math.ceil(len(runs) / PANELS_PER_BAND)
-    keys = {name: [(name, side, "total") for side in ("unlearn", "retain")] for name in ("g_effect", "cosine")}
+    keys = {name: [(name, side, "total") for side in SIDES] for name in ("g_effect", "cosine")}
     cosines = np.abs(_values(runs, keys["cosine"]))
     shown = ["g_effect", "cosine"] if cosines.size else ["g_effect"]
     figure = Figure(figsize=(max(2.35 * columns + 0.6, 6.4), 2.45 * bands * len(shown) + 0.35), layout="constrained")
@@ -236,7 +237,7 @@ def _draw_groups(runs: list[Run], theme: Theme) -> Figure:
         ax.set_title(group, fontweight="bold")
     for ax in grid[-1]:
         ax.set_xlabel("optimizer step")
-    keys = [("g_effect", side, group) for side in ("unlearn", "retain") for group in groups]
+    keys = [("g_effect", side, group) for side in SIDES for group in groups]
     signed_axis(grid.flat, _values(runs, keys), theme)
     figure.supylabel("G-effect ⟨∇NLL, ∇objective⟩", fontsize=9)
     _side_legend(figure, theme)
@@ -251,13 +252,13 @@ def _draw_heat(runs: list[Run], theme: Theme) -> Figure:
     height = max(1.9, 0.11 * len(groups) + 0.5)
     figure = Figure(figsize=(8.4, height * len(runs) + 0.8), layout="constrained")
     grid = figure.subplots(len(runs), 2, squeeze=False)
-    values = _values(runs, [("g_effect", side, group) for side in ("unlearn", "retain") for group in groups])
+    values = _values(runs, [("g_effect", side, group) for side in SIDES for group in groups])
     top = np.abs(values).max(initial=1e-12)
     norm = SymLogNorm(linthresh=linear_threshold(values), vmin=-top, vmax=top)
     colors = LinearSegmentedColormap.from_list("gold-navy", ["#a86f00", "#f2c14e", "#ffffff", "#7f9fe0", "#1d3a7a"])
     mesh = None
     for row, run in zip(grid, runs, strict=True):
-        for ax, side in zip(row, ("unlearn", "retain"), strict=True):
+        for ax, side in zip(row, SIDES, strict=True):
             steps = run.series("g_effect", side, "total")[0]
             cells = np.full((len(groups), len(steps)), np.nan)
             for i, group in enumerate(groups):
@@ -323,7 +324,7 @@ def _draw_training(runs: list[Run], theme: Theme) -> Figure:
 def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
     figure = Figure(figsize=(10.8, 3.6), layout="constrained")
     forget, retain, both = figure.subplots(1, 3)
-    values = _values(runs, [("risk", side, "") for side in ("unlearn", "retain")])
+    values = _values(runs, [("risk", side, "") for side in SIDES])
     logarithmic = values.min() > 0 and values.max() > 20 * values.min()
     for ax, side, title in (
         (forget, "unlearn", "forget set: wanted up"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gfast.report.runs import Run
+from gfast.sides import SIDES
 
 # A first-order effect under this share of the two gradient norms is called flat: rounding noise, not direction.
 FLAT_COSINE = 1e-3
@@ -58,11 +59,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "retain_total": float(retain.sum()) if len(retain) else None,
         "peaks_by_group": {
             group: {
-                side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in ("unlearn", "retain")
+                side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES
             }
             for group in run.groups
         },
-        "nonfinite": bad_unlearn + bad_retain + sum(_clean(run, "risk", side, "")[2] for side in ("unlearn", "retain")),
+        "nonfinite": bad_unlearn + bad_retain + sum(_clean(run, "risk", side, "")[2] for side in SIDES),
     }  # fmt: skip
 
 

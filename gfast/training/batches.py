@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from gfast import packed, wrappers
 from gfast.objectives import RMU, RR, Objective
+from gfast.sides import SETS
 from gfast.training.reference import ReferenceCache
-
-SIDES = ("forget", "retain")
 
 
 def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -22,8 +21,8 @@ def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     >>> list(sides({"input_ids": 0}))
     ['forget']
     """
-    if any(isinstance(batch.get(side), Mapping) for side in SIDES):
-        return {side: batch[side] for side in SIDES if batch.get(side) is not None}
+    if any(isinstance(batch.get(name), Mapping) for name in SETS):
+        return {name: batch[name] for name in SETS if batch.get(name) is not None}
     return {"forget": batch}
 
 

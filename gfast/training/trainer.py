@@ -16,6 +16,7 @@ from gfast import wrappers
 from gfast.data import epoch_callback
 from gfast.locks import claimed
 from gfast.objectives import RMU, RR, Mix, Objective
+from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.config import UnlearnConfig
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
@@ -82,7 +83,7 @@ class UnlearnTrainer(Trainer):
         objective = args.build_objective() if objective is None else objective
         self.objective = objective if isinstance(objective, Mix) else Mix(objective)
         self.references = dict(references or {})
-        unknown = set(self.references) - set(batches.SIDES)
+        unknown = set(self.references) - set(SETS)
         if unknown:
             raise ValueError(f"references has the keys {sorted(unknown)}; the keys are forget and retain")
         if self.references:

@@ -32,7 +32,7 @@ from torch import Tensor
 from gfast.geffect.backward import Passes, Progress, term_label
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, find_sites
 from gfast.geffect.contributions.row_pass import RowPass, Seed, check_weighted, frozen
-from gfast.geffect.data import SIDE_SOURCES, Term, identity_factor, to_device
+from gfast.geffect.data import Term, identity_factor, to_device
 from gfast.geffect.engines.gram_products import Caches, own_products, products
 from gfast.geffect.engines.gram_rows import Rows, rows_of
 from gfast.geffect.request import Request
@@ -41,6 +41,7 @@ from gfast.model import shifted
 from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.common import IGNORE_INDEX
+from gfast.sides import SETS
 
 _Batch = Mapping[str, Any]
 
@@ -51,14 +52,12 @@ def gram_effects(request: Request) -> GramEffect:
     batches = request.data.batches
     tokens = {
         source: torch.cat([(batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu() for batch in batches[source]])
-        for source in SIDE_SOURCES
+        for source in SETS
     }
-    starts = {source: _starts(batches[source]) for source in SIDE_SOURCES}
-    total = {source: len(tokens[source]) for source in SIDE_SOURCES}
+    starts = {source: _starts(batches[source]) for source in SETS}
+    total = {source: len(tokens[source]) for source in SETS}
     groups = request.groups.names
-    out = {
-        s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64, device="cpu") for s in SIDE_SOURCES
-    }
+    out = {s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64, device="cpu") for s in SETS}
 
     def put(source: str, first: int, second: int, values: Tensor) -> None:
         rows, columns = starts["forget"][first], starts[source][second]
@@ -75,7 +74,7 @@ def gram_effects(request: Request) -> GramEffect:
             for second, other in enumerate(batches["retain"]):
                 put("retain", first, second, pairs.cross(other)[0])
             put("forget", first, first, pairs.with_kept(0)[0])
-    sides = ({name: out[s][:, g].contiguous() for g, name in enumerate(groups)} for s in SIDE_SOURCES)
+    sides = ({name: out[s][:, g].contiguous() for g, name in enumerate(groups)} for s in SETS)
     counts = {"unlearn": int(tokens["forget"].sum()), "retain": int(tokens["retain"].sum())}
     return GramEffect(*sides, tokens, counts=counts)
 
@@ -87,7 +86,7 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
     objectives' on the other. Raises ValueError for an objective or a risk without token weights.
     """
     data = request.data
-    risks = [Term(request.risk, source) for source in SIDE_SOURCES]
+    risks = [Term(request.risk, source) for source in SETS]
     for one in (*terms, *risks):
         check_weighted(one, "gram")
     dots = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}

@@ -41,7 +41,7 @@ def sample_effects(request: Request) -> SampleEffect:
     sites = find_sites(request.model, request.groups, "sample")
     batches = request.data.batches["forget"]
     with request.directions() as directions:
-        found = _measure(request, directions, sites, [(batch, [None]) for batch in batches])
+        found = _measure_batches(request, directions, sites, [(batch, [None]) for batch in batches])
         dots, logp = torch.cat([values for (values,), _ in found]), torch.cat([logp for _, logp in found])
         _check_complete(dots, directions)
         norms, counts = directions.norms(), directions.counts
@@ -67,7 +67,7 @@ def objective_dots(request: Request, directions: Directions, terms: Sequence[Ter
         check_weighted(term, "sample")
     sites = find_sites(request.model, request.groups, "sample")
     work = request.data.shared(terms)
-    found = _measure(request, directions, sites, work)
+    found = _measure_batches(request, directions, sites, work)
     out = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
     for (_, some), (dots, _) in zip(work, found, strict=True):
         for term, values in zip(some, dots, strict=True):
@@ -86,7 +86,7 @@ def contribution_dots(contribution: Contribution, direction: Tensor) -> Tensor:
     return row_sums(contribution.terms.to(wide) * direction.reshape(-1))
 
 
-def _measure(
+def _measure_batches(
     request: Request,
     directions: Directions,
     sites: Sites,

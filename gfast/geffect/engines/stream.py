@@ -9,13 +9,14 @@ from torch import Tensor
 
 from gfast.geffect.backward import Job, Passes, Progress, job_label
 from gfast.geffect.combine import Measured, finished, jobs_of, plans
-from gfast.geffect.data import SIDE_SOURCES, Term
+from gfast.geffect.data import Term
 from gfast.geffect.directions import accumulate, collect, dots
 from gfast.geffect.request import Request
 from gfast.geffect.results import GEffect
 from gfast.geffect.storage import Store, store_for
 from gfast.model_state import measuring
 from gfast.objectives import Objective
+from gfast.sides import SETS
 
 
 def stream_effects(request: Request, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
@@ -36,7 +37,7 @@ def stream_effects(request: Request, objectives: Sequence[Objective], norms: boo
         else:
             directions = given or collect(passes, risk, request.groups, request.dtype, request.storage)
             gram, risks = directions.gram, directions.risks
-            measured = _measure(passes, directions.stores, jobs, norms)
+            measured = _measure_jobs(passes, directions.stores, jobs, norms)
             if given is None:
                 directions.close()
     return finished(wanted, request, gram, measured, risks)
@@ -69,7 +70,7 @@ def _swapped(
 
     None where that is not possible. The dot product of the two risks stays 0: nothing here needs it.
     """
-    risks = [((1.0, Term(risk, source)),) for source in SIDE_SOURCES]
+    risks = [((1.0, Term(risk, source)),) for source in SETS]
     if max(map(passes.batches, (job, *risks))) > 1:
         return None
     own, of_risks = passes.work(job), [passes.work(one) for one in risks]
@@ -109,7 +110,7 @@ def _swapped(
     return gram, {job: Measured(found, square)}
 
 
-def _measure(passes: Passes, stores: list[Store], jobs: Sequence[Job], norms: bool) -> dict[Job, Measured]:
+def _measure_jobs(passes: Passes, stores: list[Store], jobs: Sequence[Job], norms: bool) -> dict[Job, Measured]:
     """Dots of the gradients of combinations of terms with both directions, and their norms where they can be had."""
     measured = {}
     for job in jobs if norms else ():

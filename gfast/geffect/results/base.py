@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from gfast.sides import SIDES
+
 if TYPE_CHECKING:
     import pandas
 
-SIDES = ("unlearn", "retain")
 # Every result is a tidy table with these columns; those that a kind does not have are empty.
 COLUMNS = ("objective", "step", "quantity", "side", "group", "sample", "token", "other", "value")
 Norms = dict[str, dict[str, float]]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gfast.geffect.groups import depth
-from gfast.geffect.results.base import SIDES, Effect, rows_by
+from gfast.geffect.results.base import Effect, rows_by
 from gfast.geffect.results.g_effect import GEffect
+from gfast.sides import SIDES
 
 if TYPE_CHECKING:
     import pandas

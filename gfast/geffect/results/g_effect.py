@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from gfast.geffect.results.base import SIDES, Effect, Norms
+from gfast.geffect.results.base import Effect, Norms
+from gfast.sides import SIDES
 
 _NEEDS_NORM = (
     "the norm of the objective's gradient was not measured, because over several batches that takes storing one more "

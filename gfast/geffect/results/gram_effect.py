@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gfast.geffect.results.base import SIDES, Effect, Norms, row_values, rows_by, tensors_by_group
+from gfast.geffect.results.base import Effect, Norms, row_values, rows_by, tensors_by_group
 from gfast.geffect.results.sample_effect import SampleEffect
 from gfast.objectives import NLL
+from gfast.sides import SIDES
 
 
 @dataclass(repr=False)

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gfast.geffect.results.base import SIDES, Effect, Norms, row_values, rows_by, tensors_by_group
+from gfast.geffect.results.base import Effect, Norms, row_values, rows_by, tensors_by_group
 from gfast.geffect.results.g_effect import GEffect
 from gfast.geffect.results.sample_effect import SampleEffect
 from gfast.geffect.results.weighted import norms_of, sample_ids, spec_on_forget, weighted_effect
 from gfast.objectives import Objective
 from gfast.ops.unlearn_loss import weigh
+from gfast.sides import SIDES
 
 
 @dataclass(repr=False)

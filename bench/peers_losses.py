@@ -6,14 +6,14 @@ A provider makes a step for a case, or None where it does not apply. ``why_not``
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _loss_cases import OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_loss, step_of
+from cases import OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_loss, step_of
 from torch import Tensor
 
 import gfast
@@ -22,9 +22,9 @@ import gfast
 @dataclass(frozen=True)
 class Provider:
     make: Callable[[Case, Inputs], Step | None]
-    what: str
     package: str | None = None  # must be importable
     gpu_only: bool = False
+    compiles: bool = False  # in its first call
     ours: bool = False  # a wrong result is a bug of this repository: never timed
     floor: bool = False  # computes no loss
 
@@ -81,7 +81,7 @@ class _Produced(torch.autograd.Function):
 
 
 def gfast_inplace(case: Case, inputs: Inputs) -> Step | None:
-    if case.op != "logits" or case.mode != "train" or "inplace" not in inspect.signature(gfast.unlearn_loss).parameters:
+    if case.op != "logits" or case.mode != "train":
         return None
     # its own logits: each call leaves the gradient in them, which the next call takes for logits (as slow or fast)
     own = Inputs((inputs.tensors[0].clone(),), inputs.labels, inputs.ref_logp)
@@ -145,23 +145,13 @@ def fresh_copy(case: Case, inputs: Inputs) -> Step | None:
     return (lambda: (inputs.tensors[0].clone(),)) if case.op == "logits" and case.mode == "train" else None
 
 
-def torch_chunked(case: Case, inputs: Inputs) -> Step | None:
+def torch_chunked(case: Case, inputs: Inputs, large: bool = False) -> Step | None:
     if (case.op, case.objective) != ("linear", "nll") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None
-    options, labels = torch.nn.LinearCrossEntropyOptions(), inputs.labels.flatten()
-
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels, options=options)
-
-    return step_of(case, inputs, loss)
-
-
-def torch_chunked_rows(case: Case, inputs: Inputs) -> Step | None:
-    if (case.op, case.objective) != ("linear", "nll") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return None
-    chunk = min(case.rows, 256 if case.device == "cpu" else 4096)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None, acc_policy="accurate")
-    labels = inputs.labels.flatten()
+    chosen = {"chunking_method": None, "acc_policy": "accurate"} if large else {}
+    if large:
+        chosen["batch_chunk_size"] = min(case.rows, 256 if case.device == "cpu" else 4096)
+    options, labels = torch.nn.LinearCrossEntropyOptions(**chosen), inputs.labels.flatten()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels, options=options)
@@ -213,26 +203,21 @@ def trl(case: Case, inputs: Inputs) -> Step | None:
 
 TRL_TILE = 32768  # vocabulary entries a tile, TRL's own choice
 
-PROVIDERS: dict[str, Provider] = {
-    "gfast": Provider(gfast_loss, "unlearn_loss or linear_unlearn_loss", ours=True),
-    "gfast_inplace": Provider(gfast_inplace, "unlearn_loss that overwrites the logits", ours=True),
-    "gfast_logp": Provider(gfast_logp, "token_logp or linear_token_logp, for scoring", ours=True),
-    "floor": Provider(floor, "bare copy or matrix products", floor=True),
-    "fresh_copy": Provider(fresh_copy, "a copy into new memory, as a gradient needs", floor=True),
-    "open_unlearning": Provider(open_unlearning, "the model's own loss first, upcast and dropped, then the objective"),
-    "eager": Provider(plain, "cross entropy in the logits' dtype, weights from it"),
-    "upcast": Provider(lambda c, i: plain(c, i, upcast=True), "the same on logits.float()"),
-    "compile": Provider(lambda c, i: plain(c, i, compiled=True), "eager under torch.compile"),
-    "compile_upcast": Provider(lambda c, i: plain(c, i, upcast=True, compiled=True), "upcast under torch.compile"),
-    "torch_chunked": Provider(torch_chunked, "F.linear_cross_entropy with its default options"),
-    "torch_chunked_rows": Provider(torch_chunked_rows, "the same with large chunks and fp32 accumulation"),
-    "liger": Provider(liger, "Liger's fused linear cross entropy (WGA: token scaling)", "liger_kernel", True),
-    "cce": Provider(cce, "Cut Cross-Entropy as it comes: filters gradients", "cut_cross_entropy", True),
-    "cce_exact": Provider(
-        lambda c, i: cce(c, i, filter_eps=None), "Cut Cross-Entropy without filter", "cut_cross_entropy", True
-    ),
-    "cce_torch": Provider(
-        lambda c, i: cce(c, i, impl="torch_compile"), "Cut Cross-Entropy's torch.compile path", "cut_cross_entropy"
-    ),
-    "trl": Provider(trl, "TRL's fused LM head", "trl"),
+PROVIDERS: dict[str, Provider] = {  # README.md says what each does
+    "gfast": Provider(gfast_loss, ours=True),
+    "gfast_inplace": Provider(gfast_inplace, ours=True),
+    "gfast_logp": Provider(gfast_logp, ours=True),
+    "floor": Provider(floor, floor=True),
+    "fresh_copy": Provider(fresh_copy, floor=True),
+    "open_unlearning": Provider(open_unlearning),
+    "eager": Provider(plain),
+    "upcast": Provider(partial(plain, upcast=True)),
+    "compile": Provider(partial(plain, compiled=True), compiles=True),
+    "torch_chunked": Provider(torch_chunked),
+    "torch_chunked_rows": Provider(partial(torch_chunked, large=True)),
+    "liger": Provider(liger, "liger_kernel", gpu_only=True),
+    "cce": Provider(cce, "cut_cross_entropy", gpu_only=True),
+    "cce_exact": Provider(partial(cce, filter_eps=None), "cut_cross_entropy", gpu_only=True),
+    "cce_torch": Provider(partial(cce, impl="torch_compile"), "cut_cross_entropy", compiles=True),
+    "trl": Provider(trl, "trl"),
 }

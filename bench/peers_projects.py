@@ -16,22 +16,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from _effect_checks import linear_parameters
-from _effect_providers import Effects, Sides, token_losses
-from _models import Batch
+from cases import Batch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from truth import Sides, linear_parameters, token_losses
 
 
-class _Rows(Dataset):
-    def __init__(self, batch: Batch):
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return self.batch["labels"].shape[0]
-
-    def __getitem__(self, row: int) -> Batch:
-        return {key: value[row] for key, value in self.batch.items()}
+def _samples(batch: Batch) -> list[Batch]:
+    return [{key: value[row] for key, value in batch.items()} for row in range(batch["labels"].shape[0])]
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,14 +61,14 @@ def kronfluence(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
             "bench", wrapped, task, cpu=forget["labels"].device.type == "cpu", disable_tqdm=True, output_dir=folder
         )
         analyzer.fit_all_factors(
-            "identity", _Rows(forget), factor_args=FactorArguments(strategy="identity"), per_device_batch_size=rows
+            "identity", _samples(forget), factor_args=FactorArguments(strategy="identity"), per_device_batch_size=rows
         )
         for side, batch in (("unlearn", forget), ("retain", retain)):
             analyzer.compute_pairwise_scores(
                 side,
                 "identity",
-                query_dataset=_Rows(batch),
-                train_dataset=_Rows(forget),
+                query_dataset=_samples(batch),
+                train_dataset=_samples(forget),
                 per_device_query_batch_size=batch["labels"].shape[0],
                 per_device_train_batch_size=rows,
                 score_args=ScoreArguments(aggregate_query_gradients=True),
@@ -149,13 +140,3 @@ def _quiet():
             yield
     finally:
         logging.disable(level)
-
-
-PEERS: dict[str, Effects] = {
-    "kronfluence, identity": Effects(
-        kronfluence, "sample", "pairwise scores, identity", 3, 1, package="kronfluence", parameters="linear"
-    ),
-    "bergson": Effects(
-        bergson, "sample", "collector and scorer in memory", 3, 1, package="bergson", parameters="linear"
-    ),
-}

@@ -1,16 +1,19 @@
-"""Plain autograd's answer to what a provider measures, and how far a provider is from it."""
+"""Plain autograd: the passes that floors are made of, exact gradient effects, and how far a provider is from them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from _effect_providers import Sides, gradient, plain_loss, token_losses
-from _models import Batch, rows_of
+import torch
+import torch.nn.functional as F
+from cases import Batch, rows_of
 from torch import Tensor, nn
 
 from gfast.geffect import assign
 
 Gradient = dict[str, Tensor]
+Sides = dict[str, dict[str, Tensor]]  # "unlearn" or "retain" -> group -> values
 TOKENS_CHECKED = 3
 
 
@@ -18,6 +21,70 @@ def linear_parameters(model: nn.Module) -> set[str]:
     """The matrices of the blocks' Linear layers: all that kronfluence and bergson see, without the head."""
     modules = ((name, module) for name, module in model.named_modules() if "layers." in name)
     return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def token_losses(model: nn.Module, batch: Batch, embeds: Tensor | None = None) -> Tensor:
+    """NLL [B, T - 1] from full logits, 0 at ignored labels; ``embeds`` [B, T, D] stand for the tokens where given."""
+    inputs = {"input_ids": batch["input_ids"]} if embeds is None else {"inputs_embeds": embeds}
+    logits = model(**inputs, attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
+
+
+def plain_loss(model: nn.Module, batch: Batch, objective: str) -> Tensor:
+    """Token mean written out: NLL, GA or WGA with alpha 1."""
+    nll = token_losses(model, batch)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    if objective == "wga":
+        return -((-nll).detach().exp() * nll).sum() / count
+    return (-nll if objective == "ga" else nll).sum() / count
+
+
+def plain_pass(model: nn.Module, batch: Batch, objective: str = "nll") -> None:
+    plain_loss(model, batch, objective).backward()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def plain_forward(model: nn.Module, batch: Batch) -> Tensor:
+    return plain_loss(model, batch, "nll")
+
+
+def plain_step(model: nn.Module, forget: Batch, retain: Batch) -> None:
+    """A training step on both batches: gradients accumulated over them, and the cheapest update there is."""
+    for batch in (forget, retain):
+        plain_loss(model, batch, "nll").backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    model.zero_grad(set_to_none=True)
+
+
+def input_pass(model: nn.Module, batch: Batch) -> None:
+    """A forward and a backward down to the embedded tokens: gradients of activations, none of weights."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        embeds = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        token_losses(model, batch, embeds).sum().backward()
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+UNITS: dict[str, Callable[[nn.Module, Batch, Batch], object]] = {  # of floors
+    "plain pass": lambda model, forget, retain: plain_pass(model, forget),
+    "plain forward": lambda model, forget, retain: plain_forward(model, forget),
+    "training step": plain_step,
+    "pass without dW": lambda model, forget, retain: input_pass(model, forget),
+}
+
+
+def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient."""
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 class Truth:

@@ -1,15 +1,20 @@
-"""What the loss benchmarks measure: heads of real models, batches, modes, and the inputs of a case."""
+"""What is measured: heads and models of real shapes, batches, modes, and random inputs of a case."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfast.objectives import NLL, NPO, TNPO, WGA
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Losses
 
 HEADS = {  # name: (D, V)
     "tiny": (32, 512),
@@ -21,19 +26,9 @@ HEADS = {  # name: (D, V)
     "llama-2-7b": (4096, 32000),
     "llama-3.1-8b": (4096, 128256),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OBJECTIVES = {"wga": WGA(alpha=1.0), "tnpo": TNPO(beta=1.0), "npo": NPO(beta=0.1), "nll": NLL()}
-MODES = {  # what is timed; "frozen" is a head that needs no gradient, so only the linear path has it
-    "train": "forward and backward",
-    "forward": "forward of a loss that will be differentiated",
-    "frozen": "forward and backward, the head frozen (no dW)",
-    "nograd": "no gradient wanted",
-}
-BATCHES = {  # where labels are -100
-    "full": "8 sequences, every label valid",
-    "tofu": "short answers: 64 positions a sequence, about 60% of them prompt or padding, ignored",
-    "long": "sequences of up to 2048 positions, every label valid",
-}
+MODES = ("train", "forward", "frozen", "nograd")  # "frozen" is a head without gradient: the linear path alone has it
+BATCHES = ("full", "tofu", "long")  # where labels are -100, and how long the sequences are
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -156,3 +151,80 @@ def bytes_moved(case: Case) -> int:
     """The logits read once, and for a gradient written once."""
     size = case.rows * case.vocab * DTYPES[case.dtype].itemsize
     return size * (2 if case.mode == "train" else 1) if case.op == "logits" else 0
+
+
+# Models
+
+
+class Model(NamedTuple):
+    """The shape of a Llama."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+
+
+MODELS = {
+    "tiny": Model(512, 64, 172, 5, 8, 4, True),
+    "smollm2-135m": Model(49152, 576, 1536, 30, 9, 3, True),
+    "llama-3.2-1b": Model(128256, 2048, 8192, 16, 32, 8, True),
+    "llama-2-7b": Model(32000, 4096, 11008, 32, 32, 32, False),
+}
+Batch = dict[str, Tensor]
+
+
+def random_model(name: str, dtype: str = "fp32", device: str = "cpu", layers: int | None = None) -> nn.Module:
+    """A Llama of the shape with random weights and no dropout, made on its device; `layers` cuts its depth."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = MODELS[name]
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers if layers is None else layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
+
+
+def answers(vocab: int, rows: int, tokens: int, seed: int, device: str = "cpu") -> Batch:
+    """Rows of different lengths, padded to `tokens`; the first third of each is a question without labels.
+
+    At least one row fills the width, as with padding to the longest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows, tokens), generator=generator)
+    lengths = torch.randint(max(2, tokens // 2), tokens + 1, (rows, 1), generator=generator)
+    lengths[0] = tokens
+    position = torch.arange(tokens)
+    mask = (position < lengths).long()
+    labels = torch.where((position >= lengths // 3) & (mask == 1), ids, -100)
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def batch_pair(model: str, rows: int, tokens: int, device: str) -> tuple[Batch, Batch]:
+    """A forget batch and a retain batch."""
+    forget, retain = (answers(MODELS[model].vocab, rows, tokens, seed, device) for seed in (1, 2))
+    return forget, retain
+
+
+def padded(batch: Batch, tokens: int) -> Batch:
+    """The batch padded on the right to a fixed width."""
+    extra = tokens - batch["input_ids"].shape[1]
+    if extra <= 0:
+        return batch
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {key: nn.functional.pad(value, (0, extra), value=fill[key]) for key, value in batch.items()}
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    return {key: value[start:stop] for key, value in batch.items()}

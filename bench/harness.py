@@ -1,4 +1,7 @@
-"""Shared by the benchmarks: interleaved timing, peak extra memory, a record of the environment, JSON results."""
+"""Shared by every benchmark: interleaved timing, peak memory, what a machine is called, JSON results.
+
+`python bench/harness.py cpu` (or cuda) prints the name of this machine's folder under bench/results.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -19,11 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _device import cpu_model, device_name, instructions
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("bergson", "cut-cross-entropy", "kronfluence", "liger-kernel", "trl")  # those of bench/requirements.txt
 NOT_RESULTS = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+PEERS = ("bergson", "cut-cross-entropy", "kronfluence", "liger-kernel", "trl")  # those of bench/requirements.txt
+FAMILIES = ("xeon", "epyc", "ryzen", "threadripper", "core", "neoverse", "graviton", "apple")
+INSTRUCTIONS = {  # flag in /proc/cpuinfo: what it is called here, the widest first
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512-bf16",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+    "sve": "sve",
+    "asimd": "neon",
+}
+MAKERS = {"nvidia", "geforce", "tesla", "quadro", "generation"}
+
+Row = dict[str, Any]
 
 
 def synchronize(device: str) -> None:
@@ -31,7 +47,51 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def summary(seconds: list[float]) -> dict[str, Any]:
+def reason(problem: Exception) -> str:
+    """An exception in one short line of a result."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+
+
+FIELDS = (  # of a measured row, and how it is printed
+    ("median_ms", "{:.4g} ms"),
+    ("iqr_ms", "(iqr {:.2g})"),
+    ("step_ms", "{:.4g} ms a step"),
+    ("of_plain_step", "({:.3f} of the plain one)"),
+    ("measurement_ms", "{:.4g} ms a measurement"),
+    ("gb_per_s", "{:.4g} GB/s"),
+    ("of_read_bandwidth", "({:.1%} of what can be read)"),
+    ("tflop_per_s", "{:.4g} TFLOP/s"),
+    ("times_floor", "{:.3f} floors"),
+    ("ratio", "{:.3f} floors"),
+    ("peak_extra_mb", "{:.4g} MB"),
+    ("relative_error", "error {:.1e}"),
+    ("error", "error {:.1e}"),
+)
+
+
+def line(name: str, row: Row) -> str:
+    """A row of a result for the terminal: figures, laws, and what is wrong with it."""
+    for note in ("wrong", "failed", "skipped"):
+        if note in row:
+            return f"  {name:<32}{note.upper()}: {row[note]}"
+    words = [text.format(row[field]) for field, text in FIELDS if row.get(field) is not None]
+    for prefix, law in (
+        ("law", row),
+        ("memory", row.get("of_memory")),
+        ("without dW", row.get("of_passes_without_dw")),
+    ):
+        if law and "law" in law:
+            of = f" {law['ratio']:.2f} of" if law is not row else ""
+            words.append(f"{prefix}{of} {law['law']:.2f}: {'met' if law['law_met'] else 'MISSED'}")
+    words += [f"UNEQUAL: {row['unequal']}"] if "unequal" in row else []
+    words += ["Linear layers only"] if row.get("parameters") == "linear" else []
+    return f"  {name:<32}{'  '.join(words)}"
+
+
+# Time
+
+
+def summary(seconds: list[float]) -> Row:
     """Median, minimum and interquartile range in milliseconds, and the time of every round."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {
@@ -43,7 +103,7 @@ def summary(seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def of_floor(row: dict[str, Any], *units: tuple[float, dict[str, Any]]) -> float:
+def of_floor(row: Row, *units: tuple[float, Row]) -> float:
     """Median over the rounds of a time in multiples of a floor, the sum of count times unit, in the same round.
 
     A neighbour that takes the machine for a while slows a round's steps alike: their ratio shows less of it than that
@@ -67,27 +127,22 @@ def interleaved(
     budget_s: float | dict[str, float] = 20.0,
     first: dict[str, float] | None = None,
     beside: dict[str, list[str]] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
     """Times every step once per round, so that a change of the machine's speed hits all of them alike.
 
-    Args:
-        steps: name -> what to time.
-        device: "cuda" times with events around each call, after an idle device.
-        repetitions: rounds; a step that would take more than ``budget_s`` in all sits out the later ones.
-        warmup: untimed calls of each step, at least 1, fewer for a slow one.
-        budget_s: per step (or name -> seconds), for its timed calls; a step that takes more in its first call is
-            timed by that alone.
-        first: name -> seconds of a first call that was made before.
-        beside: name -> steps to time right before each of its calls, the units of its floor: a round of slow steps
-            lasts longer than a machine keeps its speed. They have no other turn in the rounds.
+    A step that would take more than its ``budget_s`` in all rounds sits out the later ones; one that takes more in its
+    first call (``first`` has the seconds of those made before) is timed by that alone. ``beside`` names the steps to
+    time right before each call of another, the units of its floor: a round of slow steps lasts longer than a machine
+    keeps its speed. They have no other turn in the rounds.
 
     Returns:
         name -> ``summary`` of its times, with those of what was called beside it, and its name where it was that.
     """
     rounds: dict[str, int] = {}
-    beside = beside or {}
-    near: dict[str, dict[str, list[float]]] = {name: {unit: [] for unit in units} for name, units in beside.items()}
-    units = {unit for some in beside.values() for unit in some}
+    near: dict[str, dict[str, list[float]]] = {
+        name: {unit: [] for unit in units} for name, units in (beside or {}).items()
+    }
+    units = {unit for some in near.values() for unit in some}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         budget = budget_s[name] if isinstance(budget_s, dict) else budget_s
@@ -113,14 +168,11 @@ def interleaved(
     for unit in units:
         while len(times[unit]) < min(3, rounds[unit]):  # nobody it stands beside had a turn
             times[unit].append(seconds(steps[unit]))
-    milliseconds = {
-        name: {unit: [round(1e3 * value, 3) for value in values] for unit, values in some.items()}
-        for name, some in near.items()
-    }
     found = {name: summary(values) for name, values in times.items()}
     for name, row in found.items():
         row |= {"name": name} if name in units else {}
-        row |= {"beside_ms": milliseconds[name]} if milliseconds.get(name) else {}
+        if near.get(name):
+            row["beside_ms"] = {unit: [round(1e3 * value, 3) for value in ms] for unit, ms in near[name].items()}
     return found
 
 
@@ -141,6 +193,9 @@ def _cuda_seconds(step: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     del result
     return begin.elapsed_time(end) / 1e3
+
+
+# Memory
 
 
 def _status_bytes(field: str) -> int:
@@ -220,16 +275,64 @@ def _measure(sender: Connection, measure: Callable[[str], int | None], descripti
         sender.send(f"{type(problem).__name__}: {problem}")
 
 
+# The machine, and what is written of it
+
+
+def device_name(device: str = "cpu") -> str:
+    """The name of "cpu" or "cuda", fit for a folder.
+
+    A CPU's is its family and the widest instructions it has, as those decide which dtype it multiplies fastest; a GPU's
+    its model. GFAST_BENCH_DEVICE replaces the name, for instance where two machines would share one.
+    """
+    if chosen := os.environ.get("GFAST_BENCH_DEVICE"):
+        if _words(chosen) != chosen:
+            raise ValueError(f"GFAST_BENCH_DEVICE names a folder: small letters, digits and dashes, not {chosen!r}")
+        return chosen
+    if device == "cuda":
+        return gpu_name(torch.cuda.get_device_name())
+    return f"cpu-{family(cpu_model())}-{(instructions() or [platform.machine().lower()])[0]}"
+
+
+def gpu_name(model: str) -> str:
+    return "-".join(word for word in _words(model).split("-") if word not in MAKERS)
+
+
+def family(model: str) -> str:
+    words = _words(model).split("-")
+    return next((name for name in FAMILIES if name in words), words[0] or "unknown")
+
+
+def cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> list[str]:
+    """Those of the CPU that matter to a product of matrices, the widest first."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+
+
+def _cpuinfo(field: str) -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.split(":")[0].strip() == field:
+                return line.split(":", 1)[1].strip()
+    return None
+
+
+def _words(text: str) -> str:
+    """Small letters and digits, dashes between."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("(r)", " ").replace("(tm)", " ")).strip("-")
+
+
 def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", *NOT_RESULTS],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *NOT_RESULTS)
     except (OSError, subprocess.CalledProcessError):  # a copy without the repository
         return os.environ.get("GFAST_COMMIT") or "unknown"
     return head + ("+changes" if changed else "")
@@ -244,9 +347,9 @@ def installed(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def environment(device: str = "cpu") -> dict[str, object]:
+def environment(device: str = "cpu") -> Row:
     """What a reader needs to judge a number: device, processor, versions, threads, commit. No paths."""
-    record: dict[str, object] = {
+    record: Row = {
         "name": device_name(device),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "instructions": instructions(),
@@ -272,7 +375,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
     return record
 
 
-def write_json(name: str, payload: dict[str, object]) -> Path:
+def write_json(name: str, payload: Row) -> Path:
     """Writes ``bench/results/DEVICE/NAME`` (or the path given, if it has folders) whole or not at all."""
     path = Path(name) if len(Path(name).parts) > 1 else RESULTS / str(payload["environment"]["name"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,3 +383,7 @@ def write_json(name: str, payload: dict[str, object]) -> Path:
     partial.write_text(json.dumps(payload, indent=1) + "\n")
     os.replace(partial, path)
     return path
+
+
+if __name__ == "__main__":
+    print(device_name(sys.argv[1] if len(sys.argv) > 1 else "cpu"))

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import torch
-from _loss_cases import OBJECTIVES, Case, Inputs
+from cases import OBJECTIVES, Case, Inputs
+from laws import MEMORY, verdict
 
 from gfast.ops.backend import select
 from gfast.ops.common import sequence_layout
-from gfast.ops.head import (
-    _FOLD_BYTES,
-    _TILE_BYTES,
-    ChunkedHead,
-    _grad_dtype,
-    _mixes,
-    _wide_rows,
-    sum_parts,
-    valid_rows,
-)
+from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts, valid_rows
 from gfast.ops.plan import plan_chunks, sequence_length
 from gfast.ops.unlearn_loss import spec_of
 from gfast.ops.vocab_parallel import local_head
-
-# For what is measured beyond the tensors of a call: on a GPU the allocator rounds each up to 512 bytes; on a CPU it is
-# the resident memory of the process, in pages, with a MiB or so of interpreter, thread stacks and heap. What a matrix
-# library takes anew in every call is no part of this: where it weighs more, the law is missed.
-MEMORY_LAW = 1.1
 
 
 def of_memory(extra_mb: float, allowed: int) -> dict[str, float | bool]:
     """Fields of a row: the law of its memory, given the bytes it may take."""
     ratio = round(extra_mb * 2**20 / allowed, 3)
-    return {"allowed_mb": round(allowed / 2**20, 1), "ratio": ratio, "law": MEMORY_LAW, "law_met": ratio <= MEMORY_LAW}
+    return {"allowed_mb": round(allowed / 2**20, 1), "ratio": ratio, **verdict(ratio, MEMORY)}
 
 
 def allowed_bytes(case: Case, inputs: Inputs) -> int:

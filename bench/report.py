@@ -1,0 +1,175 @@
+"""Renders README.md's and docs/performance.md's measured blocks and pictures from bench/results; no number is typed.
+
+python bench/report.py            # rewrites what stands between the markers, and draws the pictures
+python bench/report.py --check    # exits 1 when a page is not what the JSON says; draws nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from laws import FAMILIES, LAWS, Law, Result, cell, demanded, figure, law_checks
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = Path("docs") / "performance.md"
+PICTURES = Path("docs") / "performance"
+KINDS = ("losses", "geffect", "grad_dot", "overhead", "profile")  # a result's name is one of them, or KIND_MORE
+DRAWN = {  # picture: its text
+    "laws": "every measured case against its law",
+    "losses": "time of the losses in floors",
+    "geffect": "time and memory of gradient effects",
+    "geffect_peers": "time and memory of gradient effects beside other projects",
+    "sweeps": "time and memory over the vocabulary and over the length of the samples",
+}
+NO_GPU = "NVIDIA GPU"  # the column that waits for one
+
+
+def results(root: Path) -> list[Result]:
+    """All of them, a device's together, GPUs last."""
+    found = []
+    for path in (root / "bench" / "results").glob("*/*.json"):
+        kind = next((kind for kind in KINDS if path.stem == kind or path.stem.startswith(kind + "_")), None)
+        if kind is not None:
+            found.append(Result(path.parent.name, kind, path.stem, json.loads(path.read_text())))
+    return sorted(found, key=lambda r: (is_gpu(r.device), r.device, KINDS.index(r.kind), r.name))
+
+
+def is_gpu(device: str) -> bool:
+    return not device.startswith("cpu-")
+
+
+def devices_of(found: list[Result]) -> list[str]:
+    return list(dict.fromkeys(result.device for result in found))
+
+
+def table(header: list[str], rows: Iterable[list[str]], right: int = 0) -> str:
+    """The last `right` columns are numbers."""
+    rule = ["---"] * (len(header) - right) + ["---:"] * right
+    return "\n".join(["| " + " | ".join(header) + " |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+def rows_of(found: list[Result], families: Iterable[tuple[tuple[str, ...], Law]]) -> str:
+    """A row a family of laws, a column a device, empty where nothing was measured."""
+    known, rows = law_checks(found), []
+    waiting = [] if any(is_gpu(one.device) for one in found) else [NO_GPU]
+    for names, law in families:
+        by_device = {
+            device: [check for name in names for check in known[name].get(device, [])] for device in devices_of(found)
+        }
+        if every := [check for some in by_device.values() for check in some]:
+            cells = [cell(some) for some in by_device.values()]
+            rows.append([law.what, demanded(law, every), *cells, *[""] * len(waiting)])
+    return table(["what", "law", *(f"`{device}`" for device in devices_of(found)), *waiting], rows)
+
+
+def total(found: list[Result]) -> str:
+    every = [check for some in law_checks(found).values() for checks in some.values() for check in checks]
+    return f"The laws hold in {sum(check.met for check in every)} of {len(every)} measured cases."
+
+
+def readme(found: list[Result], root: Path) -> str:
+    more = f"Each law by itself, machines, pictures, what is missed and why: [{PAGE.name}]({PAGE.as_posix()})."
+    return "\n\n".join([total(found), rows_of(found, FAMILIES), more])
+
+
+def laws(found: list[Result], root: Path) -> str:
+    return f"{total(found)}\n\n" + rows_of(found, [((name,), law) for name, law in LAWS.items()])
+
+
+def missed(found: list[Result], root: Path) -> str:
+    """Every case that misses its law, the worst of a law first."""
+    rows = [
+        [LAWS[law].what, check.case, f"`{device}`", figure(law, check.value), figure(law, check.demanded)]
+        for law, by_device in law_checks(found).items()
+        for device, some in by_device.items()
+        for check in sorted(some, key=lambda check: -check.share)
+        if not check.met
+    ]
+    return table(["what", "case", "device", "measured", "law"], rows, right=2) if rows else "Nothing."
+
+
+def machines(found: list[Result], root: Path) -> str:
+    """A line a device on hardware, versions and dates."""
+    lines = []
+    for device in devices_of(found):
+        parts: dict[str, dict[str, None]] = {}
+        for record in (one.data["environment"] for one in found if one.device == device):
+            commit = record["commit"]
+            for part, text in (
+                ("device", record["device"]),
+                ("threads", f"{record.get('threads', '?')} threads of {record.get('cores', '?')} cores"),
+                ("torch", f"torch {record['torch']}"),
+                ("build", f"build {record.get('gfast_build', '?')}"),
+                ("commit", f"{commit[:10]}{'+changes' * ('+' in commit)}"),
+                ("date", record["date"][:10]),
+            ):
+                parts.setdefault(part, {})[text] = None
+        commits = ", ".join(parts.pop("commit"))
+        lines.append(f"`{device}`: {', '.join(' and '.join(texts) for texts in parts.values())}; commits {commits}")
+    return "<sub>" + "<br>\n".join(lines) + "</sub>" if lines else ""
+
+
+def pictures(found: list[Result], root: Path) -> str:
+    """Those that are there, in the order in which they are drawn."""
+    there = {path.stem: path for path in (root / PICTURES).glob("*.png")}
+    lines = [f"![{text}]({PICTURES.name}/{there[name].name})" for name, text in DRAWN.items() if name in there]
+    return "\n\n".join(lines)
+
+
+def files(found: list[Result], root: Path) -> str:
+    """Links to every result."""
+    lines = []
+    for device in devices_of(found):
+        names = [one.name for one in found if one.device == device]
+        links = (f"[{name}](../bench/results/{device}/{name}.json)" for name in names)
+        lines.append(f"- `{device}`: " + ", ".join(links))
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    Path("README.md"): {"results": readme},
+    PAGE: {"laws": laws, "pictures": pictures, "missed": missed, "machines": machines, "files": files},
+}
+
+
+def filled(page: Path, blocks: dict[str, Callable[[list[Result], Path], str]], root: Path) -> str:
+    """The page with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` rendered anew."""
+    text, found = (root / page).read_text(), results(root)
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} must have one {begin} and one {end}: the results are written between them")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{block(found, root)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder that holds the pages and bench/results")
+    args = parser.parse_args()
+    if not args.check:
+        from pictures import draw
+
+        for path in draw(results(args.root), args.root / PICTURES):
+            print(path.relative_to(args.root))
+    changed = 0
+    for page, blocks in BLOCKS.items():
+        text = filled(page, blocks, args.root)
+        if (args.root / page).read_text() == text:
+            continue
+        changed += 1
+        if args.check:
+            print(f"{page} is not what bench/results says: run python bench/report.py")
+        else:
+            (args.root / page).write_text(text)
+    return int(args.check and changed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
