@@ -6,12 +6,12 @@ import torch
 from cases import OBJECTIVES, Case, Inputs
 from laws import MEMORY, verdict
 
-from gfast.ops.backend import select
-from gfast.ops.common import sequence_layout
-from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts, valid_rows
-from gfast.ops.plan import plan_chunks, sequence_length
-from gfast.ops.unlearn_loss import spec_of
-from gfast.ops.vocab_parallel import local_head
+from gfast.ops.chunks import plan_chunks, sequence_length, valid_rows
+from gfast.ops.dispatch import select
+from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts
+from gfast.ops.linear_inputs import local_head
+from gfast.ops.reductions import sequence_layout
+from gfast.ops.weights import spec_of
 
 
 def of_memory(extra_mb: float, allowed: int) -> dict[str, float | bool]:

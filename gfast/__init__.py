@@ -19,7 +19,7 @@ _EXPORTS = {
     "linear_token_kl": "gfast.ops.linear_token_kl",
     "grad_dot": "gfast.ops.grad_dot",
     "empty_cache": "gfast.ops.memory",
-    "LossOutput": "gfast.ops.common",
+    "LossOutput": "gfast.ops.reductions",
     "model_loss": "gfast.model",
     "model_logp": "gfast.model",
     "g_effect": "gfast.geffect",
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
         token_effect,
     )
     from gfast.model import model_logp, model_loss
-    from gfast.ops.common import LossOutput
     from gfast.ops.grad_dot import grad_dot
     from gfast.ops.linear_token_kl import linear_token_kl
     from gfast.ops.linear_token_logp import linear_token_logp
     from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
     from gfast.ops.memory import empty_cache
+    from gfast.ops.reductions import LossOutput
     from gfast.ops.token_kl import token_kl
     from gfast.ops.token_logp import token_logp
     from gfast.ops.unlearn_loss import unlearn_loss

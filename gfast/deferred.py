@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gfast import wrappers
-from gfast.ops.head import as_autocast
+from gfast.ops.linear_inputs import as_autocast
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import gfast
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 
 PACKAGES = (
     "torch",

@@ -15,14 +15,16 @@ from gfast.deferred import DeferredLogits, Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
-from gfast.ops.common import IGNORE_INDEX, LossOutput
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
+from gfast.ops.reductions import LossOutput
 from gfast.ops.token_kl import token_kl
 from gfast.ops.token_logp import token_logp
-from gfast.ops.unlearn_loss import check_reference, is_pair, unlearn_loss
+from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
+from gfast.ops.weights import check_reference, is_pair
 from gfast.packed import pair_ids, sequence_ids
 
 

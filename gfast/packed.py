@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 
 
 def texts(batch: Mapping[str, Any]) -> Tensor | None:

@@ -97,7 +97,7 @@ def test_memory_allowed_is_the_gradients_and_one_chunk(losses, monkeypatch):
 
 
 def test_memory_of_scoring_does_not_grow_with_the_logits(losses):
-    from gfast.ops.backend import compiled
+    from gfast.ops.dispatch import compiled
     from gfast.ops.head import _FOLD_BYTES
 
     if not compiled("fold_rows"):

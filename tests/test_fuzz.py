@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.marks import slow_when
 
-from gfast.ops.backend import compiled
+from gfast.ops.dispatch import compiled
 
 FUZZ = Path(__file__).parent / "fuzz"
 

@@ -177,14 +177,14 @@ def test_a_graph_replays_it_with_new_values(name):
 def test_a_graph_refuses_a_table_of_tensors_that_would_not_live_as_long():
     xs = [torch.ones(8, device=DEVICE) for _ in range(200)]
     grad_dots(xs, [], [0] * 200, 1)
-    if gfast.ops.backend.why_not("grad_dot", "cuda", DEVICE):
+    if gfast.ops.dispatch.why_not("grad_dot", "cuda", DEVICE):
         pytest.skip("the CUDA kernel is not built")
     with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         grad_dots(xs, [], [0] * 200, 1, impl="cuda")
 
 
 def cuda_dots(*args) -> torch.Tensor:
-    if why := gfast.ops.backend.why_not("grad_dot", "cuda", DEVICE):
+    if why := gfast.ops.dispatch.why_not("grad_dot", "cuda", DEVICE):
         pytest.skip(why)
     return grad_dots(*args, impl="cuda")
 

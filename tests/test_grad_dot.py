@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gfast
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 from gfast.ops.grad_dot import grad_dot, grad_dots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,7 +11,7 @@ import gfast
 ROOT = Path(gfast.__file__).parent
 STOREYS = (
     ("results", "groups", "storage", "data"),
-    ("contributions", "backward", "directions", "request", "combine", "forward", "forward_rules", "forward_layers"),
+    ("contributions", "backward", "directions", "request", "combine"),
     ("engines",),
     ("api",),
 )

@@ -61,7 +61,7 @@ def run_on(isa: str, threads: int, tests: dict[str, str]) -> None:
     info, env = _C.build_info(), environment(isa, threads)
     if isa not in info["instruction_sets"] or (isa == info["instruction_set"] and threads == 1):
         pytest.skip(f"{isa} is not built, or is the one tested already")
-    probe = "from gfast.ops.backend import extension, has_cpu_kernel as has; "
+    probe = "from gfast.ops.dispatch import extension, has_cpu_kernel as has; "
     probe += "print(extension()[0].build_info()['instruction_set'], has('mixed_mm'))"
     done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
     if "not available on this CPU" in done.stderr:

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfast
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
-from gfast.ops import common, head
+from gfast.ops import checks as common
+from gfast.ops import head
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 
 

@@ -8,7 +8,7 @@ from helpers.losses import DEVICES, assert_law, assert_law_of_draws, need, run
 
 import gfast
 from gfast.objectives import NPO, WGA, SimNPO
-from gfast.ops import head, vocab_parallel
+from gfast.ops import head, linear_inputs
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
 
@@ -185,7 +185,7 @@ def test_what_memory_exists(native, monkeypatch):
 def test_one_chunk_as_long_as_it_takes_no_more_memory(native, most, monkeypatch):
     """bf16: rows whose logits take what an fp32 sum of dW would take besides a chunk of them are held at once."""
     monkeypatch.setattr(head, "_native", lambda dtype: native)
-    monkeypatch.setattr(vocab_parallel, "default_chunk_rows", lambda *args: 8)
+    monkeypatch.setattr(linear_inputs, "default_chunk_rows", lambda *args: 8)
     chunks, logits = [], head.ChunkedHead.logits
     monkeypatch.setattr(head.ChunkedHead, "logits", lambda self, a, b: chunks.append(b - a) or logits(self, a, b))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gfast.ops.backend import has_cpu_kernel
+from gfast.ops.dispatch import has_cpu_kernel
 
 if not has_cpu_kernel("mixed_mm"):
     pytest.skip("gfast._C is not built, or with a torch that has no brgemm", allow_module_level=True)

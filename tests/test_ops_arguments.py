@@ -50,15 +50,15 @@ def test_of_heads(op):
 
 @pytest.mark.parametrize("chunks", [[0, 0], [-3, -3], [4, 0], [-3, 4]])
 def test_of_raw_ops(chunks):
-    ops, head = torch.ops.gfast, (torch.randn(3, 4), torch.randn(7, 4), None)
-    last = (0, 7, "", 1.0, 0.0, chunks, "reference")
+    ops, head = torch.ops.gfast, [torch.randn(3, 4), torch.randn(7, 4), None]
+    last = ([0, 7, *chunks], [1.0, 0.0], "", "reference")
     need, one, logp = [True, True, False], torch.ones(()), torch.zeros(3)
     numbers = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     for call in (
         partial(ops.linear_token_logp, *head, LABELS, *last),
         partial(ops.linear_token_logp_backward, *head, LABELS, logp, torch.zeros(3, 2), logp, *last, need),
-        partial(ops.linear_unlearn, *head, LABELS, None, None, LABELS, 1, 3, "token", numbers, one, *last, need),
-        partial(ops.linear_token_kl, *head, *head, LABELS, one, *last, need),
+        partial(ops.linear_unlearn, head, LABELS, [None, None, LABELS], one, "token", numbers, [1, 3], *last, need),
+        partial(ops.linear_token_kl, head, head, LABELS, one, *last, need),
     ):
         with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
             call()

@@ -346,15 +346,14 @@ def test_opcheck():
     torch.library.opcheck(ops.unlearn_rows, (rows, flat, None, WGA().spec().numbers(), factor, True, "auto"))
     torch.library.opcheck(ops.token_kl, (rows, rows * 0.5, flat, factor, True, "auto"))
     leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
-    torch.library.opcheck(ops.linear_token_logp, (*leaves, flat, 0, 37, "", 1.0, 0.0, [4, 4], "auto"))
+    options = ([0, 37, 4, 4], [1.0, 0.0], "", "auto")
+    torch.library.opcheck(ops.linear_token_logp, (*leaves, flat, *options))
     numbers = NPO(0.3).spec().numbers()
     need_all = [True, True, True]
     reference = ref.reshape(-1).float()
-    whole = (0, 37, "", 1.0, 0.0, [4, 4], "auto", need_all)
-    torch.library.opcheck(
-        ops.linear_unlearn, (h, weight, bias, flat, reference, None, ids, 2, 3, "sequence", numbers, factor, *whole)
-    )
-    torch.library.opcheck(ops.linear_token_kl, (h, weight, bias, h, weight, bias, flat, factor, *whole))
+    head, per_row, last = [h, weight, bias], [reference, None, ids], (*options, need_all)
+    torch.library.opcheck(ops.linear_unlearn, (head, flat, per_row, factor, "sequence", numbers, [2, 3], *last))
+    torch.library.opcheck(ops.linear_token_kl, (head, head, flat, factor, *last))
 
 
 @pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(), SimNPO(), DPO()], ids=str)

@@ -22,7 +22,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 """
 REFERENCE_ONLY = """
 import gfast, torch
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 assert gfast.__file__.startswith({folder!r}), gfast.__file__
 assert backend.select("grad_dot", "auto", "cpu") == "reference"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
@@ -40,7 +40,7 @@ assert "not available" in doctor.report()
 WITH_EXTENSION = """
 import gfast, torch
 from gfast import _C
-from gfast.ops import backend
+from gfast.ops import dispatch as backend
 assert _C.__file__.startswith({folder!r}), _C.__file__
 assert backend.select("grad_dot", "auto", "cpu") == "cpp"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
@@ -167,7 +167,7 @@ def test_kernels_import_from_the_package(installed):
 
 
 def test_unknown_instruction_set_is_refused():
-    from gfast.ops import backend
+    from gfast.ops import dispatch as backend
 
     if backend.extension()[0] is None:
         pytest.skip(backend.extension()[1])

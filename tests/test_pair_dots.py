@@ -6,7 +6,7 @@ import torch
 from gfast.geffect.contributions.layers import OuterProduct
 from gfast.geffect.engines.gram_products import Caches, _in_one, own_products, products
 from gfast.geffect.engines.gram_rows import Rows
-from gfast.ops.backend import has_cpu_kernel
+from gfast.ops.dispatch import has_cpu_kernel
 
 if not has_cpu_kernel("pair_dots"):
     pytest.skip("gfast._C is not built, or with a torch that has no brgemm", allow_module_level=True)

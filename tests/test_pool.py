@@ -12,8 +12,8 @@ import torch
 
 import gfast
 from gfast.objectives import NPO, WGA
-from gfast.ops.backend import compiled
-from gfast.ops.common import fresh
+from gfast.ops.dispatch import compiled
+from gfast.ops.memory import fresh
 
 pytestmark = pytest.mark.skipif(not compiled("fresh"), reason="gfast._C is not built, or older than the pool")
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_gradients_do_not_depend_on_what_the_memory_held(objective):
 def test_the_limit(limit, kept):
     code = """
 import torch
-from gfast.ops.common import fresh
+from gfast.ops.memory import fresh
 one = fresh((20_000_000,), torch.bfloat16, torch.device("cpu"))
 one.zero_()
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -88,7 +88,7 @@ print(before - resident() < 20e6)
 
 
 def run(code: str, **settings: str) -> subprocess.CompletedProcess:
-    head = "import os, time, torch, gfast\nfrom gfast.ops.common import fresh\ncpu = torch.device('cpu')\n"
+    head = "import os, time, torch, gfast\nfrom gfast.ops.memory import fresh\ncpu = torch.device('cpu')\n"
     head += "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')\n"
     return subprocess.run(
         [sys.executable, "-c", head + code], env=os.environ | settings, capture_output=True, text=True

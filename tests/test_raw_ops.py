@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfast.ops.backend import compiled, has_cpu_kernel
+from gfast.ops.dispatch import compiled, has_cpu_kernel
 
 if not compiled("empty_cache"):
     pytest.skip("gfast._C is not built, or an older one", allow_module_level=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.marks import slow_when
 
-from gfast.ops.backend import why_not
+from gfast.ops.dispatch import why_not
 from gfast.ops.row_dot import linear_row_dot, linear_row_dot_reference, row_sums
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (300, 40, 24), (70, 24, 130), (3, 200, 9), (0, 4, 5), (65, 64, 64), (4, 0, 3)]

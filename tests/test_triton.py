@@ -13,7 +13,7 @@ from gfast.kernels.common import tile  # noqa: E402
 from gfast.kernels.kl import kl_rows  # noqa: E402
 from gfast.kernels.rows import logp_rows, logp_rows_grad, weighted_rows  # noqa: E402
 from gfast.kernels.scale import scale_  # noqa: E402
-from gfast.ops.backend import interpreter_fails  # noqa: E402
+from gfast.ops.dispatch import interpreter_fails  # noqa: E402
 
 COMPILED = torch.cuda.is_available()
 DEVICE = "cuda" if COMPILED else "cpu"

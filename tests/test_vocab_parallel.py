@@ -14,7 +14,8 @@ from torch import nn
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
-from gfast.ops import backend, linear_token_kl, token_kl
+from gfast.ops import dispatch as backend
+from gfast.ops import linear_token_kl, token_kl
 from gfast.ops.head import ChunkedHead
 
 
@@ -160,15 +161,17 @@ def test_opcheck(mesh):
     hidden, weight, bias, labels, _ = problem(dtype=torch.float32)
     h, flat, factor = hidden.reshape(28, -1), labels.reshape(-1), torch.tensor(0.25)
     ids, numbers, need_all = torch.arange(28) // 7, WGA().spec().numbers(), [True] * 3
-    shard = (0, 37, mesh.get_group().group_name, 1.0, 0.0, [9, 9], "auto")
+    shard = ([0, 37, 9, 9], [1.0, 0.0], mesh.get_group().group_name, "auto")
     ops = torch.ops.gfast
     leaves = [x.clone().requires_grad_() for x in (h, weight, bias)]
     torch.library.opcheck(ops.linear_token_logp, (*leaves, flat, *shard))
     torch.library.opcheck(
         ops.linear_unlearn,
-        (h, weight, bias, flat, None, None, ids, 4, 7, "token", numbers, factor, *shard, need_all),
+        ([h, weight, bias], flat, [None, None, ids], factor, "token", numbers, [4, 7], *shard, need_all),
     )
-    torch.library.opcheck(ops.linear_token_kl, (h, weight, bias, h + 1, weight, bias, flat, factor, *shard, need_all))
+    torch.library.opcheck(
+        ops.linear_token_kl, ([h, weight, bias], [h + 1, weight, bias], flat, factor, *shard, need_all)
+    )
 
 
 def test_a_head_under_fsdp_is_gathered_and_whole(mesh):

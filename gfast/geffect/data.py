@@ -13,7 +13,7 @@ from torch import Tensor
 from gfast import packed
 from gfast.hf import OWN_KEYS
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.sides import SETS
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})

@@ -19,7 +19,7 @@ from gfast.geffect.storage import check_storage
 from gfast.model import model_logp
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 
 
 @dataclass

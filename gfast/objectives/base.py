@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.weights import WeightSpec
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gfast.objectives.base import Objective
-from gfast.ops.common import check_normalizer
+from gfast.ops.checks import check_normalizer
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RMU(Objective):
     def value(self, hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """The loss from hidden states [B, T, D] and the bool mask of valid positions [B, T]."""
         target = self.c * self.direction(hidden.shape[-1]).to(hidden.device)  # [D]
-        return _mean_square(hidden.float() - target, valid, normalizer)
+        return _mean_square(self, hidden.float() - target, valid, normalizer)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class RR(Objective):
         self, hidden: Tensor, ref_hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None
     ) -> Tensor:
         """The loss from hidden states and the original's [B, T, D], and the bool mask of valid positions [B, T]."""
-        return _mean_square(hidden.float() - ref_hidden.float(), valid, normalizer)
+        return _mean_square(self, hidden.float() - ref_hidden.float(), valid, normalizer)
 
 
-def _mean_square(difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:
+def _mean_square(objective: Objective, difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:
     per_position = difference.square().mean(-1)  # [B, T]
     total = torch.where(valid, per_position, 0.0).sum()
     if normalizer is not None:
-        check_normalizer(normalizer)
+        check_normalizer(str(objective), normalizer)
     return total / (valid.sum().clamp(min=1) if normalizer is None else normalizer)

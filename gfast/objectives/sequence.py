@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gfast.objectives.base import WeightedObjective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.weights import WeightSpec
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gfast.ops.checks import check_label_range
+
 
 def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     """Whether a call must be the literal definition: a transform that no fused op supports holds one of its tensors.
@@ -22,13 +24,19 @@ def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    transform = _transform([x for x in tensors if x is not None])
-    if transform and impl != "reference":
+    given = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        transform = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
+    elif any(map(_is_wrapped, given)):
+        transform = "a transform of torch.func (grad, vmap, jacrev)"
+    else:
+        return False
+    if impl != "reference":
         raise RuntimeError(
             f'gfast: {name}: the fused op cannot be used in {transform}; pass impl="reference", the literal '
             f"definition, which can."
         )
-    return bool(transform)
+    return True
 
 
 def _is_wrapped(x: Tensor) -> bool:
@@ -36,32 +44,24 @@ def _is_wrapped(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)
 
 
-def has_values(x: Tensor) -> bool:
-    """Whether ``x`` can be looked at: not where it stands for many tensors, in torch.func.vmap."""
-    while _is_wrapped(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return True
+def check_literal_labels(name: str, labels: Tensor, vocab: int) -> None:
+    """``check_label_range``, unless labels cannot be looked at as they stand for many tensors, in torch.func.vmap."""
+    seen = labels.reshape(-1)
+    while _is_wrapped(seen):
+        if torch._C._functorch.is_batchedtensor(seen):
+            return
+        seen = torch._C._functorch.get_unwrapped(seen)
+    check_label_range(name, labels.reshape(-1), vocab)
 
 
-def _transform(tensors: Sequence[Tensor]) -> str:
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        return "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
-    if any(_is_wrapped(x) for x in tensors):
-        return "a transform of torch.func (grad, vmap, jacrev)"
-    return ""
-
-
-def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Callable:
+def differentiable_once(literal: Callable = lambda ctx: None) -> Callable:
     """Decorator of a backward whose result is no differentiable function of anything: a gradient made earlier, say.
 
     Where the backward is recorded (``create_graph=True``), its gradients refuse to be differentiated: in silence a
-    second derivative would lack a part. The tensor that ``ctx`` saved last must be a differentiable output of the op:
-    it connects the refusal with the op's inputs.
+    second derivative would lack a part. ``ctx.name`` is the public op's. The tensor that ``ctx`` saved last must be a
+    differentiable output of the op: it connects the refusal with the op's inputs.
 
     Args:
-        name: of the public op.
         literal: of ctx, the op's first output by its literal definition and the inputs it is a function of, as many
             as come first among the op's own; None where there is no such definition.
     """
@@ -76,11 +76,11 @@ def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Call
                 return _differentiated(*defined, grads[0], ctx.needs_input_grad)
             output = ctx.saved_tensors[-1]
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            found = found if isinstance(found, tuple) else (found,)
-            kept = [x for x in found if x is not None]
-            refusing = iter(_Refused.apply(name, len(kept), *kept, output, grads[0]))
-            return tuple(None if x is None else next(refusing) for x in found)
+                gradients = backward(ctx, *grads)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            wanted = [x for x in gradients if x is not None]
+            refusing = iter(_Refused.apply(ctx.name, len(wanted), *wanted, output, grads[0]))
+            return tuple(None if x is None else next(refusing) for x in gradients)
 
         return once
 
@@ -88,11 +88,10 @@ def differentiable_once(name: str, literal: Callable = lambda ctx: None) -> Call
 
 
 def _differentiated(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]) -> tuple:
-    """A recorded backward: the gradients of as many inputs, None for the rest of ``needed``."""
-    own = needed[: len(inputs)]
-    wanted = [x for x, need in zip(inputs, own, strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return (*(next(found) if need else None for need in own), *(None,) * (len(needed) - len(inputs)))
+    """A recorded backward: the gradients of as many inputs, None for what else is in ``needed``."""
+    wanted = [x for x, need in zip(inputs, needed[: len(inputs)], strict=True) if need]
+    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return tuple(next(gradients) if need and i < len(inputs) else None for i, need in enumerate(needed))
 
 
 class _Refused(torch.autograd.Function):

@@ -6,13 +6,12 @@ hundreds of tensors, each read once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gfast.ops import backend
+from gfast.ops.dispatch import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,49 +30,36 @@ def grad_dots_reference(
     return out
 
 
-def _check(
-    xs: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], groups: Sequence[int], num_groups: int
-) -> None:
+def _check(xs: list[Tensor], directions: Sequence[Sequence[Tensor]], groups: list[int], num_groups: int) -> None:
     if len(groups) != len(xs):
-        raise ValueError(f"gfast: grad_dot got {len(groups)} group indices for {len(xs)} tensors.")
+        raise ValueError(f"gfast: grad_dot: got {len(groups)} group indices for {len(xs)} tensors.")
     if num_groups < 0:
-        raise ValueError(f"gfast: num_groups must not be negative, got {num_groups}.")
+        raise ValueError(f"gfast: grad_dot: num_groups must not be negative, got {num_groups}.")
     for d, direction in enumerate(directions):
         if len(direction) != len(xs):
-            raise ValueError(f"gfast: direction {d} has {len(direction)} tensors but xs has {len(xs)}.")
+            raise ValueError(f"gfast: grad_dot: direction {d} has {len(direction)} tensors but xs has {len(xs)}.")
     for t, x in enumerate(xs):
         if not 0 <= groups[t] < num_groups:
-            raise ValueError(f"gfast: groups[{t}] = {groups[t]} is outside [0, {num_groups}).")
-        for d, y in [(None, x), *((d, direction[t]) for d, direction in enumerate(directions))]:
-            name = f"xs[{t}]" if d is None else f"direction {d}'s tensor {t}"
+            raise ValueError(f"gfast: grad_dot: groups[{t}] = {groups[t]} is outside [0, {num_groups}).")
+        named = [(f"xs[{t}]", x), *((f"direction {d}'s tensor {t}", ys[t]) for d, ys in enumerate(directions))]
+        for what, y in named:
             if y.layout != torch.strided:
-                raise ValueError(f"gfast: {name} is not a strided tensor ({y.layout}); make it dense first.")
-            if y.dtype not in DTYPES:
-                raise ValueError(f"gfast: {name} has dtype {y.dtype}; take one of {', '.join(map(str, DTYPES))}.")
-            if y.shape != x.shape:
-                raise ValueError(f"gfast: {name} has shape {tuple(y.shape)} but xs[{t}] has {tuple(x.shape)}.")
-            if y.device != xs[0].device:
-                raise ValueError(f"gfast: {name} is on {y.device} but xs[0] is on {xs[0].device}.")
-
-
-def _fake(xs: list[Tensor], ys: list[Tensor], groups: list[int], num_groups: int, num_dirs: int) -> Tensor:
-    device = xs[0].device if len(xs) else "cpu"
-    return torch.empty(num_groups, num_dirs + 1, dtype=torch.float64, device=device)
-
-
-@functools.cache
-def _register() -> None:
-    """Shapes for fake tensors. Done once the extension is there, as the op does not exist before."""
-    torch.library.register_fake("gfast::grad_dots", _fake)
+                problem = f"is not a strided tensor ({y.layout}); make it dense first"
+            elif y.dtype not in DTYPES:
+                problem = f"has dtype {y.dtype}; take one of {', '.join(map(str, DTYPES))}"
+            elif y.shape != x.shape:
+                problem = f"has shape {tuple(y.shape)} but xs[{t}] has {tuple(x.shape)}"
+            elif y.device != xs[0].device:
+                problem = f"is on {y.device} but xs[0] is on {xs[0].device}"
+            else:
+                continue
+            raise ValueError(f"gfast: grad_dot: {what} {problem}.")
 
 
 @torch.compiler.assume_constant_result
 def _choose(impl: str, device: str) -> str:
     """The backend, decided while torch.compile traces."""
-    chosen = backend.select("grad_dot", impl, device)
-    if chosen != "reference":
-        _register()
-    return chosen
+    return select("grad_dot", impl, device)
 
 
 def grad_dots(
@@ -84,20 +70,10 @@ def grad_dots(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Dots of ``xs`` with several directions at once, by group, with the squared norm of ``xs``; x is read once.
-
-    Args:
-        xs: T tensors of any shapes, float32, bfloat16, float16 or float64 (mixed), on one device.
-        directions: num_dirs lists of T tensors shaped like ``xs``; their dtypes may differ. May be empty.
-        groups: T group indices in [0, num_groups).
-        num_groups: number of rows of the result.
-        impl: "auto", "reference", "cpp" (CPU) or "cuda".
+    """``grad_dot`` of ``xs`` with several lists of tensors at once, each shaped like ``xs``; x is read once.
 
     Returns:
         float64 [num_groups, num_dirs + 1] on the tensors' device: the dots, then sum x*x. Not differentiable.
-
-    Raises:
-        ValueError: lengths, shapes, dtypes or devices that do not fit, or a group index out of range.
     """
     xs, groups = list(xs), [int(g) for g in groups]
     _check(xs, directions, groups, num_groups)

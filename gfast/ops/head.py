@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -10,9 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gfast.ops import common
-from gfast.ops.backend import compiled, extension, has_cpu_kernel
-from gfast.ops.common import IGNORE_INDEX, check_head, check_like_labels, check_rows, fresh, row_chunks, scaled
+from gfast.ops import checks
+from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.chunks import row_chunks
+from gfast.ops.dispatch import compiled, extension, has_cpu_kernel
+from gfast.ops.memory import fresh
+from gfast.ops.token_logp import stats_dtype
 
 _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what a processor's last cache holds
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
@@ -43,18 +45,7 @@ def _native(dtype: torch.dtype) -> bool:
 def _has_mixed_mm() -> bool:
     """Whether there are products of fp32 and 16 bits, and fast ones: in AVX2 or AVX-512."""
     names = ("mixed_mm", "head_grad_hidden", "head_grad_weight")
-    if not all(map(has_cpu_kernel, names)) or extension()[0].build_info()["instruction_set"] == "default":
-        return False
-    for name in names:
-        torch.library.register_fake(f"gfast::{name}", _written)
-    return True
-
-
-def _written(*args) -> None:
-    """Fake of an op that only writes to its last argument, which must be as free of values as the others."""
-    devices = {x.device.type for x in args if isinstance(x, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(f"gfast: tensors on {' and '.join(sorted(devices))} in one product; move all to one device.")
+    return all(map(has_cpu_kernel, names)) and extension()[0].build_info()["instruction_set"] != "default"
 
 
 def _mixes(rows: torch.dtype, weight: Tensor) -> bool:
@@ -68,22 +59,10 @@ def _multiplies_mixed() -> bool:
     return torch.backends.mkldnn.enabled and _has_mixed_mm()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of finished gradients. fp16 ones stay wide: the reduction's factor and a loss scale are applied later, and before
     it sums can overflow and small weights vanish."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def valid_rows(labels: Tensor) -> Tensor | None:
-    """Indices of the rows whose label counts, or None where all rows stay (also where looking would wait)."""
-    if not common.may_wait(labels.device):
-        return None
-    order = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-    return None if order.shape[0] == labels.shape[0] else order
 
 
 class ChunkedHead:
@@ -103,30 +82,25 @@ class ChunkedHead:
     ):
         self.total_rows, self.index = hidden.shape[0], order
         self.dtype, self.out_dtype = product_dtype(hidden.dtype, hidden.device), hidden.dtype
-        if not common.may_wait(labels.device):
+        if not checks.may_wait(labels.device):
             # ignored rows stay: whatever padding holds (NaN times a zero gradient is NaN) must not reach dW
             hidden = torch.where((labels != IGNORE_INDEX)[:, None], hidden, 0)
         self.hidden = self.select(hidden).to(self.dtype).contiguous()  # [n, D]
         self.labels = self.select(labels).contiguous()  # [n]
         self.rows = self.hidden.shape[0]
         self.chunk = min(chunk, max(self.rows, 1))
-        self._weight, self._bias = weight, bias
-        self.vocab = weight.shape[0]
-        self._wide_tile: Tensor | None = None
-        self._buffer: Tensor | None = None
+        self._weight, self._bias, self.vocab = weight, bias, weight.shape[0]
+        self._wide_tile, self._buffer = None, None
 
     def select(self, values: Tensor | None) -> Tensor | None:
         """Per-row values [N] of the rows that take part [n]."""
-        if values is None or self.index is None:
-            return values
-        return values.index_select(0, self.index)
+        return values if values is None or self.index is None else values.index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of these rows [n, ...] at their places among all rows [N, ...], 0 elsewhere."""
         if self.index is None:
             return values
-        out = values.new_zeros(self.total_rows, *values.shape[1:])
-        return out.index_copy_(0, self.index, values)
+        return values.new_zeros(self.total_rows, *values.shape[1:]).index_copy_(0, self.index, values)
 
     def _tiles(self, step: int | None = None, mixed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Parts of the vocabulary, and W [t, D] and b [t] there in the dtype of the products.
@@ -197,7 +171,7 @@ class ChunkedHead:
         self._need_weight, self._added = need_weight, 0
         new = torch.empty_like if self.vocab else torch.zeros_like  # to a share of no entries nothing is added
         self.grad_hidden = new(self.hidden, dtype=_grad_dtype(self.dtype)) if need_hidden else None
-        self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=_wide(self.dtype)) if need_bias else None
+        self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=stats_dtype(self.dtype)) if need_bias else None
         self._total: Tensor | None = None  # of dW [V, D]
 
     def add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
@@ -216,7 +190,7 @@ class ChunkedHead:
         if self._need_weight:
             if self._total is None:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
-                finished, wide = _grad_dtype(self._weight.dtype), _wide(self.dtype)
+                finished, wide = _grad_dtype(self._weight.dtype), stats_dtype(self.dtype)
                 only = stop - start == self.rows and self.dtype in (finished, wide)
                 self._total = fresh(tuple(self._weight.shape), finished if only else wide, self._weight.device)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
@@ -247,11 +221,7 @@ class ChunkedHead:
         grad_hidden = self.hidden.new_empty(0)
         if self.grad_hidden is not None:
             grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))
-        return (
-            grad_hidden,
-            grad_weight,
-            self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias,
-        )
+        return grad_hidden, grad_weight, self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -330,76 +300,21 @@ def _parts(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def finished_stats(top: Tensor, rest: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logp [n] and statistics [n, 2] (maximum, log of the sum relative to it) from the parts of a row.
-
-    Args:
-        top: maximum of the logits but the label's [n]; -inf where there is none. Any other shift does as well.
-        rest: sum of exp(z - top) over all but the label [n].
-        target: logit of the label [n].
-    """
+def finished_stats(top: Tensor, others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logp [n] and statistics [n, 2] (maximum, log of the sum relative to it) from the three parts of ``fold_state``;
+    any other shift does as well as the maximum."""
     m = torch.maximum(top, target)
     m = torch.where(m == -torch.inf, 0.0, m)  # all masked: -inf - -inf would be NaN
-    others = rest * torch.exp(top - m)
+    others = others * torch.exp(top - m)
     distance = target - m  # <= 0
     # with the label as the maximum log p = -log1p(others), which keeps its relative accuracy as p -> 1
     log_total = torch.where(distance == 0, torch.log1p(others), torch.log(others + torch.exp(distance)))
     return distance - log_total, torch.stack([m, log_total], dim=1)
 
 
-def finished_gradients(ctx, grads: list[Tensor], grad_loss: Tensor, late: Tensor | None) -> list[Tensor | None]:
-    """Accumulated gradients of hidden, weight and bias times the loss's own, in the dtypes of the inputs.
-
-    ``ctx.dtypes`` holds those dtypes; ``late`` is the reduction's factor where it was left out of the accumulation.
-    """
-    return [
-        scaled(ctx, grad, grad_loss, late).to(dtype) if wanted else None
-        for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    ]
-
-
-def fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+def fake_gradients(hidden: Tensor, weight: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of ``ChunkedHead.gradients`` for tracing."""
-    shapes = (
-        (hidden.shape, _grad_dtype(hidden.dtype)),
-        (weight.shape, _grad_dtype(weight.dtype)),
-        (weight.shape[:1], _wide(weight.dtype)),
-    )
-    return tuple(
-        torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else hidden.new_empty(0)
-        for (shape, dtype), wanted in zip(shapes, need, strict=True)
-    )
-
-
-def as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype that F.linear would multiply in: autocast's, where it is on; fp64 stays as it is."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
-
-
-def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
-    """Checks, and the casts autocast would make: hidden, weight and bias in one dtype, gradients flow through the
-    casts."""
-    check_rows(name, hidden, labels, what="hidden")
-    hidden, weight, bias = as_autocast(hidden, weight, bias)
-    check_head(name, hidden, weight, bias)
-    return hidden, weight, bias
-
-
-def check_map(name: str, logit_scale: float, softcap: float | None) -> tuple[float, float]:
-    """Scale and softcap of the logits, 0 for none."""
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"gfast: {name}: logit_scale must be positive and finite, not {logit_scale}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"gfast: {name}: softcap must be positive and finite or None, not {softcap}.")
-    return float(logit_scale), float(softcap or 0.0)
-
-
-def flat_reference(name: str, ref_logp: Tensor | None, labels: Tensor) -> Tensor | None:
-    if ref_logp is None:
-        return None
-    check_like_labels(name, "ref_logp", ref_logp, labels)
-    return ref_logp.detach().reshape(-1)
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    dtypes = _grad_dtype(hidden.dtype), _grad_dtype(weight.dtype), stats_dtype(weight.dtype)
+    gradients = zip(shapes, dtypes, need, strict=True)
+    return tuple(hidden.new_empty(shape if wanted else 0, dtype=dtype) for shape, dtype, wanted in gradients)

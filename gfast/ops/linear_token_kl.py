@@ -8,13 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import select
-from gfast.ops.common import IGNORE_INDEX, check_chunk_rows, check_label_range, row_chunks, rows_at_once
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
-from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, valid_rows
+from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
+from gfast.ops.derivatives import wants_literal
+from gfast.ops.dispatch import select
+from gfast.ops.gradients import summed_scale, with_gradients
+from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.linear_inputs import check_map, local_head, unpacked
+from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
-from gfast.ops.token_logp import cap_slope, capped, own_labels, stats_dtype
-from gfast.ops.vocab_parallel import Shard, check_alike, local_head
+from gfast.ops.token_logp import capped, finite_slope, local_labels, stats_dtype
+from gfast.ops.vocab_parallel import Shard, check_alike
+
+
+def linear_token_kl_reference(
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, scale=1.0, softcap=0.0
+) -> Tensor:
+    """The literal definition per token: all logits of both, then ``token_kl_reference``."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    ref_z = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+    return token_kl_reference(capped(z, scale, softcap), capped(ref_z, scale, softcap), labels)
 
 
 def _kl_parts(logits, ref_logits, labels, form, impl) -> tuple[Tensor, Tensor]:
@@ -26,8 +39,8 @@ def _kl_parts(logits, ref_logits, labels, form, impl) -> tuple[Tensor, Tensor]:
         from gfast.kernels import kl
 
         totals = torch.empty(logits.shape[0], 4, dtype=torch.float32, device=logits.device)
-        one = torch.ones((), dtype=torch.float32, device=logits.device)
-        return kl.kl_rows(logits, ref_logits, labels, one, *form, totals=totals), totals
+        factor = torch.ones((), dtype=torch.float32, device=logits.device)
+        return kl.kl_rows(logits, ref_logits, labels, factor, *form, totals=totals), totals
     z, ref_z = capped(logits, *form[:2]), capped(ref_logits, *form[2:])
     tops = z.amax(-1), ref_z.amax(-1)
     shifts = [torch.where(top == -torch.inf, 0.0, top)[:, None] for top in tops]  # all masked: not -inf - -inf
@@ -44,12 +57,11 @@ def _kl_rows_grad(logits, ref_logits, labels, totals, factor, form, out, impl) -
 
         kl.kl_rows_grad(logits, ref_logits, labels, totals.float(), factor, *form, out)
     else:
-        scale, softcap, *ref_form = form
-        z, ref_z = capped(logits, scale, softcap), capped(ref_logits, *ref_form)
+        z, ref_z = capped(logits, *form[:2]), capped(ref_logits, *form[2:])
         top, total, ref_top, ref_total = totals.to(z.dtype)[:, :, None].unbind(1)
         delta = torch.exp(z - top) / total - torch.exp(ref_z - ref_top) / ref_total
-        slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
-        out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], factor * delta * slope, 0.0))
+        gradient = factor * delta * finite_slope(z, *form[:2])
+        out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], gradient, 0.0))
 
 
 def merged_kl(kl: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,152 +97,57 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
     if not shard.group:
         return kl_rows(logits, ref_logits, labels, factor, *form, out, impl)
     impl = select("sharded_token_kl", impl, logits.device, logits.dtype)
-    own, _ = own_labels(labels, shard.first, logits.shape[1])
+    local, _ = local_labels(labels, shard.first, logits.shape[1])
     if logits.shape[1]:
-        kl, totals = _kl_parts(logits, ref_logits, own, form, impl)
+        kl, totals = _kl_parts(logits, ref_logits, local, form, impl)
     else:
-        kl, totals = logits.new_zeros(logits.shape[0]), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(len(own), 1)
+        rows = logits.shape[0]
+        kl, totals = logits.new_zeros(rows), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(rows, 1)
     state = shard.gathered(torch.cat([kl.double()[None], totals.double().t()]))  # [processes, 5, n]
     kl, totals = merged_kl(state[:, 0], state[:, 1:].transpose(1, 2))
     if out is not None and logits.shape[1]:
-        _kl_rows_grad(logits, ref_logits, own, totals, factor, form, out, impl)
+        _kl_rows_grad(logits, ref_logits, local, totals, factor, form, out, impl)
     return torch.where(labels != IGNORE_INDEX, kl, 0.0).to(stats_dtype(logits.dtype))
 
 
 @torch.library.custom_op("gfast::linear_token_kl", mutates_args=())
 def _linear_token_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
+    head: list[Tensor | None],
+    ref_head: list[Tensor | None],
     labels: Tensor,
     factor: Tensor,
-    first: int,
-    vocab: int,
+    sizes: list[int],
+    form: list[float],
     group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_label_range("linear_token_kl", labels, vocab)
-    check_chunk_rows("linear_token_kl", chunk_rows)
-    select("linear_token_kl", impl, hidden.device, hidden.dtype)  # also where there are no rows
-    shard = Shard(first, vocab, group)  # that both weights [v, D] are
+    """KL [N] and the gradients of factor (0-dim) times its sum: dH [N, D], dW [v, D], db [v] (empty if unwanted).
+
+    Both heads are hidden, weight and bias; for what is no tensor see ``LocalHead.options``.
+    """
+    hidden = head[0]
+    shard, chunk_rows, _ = unpacked("linear_token_kl", hidden, labels, sizes, group, impl)
     order = valid_rows(labels)
     chunk = rows_at_once(labels, order, chunk_rows)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
-    ref = ChunkedHead(ref_hidden, ref_weight, ref_bias, labels, chunk, order)
-    kl = hidden.new_empty(head.rows, dtype=stats_dtype(hidden.dtype))
-    head.start_gradients(*need)
-    wanted = any(need)
-    for start, stop in row_chunks(head.rows, head.chunk):
-        rows, part = head.logits(start, stop), slice(start, stop)
+    model, ref = (ChunkedHead(*tensors, labels, chunk, order) for tensors in (head, ref_head))
+    kl = hidden.new_empty(model.rows, dtype=stats_dtype(hidden.dtype))
+    model.start_gradients(*need)
+    wanted, both = any(need), (*form, *form)
+    for start, stop in row_chunks(model.rows, model.chunk):
+        part, rows, ref_rows = slice(start, stop), model.logits(start, stop), ref.logits(start, stop)
         out = rows if wanted else None
-        form = (scale, softcap, scale, softcap)
-        kl[part] = _kl_rows_of(shard, rows, ref.logits(start, stop), head.labels[part], factor, form, out, impl)
+        kl[part] = _kl_rows_of(shard, rows, ref_rows, model.labels[part], factor, both, out, impl)
         if wanted:
-            head.add_gradients(start, stop, rows)
-    return head.scatter(kl), *shard.gradients(head)
+            model.add_gradients(start, stop, rows)
+    return model.scatter(kl), *shard.gradients(model)
 
 
 @_linear_token_kl.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    ref_hidden,
-    ref_weight,
-    ref_bias,
-    labels,
-    factor,
-    first,
-    vocab,
-    group,
-    scale,
-    softcap,
-    chunk_rows,
-    impl,
-    need,
-):
-    return hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype)), *fake_gradients(
-        hidden, weight, tuple(need)
-    )
-
-
-def linear_token_kl_reference(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, scale=1.0, softcap=0.0
-) -> Tensor:
-    """The literal definition per token: all logits of both, then ``token_kl_reference``."""
-    z = torch.nn.functional.linear(hidden, weight, bias)
-    ref_z = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
-    return token_kl_reference(capped(z, scale, softcap), capped(ref_z, scale, softcap), labels)
-
-
-def _literal(ctx):
-    if not ctx.literal:
-        return None
-    *inputs, factor = ctx.saved_tensors[4:12]
-    return linear_token_kl_reference(*inputs, *ctx.form).sum() * factor, inputs[:3]
-
-
-class _LinearKLLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        labels,
-        factor,
-        shard,
-        scale,
-        softcap,
-        chunk_rows,
-        impl,
-    ):
-        need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-        late = hidden.dtype == torch.float16  # see linear_unlearn_loss
-        inner = torch.ones_like(factor) if late else factor
-        kl, *grads = torch.ops.gfast.linear_token_kl(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            labels,
-            inner,
-            *shard,
-            scale,
-            softcap,
-            chunk_rows,
-            impl,
-            need,
-        )
-        ctx.literal = impl == "reference" and not shard.group
-        inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, factor) if ctx.literal else ()
-        ctx.form = scale, softcap
-        loss = kl.sum() * factor
-        ctx.save_for_backward(factor if late else None, *grads, *inputs, loss)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.set_materialize_grads(False)
-        return loss
-
-    @staticmethod
-    @differentiable_once("linear_token_kl", _literal)
-    def backward(ctx, grad_loss):
-        nothing = (None,) * 13
-        if grad_loss is None:
-            return nothing
-        late, *grads = ctx.saved_tensors[:4]
-        return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
+def _(head, ref_head, labels, *rest):
+    hidden, weight, _ = head
+    kl = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
+    return kl, *fake_gradients(hidden, weight, rest[-1])
 
 
 def linear_token_kl(
@@ -289,23 +206,19 @@ def linear_token_kl(
         )
     flat, factor = kl_factor(name, labels, reduction, normalizer, stats_dtype(dtype))
     form = check_map(name, logit_scale, softcap)
-    if wants_literal(name, impl, *head[:3]):
-        if head.shard.group:
-            raise RuntimeError(f"gfast: {name}: a vocabulary-parallel head has first derivatives by backward only.")
-        if has_values(flat):
-            check_label_range(name, flat, head.shard.vocab)
-        return linear_token_kl_reference(*head[:3], *ref[:3], flat, *form).sum() * factor
-    return _LinearKLLoss.apply(
-        head.hidden,
-        head.weight,
-        head.bias,
-        ref.hidden,
-        ref.weight,
-        ref.bias,
-        flat,
-        factor,
-        head.shard,
-        *form,
-        head.chunk_rows,
-        impl,
-    )
+
+    def literal(*inputs: Tensor | None) -> Tensor:
+        return linear_token_kl_reference(*inputs, *ref.inputs, flat, *form).sum() * factor
+
+    if wants_literal(name, impl, *head.inputs):
+        check_literal(name, head)
+        return literal(*head.inputs)
+    need = head.wanted()
+    inner, late = summed_scale(factor, dtype)
+    options = head.options(form, impl)
+    kl, *gradients = torch.ops.gfast.linear_token_kl(head.detached(), list(ref.inputs), flat, inner, *options, need)
+    loss = kl.sum() * factor
+    if not any(need):
+        return loss
+    defined = literal if impl == "reference" and not head.shard.group else None
+    return with_gradients(name, loss, head.inputs, gradients, late, defined)

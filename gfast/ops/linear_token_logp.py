@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import select
-from gfast.ops.common import check_chunk_rows, check_label_range, row_chunks, rows_at_once
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
-from gfast.ops.head import ChunkedHead, check_map, fake_gradients, valid_rows
-from gfast.ops.token_logp import capped, stats_dtype, token_logp_reference
-from gfast.ops.vocab_parallel import LocalHead, Shard, local_head
+from gfast.ops.checks import check_chunk_rows
+from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
+from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
+from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
+from gfast.ops.token_logp import capped, fake_logp, stats_dtype, token_logp_reference
+from gfast.ops.vocab_parallel import Shard
 
 
 def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None) -> Tensor:
@@ -25,36 +26,26 @@ def _linear_token_logp(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    first: int,
-    vocab: int,
+    sizes: list[int],
+    form: list[float],
     group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: list[int],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and statistics [N, 2]; ``first``, ``vocab``, ``group``: the ``Shard`` that weight [v, D] and bias [v]
-    are."""
-    check_label_range("linear_token_logp", labels, vocab)
-    check_chunk_rows("linear_token_logp", chunk_rows)
-    shard = Shard(first, vocab, group)
+    """logp [N] and statistics [N, 2]; for what is no tensor see ``LocalHead.options``."""
+    shard, chunk_rows, chosen = unpacked("linear_token_logp", hidden, labels, sizes, group, impl)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
-    chosen = select("linear_token_logp", impl, hidden.device, hidden.dtype)
     if head.folds(chosen):
-        logp, stats = shard.fold(head, scale, softcap, chosen)
+        logp, stats = shard.fold(head, *form, chosen)
         return head.scatter(logp), head.scatter(stats)
     dtype = stats_dtype(hidden.dtype)
     logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
     for start, stop in row_chunks(head.rows, head.chunk):
         part = slice(start, stop)
-        logp[part], stats[part] = shard.logp_rows(head.logits(start, stop), head.labels[part], scale, softcap, impl)
+        logp[part], stats[part] = shard.logp_rows(head.logits(start, stop), head.labels[part], *form, impl)
     return head.scatter(logp), head.scatter(stats)
 
 
-@_linear_token_logp.register_fake
-def _(hidden, weight, bias, labels, first, vocab, group, scale, softcap, chunk_rows, impl):
-    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
-    return hidden.new_empty(rows, dtype=dtype), hidden.new_empty((rows, 2), dtype=dtype)
+_linear_token_logp.register_fake(fake_logp)
 
 
 @torch.library.custom_op("gfast::linear_token_logp_backward", mutates_args=())
@@ -66,38 +57,34 @@ def _linear_token_logp_backward(
     logp: Tensor,
     stats: Tensor,
     coef: Tensor,
-    first: int,
-    vocab: int,
+    sizes: list[int],
+    form: list[float],
     group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dH [N, D], dW [v, D], db [v] (empty if unwanted), of which coef [N] is the gradient of logp."""
+    (first, vocab), chunk_rows = sizes[:2], sizes[2:]
     check_chunk_rows("linear_token_logp", chunk_rows)
-    shard = Shard(first, vocab, group)
-    order = valid_rows(labels)
-    chunk = rows_at_once(labels, order, chunk_rows)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
+    shard, order = Shard(first, vocab, group), valid_rows(labels)
+    head = ChunkedHead(hidden, weight, bias, labels, rows_at_once(labels, order, chunk_rows), order)
     logp, stats, coef = (head.select(values).contiguous() for values in (logp, stats, coef.to(logp.dtype)))
     head.start_gradients(*need)
     for start, stop in row_chunks(head.rows, head.chunk):
-        part = slice(start, stop)
-        rows = head.logits(start, stop)
-        shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef[part], scale, softcap, impl)
+        part, rows = slice(start, stop), head.logits(start, stop)
+        shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef[part], *form, impl)
         head.add_gradients(start, stop, rows)
     return shard.gradients(head)
 
 
 @_linear_token_logp_backward.register_fake
-def _(hidden, weight, bias, labels, logp, stats, coef, first, vocab, group, scale, softcap, chunk_rows, impl, need):
-    return fake_gradients(hidden, weight, tuple(need))
+def _(hidden, weight, *rest):
+    return fake_gradients(hidden, weight, rest[-1])
 
 
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, *ctx.options = inputs
-    logp, stats = output
+    ctx.name, (logp, stats) = "linear_token_logp", output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, stats, logp)
@@ -105,45 +92,44 @@ def _setup(ctx, inputs, output) -> None:
 
 def _literal(ctx):
     hidden, weight, bias, labels, *_ = ctx.saved_tensors
-    _first, _vocab, group, scale, softcap, _chunk_rows, impl = ctx.options
+    _sizes, form, group, impl = ctx.options
     if impl != "reference" or group:
         return None
-    return linear_token_logp_reference(hidden, weight, labels, bias, scale, softcap), [hidden, weight, bias]
+    return linear_token_logp_reference(hidden, weight, labels, bias, *form), [hidden, weight, bias]
 
 
-@differentiable_once("linear_token_logp", _literal)
+@differentiable_once(_literal)
 def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
-    nothing = (None,) * 11
+    options = (None,) * 5
     if grad_logp is None:
-        return nothing
-    hidden, weight, bias, labels, stats, logp = ctx.saved_tensors
+        return None, None, None, *options
+    *tensors, stats, logp = ctx.saved_tensors
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-    grads = torch.ops.gfast.linear_token_logp_backward(
-        hidden, weight, bias, labels, logp, stats, grad_logp, *ctx.options, need
-    )
-    inputs = (hidden, weight, bias)
-    cast = [grad.to(x.dtype) if wanted else None for grad, x, wanted in zip(grads, inputs, need, strict=True)]
-    return (*cast, *nothing[3:])
+    gradients = torch.ops.gfast.linear_token_logp_backward(*tensors, logp, stats, grad_logp, *ctx.options, need)
+    cast = [x.to(y.dtype) if wanted else None for x, y, wanted in zip(gradients, tensors[:3], need, strict=True)]
+    return (*cast, *options)
 
 
 _linear_token_logp.register_autograd(_backward, setup_context=_setup)
 
 
-def flat_logp(head: LocalHead, labels: Tensor, scale: float, softcap: float, impl: str) -> Tensor:
+def flat_logp(head: LocalHead, form: tuple[float, float], impl: str) -> Tensor:
     """``linear_token_logp`` [N] of checked arguments."""
-    hidden, weight, bias, shard, chunk_rows = head
-    flat = labels.reshape(-1).long()
-    return torch.ops.gfast.linear_token_logp(hidden, weight, bias, flat, *shard, scale, softcap, chunk_rows, impl)[0]
+    return torch.ops.gfast.linear_token_logp(*head.inputs, head.labels, *head.options(form, impl))[0]
 
 
-def literal_of_head(name: str, head: LocalHead, labels: Tensor, scale: float, softcap: float) -> Tensor:
+def literal_of_head(name: str, head: LocalHead, form: tuple[float, float]) -> Tensor:
     """``flat_logp`` by the literal definition, for torch.func and forward mode."""
+    check_literal(name, head)
+    hidden, weight, bias = head.inputs
+    return linear_token_logp_reference(hidden, weight, head.labels, bias, *form)
+
+
+def check_literal(name: str, head: LocalHead) -> None:
+    """Whether a head can be differentiated by its literal definition; and its labels, where they can be looked at."""
     if head.shard.group:
         raise RuntimeError(f"gfast: {name}: a vocabulary-parallel head has first derivatives by backward only.")
-    flat = labels.reshape(-1)
-    if has_values(flat):
-        check_label_range(name, flat, head.shard.vocab)
-    return linear_token_logp_reference(head.hidden, head.weight, flat, head.bias, scale, softcap)
+    check_literal_labels(name, head.labels, head.shard.vocab)
 
 
 def linear_token_logp(
@@ -192,6 +178,6 @@ def linear_token_logp(
     name = "linear_token_logp"
     head = local_head(name, hidden, weight, bias, labels, chunk_rows)
     form = check_map(name, logit_scale, softcap)
-    if wants_literal(name, impl, *head[:3]):
-        return literal_of_head(name, head, labels, *form).reshape(labels.shape)
-    return flat_logp(head, labels, *form, impl).reshape(labels.shape)
+    literal = wants_literal(name, impl, *head.inputs)
+    logp = literal_of_head(name, head, form) if literal else flat_logp(head, form, impl)
+    return logp.reshape(labels.shape)

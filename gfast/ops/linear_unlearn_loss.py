@@ -9,257 +9,157 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops import common
-from gfast.ops.backend import select
-from gfast.ops.common import (
-    IGNORE_INDEX,
-    LossOutput,
-    check_chunk_rows,
-    check_label_range,
-    check_pairs,
-    check_reduction,
-    coef_scale,
-    raise_if_not_finite,
-    row_chunks,
-    sequence_layout,
-)
-from gfast.ops.derivatives import differentiable_once, wants_literal
-from gfast.ops.head import ChunkedHead, check_map, fake_gradients, finished_gradients, flat_reference
+from gfast.ops import checks
+from gfast.ops.checks import IGNORE_INDEX, raise_if_not_finite
+from gfast.ops.chunks import plan_chunks, row_chunks, sequence_length
+from gfast.ops.derivatives import wants_literal
+from gfast.ops.gradients import summed_scale, with_gradients
+from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
-from gfast.ops.plan import plan_chunks, sequence_length
+from gfast.ops.reductions import LossOutput
 from gfast.ops.token_logp import stats_dtype
-from gfast.ops.unlearn_loss import (
-    check_reference,
-    default_reduction,
-    loss_from_logp,
-    spec_of,
-    weigh,
-    weighted_rows,
-)
-from gfast.ops.vocab_parallel import Shard, local_head
-from gfast.ops.weights import WeightSpec, sequence_weights, weights_and_values
+from gfast.ops.unlearn_loss import loss_from_logp, weighted_rows
+from gfast.ops.weights import Terms, WeightSpec, sequence_weights, weigh
 
 
 def linear_unlearn_loss_reference(
     hidden, weight, labels, objective, ref_logp=None, reduction=None, **head
 ) -> LossOutput:
     """The literal definition: all logits, then log softmax, detached weights and autograd."""
-    logp = linear_token_logp_reference(hidden, weight, labels, **head)
-    reduction = reduction or default_reduction(objective)
-    return loss_from_logp(objective, logp, ref_logp, labels, None, reduction, None, "linear_unlearn_loss")
+    terms = Terms.of("linear_unlearn_loss", objective, labels, ref_logp, reduction)
+    return loss_from_logp(terms, linear_token_logp_reference(hidden, weight, labels, **head))
 
 
 @torch.library.custom_op("gfast::linear_unlearn", mutates_args=())
 def _linear_unlearn(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: list[Tensor | None],
     labels: Tensor,
-    ref_logp: Tensor | None,
-    given: Tensor | None,
-    ids: Tensor,
-    count: int,
-    length: int,
+    per_row: list[Tensor | None],
+    factor: Tensor,
     level: str,
     numbers: list[float],
-    factor: Tensor,
-    first: int,
-    vocab: int,
+    sequences: list[int],
+    sizes: list[int],
+    form: list[float],
     group: str,
-    scale: float,
-    softcap: float,
-    chunk_rows: list[int],
     impl: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], weight [N], and factor * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [V, D], db [V] (empty if
-    unwanted).
+    """logp [N], weight [N], and factor (0-dim) * gradients of sum_i sg(w_i) logp_i: dH [N, D], dW [v, D], db [v] (empty
+    if unwanted).
 
-    With ``given`` [N] the weights are those and nothing is computed from ``numbers``. ``first``, ``vocab``, ``group``:
-    the ``Shard`` that weight [v, D] and bias [v] are.
+    Args:
+        head: hidden [N, D], weight [v, D], bias [v] or None. labels: int64 [N].
+        per_row: ref_logp, weights and sequence ids, [N] each or None. Weights that are given are those, and nothing is
+            computed from ``numbers``.
+        level, numbers: a ``WeightSpec``.
+        sequences: count and length of ``plan_chunks``. For the rest see ``LocalHead.options``.
     """
-    check_label_range("linear_unlearn_loss", labels, vocab)
-    check_chunk_rows("linear_unlearn_loss", chunk_rows)
-    select("linear_unlearn_loss", impl, hidden.device, hidden.dtype)  # also where there are no rows
-    shard = Shard(first, vocab, group)
-    spec = WeightSpec.from_numbers(level, numbers)
-    order, chunk, spans = plan_chunks(level, labels, ids, count, length, chunk_rows)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk, order)
+    hidden = head[0]
+    shard, chunk_rows, _ = unpacked("linear_unlearn_loss", hidden, labels, sizes, group, impl)
+    spec, (count, length) = WeightSpec.from_numbers(level, numbers), sequences
+    order, chunk, spans = plan_chunks(level, labels, per_row[2], count, length, chunk_rows)
+    chunked = ChunkedHead(*head, labels, chunk, order)
     dtype = stats_dtype(hidden.dtype)
-    ref, given = head.select(ref_logp), head.select(given)
-    ids = head.select(ids)
-    logp, weights = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty(head.rows, dtype=dtype)
-    stats = hidden.new_empty((head.rows, 2), dtype=dtype)
-    head.start_gradients(*need)
+    ref, given, ids = map(chunked.select, per_row)
+    logp, weights = hidden.new_empty(chunked.rows, dtype=dtype), hidden.new_empty(chunked.rows, dtype=dtype)
+    stats = hidden.new_empty((chunked.rows, 2), dtype=dtype)
+    chunked.start_gradients(*need)
 
     def row_span(start: int, stop: int) -> None:
-        part, rows = slice(start, stop), head.logits(start, stop)
-        logp[part], weights[part] = weighted_rows(
-            rows,
-            head.labels[part],
-            None if ref is None else ref[part].contiguous(),
-            spec,
-            factor,
-            scale,
-            softcap,
-            rows,
-            impl,
-        )
-        head.add_gradients(start, stop, rows)
+        part, rows = slice(start, stop), chunked.logits(start, stop)
+        chunk_ref = None if ref is None else ref[part].contiguous()
+        arguments = (rows, chunked.labels[part], chunk_ref, spec, factor, *form, rows, impl)
+        logp[part], weights[part] = weighted_rows(*arguments)
+        chunked.add_gradients(start, stop, rows)
 
     def weights_of(part: slice) -> Tensor:
         if given is not None:
             return given[part].to(dtype)
-        some_ref = None if ref is None else ref[part].to(dtype)
-        valid = head.labels[part] != IGNORE_INDEX
-        return weights_and_values(spec, logp[part], some_ref, valid, ids[part], count)[0]
+        span_ref, span_ids = None if ref is None else ref[part].to(dtype), None if ids is None else ids[part]
+        valid = chunked.labels[part] != IGNORE_INDEX
+        return weigh(spec, logp[part], span_ref, valid, span_ids, count)[0]
 
     def whole_span(start: int, stop: int) -> None:
-        pieces = [(start + a, start + b) for a, b in row_chunks(stop - start, head.chunk)]
+        pieces = [(start + a, start + b) for a, b in row_chunks(stop - start, chunked.chunk)]
         for a, b in pieces:
-            rows, part = head.logits(a, b), slice(a, b)
-            logp[part], stats[part] = shard.logp_rows(rows, head.labels[part], scale, softcap, impl)
+            rows, part = chunked.logits(a, b), slice(a, b)
+            logp[part], stats[part] = shard.logp_rows(rows, chunked.labels[part], *form, impl)
         weights[start:stop] = weights_of(slice(start, stop))
         for a, b in pieces:
             if len(pieces) > 1:  # longer than a chunk, and not the first: its logits are gone, compute them again
-                rows = head.logits(a, b)
+                rows = chunked.logits(a, b)
             part = slice(a, b)
             coef = (weights[part] * factor).to(dtype)
-            shard.logp_rows_grad(rows, head.labels[part], logp[part], stats[part], coef, scale, softcap, impl)
-            head.add_gradients(a, b, rows)
+            shard.logp_rows_grad(rows, chunked.labels[part], logp[part], stats[part], coef, *form, impl)
+            chunked.add_gradients(a, b, rows)
 
     def first_span(start: int, stop: int) -> None:
         """A sequence longer than a chunk, before anything else is summed. Its one weight, which only its last row
         tells, multiplies the sums: no row is computed twice."""
-        one = torch.ones_like(factor)
-        unweighted = WeightSpec(sign=spec.sign)
-        for a, b in row_chunks(stop - start, head.chunk):
-            rows, part = head.logits(start + a, start + b), slice(start + a, start + b)
-            logp[part] = weighted_rows(rows, head.labels[part], None, unweighted, one, scale, softcap, rows, impl)[0]
-            head.add_gradients(part.start, part.stop, rows)
+        unscaled, unweighted = torch.ones_like(factor), WeightSpec(sign=spec.sign)
+        for a, b in row_chunks(stop - start, chunked.chunk):
+            rows, part = chunked.logits(start + a, start + b), slice(start + a, start + b)
+            arguments = (rows, chunked.labels[part], None, unweighted, unscaled, *form, rows, impl)
+            logp[part] = weighted_rows(*arguments)[0]
+            chunked.add_gradients(part.start, part.stop, rows)
         weights[start:stop] = weights_of(slice(start, stop))
-        head.scale_gradients(start, stop, weights[start:stop].abs().amax() * factor)
+        chunked.scale_gradients(start, stop, weights[start:stop].abs().amax() * factor)
 
     # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
     by_row = level == "token" and given is None and not group
     # spans longer than a chunk are single sequences, unless boundaries had to follow from shapes that do not tell them
-    single = level == "sequence" and not group and (length > 0 or common.may_wait(labels.device))
-    lone = next((span for span in spans if single and span[1] - span[0] > head.chunk), None)
+    single = level == "sequence" and not group and (length > 0 or checks.may_wait(labels.device))
+    lone = next((span for span in spans if single and span[1] - span[0] > chunked.chunk), None)
     if lone is not None:
         first_span(*lone)
     for span in spans:
         if span != lone:
             (row_span if by_row else whole_span)(*span)
-    return head.scatter(logp), head.scatter(weights), *shard.gradients(head)
+    return chunked.scatter(logp), chunked.scatter(weights), *shard.gradients(chunked)
 
 
 @_linear_unlearn.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    labels,
-    ref_logp,
-    given,
-    ids,
-    count,
-    length,
-    level,
-    numbers,
-    factor,
-    first,
-    vocab,
-    group,
-    scale,
-    softcap,
-    chunk_rows,
-    impl,
-    need,
-):
-    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
-    logp = hidden.new_empty(rows, dtype=dtype)
-    return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, tuple(need))
+def _(head, *rest):
+    hidden, weight, _ = head
+    logp = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
+    return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, rest[-1])
 
 
-def _literal(ctx):
-    if ctx.define is None:
-        return None
-    inputs = ctx.saved_tensors[4:7]
-    return ctx.define(*inputs), inputs
+def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl: str) -> LossOutput:
+    """The loss of a head that is differentiated: its gradients come out of the same pass."""
+    spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
+    factor, ref, given = terms.factor(dtype), terms.reference(dtype), None
+    ref = None if ref is None else ref.detach()
+    if terms.spec is None:
+        with torch.no_grad():
+            logp = flat_logp(head, form, impl)
+        given = terms.weigh(logp, ref)[0]
+    ref = ref if spec.uses_ref else None
+    inner, late = summed_scale(factor, head.hidden.dtype)
+    logp, weights, *gradients = torch.ops.gfast.linear_unlearn(
+        head.detached(),
+        head.labels,
+        [ref, given, tokens.ids],
+        inner,
+        spec.level,
+        spec.numbers(),
+        [tokens.count, sequence_length(terms.labels, terms.sequence_id)],
+        *head.options(form, impl),
+        head.wanted(),
+    )
+    value = weights * logp
+    if spec.level != "token":
+        value = sequence_weights(spec, logp, ref, tokens.valid, tokens.ids, tokens.count)[1]
 
+    def literal(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logp = linear_token_logp_reference(hidden, weight, head.labels, bias, *form)
+        return loss_from_logp(terms, logp, literal=True).loss
 
-class _LinearLoss(torch.autograd.Function):
-    """Scalar loss whose gradients were accumulated by the pass that computed it."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        labels,
-        ref_logp,
-        given,
-        ids,
-        count,
-        length,
-        level,
-        numbers,
-        factor,
-        shard,
-        scale,
-        softcap,
-        chunk_rows,
-        impl,
-        define,
-    ):
-        ctx.define = define  # the loss as a function of hidden, weight and bias, or None
-        need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-        # fp16 gradients of one token would vanish if divided by N here: they are divided after the sums instead
-        late = hidden.dtype == torch.float16
-        inner = torch.ones_like(factor) if late else factor
-        logp, weights, *grads = torch.ops.gfast.linear_unlearn(
-            hidden,
-            weight,
-            bias,
-            labels,
-            ref_logp,
-            given,
-            ids,
-            count,
-            length,
-            level,
-            numbers,
-            inner,
-            *shard,
-            scale,
-            softcap,
-            chunk_rows,
-            impl,
-            need,
-        )
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(logp, weights)
-        if given is None and level != "token":
-            spec = WeightSpec.from_numbers(level, numbers)
-            ref = None if ref_logp is None else ref_logp.to(logp.dtype)
-            value = sequence_weights(spec, logp, ref, labels != IGNORE_INDEX, ids, count)[1]
-        else:
-            value = weights * logp
-        loss = value.sum() * factor
-        inputs = () if define is None else (hidden, weight, bias)
-        ctx.save_for_backward(factor if late else None, *grads, *inputs, loss)
-        return loss, logp, weights
-
-    @staticmethod
-    @differentiable_once("linear_unlearn_loss", _literal)
-    def backward(ctx, grad_loss, _logp, _weights):
-        nothing = (None,) * 18
-        if grad_loss is None:
-            return nothing
-        late, *grads = ctx.saved_tensors[:4]
-        return (*finished_gradients(ctx, grads, grad_loss, late), *nothing[3:])
+    defined = literal if impl == "reference" and not head.shard.group else None
+    loss = with_gradients(terms.name, value.sum() * factor, head.inputs, gradients, late, defined)
+    return terms.output(loss, logp, weights)
 
 
 def linear_unlearn_loss(
@@ -323,61 +223,15 @@ def linear_unlearn_loss(
     """
     name = "linear_unlearn_loss"
     head = local_head(name, hidden, weight, bias, labels, chunk_rows)
-    check_reference(name, objective, ref_logp, labels)
-    reduction = reduction or default_reduction(objective)
-    check_reduction(name, reduction)
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
     form = check_map(name, logit_scale, softcap)
-    spec = spec_of(objective)
-    inputs = (head.hidden, head.weight, head.bias)
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    literal = impl == "reference"
-    given = (ref_logp, labels, sequence_id, reduction, normalizer, name, literal)
-    if wants_literal(name, impl, *inputs, ref_logp):
-        out = loss_from_logp(objective, literal_of_head(name, head, labels, *form).reshape(labels.shape), *given)
-    elif reduction == "none" or not differentiated:  # scoring is enough, and needs no logits where they can be folded
-        logp = flat_logp(head, labels, *form, impl).reshape(labels.shape)
-        out = loss_from_logp(objective, logp, *given)
+    if wants_literal(name, impl, *head.inputs, ref_logp):
+        out = loss_from_logp(terms, literal_of_head(name, head, form), impl == "reference")
+    elif terms.reduction == "none" or not any(head.wanted()):
+        # scoring is enough, and needs no logits where they can be folded
+        out = loss_from_logp(terms, flat_logp(head, form, impl), impl == "reference")
     else:
-        flat_labels = labels.reshape(-1).long()
-        valid = flat_labels != IGNORE_INDEX
-        ids, count = sequence_layout(name, labels, sequence_id)
-        level = "token" if spec is None else spec.level
-        check_pairs(name, level, count)
-        dtype = stats_dtype(head.hidden.dtype)
-        factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
-        ref, weights = flat_reference(name, ref_logp, labels), None
-        ref = None if ref is None else ref.to(dtype)
-        if spec is None:
-            with torch.no_grad():
-                logp = flat_logp(head, labels, *form, impl)
-            weights = weigh(objective, logp, ref, valid, ids, count)[0]
-        define = None
-        if literal and not head.shard.group and not torch.compiler.is_compiling():
-
-            def define(h, w, b):
-                logp = linear_token_logp_reference(h, w, flat_labels, b, *form).reshape(labels.shape)
-                return loss_from_logp(objective, logp, *given).loss
-
-        loss, logp, weights = _LinearLoss.apply(
-            head.hidden,
-            head.weight,
-            head.bias,
-            flat_labels,
-            ref if spec is None or spec.uses_ref else None,
-            weights,
-            ids,
-            count,
-            sequence_length(labels, sequence_id),
-            level,
-            (spec or WeightSpec()).numbers(),
-            factor,
-            head.shard,
-            *form,
-            head.chunk_rows,
-            impl,
-            define,
-        )
-        out = LossOutput(loss, logp.reshape(labels.shape), weights.reshape(labels.shape))
+        out = _scalar_loss(terms, head, form, impl)
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

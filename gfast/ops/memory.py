@@ -1,10 +1,24 @@
-"""``empty_cache``: gives back the CPU memory that gfast keeps for the next gradient."""
+"""Memory of gradients and logits: where it comes from, and ``empty_cache``, which gives back what is kept for them."""
 
 from __future__ import annotations
 
-import torch
+import math
 
-from gfast.ops.backend import compiled
+import torch
+from torch import Tensor
+
+from gfast.ops.dispatch import compiled
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a gradient or a chunk of logits.
+
+    On a CPU 4 MiB and more come from the extension's pool: what a step frees, the next one takes. New memory is zeroed
+    by the system first, which takes longer than the kernel or the product that fills it.
+    """
+    if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= 2**22 and compiled("fresh"):
+        return torch.ops.gfast.fresh(list(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def empty_cache() -> int:

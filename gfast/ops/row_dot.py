@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import select
-from gfast.ops.common import row_chunks
+from gfast.ops.chunks import row_chunks
+from gfast.ops.dispatch import select
 from gfast.ops.head import add_mm, product_dtype
+from gfast.ops.token_logp import stats_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 256  # rows of the product held at a time on a CPU: [256, D] stays in the cache until it is dotted
@@ -27,7 +28,7 @@ def _blocks(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
     direction = direction.to(dtype)
     left, right, factor = (b, a, direction) if a.shape[1] < b.shape[1] else (a, b, direction.t())
     out = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = stats_dtype(dtype)
     for start, stop in row_chunks(a.shape[0], _BLOCK if a.device.type == "cpu" else 8192):
         product = a.new_empty(stop - start, factor.shape[1], dtype=dtype)  # [rows, min(D_in, D_out)]
         add_mm(product, left[start:stop].to(dtype), factor, first=True)
@@ -66,7 +67,7 @@ def dots_of_rows(a: Tensor, b: Tensor, direction: Tensor, impl: str = "auto") ->
     # 16-bit products, where the CPU has them, are the library's; the kernel multiplies in fp32
     taken = _product(a, b, direction) == torch.float32 and torch.backends.mkldnn.enabled
     if impl == "cpp" and not torch.backends.mkldnn.enabled:
-        raise ValueError("gfast: impl='cpp' cannot serve linear_row_dot here: torch.backends.mkldnn is turned off.")
+        raise ValueError("gfast: linear_row_dot: impl='cpp' cannot serve it here: torch.backends.mkldnn is turned off.")
     if chosen == "cpp" and (taken or impl == "cpp"):
         wide = (_rows(x, torch.float32) for x in (a, b))
         return torch.ops.gfast.row_dots(*wide, _rows(direction, direction.dtype))

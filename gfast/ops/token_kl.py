@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import extension, select
-from gfast.ops.common import (
-    IGNORE_INDEX,
-    check_label_range,
-    check_reduction,
-    check_rows,
-    coef_scale,
-    fresh,
-    kept_scale,
-    scaled,
-    sequence_layout,
-)
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
-from gfast.ops.token_logp import cap_slope, capped, stats_dtype, unit_stride
+from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_reduction, check_rows
+from gfast.ops.derivatives import check_literal_labels, wants_literal
+from gfast.ops.dispatch import kernel, select
+from gfast.ops.gradients import kept_scale, with_gradients
+from gfast.ops.memory import fresh
+from gfast.ops.reductions import Tokens
+from gfast.ops.token_logp import capped, finite_slope, stats_dtype, unit_stride
 
 
 def token_kl_reference(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,34 +32,17 @@ def _kl_rows_reference(logits, ref_logits, labels, factor, scale, softcap, ref_s
     kl = token_kl_reference(z, ref_z, labels)
     if out is not None:
         delta = (torch.softmax(z.double(), -1) - torch.softmax(ref_z.double(), -1)).to(z.dtype)
-        slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
-        out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], factor * delta * slope, 0.0))
+        gradient = factor * delta * finite_slope(z, scale, softcap)
+        out.copy_(torch.where((labels != IGNORE_INDEX)[:, None], gradient, 0.0))
     return kl
 
 
-def kl_rows(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    scale: float,
-    softcap: float,
-    ref_scale: float,
-    ref_softcap: float,
-    out: Tensor | None,
-    impl: str,
-) -> Tensor:
-    """KL [N] of logits against ref_logits, both [N, V]; ``out`` (may be logits) gets factor * d KL_i / d logits."""
+def kl_rows(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out, impl: str) -> Tensor:
+    """KL [N] of logits against ref_logits, both [N, V]; ``out`` (may be logits; None: not wanted) gets factor (0-dim)
+    * d KL_i / d logits."""
     impl = select("token_kl", impl, logits.device, logits.dtype)
-    arguments = (logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out)
-    if impl == "cpp":
-        extension()
-        return torch.ops.gfast.kl_rows(*arguments)
-    if impl == "triton":
-        from gfast.kernels import kl
-
-        return kl.kl_rows(*arguments)
-    return _kl_rows_reference(*arguments)
+    launch = _kl_rows_reference if impl == "reference" else kernel("kl_rows", impl)
+    return launch(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out)
 
 
 @torch.library.custom_op("gfast::token_kl", mutates_args=())
@@ -74,44 +50,16 @@ def _token_kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, factor: Tensor, with_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_label_range("token_kl", labels, logits.shape[1])
-    shape = logits.shape if with_grad else (0, logits.shape[1])
-    out = fresh(tuple(shape), logits.dtype, logits.device)
-    target = out if with_grad else None
-    kl = kl_rows(unit_stride(logits), unit_stride(ref_logits), labels, factor, 1.0, 0.0, 1.0, 0.0, target, impl)
-    return kl, out
+    gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
+    out = gradient if with_grad else None
+    kl = kl_rows(unit_stride(logits), unit_stride(ref_logits), labels, factor, 1.0, 0.0, 1.0, 0.0, out, impl)
+    return kl, gradient
 
 
 @_token_kl.register_fake
 def _(logits, ref_logits, labels, factor, with_grad, impl):
-    out = torch.empty((logits.shape[0] if with_grad else 0, logits.shape[1]), dtype=logits.dtype, device=logits.device)
-    return logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)), out
-
-
-def _literal(ctx):
-    if not ctx.literal:
-        return None
-    logits, ref_logits, labels, factor = ctx.saved_tensors[2:6]
-    return token_kl_reference(logits, ref_logits, labels).sum() * factor, [logits]
-
-
-class _KLLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, ref_logits, labels, factor, impl):
-        inner, late = kept_scale(factor, logits.dtype)
-        kl, grad = torch.ops.gfast.token_kl(logits, ref_logits, labels, inner, ctx.needs_input_grad[0], impl)
-        ctx.literal = impl == "reference"
-        loss = kl.sum() * factor
-        ctx.save_for_backward(grad, late, *((logits, ref_logits, labels, factor) if ctx.literal else ()), loss)
-        ctx.set_materialize_grads(False)
-        return loss
-
-    @staticmethod
-    @differentiable_once("token_kl", _literal)
-    def backward(ctx, grad_loss):
-        if grad_loss is None:
-            return None, None, None, None, None
-        grad, late = ctx.saved_tensors[:2]
-        return scaled(ctx, grad, grad_loss, late), None, None, None, None
+    rows, vocab = logits.shape
+    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if with_grad else 0, vocab)
 
 
 def kl_factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -119,9 +67,8 @@ def kl_factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torc
     check_reduction(name, reduction)
     if reduction == "none":
         raise ValueError(f"gfast: {name}: reduction 'none' is not offered; use 'token_mean', 'sequence_mean' or 'sum'.")
-    flat = labels.reshape(-1).long()
-    ids, count = sequence_layout(name, labels, None)
-    return flat, coef_scale(flat != IGNORE_INDEX, reduction, normalizer, ids, count, dtype=dtype)
+    tokens = Tokens.of(name, labels, None, "token", reduction)
+    return tokens.labels, tokens.factor(reduction, normalizer, dtype)
 
 
 def token_kl(
@@ -172,9 +119,20 @@ def token_kl(
             f"gfast: {name}: ref_logits are {ref_logits.dtype} but logits {logits.dtype}; cast one of them."
         )
     flat, factor = kl_factor(name, labels, reduction, normalizer, stats_dtype(logits.dtype))
-    vocab = logits.shape[-1]
+    vocab, ref_logits = logits.shape[-1], ref_logits.detach()
+
+    def literal(logits: Tensor) -> Tensor:
+        return token_kl_reference(logits, ref_logits, labels).sum() * factor
+
     if wants_literal(name, impl, logits):
-        if has_values(flat):
-            check_label_range(name, flat, vocab)
-        return token_kl_reference(logits, ref_logits.detach(), labels).sum() * factor
-    return _KLLoss.apply(logits.reshape(-1, vocab), ref_logits.detach().reshape(-1, vocab), flat, factor, impl)
+        check_literal_labels(name, flat, vocab)
+        return literal(logits)
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
+    rows, ref_rows = logits.detach().reshape(-1, vocab), ref_logits.reshape(-1, vocab)
+    kl, gradient = torch.ops.gfast.token_kl(rows, ref_rows, flat, inner, wanted, impl)
+    loss = kl.sum() * factor
+    if not wanted:
+        return loss
+    defined = literal if impl == "reference" else None
+    return with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import extension, select
-from gfast.ops.common import IGNORE_INDEX, check_label_range, check_rows, fresh
-from gfast.ops.derivatives import differentiable_once, has_values, wants_literal
+from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows
+from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
+from gfast.ops.dispatch import kernel, select
+from gfast.ops.memory import fresh
+
+
+def token_logp_reference(logits: Tensor, labels: Tensor) -> Tensor:
+    """The literal definition, differentiable by autograd: log softmax, gather, 0 where ignored."""
+    valid = labels != IGNORE_INDEX
+    log_probs = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
+    picked = log_probs.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid, picked, 0.0)
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -22,19 +31,9 @@ def cap_slope(z: Tensor, scale: float, softcap: float) -> Tensor | float:
     return scale * (1 - (z / softcap) ** 2) if softcap > 0 else scale
 
 
-def token_logp_reference(logits: Tensor, labels: Tensor) -> Tensor:
-    """The literal definition, differentiable by autograd: log softmax, gather, 0 where ignored."""
-    valid = labels != IGNORE_INDEX
-    log_probs = torch.log_softmax(capped(logits, 1.0, 0.0), dim=-1)  # [..., V]
-    picked = log_probs.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
-    return torch.where(valid, picked, 0.0)
-
-
-def literal_logp(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """``token_logp_reference`` after a check of the labels, where torch.func lets them be looked at."""
-    if has_values(labels):
-        check_label_range(name, labels.reshape(-1), logits.shape[-1])
-    return token_logp_reference(logits, labels)
+def finite_slope(z: Tensor, scale: float, softcap: float) -> Tensor | float:
+    """``cap_slope``, 0 where the capped value is not finite."""
+    return torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
 
 
 def _logp_rows_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -51,16 +50,7 @@ def _logp_rows_reference(logits: Tensor, labels: Tensor, scale: float, softcap: 
     return logp, torch.stack([top[:, 0], log_total], dim=1)
 
 
-def _logp_rows_grad_reference(
-    logits: Tensor,
-    labels: Tensor,
-    logp: Tensor,
-    stats: Tensor,
-    coef: Tensor,
-    scale: float,
-    softcap: float,
-    out: Tensor,
-) -> None:
+def _logp_rows_grad_reference(logits, labels, logp, stats, coef, scale: float, softcap: float, out: Tensor) -> None:
     if logits.shape[0] == 0:
         return
     z = capped(logits, scale, softcap)  # [N, V]
@@ -68,71 +58,40 @@ def _logp_rows_grad_reference(
     probs = torch.exp((z - stats[:, :1]) - stats[:, 1:])
     # the target entry is 1 - p, formed before any rounding: where p is near 1 it is all the signal there is
     delta = (-probs).scatter(1, labels.clamp(min=0)[:, None], -torch.expm1(logp)[:, None])
-    slope = torch.where(torch.isfinite(z), cap_slope(z, scale, softcap), 0.0) if softcap > 0 else scale
-    out.copy_(torch.where(valid, coef[:, None] * delta * slope, 0.0))
+    out.copy_(torch.where(valid, coef[:, None] * delta * finite_slope(z, scale, softcap), 0.0))
 
 
 def logp_rows(logits: Tensor, labels: Tensor, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
     """logp [N] and softmax statistics [N, 2] (maximum, log of the sum relative to it) of logits [N, V]."""
     impl = select("token_logp", impl, logits.device, logits.dtype)
-    if impl == "cpp":
-        extension()
-        return torch.ops.gfast.logp_rows(logits, labels, scale, softcap)
-    if impl == "triton":
-        from gfast.kernels import rows
-
-        return rows.logp_rows(logits, labels, scale, softcap)
-    return _logp_rows_reference(logits, labels, scale, softcap)
+    if impl == "reference":
+        return _logp_rows_reference(logits, labels, scale, softcap)
+    return kernel("logp_rows", impl)(logits, labels, scale, softcap)
 
 
-def logp_rows_grad(
-    logits: Tensor,
-    labels: Tensor,
-    logp: Tensor,
-    stats: Tensor,
-    coef: Tensor,
-    scale: float,
-    softcap: float,
-    out: Tensor,
-    impl: str,
-) -> None:
-    """out [N, V] = coef_i * d logp_i / d logits; ``out`` may be ``logits`` itself."""
+def logp_rows_grad(logits, labels, logp, stats, coef, scale: float, softcap: float, out: Tensor, impl: str) -> None:
+    """out [N, V] = coef_i * d logp_i / d logits from what ``logp_rows`` gives and coef [N]; ``out`` may be ``logits``
+    itself."""
     impl = select("token_logp", impl, logits.device, logits.dtype)
-    if impl == "cpp":
-        torch.ops.gfast.logp_rows_grad(logits, labels, logp, stats, coef, scale, softcap, out)
-    elif impl == "triton":
-        from gfast.kernels import rows
-
-        rows.logp_rows_grad(logits, labels, logp, stats, coef, scale, softcap, out)
-    else:
-        _logp_rows_grad_reference(logits, labels, logp, stats, coef, scale, softcap, out)
+    launch = _logp_rows_grad_reference if impl == "reference" else kernel("logp_rows_grad", impl)
+    launch(logits, labels, logp, stats, coef, scale, softcap, out)
 
 
-def logp_columns_grad(
-    logits: Tensor,
-    labels: Tensor,
-    first: int,
-    logp: Tensor,
-    stats: Tensor,
-    coef: Tensor,
-    scale: float,
-    softcap: float,
-    impl: str,
-) -> None:
+def logp_columns_grad(logits, labels, first: int, logp, stats, coef, scale: float, softcap: float, impl: str) -> None:
     """Overwrites logits [N, t] of the vocabulary entries first to first + t with coef_i * d logp_i / d logits.
 
     logp and statistics are those of whole rows, labels int64 [N] those of the whole vocabulary.
     """
-    own, foreign = own_labels(labels, first, logits.shape[1])
+    local, foreign = local_labels(labels, first, logits.shape[1])
     z = capped(logits[:, 0].clone(), scale, softcap)
-    logp_rows_grad(logits, own, logp, stats, coef, scale, softcap, logits, impl)
+    logp_rows_grad(logits, local, logp, stats, coef, scale, softcap, logits, impl)
     # column 0 stood in for labels elsewhere: there it is a column like the others
     m, log_total = stats.unbind(1)
-    other = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
-    logits[:, 0] = torch.where(foreign, other.to(logits.dtype), logits[:, 0])
+    column = -coef * torch.exp((z - m) - log_total) * cap_slope(z, scale, softcap)
+    logits[:, 0] = torch.where(foreign, column.to(logits.dtype), logits[:, 0])
 
 
-def own_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+def local_labels(labels: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
     """Labels relative to the vocabulary entries first to first + size, 0 for those elsewhere; and which are those."""
     valid = labels != IGNORE_INDEX
     foreign = valid & ((labels < first) | (labels >= first + size))
@@ -160,9 +119,9 @@ _token_logp = torch.library.custom_op("gfast::token_logp", label_logp, mutates_a
 
 
 @_token_logp.register_fake
-def _(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    dtype = stats_dtype(logits.dtype)
-    rows = logits.shape[0]
+def fake_logp(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """logp [N] and statistics [N, 2] of logits or hidden states [N, ...] for tracing."""
+    dtype, rows = stats_dtype(logits.dtype), logits.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
 
 
@@ -178,13 +137,13 @@ _token_logp_backward = torch.library.custom_op("gfast::token_logp_backward", lab
 
 
 @_token_logp_backward.register_fake
-def _(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
+def _(logits: Tensor, *_) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup(ctx, inputs, output) -> None:
     logits, labels, ctx.impl = inputs
-    logp, stats = output
+    ctx.name, (logp, stats) = "token_logp", output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, stats, logp)
@@ -197,7 +156,7 @@ def _literal(ctx):
     return token_logp_reference(logits, labels), [logits]
 
 
-@differentiable_once("token_logp", _literal)
+@differentiable_once(_literal)
 def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
     if grad_logp is None:
         return None, None, None
@@ -214,8 +173,7 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     .. math:: \mathrm{logp}_i = z_{i, y_i} - \log \sum_j e^{z_{ij}}
 
     Args:
-        logits: [..., V], fp32, bf16, fp16 (or fp64 with the reference); ``logits[..., i, :]`` scores ``labels[...,
-            i]``.
+        logits: [..., V], fp32, bf16, fp16 (fp64: reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
         labels: [...], int64; -100 is ignored.
         impl: "auto", "reference", "cpp" or "triton". Second derivatives, forward mode and torch.func's transforms take
             "reference"; elsewhere they raise RuntimeError.
@@ -238,6 +196,7 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     """
     check_rows("token_logp", logits, labels)
     if wants_literal("token_logp", impl, logits):
-        return literal_logp("token_logp", logits, labels)
+        check_literal_labels("token_logp", labels, logits.shape[-1])
+        return token_logp_reference(logits, labels)
     flat = torch.ops.gfast.token_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)[0]
     return flat.reshape(labels.shape)

@@ -5,54 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.backend import extension, select
-from gfast.ops.common import (
-    IGNORE_INDEX,
-    LossOutput,
-    check_label_range,
-    check_like_labels,
-    check_pairs,
-    check_reduction,
-    check_rows,
-    coef_scale,
-    fresh,
-    kept_scale,
-    raise_if_not_finite,
-    runs_now,
-    scaled,
-    sequence_layout,
-)
-from gfast.ops.derivatives import differentiable_once, wants_literal
-from gfast.ops.overwrite import Overwritten
+from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows, raise_if_not_finite, runs_now
+from gfast.ops.derivatives import check_literal_labels, wants_literal
+from gfast.ops.dispatch import kernel, select
+from gfast.ops.gradients import kept_scale, with_gradients
+from gfast.ops.inplace import Overwritten
+from gfast.ops.memory import fresh
+from gfast.ops.reductions import LossOutput
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
     capped,
     label_logp,
     label_logp_gradient,
-    literal_logp,
     logp_rows_grad,
     stats_dtype,
     token_logp,
     token_logp_reference,
     unit_stride,
 )
-from gfast.ops.weights import WeightSpec, token_weights, weights_and_values
+from gfast.ops.weights import Terms, WeightSpec, token_weights
 
 
 def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None) -> LossOutput:
     """The literal definition for leading-dimension sequences, differentiable by autograd; never optimised."""
-    valid = (labels != IGNORE_INDEX).reshape(-1)
+    terms = Terms.of("unlearn_loss", objective, labels, ref_logp, reduction)
     logp = token_logp_reference(logits, labels).reshape(-1)
-    ref = None if ref_logp is None else ref_logp.reshape(-1).to(logp.dtype)
-    ids, count = sequence_layout("unlearn_loss", labels, None)
-    weight, value = weigh(objective, logp.detach(), ref, valid, ids, count)
-    reduction = reduction or default_reduction(objective)
-    factor = coef_scale(valid, reduction, None, ids, count, is_pair(objective), logp.dtype)
+    weight, value = terms.weigh(logp.detach(), terms.reference(logp.dtype))
+    factor = terms.factor(logp.dtype)
     surrogate = (weight * logp).sum() * factor
     # the difference first: the sum would take the digits of a value far below it (NPO's, once a text is forgotten)
     loss = value.sum() * factor + (surrogate - surrogate.detach())
-    return LossOutput(loss, logp.detach().reshape(labels.shape), weight.reshape(labels.shape))
+    return terms.output(loss, logp.detach(), weight)
 
 
 def _log_others(z: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
@@ -73,29 +57,15 @@ def _weighted_rows_reference(logits, labels, ref_logp, spec: WeightSpec, factor,
 
 
 def weighted_rows(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logp: Tensor | None,
-    spec: WeightSpec,
-    factor: Tensor,
-    scale: float,
-    softcap: float,
-    out: Tensor | None,
-    impl: str,
+    logits: Tensor, labels: Tensor, ref_logp, spec: WeightSpec, factor, scale: float, softcap: float, out, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits) gets factor * w_i * d logp_i / d
-    logits."""
+    """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits; None: not wanted) gets factor
+    (0-dim) * w_i * d logp_i / d logits."""
     impl = select("unlearn_loss", impl, logits.device, logits.dtype)
     if impl == "reference":
         return _weighted_rows_reference(logits, labels, ref_logp, spec, factor, scale, softcap, out)
-    beta = spec.beta if spec.uses_ref else 0.0
-    numbers = (spec.sign, spec.p_pow, spec.q_pow, beta)
-    if impl == "cpp":
-        extension()
-        return torch.ops.gfast.weighted_rows(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
-    from gfast.kernels import rows
-
-    return rows.weighted_rows(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
+    numbers = (spec.sign, spec.p_pow, spec.q_pow, spec.beta if spec.uses_ref else 0.0)
+    return kernel("weighted_rows", impl)(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
 
 
 def _unlearn_rows(
@@ -107,16 +77,15 @@ def _unlearn_rows(
     with_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``weighted_rows`` of logits of any strides, after a check of the labels; and the gradient (empty if unwanted)."""
     impl = select("unlearn_loss", impl, logits.device, logits.dtype)
     if impl != "cpp":  # which checks for itself
         check_label_range("unlearn_loss", labels, logits.shape[1])
     spec = WeightSpec.from_numbers("token", numbers)
-    shape = logits.shape if with_grad else (0, logits.shape[1])
-    out = fresh(tuple(shape), logits.dtype, logits.device)
-    logp, weight = weighted_rows(
-        unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out if with_grad else None, impl
-    )
-    return logp, weight, out
+    gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
+    out = gradient if with_grad else None
+    logp, weight = weighted_rows(unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out, impl)
+    return logp, weight, gradient
 
 
 _unlearn_rows_op = torch.library.custom_op("gfast::unlearn_rows", _unlearn_rows, mutates_args=())
@@ -124,179 +93,84 @@ _unlearn_rows_op = torch.library.custom_op("gfast::unlearn_rows", _unlearn_rows,
 
 @_unlearn_rows_op.register_fake
 def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
-    dtype = stats_dtype(logits.dtype)
-    rows, vocab = logits.shape
-    out = torch.empty((rows if with_grad else 0, vocab), dtype=logits.dtype, device=logits.device)
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), out
+    dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
+    per_row = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
 
 
-def _literal(ctx):
-    if ctx.define is None:
-        return None
-    logits = ctx.saved_tensors[2]
-    return ctx.define(logits), [logits]
-
-
-class _Loss(torch.autograd.Function):
-    """Ties a loss to logits whose gradient was written by the pass that computed it."""
-
-    @staticmethod
-    def forward(ctx, logits, loss, grad, late, define):
-        ctx.define = define  # the loss as a function of the logits, or None
-        loss = loss.clone()
-        ctx.save_for_backward(grad, late, None if define is None else logits, loss)
-        ctx.set_materialize_grads(False)
-        return loss
-
-    @staticmethod
-    @differentiable_once("unlearn_loss", _literal)
-    def backward(ctx, grad_loss):
-        nothing = (None,) * 4
-        if grad_loss is None:
-            return None, *nothing
-        grad, late = ctx.saved_tensors[:2]
-        return scaled(ctx, grad, grad_loss, late), *nothing
-
-
-def spec_of(objective) -> WeightSpec | None:
-    """The numbers of a built-in objective; None for a callable of the user's own."""
-    is_class = isinstance(objective, type)
-    spec = getattr(objective, "spec", None)
-    if spec is not None and not is_class:
-        return spec()
-    if not callable(objective) or is_class:
-        name = getattr(objective, "__name__", type(objective).__name__)
-        raise TypeError(
-            f"gfast: {name} is no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or "
-            f"a callable "
-            "(logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through model_loss."
-        )
-    return None
-
-
-def is_pair(objective) -> bool:
-    spec = spec_of(objective)
-    return spec is not None and spec.level == "pair"
-
-
-def default_reduction(objective) -> str:
-    return getattr(objective, "default_reduction", "token_mean")
-
-
-def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences):
-    """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2])."""
-    spec = spec_of(objective)
-    if spec is None:
-        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
-        if weight.shape != logp.shape:
-            raise ValueError(
-                f"gfast: the weight callable returned shape {tuple(weight.shape)}, not {tuple(logp.shape)}."
-            )
-        weight = torch.where(valid, weight.detach(), 0.0)
-        return weight, weight * logp
-    return weights_and_values(spec, logp, ref_logp, valid, sequence_id, num_sequences)
-
-
-def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
-    """An objective that needs a reference has one, of the right shape."""
-    spec = spec_of(objective)
-    if spec is not None and spec.uses_ref and ref_logp is None:
-        raise ValueError(
-            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. "
-            f"Compute them once "
-            "with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
-        )
-    if ref_logp is not None:
-        check_like_labels(name, "ref_logp", ref_logp, labels)
-
-
-def loss_from_logp(
-    objective, logp, ref_logp, labels, sequence_id, reduction, normalizer, name, literal: bool = False
-) -> LossOutput:
-    """Any objective from differentiable log-probs (shape of labels): the weights are detached, autograd does the
-    rest. With ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further
-    derivatives are the value's."""
-    valid = (labels != IGNORE_INDEX).reshape(-1)
-    ids, count = sequence_layout(name, labels, sequence_id)
-    spec = spec_of(objective)
-    if spec is not None:
-        check_pairs(name, spec.level, count)
-    flat = logp.reshape(-1)  # [N]
-    ref = None if ref_logp is None else ref_logp.reshape(-1).to(flat.dtype)
-    whole = literal and spec is not None and spec.level != "token"
-    weight, value = weigh(objective, flat if whole else flat.detach(), ref, valid, ids, count)
+def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOutput:
+    """Any objective from differentiable log-probs [...]: the weights are detached, autograd does the rest. With
+    ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further derivatives are
+    the value's."""
+    logp = logp.reshape(-1)  # [N]
+    whole = literal and terms.spec is not None and not terms.by_token
+    weight, value = terms.weigh(logp if whole else logp.detach(), terms.reference(logp.dtype))
     weight = weight.detach()
-    out_logp, out_weight = flat.detach().reshape(labels.shape), weight.reshape(labels.shape)
-    per_token = weight * flat
-    if reduction == "none":
-        if spec is None or spec.level == "token":
-            return LossOutput(per_token.reshape(labels.shape), out_logp, out_weight)
-        if whole:
-            return LossOutput(value, out_logp, out_weight)
-        unit = ids % value.shape[0]  # both halves of a pair share a value
-        carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
-        return LossOutput(value + (carried - carried.detach()), out_logp, out_weight)
-    factor = coef_scale(valid, reduction, normalizer, ids, count, is_pair(objective), flat.dtype)
-    if whole:
-        return LossOutput(value.sum() * factor, out_logp, out_weight)
-    surrogate = per_token.sum()
-    loss = (value.sum() + (surrogate - surrogate.detach())) * factor  # in this order: see unlearn_loss_reference
-    return LossOutput(loss, out_logp, out_weight)
+    per_token = weight * logp
+    if terms.reduction == "none":
+        if terms.spec is None or terms.by_token:
+            loss = per_token.reshape(terms.labels.shape)
+        elif whole:
+            loss = value
+        else:
+            unit = terms.tokens.ids % value.shape[0]  # both halves of a pair share a value
+            carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
+            loss = value + (carried - carried.detach())
+    else:
+        total = value.sum()
+        if not whole:
+            surrogate = per_token.sum()
+            total = total + (surrogate - surrogate.detach())  # in this order: see unlearn_loss_reference
+        loss = total * terms.factor(logp.dtype)
+    return terms.output(loss, logp.detach(), weight)
 
 
-def _scalar_loss(
-    name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace
-) -> LossOutput:
-    spec = spec_of(objective)
-    level = "given" if spec is None else spec.level
-    flat = labels.reshape(-1).long()  # [N]
-    valid = flat != IGNORE_INDEX
-    ids, count = None, 0
-    if sequence_id is not None or level != "token" or reduction == "sequence_mean":
-        ids, count = sequence_layout(name, labels, sequence_id)
-    check_pairs(name, level, count)
+def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> LossOutput:
+    """A loss that is one number; where it is differentiated, the gradient comes out of the same pass."""
+    name, spec, labels = terms.name, terms.spec, terms.tokens.labels
     dtype = stats_dtype(logits.dtype)
-    factor = coef_scale(valid, reduction, normalizer, ids, count, level == "pair", dtype)
-    ref = None if ref_logp is None else ref_logp.detach().reshape(-1).to(dtype).contiguous()  # [N]
+    factor, ref = terms.factor(dtype), terms.reference(dtype)
+    ref = None if ref is None else ref.detach()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
         impl = select(name, impl, logits.device, logits.dtype)
-        check_label_range(name, flat, logits.shape[-1])  # before the logits are touched
+        check_label_range(name, labels, logits.shape[-1])  # before the logits are touched
         memory = Overwritten(name, logits)
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
     now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
-    if level == "token":
+    if terms.by_token:
         ref = ref if spec.uses_ref else None
         inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
             unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
-            logp, weight, grad = unlearn_rows(rows, flat, ref, spec.numbers(), inner, wanted, impl)
+            logp, weight, gradient = unlearn_rows(rows, labels, ref, spec.numbers(), inner, wanted, impl)
         else:
             memory.start()
-            logp, weight = weighted_rows(rows, flat, ref, spec, inner, 1.0, 0.0, rows, impl)
+            logp, weight = weighted_rows(rows, labels, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
-        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, flat, impl)
-        weight, value = weigh(objective, logp, ref, valid, ids, count)
+        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, labels, impl)
+        weight, value = terms.weigh(logp, ref)
         inner, late = kept_scale(factor, logits.dtype, weight) if wanted else (factor, None)
         coef = weight * inner
         if memory is not None:
             memory.start()
-            logp_rows_grad(rows, flat, logp, stats, coef, 1.0, 0.0, rows, impl)
+            logp_rows_grad(rows, labels, logp, stats, coef, 1.0, 0.0, rows, impl)
         elif wanted:
-            gradient = label_logp_gradient if now else torch.ops.gfast.token_logp_backward
-            grad = gradient(rows, flat, logp, stats, coef, impl)
+            logp_gradient = label_logp_gradient if now else torch.ops.gfast.token_logp_backward
+            gradient = logp_gradient(rows, labels, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
         loss = memory.finished(loss, late)
     elif wanted:
-        define = None
-        if impl == "reference" and not torch.compiler.is_compiling():
-            given = (ref_logp, labels, sequence_id, reduction, normalizer, name, True)
-            define = lambda z: loss_from_logp(objective, token_logp_reference(z, labels), *given).loss  # noqa: E731
-        loss = _Loss.apply(logits, loss, grad.view(logits.shape), late, define)
-    return LossOutput(loss, logp.reshape(labels.shape), weight.reshape(labels.shape))
+
+        def literal(logits: Tensor) -> Tensor:
+            return loss_from_logp(terms, token_logp_reference(logits, terms.labels), literal=True).loss
+
+        defined = literal if impl == "reference" else None
+        loss = with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)
+    return terms.output(loss, logp, weight)
 
 
 def unlearn_loss(
@@ -358,23 +232,19 @@ def unlearn_loss(
     """
     name = "unlearn_loss"
     check_rows(name, logits, labels)
-    check_reference(name, objective, ref_logp, labels)
-    reduction = reduction or default_reduction(objective)
-    check_reduction(name, reduction)
-    literal = impl == "reference"
-    given = (ref_logp, labels, sequence_id, reduction, normalizer, name, literal)
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
     if wants_literal(name, impl, logits, ref_logp):
-        out = loss_from_logp(objective, literal_logp(name, logits, labels), *given)
-    elif reduction == "none":
-        if inplace:
-            raise ValueError(
-                f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is "
-                f"only known in the backward."
-            )
-        logp = token_logp(logits, labels, impl=impl)
-        out = loss_from_logp(objective, logp, *given)
+        check_literal_labels(name, labels, logits.shape[-1])
+        out = loss_from_logp(terms, token_logp_reference(logits, labels), impl == "reference")
+    elif terms.reduction != "none":
+        out = _scalar_loss(terms, logits, impl, inplace)
+    elif inplace:
+        raise ValueError(
+            f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is only "
+            f"known in the backward."
+        )
     else:
-        out = _scalar_loss(name, logits, labels, objective, ref_logp, reduction, sequence_id, normalizer, impl, inplace)
+        out = loss_from_logp(terms, token_logp(logits, labels, impl=impl), impl == "reference")
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.common import IGNORE_INDEX, check_chunk_rows, default_chunk_rows
-from gfast.ops.head import ChunkedHead, finished_stats, prepare_head, product_dtype
-from gfast.ops.token_logp import capped, logp_columns_grad, logp_rows, logp_rows_grad, own_labels, stats_dtype
+from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.head import ChunkedHead, finished_stats
+from gfast.ops.token_logp import capped, local_labels, logp_columns_grad, logp_rows, logp_rows_grad, stats_dtype
 
 
 class Shard(NamedTuple):
-    """The rows of a head that are here, as three arguments of an op.
+    """The rows of a head that are here.
 
     Attributes:
         first: vocabulary entry of the first of them.
@@ -33,14 +33,18 @@ class Shard(NamedTuple):
     vocab: int
     group: str
 
+    def _processes(self):
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        return _resolve_process_group(self.group)
+
     def gathered(self, state: Tensor) -> Tensor:
         """``state`` [k, n] of every process, [processes, k, n]."""
         from torch import distributed
-        from torch.distributed.distributed_c10d import _resolve_process_group
 
         # the older of its two names warns where there are both
         all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        group = _resolve_process_group(self.group)
+        group = self._processes()
         out = state.new_empty(group.size() * state.shape[0], state.shape[1])
         if out.numel():
             all_gather(out, state.contiguous(), group=group)
@@ -51,10 +55,9 @@ class Shard(NamedTuple):
         if not self.group or not x.numel():
             return x
         from torch.distributed import all_reduce
-        from torch.distributed.distributed_c10d import _resolve_process_group
 
         x = x.to(stats_dtype(x.dtype), copy=True)
-        all_reduce(x, group=_resolve_process_group(self.group))
+        all_reduce(x, group=self._processes())
         return x
 
     def fold(self, head: ChunkedHead, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
@@ -69,27 +72,17 @@ class Shard(NamedTuple):
             return logp_rows(rows, labels, scale, softcap, impl)
         if rows.shape[1] == 0:
             return self._finished(_nothing(labels), labels, stats_dtype(rows.dtype))
-        own, foreign = own_labels(labels, self.first, rows.shape[1])
-        target = capped(rows.gather(1, own.clamp(min=0)[:, None])[:, 0], scale, softcap)
-        logp, stats = logp_rows(rows, own, scale, softcap, impl)
+        local, foreign = local_labels(labels, self.first, rows.shape[1])
+        target = capped(rows.gather(1, local.clamp(min=0)[:, None])[:, 0], scale, softcap)
+        logp, stats = logp_rows(rows, local, scale, softcap, impl)
         top, total = stats[:, 0], torch.exp(stats[:, 1])
         # 1 - p from logp: where p is near 1 the others' sum is all the signal there is
-        rest = torch.where(foreign, total, total * -torch.expm1(logp))
-        rest = torch.where((total == 0) | (top == -torch.inf), 0.0, rest)  # all masked here
-        state = torch.stack([top, rest, torch.where(foreign, -torch.inf, target)])
+        others = torch.where(foreign, total, total * -torch.expm1(logp))
+        others = torch.where((total == 0) | (top == -torch.inf), 0.0, others)  # all masked here
+        state = torch.stack([top, others, torch.where(foreign, -torch.inf, target)])
         return self._finished(state, labels, logp.dtype)
 
-    def logp_rows_grad(
-        self,
-        rows: Tensor,
-        labels: Tensor,
-        logp: Tensor,
-        stats: Tensor,
-        coef: Tensor,
-        scale: float,
-        softcap: float,
-        impl: str,
-    ) -> None:
+    def logp_rows_grad(self, rows: Tensor, labels, logp, stats, coef, scale: float, softcap: float, impl: str) -> None:
         """This shard's logits [n, v] become coef_i * d logp_i / d logits."""
         if not self.group:
             logp_rows_grad(rows, labels, logp, stats, coef, scale, softcap, rows, impl)
@@ -106,10 +99,10 @@ class Shard(NamedTuple):
         """logp [n] and statistics [n, 2], 0 where ignored, from this shard's [3, n] (see ``fold_state``)."""
         state = state.double()  # every process the same dtype, whatever kernel it took
         if self.group:
-            top, rest, target = self.gathered(state).unbind(1)  # [processes, n] each
+            top, others, target = self.gathered(state).unbind(1)  # [processes, n] each
             highest = top.amax(0)
             shift = torch.where(top == -torch.inf, -torch.inf, top - highest)  # not -inf - -inf
-            state = torch.stack([highest, (rest * torch.exp(shift)).sum(0), target.amax(0)])
+            state = torch.stack([highest, (others * torch.exp(shift)).sum(0), target.amax(0)])
         logp, stats = finished_stats(*state)
         ignored = labels == IGNORE_INDEX
         return logp.masked_fill(ignored, 0.0).to(dtype), stats.masked_fill(ignored[:, None], 0.0).to(dtype)
@@ -121,20 +114,6 @@ def _nothing(labels: Tensor) -> Tensor:
     return nothing.repeat(1, labels.shape[0])
 
 
-class LocalHead(NamedTuple):
-    """What an op over a head takes: hidden [N, D], the weight and bias that are here, which part of the head that is,
-    and how many rows of logits are held at a time.
-
-    chunk_rows: rows of a chunk, and up to how many rows in all there is only one. Both are the same on all processes.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    shard: Shard
-    chunk_rows: list[int]
-
-
 def is_sharded(weight: Tensor) -> bool:
     """Whether ``weight`` is a DTensor; nothing of torch.distributed is imported to find out."""
     return type(weight).__name__ == "DTensor"
@@ -144,11 +123,11 @@ def check_alike(name: str, weight: Tensor, ref_weight: Tensor) -> None:
     """The heads of model and reference are both whole or sharded over the same mesh in the same way."""
     sharded, ref_sharded = is_sharded(weight), is_sharded(ref_weight)
     if sharded != ref_sharded:
-        one, other = ("weight", "ref_weight") if sharded else ("ref_weight", "weight")
+        split, whole = ("weight", "ref_weight") if sharded else ("ref_weight", "weight")
         raise TypeError(
-            f"gfast: {name}: {one} is a DTensor but {other} a plain tensor. Shard it alike with "
-            f"torch.distributed.tensor.distribute_tensor({other}, {one}.device_mesh, {one}.placements), its bias too, "
-            f"or gather {one} with full_tensor()."
+            f"gfast: {name}: {split} is a DTensor but {whole} a plain tensor. Shard it alike with "
+            f"torch.distributed.tensor.distribute_tensor({whole}, {split}.device_mesh, {split}.placements), its bias "
+            f"too, or gather {split} with full_tensor()."
         )
     if sharded and (weight.device_mesh != ref_weight.device_mesh or weight.placements != ref_weight.placements):
         raise ValueError(
@@ -171,39 +150,7 @@ def rows_like(whole: Tensor | None, sharded: Tensor) -> Tensor | None:
     return DTensor.from_local(part, mesh, sharded.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def local_head(
-    name: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk_rows: int | None,
-    buffers: int = 1,
-) -> LocalHead:
-    """Checks, autocast's casts and, of a DTensor head, this process's part; gradients flow back into what was given.
-    ``buffers``: how many chunks of logits the op holds."""
-    rows = weight.shape[0]
-    shard = Shard(0, rows, "")
-    if is_sharded(weight):
-        hidden, weight, bias, shard, rows = _local_part(name, hidden, weight, bias)
-    hidden, weight, bias = prepare_head(name, hidden, weight, bias, labels)
-    if shard.vocab == 0:
-        raise ValueError(f"gfast: {name}: the head's weight {tuple(weight.shape)} has an empty vocabulary.")
-    if chunk_rows is not None:
-        check_chunk_rows(name, [chunk_rows])
-        chunks = [chunk_rows, chunk_rows]
-    else:
-        several = default_chunk_rows(rows, weight.shape[1], hidden.device)
-        chunks = [several, several]
-        if weight.dtype == torch.bfloat16 and weight.requires_grad and torch.is_grad_enabled():
-            # Several chunks' dW is summed in an fp32 copy of it, 4 V D bytes, which one chunk does not need: more rows
-            # in one chunk until they take that memory, and the time for the sum is saved.
-            size = product_dtype(weight.dtype, weight.device).itemsize
-            chunks[1] += 4 * weight.shape[1] // (size * buffers)
-    return LocalHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, shard, chunks)
-
-
-def _local_part(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+def local_part(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
     """This process's part of a DTensor head, and the most rows that any process has (the same number on all)."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as Sharded

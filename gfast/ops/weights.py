@@ -1,4 +1,5 @@
-"""Token weights of the built-in objectives, as numbers that kernels and tensors understand alike.
+"""Token weights of objectives: the protocol of an objective, and the numbers of the built-in ones, which kernels and
+tensors understand alike.
 
 The gradient of these objectives is ``sum_i w_i grad logp_i`` with detached weights. All of them are one of two
 families:
@@ -7,8 +8,7 @@ families:
     sequence:  w_i = 2 sigmoid(x_s) / len_s^length_norm,  value_s = (2 / beta) softplus(x_s)
 
 with ``x_s = beta (S_s - S_ref_s)`` (NPO), ``beta (S_s / len_s + delta)`` (SimNPO) or ``beta (D_rejected -
-D_preferred)``
-(DPO, level "pair"), where ``S_s`` is the summed log-prob of sequence s and ``D = S - S_ref``.
+D_preferred)`` (DPO, level "pair"), where ``S_s`` is the summed log-prob of sequence s and ``D = S - S_ref``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gfast.ops.checks import check_like_labels, check_reduction
+from gfast.ops.reductions import LossOutput, Tokens
 
 
 class WeightSpec(NamedTuple):
@@ -43,17 +46,10 @@ class WeightSpec(NamedTuple):
 
 
 def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, log_others: Tensor | None = None) -> Tensor:
-    """Token-level weights.
+    """Weights [N] of a spec of level "token" from log-probs [N] of the labels, fp32 or fp64.
 
-    Args:
-        spec: a spec of level "token".
-        logp: log-probs [N] of the labels, fp32 or fp64.
-        ref_logp: the same under the reference model [N]; only read when ``spec.uses_ref``.
-        log_others: log(1 - p) [N], where that is known better than from logp: in fp32, logp is 0 for p within 1e-45
-            of 1, and a power of 1 - p with it (the gradient, 1 - p times that power, is 0 either way).
-
-    Returns:
-        weights [N], dtype of ``logp``.
+    ``log_others`` is log(1 - p) [N], where that is known better than from logp: in fp32, logp is 0 for p within 1e-45
+    of 1, and a power of 1 - p with it (the gradient, 1 - p times that power, is 0 either way).
     """
     log_w = torch.zeros_like(logp)  # [N]
     if spec.p_pow:
@@ -66,24 +62,12 @@ def token_weights(spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, log_o
 
 
 def sequence_weights(
-    spec: WeightSpec,
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    valid: Tensor,
-    sequence_id: Tensor,
-    num_sequences: int,
+    spec: WeightSpec, logp: Tensor, ref_logp: Tensor | None, valid: Tensor, sequence_id: Tensor, num_sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights that depend on whole sequences.
+    """Weights [N] (0 where ignored) of a spec of level "sequence" or "pair", and the value of each sequence [S] or pair
+    [S/2] (0 where it has no valid token); of a pair, sequence s < S/2 is rejected and s + S/2 its preferred partner.
 
-    Args:
-        spec: a spec of level "sequence" or "pair".
-        logp, ref_logp: [N], 0 where ignored.
-        valid: bool [N], label is not -100.
-        sequence_id: int64 [N], values in [0, num_sequences).
-        num_sequences: S; for level "pair" sequence s < S/2 is rejected and s + S/2 its preferred partner.
-
-    Returns:
-        weights [N] (0 where ignored) and the value of each sequence or pair [S] (0 where it has no valid token).
+    ``logp``, ``ref_logp`` [N] are 0 where ``valid`` is false; ``sequence_id``: int64 [N], in [0, S).
     """
     # fp64 sums: exact enough that the order in which a GPU adds cannot be seen in the fp32 weights
     delta_logp = logp if not spec.uses_ref else logp - ref_logp  # [N]
@@ -91,37 +75,130 @@ def sequence_weights(
     sums = sums.index_add(0, sequence_id, torch.where(valid, delta_logp, 0).double())  # [S]
     length = torch.zeros_like(sums).index_add(0, sequence_id, valid.double())  # [S]
     present = length > 0
-    side = torch.ones_like(sums)
     if spec.level == "pair":
         half = num_sequences // 2
         x = spec.beta * (sums[:half] - sums[half:])  # [S/2]
-        counted = present[:half] | present[half:]
-        value = (2.0 / spec.beta) * torch.nn.functional.softplus(x)
-        x = torch.cat([x, x])
-        side[half:] = -1.0
+        present = present[:half] | present[half:]
     else:
         mean_or_sum = sums / length.clamp(min=1.0) if spec.length_norm else sums
         x = spec.beta * (mean_or_sum + spec.delta)  # [S]
-        counted = present
-        value = (2.0 / spec.beta) * torch.nn.functional.softplus(x)
-    per_sequence = spec.sign * side * 2.0 * torch.sigmoid(x)  # [S]
+    value = (2.0 / spec.beta) * torch.nn.functional.softplus(x)
+    per_sequence = spec.sign * 2.0 * torch.sigmoid(x)  # [S]
+    if spec.level == "pair":
+        per_sequence = torch.cat([per_sequence, -per_sequence])
     if spec.length_norm:
         per_sequence = per_sequence / length.clamp(min=1.0)
     weight = torch.where(valid, per_sequence[sequence_id], 0.0).to(logp.dtype)  # [N]
-    value = torch.where(counted, value, 0.0).to(logp.dtype)
+    value = torch.where(present, value, 0.0).to(logp.dtype)
     return weight, value
 
 
-def weights_and_values(
-    spec: WeightSpec,
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    valid: Tensor,
-    sequence_id: Tensor,
-    num_sequences: int,
-) -> tuple[Tensor, Tensor]:
-    """``sequence_weights`` of a spec of any level; at level "token" the values are those of the tokens [N]."""
-    if spec.level != "token":
+def spec_of(objective) -> WeightSpec | None:
+    """The numbers of a built-in objective (which may be given for it); None for a callable of the user's own."""
+    if isinstance(objective, WeightSpec):
+        return objective
+    is_class = isinstance(objective, type)
+    spec = getattr(objective, "spec", None)
+    if spec is not None and not is_class:
+        return spec()
+    if not callable(objective) or is_class:
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise TypeError(
+            f"gfast: {name}: no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a "
+            f"callable (logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through "
+            f"model_loss."
+        )
+    return None
+
+
+def is_pair(objective) -> bool:
+    spec = spec_of(objective)
+    return spec is not None and spec.level == "pair"
+
+
+def default_reduction(objective) -> str:
+    return getattr(objective, "default_reduction", "token_mean")
+
+
+def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple[Tensor, Tensor]:
+    """Detached weights [N] and values (of tokens [N], sequences [S] or pairs [S/2]), by a spec if the objective has
+    one; see ``sequence_weights``. Only a level above "token" reads ``sequence_id``."""
+    spec = spec_of(objective)
+    if spec is None:
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
+        if weight.shape != logp.shape:
+            shapes = f"{tuple(weight.shape)}, not {tuple(logp.shape)}"
+            raise ValueError(f"gfast: objective: the weight callable returned shape {shapes}.")
+        weight = torch.where(valid, weight.detach(), 0.0)
+    elif spec.level == "token":
+        weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
+    else:
         return sequence_weights(spec, logp, ref_logp, valid, sequence_id, num_sequences)
-    weight = torch.where(valid, token_weights(spec, logp, ref_logp), 0.0)
     return weight, weight * logp
+
+
+def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
+    """An objective that needs a reference has one, of the right shape."""
+    spec = spec_of(objective)
+    if spec is not None and spec.uses_ref and ref_logp is None:
+        raise ValueError(
+            f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. Compute "
+            f"them once with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
+        )
+    if ref_logp is not None:
+        check_like_labels(name, "ref_logp", ref_logp, labels)
+
+
+class Terms(NamedTuple):
+    """An objective and what a loss sums, all but the log-probs.
+
+    Attributes:
+        name: of the public op, for messages.
+        spec: of the objective; None for a callable, which may look at all tokens.
+        labels: [...]. sequence_id: [...] or None. ref_logp: [N] or None.
+        tokens: the labels, flat, and their sequences where something depends on those.
+    """
+
+    name: str
+    objective: object
+    spec: WeightSpec | None
+    labels: Tensor
+    sequence_id: Tensor | None
+    ref_logp: Tensor | None
+    tokens: Tokens
+    reduction: str
+    normalizer: float | Tensor | None
+
+    @classmethod
+    def of(cls, name, objective, labels, ref_logp, reduction, sequence_id=None, normalizer=None) -> Terms:
+        """Of a loss's arguments, after checks."""
+        spec = spec_of(objective)
+        if ref_logp is not None or spec is None or spec.uses_ref:
+            check_reference(name, objective, ref_logp, labels)
+        reduction = reduction or default_reduction(objective)
+        check_reduction(name, reduction)
+        tokens = Tokens.of(name, labels, sequence_id, "any" if spec is None else spec.level, reduction)
+        ref = None if ref_logp is None else ref_logp.reshape(-1)
+        return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a weight depends on its own token alone."""
+        return self.spec is not None and self.spec.level == "token"
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """Of the sum over tokens or sequences, 0-dim."""
+        return self.tokens.factor(self.reduction, self.normalizer, dtype)
+
+    def reference(self, dtype: torch.dtype) -> Tensor | None:
+        """ref_logp [N] in a dtype, still part of its graph if it has one."""
+        return None if self.ref_logp is None else self.ref_logp.to(dtype).contiguous()
+
+    def weigh(self, logp: Tensor, ref_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``weigh`` of all tokens, [N] each."""
+        tokens = self.tokens
+        return weigh(self.spec or self.objective, logp, ref_logp, tokens.valid, tokens.ids, tokens.count)
+
+    def output(self, loss: Tensor, logp: Tensor, weight: Tensor) -> LossOutput:
+        """The result, from logp and weight [N]."""
+        return LossOutput(loss, logp.reshape(self.labels.shape), weight.reshape(self.labels.shape))

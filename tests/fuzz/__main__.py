@@ -33,7 +33,7 @@ def run_case(seed: int, number: int, show: bool = False) -> str:
     import raw
     from draw import Draw, described, hostile
 
-    from gfast.ops.backend import extension
+    from gfast.ops.dispatch import extension
 
     if extension()[0] is None:
         sys.exit(extension()[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, WTNPO, SatImp, SimNPO
-from gfast.ops.backend import why_not
+from gfast.ops.dispatch import why_not
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ALL = [GA(), WGA(0.5), SatImp(2.0, 1.0), TNPO(0.7), WTNPO(0.5, 1.0), NLL(), NPO(0.3), SimNPO(1.5, 0.2), DPO(0.3)]

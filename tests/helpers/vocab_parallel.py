@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import gfast
 from gfast.model import model_output
 from gfast.objectives import DPO, KL, NLL, NPO, TNPO, WGA
-from gfast.ops.backend import why_not
+from gfast.ops.dispatch import why_not
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
 from gfast.ops.token_kl import token_kl_reference
 from helpers.losses import DRAWS, assert_law_of_draws, problem, run, squared

@@ -9,7 +9,8 @@ them that began before the pass: either is an error that names the parameter and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,26 +20,58 @@ from torch.overrides import TorchFunctionMode
 
 from gfast.deferred import computing
 
+# functions of what a tensor is, of its value without a derivative, or that make a new tensor like it
+_ABOUT = frozenset(
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed get_device "
+    "element_size storage_offset __len__ __hash__ __repr__ __format__ is_same_size is_inference is_tensor result_type "
+    "promote_types retain_grad register_hook "
+    "item tolist __bool__ __float__ __int__ __index__ __contains__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ "
+    "__gt__ __ge__ equal allclose isclose isnan isinf isfinite isneginf isposinf argmax argmin argsort nonzero any all "
+    "count_nonzero one_hot logical_not logical_and logical_or logical_xor bincount unique searchsorted bucketize isin "
+    "int long short char byte bool detach zeros_like ones_like empty_like full_like rand_like randn_like new_zeros "
+    "new_ones new_empty new_full new_tensor".split()
+)
+_LINEAR_GETTERS = frozenset("T mT H mH real".split())
 
-def module_on_stack(model: nn.Module) -> str:
-    """The innermost module of the model whose forward is running, in words, found on the call stack."""
-    names, frame = {id(module): name for name, module in model.named_modules()}, sys._getframe(1)
+
+def only_about(func: Callable) -> bool:
+    """Does a torch function ask what its arguments are, or take their values without a derivative?"""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func.__self__.__name__ not in _LINEAR_GETTERS
+    return name in _ABOUT
+
+
+def _stack() -> Iterator[Any]:
+    """The frames of the call stack, innermost first."""
+    frame = sys._getframe(1)
     while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def frames_of(error: BaseException) -> list[Any]:
+    """The frames that an error came through, innermost first."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+
+
+def module_on_stack(model: nn.Module, frames: Iterable[Any] | None = None) -> str:
+    """The innermost module of the model whose forward is running, in words, found on the call stack."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for frame in _stack() if frames is None else frames:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
             name = names.get(id(module))
             return f"in {name!r} ({type(module).__name__})" if name else f"in {type(module).__name__}"
-        frame = frame.f_back
     return f"in {type(model).__name__}"
 
 
-def function_on_stack() -> str | None:
+def function_on_stack(frames: Iterable[Any] | None = None) -> str | None:
     """The torch.autograd.Function whose forward is running, if any: there gradients are disabled, and do not stop."""
-    frame, code = sys._getframe(1), torch.autograd.Function.apply.__func__.__code__
-    while frame is not None:
+    code = torch.autograd.Function.apply.__func__.__code__
+    for frame in _stack() if frames is None else frames:
         if frame.f_code is code:
             return frame.f_locals["cls"].__qualname__
-        frame = frame.f_back
     return None
 
 
@@ -106,8 +139,6 @@ class UseWatch(TorchFunctionMode):
     def _check(self, name: str | None, func: Any) -> None:
         if name is None:
             return
-        from gfast.geffect.forward_rules import only_about
-
         if only_about(func) or not torch.is_grad_enabled() and function_on_stack() is None:
             return
         what = getattr(func, "__name__", str(func))

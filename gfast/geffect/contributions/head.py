@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gfast.ops.common import fresh
+from gfast.ops.memory import fresh
 from gfast.ops.token_logp import cap_slope, capped, logp_columns_grad
 
 

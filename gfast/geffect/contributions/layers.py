@@ -24,7 +24,7 @@ from gfast import hf
 from gfast.deferred import DeferredLogits
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.groups import GroupMap
-from gfast.ops.backend import compiled
+from gfast.ops.dispatch import compiled
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ from gfast.geffect.data import Term
 from gfast.model import ModelOutput, model_output, output_logp, shifted
 from gfast.model_state import uncompiled
 from gfast.objectives import Objective
-from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks, sequence_layout
-from gfast.ops.head import ChunkedHead, check_map, prepare_head, valid_rows
+from gfast.ops.checks import IGNORE_INDEX, check_label_range
+from gfast.ops.chunks import default_chunk_rows, row_chunks, valid_rows
+from gfast.ops.head import ChunkedHead
+from gfast.ops.linear_inputs import check_map, prepare_head
+from gfast.ops.reductions import sequence_layout
 from gfast.ops.token_logp import logp_rows, logp_rows_grad
-from gfast.ops.unlearn_loss import check_reference, is_pair, spec_of, weigh
-from gfast.ops.weights import WeightSpec, token_weights
+from gfast.ops.weights import WeightSpec, check_reference, is_pair, spec_of, token_weights, weigh
 from gfast.packed import pair_ids, sequence_ids
 
 # Rows, in hidden sizes, up to which the head's b [n, V] exists whole: it is no larger than the head then.

@@ -40,7 +40,7 @@ from gfast.geffect.results.gram_effect import GramEffect
 from gfast.model import shifted
 from gfast.model_state import measuring
 from gfast.objectives import Objective
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.sides import SETS
 
 _Batch = Mapping[str, Any]

@@ -19,7 +19,7 @@ from torch import Tensor
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.contributions.layers import OuterProduct, RowLookup
 from gfast.geffect.engines.gram_rows import Rows, Selected, same_memory
-from gfast.ops.backend import compiled, has_cpu_kernel
+from gfast.ops.dispatch import compiled, has_cpu_kernel
 from gfast.ops.head import product_dtype
 
 # What forming gradients costs against products of rows, per multiplication: the products are thin, and go through a

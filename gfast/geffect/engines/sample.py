@@ -26,7 +26,7 @@ from gfast.geffect.results import SampleEffect
 from gfast.model import shifted
 from gfast.model_state import measuring
 from gfast.objectives import NLL
-from gfast.ops.common import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.row_dot import dots_of_rows, row_sums
 
 _Batch = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
     e(D, i) = < grad R(D), grad logp_i > = d/de logp_i(theta + e grad R(D))
 
-One stream a group and a side (`gfast.geffect.forward`). The output head is reversed: with b_i = d logp_i / d logits
+One stream a group and a side (`gfast.geffect.engines.jvp`). The output head is reversed: with b_i = d logp_i / d logits
 and dH_i = W' b_i, computed once, a stream's effect on token i is the dot product of dH_i with its tangent of the final
 hidden state, so the head's cost does not grow with the streams. Forward units: 1, and for each side 1 (what parameters
 add) and as many as streams are alive in a layer: about 9 for two sides by the groups of the paper. No activations are
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gfast import hf
 from gfast.deferred import Head
@@ -26,17 +27,19 @@ from gfast.geffect.backward import Progress, default_loss_scale
 from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
-from gfast.geffect.forward import Dual, ForwardMode
+from gfast.geffect.engines.jvp import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
 from gfast.geffect.results import TokenEffect
 from gfast.model import model_output, shifted
 from gfast.model_state import measuring, uncompiled
-from gfast.ops.common import IGNORE_INDEX, check_label_range, default_chunk_rows, row_chunks
-from gfast.ops.head import ChunkedHead, as_autocast
+from gfast.ops.checks import IGNORE_INDEX, check_label_range
+from gfast.ops.chunks import default_chunk_rows, row_chunks
+from gfast.ops.head import ChunkedHead
+from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
-from gfast.ops.unlearn_loss import weigh
+from gfast.ops.weights import weigh
 from gfast.packed import sequence_ids
 from gfast.wrappers import measured
 
@@ -130,15 +133,14 @@ def measure_tokens(request: Request, directions: Directions, batches: Sequence[M
         direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
         return direction if direction is None or scale == 1.0 else direction * scale
 
-    streams = {
+    streams: Along = {
         parameters[name]: [(2 * group + side, partial(along, name, side)) for side in (0, 1)]
         for name, group in groups.index.items()
     }
     device, out = next(iter(streams)).device, []
     with Progress(request.progress, "token effects") as bar, _ready(model):
-        mode = ForwardMode(streams, model)
         for batch in batches:
-            tokens = _measure(mode, measured(model), to_device(batch, device), groups.names, loss_scale)
+            tokens = _measure(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
@@ -171,21 +173,23 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(
-    mode: ForwardMode, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
-) -> Tokens:
-    groups = len(names)
+def _measure(streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
-    with mode:
+    effects = torch.zeros(2 * len(names), len(order), dtype=torch.float64, device=flat.device)
+    with tangents_along(streams, model):
         head, out, _ = model_output(model, batch)
-    # [n] log-probs, [2 G, n] effects of streams
+        value, tangent = forward_ad.unpack_dual(out.reshape(-1, out.shape[-1])[order])  # [n, D] or [n, V]
     if head is None:
-        measured = _by_logits(out, flat, order, groups, loss_scale)
+        check_label_range("token_effect", labels, value.shape[-1])
+        logp, slopes = _slopes(value, flat[order], 1.0, 0.0, loss_scale), value
     else:
-        measured = _by_head(mode, out, head, flat, order, groups, loss_scale)
-    logp, effects = (value.double().cpu() for value in measured)
+        logp, slopes = _by_head(streams, value, head, flat[order], effects, loss_scale)
+    if tangent is not None:
+        for stream, part in tangent.parts.items():
+            effects[stream] += _row_dots(slopes, part)
+    logp, effects = logp.double().cpu(), effects.cpu()
     length = labels.shape[1]
     rows, positions = order // length, order % length + 1
     texts = sequence_ids(batch)
@@ -200,7 +204,7 @@ def _measure(
             f"{', '.join(dict.fromkeys(where))}: check the model's weights and, in float16, its range{hint}"
         )
     return Tokens(
-        effects.view(groups, 2, -1).transpose(0, 1).contiguous(),
+        effects.view(len(names), 2, -1).transpose(0, 1).contiguous(),
         logp,
         None if reference is None else reference[rows, positions].double().cpu(),
         *(index.cpu() for index in (flat[order], samples, positions)),
@@ -209,20 +213,20 @@ def _measure(
 
 
 def _by_head(
-    mode: ForwardMode, hidden: Tensor, head: Head, labels: Tensor, order: Tensor, groups: int, loss_scale: float
+    streams: Along, value: Tensor, head: Head, labels: Tensor, effects: Tensor, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [n] and effects [2 G, n] times the loss scale, from final hidden states [B, T, D] and their head."""
-    value, streams, tangents = _parts(hidden, order)
+    """Log-probs [n] and their derivatives dH [n, D] by final hidden states, times the loss scale; what the head's own
+    parameters add is added to the effects [2 G, n].
+    """
     # of the layer: those that were multiplied with may carry tangents, as casts of it do
     own_weight, own_bias = head.module.weight.detach(), head.module.bias
     value, weight, bias = as_autocast(value, own_weight, None if own_bias is None else own_bias.detach())
-    vocab, scale, softcap = weight.shape[0], head.logit_scale, head.softcap or 0.0
-    check_label_range("token_effect", labels, vocab)
-    rows = ChunkedHead(value, weight, bias, labels[order], default_chunk_rows(*weight.shape, weight.device), None)
+    scale, softcap = head.logit_scale, head.softcap or 0.0
+    check_label_range("token_effect", labels, weight.shape[0])
+    rows = ChunkedHead(value, weight, bias, labels, default_chunk_rows(*weight.shape, weight.device), None)
     rows.start_gradients(True, False, False)
-    own = {name: mode.directions_of(getattr(head.module, name)) for name in ("weight", "bias")}
+    own = {name: _directions_of(streams, getattr(head.module, name)) for name in ("weight", "bias")}
     logp = value.new_empty(rows.rows, dtype=stats_dtype(value.dtype))
-    effects = torch.zeros(2 * groups, rows.rows, dtype=torch.float64, device=value.device)
     for start, stop in row_chunks(rows.rows, rows.chunk):
         part, chunk = slice(start, stop), rows.logits(start, stop)
         logp[part] = _slopes(chunk, rows.labels[part], scale, softcap, loss_scale)  # chunk is b now, [chunk, V]
@@ -232,30 +236,12 @@ def _by_head(
             effects[stream, part] += _row_dots(chunk @ direction.to(chunk.dtype), rows.hidden[part])
         for stream, direction in own["bias"]:
             effects[stream, part] += (chunk @ direction.to(chunk.dtype)).double()
-    for stream, tangent in zip(streams, tangents, strict=True):
-        effects[stream] += _row_dots(rows.grad_hidden, tangent)
-    return logp, effects
+    return logp, rows.grad_hidden
 
 
-def _by_logits(logits: Tensor, labels: Tensor, order: Tensor, groups: int, loss_scale: float) -> tuple[Tensor, Tensor]:
-    """The same from the model's own logits [B, T, V], for heads that are no plain linear map."""
-    value, streams, tangents = _parts(logits, order)
-    check_label_range("token_effect", labels, value.shape[-1])
-    logp = _slopes(value, labels[order], 1.0, 0.0, loss_scale)
-    effects = torch.zeros(2 * groups, len(order), dtype=torch.float64, device=value.device)
-    for stream, tangent in zip(streams, tangents, strict=True):
-        effects[stream] = _row_dots(value, tangent)
-    return logp, effects
-
-
-def _parts(out: Tensor, order: Tensor) -> tuple[Tensor, tuple[int, ...], list[Tensor]]:
-    """Rows [n, ...] of a tensor [B, T, ...], its streams, and the same rows of their tangents."""
-    width = out.shape[-1]
-    if type(out) is not Dual:
-        return out.reshape(-1, width)[order], (), []
-    pair = out.pair
-    tangents = [tangent.reshape(-1, width)[order] for tangent in pair.each()]
-    return pair.primal.reshape(-1, width)[order], pair.streams, tangents
+def _directions_of(streams: Along, parameter: Tensor | None) -> list[tuple[int, Tensor]]:
+    """The streams in which a parameter moves, and how; none for a constant."""
+    return [(stream, found) for stream, along in streams.get(parameter, ()) if (found := along()) is not None]
 
 
 def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float, loss_scale: float) -> Tensor:

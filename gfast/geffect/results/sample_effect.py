@@ -14,7 +14,7 @@ from gfast.geffect.results.base import Effect, Norms, row_values, rows_by, tenso
 from gfast.geffect.results.g_effect import GEffect
 from gfast.geffect.results.weighted import norms_of, sample_ids, spec_on_forget, weighted_effect
 from gfast.objectives import Objective
-from gfast.ops.unlearn_loss import weigh
+from gfast.ops.weights import weigh
 from gfast.sides import SIDES
 
 _NEEDS_SAMPLE_NORMS = (

@@ -17,8 +17,7 @@ from gfast.geffect.data import OWN_DATA
 from gfast.geffect.results.base import Effect, Norms, standard_error
 from gfast.geffect.results.g_effect import GEffect
 from gfast.objectives import Objective
-from gfast.ops.unlearn_loss import default_reduction, spec_of
-from gfast.ops.weights import WeightSpec
+from gfast.ops.weights import WeightSpec, default_reduction, spec_of
 from gfast.sides import SIDES
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.common import graph_is_kept, scaled
 from gfast.ops.derivatives import differentiable_once
+from gfast.ops.gradients import graph_is_kept, scaled
+from gfast.ops.token_logp import stats_dtype
 
 
 class Overwritten:
@@ -15,10 +16,6 @@ class Overwritten:
     ``start`` puts the loss in the logits' place in the graph and makes the logits themselves the result of an operation
     without a derivative: whoever saved them for a backward finds them modified, and whoever uses them later gets an
     error in the backward. Then the logits may be written, and ``finished`` gives the loss its value.
-
-    Args:
-        name: of the public op, for messages.
-        logits: [..., V], not a leaf, rows evenly spaced and contiguous.
     """
 
     def __init__(self, name: str, logits: Tensor):
@@ -27,18 +24,11 @@ class Overwritten:
                 f"gfast: {name}: inplace=True would overwrite a leaf that requires grad; only computed logits may be "
                 f"overwritten."
             )
-        try:
-            rows = logits.detach().view(-1, logits.shape[-1])
-        except RuntimeError:
+        if not _lie_evenly(logits.detach()):
             raise ValueError(
-                f"gfast: {name}: inplace=True needs rows that lie evenly in memory, not strides {logits.stride()} of "
-                f"shape {tuple(logits.shape)}. Instead of cutting the logits along the sequence, give all of them and "
-                f"pad the labels with -100."
-            ) from None
-        if (rows.shape[1] > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
-            raise ValueError(
-                f"gfast: {name}: inplace=True needs contiguous rows that do not overlap, not strides "
-                f"{logits.stride()} of shape {tuple(logits.shape)}."
+                f"gfast: {name}: inplace=True needs contiguous rows that lie evenly in memory and do not overlap, not "
+                f"strides {logits.stride()} of shape {tuple(logits.shape)}. Instead of cutting the logits along the "
+                f"sequence, give all of them and pad the labels with -100."
             )
         self.name, self.logits = name, logits
 
@@ -62,16 +52,24 @@ class Overwritten:
         """The gradient times the upstream one."""
         grad = self.grad
         if grad is None:
-            raise RuntimeError(
-                f"gfast: backward through {self.name} a second time: pass retain_graph=True to the first."
-            )
+            raise RuntimeError(f"gfast: {self.name}: backward a second time: pass retain_graph=True to the first.")
         if self.version != grad._version:
             raise RuntimeError(
-                f"gfast: the logits were modified after {self.name}(inplace=True) had put their gradient there."
+                f"gfast: {self.name}: the logits were modified after inplace=True had put their gradient there."
             )
         if not graph_is_kept():
             self.grad = None
         return scaled(ctx, grad, grad_loss, self.late)
+
+
+def _lie_evenly(logits: Tensor) -> bool:
+    """Whether [..., V] is a view of contiguous rows [N, V] at one distance, none over another."""
+    try:
+        rows = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return False
+    count, width = rows.shape
+    return (width <= 1 or rows.stride(1) == 1) and (count <= 1 or rows.stride(0) >= width)
 
 
 class _Loss(torch.autograd.Function):
@@ -80,15 +78,14 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, memory):
-        ctx.memory = memory
+        ctx.memory, ctx.name = memory, memory.name
         ctx.set_materialize_grads(False)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         anchor = logits.new_empty(0)  # the loss itself is written to after this
         ctx.save_for_backward(anchor)
-        return logits.new_empty((), dtype=wide), anchor
+        return logits.new_empty((), dtype=stats_dtype(logits.dtype)), anchor
 
     @staticmethod
-    @differentiable_once("unlearn_loss")
+    @differentiable_once()
     def backward(ctx, grad_loss, _):
         return None if grad_loss is None else ctx.memory.take(ctx, grad_loss), None
 
@@ -107,7 +104,7 @@ class _Gone(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is not None:
             raise RuntimeError(
-                f"gfast: the logits were used after {ctx.name}(inplace=True), when they held their gradient: use them "
-                f"before that call, or leave inplace off."
+                f"gfast: {ctx.name}: the logits were used after {ctx.name}(inplace=True), when they held their "
+                f"gradient: use them before that call, or leave inplace off."
             )
         return None, None

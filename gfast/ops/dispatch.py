@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 from torch.torch_version import TorchVersion
@@ -17,16 +18,20 @@ from torch.torch_version import TorchVersion
 logger = logging.getLogger("gfast")
 
 IMPLS = ("reference", "cpp", "triton", "cuda")
-ROW_OPS = (
-    "token_logp",
-    "linear_token_logp",
-    "unlearn_loss",
-    "linear_unlearn_loss",
-    "token_kl",
-    "linear_token_kl",
-)
-OPS = (*ROW_OPS, "grad_dot", "linear_row_dot")
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = {  # and the CPU kernel that a build must hold to serve each
+    "token_logp": "logp_rows",
+    "linear_token_logp": "fold_rows",
+    "unlearn_loss": "weighted_rows",
+    "linear_unlearn_loss": "logp_rows",
+    "token_kl": "kl_rows",
+    "linear_token_kl": "kl_rows",
+    "grad_dot": "grad_dots",
+    "linear_row_dot": "row_dots",
+}
+_STEPS = {"sharded_token_kl": "kl_parts", "scale": "scale_"}  # of several ops
+# Kernels that Triton has by the same name and with the same arguments, and the modules they are in.
+_TRITON_MODULES = {"logp_rows": "rows", "logp_rows_grad": "rows", "weighted_rows": "rows", "kl_rows": "kl"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -36,6 +41,8 @@ def extension() -> tuple[object | None, str]:
         from gfast import _C  # importing it registers the C++ ops with the dispatcher
     except ImportError as error:
         return None, f"gfast._C could not be imported: {error}"
+    from gfast.ops import fakes  # noqa: F401
+
     return _C, ""
 
 
@@ -67,24 +74,15 @@ def _dispatches(kernel: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
 
 
-def _kernel_missing(op: str) -> str:
-    """Empty when the compiled module holds the CPU kernel behind ``op`` (an older build may not)."""
-    kernel = {
-        "grad_dot": "grad_dots",
-        "unlearn_loss": "weighted_rows",
-        "linear_token_logp": "fold_rows",
-        "sharded_token_kl": "kl_parts",
-        "scale": "scale_",
-        "linear_row_dot": "row_dots",
-    }.get(op, "kl_rows" if "kl" in op else "logp_rows")
-    if has_cpu_kernel(kernel):
-        return ""
-    return f"gfast._C holds no CPU kernel {kernel}; build the package again"
+def kernel(name: str, impl: str) -> Callable:
+    """The kernel of that name of ``impl``, "cpp" or "triton"."""
+    if impl == "triton":
+        return getattr(importlib.import_module(f"gfast.kernels.{_TRITON_MODULES[name]}"), name)
+    extension()
+    return getattr(torch.ops.gfast, name)
 
 
 def _interpreting() -> bool:
-    if _triton_missing():
-        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -111,20 +109,20 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
         return ""
     if impl not in IMPLS:
         return f"no implementation is called {impl!r}; choose 'auto' or one of {', '.join(IMPLS)}"
-    by_dtype = (*ROW_OPS, "sharded_token_kl", "linear_row_dot", "scale")
-    if op in by_dtype and dtype is not None and dtype not in _ROW_DTYPES:
+    if op != "grad_dot" and dtype is not None and dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}; impl='reference' takes it"
     if impl == "cpp":
         if kind != "cpu":
             return f"the C++ kernels take CPU tensors, not {kind}"
-        return extension()[1] or _kernel_missing(op)
+        name, missing = (OPS | _STEPS)[op], extension()[1]
+        if missing or has_cpu_kernel(name):
+            return missing
+        return f"gfast._C holds no CPU kernel {name}; build the package again"
     if impl == "triton":
         if op == "grad_dot":
             return "grad_dot has no Triton kernel"
-        if _triton_missing():
+        if _triton_missing() or kind == "cuda":
             return _triton_missing()
-        if kind == "cuda":
-            return ""
         if kind == "cpu" and _interpreting():
             return interpreter_fails()
         return f"Triton kernels take CUDA tensors, not {kind} (CPU only with TRITON_INTERPRET=1)"
@@ -133,10 +131,9 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if kind != "cuda":
         return f"the CUDA kernel takes CUDA tensors, not {kind}"
     module, reason = extension()
-    if module is None:
+    if module is None or (info := module.build_info()).get("cuda"):
         return reason
-    info = module.build_info()
-    return "" if info.get("cuda") else f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
+    return f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
 
 
 @functools.cache
@@ -144,8 +141,7 @@ def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
     order = ("cpp",) if kind == "cpu" else ("cuda", "triton")
     reasons = []
     for impl in order:
-        reason = why_not(op, impl, kind, dtype)
-        if not reason:
+        if not (reason := why_not(op, impl, kind, dtype)):
             logger.info("gfast: %s on %s uses impl=%r", op, kind, impl)
             return impl
         reasons.append(f"{impl}: {reason}")
@@ -154,22 +150,15 @@ def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
 
 
 def select(op: str, impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
-    """The implementation that serves ``op``.
-
-    Args:
-        op: one of ``OPS``.
-        impl: "auto" or an explicit choice.
-        device: where the tensors are.
-        dtype: of the logits (row ops only).
+    """The implementation of ``op`` (one of ``OPS`` or ``_STEPS``) for tensors there and, of row ops, logits of a dtype.
 
     Raises:
         ValueError: an explicit choice that is unknown or cannot serve the op here, with the reason.
     """
     if impl == "auto":
         return _auto(op, torch.device(device).type, dtype)
-    reason = why_not(op, impl, device, dtype)
-    if reason:
-        raise ValueError(f"gfast: impl={impl!r} cannot serve {op} here: {reason}.")
+    if reason := why_not(op, impl, device, dtype):
+        raise ValueError(f"gfast: {op}: impl={impl!r} cannot serve {op} here: {reason}.")
     return impl
 
 
@@ -182,9 +171,8 @@ def status() -> list[dict[str, object]]:
                 rows.append(dict(op=op, device=kind, impl="-", available=False, auto=False, reason="no CUDA device"))
                 continue
             chosen = _auto(op, kind, None)
-            for impl in IMPLS:
-                reason = why_not(op, impl, kind)
-                rows.append(
-                    dict(op=op, device=kind, impl=impl, available=not reason, auto=impl == chosen, reason=reason)
-                )
+            reasons = {impl: why_not(op, impl, kind) for impl in IMPLS}
+            for impl, reason in reasons.items():
+                row = dict(op=op, device=kind, impl=impl, available=not reason, auto=impl == chosen, reason=reason)
+                rows.append(row)
     return rows

@@ -1,0 +1,130 @@
+"""Checks of what ops are given, and what the host may ask of a device while it checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
+
+
+def check_rows(name: str, scores: Tensor, labels: Tensor, what: str = "logits") -> None:
+    """Shapes, dtypes and devices of ``scores`` [..., V or D] and ``labels`` [...]; metadata only, no device sync."""
+    if scores.dim() < 1 or scores.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"gfast: {name}: {what} of shape {tuple(scores.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
+            f"not {tuple(labels.shape)}."
+        )
+    if what == "logits" and scores.shape[-1] == 0:
+        raise ValueError(f"gfast: {name}: logits of shape {tuple(scores.shape)} have an empty vocabulary.")
+    if not scores.is_floating_point():
+        raise TypeError(f"gfast: {name}: {what} must be floating point, not {scores.dtype}.")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"gfast: {name}: labels must be int64 (or int32), not {labels.dtype}.")
+    if scores.device != labels.device:
+        raise ValueError(f"gfast: {name}: {what} are on {scores.device} but labels on {labels.device}.")
+
+
+def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> None:
+    """``value`` must have the shape and device of ``labels``."""
+    if value.shape != labels.shape:
+        raise ValueError(
+            f"gfast: {name}: {what} has shape {tuple(value.shape)} but labels {tuple(labels.shape)}; it needs one "
+            f"value a label."
+        )
+    if value.is_complex():
+        raise TypeError(f"gfast: {name}: {what} must be real numbers, not {value.dtype}.")
+    if value.device != labels.device:
+        raise ValueError(f"gfast: {name}: {what} is on {value.device} but labels on {labels.device}.")
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [..., D], weight [V, D], bias [V] of one dtype and device."""
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"gfast: {name}: hidden is {tuple(hidden.shape)}: hidden states of width 0 make no logits.")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"gfast: {name}: the head's weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, not "
+            f"{tuple(weight.shape)}."
+        )
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"gfast: {name}: hidden is on {hidden.device} but {what} on {tensor.device}.")
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"gfast: {name}: hidden is {hidden.dtype} but {what} {tensor.dtype}; cast one, or run under "
+                f"torch.autocast."
+            )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"gfast: {name}: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}.")
+
+
+def check_label_range(name: str, labels: Tensor, vocab: int) -> None:
+    """Every label is in [0, V) or -100. On a GPU the check is a device-side assertion: it costs no synchronisation."""
+    bad = ((labels < 0) | (labels >= vocab)) & (labels != IGNORE_INDEX)  # [N]
+    if not reads_are_free(labels.device):
+        torch._assert_async(~bad.any(), f"gfast: {name}: a label is outside the vocabulary [0, {vocab})")
+    elif bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(
+            f"gfast: {name}: labels[{where}] (flattened) = {int(labels[where])} is outside the vocabulary "
+            f"[0, {vocab}); use {IGNORE_INDEX} for positions to ignore."
+        )
+
+
+def check_reduction(name: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"gfast: {name}: unknown reduction {reduction!r}; choose one of {', '.join(REDUCTIONS)}.")
+
+
+def check_normalizer(name: str, normalizer: float | Tensor) -> None:
+    """It divides: a positive number. A tensor is looked at where that costs no waiting."""
+    if isinstance(normalizer, Tensor) and not (runs_now(normalizer) and reads_are_free(normalizer.device)):
+        return
+    if not 0 < float(normalizer) < math.inf:
+        raise ValueError(f"gfast: {name}: normalizer must be a positive number, not {float(normalizer)}.")
+
+
+def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
+    if min(chunk_rows) < 1:
+        raise ValueError(f"gfast: {name}: chunk_rows must be at least 1, not {min(chunk_rows)}.")
+
+
+def check_pairs(name: str, level: str, num_sequences: int) -> None:
+    if level == "pair" and num_sequences % 2:
+        raise ValueError(
+            f"gfast: {name}: DPO needs pairs: an even number of sequences, the first half the forget answers, the "
+            f"second half the preferred answers in the same order; got {num_sequences}."
+        )
+
+
+def raise_if_not_finite(name: str, logp: Tensor) -> None:
+    """The check behind ``check_finite=True``: a NaN or infinite logit shows in its row's log-prob."""
+    bad = ~torch.isfinite(logp.reshape(-1))
+    if bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(
+            f"gfast: {name}: {int(bad.sum())} of {logp.numel()} log-probs are not finite (first at flattened position "
+            f"{where}); the logits hold NaN or infinite values there. Lower the learning rate or use a wider dtype."
+        )
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host can look at a value of the device without waiting for it."""
+    return device.type == "cpu"
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may read values back from the device: not while a CUDA graph records."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def runs_now(x: Tensor) -> bool:
+    """A plain tensor in plain eager mode: nothing records the call or stands in for the values."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor
