@@ -1,8 +1,9 @@
-# make test, make demo: each sets up everything it needs in .venv (once), then runs.
+# make test, make demo: each sets up everything it needs in .venv (once), then runs. make test-all runs the tests that
+# `make test` leaves out as well.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --no-compile
+PIP := $(PY) -m pip install
 STAMP := $(VENV)/.gfast-installed
 SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
@@ -11,10 +12,19 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test demo install lint cuda-check sanitize sanitize-threads fuzz clean
+.PHONY: test test-slow test-all demo install lint cuda-check sanitize sanitize-threads fuzz clean
+
+# All cores, a file at a time on one thread each, the longest files first.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: install
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: install
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: install
+	$(PYTEST) $(PYTEST_ARGS)
 
 demo: install
 	$(VENV)/bin/gfast demo $(DEMO_ARGS)

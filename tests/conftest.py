@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helpers.marks import mark_slow
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,22 +49,38 @@ def precision_of_its_own(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: the cores that this process may run on, up to eight, as every worker holds torch and transformers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 # Files of minutes, the longest first: begun last, one of them would have a worker to itself while the others idle. As
 # pytest-xdist sorts files by their number of tests, it takes --no-loadscope-reorder to keep this order.
 LONG = (
     "test_packaging.py",
     "test_instruction_sets.py",
     "test_ops_losses.py",
-    "test_vocab_parallel.py",
-    "test_architectures.py",
+    "test_cli_terminal.py",
+    "test_fuzz.py",
+    "test_cuda_on_cpu.py",
+    "test_training_killed.py",
     "test_bench.py",
+    "test_demo.py",
+    "test_vocab_parallel.py",
+    "test_wrappers_parallel.py",
+    "test_architectures.py",
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest asks which are slow
 def pytest_collection_modifyitems(items) -> None:
     """Long files first. And an id that holds an address differs between processes: pytest-xdist then runs nothing. Say
     it in every run.
     """
+    for item in items:
+        mark_slow(item)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:

@@ -5,7 +5,6 @@ Both sides run the same model in the same type, so that what a norm computes in 
 
 from __future__ import annotations
 
-import functools
 import re
 
 import pytest
@@ -21,8 +20,13 @@ from gfast.objectives import GA, NLL
 pytest.importorskip("transformers")
 
 from helpers.architectures import CAUSAL, IMAGE, NOT_CAUSAL, TRANSFORMERS, TRIED, batch_for, build, not_built, run  # noqa: E402
+from helpers.marks import slow_when  # noqa: E402
 
 NAMES = [*CAUSAL, *IMAGE]
+# in `make test`: heads, norms, positions, experts, states, images and decoders of several kinds, and what is refused
+QUICK = """bart blt bloom cohere deepseek_v3 falcon gemma2 gemma3+image gpt2 inkling2_loop_text llama llava+image mamba
+mixtral mpt opt phi qwen2 qwen3_next xlm zamba""".split()
+beyond_the_quick = slow_when(lambda p: p.name not in QUICK)
 # what has no place in the paper's groups, and what the error says of it
 NO_GROUPS = {
     "blt": "each of .*local_encoder.* is a list of blocks",
@@ -34,8 +38,14 @@ NO_GROUPS = {
 }
 
 
-@functools.lru_cache(maxsize=2)
-def model_of(name: str):
+@pytest.fixture(scope="module", params=NAMES)
+def name(request) -> str:
+    """Of the module, so that all that is asked of one architecture is asked in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
     try:
         return build(name)
     except Exception as error:
@@ -79,9 +89,8 @@ def close_gradients(found: dict, expected: dict, tolerance: float) -> None:
         assert (found[name].double() - gradient.double()).norm() <= tolerance * whole, name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_loss_and_logp_are_the_models_own(name):
-    model = model_of(name)
+@beyond_the_quick
+def test_loss_and_logp_are_the_models_own(name, model):
     batch = batch_for(model)
     if name in NOT_CAUSAL:
         with pytest.raises(
@@ -102,9 +111,8 @@ def test_loss_and_logp_are_the_models_own(name):
     close_gradients(gradient(model, (scored.double() * weights).sum()), expected, tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_g_effect_is_the_literal_dot_product(name):
-    model = model_of(name)
+@beyond_the_quick
+def test_g_effect_is_the_literal_dot_product(name, model):
     forget, retain = batch_for(model, seed=1), batch_for(model, seed=2)
     if name in NOT_CAUSAL:
         with pytest.raises(ValueError, match="no causal language model"):
@@ -177,9 +185,8 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_is_in_the_group_of_its_use(name):
-    model = model_of(name)
+@beyond_the_quick
+def test_every_parameter_is_in_the_group_of_its_use(name, model):
     if name in NO_GROUPS:
         with pytest.raises(ValueError, match=NO_GROUPS[name]):
             assign(model)
@@ -195,9 +202,9 @@ def test_every_parameter_is_in_the_group_of_its_use(name):
             assert found.names[found.index[parameter]] == place, parameter
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_layer_hidden_counts_as_transformers_does(name):
-    model = model_of(name)
+@beyond_the_quick
+@pytest.mark.parametrize("name", CAUSAL, indirect=True, scope="module")
+def test_layer_hidden_counts_as_transformers_does(name, model):
     batch = batch_for(model)
     if name in NOT_CAUSAL:
         pytest.skip("no causal language model")
@@ -213,9 +220,8 @@ def test_layer_hidden_counts_as_transformers_does(name):
         layer_hidden(model, batch, hf.num_layers(model) + 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_which_are_causal(name):
-    model = model_of(name)
+@beyond_the_quick
+def test_which_are_causal(name, model):
     batch = batch_for(model)
     changed = batch["input_ids"].clone()
     changed[0, -1] = 3 + (changed[0, -1] - 2) % 70

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops_losses import label, need, problem, run, squared
+from helpers.losses import label, need, problem, run, squared
 
 import gfast
 from gfast.objectives import NPO, WGA

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
+from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 from safetensors.torch import load_file
-from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
 from gfast.files import read_json

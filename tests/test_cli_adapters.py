@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
+from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, collator, tiny_model
 from safetensors.torch import load_file
 from test_cli import fails, flags, original  # noqa: F401
-from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, collator, tiny_model
 
 import gfast
 from gfast import cli

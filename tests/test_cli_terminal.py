@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers.marks import slow_when
+from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 from test_cli import fails, flags, original  # noqa: F401
-from training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
 from gfast.files import read_json, readable, write_json
@@ -42,6 +43,7 @@ def wide(tmp_path_factory):
     return folder
 
 
+@slow_when(lambda p: p.kind == "latin-1")  # between the two others
 @pytest.mark.parametrize("kind", sorted(POOR))
 def test_any_text_can_be_shown_on_any_terminal(wide, tmp_path, kind):
     # With an ASCII file system the Rust libraries that write a model take no other path.

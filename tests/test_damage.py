@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 import torch
-from geffect_models import batches as geffect_batches
-from geffect_models import tiny
+from helpers.geffect_models import batches as geffect_batches
+from helpers.geffect_models import tiny
+from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
 from safetensors.torch import save_file
-from training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
 
 import gfast
 from gfast import files

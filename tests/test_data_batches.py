@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from data_chat import ROWS
+from helpers.data_chat import ROWS
 
 from gfast.data import (
     Collator,

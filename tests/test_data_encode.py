@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_chat import CHATML, ROWS, answer_ids, assert_labels_are_answers, chat_tokenizer, exact
+from helpers.data_chat import CHATML, ROWS, answer_ids, assert_labels_are_answers, chat_tokenizer, exact
 
 from gfast.data import (
     QADataset,

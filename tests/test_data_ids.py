@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from data_chat import ROWS, answer_ids, exact, sentencepiece_tokenizer, wordpiece_tokenizer
+from helpers.data_chat import ROWS, answer_ids, exact, sentencepiece_tokenizer, wordpiece_tokenizer
 
 from gfast.data import PreferenceDataset, QADataset, check_vocabulary, demo_tokenizer, token_pieces
 from gfast.data.encode import plain_text

@@ -9,7 +9,7 @@ import lzma
 import pathlib
 
 import pytest
-from data_chat import ROWS
+from helpers.data_chat import ROWS
 
 from gfast.data import PreferenceDataset, QADataset, RefusalDataset, demo_tokenizer, fingerprint, load_jsonl, load_tofu
 from gfast.data.rows import as_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from data_chat import CHATML, answer_ids, chat_tokenizer, exact, sentencepiece_tokenizer
+from helpers.data_chat import CHATML, answer_ids, chat_tokenizer, exact, sentencepiece_tokenizer
 
 from gfast.data import PreferenceDataset, QADataset, demo_tokenizer, fingerprint
 

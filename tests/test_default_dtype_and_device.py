@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
-from geffect_models import batches, tiny
-from test_ops_losses import ALL, problem, squared
-from training_tiny import collator, datasets, tiny_model
+from helpers.geffect_models import batches, tiny
+from helpers.losses import ALL, problem, squared
+from helpers.training_tiny import collator, datasets, tiny_model
 
 import gfast
 from gfast.objectives import RMU, RR, WGA

@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 
-import files_shared
 import pytest
 import torch
-from training_tiny import TOKENIZER, collator, config, datasets, pairing, server, tiny_model
+from helpers import files_shared
+from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, server, tiny_model
 
 from gfast import cli, files
 from gfast.files import TEMPORARY_PREFIX, read_json, remove_partial_files, whole_file, write_json

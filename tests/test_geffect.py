@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, collate, dots, exact_norms, gradient, literal_loss, tiny  # noqa: E402
+from helpers.geffect_models import batches, collate, dots, exact_norms, gradient, literal_loss, tiny  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import GEffect, assign  # noqa: E402

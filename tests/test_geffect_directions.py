@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
+from helpers.geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
 from test_geffect import count_losses  # noqa: E402
 
 import gfast  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
+from helpers.geffect_models import batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import ENGINES  # noqa: E402

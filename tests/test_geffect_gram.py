@@ -11,29 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, logps, small_tiles, tiny  # noqa: E402
-from test_geffect_sample import (  # noqa: E402
+from helpers.geffect_models import batches, gradient, logps, tiny  # noqa: E402
+from helpers.geffect_samples import (  # noqa: E402
     KINDS,
+    WAYS,
     any_trainable,
     data,
     each,
     literal_samples,
     lora_model,
     measured,
+    multiplied,
     shift,
     square,
 )
-from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.marks import slow_when  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import gram_effect, pg_effect  # noqa: E402
-from gfast.geffect.contributions import layers, row_pass  # noqa: E402
-from gfast.geffect.contributions.layers import OuterProduct, RowLookup, RowSum  # noqa: E402
+from gfast.geffect.contributions import row_pass  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
 from gfast.geffect.engines import gram, gram_products  # noqa: E402
 from gfast.geffect.engines.gram import objective_dots as gram_dots  # noqa: E402
-from gfast.geffect.engines.gram_products import own_products  # noqa: E402
-from gfast.geffect.engines.gram_rows import Rows, Selected, rows_of  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, SimNPO  # noqa: E402
 
 
@@ -52,22 +52,13 @@ def assert_gram(effect, forget: list[dict], retain: list[dict], rtol: float = 1e
                     assert abs(found[i, j].item() - expected) <= rtol * max(scale, floor), (side, group, i, j)
 
 
-@pytest.fixture(params=["pairs", "gradients", "cheaper", "pairs of tiles", "gradients of tiles"])
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """How Linears are multiplied: forced one way or the other, and by what is cheaper; the head by tiles too."""
-    used, kind = [], request.param.split()[0]
-    if kind != "cheaper":
-        monkeypatch.setattr(gram_products, "_gradients_are_cheaper", lambda *args: kind == "gradients")
-    if "tiles" in request.param:
-        small_tiles(monkeypatch)
-    for name in ("_by_pairs", "_by_gradients", "_by_tiles"):
-        original = getattr(gram_products, name)
-        monkeypatch.setattr(gram_products, name, lambda *a, f=original, n=name: used.append(n) or f(*a))
-    yield used
-    if kind != "cheaper":
-        assert set(used) <= {"_by_" + kind, "_by_tiles" if kind == "pairs" else ""}
+    yield from multiplied(request.param, monkeypatch)
 
 
+# every way of one model, and two of every model
+@slow_when(lambda p: p.kind != "tied_llama" and p.way not in ("pairs", "gradients of tiles"))
 @pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
 def test_matches_autograd_in_fp64_every_way(kind, way):
     model = tiny(kind).eval()
@@ -76,6 +67,7 @@ def test_matches_autograd_in_fp64_every_way(kind, way):
     assert way  # the calls
 
 
+@slow_when(lambda p: p.kind not in ("gemma2", "phi"))  # the sample engine is asked about each, by the same rules
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama", "tied_llama", "gpt2")])
 def test_matches_autograd_in_fp64(kind):
     model = tiny(kind).eval()
@@ -268,48 +260,6 @@ def test_low_precision_is_as_good_as_plain_autograd(dtype, way):
     assert error <= 2 * allowed + torch.finfo(dtype).eps
 
 
-def literal_gradients(share, owner: list[int], samples: int, shape: tuple[int, ...]) -> torch.Tensor:
-    out = torch.zeros(samples, *shape, dtype=torch.float64)
-    for row, sample in enumerate(owner):
-        if isinstance(share, OuterProduct):
-            out[sample] += torch.outer(share.b[row], share.a[row])
-        elif isinstance(share, RowLookup):
-            out[sample, share.ids[row]] += share.b[row]
-        else:
-            out[sample] += share.terms[row].view(shape)
-    return out.flatten(1)
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [("outer", "outer"), ("outer", "lookup"), ("lookup", "outer"), ("lookup", "lookup"), ("sum", "sum")],
-)
-@pytest.mark.parametrize("rows", [7, 600])
-def test_products_of_every_pair_of_shares(left, right, rows, way):
-    generator = torch.Generator().manual_seed(rows)
-
-    def made(kind: str, n: int, samples: int):
-        owner = torch.randint(0, samples, (n,), generator=generator).sort().values  # a sample may have no row
-        b = torch.randn(n, 9 if kind == "outer" else 6, generator=generator, dtype=torch.float64)
-        b[::3] = 0.0
-        if kind == "outer":
-            share = OuterProduct(torch.randn(n, 6, generator=generator, dtype=torch.float64), b)
-        elif kind == "lookup":
-            share = RowLookup(torch.randint(0, 9, (n,), generator=generator), b)
-        else:
-            share = RowSum(b)
-        truth = literal_gradients(share, owner.tolist(), samples, (6,) if kind == "sum" else (9, 6))
-        return rows_of(share, owner, samples), truth
-
-    (x, x_truth), (y, y_truth) = made(left, rows, 11), made(right, rows // 2, 4)
-    assert left == "sum" or x.size == rows - len(range(0, rows, 3))
-    cross, own = gram_products.products(x, y, own=True)
-    torch.testing.assert_close(cross, x_truth @ y_truth.t(), rtol=1e-10, atol=1e-9)
-    torch.testing.assert_close(own, x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
-    torch.testing.assert_close(own_products(x), x_truth @ x_truth.t(), rtol=1e-10, atol=1e-9)
-    assert bool(way) == (left == "outer")
-
-
 def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
     """No tensor is as large as the b [n, V] of a batch with more rows than the hidden size; a short one has it."""
     config = transformers.LlamaConfig(
@@ -346,109 +296,6 @@ def test_long_batches_never_hold_the_heads_gradient_whole(monkeypatch):
     assert largest(long) <= 10 * 997 < whole / 1.5
     found = gram_effect(model, forget=long, retain=short).total("retain")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-
-
-def test_products_with_a_batch_without_rows():
-    empty = rows_of(OuterProduct(torch.zeros(0, 6), torch.zeros(0, 9)), torch.zeros(0, dtype=torch.int64), 3)
-    some = rows_of(OuterProduct(torch.ones(8, 6), torch.ones(8, 9)), torch.arange(8) // 2, 4)
-    assert torch.equal(gram_products.products(empty, some, own=False)[0], torch.zeros(3, 4, dtype=torch.float64))
-    cross, own = gram_products.products(some, empty, own=True)
-    assert torch.equal(cross, torch.zeros(4, 3, dtype=torch.float64)) and (own == 4 * 6 * 9).all()
-
-
-def test_a_few_rows_of_zeros_are_kept_and_many_left_out():
-    a, b = torch.ones(40, 3), torch.ones(40, 2)
-    owner = torch.arange(40) // 10
-    b[5] = 0.0
-    assert rows_of(OuterProduct(a, b), owner, 4).counts == [10, 10, 10, 10]
-    b[20:] = 0.0
-    found = rows_of(OuterProduct(a, b), owner, 4)
-    assert found.counts == [9, 10, 0, 0] and len(found.contribution.a) == 19
-    assert isinstance(found, Rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("way", ["cpp", "plain"])
-def test_used_rows(way, dtype, monkeypatch):
-    """Something in the first, the last or a middle column counts, NaN too; -0 and what lies between rows does not."""
-    if way == "plain":
-        monkeypatch.setattr(layers, "compiled", lambda op: False)
-    elif not layers.compiled("used_rows"):
-        pytest.skip("gfast._C is not built, or older than used_rows")
-    for columns in (1, 5, 64, 200):
-        x = torch.ones(9, columns + 3, dtype=dtype)[:, :columns].zero_()
-        x[1], x[2, 0], x[3, -1], x[4, columns // 2] = -0.0, 1.0, -1.0, float("nan")
-        x[5, columns // 3], x[6] = torch.finfo(dtype).smallest_normal, 0.0
-        assert layers._not_zero(x).tolist() == [False, False, True, True, True, True, False, False, False]
-    assert layers._not_zero(torch.zeros(0, 7, dtype=dtype)).tolist() == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("way", ["cpp", "plain"])
-def test_pair_sums(way, dtype, monkeypatch):
-    """Sums by samples of a part of the rows and columns, some samples empty, x and y parts of larger matrices."""
-    if way == "plain":
-        monkeypatch.setattr(gram_products, "compiled", lambda op: False)
-    elif not gram_products.compiled("pair_sums"):
-        pytest.skip("gfast._C is not built, or older than pair_sums")
-    generator = torch.Generator().manual_seed(0)
-    counts, others = [5, 0, 40, 1], [0, 300, 2, 17, 0]
-    left, right = (Rows(OuterProduct(torch.zeros(sum(c), 1), torch.zeros(sum(c), 1)), c) for c in (counts, others))
-    x, y = (torch.randn(46, 400, generator=generator, dtype=dtype) for _ in range(2))
-    for rows, columns in ((slice(0, 46), slice(0, 319)), (slice(3, 30), slice(100, 310)), (slice(7, 7), slice(0, 319))):
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        a, b = x[:height, :width], y[:height, 3 : 3 + width]
-        truth = a.double() * b.double()
-        expected = left.membership[:, rows].double() @ truth @ right.membership[:, columns].double().t()
-        found = gram_products._sample_sums(a, b, left, rows, right, columns)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
-
-
-def test_pair_sums_refuses_what_does_not_fit():
-    if not gram_products.compiled("pair_sums"):
-        pytest.skip("gfast._C is not built, or older than pair_sums")
-    x = torch.zeros(4, 6)
-    for arguments, error, message in (
-        ((x, x.double(), [4], [6]), TypeError, "both be float32 or float64"),
-        ((x, x[:3], [4], [6]), ValueError, "matrices of one shape"),
-        ((x.t(), x.t(), [6], [4]), ValueError, "contiguous rows"),
-        ((x, x, [3], [6]), ValueError, "have 3 rows of 4"),
-        ((x, x, [4], [7, -1]), ValueError, "cannot have -1 columns"),
-    ):
-        with pytest.raises(error, match=message):
-            torch.ops.gfast.pair_sums(*arguments)
-    with pytest.raises(ValueError, match="contiguous rows"):
-        torch.ops.gfast.used_rows(x.t())
-    with pytest.raises(TypeError, match="floating point"):
-        torch.ops.gfast.used_rows(x.long())
-
-
-def test_rows_of_one_input_are_selected_once():
-    """And never taken for those of another input, or for other rows of it."""
-    a, owner = torch.randn(40, 3), torch.arange(40) // 10
-    b, c = torch.randn(2, 40, 2)
-    b[20:], c[:20] = 0.0, 0.0
-    selected = Selected()
-    first, again = (rows_of(OuterProduct(a, b * scale), owner, 4, selected) for scale in (1, 2))
-    assert first.contribution.a.data_ptr() == again.contribution.a.data_ptr() and torch.equal(
-        first.contribution.a, a[:20]
-    )
-    assert torch.equal(rows_of(OuterProduct(a, c), owner, 4, selected).contribution.a, a[20:])
-    other = a + 1
-    assert torch.equal(rows_of(OuterProduct(other, c), owner, 4, selected).contribution.a, other[20:])
-    assert torch.equal(first.contribution.a, a[:20])
-
-
-def test_products_of_inputs_are_not_mixed_up():
-    inputs = gram_products.InputProducts()
-    x, y = torch.randn(5, 3), torch.randn(4, 3)
-    first = inputs.get(x, y, 0, 5, 0)
-    assert inputs.get(x, y, 0, 5, 0) is first and inputs.holds(x, y)
-    other = y.clone()
-    assert not inputs.holds(x, other)
-    torch.testing.assert_close(inputs.get(x, other.mul_(2), 0, 5, 0), 2 * first)
-    torch.testing.assert_close(inputs.get(x, other, 2, 5, 1), 2 * first[2:, 1:])
 
 
 def test_progress_bar_and_bad_input(capsys):

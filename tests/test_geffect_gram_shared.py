@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import VOCAB, batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
-from test_geffect_sample import lora_model  # noqa: E402
-from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.geffect_models import VOCAB, batches, gradient, literal_loss, small_tiles, tiny  # noqa: E402
+from helpers.geffect_samples import lora_model  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.marks import slow_when  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect.contributions import row_pass  # noqa: E402
@@ -112,6 +113,7 @@ def test_what_other_measurements_cost(monkeypatch):
             assert counts.of(lambda m=request, t=term: objective_dots(m, directions, [t])) == (2, 2)
 
 
+@slow_when(lambda p: p.kind != "tied_llama" and p.name != "wga")  # every objective, and every model
 @pytest.mark.parametrize("way", ["whole head", "tiles", "own logits"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("kind", ["llama", "tied_llama", "gpt2"])
@@ -185,6 +187,12 @@ MODELS = {
 }
 
 
+# in `make test`: one of each kind of arithmetic, of parameters and of graph
+QUICK = ("tied_llama", "gpt2 in fp32", "called twice", "frozen parts", "checkpointed, reentrant")
+quick_models = slow_when(lambda p: p.make not in [MODELS[name] for name in QUICK])
+
+
+@quick_models
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_shared_forward_changes_no_bit(make, monkeypatch):
     model = make()

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from geffect_models import batches, small_tiles, tiny  # noqa: E402
-from test_geffect_gram_shared import MODELS, ONE, TWO, Counts, Saved, full, full_data, unshared  # noqa: E402
+from helpers.geffect_models import batches, small_tiles, tiny  # noqa: E402
+from helpers.marks import slow_when  # noqa: E402
+from test_geffect_gram_shared import MODELS, ONE, QUICK, TWO, Counts, Saved, full, full_data, unshared  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect.contributions import row_pass  # noqa: E402
@@ -38,6 +39,7 @@ def assert_alike(model, engine, data, relative=1e-11):
         assert found.counts == expected.counts and found.objective == expected.objective
 
 
+@slow_when(lambda p: p.kind not in QUICK)
 @pytest.mark.parametrize("engine", ["sample", "gram"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_objectives_are_what_each_is_alone(kind, engine):

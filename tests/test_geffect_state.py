@@ -9,8 +9,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, tiny  # noqa: E402
-from process_group import alone  # noqa: E402
+from helpers.geffect_models import batches, tiny  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.process_group import alone  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import backward  # noqa: E402
@@ -21,36 +22,6 @@ from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RR, TNPO, WGA, Mix  # no
 
 def data() -> dict:
     return dict(forget=batches(1), retain=batches(2))
-
-
-def used_model():
-    """A model in the middle of something: gradients present, mixed training flags, a frozen part, a user's hook."""
-    model = tiny("tied_llama")
-    model.train()
-    model.model.layers[1].eval()
-    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-        if index % 2:
-            parameter.grad = torch.full_like(parameter, 3.0)
-    return model
-
-
-def snapshot(model) -> tuple:
-    return (
-        [
-            (id(p), id(p.grad), p.requires_grad, p._version, bool(p._post_accumulate_grad_hooks))
-            for p in model.parameters()
-        ],
-        [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
-        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        [p.detach().clone() for p in model.parameters()],
-    )
-
-
-def assert_same(before: tuple, after: tuple) -> None:
-    assert before[:2] == after[:2]
-    for one, other in zip(before[2] + before[3], after[2] + after[3], strict=True):
-        assert one is other or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("norms", [None, True])

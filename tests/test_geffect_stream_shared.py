@@ -7,8 +7,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, tiny  # noqa: E402
-from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils, assert_equal, full_data  # noqa: E402
+from helpers.geffect_models import batches, tiny  # noqa: E402
+from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils, assert_equal, full_data, quick_models  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import backward  # noqa: E402
@@ -98,6 +98,7 @@ def test_kl_goes_alone():
     assert forwards(model, lambda: gfast.g_effect(model, KL(), forget=forget, retain=ONE["retain"])) == 3
 
 
+@quick_models
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_shared_forward_changes_no_bit(make, monkeypatch):
     model = make()

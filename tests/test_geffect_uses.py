@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
-from test_geffect_state import assert_same, snapshot, used_model  # noqa: E402
+from helpers.geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
+from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import ENGINES, backward  # noqa: E402

@@ -11,9 +11,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from geffect_models import batches, dots, exact_norms, gradient, literal_loss, tiny  # noqa: E402
-from test_ops_losses import assert_law, problem, run  # noqa: E402
-from training_tiny import collator, config, datasets, pairing, parameters, tiny_model  # noqa: E402
+from helpers.geffect_models import batches, dots, exact_norms, gradient, literal_loss, tiny  # noqa: E402
+from helpers.losses import assert_law, problem, run  # noqa: E402
+from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.objectives import GA, NPO, WGA  # noqa: E402

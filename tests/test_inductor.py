@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops_losses import assert_law_of_draws, problem, run
+from helpers.losses import assert_law_of_draws, problem, run
 
 import gfast
 from gfast.objectives import TNPO, WGA

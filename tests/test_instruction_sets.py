@@ -19,7 +19,9 @@ if "GFAST_CPU_ISA" in os.environ:
 HERE = Path(__file__).parent
 TESTS = {  # file: those of its tests that reach the kernels
     "test_cpp_rows.py": "not bad and not thread",
-    "test_linear_head.py": "fold or one_chunk_or_many or multiplied_in_fp32 or keep_their_digits or sum_over_chunks",
+    "test_cpp_rows_extremes.py": "not bad and not thread",
+    "test_linear_forward.py": "fold or keep_their_digits",
+    "test_linear_head.py": "one_chunk_or_many or multiplied_in_fp32 or sum_over_chunks",
     "test_linear_extremes.py": "few_rows and (cpp or 7-4099)",
     "test_vocab_parallel.py": "of_parts",
     "test_mixed_mm.py": "not refuse",
@@ -27,7 +29,14 @@ TESTS = {  # file: those of its tests that reach the kernels
     "test_pair_dots.py": "not refuse",
     "test_row_dot.py": "cpp or threads or finite",
     "test_grad_dot.py": "cpp and not compiles",
-    "test_geffect_gram.py": "used_rows or (pair_sums and not refuse)",
+    "test_geffect_gram_products.py": "used_rows or (pair_sums and not refuse)",
+}
+# some of each, in `make test`
+FEW = {
+    "test_cpp_rows.py": "row_counts or in_place or (weighted_and_logp and 31)",
+    "test_linear_forward.py": "keep_their_digits",
+    "test_mixed_mm.py": "not refuse",
+    "test_grad_dot.py": "cpp and (pair_of_dtypes or any_number or patterns)",
 }
 BRGEMM = ("test_mixed_mm.py", "test_head_grads.py", "test_pair_dots.py", "test_row_dot.py")
 
@@ -47,9 +56,7 @@ def environment(isa: str, threads: int) -> dict[str, str]:
     return {**os.environ, **chosen, **(LIBRARIES[isa] if threads > 1 else {})}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("isa", LIBRARIES)
-def test_every_instruction_set(isa, threads):
+def run_on(isa: str, threads: int, tests: dict[str, str]) -> None:
     """One process for all files: importing torch takes longer than most of them."""
     info, env = _C.build_info(), environment(isa, threads)
     if isa not in info["instruction_sets"] or (isa == info["instruction_set"] and threads == 1):
@@ -60,10 +67,22 @@ def test_every_instruction_set(isa, threads):
     if "not available on this CPU" in done.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert done.stdout.split()[0] == isa, done.stderr
-    files = [file for file in TESTS if file not in BRGEMM or "True" in done.stdout]
-    chosen = " or ".join(f"({file.removesuffix('.py')} and ({TESTS[file]}))" for file in files)
+    files = [file for file in tests if file not in BRGEMM or "True" in done.stdout]
+    chosen = " or ".join(f"({file.removesuffix('.py')} and ({tests[file]}))" for file in files)
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *(str(HERE / file) for file in files)]
     done = subprocess.run([*command, "-k", chosen], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     for file in files:
         assert re.search(rf"{re.escape(file)}::\S+ PASSED", done.stdout), f"nothing of {file} ran"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", LIBRARIES)
+def test_every_instruction_set(isa, threads):
+    run_on(isa, threads, TESTS)
+
+
+@pytest.mark.parametrize("isa", LIBRARIES)
+def test_a_few_of_them_on_every_other_set(isa):
+    run_on(isa, 1, FEW)

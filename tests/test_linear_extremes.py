@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_linear_head import DRAWS, rows_problem
-from test_ops_losses import assert_law_of_draws, label, need, run, squared
+from helpers.linear_head import DRAWS, rows_problem
+from helpers.losses import assert_law_of_draws, label, need, run, squared
+from helpers.marks import slow_when
 
 import gfast
 from gfast.objectives import GA, NPO, TNPO, WGA, SatImp
@@ -56,6 +57,7 @@ def test_few_rows_and_odd_vocabularies(n, V, objective, dtype, impl):
             assert all((grad == 0).all() for grad in grads)
 
 
+@slow_when(lambda p: p.rows not in (1, 7))
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 15])
 def test_a_chunk_of_few_rows_is_summed_as_exactly_as_many(rows, impl):

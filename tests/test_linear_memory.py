@@ -4,8 +4,8 @@ import weakref
 
 import pytest
 import torch
-from test_linear_head import Inside, rows_problem
-from test_ops_losses import need, squared
+from helpers.linear_head import Inside, rows_problem
+from helpers.losses import need, squared
 
 import gfast
 from gfast.objectives import WGA

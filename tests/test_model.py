@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from helpers.small_models import batch_of, gradients, tiny
 
 import gfast
 from gfast.model import shifted
@@ -10,46 +11,9 @@ from gfast.objectives import DPO, GA, KL, NPO, RMU, RR, WGA, Mix
 from gfast.ops.token_kl import token_kl_reference
 from gfast.ops.unlearn_loss import unlearn_loss_reference
 
-SMALL = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
-
-
-def tiny(kind: str):
-    torch.manual_seed(0)
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**SMALL),
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=3, n_head=2, n_positions=32),
-        "gemma2": lambda: transformers.Gemma2Config(
-            **SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0
-        ),
-        "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
-        "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
-        "phi": lambda: transformers.PhiConfig(**SMALL),
-        # logits = lm_head(transform(hidden)): no plain head, so gfast must fall back to the model's own logits
-        "gptj_like": lambda: transformers.BertConfig(**SMALL, is_decoder=True),
-    }
-    config = configs[kind]()
-    config._attn_implementation = "eager"
-    return transformers.AutoModelForCausalLM.from_config(config).double().eval()
-
-
-def batch_of(seed=0, B=4, T=8, V=61):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, V, (B, T), generator=generator)
-    mask = torch.ones(B, T, dtype=torch.long)
-    mask[1, 6:] = 0
-    labels = torch.where(mask.bool(), ids, -100)
-    labels[0, :3] = -100
-    return dict(input_ids=ids, attention_mask=mask, labels=labels)
-
 
 def plain_logits(model, batch):
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
-def gradients(model, loss):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "cohere", "granite", "phi", "gptj_like"])

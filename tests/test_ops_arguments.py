@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_ops_losses import problem
+from helpers.losses import problem
 
 import gfast
 from gfast.objectives import DPO, GA, NPO, RMU, TNPO, WGA, WTNPO, SatImp, SimNPO

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_ops_losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, need, problem, run, squared
+from helpers.losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, need, problem, run, squared
+from helpers.marks import slow_when
 
 import gfast
 from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO
@@ -44,6 +45,7 @@ def test_scaling_takes_no_new_memory():
     assert logits.grad.data_ptr() == memory
 
 
+@slow_when(lambda p: p.impl == "triton" and p.objective not in (WGA(), NPO(0.3)))
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("objective", [WGA(), TNPO(), NPO(0.3), SimNPO(), DPO(0.3), squared], ids=label)
 @pytest.mark.parametrize("flat", [False, True])
@@ -76,6 +78,8 @@ def test_in_place_is_the_same(objective, impl, flat):
 TOKENS, LOSS_SCALE = 16384, 2.0**16  # one micro-batch of a step of so many tokens
 
 
+# interpreted, each takes seconds: both scopes of a weight, and both places of the gradient
+@slow_when(lambda p: p.impl == "triton" and (p.objective, p.inplace) not in [(WGA(0.5), False), (NPO(0.3), True)])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("objective", [*ALL, WGA(3.0), squared, tiny], ids=label)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops_losses import ALL, label, need, problem, squared
+from helpers.losses import ALL, label, need, problem, squared
 from torch.autograd import forward_ad
 
 import gfast

@@ -113,6 +113,17 @@ def test_sdist_can_be_built_from(sdist):
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 
+def test_everything_of_the_package_is_built_from_the_sdist(sdist, tmp_path):
+    """What a wheel holds beside the extension, which takes minutes to compile."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    result = subprocess.run(command, cwd=sdist, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    built = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "gfast").rglob("*") if p.is_file()}
+    assert package_sources() <= built
+    assert {p.relative_to(sdist).as_posix() for p in (sdist / "gfast").rglob("*") if p.is_file()} == built
+
+
+@pytest.mark.slow  # the extension is compiled
 def test_wheel_contents(wheel, sdist):
     sources = {p.relative_to(sdist).as_posix() for p in (sdist / "gfast").rglob("*") if p.is_file()}
     assert {f"gfast/kernels/{p.name}" for p in (sdist / "kernels").glob("*.py")} <= sources
@@ -125,6 +136,7 @@ def test_wheel_contents(wheel, sdist):
     assert not [n for n in names if n.endswith(".pyc") or "csrc" in n]
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_wheel_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         read = {n.split("/", 1)[1]: archive.read(n).decode() for n in archive.namelist() if ".dist-info/" in n}
@@ -141,41 +153,17 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == gfast.__version__
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_installed_wheel_works(installed):
     run_python(WITH_EXTENSION, installed)
 
 
+@pytest.mark.slow  # the extension is compiled
 def test_kernels_import_from_the_package(installed):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     code = "import gfast.kernels.rows as rows; assert rows.__file__.startswith({folder!r}), rows.__file__"
     run_python(code, installed, TRITON_INTERPRET="1")
-
-
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_instruction_sets_agree(isa):
-    """Each set that this CPU has gives the dots of the best one, up to fp32 rounding of the products."""
-    from gfast.ops import dispatch as backend
-
-    module, reason = backend.extension()
-    if module is None:
-        pytest.skip(reason)
-    order = ["default", "avx2", "avx512"]
-    if isa not in module.build_info()["instruction_sets"]:
-        pytest.skip(f"{isa} is not built")
-    if order.index(isa) > order.index(module.build_info()["instruction_set"]):
-        pytest.skip(f"this CPU has no {isa}")
-    code = """
-import torch
-from gfast import _C
-from gfast.ops.grad_dot import grad_dots
-assert _C.build_info()["instruction_set"] == "ISA"
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    x, y = (torch.randn(50_001, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
-    ours, exact = grad_dots([x], [[y]], [0], 1), grad_dots([x], [[y]], [0], 1, impl="reference")
-    assert (ours - exact).abs().max() < 50_001 * 2.0**-24, (dtype, ours, exact)
-""".replace("ISA", isa)
-    run_python(code, ROOT, GFAST_CPU_ISA=isa)
 
 
 def test_unknown_instruction_set_is_refused():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
+from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
 
 from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RMU, RR, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
 from gfast.training.records import read_records

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 from torch.utils.data import IterableDataset
-from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from gfast.training.options import refuse_ignored_options

@@ -8,10 +8,10 @@ import socket
 
 import pytest
 import torch
-import training_parallel
+from helpers import training_parallel
+from helpers.training_tiny import server, tiny_model
 from safetensors.torch import load_file
 from test_training import plain_nll
-from training_tiny import server, tiny_model
 
 from gfast.files import MANIFEST, read_json
 from gfast.locks import claimed

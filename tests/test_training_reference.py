@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_tiny import FORGET_ROWS, TOKENIZER, collator, copied, datasets, tiny_model
+from helpers.training_tiny import FORGET_ROWS, TOKENIZER, collator, copied, datasets, tiny_model
 
 from gfast import files
 from gfast.data import Collator, QADataset

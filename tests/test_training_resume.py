@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
+from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
 from gfast.data import batches
 from gfast.objectives import GA, NPO, WGA

@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers.marks import slow_when  # noqa: E402
+
 from gfast.kernels.common import tile  # noqa: E402
 from gfast.kernels.kl import kl_rows  # noqa: E402
 from gfast.kernels.rows import logp_rows, logp_rows_grad, weighted_rows  # noqa: E402
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
 ]
 
+slow_unless_compiled = slow_when if not COMPILED else lambda condition: lambda test: test  # compiled, all are quick
 EPS = torch.finfo(torch.float32).eps
 SIZES = [1, 2, 7, 31, 33, 257, 1000]
 FORMS = [(1.0, 0.0), (0.7, 0.0), (1.0, 3.0), (1.3, 30.0)]  # (scale, softcap)
@@ -139,6 +142,7 @@ def check_weighted(logits, labels, ref_logp, family, scale=1.0, softcap=0.0, out
     return logp, weight, out
 
 
+@slow_unless_compiled(lambda p: p.dtype != torch.float32 and p.vocab not in (7, 257))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", SIZES)
 def test_weighted_rows_ragged(vocab, dtype):
@@ -147,20 +151,23 @@ def test_weighted_rows_ragged(vocab, dtype):
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows):
-    logits, labels, ref_logp = make(rows, 33)
-    logp, weight, out = check_weighted(logits, labels, ref_logp, FAMILIES["SatImp"])
+    logits, labels, _ = given = make(rows, 33)
+    logp, weight, out = check_weighted(*given, FAMILIES["SatImp"])
     assert logp.shape == weight.shape == (rows,)
     kl = kl_rows(logits, logits, labels, torch.ones((), device=DEVICE), out=out)
     assert kl.shape == (rows,) and (kl.abs() <= 4 * EPS).all() and (out.abs() <= EPS).all()
     assert logp_rows(logits, labels)[1].shape == (rows, 2)
 
 
+# every family, and every form of the logits with the one that has all weights
+@slow_unless_compiled(lambda p: p.form != FORMS[-1] and p.family != FAMILIES["all"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_families(family, form):
     check_weighted(*make(10, 33, spread=5.0), family, *form)
 
 
+@slow_unless_compiled(lambda p: p.form != FORMS[-1] and p.vocab != 257)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("vocab", [1, 7, 257])
 def test_logp_rows_and_grad(vocab, form):
@@ -301,6 +308,7 @@ def test_bf16_gradient_is_rounded_once(vocab):
     assert ((narrow.float() - wide).abs() <= ulp * wide.abs() * (1 + 1e-3) + 1e-38).all()
 
 
+@slow_unless_compiled(lambda p: p.vocab != 31 and (p.dtype, p.forms[0]) != (torch.float32, (1.3, 3.0)))
 @pytest.mark.parametrize("forms", [((1.0, 0.0), (1.0, 0.0)), ((0.7, 0.0), (1.3, 30.0)), ((1.3, 3.0), (1.0, 2.0))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 2, 31, 257])

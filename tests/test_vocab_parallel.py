@@ -6,11 +6,11 @@ import socket
 
 import pytest
 import torch
-import vocab_parallel
-from process_group import alone
-from test_ops_losses import IMPLS, assert_law, label, need, problem, run, squared
+from helpers import vocab_parallel
+from helpers.losses import IMPLS, assert_law, label, need, problem, run, squared
+from helpers.process_group import alone
+from helpers.training_tiny import server
 from torch import nn
-from training_tiny import server
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
@@ -186,7 +186,7 @@ def test_opcheck(mesh):
 
 
 def test_a_head_under_fsdp_is_gathered_and_whole(mesh):
-    from test_model import batch_of, tiny
+    from helpers.small_models import batch_of, tiny
     from torch.distributed.fsdp import fully_shard
 
     from gfast.model import model_output

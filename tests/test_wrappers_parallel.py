@@ -6,10 +6,12 @@ import socket
 
 import pytest
 import torch
-import wrappers_parallel
-from training_tiny import server
+from helpers import wrappers_parallel
+from helpers.marks import slow_when
+from helpers.training_tiny import server
 
 
+@slow_when(lambda p: p.name not in ("ddp", "fsdp2", "fsdp2, adapters", "fsdp1"))  # the others are settings of these
 @pytest.mark.parametrize("name", wrappers_parallel.WRAPPERS)
 def test_two_processes_have_the_gradient_of_both(name):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():

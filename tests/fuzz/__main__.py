@@ -60,7 +60,7 @@ def run_case(seed: int, number: int, show: bool = False) -> str:
     except Exception as error:
         # a definition may fail on what an op took: that is no refusal of the op's
         ours = not any(
-            Path(f.filename).name in ("raw.py",) and f.name == "check"
+            Path(f.filename).name in ("raw.py", "softmax_rows.py") and f.name == "check"
             for f in traceback.extract_tb(error.__traceback__)
         )
         if bad and ours and type(error).__name__ in REFUSALS:

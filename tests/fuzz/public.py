@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from draw import NARROW, ROUNDING, Draw
-from raw import near
+from near import near
 from torch import Tensor
 
 import gfast

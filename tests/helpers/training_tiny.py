@@ -80,8 +80,8 @@ def server():
     They start at once, share no state with the test process, and may be killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_killed", "training_parallel", "files_shared"])
-    here = str(Path(__file__).parent)
-    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    context.set_forkserver_preload(["helpers.training_killed", "helpers.training_parallel", "helpers.files_shared"])
+    tests = str(Path(__file__).parents[1])  # what finds the package of this module
+    if tests not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     return context

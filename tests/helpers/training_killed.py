@@ -6,7 +6,6 @@ import os
 import signal
 
 import torch
-from training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
 from transformers import TrainerCallback
 
 from gfast import files
@@ -14,6 +13,7 @@ from gfast.data import batches
 from gfast.objectives import WGA
 from gfast.training import callback, resume
 from gfast.training.trainer import UnlearnTrainer
+from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
 
 
 def die():

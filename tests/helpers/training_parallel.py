@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset, Subset
-from training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
 from gfast.files import write_json
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
+from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 
 
 def join(rank: int, world: int, port: int) -> None:

@@ -7,7 +7,6 @@ import os
 import tempfile
 
 import torch
-from test_ops_losses import DRAWS, assert_law_of_draws, problem, run, squared
 from torch import distributed, nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,7 @@ from gfast.objectives import DPO, KL, NLL, NPO, TNPO, WGA
 from gfast.ops.dispatch import why_not
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
 from gfast.ops.token_kl import token_kl_reference
+from helpers.losses import DRAWS, assert_law_of_draws, problem, run, squared
 
 
 def split(x, mesh):
@@ -132,7 +132,7 @@ def masked(mesh, impl: str, dtype: torch.dtype) -> None:
 
 def same_as_whole(model, truth_model) -> None:
     """Losses and log-probs of a model with a sharded head, and all gradients, are those of the whole model."""
-    from test_model import batch_of, gradients
+    from helpers.small_models import batch_of, gradients
 
     batch = batch_of()
     generator = torch.Generator().manual_seed(5)
@@ -151,7 +151,7 @@ def same_as_whole(model, truth_model) -> None:
 
 
 def compare_models(mesh) -> None:
-    from test_model import tiny
+    from helpers.small_models import tiny
 
     for kind in ("llama", "cohere"):  # by torch's tensor parallelism, with its hooks; a bare parameter
         truth_model, model = tiny(kind), tiny(kind)
@@ -168,8 +168,9 @@ def compare_hugging_face(rank: int, world: int) -> None:
         from transformers.distributed import DistributedConfig, tensor_parallel  # noqa: F401
     except ImportError:
         return
-    from test_model import SMALL
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from helpers.small_models import SMALL
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     for tied in (False, True):

@@ -6,7 +6,6 @@ import copy
 import functools
 
 import torch
-from geffect_models import VOCAB, tiny
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +14,7 @@ import gfast
 from gfast.model import model_output
 from gfast.objectives import GA, KL, NPO, RMU, TNPO
 from gfast.wrappers import unwrap, unwrap_name
+from helpers.geffect_models import VOCAB, tiny
 
 OBJECTIVES = [GA(), TNPO(), NPO(0.3), KL(), RMU(layer=2)]
 

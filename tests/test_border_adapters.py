@@ -1,0 +1,163 @@
+"""Adapters: what they do to a batch, and the original model that they hide."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from helpers.border import DATA, adapted, literal_nll
+from helpers.geffect_models import gradient, tiny
+
+import gfast
+from gfast import model_state, wrappers
+from gfast.hidden_states import layer_hidden
+from gfast.model import model_output
+from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA
+
+
+@pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])
+def test_adapters_that_begin_where_a_phrase_is(engine):
+    """Activated LoRA reads the tokens in PeftModel.forward."""
+    if "alora_invocation_tokens" not in pytest.importorskip("peft").LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of peft has no activated LoRA")
+    data = copy.deepcopy(DATA)
+    for side in data.values():
+        for batch in side:
+            batch["input_ids"][:, 2] = 7
+    model = adapted(alora_invocation_tokens=[7], init_lora_weights=False).double()
+    everywhere = adapted(init_lora_weights=False).double()
+    everywhere.load_state_dict(model.state_dict())
+    plain = {key: value for key, value in data["forget"][0].items() if key != "ref_logp"}
+    assert abs(literal_nll(model, plain) - literal_nll(everywhere, plain)) > 1e-4
+    if engine is None:
+        torch.testing.assert_close(gfast.model_loss(model, plain, NLL()).loss, literal_nll(model, plain))
+        return
+
+    def risk(side):
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in side]
+        plain = [{key: value for key, value in batch.items() if key != "ref_logp"} for batch in side]
+        parts = zip(plain, counts, strict=True)
+        return gradient(model, sum(literal_nll(model, batch) * count for batch, count in parts) / sum(counts))
+
+    own, other = risk(data["forget"]), risk(data["retain"])
+    if engine in ("sample", "gram"):  # the adapter sees some tokens of all samples in one list
+        with pytest.raises(ValueError, match="lora_.*whose rows cannot be told apart by sample"):
+            gfast.g_effect(model, WGA(), engine=engine, groups=lambda name: "all", **data)
+        return
+    effect = gfast.g_effect(model, GA(), engine=engine, groups=lambda name: "all", **data)
+    assert effect.unlearn["all"] == pytest.approx(-sum(float((own[n] * own[n]).sum()) for n in own), rel=1e-8)
+    assert effect.retain["all"] == pytest.approx(-sum(float((own[n] * other[n]).sum()) for n in own), rel=1e-7)
+
+
+def test_adapters_by_sample():
+    """adapter_names is PEFT's input, and reaches the layers through its own forward."""
+    model = adapted(init_lora_weights=False).double()
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    rows = len(batch["input_ids"])
+    mixed = batch | {"adapter_names": ["__base__"] + ["default"] * (rows - 1)}
+    logp = gfast.model_logp(model, mixed)
+    on = gfast.model_logp(model, batch)
+    with wrappers.adapters_off(model):
+        off = gfast.model_logp(model, batch)
+    torch.testing.assert_close(logp, torch.cat([off[:1], on[1:]]))
+    assert not torch.allclose(on[:1], off[:1])
+
+
+def start(model, values: float) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=values)
+
+
+CONFIGS = {
+    "plain": ({}, None),
+    "dora": ({"use_dora": True}, None),
+    "saved head": ({"modules_to_save": ["lm_head"]}, None),
+    "trained biases": (
+        {"bias": "all", "target_modules": ["fc1", "q_proj"]},
+        r"q_proj.base_layer.bias' and \d+ more of the base stays",
+    ),
+    "pissa": ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which rewrote the base"),
+    "olora": ({"init_lora_weights": "olora"}, "initialised by 'olora', which rewrote the base"),
+}
+
+
+@pytest.mark.parametrize("objective", [NPO(0.3), TNPO(), KL(), RR(layer=2)], ids=str)
+@pytest.mark.parametrize("kind", [*CONFIGS, "trained norm", "not zero"])
+def test_with_adapters_the_original_is_the_base_or_refused(kind, objective):
+    peft = pytest.importorskip("peft")
+    options, message = CONFIGS.get(kind, ({}, None))
+    base = tiny("phi" if kind == "trained biases" else "llama", dtype=torch.float32).eval()
+    original = copy.deepcopy(base)
+    options = dict(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM") | options
+    model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    if kind == "trained norm":
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+        message = r"norm.weight'.*of the base stays"
+    if kind == "not zero":
+        start(model, 0.5)
+        message = "adapters are not zero.*reference='base'"
+    batch = {key: value for key, value in DATA["retain"][0].items() if key != "ref_logp"}
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            gfast.model_loss(model, batch, objective)
+        if kind != "not zero":
+            return
+    else:
+        gfast.model_loss(model, batch, objective)  # looks at the adapters: they are zero
+        start(model, 0.5)  # as training does
+    found = gfast.model_loss(model, batch, objective, reference="base" if kind == "not zero" else "auto").loss
+    given = dict(batch)
+    with torch.no_grad():
+        head, hidden, _ = model_output(original, batch)
+        given |= dict(ref_logp=gfast.model_logp(original, batch), ref_hidden=hidden, ref_head=head.weight.detach())
+        given |= dict(ref_layer_hidden=layer_hidden(original, batch, 2))
+    torch.testing.assert_close(found, gfast.model_loss(model, given, objective).loss)
+
+
+@pytest.mark.parametrize("reference", ["auto", "base", "adapted"])
+def test_a_cache_of_a_model_whose_adapters_learned_the_data(reference, tmp_path):
+    from helpers.training_tiny import collator, datasets, tiny_model
+
+    from gfast.training import ReferenceCache
+
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    start(model, 0.5)
+    data, path = datasets()[0], tmp_path / "reference.safetensors"
+    build = functools.partial(ReferenceCache.build, model, data, collator(), path)
+    if reference == "auto":
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            build()
+        assert not path.exists()
+        return
+    cache = build(reference=reference)
+    item = collator()([data[0]])
+    with torch.no_grad(), model_state.evaluating(model):
+        if reference == "adapted":
+            expected = gfast.model_logp(model, item)
+        else:
+            with model.disable_adapter():
+                expected = gfast.model_logp(model, item)
+    torch.testing.assert_close(cache.get(int(item["sample_id"][0]))["ref_logp"], expected[0])
+    build(reference=reference)  # loads it
+    start(model, 0.4)  # other adapters
+    if reference == "adapted":
+        with pytest.raises(ValueError, match="for another model"):
+            build(reference=reference)
+    else:
+        build(reference=reference)
+
+
+def test_switching_adapters_off_and_on_leaves_them_as_they_were():
+    model = adapted()
+    frozen = [p for name, p in model.named_parameters() if "lora_A" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with wrappers.adapters_off(model):
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags

@@ -1,0 +1,145 @@
+"""What the model's own call does to its logits and its loss: it counts, or it is refused by name."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+import transformers
+from helpers.border import DATA, literal_nll
+from helpers.geffect_models import VOCAB, dots, gradient, literal_loss, tiny
+from helpers.marks import slow_when
+
+import gfast
+from gfast import hf
+from gfast.objectives import NLL, WGA
+
+
+def change_of(function):
+    """A model whose logits go through a function."""
+
+    def by_hook(model):
+        model.register_forward_hook(lambda module, args, out: setattr(out, "logits", function(out.logits)) or out)
+        return model
+
+    def by_a_patched_forward(model):
+        original = model.forward
+
+        @functools.wraps(original)
+        def forward(*args, **kwargs):
+            out = original(*args, **kwargs)
+            out.logits = function(out.logits)
+            return out
+
+        model.forward = forward
+        return model
+
+    def by_a_subclass(model):
+        cls = type(model)
+
+        class Changed(cls):
+            def forward(self, *args, **kwargs):
+                out = super().forward(*args, **kwargs)
+                out.logits = function(out.logits)
+                return out
+
+        model.__class__ = Changed
+        return model
+
+    def by_a_hook_of_the_head(model):
+        model.get_output_embeddings().register_forward_hook(lambda module, args, out: function(out))
+        return model
+
+    return [by_hook, by_a_patched_forward, by_a_subclass, by_a_hook_of_the_head]
+
+
+def biased(logits):
+    return logits + torch.linspace(-2, 2, VOCAB, dtype=logits.dtype)
+
+
+def with_a_closed_vocabulary(logits):
+    logits = logits.clone()
+    logits[..., 5] = -1e4
+    return logits
+
+
+FUNCTIONS = {
+    "scaled": lambda z: z / 4,
+    "turned round": lambda z: -1.5 * z,
+    "capped": lambda z: 3 * torch.tanh(z / 3),
+    "biased": biased,
+    "closed": with_a_closed_vocabulary,
+}
+
+
+# every function by a hook, and every way with one function
+@slow_when(lambda p: (p.way, p.kind) != (0, "llama") and p.name != "biased")
+@pytest.mark.parametrize("way", range(4), ids=["hook", "patched", "subclass", "hook of the head"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["llama", "tied_llama"])
+def test_changed_logits_count_in_losses_and_in_every_engine(kind, name, way):
+    model = change_of(FUNCTIONS[name])[way](tiny(kind).eval())
+    batch = DATA["forget"][0]
+    plain = {key: value for key, value in batch.items() if key != "ref_logp"}
+    expected = literal_nll(model, plain)
+    out = gfast.model_loss(model, batch, NLL())
+    torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12)
+    for found, right in zip(gradient(model, out.loss).values(), gradient(model, expected).values(), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+    own, risk = (gradient(model, literal_loss(model, DATA["forget"], name)) for name in ("wga", "nll"))
+    right = dots(model, own, risk, 4, kind.startswith("tied"))
+    for engine in ("stream", "sample", "token", "gram"):
+        effect = gfast.g_effect(model, WGA(alpha=0.7), engine=engine, **DATA)
+        assert effect.unlearn == pytest.approx(right, rel=1e-8, abs=1e-12), engine
+
+
+@pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])
+def test_a_model_that_answers_with_a_tuple(engine):
+    class Tuple(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return (super().forward(*args, **kwargs).logits / 2,)
+
+    model = tiny("llama").eval()
+    change_of(FUNCTIONS["scaled"])[0](expected := tiny("llama").eval())
+    model.__class__ = Tuple
+    model.lm_head.weight.data /= 2
+    found, right = (gfast.g_effect(m, WGA(alpha=0.7), engine=engine, groups="layer", **DATA) for m in (model, expected))
+    # the head's own gradient is with respect to half the weight
+    assert {k: v for k, v in found.unlearn.items() if k != "lm"} == pytest.approx(
+        {k: v for k, v in right.unlearn.items() if k != "lm"}, rel=1e-9
+    )
+
+
+def sliced_loss(logits, labels, *_, **__):
+    """As models do that drop the last row from their logits, rather than the first from their labels."""
+    rows = (logits * 1.0)[..., :-1, :].contiguous()
+    return torch.nn.functional.cross_entropy(rows.view(-1, rows.shape[-1]), labels[..., 1:].reshape(-1))
+
+
+@pytest.mark.parametrize("own_terms", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize("kind", ["mixture", "sliced", "adalora"])
+def test_terms_of_the_models_own_loss(kind, own_terms, caplog):
+    if kind in ("mixture", "sliced"):
+        model = tiny("mixtral").train()
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.7
+        if kind == "sliced":
+            model.loss_function = sliced_loss
+    else:
+        peft = pytest.importorskip("peft")
+        options = dict(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
+        model = peft.get_peft_model(
+            tiny("llama"), peft.AdaLoraConfig(**options, orth_reg_weight=0.5, task_type="CAUSAL_LM")
+        ).double()
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    whole, alone = model(**batch).loss, literal_nll(model, batch)
+    expected = alone + own_terms * (whole - alone)
+    assert abs(whole - alone) > 1e-3
+    hf._log_own_terms.cache_clear()
+    with caplog.at_level(logging.WARNING, "gfast"):
+        out = gfast.model_loss(model, batch, NLL(), own_terms=own_terms)
+    assert ("adds terms to its own loss" in caplog.text) == (own_terms == 0)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-7)
+    for found, right in zip(gradient(model, out.loss).values(), gradient(model, expected).values(), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-7)
