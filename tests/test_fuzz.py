@@ -1,4 +1,4 @@
-"""Some hundreds of cases of the fuzzer, or 2,000: `python tests/fuzz 100000` runs more."""
+"""2,000 cases of the fuzzer: `python tests/fuzz 100000` runs more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.marks import slow_when
 
 from gfast.ops.dispatch import compiled
 
@@ -23,12 +22,10 @@ def fuzz(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@slow_when(lambda p: p.cases > 600)
-@pytest.mark.parametrize("cases", [600, 2000])
-def test_what_is_taken_is_right_and_nothing_crashes(cases):
-    done = fuzz(str(cases))
+def test_what_is_taken_is_right_and_nothing_crashes():
+    done = fuzz("2000")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{cases} cases, seed 0: 0 failed" in done.stdout
+    assert "2000 cases, seed 0: 0 failed" in done.stdout
 
 
 @pytest.mark.parametrize(
