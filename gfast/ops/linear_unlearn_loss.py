@@ -134,8 +134,9 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
     ref = None if ref is None else ref.detach()
     if terms.spec is None:
         with torch.no_grad():
-            logp = flat_logp(head, form, impl)
-        given = terms.weigh(logp, ref)[0]
+            scored = flat_logp(head, form, impl)
+        given = terms.weigh(scored, ref)[0]
+        del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
     inner, late = summed_scale(factor, head.hidden.dtype)
     logp, weights, *gradients = torch.ops.gfast.linear_unlearn(
