@@ -55,14 +55,13 @@ cuda-check:
 
 # The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer; under ThreadSanitizer; more cases of the fuzzer.
 sanitize: install
-	.ci/sanitized $(PY)
+	.ci/sanitized $(PY) address,undefined $(or $(CASES),3000)
 
 sanitize-threads: install
 	.ci/sanitized $(PY) thread 500
 
-CASES ?= 100000
 fuzz: install
-	$(PY) tests/fuzz $(CASES)
+	$(PY) tests/fuzz $(or $(CASES),100000)
 
 clean:
 	rm -rf build dist *.egg-info gfast/*.so
