@@ -7,59 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.forward_mode import check, directions_for, parameter, run
 from torch import nn
 from torch.autograd import forward_ad
 
 from gfast.geffect.engines import jvp as forward
-from gfast.geffect.engines.jvp import ForwardModeError, tangents_along
-
-
-def parameter(*shape: int, seed: int = 0, positive: bool = False) -> nn.Parameter:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return nn.Parameter(values.abs() + 0.5 if positive else values)
-
-
-def directions_for(parameters, streams):
-    """Random directions: `streams` has the stream ids of each parameter."""
-    generator = torch.Generator().manual_seed(9)
-    return {
-        p: {stream: torch.randn(p.shape, generator=generator, dtype=p.dtype) for stream in some}
-        for p, some in zip(parameters, streams, strict=True)
-    }
-
-
-def run(function, parameters, along):
-    """Outputs, each with its tangents by stream."""
-    given = {p: [(s, lambda tangent=tangent: tangent) for s, tangent in some.items()] for p, some in along.items()}
-    with tangents_along(given, nn.Module()):
-        out = function(*parameters)
-        out = out if isinstance(out, (tuple, list)) else (out,)
-        pairs = [forward_ad.unpack_dual(item) for item in out]
-        return [(value, {} if tangent is None else tangent.parts) for value, tangent in pairs]
-
-
-def check(function, parameters, streams=None, rtol=1e-12):
-    """Values and tangents of every output."""
-    streams = streams or [(2 * i, 2 * i + 1) for i in range(len(parameters))]
-    along = directions_for(parameters, streams)
-    found = run(function, parameters, along)
-    every = sorted(set().union(*map(set, streams)))
-    values = tuple(p.detach().clone() for p in parameters)
-    for stream in every:
-        tangents = tuple(along[p].get(stream, torch.zeros_like(p)).detach() for p in parameters)
-
-        def listed(*inputs):
-            out = function(*inputs)
-            return tuple(out) if isinstance(out, (tuple, list)) else (out,)
-
-        expected, moved = torch.func.jvp(listed, values, tangents)
-        for (item, own), value, tangent in zip(found, expected, moved, strict=True):
-            assert torch.allclose(item, value, rtol=rtol, atol=0)
-            actual = own.get(stream, torch.zeros_like(tangent))
-            assert actual.shape == tangent.shape and actual.dtype == tangent.dtype
-            assert (actual - tangent).abs().max() <= rtol * max(tangent.abs().max().item(), 1.0)
-    return found
-
 
 # which streams each parameter belongs to
 TWO_STREAMS = [[(0, 1), (2, 3)], [(0, 1, 4), (1, 4)], [(1,), (0, 1, 2)], [(0, 2), (0, 2)], [(0,), ()]]
@@ -296,104 +248,6 @@ def test_requests_for_gradients_are_ignored():
     assert not value.requires_grad and not tangents[0].requires_grad and not plain.requires_grad
 
 
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-def in_place_on_a_view_of_a_parameter(x):
-    x.view(3, 2).mul_(2)
-
-
-REFUSED = {
-    "autograd.Function": (Twice.apply, "Twice"),
-    "autograd.Function of a derived tensor": (lambda x: Twice.apply(x * 2), "Twice"),
-    "numpy": (lambda x: (x * 2).numpy(), "numpy"),
-    "raw memory": (lambda x: (x * 2).data_ptr(), "data_ptr"),
-    "out=": (lambda x: torch.mul(x, 2, out=torch.empty(2, 3, dtype=x.dtype)), "out="),
-    "a view of a parameter": (in_place_on_a_view_of_a_parameter, "parameter"),
-    "a parameter": (lambda x: x.mul_(2), "parameter"),
-    "an item of a parameter": (lambda x: x.__setitem__(0, 1.0), "parameter"),
-    "a parameter, by position": (lambda x: F.relu6(x, True), "parameter"),
-    "no derivative in torch": (lambda x: torch.cdist(x, x * 2), "_cdist_forward"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
-    function, words = REFUSED[name]
-    x = parameter(2, 3)
-    before = x.detach().clone()
-    with pytest.raises(ForwardModeError, match=rf"{words}.*engine='stream'"):
-        run(function, [x], directions_for([x], [(0, 1)]))
-    assert torch.equal(x, before)
-
-
-@torch.library.custom_op("gfast_tests::double", mutates_args=())
-def double(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-double.register_autograd(lambda ctx, grad: grad * 2)
-
-
-@pytest.mark.parametrize(
-    "call", [double, lambda x: double(x * 3), torch.ops.gfast_tests.double, torch.ops.gfast_tests.double.default]
-)
-def test_custom_operators_are_refused(call):
-    x = parameter(2, 3)
-    with pytest.raises(ForwardModeError, match="custom operator gfast_tests.double"):
-        run(call, [x], directions_for([x], [(0,)]))
-
-
-def test_fused_operators_of_gfast_are_refused_and_their_definitions_work():
-    from gfast.ops.token_logp import token_logp
-
-    x = parameter(2, 3)
-    check(lambda x: token_logp(x * 2, INDEX[:2], impl="reference"), [x])
-    with pytest.raises(ForwardModeError, match=r"token_logp.*engine='stream'"):
-        run(lambda x: token_logp(x.float() * 2, INDEX[:2]), [x], directions_for([x], [(0,)]))
-
-
-class WithJvp(Twice):
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 2 * tangent
-
-
-class Holds(nn.Module):
-    """Reads its parameter through an autograd.Function alone, with nothing that moves."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self):
-        return Twice.apply(self.weight.view(-1)) + 1
-
-
-def test_autograd_functions_that_say_how_to_go_forward():
-    x = parameter(2, 3)
-    along = directions_for([x], [(0, 1)])
-    ((value, tangents),) = run(lambda x: WithJvp.apply(x * 3), [x], along)
-    assert torch.equal(value, 6 * x)
-    for stream, tangent in tangents.items():
-        assert torch.equal(tangent, 6 * along[x][stream])
-
-
-def test_errors_name_the_module():
-    model = nn.Sequential(nn.Identity(), Holds(parameter(2, 3)))
-    given = {model[1].weight: [(0, lambda: torch.ones(2, 3, dtype=torch.float64))]}
-    with pytest.raises(ForwardModeError, match=r"in '1' \(Holds\): the torch.autograd.Function 'Twice'"):
-        with tangents_along(given, model):
-            model[1]()
-
-
 def test_attention_inside_of_functions_of_torch():
     layer = nn.MultiheadAttention(6, 2, batch_first=True).double().eval()
     names, weights = zip(*layer.named_parameters(), strict=True)
@@ -424,11 +278,3 @@ def test_dropout_that_stays_on_is_the_same_for_all_streams():
     assert 0.2 < (value == 0).double().mean() < 0.8
     for stream, tangent in tangents.items():
         assert torch.equal(tangent, along[x][stream] * 2 * (value != 0))
-
-
-def test_autograd_functions_work_again_afterwards():
-    x = parameter(2, 3)
-    with pytest.raises(ForwardModeError):
-        run(Twice.apply, [x], directions_for([x], [(0,)]))
-    Twice.apply(x).sum().backward()
-    assert torch.equal(x.grad, torch.full_like(x, 2.0))
