@@ -1,12 +1,11 @@
 #include "cpu/checks.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "extent.h"
 
 #ifdef __linux__
@@ -194,7 +193,7 @@ void for_rows(int64_t rows, int64_t vocab, const std::function<void(int64_t, int
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), rows);
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(rows / std::max<int64_t>(1, 8 * threads), std::max<int64_t>(8, (1 << 18) / vocab)));
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local std::vector<float> scratch;  // kept between calls: faulting it in costs as much as a row
     scratch.resize(std::max<size_t>(scratch.size(), scratch_floats(vocab)));
     for (int64_t start; (start = next.fetch_add(step)) < rows;) body(start, std::min(rows, start + step), scratch.data());

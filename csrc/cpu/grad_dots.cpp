@@ -1,10 +1,10 @@
 // gfast::grad_dots on the CPU: fixed chunks in parallel, then one ordered fp64 sum a group.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "grad_dots_plan.h"
 
 namespace gfast {
@@ -26,7 +26,7 @@ at::Tensor grad_dots_cpu(at::TensorList xs, at::TensorList ys, at::IntArrayRef g
   std::vector<double> partial(plan.num_chunks * cols);          // [chunks, D + 1]
   auto* block = GFAST_KERNEL(grad_dots_block);
 
-  at::parallel_for(0, plan.num_chunks, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.num_chunks, 8, [&](int64_t begin, int64_t end) {
     std::vector<double> lanes(kLanes * cols);
     std::vector<const void*> pointers(num_dirs);
     std::vector<int> types(num_dirs);

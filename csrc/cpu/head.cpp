@@ -1,11 +1,11 @@
 // What the output head needs besides matrix products on the CPU: fold_rows, accumulate.
 #include "cpu/kernels/head.h"
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace gfast {
 
@@ -38,7 +38,7 @@ void fold_rows_cpu(const Tensor& logits, const Tensor& labels, int64_t first, do
   args.state = state.mutable_data_ptr<double>();
   auto* kernel = GFAST_KERNEL(fold_rows);
   // Each row is folded by one thread in the order of the vocabulary: the result does not depend on their number.
-  at::parallel_for(0, args.rows, grain(1 << 13, args.tile),
+  parallel_for(0, args.rows, grain(1 << 13, args.tile),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -57,7 +57,7 @@ void accumulate_cpu(Tensor total, const Tensor& share) {
   const void* data = share.const_data_ptr();
   const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
   auto* kernel = GFAST_KERNEL(accumulate);
-  at::parallel_for(0, total.numel(), 1 << 15,
+  parallel_for(0, total.numel(), 1 << 15,
                    [&](int64_t begin, int64_t end) { kernel(sum, data, dtype, begin, end); });
 }
 

@@ -1,7 +1,6 @@
 // Gradients of a 16-bit head on CPUs that cannot multiply 16 bits: head_grad_hidden, head_grad_weight. As in mixed_mm, a
 // factor is widened on its way into the cache and multiplied there by oneDNN's kernels; dW is rounded on its way out.
 // Each thread works alone on its part of the vocabulary: nobody waits between a product and its conversion.
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -12,6 +11,7 @@
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/pack.h"
+#include "cpu/parallel.h"
 #include "cpu/tasks.h"
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32  // else the ops have no implementation, and nobody calls them
@@ -107,7 +107,7 @@ void head_grad_weight_cpu(const Tensor& grad_logits, const Tensor& hidden, Tenso
   auto* write = GFAST_KERNEL(write_bf16);
   const int64_t depth = up(n, kStep);  // rows beyond n are zero in both factors
   const Floats panels(up(width, kPanel) * depth);  // [D / kPanel, depth, kPanel]
-  at::parallel_for(0, at::divup(width, kPanel), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, at::divup(width, kPanel), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       float* panel = panels.get() + p * depth * kPanel;
       pack(h, 0, n, p * kPanel, std::min(kPanel, width - p * kPanel), panel);

@@ -1,7 +1,6 @@
 // mixed_mm: out = a b^T + bias in fp32 where b has 16 bits, on CPUs that cannot multiply those. It is widened block by
 // block on its way into the cache, never in memory, and multiplied there by oneDNN's kernels that torch brings (where
 // oneDNN is off torch falls back to a library call a block: right, but slow).
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/CPUAllocator.h>
@@ -12,6 +11,7 @@
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/pack.h"
+#include "cpu/parallel.h"
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32  // else the op has no implementation, and nobody calls it
 
@@ -53,7 +53,7 @@ void block(const Product& p, const float* panel, int64_t k, int64_t depth, int64
 // do not depend on their number.
 void multiply(const Product& p) {
   auto* pack = GFAST_KERNEL(pack_columns);
-  at::parallel_for(0, at::divup(p.columns, kPanel), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, at::divup(p.columns, kPanel), 1, [&](int64_t begin, int64_t end) {
     // aligned to cache lines: a vector that straddles two takes two loads
     const auto memory = c10::GetCPUAllocator()->allocate(kPanel * std::min(kDepth, p.depth) * sizeof(float));
     float* panel = static_cast<float*>(memory.get());

@@ -2,12 +2,12 @@
 // rows.
 #include "cpu/kernels/rows.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace gfast {
 
@@ -173,7 +173,7 @@ void scale_cpu(Tensor x, const Tensor& factor) {
   const float by = check_scalar("scale_", "factor", factor);
   void* data = x.mutable_data_ptr();
   auto* kernel = GFAST_KERNEL(scale_values);
-  at::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) { kernel(data, m.dtype, begin, end, by); });
+  parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) { kernel(data, m.dtype, begin, end, by); });
 }
 
 }  // namespace

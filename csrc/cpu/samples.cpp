@@ -1,6 +1,5 @@
 // What gram needs besides matrix products on the CPU: used_rows (the others, padding, are left out of its products) and
 // pair_sums (products of pairs of rows, added up by their samples).
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -12,6 +11,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace gfast {
 
@@ -57,7 +57,7 @@ Tensor used_rows_cpu(const Tensor& x) {
   const char* data = static_cast<const char*>(x.const_data_ptr());
   bool* found = out.mutable_data_ptr<bool>();
   const int64_t columns = x.size(1), step = x.size(0) > 1 ? x.stride(0) * size : 0;
-  at::parallel_for(0, x.size(0), grain(1 << 16, columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.size(0), grain(1 << 16, columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const char* row = data + i * step;
       found[i] = size == 2   ? used<uint16_t>(row, columns)
@@ -85,7 +85,7 @@ Tensor pair_sums_cpu(const Tensor& x, const Tensor& y, at::IntArrayRef rows, at:
   std::vector<double> parts(check_size("pair_sums", "sums by row", {n, others}));  // by row first: what is added up in which order depends on no thread
   const void *a = x.const_data_ptr(), *b = y.const_data_ptr();
   auto* kernel = GFAST_KERNEL(pair_sums);
-  at::parallel_for(0, n, grain(1 << 14, x.size(1)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, grain(1 << 14, x.size(1)), [&](int64_t begin, int64_t end) {
     kernel(a, b, wide, row_stride(x), row_stride(y), runs.data(), others, parts.data(), begin, end);
   });
   Tensor out = at::zeros({samples, others}, x.options().dtype(at::kDouble));

@@ -1,12 +1,13 @@
 // Work of uneven size over the threads, each with memory of its own to compute in.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+
+#include "cpu/parallel.h"
 
 namespace gfast {
 
@@ -23,7 +24,7 @@ struct Floats {
 template <typename Body>
 void for_tasks(int64_t tasks, int64_t floats, const Body& body) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+  parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
     const Floats scratch(floats);
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, scratch.get());
   });
