@@ -10,7 +10,7 @@ import sys
 import torch
 
 import gfast
-from gfast.ops import dispatch as backend
+from gfast.ops import dispatch
 
 PACKAGES = (
     "torch",
@@ -41,7 +41,7 @@ def _versions() -> list[str]:
 
 
 def _build() -> list[str]:
-    module, reason = backend.extension()
+    module, reason = dispatch.extension()
     if module is None:
         return [f"not available: {reason}", "build it with: pip install --no-build-isolation -e ."]
     try:
@@ -77,7 +77,7 @@ def _devices() -> list[str]:
 
 def _backends() -> list[str]:
     lines = []
-    for row in backend.status():
+    for row in dispatch.status():
         mark = "*" if row.get("auto") else "+" if row["available"] else " "
         reason = f"  {row['reason']}" if row["reason"] else ""
         lines.append(f"{mark} {row['op']:<20} {row['device']:<5} {row['impl']:<10}{reason}".rstrip())

@@ -68,23 +68,19 @@ def measuring(model: nn.Module) -> Iterator[None]:
     run out of memory; those with dropout of their own are put in evaluation mode all the same.
     """
     modules = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    hooks = [(found, dict(found)) for p, _ in grads if (found := getattr(p, "_post_accumulate_grad_hooks", None))]
+    tables = [table for p in model.parameters() if (table := getattr(p, "_post_accumulate_grad_hooks", None))]
+    hooks = [dict(table) for table in tables]
     try:
         for module, training in modules:
             module.training = training and _checkpoints_without_dropout(module)
-        for parameter, _ in grads:
-            parameter.grad = None
-        for found, _ in hooks:
-            found.clear()
-        with torch.inference_mode(False), torch.enable_grad():
+        for table in tables:
+            table.clear()
+        with gradients_kept(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for found, kept in hooks:
-            found.clear()
-            found.update(kept)
-        for parameter, grad in grads:
-            parameter.grad = grad
+        for table, before in zip(tables, hooks, strict=True):
+            table.clear()
+            table.update(before)
         for module, training in modules:
             module.training = training
 

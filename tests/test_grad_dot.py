@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gfast
-from gfast.ops import dispatch as backend
+from gfast.ops import dispatch
 from gfast.ops.grad_dot import grad_dot, grad_dots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,7 +30,7 @@ def backends() -> list:
 @pytest.fixture(params=backends())
 def impl_device(request) -> tuple[str, str]:
     impl, device = request.param
-    reason = backend.why_not("grad_dot", impl, device)
+    reason = dispatch.why_not("grad_dot", impl, device)
     if reason:
         pytest.skip(reason)
     return impl, device
@@ -120,8 +120,8 @@ def test_nearly_orthogonal_vectors_keep_their_digits(impl_device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(dtype):
-    if backend.why_not("grad_dot", "cpp", "cpu"):
-        pytest.skip(backend.why_not("grad_dot", "cpp", "cpu"))
+    if dispatch.why_not("grad_dot", "cpp", "cpu"):
+        pytest.skip(dispatch.why_not("grad_dot", "cpp", "cpu"))
     shapes = [(300_001,), (17, 1000), (5,)]
     xs, ys = make(dtype, 0, shapes=shapes), make(dtype, 1, shapes=shapes)
     threads = torch.get_num_threads()
@@ -218,8 +218,8 @@ def test_needs_no_gradient_and_leaves_no_graph(impl_device):
 
 
 def test_opcheck():
-    if backend.why_not("grad_dot", "cpp", "cpu"):
-        pytest.skip(backend.why_not("grad_dot", "cpp", "cpu"))
+    if dispatch.why_not("grad_dot", "cpp", "cpu"):
+        pytest.skip(dispatch.why_not("grad_dot", "cpp", "cpu"))
     xs, ys = make(torch.float32, 0), make(torch.bfloat16, 1)
     grad_dot(xs, ys, GROUPS, NUM_GROUPS, impl="cpp")  # loads the extension and registers the fake op
     torch.library.opcheck(torch.ops.gfast.grad_dots.default, (xs, ys, GROUPS, NUM_GROUPS, 1))
@@ -257,8 +257,8 @@ def test_bad_arguments(case):
 
 
 def test_the_compiled_op_checks_for_itself():
-    if backend.extension()[0] is None:
-        pytest.skip(backend.extension()[1])
+    if dispatch.extension()[0] is None:
+        pytest.skip(dispatch.extension()[1])
     op = torch.ops.gfast.grad_dots
     with pytest.raises(ValueError, match=r"groups\[1\] = 7 is outside \[0, 2\)"):
         op([X, X], [X, X], [0, 7], 2, 1)

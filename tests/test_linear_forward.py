@@ -8,8 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfast
 from gfast.objectives import DPO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
-from gfast.ops import checks as common
-from gfast.ops import head
+from gfast.ops import checks, head
 from gfast.ops.linear_token_logp import linear_token_logp_reference
 
 
@@ -97,7 +96,7 @@ def test_without_looking_at_labels_the_result_is_the_same(objective, chunk, monk
     expected = [run(step, (hidden, weight, bias)) for step in steps]
     hidden = hidden.clone()
     hidden[labels == -100] = torch.nan  # padding may hold anything
-    monkeypatch.setattr(common, "may_wait", lambda device: False)
+    monkeypatch.setattr(checks, "may_wait", lambda device: False)
     for step, truth in zip(steps, expected, strict=True):
         torch.testing.assert_close(run(step, (hidden, weight, bias)), truth, rtol=1e-10, atol=1e-12)
 
@@ -105,8 +104,8 @@ def test_without_looking_at_labels_the_result_is_the_same(objective, chunk, monk
 @pytest.fixture
 def recording(monkeypatch):
     """As on a GPU while a CUDA graph records."""
-    monkeypatch.setattr(common, "may_wait", lambda device: False)
-    monkeypatch.setattr(common, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(checks, "may_wait", lambda device: False)
+    monkeypatch.setattr(checks, "reads_are_free", lambda device: False)
 
 
 @pytest.mark.parametrize("objective", [WGA(), NPO(0.3), DPO(0.3), NLL()], ids=str)
@@ -142,6 +141,6 @@ def test_fake_tensors_notice_waiting(monkeypatch):
         hidden, weight = torch.empty(4, 16), torch.empty(50, 16)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             gfast.linear_token_logp(hidden, weight, labels, impl="reference")
-        monkeypatch.setattr(common, "reads_are_free", lambda device: False)
+        monkeypatch.setattr(checks, "reads_are_free", lambda device: False)
         with pytest.raises(Exception, match="nonzero"):
             gfast.linear_token_logp(hidden, weight, labels, impl="reference")

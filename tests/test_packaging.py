@@ -22,9 +22,9 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 """
 REFERENCE_ONLY = """
 import gfast, torch
-from gfast.ops import dispatch as backend
+from gfast.ops import dispatch
 assert gfast.__file__.startswith({folder!r}), gfast.__file__
-assert backend.select("grad_dot", "auto", "cpu") == "reference"
+assert dispatch.select("grad_dot", "auto", "cpu") == "reference"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
 logp = gfast.token_logp(torch.zeros(2, 4), torch.tensor([1, -100]))
 assert torch.allclose(logp, torch.tensor([0.25, 1.0]).log())
@@ -40,9 +40,9 @@ assert "not available" in doctor.report()
 WITH_EXTENSION = """
 import gfast, torch
 from gfast import _C
-from gfast.ops import dispatch as backend
+from gfast.ops import dispatch
 assert _C.__file__.startswith({folder!r}), _C.__file__
-assert backend.select("grad_dot", "auto", "cpu") == "cpp"
+assert dispatch.select("grad_dot", "auto", "cpu") == "cpp"
 assert gfast.grad_dot([torch.ones(3)], [torch.full((3,), 2.0)], [0], 1).tolist() == [6.0]
 from gfast import doctor
 assert "in use: " + _C.build_info()["instruction_set"] in doctor.report()
@@ -167,10 +167,10 @@ def test_kernels_import_from_the_package(installed):
 
 
 def test_unknown_instruction_set_is_refused():
-    from gfast.ops import dispatch as backend
+    from gfast.ops import dispatch
 
-    if backend.extension()[0] is None:
-        pytest.skip(backend.extension()[1])
+    if dispatch.extension()[0] is None:
+        pytest.skip(dispatch.extension()[1])
     code = """
 import torch
 from gfast import _C

@@ -14,8 +14,7 @@ from torch import nn
 
 import gfast
 from gfast.objectives import DPO, NPO, WGA, SatImp
-from gfast.ops import dispatch as backend
-from gfast.ops import linear_token_kl, token_kl
+from gfast.ops import dispatch, linear_token_kl, token_kl
 from gfast.ops.head import ChunkedHead
 from gfast.ops.token_logp import capped
 
@@ -98,11 +97,11 @@ def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
 
 def test_an_older_build_falls_back(monkeypatch):
     """A build that lacks an op is told in words, and the other ops go on."""
-    monkeypatch.setattr(backend, "compiled", lambda op: op != "kl_parts")
-    if backend.extension()[0] is None:
+    monkeypatch.setattr(dispatch, "compiled", lambda op: op != "kl_parts")
+    if dispatch.extension()[0] is None:
         pytest.skip("nothing is compiled")
-    assert "no CPU kernel kl_parts" in backend.why_not("sharded_token_kl", "cpp", "cpu", torch.float32)
-    assert backend.why_not("token_kl", "cpp", "cpu", torch.float32) == ""
+    assert "no CPU kernel kl_parts" in dispatch.why_not("sharded_token_kl", "cpp", "cpu", torch.float32)
+    assert dispatch.why_not("token_kl", "cpp", "cpu", torch.float32) == ""
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -39,7 +39,7 @@ void fold_rows_cpu(const Tensor& logits, const Tensor& labels, int64_t first, do
   auto* kernel = GFAST_KERNEL(fold_rows);
   // Each row is folded by one thread in the order of the vocabulary: the result does not depend on their number.
   parallel_for(0, args.rows, grain(1 << 13, args.tile),
-                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void accumulate_cpu(Tensor total, const Tensor& share) {
@@ -58,7 +58,7 @@ void accumulate_cpu(Tensor total, const Tensor& share) {
   const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
   auto* kernel = GFAST_KERNEL(accumulate);
   parallel_for(0, total.numel(), 1 << 15,
-                   [&](int64_t begin, int64_t end) { kernel(sum, data, dtype, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(sum, data, dtype, begin, end); });
 }
 
 }  // namespace
