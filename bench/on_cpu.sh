@@ -71,6 +71,8 @@ bench shapes losses --ops linear --heads llama-3.2-1b --rows 256 --objectives wg
   --budget 30 --repetitions 3 --peer-budget 15 --json losses_shapes_bf16.json
 bench grad_dot grad_dot --repetitions 5 --json grad_dot.json
 bench geffect geffect --batch 4 --tokens 72 --budget 40 --providers "$effects" --json geffect.json
+bench geffect geffect --layers 8 --batch 4 --tokens 72 --budget 40 --json geffect_token.json \
+  --providers 'g_effect(WGA);token_effect;g_effect(WGA), token;pg_effect;clone loop, WGA'
 bench geffect geffect --batch 4 --tokens 72 --budget 80 --no-memory --providers 'pg_effect;pg_effect, directions given' \
   --json geffect_given.json
 bench gram geffect --batch 8 --tokens 72 --budget 48 --providers "$pairs" --no-memory --json geffect_gram.json

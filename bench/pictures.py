@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +27,52 @@ NAMES = {  # providers, where a reader knows them by another name
     "trl": "TRL",
 }
 GREY = "#7a8190"
+SWEEPS = ("losses_sweep_vocab", "geffect_sweep_length")
 UNITS = ("floor", "plain pass", "plain forward", "training step", "pass without dW")
 OURS = ("gfast", "g_effect", "pg_effect", "gram_effect", "token_effect")
 
 
 def draw(found: list[Result], folder: Path) -> list[Path]:
-    """Every picture for which there is a result; but for the laws, of the device measured last, a GPU first."""
+    """Every picture that there is a result for; but for the laws, of the device last measured for it, a GPU first."""
     plt.switch_backend("Agg")  # no window, no screen needed
     if not found:
         return []
-    newest = max(found, key=lambda one: (not one.device.startswith("cpu-"), one.data["environment"]["date"])).device
-    here = {one.name: one.data for one in found if one.device == newest}
-    sweeps = [here[name] for name in ("losses_sweep_vocab", "geffect_sweep_length") if name in here]
-    losses = [data for name, data in here.items() if name.startswith("losses") and not data.get("sweep")]
+    newest_last = sorted(found, key=lambda one: (not one.device.startswith("cpu-"), one.data["environment"]["date"]))
+    by_device: dict[str, dict[str, Data]] = {}
+    for one in reversed(newest_last):
+        by_device.setdefault(one.device, {})[one.name] = one.data
+
+    def of_newest(figure_of: Callable[[dict[str, Data]], Any]) -> Any:
+        for device, here in by_device.items():
+            figure = figure_of(here)
+            if figure is not None:
+                figure.suptitle(device, x=0.01, ha="left", fontsize=9, color=GREY)
+                return figure
+        return None
+
     drawn = []
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(settings(LIGHT)):
         figures = {
             "laws": law_dots(found),
-            "losses": loss_bars(losses),
-            "geffect": effect_bars(here.get("geffect")),
-            "geffect_peers": effect_bars(here.get("geffect_peers")),
-            "sweeps": sweep_lines(sweeps),
+            "losses": of_newest(lambda here: loss_bars(losses_of(here))),
+            "geffect": of_newest(lambda here: effect_bars(here.get("geffect"))),
+            "geffect_peers": of_newest(lambda here: effect_bars(here.get("geffect_peers"))),
+            "sweeps": of_newest(lambda here: sweep_lines([here[name] for name in SWEEPS if name in here])),
         }
         for name, figure in figures.items():
             path = folder / f"{name}.png"
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            if name != "laws":
-                figure.suptitle(newest, x=0.01, ha="left", fontsize=9, color=GREY)
             figure.savefig(path, dpi=110, metadata={"Software": None})
             plt.close(figure)
             drawn.append(path)
     return drawn
+
+
+def losses_of(here: dict[str, Data]) -> list[Data]:
+    return [data for name, data in sorted(here.items()) if name.startswith("losses") and not data.get("sweep")]
 
 
 def grid(rows: int, columns: int, width: float, height: float):
