@@ -108,7 +108,7 @@ def cases() -> dict[str, tuple]:
     hidden, weight, _, labels, _ = problem(T=64, D=64, V=1000, dtype=torch.bfloat16, device=DEVICE)
     logits = (hidden @ weight.T).requires_grad_()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
-    xs = [torch.randn(1000 + i, device=DEVICE) for i in range(20)]
+    xs = [torch.randn(1000 + i, device=DEVICE) for i in range(291)]  # parameters of a model of 7B
 
     def loss_and_gradients(op, *tensors):
         out = op(*tensors, labels, WGA()).loss
@@ -175,12 +175,12 @@ def test_a_graph_replays_it_with_new_values(name):
 
 
 def test_a_graph_refuses_a_table_of_tensors_that_would_not_live_as_long():
-    xs = [torch.ones(8, device=DEVICE) for _ in range(200)]
-    grad_dots(xs, [], [0] * 200, 1)
+    xs = [torch.ones(8, device=DEVICE) for _ in range(600)]
+    grad_dots(xs, [], [0] * 600, 1)
     if gfast.ops.dispatch.why_not("grad_dot", "cuda", DEVICE):
         pytest.skip("the CUDA kernel is not built")
     with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        grad_dots(xs, [], [0] * 200, 1, impl="cuda")
+        grad_dots(xs, [], [0] * 600, 1, impl="cuda")
 
 
 def cuda_dots(*args) -> torch.Tensor:

@@ -166,11 +166,13 @@ __device__ __noinline__ void finish_group(const DotArgs& args, double* shared) {
   if (threadIdx.x == 0) {
     __threadfence();  // this thread's partials, before the count that announces them
     last = atomicAdd(args.arrived + r.group, 1u) == static_cast<unsigned>(r.group_end - r.group_begin) - 1u;
-    if (last) atomicExch(args.arrived + r.group, 0u);  // for the next launch; a plain store could meet the others' counts
+    if (last) {
+      atomicExch(args.arrived + r.group, 0u);  // for the next launch; a plain store could meet the others' counts
+      __threadfence();  // the others' partials, after their count: for the whole block, by the barrier
+    }
   }
   __syncthreads();
   if (!last) return;
-  __threadfence();  // the others' partials, after their count
 
   double acc[D + 1] = {};
   for (int64_t chunk = r.group_begin + static_cast<int>(threadIdx.x); chunk < r.group_end; chunk += kThreads) {

@@ -7,8 +7,14 @@
 
 namespace gfast::cuda {
 
-constexpr int kMaxDirs = 2;          // directions in one launch; more take further launches
-constexpr int kInlineRecords = 70;   // 70 * 56 bytes fit the 4 KiB of kernel parameters with the rest of DotArgs
+constexpr int kMaxDirs = 2;  // directions in one launch; more take further launches
+#if CUDART_VERSION >= 12010
+constexpr int kParameterBytes = 32764;  // of a kernel, from Volta on
+constexpr int kInlineRecords = 580;     // records among them; a model of 7B has 291 parameters
+#else
+constexpr int kParameterBytes = 4096;
+constexpr int kInlineRecords = 70;
+#endif
 constexpr int64_t kChunk = 1 << 16;  // elements a block
 constexpr int kGeneralPath = 255;    // any mix of dtypes, any alignment
 
@@ -38,7 +44,7 @@ struct DotArgs {
   DotRecord inline_records[kInlineRecords];
 };
 
-static_assert(sizeof(DotRecord) == 56 && sizeof(DotArgs) <= 4096, "kernel parameters are limited to 4 KiB");
+static_assert(sizeof(DotRecord) == 56 && sizeof(DotArgs) <= kParameterBytes, "more than a kernel's parameters hold");
 
 // Enqueues the kernel on `stream`; num_dirs in [0, kMaxDirs].
 cudaError_t launch_grad_dots(const DotArgs& args, int num_dirs, cudaStream_t stream);

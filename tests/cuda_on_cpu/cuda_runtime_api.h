@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#define CUDART_VERSION 12010  // the first with 32 KB of kernel parameters
 #define __global__
 #define __device__
 #define __forceinline__ inline
