@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What TOFU asks of answers: probability, truth ratio, ROUGE, and model utility from the three."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gfast.metrics.log import EvaluationLog, LogSet
+from gfast.metrics.values import EPSILON, chosen, numbers, required
+
+MEANS = ("geometric", "arithmetic")
+AGGREGATES = ("closer_to_1_better", "true_better")
+# Their probability is that of the right answer among all answers; that of the other sets is the answer's own.
+OPTION_SETS = ("real_authors", "world_facts")
+UTILITY_SETS = ("retain", *OPTION_SETS)
+
+
+def probability(log: EvaluationLog, *, convention: str = "tofu", per_sample: bool = False) -> dict[str, Any]:
+    r"""Probability of the answers: the geometric mean over an answer's tokens, of real_authors and world_facts as a
+    share of that of all their answers.
+
+    .. math:: p = \exp(-\mathrm{avg\_gt\_loss}), \quad p / (p + \sum_j p_{wrong,j})
+
+    Args:
+        log: as `load_log` reads it.
+        convention: "tofu", or "open-unlearning", which adds 1e-10 to the denominator.
+        per_sample: [S] of every set instead of its mean.
+
+    Returns:
+        set -> mean over its samples, a float between 0 and 1.
+
+    Errors: ValueError for a set without the losses that it takes.
+
+    Source: TOFU, arXiv 2401.06121, section 2.2.2.
+
+    >>> probability(load_log("llama2-7b_full_wd0.01.json.gz"))["forget"]  # doctest: +SKIP
+    0.9909385566...
+    """
+    chosen("convention", convention, EPSILON)
+    found = {}
+    for name, one in log.sets.items():
+        right = one.column("avg_gt_loss", "probability")
+        if name in OPTION_SETS:
+            found[name] = option_probability(right, one.column("average_perturb_loss", "probability"), convention)
+        else:
+            found[name] = np.exp(-right)
+    return _given(found, per_sample)
+
+
+def truth_ratio(
+    log: EvaluationLog, mean: str = "geometric", *, convention: str = "tofu", per_sample: bool = False
+) -> dict[str, Any]:
+    r"""Truth ratio R of every set with wrong answers: how likely they are beside the right one. See `truth_ratios`.
+
+    The right answer is the paraphrased one (retain, forget), or the answer (real_authors, world_facts).
+
+    Args:
+        log: as `load_log` reads it.
+        mean: over the wrong answers: "geometric" (the TOFU repository's evaluation, open-unlearning) or "arithmetic"
+            (the TOFU paper's text).
+        convention: "tofu", or "open-unlearning", which adds 1e-10 to denominators.
+        per_sample: R [S] of every set instead of its aggregate.
+
+    Returns:
+        set -> its aggregate: of forget `closer_to_1_better`, of the others `true_better` (see `aggregate`).
+
+    Errors: ValueError for an unknown mean or convention, or a log none of whose sets has wrong answers.
+
+    Source: TOFU, arXiv 2401.06121, section 2.2.1.
+
+    >>> truth_ratio(log, "arithmetic")["retain"]  # doctest: +SKIP
+    """
+    found = {}
+    for name, one in log.sets.items():
+        if name in (*UTILITY_SETS, "forget") or "average_perturb_loss" in one.values:
+            ratios = ratios_of(one, mean, convention)
+            kind = "closer_to_1_better" if name == "forget" else "true_better"
+            found[name] = np.exp(ratios) if per_sample else aggregate(np.exp(ratios), kind, convention)
+    if not found:
+        raise ValueError(f"gfast: truth_ratio needs perturbed answers, and no set of {log.path or 'the log'} has any")
+    return found
+
+
+def rouge(log: EvaluationLog, kind: str = "rougeL_recall", *, per_sample: bool = False) -> dict[str, Any]:
+    """ROUGE recall of the generations as logged, "rougeL_recall" or "rouge1_recall": set -> mean over its samples.
+
+    Errors: ValueError for a set without it; another kind.
+
+    >>> rouge(log)["forget"]  # doctest: +SKIP
+    0.9854496939...
+    """
+    chosen("kind", kind, ("rougeL_recall", "rouge1_recall"))
+    return _given({name: one.column(kind, "rouge") for name, one in log.sets.items()}, per_sample)
+
+
+def model_utility(log: EvaluationLog, mean: str = "geometric", *, convention: str = "tofu") -> float:
+    """Harmonic mean of nine: ROUGE-L recall, probability and truth ratio (`true_better`) of retain, real_authors and
+    world_facts. One that is 0 makes it 0.
+
+    Args:
+        mean, convention: as in `truth_ratio`.
+
+    Returns:
+        between 0 and 1.
+
+    Errors: ValueError for a log that lacks one of the sets or of the measurements; ImportError without SciPy.
+
+    Source: TOFU, arXiv 2401.06121, section 2.2.2.
+
+    >>> model_utility(load_log("llama2-7b_full_wd0.01.json.gz"))  # doctest: +SKIP
+    0.6226773637...
+    """
+    for name in UTILITY_SETS:
+        log.of(name, "model_utility")
+    part = EvaluationLog(log.run, {name: log.sets[name] for name in UTILITY_SETS}, log.path)
+    nine = [rouge(part), probability(part, convention=convention), truth_ratio(part, mean, convention=convention)]
+    values = [one[name] for one in nine for name in UTILITY_SETS]
+    if min(values) <= 0:
+        return 0.0
+    return float(required("scipy.stats", "scipy", "model_utility").hmean(values))
+
+
+def option_probability(right: Any, wrong: Any, convention: str = "open-unlearning") -> np.ndarray:
+    """p / (p + sum of the wrong p) [S] from mean losses [S] and [S, J]; p = exp(-loss).
+
+    >>> option_probability([0.5, 2.0], [[1, 2], [1, 1.5]]).round(6)
+    array([0.546549, 0.186324])
+    """
+    right, wrong = _pair(right, wrong)
+    chosen("convention", convention, EPSILON)
+    p = np.exp(-right)
+    # Not p / (p + q): where all underflow there is still an answer that is more likely.
+    if not EPSILON[convention]:
+        return 1 / (1 + np.exp(np.minimum(right[:, None] - wrong, 700)).sum(1))
+    return p / (p + np.exp(-wrong).sum(1) + EPSILON[convention])
+
+
+def truth_ratios(right: Any, wrong: Any, mean: str = "geometric", convention: str = "tofu") -> np.ndarray:
+    r"""Truth ratios R of samples from their mean losses per token.
+
+    .. math:: R_{geo} = \frac{\exp(-\frac{1}{J} \sum_j l_j)}{\exp(-l) + \epsilon}, \quad
+        R_{arith} = \frac{\frac{1}{J} \sum_j \exp(-l_j)}{\exp(-l) + \epsilon}
+
+    Args:
+        right: [S], l in nats per token. wrong: [S, J].
+        convention: "tofu": epsilon 0; "open-unlearning": 1e-10, which decides R where the right answer has become less
+            likely than that (l above 23).
+
+    Returns:
+        R [S]; low: the model prefers the truth.
+
+    >>> truth_ratios([0.5, 2.0], [[1, 2], [1, 1.5]]).round(5), truth_ratios([0.5], [[1, 2]], "arithmetic").round(5)
+    (array([0.36788, 2.117  ]), array([0.41483]))
+    """
+    return np.exp(log_ratios(right, wrong, mean, convention))
+
+
+def log_ratios(right: Any, wrong: Any, mean: str, convention: str) -> np.ndarray:
+    """log R [S]: it neither overflows nor underflows."""
+    chosen("mean", mean, MEANS)
+    chosen("convention", convention, EPSILON)
+    right, wrong = _pair(right, wrong)
+    if mean == "geometric":
+        over = -wrong.mean(1)
+    else:
+        over = np.logaddexp.reduce(-wrong, axis=1) - np.log(wrong.shape[1])
+    epsilon = EPSILON[convention]
+    return over - (np.logaddexp(-right, np.log(epsilon)) if epsilon else -right)
+
+
+def ratios_of(one: LogSet, mean: str, convention: str) -> np.ndarray:
+    """log R [S] of a set of a log."""
+    columns = [one.column(name, "the truth ratio") for name in ("avg_paraphrased_loss", "average_perturb_loss")]
+    return log_ratios(*columns, mean, convention)
+
+
+def aggregate(ratios: Any, kind: str, convention: str = "tofu") -> float:
+    r"""One number of truth ratios [S].
+
+    Args:
+        kind: "closer_to_1_better" (forget): mean of min(R, 1/R): a model that does not know the answers has 1.
+            "true_better" (the other sets): mean of max(0, 1 - R).
+        convention: "open-unlearning" takes 1/(R + 1e-10).
+
+    >>> r = truth_ratios([0.5, 2.0], [[1, 2], [1, 1.5]])
+    >>> round(aggregate(r, "closer_to_1_better"), 6), round(aggregate(r, "true_better"), 6)
+    (0.420123, 0.31606)
+    """
+    chosen("kind", kind, AGGREGATES)
+    chosen("convention", convention, EPSILON)
+    ratios = np.asarray(ratios, dtype=np.float64)
+    if kind == "true_better":
+        return float(np.maximum(0, 1 - ratios).mean())
+    with np.errstate(divide="ignore"):
+        return float(np.minimum(ratios, 1 / (ratios + EPSILON[convention])).mean())
+
+
+def knowledge(right: Any, wrong: Any) -> float:
+    """Open-unlearning's `prob_mean`: mean of p / (p + q + 1e-10), q the geometric mean of the wrong answers'.
+
+    >>> round(knowledge([0.5, 2.0], [[1, 2], [1, 1.5]]), 6)
+    0.52594
+    """
+    right, wrong = _pair(right, wrong)
+    return float(option_probability(right, wrong.mean(1, keepdims=True)).mean())
+
+
+def rouge_scores(truth: str, generation: str) -> dict[str, float]:
+    """`rouge1_recall`, `rougeL_recall` and `rougeL_f1` of a generation, with Porter's stemmer, as TOFU takes them.
+
+    Errors: ImportError without rouge-score.
+
+    >>> rouge_scores("running quickly", "He runs quick")["rougeL_recall"]  # doctest: +SKIP
+    0.5
+    """
+    scorer = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
+    found = scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(truth, generation)
+    return {
+        "rouge1_recall": found["rouge1"].recall,
+        "rougeL_recall": found["rougeL"].recall,
+        "rougeL_f1": found["rougeL"].fmeasure,
+    }
+
+
+def _pair(right: Any, wrong: Any) -> tuple[np.ndarray, np.ndarray]:
+    right, wrong = numbers("the right answers' losses", right), numbers("the wrong answers' losses", wrong, 2)
+    if len(right) != len(wrong):
+        raise ValueError(f"gfast: there are {len(right)} right answers and wrong ones for {len(wrong)} samples")
+    return right, wrong
+
+
+def _given(found: Mapping[str, np.ndarray], per_sample: bool) -> dict[str, Any]:
+    return {name: values if per_sample else float(values.mean()) for name, values in found.items()}
