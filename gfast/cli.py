@@ -23,7 +23,7 @@ COMMANDS = {
     "geffect": ("gfast.commands.geffect", "measure the G-effect of objectives on a model, without training"),
     "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
     "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
-    "doctor": ("gfast.doctor", "say which backends work here, and why the others do not"),
+    "doctor": ("gfast.doctor", "say what will run where, and what to do to get more"),
 }
 
 _EXAMPLES = """examples:
@@ -95,9 +95,6 @@ def _run(arguments: list[str]) -> int:
         _parser().print_help()
         return 0
     module = importlib.import_module(COMMANDS[command][0])
-    if command == "doctor":
-        Parser(prog="gfast doctor", description=COMMANDS[command][1]).parse_args(rest)
-        return module.main() or 0
     return module.main(rest) or 0
 
 

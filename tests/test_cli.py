@@ -299,11 +299,6 @@ def test_bench_runs_or_says_where_the_benchmarks_are(tmp_path, capsys, monkeypat
     fails(capsys, "source repository", "bench")
 
 
-def test_doctor(capsys):
-    assert cli.main(["doctor"]) == 0
-    assert "torch" in capsys.readouterr().out
-
-
 def test_a_run_goes_on_with_its_own_files_only(original, tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(original, data)
