@@ -12,7 +12,7 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test test-slow test-all demo install lint cuda-check sanitize sanitize-threads fuzz clean
+.PHONY: test test-slow test-all demo docs install lint cuda-check sanitize sanitize-threads fuzz clean
 
 # All cores, a file at a time on one thread each, the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -28,6 +28,11 @@ test-all: install
 
 demo: install
 	$(VENV)/bin/gfast demo $(DEMO_ARGS)
+
+# The site, into build/site; a warning is an error.
+docs: install
+	$(PIP) -q -r docs/requirements.txt
+	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
 

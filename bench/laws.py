@@ -50,28 +50,16 @@ LAWS = {
     "ahead_time": Law("`g_effect` against the published way unpadded, time", "ahead", True),
     "ahead_memory": Law("`g_effect` against the published way unpadded, memory", "ahead", True),
 }
-FAMILIES = (  # rows of the README: laws, and what is said of them together
+FAMILIES = (  # the six rows of the README: laws, and what is said of them together
     (("logits",), LAWS["logits"]),
     (("eager",), LAWS["eager"]),
-    (("compile",), LAWS["compile"]),
     (
         ("train", "frozen", "nograd"),
         Law("`linear_unlearn_loss`, in every mode", "at most {} times its bare matrix products"),
     ),
     (("memory", "memory_nograd"), Law("`linear_unlearn_loss`, peak memory", "at most {} times what it has to hold")),
-    (("grad_dot",), LAWS["grad_dot"]),
     (("g_effect",), LAWS["g_effect"]),
-    (
-        ("pg_effect", "pg_given", "token_effect"),
-        Law("`pg_effect`, `token_effect`", "at most {} times the passes they need"),
-    ),
-    (
-        ("gram_effect", "gram_passes"),
-        Law("`gram_effect`", "at most {} times a training step, or two passes without gradients of weights"),
-    ),
-    (("overhead",), LAWS["overhead"]),
     (("less_time", "less_memory"), Law("`g_effect` against the published way", "{} times less, in time or memory")),
-    (("ahead_time", "ahead_memory"), Law("`g_effect` against the published way unpadded", "ahead in time and memory")),
 )
 PUBLISHED = {  # provider: (law of time, times less, law of memory, times less)
     "published way, padded": ("less_time", 4.0, "less_memory", 3.0),

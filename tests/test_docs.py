@@ -1,0 +1,43 @@
+"""Every Python block of the README and of docs/ runs as it stands, and the API pages hold every public name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import gfast
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
+PACKAGES = ("gfast", "gfast.objectives", "gfast.geffect", "gfast.training", "gfast.data")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
+    """Blocks of a page run in order in one namespace, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    text, names = page.read_text(), {"__name__": "page"}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start()].count("\n") + 2
+        code = compile("\n" * (line - 1) + block[1], str(page), "exec")  # an error names the page's own line
+        exec(code, names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_has_a_page(package):
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {line.split()[1].rsplit(".", 1)[1] for line in pages.splitlines() if line.startswith("::: ")}
+    module = __import__(package, fromlist=["__all__"])
+    classes_and_functions = {name for name in module.__all__ if callable(getattr(module, name))}
+    assert classes_and_functions - shown == set()
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_version_is_said_once():
+    assert f"version: {gfast.__version__}" in (ROOT / "CITATION.cff").read_text()
