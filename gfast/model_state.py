@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -88,7 +89,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled modules run as the plain code that they were compiled from: hooks and modes see nothing else."""
-    if hasattr(torch.compiler, "set_stance"):
+    # nothing is compiled where torch's compiler was never imported, which takes seconds
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         with torch.compiler.set_stance("force_eager"):
             yield
     else:

@@ -127,4 +127,4 @@ def may_wait(device: torch.device) -> bool:
 
 def runs_now(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: nothing records the call or stands in for the values."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)

@@ -56,10 +56,12 @@ def _check(xs: list[Tensor], directions: Sequence[Sequence[Tensor]], groups: lis
             raise ValueError(f"gfast: grad_dot: {what} {problem}.")
 
 
-@torch.compiler.assume_constant_result
 def _choose(impl: str, device: str) -> str:
     """The backend, decided while torch.compile traces."""
     return select("grad_dot", impl, device)
+
+
+_choose._dynamo_marked_constant = True  # torch.compiler.assume_constant_result without its import of the compiler
 
 
 def grad_dots(

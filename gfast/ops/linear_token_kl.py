@@ -16,6 +16,7 @@ from gfast.ops.gradients import summed_scale, with_gradients
 from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
+from gfast.ops.registration import python_op
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
 from gfast.ops.token_logp import capped, finite_slope, local_labels, stats_dtype
 from gfast.ops.vocab_parallel import Shard, check_alike
@@ -110,7 +111,13 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
     return torch.where(labels != IGNORE_INDEX, kl, 0.0).to(stats_dtype(logits.dtype))
 
 
-@torch.library.custom_op("gfast::linear_token_kl", mutates_args=())
+def _fake_kl(head, ref_head, labels, *rest):
+    hidden, weight, _ = head
+    kl = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
+    return kl, *fake_gradients(hidden, weight, rest[-1])
+
+
+@python_op("linear_token_kl", _fake_kl)
 def _linear_token_kl(
     head: list[Tensor | None],
     ref_head: list[Tensor | None],
@@ -141,13 +148,6 @@ def _linear_token_kl(
         if wanted:
             model.add_gradients(start, stop, rows)
     return model.scatter(kl), *shard.gradients(model)
-
-
-@_linear_token_kl.register_fake
-def _(head, ref_head, labels, *rest):
-    hidden, weight, _ = head
-    kl = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
-    return kl, *fake_gradients(hidden, weight, rest[-1])
 
 
 def linear_token_kl(
@@ -216,7 +216,7 @@ def linear_token_kl(
     need = head.wanted()
     inner, late = summed_scale(factor, dtype)
     options = head.options(form, impl)
-    kl, *gradients = torch.ops.gfast.linear_token_kl(head.detached(), list(ref.inputs), flat, inner, *options, need)
+    kl, *gradients = _linear_token_kl(head.detached(), list(ref.inputs), flat, inner, *options, need)
     loss = kl.sum() * factor
     if not any(need):
         return loss

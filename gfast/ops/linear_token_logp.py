@@ -10,6 +10,7 @@ from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
 from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
 from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
+from gfast.ops.registration import python_op
 from gfast.ops.token_logp import capped, fake_logp, stats_dtype, token_logp_reference
 from gfast.ops.vocab_parallel import Shard
 
@@ -20,35 +21,11 @@ def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1
     return token_logp_reference(capped(logits, logit_scale, softcap or 0.0), labels)
 
 
-@torch.library.custom_op("gfast::linear_token_logp", mutates_args=())
-def _linear_token_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    sizes: list[int],
-    form: list[float],
-    group: str,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """logp [N] and statistics [N, 2]; for what is no tensor see ``LocalHead.options``."""
-    shard, chunk_rows, chosen = unpacked("linear_token_logp", hidden, labels, sizes, group, impl)
-    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
-    if head.folds(chosen):
-        logp, stats = shard.fold(head, *form, chosen)
-        return head.scatter(logp), head.scatter(stats)
-    dtype = stats_dtype(hidden.dtype)
-    logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
-    for start, stop in row_chunks(head.rows, head.chunk):
-        part = slice(start, stop)
-        logp[part], stats[part] = shard.logp_rows(head.logits(start, stop), head.labels[part], *form, impl)
-    return head.scatter(logp), head.scatter(stats)
+def _fake_backward(hidden, weight, *rest):
+    return fake_gradients(hidden, weight, rest[-1])
 
 
-_linear_token_logp.register_fake(fake_logp)
-
-
-@torch.library.custom_op("gfast::linear_token_logp_backward", mutates_args=())
+@python_op("linear_token_logp_backward", _fake_backward)
 def _linear_token_logp_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -77,11 +54,6 @@ def _linear_token_logp_backward(
     return shard.gradients(head)
 
 
-@_linear_token_logp_backward.register_fake
-def _(hidden, weight, *rest):
-    return fake_gradients(hidden, weight, rest[-1])
-
-
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, *ctx.options = inputs
     ctx.name, (logp, stats) = "linear_token_logp", output
@@ -105,17 +77,39 @@ def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
         return None, None, None, *options
     *tensors, stats, logp = ctx.saved_tensors
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.gfast.linear_token_logp_backward(*tensors, logp, stats, grad_logp, *ctx.options, need)
+    gradients = _linear_token_logp_backward(*tensors, logp, stats, grad_logp, *ctx.options, need)
     cast = [x.to(y.dtype) if wanted else None for x, y, wanted in zip(gradients, tensors[:3], need, strict=True)]
     return (*cast, *options)
 
 
-_linear_token_logp.register_autograd(_backward, setup_context=_setup)
+@python_op("linear_token_logp", fake_logp, _setup, _backward)
+def _linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    sizes: list[int],
+    form: list[float],
+    group: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """logp [N] and statistics [N, 2]; for what is no tensor see ``LocalHead.options``."""
+    shard, chunk_rows, chosen = unpacked("linear_token_logp", hidden, labels, sizes, group, impl)
+    head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
+    if head.folds(chosen):
+        logp, stats = shard.fold(head, *form, chosen)
+        return head.scatter(logp), head.scatter(stats)
+    dtype = stats_dtype(hidden.dtype)
+    logp, stats = hidden.new_empty(head.rows, dtype=dtype), hidden.new_empty((head.rows, 2), dtype=dtype)
+    for start, stop in row_chunks(head.rows, head.chunk):
+        part = slice(start, stop)
+        logp[part], stats[part] = shard.logp_rows(head.logits(start, stop), head.labels[part], *form, impl)
+    return head.scatter(logp), head.scatter(stats)
 
 
 def flat_logp(head: LocalHead, form: tuple[float, float], impl: str) -> Tensor:
     """``linear_token_logp`` [N] of checked arguments."""
-    return torch.ops.gfast.linear_token_logp(*head.inputs, head.labels, *head.options(form, impl))[0]
+    return _linear_token_logp(*head.inputs, head.labels, *head.options(form, impl))[0]
 
 
 def literal_of_head(name: str, head: LocalHead, form: tuple[float, float]) -> Tensor:

@@ -18,6 +18,7 @@ from gfast.ops.head import ChunkedHead, fake_gradients
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
 from gfast.ops.reductions import LossOutput
+from gfast.ops.registration import python_op
 from gfast.ops.token_logp import stats_dtype
 from gfast.ops.unlearn_loss import loss_from_logp, weighted_rows
 from gfast.ops.weights import Terms, WeightSpec, sequence_weights, weigh
@@ -31,7 +32,13 @@ def linear_unlearn_loss_reference(
     return loss_from_logp(terms, linear_token_logp_reference(hidden, weight, labels, **head))
 
 
-@torch.library.custom_op("gfast::linear_unlearn", mutates_args=())
+def _fake_rows(head, *rest):
+    hidden, weight, _ = head
+    logp = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
+    return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, rest[-1])
+
+
+@python_op("linear_unlearn", _fake_rows)
 def _linear_unlearn(
     head: list[Tensor | None],
     labels: Tensor,
@@ -120,13 +127,6 @@ def _linear_unlearn(
     return chunked.scatter(logp), chunked.scatter(weights), *shard.gradients(chunked)
 
 
-@_linear_unlearn.register_fake
-def _(head, *rest):
-    hidden, weight, _ = head
-    logp = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
-    return logp, torch.empty_like(logp), *fake_gradients(hidden, weight, rest[-1])
-
-
 def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl: str) -> LossOutput:
     """The loss of a head that is differentiated: its gradients come out of the same pass."""
     spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
@@ -139,7 +139,7 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
     inner, late = summed_scale(factor, head.hidden.dtype)
-    logp, weights, *gradients = torch.ops.gfast.linear_unlearn(
+    logp, weights, *gradients = _linear_unlearn(
         head.detached(),
         head.labels,
         [ref, given, tokens.ids],

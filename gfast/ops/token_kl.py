@@ -11,6 +11,7 @@ from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.memory import fresh
 from gfast.ops.reductions import Tokens
+from gfast.ops.registration import python_op
 from gfast.ops.token_logp import capped, finite_slope, stats_dtype, unit_stride
 
 
@@ -45,7 +46,12 @@ def kl_rows(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_s
     return launch(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out)
 
 
-@torch.library.custom_op("gfast::token_kl", mutates_args=())
+def _fake_kl(logits, ref_logits, labels, factor, with_grad, impl):
+    rows, vocab = logits.shape
+    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if with_grad else 0, vocab)
+
+
+@python_op("token_kl", _fake_kl)
 def _token_kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, factor: Tensor, with_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -54,12 +60,6 @@ def _token_kl(
     out = gradient if with_grad else None
     kl = kl_rows(unit_stride(logits), unit_stride(ref_logits), labels, factor, 1.0, 0.0, 1.0, 0.0, out, impl)
     return kl, gradient
-
-
-@_token_kl.register_fake
-def _(logits, ref_logits, labels, factor, with_grad, impl):
-    rows, vocab = logits.shape
-    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if with_grad else 0, vocab)
 
 
 def kl_factor(name: str, labels: Tensor, reduction: str, normalizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def token_kl(
     wanted = logits.requires_grad and torch.is_grad_enabled()
     inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
     rows, ref_rows = logits.detach().reshape(-1, vocab), ref_logits.reshape(-1, vocab)
-    kl, gradient = torch.ops.gfast.token_kl(rows, ref_rows, flat, inner, wanted, impl)
+    kl, gradient = _token_kl(rows, ref_rows, flat, inner, wanted, impl)
     loss = kl.sum() * factor
     if not wanted:
         return loss

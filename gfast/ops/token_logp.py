@@ -9,6 +9,7 @@ from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows
 from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.memory import fresh
+from gfast.ops.registration import python_op
 
 
 def token_logp_reference(logits: Tensor, labels: Tensor) -> Tensor:
@@ -107,38 +108,10 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def label_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """``logp_rows`` of logits of any strides, after a check of the labels."""
-    impl = select("token_logp", impl, logits.device, logits.dtype)
-    if impl != "cpp":  # which checks for itself
-        check_label_range("token_logp", labels, logits.shape[1])
-    return logp_rows(unit_stride(logits), labels, 1.0, 0.0, impl)
-
-
-_token_logp = torch.library.custom_op("gfast::token_logp", label_logp, mutates_args=())
-
-
-@_token_logp.register_fake
 def fake_logp(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
     """logp [N] and statistics [N, 2] of logits or hidden states [N, ...] for tracing."""
     dtype, rows = stats_dtype(logits.dtype), logits.shape[0]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
-
-
-def label_logp_gradient(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
-    """[N, V], coef_i * d logp_i / d logits, in memory of its own."""
-    out = fresh(tuple(logits.shape), logits.dtype, logits.device)
-    # .sum() sends a stride-0 gradient: the kernels read coef as a plain vector
-    logp_rows_grad(unit_stride(logits), labels, logp, stats, coef.to(logp.dtype).contiguous(), 1.0, 0.0, out, impl)
-    return out
-
-
-_token_logp_backward = torch.library.custom_op("gfast::token_logp_backward", label_logp_gradient, mutates_args=())
-
-
-@_token_logp_backward.register_fake
-def _(logits: Tensor, *_) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -161,10 +134,29 @@ def _backward(ctx, grad_logp: Tensor | None, _grad_stats: Tensor | None):
     if grad_logp is None:
         return None, None, None
     logits, labels, stats, logp = ctx.saved_tensors
-    return torch.ops.gfast.token_logp_backward(logits, labels, logp, stats, grad_logp, ctx.impl), None, None
+    return label_logp_gradient(logits, labels, logp, stats, grad_logp, ctx.impl), None, None
 
 
-_token_logp.register_autograd(_backward, setup_context=_setup)
+@python_op("token_logp", fake_logp, _setup, _backward)
+def label_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """``logp_rows`` of logits of any strides, after a check of the labels."""
+    impl = select("token_logp", impl, logits.device, logits.dtype)
+    if impl != "cpp":  # which checks for itself
+        check_label_range("token_logp", labels, logits.shape[1])
+    return logp_rows(unit_stride(logits), labels, 1.0, 0.0, impl)
+
+
+def _fake_gradient(logits: Tensor, *_) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@python_op("token_logp_backward", _fake_gradient)
+def label_logp_gradient(logits: Tensor, labels: Tensor, logp: Tensor, stats: Tensor, coef: Tensor, impl: str) -> Tensor:
+    """[N, V], coef_i * d logp_i / d logits, in memory of its own."""
+    out = fresh(tuple(logits.shape), logits.dtype, logits.device)
+    # .sum() sends a stride-0 gradient: the kernels read coef as a plain vector
+    logp_rows_grad(unit_stride(logits), labels, logp, stats, coef.to(logp.dtype).contiguous(), 1.0, 0.0, out, impl)
+    return out
 
 
 def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
@@ -198,5 +190,5 @@ def token_logp(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> Tensor:
     if wants_literal("token_logp", impl, logits):
         check_literal_labels("token_logp", labels, logits.shape[-1])
         return token_logp_reference(logits, labels)
-    flat = torch.ops.gfast.token_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)[0]
-    return flat.reshape(labels.shape)
+    logp, _ = label_logp(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), impl)
+    return logp.reshape(labels.shape)

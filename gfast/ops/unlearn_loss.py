@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows, raise_if_not_finite, runs_now
+from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows, raise_if_not_finite
 from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.inplace import Overwritten
 from gfast.ops.memory import fresh
 from gfast.ops.reductions import LossOutput
+from gfast.ops.registration import python_op
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
@@ -68,6 +69,13 @@ def weighted_rows(
     return kernel("weighted_rows", impl)(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
 
 
+def _fake_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl):
+    dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
+    per_row = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
+
+
+@python_op("unlearn_rows", _fake_rows)
 def _unlearn_rows(
     logits: Tensor,
     labels: Tensor,
@@ -86,16 +94,6 @@ def _unlearn_rows(
     out = gradient if with_grad else None
     logp, weight = weighted_rows(unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out, impl)
     return logp, weight, gradient
-
-
-_unlearn_rows_op = torch.library.custom_op("gfast::unlearn_rows", _unlearn_rows, mutates_args=())
-
-
-@_unlearn_rows_op.register_fake
-def _(logits, labels, ref_logp, numbers, factor, with_grad, impl):
-    dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
-    per_row = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
-    return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
 
 
 def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOutput:
@@ -138,19 +136,17 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
         check_label_range(name, labels, logits.shape[-1])  # before the logits are touched
         memory = Overwritten(name, logits)
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
-    now = runs_now(rows)  # then the dispatcher, which takes longer than 16 rows of logits, is not needed
     if terms.by_token:
         ref = ref if spec.uses_ref else None
         inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
-            unlearn_rows = _unlearn_rows if now else torch.ops.gfast.unlearn_rows
-            logp, weight, gradient = unlearn_rows(rows, labels, ref, spec.numbers(), inner, wanted, impl)
+            logp, weight, gradient = _unlearn_rows(rows, labels, ref, spec.numbers(), inner, wanted, impl)
         else:
             memory.start()
             logp, weight = weighted_rows(rows, labels, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
     else:
-        logp, stats = (label_logp if now else torch.ops.gfast.token_logp)(rows, labels, impl)
+        logp, stats = label_logp(rows, labels, impl)
         weight, value = terms.weigh(logp, ref)
         inner, late = kept_scale(factor, logits.dtype, weight) if wanted else (factor, None)
         coef = weight * inner
@@ -158,8 +154,7 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
             memory.start()
             logp_rows_grad(rows, labels, logp, stats, coef, 1.0, 0.0, rows, impl)
         elif wanted:
-            logp_gradient = label_logp_gradient if now else torch.ops.gfast.token_logp_backward
-            gradient = logp_gradient(rows, labels, logp, stats, coef, impl)
+            gradient = label_logp_gradient(rows, labels, logp, stats, coef, impl)
     loss = value.sum() * factor
     if memory is not None:
         loss = memory.finished(loss, late)

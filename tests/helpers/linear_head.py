@@ -26,7 +26,7 @@ class Inside(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in BODIES:
             with self:
-                return BODIES[func]._init_fn(*args, **(kwargs or {}))
+                return BODIES[func].registered._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.watch(func, out)
         return out
