@@ -8,7 +8,7 @@ from laws import MEMORY, verdict
 
 from gfast.ops.chunks import plan_chunks, sequence_length, valid_rows
 from gfast.ops.dispatch import select
-from gfast.ops.head import _FOLD_BYTES, _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts
+from gfast.ops.head import _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts
 from gfast.ops.linear_inputs import local_head
 from gfast.ops.reductions import sequence_layout
 from gfast.ops.weights import spec_of
@@ -32,8 +32,7 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
     kernels widen W in the cache, there are no such tiles, but sums of dH by parts of the vocabulary.
 
     Scoring: logp and two statistics a row in fp32, and the fp64 they are made of, all [N]; the rows that take part and
-    the tile of W as above; of the logits what is folded at a time, at most ``_FOLD_BYTES``, or a chunk where no kernel
-    folds them (fp32 on a GPU).
+    the tile of W as above; of the logits what is folded at a time, or a chunk where no kernel folds them.
     """
     hidden, weight = inputs.tensors
     labels, scored, want_dw = inputs.labels.flatten(), case.mode == "nograd", case.mode in ("train", "forward")
@@ -52,8 +51,8 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
     logits = head.chunk * case.vocab * product
     tile, mixes = _wide_rows(row, case.vocab) * row, _mixes(head.dtype, weight)
     if scored:
-        if head.folds(select("linear_token_logp", "auto", hidden.device, hidden.dtype)):
-            logits = min(_FOLD_BYTES, head.rows * case.vocab * product)
+        if select("linear_token_logp", "auto", hidden.device, hidden.dtype) != "reference":
+            logits = min(head.fold_sizes()[1], head.rows * case.vocab * product)
         converts = head.dtype != weight.dtype and not mixes
         return case.rows * 3 * (4 + 8) + taken + logits + converts * tile
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -96,15 +95,9 @@ def specs() -> Iterator[Spec]:
         launch = row_dot.tile(DTYPES[a], DTYPES[g])
         options = {"num_warps": launch.pop("num_warps"), "num_stages": launch.pop("num_stages")}
         yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, launch, options, True)
-    types = ("hidden:*$ hidden_stride:i32 weight:*$ weight_stride:i32 bias:*$ labels:*i64 top:*fp32 rest:*fp32 "
-             "target:*fp32 N:i32 V:i32 D:i32 run:i32")
-    for dtype, form in [("bf16", plain), ("fp16", capped)]:
-        launch = output_head.tile(ITEMSIZE[dtype])
-        options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
-        signature = dict(item.split(":") for item in types.replace("$", dtype).split())
-        product = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-        yield Spec(f"head_stats {dtype}", output_head.head_stats_kernel, signature,
-                   {**form, "has_bias": form is capped, "LOGITS": product, "PRODUCT": product, **launch}, options, True)
+    types = "logits:*$ row_stride:i32 labels:*i64 first:i32 state:*fp64 N:i32 V:i32"
+    for dtype, form in [("bf16", plain), ("fp16", capped), ("fp32", plain)]:
+        yield _row_spec("fold_rows", output_head.fold_rows_kernel, dtype, 4096, types, **form)
 
 
 def compile_spec(spec: Spec, sm: int) -> Report:

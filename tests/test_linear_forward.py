@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.linear_head import Inside, rows_problem
-from helpers.losses import assert_law, need, problem, run
+from helpers.losses import DEVICES, assert_law, need, problem, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfast
@@ -57,6 +57,56 @@ def test_the_fold_takes_masked_logits():
     assert gfast.linear_token_logp(hidden, weight, labels - 1200, bias=bias, impl="cpp")[0] == -torch.inf
     bias[1270] = torch.nan
     assert gfast.linear_token_logp(hidden, weight, labels, bias=bias, impl="cpp").isnan().all()
+
+
+@pytest.mark.parametrize("form", [(1.0, None), (0.5, 3.0)], ids=str)
+@pytest.mark.parametrize("n, D, V", [(1, 16, 1), (7, 24, 33), (40, 70, 700)])
+def test_the_fold_by_triton_by_the_law(n, D, V, form, monkeypatch):
+    need("linear_token_logp", "triton", DEVICES[-1], torch.float16)
+    monkeypatch.setattr(head, "_FOLD_BYTES", 1)  # tiles of 512 entries, and rows in two parts
+    monkeypatch.setattr(head, "_GPU_FOLD_BYTES", 1)
+    monkeypatch.setattr(head, "_FOLD_ROWS", 24)
+    monkeypatch.setattr(head, "_GPU_FOLD_ROWS", 24)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        hidden, weight, bias, labels = (x.to(DEVICES[-1]) for x in rows_problem(n, D, V, dtype))
+        labels[: n // 4] = -100
+        labels[-1] = V - 1
+        wide = [x.double() for x in (hidden, weight, bias)]
+        for b, wide_b in ((None, None), (bias, wide[2])):
+            truth = linear_token_logp_reference(*wide[:2], labels, wide_b, *form)
+            plain = linear_token_logp_reference(hidden, weight, labels, b, *form)
+            options = dict(bias=b, logit_scale=form[0], softcap=form[1], impl="triton")
+            ours = gfast.linear_token_logp(hidden, weight, labels, **options)
+            assert ours.dtype == torch.float32 and (ours[labels == -100] == 0).all()
+            assert_law([ours], [plain], [truth], dtype)
+            assert torch.equal(ours, gfast.linear_token_logp(hidden, weight, labels, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_fold_in_triton(dtype):
+    """Labels at the borders of tiles, a label in none, a masked tile, a masked label, a NaN, tiles of odd widths."""
+    need("linear_token_logp", "triton", DEVICES[-1], dtype)
+    from gfast.kernels.head import fold_rows
+
+    bounds = [0, 128, 255, 400, 700]
+    logits = 5 * torch.randn(10, 700, generator=torch.Generator().manual_seed(0)).to(DEVICES[-1], dtype)
+    labels = torch.tensor([0, 127, 128, 254, 255, 699, 400, 300, -100, 2**40], device=DEVICES[-1])
+    logits[:, 128:255] = -torch.inf
+    logits[6, 650] = torch.nan
+    others, rows = logits.double(), torch.arange(8)
+    target = others[rows, labels[:8]]
+    others[rows, labels[:8]] = -torch.inf
+    state = torch.tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64, device=DEVICES[-1]).repeat(1, 10)
+    memory = torch.full((10, 301), 99.0, dtype=dtype, device=DEVICES[-1])
+    for first, stop in zip(bounds, bounds[1:], strict=False):
+        tile = memory[:, : stop - first].copy_(logits[:, first:stop])  # rows apart: what lies between is not theirs
+        fold_rows(tile, labels, first, 1.0, 0.0, state)
+    expected = others.logsumexp(1)
+    torch.testing.assert_close(state[0] + state[1].log(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert expected.isnan().sum() == 1
+    assert torch.equal(state[2, :8], target) and (state[2, 8:] == -torch.inf).all()
+    with pytest.raises(ValueError, match="must be contiguous fp64"):
+        fold_rows(logits, labels, 0, 1.0, 0.0, state.float())
 
 
 def test_the_fold_does_not_depend_on_threads():

@@ -4,53 +4,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers.linear_head import DRAWS, Inside, largest_tensors, rows_problem
-from helpers.losses import DEVICES, assert_law, assert_law_of_draws, need, run
+from helpers.losses import assert_law, assert_law_of_draws, need, run
 
 import gfast
 from gfast.objectives import NPO, WGA, SimNPO
 from gfast.ops import head, linear_inputs
-from gfast.ops.linear_token_logp import linear_token_logp_reference
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference
-
-
-@pytest.mark.parametrize("form", [(1.0, None), (0.5, 3.0)], ids=str)
-@pytest.mark.parametrize("n, D, V", [(1, 16, 1), (7, 24, 33), (130, 70, 700)])
-def test_the_fused_gpu_forward_by_the_law(n, D, V, form):
-    need("linear_token_logp", "triton", DEVICES[-1], torch.float16)
-    for dtype in (torch.float16, torch.bfloat16)[: len(DEVICES)]:  # the interpreter truncates when it casts to bf16
-        hidden, weight, bias, labels = (x.to(DEVICES[-1]) for x in rows_problem(n, D, V, dtype))
-        labels[: n // 4] = -100
-        labels[-1] = V - 1
-        wide = [x.double() for x in (hidden, weight, bias)]
-        for b, wide_b in ((None, None), (bias, wide[2])):
-            truth = linear_token_logp_reference(*wide[:2], labels, wide_b, *form)
-            plain = linear_token_logp_reference(hidden, weight, labels, b, *form)
-            options = dict(bias=b, logit_scale=form[0], softcap=form[1], impl="triton")
-            ours = gfast.linear_token_logp(hidden, weight, labels, **options)
-            assert ours.dtype == torch.float32 and (ours[labels == -100] == 0).all()
-            assert_law([ours], [plain], [truth], dtype)
-            again = gfast.linear_token_logp(hidden, weight, labels, **options)
-            assert torch.equal(ours, again)
-
-
-def test_the_fused_gpu_forward_splits_and_merges():
-    """More runs of the vocabulary than one, labels in each of them, a label in none, and a masked run."""
-    need("linear_token_logp", "triton", DEVICES[-1], torch.float16)
-    from gfast.kernels.head import head_stats
-
-    hidden, weight, bias, labels = (x.to(DEVICES[-1]) for x in rows_problem(9, 32, 700, torch.float16))
-    labels[:8] = torch.tensor([0, 127, 128, 300, 511, 640, 699, 255])
-    labels[8] = -5
-    bias[256:384] = -torch.inf
-    labels[3] = 600
-    logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())  # [9, 700]
-    others = logits.clone()
-    rows = torch.arange(8)
-    others[rows, labels[:8]] = -torch.inf
-    top, rest, target = head_stats(hidden, weight, bias, labels).double()
-    torch.testing.assert_close(top + rest.log(), others.logsumexp(1), rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(target[:8], logits[rows, labels[:8]], rtol=2e-3, atol=2e-3)
-    assert target[8] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

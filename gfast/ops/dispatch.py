@@ -30,7 +30,8 @@ OPS = {  # and the CPU kernel that a build must hold to serve each
 }
 _STEPS = {"sharded_token_kl": "kl_parts", "scale": "scale_"}  # of several ops
 # Kernels that Triton has by the same name and with the same arguments, and the modules they are in.
-_TRITON_MODULES = {"logp_rows": "rows", "logp_rows_grad": "rows", "weighted_rows": "rows", "kl_rows": "kl"}
+_TRITON_MODULES = {"fold_rows": "head", "kl_rows": "kl"}
+_TRITON_MODULES |= dict.fromkeys(("logp_rows", "logp_rows_grad", "weighted_rows"), "rows")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from gfast.ops import checks
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.chunks import row_chunks
-from gfast.ops.dispatch import compiled, extension, has_cpu_kernel
+from gfast.ops.dispatch import compiled, extension, has_cpu_kernel, kernel
 from gfast.ops.memory import fresh
 from gfast.ops.token_logp import stats_dtype
 
 _FOLD_ROWS, _FOLD_BYTES = 512, 2**23  # of a tile of logits that is folded: what a processor's last cache holds
+_GPU_FOLD_ROWS, _GPU_FOLD_BYTES = 4096, 2**25  # what a GPU's second cache holds, [4096, 4096] in 16 bits
 _TILE_BYTES = 2**21  # of a tile of dW that is added up: what one core's second cache holds
 _WIDE_TILE_BYTES = 2**24  # of a tile of W or dW in fp32: larger products are worth more than the nearest cache
 _SUM_BYTES, _SUM_ENTRIES = 2**24, 256  # of the sums of dH by parts of the vocabulary; of the least part
@@ -131,39 +132,30 @@ class ChunkedHead:
             _product(self.hidden[start:stop], weight, bias, out[:, part])
         return out
 
-    def folds(self, impl: str) -> bool:
-        """Whether ``impl`` (resolved) reduces logits to statistics without a chunk of them. On a GPU only 16-bit
-        products go to the matrix units from Triton; fp32 ones are left to the library."""
-        return impl == "cpp" or (impl == "triton" and self.out_dtype in (torch.bfloat16, torch.float16))
+    def fold_sizes(self) -> tuple[int, int, int]:
+        """Most rows, bytes and columns of a tile of logits that is folded."""
+        if self.hidden.is_cuda:
+            return _GPU_FOLD_ROWS, _GPU_FOLD_BYTES, _GPU_FOLD_BYTES
+        return _FOLD_ROWS, _FOLD_BYTES, 8192
 
     def fold_state(self, offset: int, scale: float, softcap: float, impl: str) -> Tensor:
-        """[3, n]: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
+        """[3, n] fp64: maximum of the logits but the label's, sum of their exps relative to it, logit of the label.
 
-        ``offset`` is the vocabulary entry of W's first row; a label that is not among W's rows has the logit -inf.
+        A tile of logits [n, t] at a time, folded by ``impl`` ("cpp" or "triton") while it is in cache. ``offset`` is
+        the vocabulary entry of W's first row; a label that is not among W's rows has the logit -inf.
         """
-        if impl == "cpp":
-            return self._fold_tiles(offset, scale, softcap)
-        from gfast.kernels.head import head_stats
-
-        labels = self.labels - offset
-        hidden = self.hidden.to(self.out_dtype)  # an interpreting CPU may multiply in another
-        state = head_stats(hidden, self._weight, self._bias, labels, scale, softcap)
-        state[2].masked_fill_((labels < 0) | (labels >= self.vocab), -torch.inf)
-        return state
-
-    def _fold_tiles(self, offset: int, scale: float, softcap: float) -> Tensor:
-        """``fold_state`` in fp64 on a CPU: a tile of logits [n, t] at a time, folded while it is in cache."""
+        fold, (most, size, widest) = kernel("fold_rows", impl), self.fold_sizes()
         states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
-        for start, stop in row_chunks(self.rows, _FOLD_ROWS):
+        for start, stop in row_chunks(self.rows, most):
             rows, part_labels = stop - start, self.labels[start:stop]
             state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
-            fitting = max(512, min(8192, _FOLD_BYTES // (self.dtype.itemsize * rows)))
+            fitting = max(512, min(widest, size // (self.dtype.itemsize * rows)))
             step = 1 << fitting.bit_length() - 1  # a power of 2: few different row strides, see mixed_mm.cpp
             buffer = self.hidden.new_empty(rows, min(step, self.vocab))
             for part, weight, bias in self._tiles(step, mixed=True):
                 tile = buffer[:, : weight.shape[0]]
                 _product(self.hidden[start:stop], weight, bias, tile)
-                torch.ops.gfast.fold_rows(tile, part_labels, offset + part.start, scale, softcap, state)
+                fold(tile, part_labels, offset + part.start, scale, softcap, state)
             states.append(state)
         return torch.cat(states, dim=1)
 

@@ -96,7 +96,7 @@ def _linear_token_logp(
     """logp [N] and statistics [N, 2]; for what is no tensor see ``LocalHead.options``."""
     shard, chunk_rows, chosen = unpacked("linear_token_logp", hidden, labels, sizes, group, impl)
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
-    if head.folds(chosen):
+    if chosen != "reference":
         logp, stats = shard.fold(head, *form, chosen)
         return head.scatter(logp), head.scatter(stats)
     dtype = stats_dtype(hidden.dtype)
