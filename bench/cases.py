@@ -27,6 +27,7 @@ HEADS = {  # name: (D, V)
     "llama-3.1-8b": (4096, 128256),
 }
 OBJECTIVES = {"wga": WGA(alpha=1.0), "tnpo": TNPO(beta=1.0), "npo": NPO(beta=0.1), "nll": NLL()}
+MATRICES = {"logits": 1, "kl": 2}  # of logits that an op reads
 MODES = ("train", "forward", "frozen", "nograd")  # "frozen" is a head without gradient: the linear path alone has it
 BATCHES = ("full", "tofu", "long")  # where labels are -100, and how long the sequences are
 
@@ -35,8 +36,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    op: str  # "logits" or "linear"
-    objective: str
+    op: str  # "logits", "linear" or "kl"
+    objective: str  # "kl" of that op
     head: str
     width: int
     vocab: int
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.rows, self.vocab) if self.op == "logits" else (self.rows, self.width, self.vocab)
+        return (self.rows, self.width, self.vocab) if self.op == "linear" else (self.rows, self.vocab)
 
     @property
     def layout(self) -> tuple[int, int]:
@@ -64,6 +65,7 @@ class Inputs:
     tensors: tuple[Tensor, ...]  # (logits [B, T, V],) or (hidden [B, T, D], weight [V, D])
     labels: Tensor  # [B, T]
     ref_logp: Tensor  # [B, T], 0 at ignored labels
+    ref_logits: Tensor | None = None  # [B, T, V], of "kl"
 
     @property
     def valid(self) -> int:
@@ -78,7 +80,8 @@ def make_inputs(case: Case) -> Inputs:
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(*shape, generator=rng, device=case.device).mul_(scale).to(dtype)
 
-    if case.op == "logits":
+    ref_logits = normal(*batch, case.vocab, scale=2.0) if case.op == "kl" else None
+    if case.op != "linear":
         tensors = (normal(*batch, case.vocab, scale=2.0),)
     else:
         tensors = (normal(*batch, case.width, scale=1.0), normal(case.vocab, case.width, scale=2 / case.width**0.5))
@@ -90,7 +93,7 @@ def make_inputs(case: Case) -> Inputs:
         stop = start + torch.randint(12, 40, length, generator=rng)
         labels[(position < start) | (position >= stop)] = -100
     ref_logp = torch.where(labels != -100, torch.randn(batch, generator=rng) - 10, 0.0)
-    return Inputs(tensors, labels.to(case.device), ref_logp.to(case.device))
+    return Inputs(tensors, labels.to(case.device), ref_logp.to(case.device), ref_logits)
 
 
 def objective_of_nll(objective: str, nll: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
@@ -115,6 +118,13 @@ def plain_loss(objective: str, logits: Tensor, labels: Tensor, ref_logp: Tensor)
         return F.cross_entropy(flat, labels.reshape(-1))
     nll = F.cross_entropy(flat, labels.reshape(-1), reduction="none").reshape(labels.shape)
     return objective_of_nll(objective, nll, labels, ref_logp)
+
+
+def plain_kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(reference || model) in plain PyTorch, the mean over valid tokens; logits [B, T, V]."""
+    log_p, log_q = (torch.log_softmax(z, -1) for z in (logits, ref_logits))
+    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # [B, T]
+    return kl[labels != -100].mean()
 
 
 def step_of(case: Case, inputs: Inputs, loss: Callable[..., Tensor]) -> Step:
@@ -148,9 +158,9 @@ def flops(case: Case, valid: int) -> int:
 
 
 def bytes_moved(case: Case) -> int:
-    """The logits read once, and for a gradient written once."""
+    """The logits read once, of KL the reference's too, and for a gradient written once."""
     size = case.rows * case.vocab * DTYPES[case.dtype].itemsize
-    return size * (2 if case.mode == "train" else 1) if case.op == "logits" else 0
+    return size * (MATRICES[case.op] + (case.mode == "train")) if case.op != "linear" else 0
 
 
 # Models

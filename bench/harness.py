@@ -21,13 +21,15 @@ from datetime import datetime, timezone
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_RESULTS = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)README.md")
-PEERS = ("bergson", "cut-cross-entropy", "kronfluence", "liger-kernel", "trl")  # those of bench/requirements.txt
+PEERS = (  # those of bench/requirements*.txt
+    *("bergson", "cut-cross-entropy", "kronfluence", "liger-kernel", "nvidia-cutlass-dsl", "quack-kernels", "trl"),
+)
 FAMILIES = ("xeon", "epyc", "ryzen", "threadripper", "core", "neoverse", "graviton", "apple")
 INSTRUCTIONS = {  # flag in /proc/cpuinfo: what it is called here, the widest first
     "amx_bf16": "amx",
@@ -38,6 +40,9 @@ INSTRUCTIONS = {  # flag in /proc/cpuinfo: what it is called here, the widest fi
     "asimd": "neon",
 }
 MAKERS = {"nvidia", "geforce", "tesla", "quadro", "generation"}
+
+QUEUE_S = 0.1  # seconds of queueing from which a step is not queued beforehand
+SPINS_PER_S = 2.5e9  # above the clock of any GPU: at a lower one the kernel that spins takes longer
 
 Row = dict[str, Any]
 
@@ -55,6 +60,8 @@ def reason(problem: Exception) -> str:
 FIELDS = (  # of a measured row, and how it is printed
     ("median_ms", "{:.4g} ms"),
     ("iqr_ms", "(iqr {:.2g})"),
+    ("wall_ms", "{:.4g} ms from an idle device"),
+    ("host_ms", "{:.3g} ms of them the host's"),
     ("step_ms", "{:.4g} ms a step"),
     ("of_plain_step", "({:.3f} of the plain one)"),
     ("measurement_ms", "{:.4g} ms a measurement"),
@@ -64,6 +71,7 @@ FIELDS = (  # of a measured row, and how it is printed
     ("times_floor", "{:.3f} floors"),
     ("ratio", "{:.3f} floors"),
     ("peak_extra_mb", "{:.4g} MB"),
+    ("of_bytes", "{:.3f} of the bytes it must move"),
     ("relative_error", "error {:.1e}"),
     ("error", "error {:.1e}"),
 )
@@ -136,7 +144,8 @@ def interleaved(
     keeps its speed. They have no other turn in the rounds.
 
     Returns:
-        name -> ``summary`` of its times, with those of what was called beside it, and its name where it was that.
+        name -> ``summary`` of its times, with those of what was called beside it, and its name where it was that. On a
+        GPU with ``aside`` of its calls too.
     """
     rounds: dict[str, int] = {}
     near: dict[str, dict[str, list[float]]] = {
@@ -157,20 +166,28 @@ def interleaved(
             rounds[name] = 0
         else:
             rounds[name] = max(1, min(repetitions, int(budget / max(warm[-1], 1e-6))))
-    seconds = _cuda_seconds if device == "cuda" else _wall_seconds
+    calls: dict[str, list[CudaTimes]] = {name: [] for name in steps}
+
+    def seconds(name: str) -> float:
+        if device != "cuda":
+            return _wall_seconds(steps[name])
+        calls[name].append(cuda_times(steps[name]))
+        return calls[name][-1].device
+
     for turn in range(max(rounds.values(), default=0)):
-        for name, step in steps.items():
+        for name in steps:
             if turn < rounds[name] and name not in units:
                 for unit in near.get(name, ()):
-                    near[name][unit].append(seconds(steps[unit]))
+                    near[name][unit].append(seconds(unit))
                     times[unit].append(near[name][unit][-1])
-                times[name].append(seconds(step))
+                times[name].append(seconds(name))
     for unit in units:
         while len(times[unit]) < min(3, rounds[unit]):  # nobody it stands beside had a turn
-            times[unit].append(seconds(steps[unit]))
+            times[unit].append(seconds(unit))
     found = {name: summary(values) for name, values in times.items()}
     for name, row in found.items():
         row |= {"name": name} if name in units else {}
+        row |= aside(calls[name])
         if near.get(name):
             row["beside_ms"] = {unit: [round(1e3 * value, 3) for value in ms] for unit, ms in near[name].items()}
     return found
@@ -184,15 +201,48 @@ def _wall_seconds(step: Callable[[], object]) -> float:
     return seconds
 
 
-def _cuda_seconds(step: Callable[[], object]) -> float:
+class CudaTimes(NamedTuple):
+    """Seconds of a step: the device's, the host's until it returns, all from an idle device; whether the first is of
+    work that was queued before it began."""
+
+    device: float
+    host: float
+    wall: float
+    queued: bool
+
+
+def cuda_times(step: Callable[[], object]) -> CudaTimes:
+    """Two calls. One on an idle device, by the host's clock; one behind a kernel that spins for as long as the host
+    needs to queue the step, by events, so that the device never waits for Python within the time that counts.
+
+    Who waits for the device itself cannot be queued, and is so slow to queue that it does not matter above QUEUE_S: the
+    device's time then has the host's in it.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = step()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - start
+    del result
+    if host < QUEUE_S:
+        torch.cuda._sleep(int(SPINS_PER_S * (2 * host + 1e-4)))
     begin.record()
     result = step()
+    queued = not begin.query()  # it still spins
     end.record()
     torch.cuda.synchronize()
     del result
-    return begin.elapsed_time(end) / 1e3
+    return CudaTimes(begin.elapsed_time(end) / 1e3, host, wall, queued)
+
+
+def aside(calls: list[CudaTimes]) -> Row:
+    """What a row says of a GPU's calls beside the device's time."""
+    if not calls:
+        return {}
+    wall, host = (1e3 * statistics.median(values) for values in ([c.wall for c in calls], [c.host for c in calls]))
+    return {"wall_ms": round(wall, 4), "host_ms": round(host, 4), "queued": all(call.queued for call in calls)}
 
 
 # Memory

@@ -25,6 +25,7 @@ class Law(NamedTuple):
 
 LAWS = {
     "logits": Law("`unlearn_loss`, forward + backward", "at most {} copies of the logits"),
+    "kl": Law("`token_kl` on a GPU, forward + backward", "at most {} copies of as many bytes"),
     "eager": Law("`unlearn_loss` WGA bf16 against open-unlearning's way", "{} times less time", True),
     "compile": Law("`unlearn_loss` WGA bf16 against torch.compile", "{} times less time", True),
     "train": Law("`linear_unlearn_loss`, forward + backward", "at most {} times its bare matrix products"),
@@ -130,7 +131,7 @@ def _loss(row: Data) -> Iterator[Check]:
     name = "" if row["provider"] == "gfast" else f"{row['provider']}, "
     case = f"{name}{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row.get('batch', 'full')})"
     if "law" in row:
-        law = "logits" if row["op"] == "logits" else mode
+        law = mode if row["op"] == "linear" else row["op"]
         yield Check(law, case, row["times_floor"], row["law"], row["law_met"])
     if found := row.get("of_memory"):
         law, of = ("memory_nograd", "") if mode == "nograd" else ("memory", f", {mode}")

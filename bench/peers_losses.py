@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cases import OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_loss, step_of
+from cases import MATRICES, OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_kl, plain_loss, step_of
 from torch import Tensor
 
 import gfast
@@ -22,26 +22,29 @@ import gfast
 @dataclass(frozen=True)
 class Provider:
     make: Callable[[Case, Inputs], Step | None]
-    package: str | None = None  # must be importable
+    packages: tuple[str, ...] = ()  # must be importable
     gpu_only: bool = False
     compiles: bool = False  # in its first call
     ours: bool = False  # a wrong result is a bug of this repository: never timed
     floor: bool = False  # computes no loss
 
     def why_not(self, device: str) -> str | None:
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
+        if any(importlib.util.find_spec(package) is None for package in self.packages):
             return "not installed"
         return "needs a GPU" if self.gpu_only and device != "cuda" else None
 
 
 def _logits(case: Case, leaves: tuple[Tensor, ...]) -> Tensor:
-    return leaves[0] if case.op == "logits" else F.linear(*leaves)
+    return F.linear(*leaves) if case.op == "linear" else leaves[0]
 
 
 def plain(case: Case, inputs: Inputs, upcast: bool = False, compiled: bool = False) -> Step:
     def loss(*leaves: Tensor) -> Tensor:
         logits = _logits(case, leaves)
-        return plain_loss(case.objective, logits.float() if upcast else logits, inputs.labels, inputs.ref_logp)
+        logits = logits.float() if upcast else logits
+        if inputs.ref_logits is not None:
+            return plain_kl(logits, inputs.ref_logits.to(logits.dtype), inputs.labels)
+        return plain_loss(case.objective, logits, inputs.labels, inputs.ref_logp)
 
     return step_of(case, inputs, torch.compile(loss, dynamic=False) if compiled else loss)
 
@@ -63,6 +66,8 @@ def _reference(case: Case, inputs: Inputs) -> Tensor | None:
 
 
 def gfast_loss(case: Case, inputs: Inputs) -> Step:
+    if inputs.ref_logits is not None:
+        return step_of(case, inputs, lambda logits: gfast.token_kl(logits, inputs.ref_logits, inputs.labels))
     objective, ref = OBJECTIVES[case.objective], _reference(case, inputs)
     op = gfast.unlearn_loss if case.op == "logits" else gfast.linear_unlearn_loss
     return step_of(case, inputs, lambda *leaves: op(*leaves, inputs.labels, objective, ref_logp=ref).loss)
@@ -103,12 +108,14 @@ def gfast_logp(case: Case, inputs: Inputs) -> Step | None:
 
 def floor(case: Case, inputs: Inputs) -> Step:
     """No loss can do less: move the logits' bytes, or multiply as often as the mode needs."""
-    if case.op == "logits":
-        logits = inputs.tensors[0]
-        if case.mode != "train":  # nothing is written: half of a copy moves as many bytes as reading it all
-            logits = logits.flatten(0, 1)[: max(1, case.rows // 2)]
-        out = torch.empty_like(logits)
-        return lambda: (out.copy_(logits),)
+    if case.op != "linear":
+        # a copy of as many bytes as are read and written; half of them are read
+        rows = inputs.tensors[0].flatten(0, 1)  # [N, V]
+        if inputs.ref_logits is not None:
+            rows = torch.cat([rows, inputs.ref_logits.flatten(0, 1)])
+        rows = rows[: max(1, (MATRICES[case.op] + (case.mode == "train")) * case.rows // 2)]
+        out = torch.empty_like(rows)
+        return lambda: (out.copy_(rows),)
     hidden = inputs.tensors[0].flatten(0, 1)[inputs.labels.flatten() != -100]
     native = _products(case.mode, hidden, inputs.tensors[1])
     # Many CPUs multiply bf16 more slowly than fp32: the floor is the faster, its operands converted beforehand.
@@ -170,6 +177,36 @@ def liger(case: Case, inputs: Inputs) -> Step | None:
     return step_of(case, inputs, lambda hidden, weight: sign * module(weight, hidden.flatten(0, 1), labels))
 
 
+def liger_cute(case: Case, inputs: Inputs) -> Step | None:
+    """Its kernels for Hopper: of NLL the fused head with its gradient, else a token's NLL."""
+    if case.op != "linear":
+        return None
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    labels = inputs.labels.flatten()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.flatten(0, 1)
+        if case.objective == "nll":
+            return liger_fused_linear_cross_entropy_sm90(rows, weight, labels)
+        nll = LigerFusedScaledCrossEntropySM90Function.apply(rows, weight, labels).view(inputs.labels.shape)
+        return objective_of_nll(case.objective, nll, inputs.labels, inputs.ref_logp)
+
+    return step_of(case, inputs, loss)
+
+
+def quack(case: Case, inputs: Inputs) -> Step | None:
+    if (case.op, case.objective) != ("linear", "nll"):
+        return None
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    labels = inputs.labels.flatten()
+    return step_of(
+        case, inputs, lambda hidden, weight: chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, labels)
+    )
+
+
 def cce(case: Case, inputs: Inputs, **options: object) -> Step | None:
     if case.op != "linear":
         return None
@@ -215,9 +252,11 @@ PROVIDERS: dict[str, Provider] = {  # README.md says what each does
     "compile": Provider(partial(plain, compiled=True), compiles=True),
     "torch_chunked": Provider(torch_chunked),
     "torch_chunked_rows": Provider(partial(torch_chunked, large=True)),
-    "liger": Provider(liger, "liger_kernel", gpu_only=True),
-    "cce": Provider(cce, "cut_cross_entropy", gpu_only=True),
-    "cce_exact": Provider(partial(cce, filter_eps=None), "cut_cross_entropy", gpu_only=True),
-    "cce_torch": Provider(partial(cce, impl="torch_compile"), "cut_cross_entropy", compiles=True),
-    "trl": Provider(trl, "trl"),
+    "liger": Provider(liger, ("liger_kernel",), gpu_only=True),
+    "liger_cute": Provider(liger_cute, ("liger_kernel", "cutlass"), gpu_only=True, compiles=True),
+    "quack": Provider(quack, ("quack", "cutlass"), gpu_only=True, compiles=True),
+    "cce": Provider(cce, ("cut_cross_entropy",), gpu_only=True),
+    "cce_exact": Provider(partial(cce, filter_eps=None), ("cut_cross_entropy",), gpu_only=True),
+    "cce_torch": Provider(partial(cce, impl="torch_compile"), ("cut_cross_entropy",), compiles=True),
+    "trl": Provider(trl, ("trl",)),
 }

@@ -12,7 +12,7 @@ from laws import LAWS, Data, Result, batch_name, law_checks, model_name
 
 from gfast.report.style import LIGHT, MARKERS, log_axis, settings
 
-OPS = {"logits": "unlearn_loss", "linear": "linear_unlearn_loss"}
+OPS = {"logits": "unlearn_loss", "linear": "linear_unlearn_loss", "kl": "token_kl"}
 NAMES = {  # providers, where a reader knows them by another name
     "gfast_inplace": "gfast, in place",
     "open_unlearning": "open-unlearning",
@@ -21,6 +21,8 @@ NAMES = {  # providers, where a reader knows them by another name
     "torch_chunked": "torch, chunked",
     "torch_chunked_rows": "torch, chunked, large",
     "liger": "Liger",
+    "liger_cute": "Liger, CuTe",
+    "quack": "quack",
     "cce": "CCE",
     "cce_exact": "CCE, unfiltered",
     "cce_torch": "CCE, torch.compile",

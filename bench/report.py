@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from gpu_numbers import NUMBERS, cells
+from gpu_plan import CALLS
 from laws import FAMILIES, LAWS, Law, Result, cell, demanded, figure, law_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs") / "performance.md"
 PICTURES = Path("docs") / "performance"
-KINDS = ("losses", "geffect", "grad_dot", "overhead", "profile")  # a result's name is one of them, or KIND_MORE
+# A result's name is one of them, or KIND_MORE. Laws are asked of the first four.
+KINDS = ("losses", "geffect", "grad_dot", "overhead", "profile", "counters", "tiles", "on_gpu")
 DRAWN = {  # picture: its text
     "laws": "every measured case against its law",
     "losses": "time of the losses in floors",
@@ -34,7 +37,10 @@ def results(root: Path) -> list[Result]:
     for path in (root / "bench" / "results").glob("*/*.json"):
         kind = next((kind for kind in KINDS if path.stem == kind or path.stem.startswith(kind + "_")), None)
         if kind is not None:
-            found.append(Result(path.parent.name, kind, path.stem, json.loads(path.read_text())))
+            data = json.loads(path.read_text())
+            if data.get("dry_run") or data["environment"].get("dry_run"):
+                raise ValueError(f"{path} is of a dry run: nothing was measured; delete it")
+            found.append(Result(path.parent.name, kind, path.stem, data))
     return sorted(found, key=lambda r: (is_gpu(r.device), r.device, KINDS.index(r.kind), r.name))
 
 
@@ -113,6 +119,29 @@ def machines(found: list[Result], root: Path) -> str:
     return "<sub>" + "<br>\n".join(lines) + "</sub>" if lines else ""
 
 
+def gpu(found: list[Result], root: Path) -> str:
+    """The numbers, and the steps of bench/on_gpu.sh: what each came to on each GPU, empty where it has not run."""
+    header = ["what", "floor", "must reach", "measured", "floors", "host", "peak memory"]
+    names, blocks = [name for name in devices_of(found) if is_gpu(name)], []
+    for name in names or [None]:
+        here = [one for one in found if one.device == name]
+        rows = [[number.what, number.floor, number.must, *cells(number, here)] for number in NUMBERS]
+        title = f"`{name}`" if name else "Nothing of gfast has run on a GPU: no cell of these tables is filled."
+        blocks.append(f"{title}\n\n{table(header, rows, right=4)}")
+    came = {
+        (one.device, step["step"]): step["outcome"]
+        for one in sorted(found, key=lambda one: one.data["environment"]["date"])
+        if one.kind == "on_gpu"
+        for step in one.data["steps"]
+    }
+    steps = [step for stages in CALLS.values() for stage in stages for step in stage]
+    rows = [
+        [f"`{step.name}`", step.what, *(came.get((name, step.name), "") for name in names or [NO_GPU])]
+        for step in dict.fromkeys(steps)
+    ]
+    return "\n\n".join([*blocks, table(["step of `bench/on_gpu.sh`", "what", *(names or [NO_GPU])], rows)])
+
+
 def pictures(found: list[Result], root: Path) -> str:
     """Those that are there, in the order in which they are drawn."""
     there = {path.stem: path for path in (root / PICTURES).glob("*.png")}
@@ -132,7 +161,7 @@ def files(found: list[Result], root: Path) -> str:
 
 BLOCKS = {
     Path("README.md"): {"results": readme},
-    PAGE: {"laws": laws, "pictures": pictures, "missed": missed, "machines": machines, "files": files},
+    PAGE: {"gpu": gpu, "laws": laws, "pictures": pictures, "missed": missed, "machines": machines, "files": files},
 }
 
 

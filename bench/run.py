@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, geffect, grad_dot or overhead. README.md says what each measures and how to read it.
+"""Runs a benchmark: losses, geffect, grad_dot, overhead, tiles or counters. README.md says what each measures.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
@@ -9,6 +9,7 @@ python bench/run.py NAME --help
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -39,7 +40,9 @@ def integers(text: str) -> list[int]:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = top.add_subparsers(dest="benchmark", required=True, metavar="losses|geffect|grad_dot|overhead")
+    benchmarks = top.add_subparsers(
+        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|overhead|tiles|counters"
+    )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
         one = benchmarks.add_parser(name)
@@ -61,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--traces", type=Path, default=Path("runs") / "traces", help="folder of the traces")
 
     one = benchmark("losses", run_losses, repetitions=15)
-    one.add_argument("--ops", type=listed(("logits", "linear")), default="logits,linear")
+    one.add_argument("--ops", type=listed(("logits", "linear", "kl")), default="logits,linear")
     one.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
-    one.add_argument("--rows", type=int, help="default: 1024 for logits and 512 for linear; 4096 on a GPU")
+    one.add_argument("--rows", type=integers, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
     one.add_argument("--objectives", type=listed(cases.OBJECTIVES), default="wga,tnpo,npo,nll")
     one.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
     one.add_argument("--modes", type=listed(cases.MODES), default="train", help=", ".join(cases.MODES))
@@ -91,6 +94,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
     one.add_argument("--steps", type=int, default=10, help="optimizer steps a run, a multiple of 10")
     one.add_argument("--rounds", type=int, default=2, help="runs of each kind")
+
+    for name, main in (("tiles", run_tiles), ("counters", run_counters)):
+        one = benchmark(name, main)
+        one.add_argument("--head", choices=cases.HEADS, default="llama-3.1-8b")
+        one.add_argument("--rows", type=int, default=8192)
+        one.add_argument("--model", choices=cases.MODELS, default="llama-2-7b", help="whose tensors grad_dot is given")
+    one.add_argument("--one", help="call this op between the profiler's start and stop, and do nothing else")
     return top
 
 
@@ -199,6 +209,31 @@ def run_overhead(args: argparse.Namespace) -> None:
         print("\n".join(line(every.get(row["every"], f"every {row['every']} steps"), row) for row in part), flush=True)
         rows += part
         write(args, settings=settings, rows=rows)
+
+
+def run_tiles(args: argparse.Namespace) -> None:
+    import tiles
+
+    rows: list[Row] = []
+    for row in tiles.bench(args):
+        print(line(row["name"], row), flush=True)
+        rows.append(row)
+        write(args, head=args.head, rows=rows)
+
+
+def run_counters(args: argparse.Namespace) -> None:
+    import counters
+
+    if args.one:
+        return counters.profiled(args.one, args)
+    rows: list[Row] = []
+    for row in counters.bench(args):
+        print(line(row["op"], row), flush=True)
+        rows.append(row)
+        write(args, head=args.head, model=args.model, rows=rows)
+    if not any("kernels" in row for row in rows):
+        print(rows[-1]["failed"])
+        sys.exit(77)  # bench/on_gpu.py: it cannot run here
 
 
 def main() -> None:
