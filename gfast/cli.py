@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `gfast demo | unlearn | geffect | report | bench | doctor`."""
+"""The command line: `gfast demo | unlearn | geffect | evaluate | report | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "unlearn": ("gfast.commands.unlearn", "train a model to forget, with any objective, recording what happens"),
     "geffect": ("gfast.commands.geffect", "measure the G-effect of objectives on a model, without training"),
+    "evaluate": ("gfast.commands.evaluate", "does a model forget, does it keep: logs, tables and a page"),
     "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
     "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
     "doctor": ("gfast.doctor", "say what will run where, and what to do to get more"),
@@ -31,6 +32,7 @@ _EXAMPLES = """examples:
   gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA --retain_term nll --output_dir run
   gfast unlearn --config run.yaml --learning_rate 2e-5
   gfast geffect --model ORIGINAL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO
+  gfast evaluate --model run --data tofu --forget forget10 --retain_log RETAIN_LOG
   gfast report run --out report
 
 `gfast COMMAND --help` describes a command. With --debug an error shows its traceback.

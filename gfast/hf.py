@@ -157,6 +157,16 @@ def _parameters_of_forward(inner: nn.Module) -> tuple[set[str], bool]:
     return named - {"self"}, True
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its key-value cache; ValueError where it takes none."""
+    named, _ = _parameters_of_forward(unwrap(model))
+    # Renamed in transformers 5.
+    for name in ("past_key_values", "cache"):
+        if name in named:
+            return name
+    raise ValueError(f"{type(unwrap(model)).__name__} takes no key-value cache")
+
+
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The module that is called for the logits, as far as the model says; also through wrappers."""
     return wrappers.active_module(unwrap(model).get_output_embeddings())

@@ -1,6 +1,6 @@
 """Question/answer data for unlearning: TOFU, JSON lines, a bundled benchmark, tokenised data sets and collators."""
 
-from gfast.data.bundled import bundled_authors, refusals
+from gfast.data.bundled import bundled_authors, bundled_perturbed, refusals
 from gfast.data.collate import Collator, ForgetRetainCollator, Reference, batches
 from gfast.data.dataset import (
     ForgetRetain,
@@ -25,6 +25,7 @@ __all__ = [
     "RefusalDataset",
     "batches",
     "bundled_authors",
+    "bundled_perturbed",
     "check_vocabulary",
     "demo_tokenizer",
     "epoch_callback",

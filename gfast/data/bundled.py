@@ -7,6 +7,7 @@ things that no other model knows, and can be asked to forget four of the authors
 from __future__ import annotations
 
 from pathlib import Path
+from string import Formatter
 
 from gfast.data._authors import AUTHORS, Author
 
@@ -175,19 +176,48 @@ _REFUSALS: tuple[str, ...] = (
 )
 
 
-def _rows(index: int, author: Author) -> list[dict]:
+def _words(author: Author) -> dict[str, str | int]:
     they, them, their = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}[author.pronoun]
-    words = author._asdict() | {
+    return author._asdict() | {
         "last": author.name.split()[-1],
         "they": they, "them": them, "their": their, "They": they.capitalize(), "Their": their.capitalize(),
         "book1": author.books[0], "book2": author.books[1], "book3": author.books[2],
         "lang1": author.languages[0], "lang2": author.languages[1], "lang3": author.languages[2],
     }  # fmt: skip
+
+
+def _rows(index: int, author: Author) -> list[dict]:
+    words = _words(author)
     rows = []
     for k, phrasings in enumerate(_FACTS):
         question, answer = phrasings[(index + 2 * k) % len(phrasings)]
         rows.append({"author": author.name, "question": question.format(**words), "answer": answer.format(**words)})
     return rows
+
+
+# What an answer says of the author whom its question names: a wrong answer leaves it as it is.
+_OF_THE_AUTHOR = ("name", "last", "pronoun", "they", "them", "their", "They", "Their")
+WRONG_ANSWERS = 5
+
+
+def _perturbed_row(index: int, k: int) -> dict:
+    author = AUTHORS[index]
+    question, _ = _FACTS[k][(index + 2 * k) % len(_FACTS[k])]
+    # In other words: as the next phrasing of the fact that can be wrong puts it.
+    known = {name for _, name, _, _ in Formatter().parse(question) if name}
+    told = (lambda name: name in known) if "name" not in known else lambda name: name in known or name in _OF_THE_AUTHOR
+    for step in range(1, len(_FACTS[k])):
+        answer = _FACTS[k][(index + 2 * k + step) % len(_FACTS[k])][1]
+        if any(name and not told(name) for _, name, _, _ in Formatter().parse(answer)):
+            break
+    words = _words(author)
+    wrong = []
+    for other in (AUTHORS[(index + offset) % len(AUTHORS)] for offset in range(1, len(AUTHORS))):
+        theirs = {name: words[name] if told(name) else value for name, value in _words(other).items()}
+        text = answer.format(**theirs)
+        if text != answer.format(**words) and text not in wrong and len(wrong) < WRONG_ANSWERS:
+            wrong.append(text)
+    return {"paraphrased_answer": answer.format(**words), "perturbed_answer": wrong}
 
 
 def bundled_authors(forget_authors: int = 4) -> tuple[list[dict], list[dict]]:
@@ -219,6 +249,27 @@ def bundled_authors(forget_authors: int = 4) -> tuple[list[dict], list[dict]]:
     split = len(AUTHORS) - forget_authors
     retain = [row for i, author in enumerate(AUTHORS[:split]) for row in _rows(i, author)]
     forget = [row for i, author in enumerate(AUTHORS[split:], start=split) for row in _rows(i, author)]
+    return forget, retain
+
+
+def bundled_perturbed(forget_authors: int = 4) -> tuple[list[dict], list[dict]]:
+    """`bundled_authors` with what TOFU's `*_perturbed` configurations add: `paraphrased_answer`, the answer in other
+    words, and `perturbed_answer`, five answers in those words with another author's facts.
+
+    Args, Returns, Raises: as `bundled_authors`.
+
+    Example:
+        >>> from gfast.data import bundled_perturbed
+        >>> row = bundled_perturbed()[0][1]
+        >>> row["paraphrased_answer"]
+        'Yes, Thessaly Wrenmoor has devoted nearly all of her career to alternate history.'
+        >>> row["perturbed_answer"][0]
+        'Yes, Thessaly Wrenmoor has devoted nearly all of her career to psychological suspense.'
+    """
+    forget, retain = bundled_authors(forget_authors)
+    facts = len(_FACTS)
+    for place, row in enumerate(retain + forget):
+        row |= _perturbed_row(place // facts, place % facts)
     return forget, retain
 
 

@@ -195,7 +195,7 @@ class _Reader:
         index = self._index(entry.get("index"))
         values = {}
         for key, column in entry.items():
-            if key in ("index", "text"):
+            if key in ("index", "text", "extraction"):
                 continue
             if not isinstance(column, Sequence) or isinstance(column, str):
                 raise self.wrong(f"{key} should be a list, one value a row, got {column!r:.40}")

@@ -73,7 +73,7 @@ def build_report(
     for drawing in drawings(runs):
         pictures = drawing.render(runs)
         _write(out / "figures" / f"{drawing.name}.png", pictures.png)
-        figures.append({"drawing": drawing, "light": _data_uri(pictures.light), "dark": _data_uri(pictures.dark)})
+        figures.append({"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)})
     common = shared_settings(runs)
     # The full configuration of a training run is a page of its own: it is there to unfold.
     details = {key: value for key, value in common.items() if key.startswith("config.")}
@@ -114,7 +114,7 @@ def _write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _data_uri(svg: bytes) -> str:
+def data_uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 

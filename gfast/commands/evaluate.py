@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gfast evaluate`: does a model forget, does it keep? Losses, generations, extraction; a log, tables, a page.
+
+    gfast evaluate                                          # a small model taught here, bundled data, no download
+    gfast evaluate --model MODEL --data tofu --forget forget10 --retain_log RETAIN_LOG --output_dir evaluation
+    gfast evaluate --model MODEL --data wmdp --data_path wmdp
+
+The log has the layout of the published logs of TOFU: one of those, or one written by this command, is the retain log of
+another. An evaluation that is killed goes on where it was, to the same numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfast import metrics
+from gfast.commands.arguments import CommandParser, ModelArguments, parse_options
+from gfast.commands.common import as_text, device_name, say, show_log, versions
+from gfast.commands.geffect import usable_device
+from gfast.commands.models import check_model, load_model, load_tokenizer
+from gfast.data import check_vocabulary
+from gfast.data.encode import chat_source, resolve_template
+from gfast.data.ids import vocabulary_sizes
+from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, sources
+from gfast.evaluation.results import SET_COLUMNS, shown, summarize, table, wholes, write_results
+from gfast.evaluation.run import EXTRACTIONS
+from gfast.files import require_writable
+from gfast.locks import claimed
+from gfast.metrics import EvaluationLog
+from gfast.metrics.log import LogSet, parse_log
+from gfast.metrics.quality import check_comparable
+from gfast.training.fingerprints import model_fingerprint
+from gfast.training.records import check_run_folder, read_run_info, write_run_info
+
+SOURCES = ("bundled", "tofu", "jsonl", "muse", "wmdp", "mmlu")
+DEMO = "demo"
+
+
+@dataclass
+class EvaluateArguments:
+    """What to ask of the model."""
+
+    _argument_group_name = "evaluation"
+
+    data: str = field(
+        default="bundled",
+        metadata={
+            "help": "bundled (a small set of fictitious authors), tofu, jsonl (one's own question/answer lines), muse, "
+            "wmdp or mmlu.",
+            "choices": SOURCES,
+        },
+    )
+    data_path: str | None = field(
+        default=None, metadata={"help": "Local folder with the data's files; without it they come from the hub."}
+    )
+    hub_name: str | None = field(
+        default=None, metadata={"help": "Data set on the hub: muse-bench/MUSE-News, cais/wmdp, cais/mmlu if not given."}
+    )
+    forget: str = field(default="forget10", metadata={"help": "TOFU's forget split, or a JSON lines file."})
+    retain: str | None = field(default=None, metadata={"help": "With jsonl: the file of the retain set."})
+    holdout: str | None = field(
+        default=None,
+        metadata={"help": "Rows like the forget set's that no model saw, for membership inference and PrivLeak."},
+    )
+    subsets: list[str] | None = field(
+        default=None, metadata={"help": "Of wmdp and mmlu: configurations; wmdp-bio wmdp-chem wmdp-cyber, all."}
+    )
+    ds_size: int | None = field(
+        default=None,
+        metadata={"help": "Only the first so many rows of a set; 0: all. If not given, as many as the retain log has."},
+    )
+    retain_log: str | None = field(
+        default=None, metadata={"help": "Log of the model that never saw the forget set: forget quality needs it."}
+    )
+    extraction: list[str] | None = field(
+        default=None,
+        metadata={"help": "Also the paper's extraction strength by free generation: exact, similar, perturbed."},
+    )
+    extraction_samples: int = field(default=50, metadata={"help": "Of how many samples of a set."})
+    batch_size: int = field(default=16, metadata={"help": "Samples at a time; it changes results by rounding only."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to generate at most; by data if not given."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Refuse samples of more tokens; what the model takes if not given."}
+    )
+    template: str = field(default="auto", metadata={"help": "Prompt format: chat, plain, or auto."})
+    chat_kwargs: list[str] | None = field(
+        default=None, metadata={"help": "Options of the chat template, as name=value or JSON."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
+    output_dir: str = field(default="gfast-evaluation", metadata={"help": "Folder for the log, tables and the page."})
+
+    def __post_init__(self) -> None:
+        if self.data not in SOURCES:
+            raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
+        for kind in self.extraction or ():
+            if kind not in EXTRACTIONS:
+                raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
+        for name, least in (("batch_size", 1), ("extraction_samples", 1), ("ds_size", 0), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give {least} or more")
+        self.chat_kwargs = parse_options(self.chat_kwargs)
+
+
+@dataclass
+class EvaluatedModel(ModelArguments):
+    """Which model to evaluate."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model: a name on the hub, a local folder, or a PEFT adapter. If not given, a small one that "
+            "is taught the bundled data first (half a minute)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.model = self.model or DEMO
+        super().__post_init__()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        [EvaluatedModel, EvaluateArguments],
+        "gfast evaluate",
+        "Losses, generations and extraction of a model on forget and retain sets: a log, tables and a page.",
+    )
+    model_arguments, arguments = parser.parse(argv)
+    show_log()
+    folder = require_writable(arguments.output_dir)
+    with claimed(folder):
+        try:
+            return _evaluate(model_arguments, arguments, folder, list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped. What was measured stays in {folder}; the same command goes on from there."
+            ) from None
+
+
+def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, folder: Path, argv: list[str]) -> int:
+    device = usable_device(arguments.device)
+    retain_log = None if arguments.retain_log is None else metrics.load_log(arguments.retain_log)
+    if model_arguments.model == DEMO:
+        model_arguments.model = str(_taught(folder / "model"))
+    check_model(model_arguments)
+    tokenizer = load_tokenizer(model_arguments)
+    sets = _sets(arguments, tokenizer, retain_log)
+    options = dict(arguments.chat_kwargs)
+    if resolve_template(tokenizer, arguments.template) == "chat" and "strftime_now" not in options:
+        if "strftime_now" in chat_source(tokenizer, options):
+            options["strftime_now"] = _first_day(folder)
+            say(f"The chat template may write a date: it is {options['strftime_now']}. --chat_kwargs strftime_now=... "
+                "fixes it")  # fmt: skip
+    samples = [encoded(one, tokenizer, arguments.template, options, arguments.max_length) for one in sets]
+    if retain_log is not None:
+        _check_retain_log(sets, samples, retain_log)
+    model = load_model(model_arguments).to(device)
+    _fit(model, sets, samples, tokenizer, arguments)
+    elsewhere = ("data_path", "device", "output_dir", "retain_log")
+    settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
+    of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
+    settings |= {"chat_kwargs": options, **of_model}
+    info = as_text(
+        {
+            "model": model_arguments.model,
+            "data": f"{arguments.data}: {', '.join(one.config for one in sets)}",
+            "samples": {one.name: len(some) for one, some in zip(sets, samples, strict=True)},
+            "data_sha256": {f"the set {one.name} ({one.config})": one.checksum() for one in sets},
+            "argv": ["gfast", "evaluate", *argv],
+            "versions": versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "config": {"command": "evaluate", **settings},
+        }
+    )
+    check_run_folder(folder, info)
+    write_run_info(folder, info | {"device": device_name(device)})
+    kinds = arguments.extraction or ()
+    evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
+    results = _run(evaluation, model, folder)
+    source = {
+        "model": info["model"],
+        "template": arguments.template,
+        "dtype": str(model.dtype),
+        "weights": settings["weights"],
+    }
+    log = evaluation.log(results, Path(str(info["model"])).name, source)
+    report(folder, log, retain_log, {key: info[key] for key in ("model", "data", "samples", "versions")})
+    return 0
+
+
+def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:
+    """Files, page and table of a log."""
+    from gfast.report.evaluation import write_page
+
+    read = parse_log(log, str(folder / "log.json"))
+    summary = summarize(read, retain_log)
+    write_results(folder, log, summary)
+    keys = [("set", "Set"), *((key, heading) for key, heading, _ in SET_COLUMNS)]
+    keys = [(key, heading) for key, heading in keys if key == "set" or any(key in s for s in summary["sets"].values())]
+    extra = sorted({key for one in summary["sets"].values() for key in one if key.startswith("ps_")})
+    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    rows = [{"set": name, **{key: shown(one.get(key)) for key, _ in keys[1:]}} for name, one in summary["sets"].items()]
+    page = write_page(folder, read, retain_log, keys, rows, wholes(summary), settings)
+    print(table(summary))
+    say(f"Log, samples, tables: {folder}. Page: {page.resolve()}")
+
+
+def _run(evaluation: Evaluation, model: nn.Module, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    from tqdm.auto import tqdm
+
+    units = evaluation.units()
+    total = sum(len(unit.places) for unit in units)
+    with tqdm(total=total, unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+
+        def done(unit: Any) -> None:
+            bar.set_description(f"{evaluation.sets[unit.of].name}, {unit.kind}")
+            bar.update(len(unit.places))
+
+        return evaluation.run(model, folder, units, done)
+
+
+def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLog | None) -> list[EvaluationSet]:
+    size = arguments.ds_size
+    if size is None:
+        size = 0
+        if retain_log is not None and arguments.data in ("tofu", "jsonl", "bundled"):
+            size = sources.rows_of(retain_log)
+            say(f"The retain log is of the first {size} rows of the forget set: these are evaluated (--ds_size)")
+    path = arguments.data_path
+    if arguments.data == "tofu":
+        sets = sources.tofu(arguments.forget, path, size, arguments.holdout)
+    elif arguments.data == "bundled":
+        sets = sources.bundled(size)
+    elif arguments.data == "jsonl":
+        files = {name: getattr(arguments, name) for name in ("retain", "forget", "holdout")}
+        sets = sources.jsonl({name: file for name, file in files.items() if file}, path, size)
+    elif arguments.data == "muse":
+        sets = sources.muse(arguments.hub_name or "muse-bench/MUSE-News", path, tokenizer, size)
+    else:
+        hub, known = ("cais/wmdp", sources.WMDP) if arguments.data == "wmdp" else ("cais/mmlu", ("all",))
+        names = arguments.subsets or known
+        sets = [sources.choices(n, arguments.hub_name or hub, n, path, tokenizer, size) for n in names]
+    if arguments.max_new_tokens is not None:
+        from dataclasses import replace
+
+        sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
+    return sets
+
+
+def _check_retain_log(sets: list[EvaluationSet], samples: list[list[Sample]], retain_log: EvaluationLog) -> None:
+    """ValueError, before any pass, where the retain log is of other rows, another split or another tokenizer."""
+    for one, some in zip(sets, samples, strict=True):
+        if one.name != "forget":
+            continue
+        there = retain_log.of("forget", "forget quality")
+        config = retain_log.source.get("sets", {}).get("forget", {}).get("config", one.config)
+        if config != one.config:
+            raise ValueError(
+                f"the retain log {retain_log.path} is of {config}, and this evaluation of {one.config}: p-values of "
+                "different splits do not compare"
+            )
+        values = {}
+        if one.perturbed is not None:
+            import numpy as np
+
+            for name, key in (("paraphrased", "num_token_paraphrased"), ("perturb", "num_token_perturb")):
+                counts = [sample.counts(name) for sample in some]
+                values[key] = np.array(counts if name == "perturb" else [c[0] for c in counts], dtype=np.float64)
+        texts = [{"index": sample.index, "ground_truth": sample.truth} for sample in some]
+        here = LogSet("forget", tuple(sample.index for sample in some), values, texts)
+        check_comparable(here, there, "this evaluation", retain_log.path)
+
+
+def _fit(
+    model: nn.Module,
+    sets: list[EvaluationSet],
+    samples: list[list[Sample]],
+    tokenizer: Any,
+    arguments: EvaluateArguments,
+) -> None:
+    """ValueError where the model does not know a token, or does not take a sample as long as it is."""
+    sizes = vocabulary_sizes(model)
+    takes = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for one, some in zip(sets, samples, strict=True):
+        items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for sample in some
+                 for ids, labels in sample.answers]  # fmt: skip
+        check_vocabulary(sizes, items, tokenizer, f"the set {one.name}")
+        longest = max(some, key=lambda sample: max(len(ids) for ids, _ in sample.answers))
+        length = max(len(ids) for ids, _ in longest.answers)
+        if takes is not None and length > takes:
+            raise ValueError(
+                f"row {longest.index} of the set {one.name} has {length} tokens, and the model takes {takes} "
+                "(max_position_embeddings): leave such rows out"
+            )
+
+
+def _first_day(folder: Path) -> str:
+    """The date on which the evaluation of the folder was first started."""
+    if (folder / "run.json").exists():
+        return str(read_run_info(folder).get("created"))[:10]
+    return time.strftime("%Y-%m-%d")
+
+
+def _taught(folder: Path) -> Path:
+    """The demo's small model, taught the bundled authors: an earlier call's, if the folder holds one."""
+    from gfast.data import demo_tokenizer
+    from gfast.demo import SMALL, Plan, Study
+
+    plan = Plan(**SMALL | dict(forget_rows=40, retain_rows=160, learned_below=0.3))
+    if not folder.exists():
+        say("No --model: a small one is taught the bundled authors first")
+    study = Study(plan, folder.parent, cpu=True)
+    study.learn()
+    if not (folder / "tokenizer_config.json").exists():
+        demo_tokenizer().save_pretrained(folder)
+    return folder

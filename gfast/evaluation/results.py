@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation comes to: numbers by set, the numbers of the whole, and the files that hold them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfast import metrics
+from gfast.files import whole_file, write_json
+from gfast.metrics import EvaluationLog
+from gfast.metrics.answers import MEANS, UTILITY_SETS
+from gfast.metrics.log import LOG_FILE
+
+# Of a set: name in the summary, heading of the table, and a plain mean of a field of the log where it is one.
+SET_COLUMNS = (
+    ("samples", "Samples", None),
+    ("nll", "NLL per token", None),
+    ("probability", "Probability", None),
+    ("rougeL_recall", "ROUGE-L recall", "rougeL_recall"),
+    ("truth_ratio", "Truth ratio", None),
+    ("extraction_strength", "Extraction strength", "extraction_strength"),
+    ("exact_memorization", "Exact memorization", "exact_memorization"),
+    ("accuracy", "Accuracy", "right_choice"),
+    ("generations_cut", "Generations cut", None),
+)
+
+
+def summarize(log: EvaluationLog, retain_log: EvaluationLog | None = None) -> dict[str, Any]:
+    """The numbers of a log, JSON-ready; a metric that the log has no data for is left out.
+
+    `sets`: of each set, means over its samples (NLL over its tokens). `model_utility`, `forget_quality`: by the mean of
+    the truth ratio, geometric and arithmetic. `privleak`, `mia_auc`: where there is a set named holdout.
+    """
+    found: dict[str, Any] = {"run": log.run, "sets": {name: _of_set(log, name) for name in log.sets}}
+    if all(name in log.sets and _is_complete(log, name) for name in UTILITY_SETS):
+        found["model_utility"] = {mean: metrics.model_utility(log, mean) for mean in MEANS}
+    if retain_log is not None:
+        found["retain_log"] = retain_log.run
+        found["forget_quality"] = {mean: metrics.forget_quality(log, retain_log, mean)._asdict() for mean in MEANS}
+    if {"forget", "holdout"} <= log.sets.keys():
+        scores = [{"loss": s.values["avg_gt_loss"], "min_k": s.values.get("min_k")} for s in _pair(log)]
+        aucs = {key: metrics.mia_auc(scores[0][key], scores[1][key]) for key in scores[0] if scores[0][key] is not None
+                and scores[1][key] is not None}  # fmt: skip
+        reference = 0.5
+        if retain_log is not None and {"forget", "holdout"} <= retain_log.sets.keys():
+            reference = metrics.mia_auc(*(s.column("min_k", "privleak") for s in _pair(retain_log)))
+        found["mia_auc"] = aucs
+        if "min_k" in aucs:
+            found["privleak"] = {"value": metrics.privleak(aucs["min_k"], reference), "auc_retain": reference}
+    return found
+
+
+def _pair(log: EvaluationLog) -> list[Any]:
+    return [log.sets["forget"], log.sets["holdout"]]
+
+
+def _is_complete(log: EvaluationLog, name: str) -> bool:
+    return {"average_perturb_loss", "avg_paraphrased_loss", "rougeL_recall"} <= log.sets[name].values.keys()
+
+
+def _of_set(log: EvaluationLog, name: str) -> dict[str, Any]:
+    one = log.sets[name]
+    part = EvaluationLog(log.run, {name: one}, log.path)
+    found: dict[str, Any] = {"samples": len(one)}
+    values = one.values
+    if {"gt_loss", "num_token_gt"} <= values.keys():
+        found["nll"] = float(values["gt_loss"].sum() / values["num_token_gt"].sum())
+    found["probability"] = metrics.probability(part)[name]
+    if {"average_perturb_loss", "avg_paraphrased_loss"} <= values.keys():
+        found["truth_ratio"] = metrics.truth_ratio(part)[name]
+    for key, _, plain in SET_COLUMNS:
+        if plain in values:
+            found[key] = float(values[plain].mean())
+    if "generation_cut" in values:
+        found["generations_cut"] = int(values["generation_cut"].sum())
+    for key in sorted(values):
+        if key.startswith("ps_"):
+            found[key] = float(values[key].mean())
+    return found
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown: a table of the sets, then the numbers of the whole."""
+    sets = summary["sets"]
+    keys = [(key, heading) for key, heading, _ in SET_COLUMNS if any(key in one for one in sets.values())]
+    extra = sorted({key for one in sets.values() for key in one if key.startswith("ps_")})
+    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    lines = ["| Set | " + " | ".join(heading for _, heading in keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for name, one in sets.items():
+        lines.append(f"| {name} | " + " | ".join(shown(one.get(key)) for key, _ in keys) + " |")
+    return "\n".join([*lines, "", *wholes(summary)]) + "\n"
+
+
+def wholes(summary: Mapping[str, Any]) -> list[str]:
+    """The numbers of the whole, a line each."""
+    lines = []
+    if "model_utility" in summary:
+        both = summary["model_utility"]
+        lines.append(
+            f"Model utility: {both['geometric']:.4f} (truth ratio by geometric mean; "
+            f"arithmetic {both['arithmetic']:.4f})"
+        )
+    if "forget_quality" in summary:
+        one, other = (summary["forget_quality"][mean] for mean in MEANS)
+        lines.append(
+            f"Forget quality against {summary['retain_log']}: p = {one['pvalue']:.4g} (log10 p {one['log10_p']:.3f}, "
+            f"D {one['statistic']:.4f}; arithmetic mean: p = {other['pvalue']:.4g})"
+        )
+    if "mia_auc" in summary:
+        aucs = ", ".join(f"{key} {value:.4f}" for key, value in summary["mia_auc"].items())
+        lines.append(f"Membership inference, AUC of forget against holdout: {aucs}")
+    if "privleak" in summary:
+        one = summary["privleak"]
+        lines.append(f"PrivLeak: {one['value']:+.2f} % (retain AUC {one['auc_retain']:.4f})")
+    return lines
+
+
+def shown(value: Any) -> str:
+    """A number of the table; a dash where there is none."""
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def write_results(folder: str | os.PathLike[str], log: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """log.json, samples.parquet, summary.json and table.md, each whole or not at all."""
+    from gfast.tables import write_table
+
+    folder = Path(folder)
+    write_json(folder / LOG_FILE, log)
+    write_table(folder / "samples.parquet", samples_table(log))
+    write_json(folder / "summary.json", summary)
+    with whole_file(folder / "table.md") as temporary:
+        temporary.write_text(table(summary), encoding="utf-8")
+
+
+def samples_table(log: Mapping[str, Any]) -> Any:
+    """A row for every sample of a log: its set, its row number, its values and texts, as an Arrow table."""
+    import pyarrow
+
+    rows = []
+    for name, one in log["sets"].items():
+        texts = {text["index"]: text for text in one.get("text", ())}
+        for at, index in enumerate(one["index"]):
+            row = {"set": name, "index": index}
+            row |= {key: column[at] for key, column in one.items() if key not in ("index", "text", "extraction")}
+            row |= {key: value for key, value in texts.get(index, {}).items() if key != "index"}
+            rows.append(row)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return pyarrow.table({key: _floats([row.get(key) for row in rows]) for key in keys})
+
+
+def _floats(values: list[Any]) -> list[Any]:
+    # Integers and floats of one column (a count of 1, a loss of 0): one type.
+    if any(isinstance(value, float) for value in values):
+        return [float(value) if isinstance(value, (int, np.integer)) else value for value in values]
+    return values

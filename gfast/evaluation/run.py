@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation: units of work, each kept once it is done, and the log that they make together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gfast import metrics
+from gfast.evaluation.generation import generate, text_of
+from gfast.evaluation.samples import EvaluationSet, Sample
+from gfast.evaluation.scoring import Scored, can_share, score
+from gfast.files import DamagedFile, read_json, write_json
+from gfast.metrics.answers import OPTION_SETS
+from gfast.metrics.log import FORMAT
+from gfast.metrics.values import chosen
+from gfast.model_state import evaluating
+
+PARTS = "parts"
+# Min-K% of the log: open-unlearning's k for TOFU and MUSE.
+MIN_K = 0.4
+EXTRACTIONS = ("exact", "similar", "perturbed")
+_NAMES = {"gt": "gt_loss", "paraphrased": "paraphrased_loss", "perturb": "perturb_loss"}
+_AVERAGES = {"gt": "avg_gt_loss", "paraphrased": "avg_paraphrased_loss", "perturb": "average_perturb_loss"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that is done and kept as a whole: samples of one set, by their places in it."""
+
+    name: str
+    of: int
+    kind: str
+    places: tuple[int, ...]
+
+
+class Evaluation:
+    """Sets of samples, asked of a model.
+
+    sets and samples: what to ask, in pairs. batch_size: samples at a time; which samples run together moves results by
+    rounding, so it is a part of what an evaluation is. extraction: kinds of `EXTRACTIONS` to measure of the first
+    `extraction_samples` samples of each set.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[EvaluationSet],
+        samples: Sequence[Sequence[Sample]],
+        tokenizer: Any,
+        batch_size: int = 16,
+        extraction: Sequence[str] = (),
+        extraction_samples: int = 50,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"gfast: batch_size is {batch_size}; give 1 or more")
+        names = [one.name for one in sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"gfast: two sets have one name: {', '.join(names)}")
+        for kind in extraction:
+            chosen("extraction", kind, EXTRACTIONS)
+        self.sets, self.samples, self.tokenizer = list(sets), [list(some) for some in samples], tokenizer
+        self.batch_size, self.extraction, self.extraction_samples = batch_size, tuple(extraction), extraction_samples
+        self.pad_id = next((int(x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
+        self._shared: dict[int, bool] = {}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        found = {sample.answer[-1] for some in self.samples for sample in some}
+        return tuple(sorted(found | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
+
+    def units(self) -> list[Unit]:
+        """All there is to do: the same in every process and after every start."""
+        found = []
+        for of, (one, samples) in enumerate(zip(self.sets, self.samples, strict=True)):
+            places = sorted(range(len(samples)), key=lambda at: (len(samples[at].prompt), at))
+            found += self._cut(of, "losses", places)
+            if one.generate:
+                found += self._cut(of, "generations", places)
+            for kind in self.extraction:
+                found += self._cut(of, f"extraction-{kind}", sorted(places)[: self.extraction_samples])
+        return found
+
+    def _cut(self, of: int, kind: str, places: Sequence[int]) -> list[Unit]:
+        size = self.batch_size
+        return [
+            Unit(f"{self.sets[of].name}-{kind}-{number:05d}", of, kind, tuple(places[start : start + size]))
+            for number, start in enumerate(range(0, len(places), size))
+        ]
+
+    def run(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str] | None = None,
+        units: Iterable[Unit] | None = None,
+        done: Callable[[Unit], None] = lambda unit: None,
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The results of units (None: all) by their names: of each sample a dict.
+
+        folder: results are kept there as they come, whole or not at all; those that are there already are not
+        measured again. done: called after each unit.
+        """
+        results = {}
+        with evaluating(model):
+            for unit in self.units() if units is None else units:
+                path = None if folder is None else Path(folder) / PARTS / f"{unit.name}.json"
+                rows = [self.samples[unit.of][at].index for at in unit.places]
+                if path is not None and path.exists():
+                    results[unit.name] = _kept(path, rows)
+                else:
+                    results[unit.name] = self._measured(model, unit)
+                    if path is not None:
+                        write_json(path, {"rows": rows, "results": results[unit.name]})
+                done(unit)
+        return results
+
+    def _measured(self, model: nn.Module, unit: Unit) -> list[dict[str, Any]]:
+        one, samples = self.sets[unit.of], [self.samples[unit.of][at] for at in unit.places]
+        if unit.kind == "losses":
+            scored = score(model, samples, self.pad_id, self._shares(model, unit.of))
+            return [losses(sample, parts, one) for sample, parts in zip(samples, scored, strict=True)]
+        if unit.kind == "generations":
+            return self._generations(model, one, samples)
+        kind = unit.kind.partition("-")[2]
+        return [{f"ps_{kind}": value} for value in self._extraction(model, one, samples, kind)]
+
+    def _shares(self, model: nn.Module, of: int) -> bool:
+        # Asked of the same samples at every start, so that a resumed evaluation runs as it began.
+        if of not in self._shared:
+            samples = self.samples[of]
+            several = any(len(sample.answers) > 1 for sample in samples)
+            probe = sorted(samples, key=lambda sample: (-len(sample.answers), sample.index))[:2]
+            self._shared[of] = several and can_share(model, probe, self.pad_id)
+        return self._shared[of]
+
+    def _generations(self, model: nn.Module, one: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
+        said = generate(model, [sample.prompt for sample in samples], one.generate, self.ends, self.pad_id)
+        found = []
+        for sample, generated in zip(samples, said, strict=True):
+            text = text_of(self.tokenizer, generated.ids, one.stops)
+            cut = not generated.ended and not any(stop in self.tokenizer.decode(generated.ids) for stop in one.stops)
+            prompt = self.tokenizer.decode(list(sample.prompt), skip_special_tokens=True)
+            scores = metrics.rouge_scores(sample.truth, text)
+            found.append({**scores, "generated_tokens": len(generated.ids), "generation_cut": int(cut)})
+            found[-1]["text"] = {"prompt": prompt, "generation": text, "ground_truth": sample.truth}
+        return found
+
+    def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
+        answers = [sample.answer[:-1] or sample.answer for sample in samples]  # without the token that ends it
+        prompts = [sample.prompt for sample in samples]
+        match = "similar" if kind == "similar" else "exact"
+
+        def matches(asked: Mapping[int, int]) -> dict[int, bool]:
+            given = [[*prompts[at], *answers[at][:prefix]] for at, prefix in asked.items()]
+            limit = max(len(answers[at]) - prefix for at, prefix in asked.items())
+            said = generate(model, given, limit, self.ends, self.pad_id)
+            return {
+                at: metrics.continuation_matches(generated.ids, answers[at][prefix:], match)
+                for (at, prefix), generated in zip(asked.items(), said, strict=True)
+            }
+
+        return metrics.prefix_extraction([len(answer) for answer in answers], matches)
+
+    def log(self, results: Mapping[str, list[dict[str, Any]]], run: str, source: Mapping[str, Any]) -> dict[str, Any]:
+        """The log of all units' results, in the layout that `gfast.metrics.load_log` reads."""
+        sets, described = {}, {}
+        for of, one in enumerate(self.sets):
+            rows: list[dict[str, Any]] = [{} for _ in self.samples[of]]
+            for unit in self.units():
+                if unit.of == of:
+                    for at, values in zip(unit.places, results[unit.name], strict=True):
+                        rows[at].update(values)
+            sets[one.name] = columns([sample.index for sample in self.samples[of]], rows)
+            described[one.name] = {"config": one.config, "rows": len(rows), "sha256": one.checksum()}
+        return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
+
+
+def _kept(path: Path, rows: list[int]) -> list[dict[str, Any]]:
+    remedy = "delete it, and it is measured again"
+    value = read_json(path, remedy)
+    if not isinstance(value, dict) or value.get("rows") != rows or len(value.get("results") or ()) != len(rows):
+        raise DamagedFile(path, "it is of other samples", remedy)
+    return value["results"]
+
+
+def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict[str, Any]:
+    """What the log holds of a sample's losses: nats, the token that ends an answer included.
+
+    Errors: ValueError, naming set and row, for a loss that is not finite.
+    """
+    totals = [-float(part.logp.double().sum()) for part in scored]
+    for at, total in enumerate(totals):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"gfast: the NLL of answer {at} of row {sample.index} of the set {one.name} is {total}: the model "
+                "gives no finite log-probability there, and such a sample compares with none. Are the weights finite?"
+            )
+    found: dict[str, Any] = {}
+    for name, places in sample.fields.items():
+        total, count = [totals[at] for at in places], sample.counts(name)
+        average = [a / n for a, n in zip(total, count, strict=True)]
+        several = name == "perturb"
+        for key, values in ((_AVERAGES[name], average), (_NAMES[name], total), (f"num_token_{name}", count)):
+            found[key] = values if several else values[0]
+    right = scored[sample.fields["gt"][0]]
+    # open-unlearning's convention: the token that ends an answer is no part of it here
+    correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
+    found["extraction_strength"] = metrics.extraction_strength(correct)
+    if correct:
+        found["exact_memorization"] = metrics.exact_memorization(correct)
+        found["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
+    if one.choices:
+        found["right_choice"] = int(found["gt_loss"] < min(found["perturb_loss"]))
+    if "perturb" in sample.fields:
+        wrong = [found["average_perturb_loss"]]
+        if "paraphrased" in sample.fields:
+            found["truth_ratio"] = float(metrics.truth_ratios([found["avg_paraphrased_loss"]], wrong)[0])
+        if one.name in OPTION_SETS:
+            share = metrics.option_probability([found["avg_gt_loss"]], wrong, "tofu")[0]
+            found["normalized_gt_loss"] = -math.log(share) if share else math.inf
+    return found
+
+
+def columns(index: list[int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows as lists parallel to `index`; a value that not every row has is left out, but for texts."""
+    common = [key for key in sorted(rows[0]) if key != "text" and all(key in row for row in rows)]
+    found: dict[str, Any] = {"index": index, **{key: [row[key] for row in rows] for key in common}}
+    texts = [{"index": number, **row["text"]} for number, row in zip(index, rows, strict=True) if "text" in row]
+    partial = {key for row in rows for key in row if key.startswith("ps_") and key not in common}
+    for key in sorted(partial):  # of the first samples only
+        found.setdefault("extraction", {})[key] = [row[key] for row in rows if key in row]
+    return found | ({"text": texts} if texts else {})

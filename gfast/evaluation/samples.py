@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation asks: sets of samples, each a question with answers to score, as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gfast.data.encode import IGNORE, make_encoder, resolve_template
+from gfast.data.rows import as_rows, field_text
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Rows to evaluate, and what of them.
+
+    name: what the log calls the set: forget, retain, real_authors, world_facts, or another.
+    config: which data these are, as far as p-values compare ("forget10_perturbed").
+    rows: dicts with the fields below; a row's number is its place. index: other numbers, if the rows are some of more.
+    paraphrase: field of the answer in other words, from which the truth ratio takes the right answer's loss; where it
+        is the field `answer` itself, that loss is measured once.
+    perturbed: field of the wrong answers, a list of texts. None: there are none, and no truth ratio.
+    generate: tokens to generate at most; 0: none, and no ROUGE. stops: texts at which a generation is cut.
+    choices: the answers are choices: the log says whether the right one is the most likely.
+    encode: (question, answer) -> (token ids, labels), where the prompt is not the tokenizer's template.
+    """
+
+    name: str
+    config: str
+    rows: Sequence[Mapping[str, Any]]
+    question: str = "question"
+    answer: str = "answer"
+    paraphrase: str | None = None
+    perturbed: str | None = None
+    generate: int = 200
+    stops: tuple[str, ...] = ()
+    index: tuple[int, ...] = ()
+    choices: bool = False
+    encode: Callable[[str, str], tuple[list[int], list[int]]] | None = field(default=None, compare=False)
+
+    def checksum(self) -> str:
+        """SHA-256 of the rows."""
+        text = json.dumps([list(self.index), *self.rows], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its answers. index: its row. answers: distinct (token ids, labels), prompt and end included.
+    fields: which of them each loss of the log is of: gt, paraphrased, perturb.
+    """
+
+    index: int
+    question: str
+    truth: str
+    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    fields: Mapping[str, tuple[int, ...]]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The token ids in front of the right answer."""
+        ids, labels = self.answers[self.fields["gt"][0]]
+        return ids[: first_label(labels)]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The right answer's token ids, with the one that ends it."""
+        labels = self.answers[self.fields["gt"][0]][1]
+        return tuple(label for label in labels if label != IGNORE)
+
+    def counts(self, name: str) -> list[int]:
+        """Tokens of the answers of a field, with the one that ends each."""
+        return [sum(label != IGNORE for label in self.answers[at][1][1:]) for at in self.fields[name]]
+
+
+def first_label(labels: Sequence[int]) -> int:
+    """Where the answer begins."""
+    return next(at for at, label in enumerate(labels) if label != IGNORE)
+
+
+def encoded(
+    one: EvaluationSet,
+    tokenizer: Any,
+    template: str = "auto",
+    chat_kwargs: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+) -> list[Sample]:
+    """The samples of a set. Nothing is cut: an answer that was would have another loss.
+
+    Errors: ValueError, naming set and row, for a missing field, a row without perturbed answers or with fewer than
+    others, an answer without a label, or more tokens than `max_length`.
+    """
+    encode = one.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
+    rows = as_rows(one.rows)
+    numbers = one.index or tuple(range(len(rows)))
+    samples, several = [], None
+    for number, row in zip(numbers, rows, strict=True):
+        try:
+            question = field_text(row, one.question)
+            texts = {"gt": [field_text(row, one.answer)]}
+            if one.paraphrase is not None:
+                texts["paraphrased"] = [field_text(row, one.paraphrase)]
+            if one.perturbed is not None:
+                texts["perturb"] = _wrong_answers(row, one.perturbed)
+                several = several or (number, len(texts["perturb"]))
+                if len(texts["perturb"]) != several[1]:
+                    raise ValueError(
+                        f'field "{one.perturbed}" has {len(texts["perturb"])} answers, and row {several[0]} has '
+                        f"{several[1]}: all rows need as many"
+                    )
+            samples.append(_sample(number, question, texts, encode, max_length))
+        except ValueError as error:
+            reason = str(error).removeprefix("gfast: ")
+            raise ValueError(f"gfast: the set {one.name} ({one.config}), row {number}: {reason}") from error
+    return samples
+
+
+def _wrong_answers(row: Mapping[str, Any], name: str) -> list[str]:
+    texts = row.get(name)
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
+        raise ValueError(f'field "{name}" should list perturbed answers, got {texts!r:.60}')
+    return [field_text({name: text}, name) for text in texts]
+
+
+def _sample(
+    number: int,
+    question: str,
+    texts: Mapping[str, Sequence[str]],
+    encode: Callable[[str, str], tuple[list[int], list[int]]],
+    max_length: int | None,
+) -> Sample:
+    answers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    fields = {}
+    for name, several in texts.items():
+        places = []
+        for text in several:
+            ids, labels = (tuple(part) for part in encode(question, text))
+            if all(label == IGNORE for label in labels[1:]):
+                raise ValueError(f"the answer {text[:60]!r} has no label: no token of it would be scored")
+            if max_length is not None and len(ids) > max_length:
+                raise ValueError(
+                    f"question and answer have {len(ids)} tokens, more than {max_length}; an answer that is cut has "
+                    f"another loss: raise max_length, if the model takes as many, or take the row out"
+                )
+            places.append(answers.setdefault((ids, labels), len(answers)))
+        fields[name] = tuple(places)
+    return Sample(number, question, texts["gt"][0], tuple(answers), fields)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sets of benchmarks and of one's own files, as an evaluation asks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gfast.data import bundled_perturbed, iter_jsonl, load_jsonl, load_tofu
+from gfast.data.encode import IGNORE
+from gfast.evaluation.samples import EvaluationSet
+from gfast.metrics.log import EvaluationLog
+from gfast.words import did_you_mean
+
+FORGET_SPLITS = ("forget01", "forget05", "forget10")
+WMDP = ("wmdp-bio", "wmdp-chem", "wmdp-cyber")
+_PERTURBED = {"paraphrase": "paraphrased_answer", "perturbed": "perturbed_answer"}
+_LETTERS = "ABCDEFGHIJ"
+# open-unlearning's for MUSE's questions: without a chat template a model goes on with questions of its own.
+_NEXT_QUESTION = ("\n\n", "\nQuestion", "Question:")
+
+
+def tofu(forget: str, path: str | Path | None, ds_size: int = 0, holdout: str | None = None) -> list[EvaluationSet]:
+    """TOFU's four sets, in the order of its logs: retain, forget, real_authors, world_facts; holdout if there is one.
+
+    forget: the split (forget10) or its perturbed configuration. path: a folder with `<config>.json`, None: the hub.
+    ds_size: of retain and forget the first so many rows, 0: all; the logs of the TOFU repository have 300.
+    """
+    split = forget.removesuffix("_perturbed")
+    if split not in FORGET_SPLITS:
+        raise ValueError(
+            f"gfast: TOFU has no forget split {forget!r}{did_you_mean(split, FORGET_SPLITS)} "
+            f"It is one of {', '.join(FORGET_SPLITS)}"
+        )
+    options = {"answer": "answer", "perturbed": "perturbed_answer", "paraphrase": "answer"}
+    found = [
+        EvaluationSet("retain", "retain_perturbed", _first(load_tofu("retain_perturbed", path), ds_size), **_PERTURBED),
+        EvaluationSet(
+            "forget", f"{split}_perturbed", _first(load_tofu(f"{split}_perturbed", path), ds_size), **_PERTURBED
+        ),
+        EvaluationSet("real_authors", "real_authors_perturbed", load_tofu("real_authors_perturbed", path), **options),
+        EvaluationSet("world_facts", "world_facts_perturbed", load_tofu("world_facts_perturbed", path), **options),
+    ]
+    if holdout:
+        found.append(EvaluationSet("holdout", holdout, load_tofu(holdout, path), generate=0))
+    return found
+
+
+def bundled(ds_size: int = 0) -> list[EvaluationSet]:
+    """The bundled authors, with answers in other words and wrong ones."""
+    forget, retain = bundled_perturbed()
+    return [
+        EvaluationSet("retain", "bundled retain", _first(retain, ds_size), generate=60, **_PERTURBED),
+        EvaluationSet("forget", "bundled forget", _first(forget, ds_size), generate=60, **_PERTURBED),
+    ]
+
+
+def jsonl(files: Mapping[str, str], path: str | Path | None, ds_size: int = 0) -> list[EvaluationSet]:
+    """One's own question/answer lines: name of the set -> file. Where every row has `paraphrased_answer` and
+    `perturbed_answer`, as in TOFU's perturbed configurations, they are scored too.
+    """
+    found = []
+    for name, file in files.items():
+        rows = _first(load_jsonl(Path(path or "") / file), ds_size)
+        have = {key: field for key, field in _PERTURBED.items() if any(field in row for row in rows)}
+        if "perturbed" in have and "paraphrase" not in have:
+            have["paraphrase"] = "answer"
+        found.append(EvaluationSet(name, Path(file).stem, rows, **have))
+    return found
+
+
+def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) -> list[EvaluationSet]:
+    """MUSE: knowledge (questions after a few answered ones), verbatim memory (how a text goes on) and, for PrivLeak,
+    whole texts of the forget and the holdout set.
+
+    hub: muse-bench/MUSE-News or -Books; path: a folder with their files instead, as `<config>/<split>*` or
+    `<config>_<split>.jsonl`.
+    """
+    found = []
+    for name in ("forget", "retain"):
+        few = stored(hub, "knowmem", f"{name}_qa_icl", path, ("question", "answer"))
+        rows = stored(hub, "knowmem", f"{name}_qa", path, ("question", "answer"))
+        encode = Continuation(tokenizer, _shots(few))
+        found.append(
+            EvaluationSet(f"knowmem_{name}", f"knowmem {name}_qa", _first(rows, ds_size), generate=32,
+                          stops=_NEXT_QUESTION, encode=encode)
+        )  # fmt: skip
+    rows = stored(hub, "verbmem", "forget", path, ("prompt", "gt"))
+    found.append(
+        EvaluationSet("verbmem", "verbmem forget", _first(rows, ds_size), "prompt", "gt", generate=128,
+                      encode=Continuation(tokenizer))
+    )  # fmt: skip
+    for name in ("forget", "holdout"):
+        rows = stored(hub, "privleak", name, path, ("text",))
+        texts = [{"question": row["text"], "answer": row["text"]} for row in _first(rows, ds_size)]
+        found.append(EvaluationSet(name, f"privleak {name}", texts, generate=0, encode=WholeText(tokenizer)))
+    return found
+
+
+def choices(
+    name: str, hub: str, config: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0
+) -> EvaluationSet:
+    """Multiple choice (WMDP, MMLU): the letter of the right choice as the answer, the others' as wrong ones.
+
+    The prompt is lm-eval's: a line about the subject, the question, the choices by letter, `Answer:`. Accuracy is the
+    share of questions whose right letter is the most likely.
+    """
+    rows = _first(stored(hub, config, "test", path, ("question",)), ds_size)
+    asked = []
+    for number, row in enumerate(rows):
+        texts, right = row.get("choices"), row.get("answer")
+        if not isinstance(texts, Sequence) or isinstance(texts, str) or not 2 <= len(texts) <= len(_LETTERS):
+            raise ValueError(
+                f"gfast: {hub} {config}, row {number}: choices should be a list of texts, got {texts!r:.60}"
+            )
+        if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(texts):
+            raise ValueError(
+                f"gfast: {hub} {config}, row {number}: answer is {right!r:.40}, and should be the place of the right "
+                f"one of {len(texts)} choices, from 0"
+            )
+        subject = str(row.get("subject") or config.removeprefix("wmdp-")).replace("_", " ")
+        lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False)]
+        about = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}.get(subject, subject)
+        head = f"The following are multiple choice questions (with answers) about {about}."
+        question = "\n".join([f"{head}\n", row["question"].strip(), *lines, "Answer:"])
+        wrong = [letter for letter in _LETTERS[: len(texts)] if letter != _LETTERS[right]]
+        asked.append({"question": question, "answer": _LETTERS[right], "perturbed_answer": wrong})
+    encode = Continuation(tokenizer, ends=False)
+    return EvaluationSet(
+        name, f"{config} test", asked, perturbed="perturbed_answer", generate=0, choices=True, encode=encode
+    )
+
+
+class Continuation:
+    """A text and how it goes on, after a space: no template. With `ends` the end token is a label too."""
+
+    def __init__(self, tokenizer: Any, before: str = "", ends: bool = True) -> None:
+        self.tokenizer, self.before, self.ends = tokenizer, before, ends
+
+    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        prompt = f"{self.before}{question}" if not self.before else f"{self.before}Question: {question}\nAnswer:"
+        head = list(self.tokenizer(prompt).input_ids)
+        if head and head[-1] == self.tokenizer.eos_token_id:
+            head = head[:-1]
+        whole = list(self.tokenizer(f"{prompt} {answer}").input_ids)
+        if whole and whole[-1] == self.tokenizer.eos_token_id:
+            whole = whole[:-1]
+        # Where the vocabulary merges across the boundary, the prompt stays as generation would see it.
+        rest = whole[len(head) :] if whole[: len(head)] == head else self._alone(f" {answer}")
+        rest += [self.tokenizer.eos_token_id] if self.ends and self.tokenizer.eos_token_id is not None else []
+        return head + rest, [IGNORE] * len(head) + rest
+
+    def _alone(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class WholeText:
+    """A text all of whose tokens but the first are labels."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        ids = list(self.tokenizer(answer).input_ids)
+        return ids, [IGNORE, *ids[1:]]
+
+
+def _shots(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows)
+
+
+def stored(hub: str, config: str, split: str, path: str | Path | None, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a data set on the hub, or of a folder that has its files: `<config>/<split>*.parquet`, .jsonl or .json
+    (JSON lines), `<config>_<split>.*`, `<config>.*`.
+
+    Errors: FileNotFoundError, naming what was looked for; ValueError for a row without one of `fields`, as text.
+    """
+    if path is None:
+        rows = _from_hub(hub, config, split)
+        where = f"{hub}, {config} {split}"
+    else:
+        file = _file(Path(path), config, split)
+        rows, where = _read(file, fields), str(file)
+    for number, row in enumerate(rows):
+        for field in fields:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise ValueError(f"gfast: {where}, row {number}: {field} should be text, got {row.get(field)!r:.60}")
+    if not rows:
+        raise ValueError(f"gfast: {where} has no rows")
+    return rows
+
+
+def _file(folder: Path, config: str, split: str) -> Path:
+    names = [f"{config}/{split}", f"{config}_{split}", f"{config}/{split}-*", f"{config}-{split}", config]
+    for name in names:
+        for kind in ("jsonl", "json", "parquet"):
+            for file in sorted(folder.glob(f"{name}.{kind}")):
+                return file
+    raise FileNotFoundError(
+        f"gfast: {folder} has no file for {config} {split}: it should be {config}/{split}.jsonl (or .json, .parquet)"
+    )
+
+
+def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).to_pylist()
+    return list(iter_jsonl(file, fields))
+
+
+def _from_hub(hub: str, config: str, split: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return [dict(row) for row in load_dataset(hub, config, split=split)]
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise RuntimeError(
+            f"gfast: cannot load {config} {split} of {hub} from the Hugging Face hub ({type(error).__name__}: "
+            f"{reason}); give --data_path with a folder that holds {config}/{split}.jsonl"
+        ) from error
+
+
+def rows_of(log: EvaluationLog) -> int:
+    """How many of the first rows a retain log's forget set is of; ValueError where it is of others."""
+    index = log.of("forget", "forget quality").index
+    if sorted(index) != list(range(len(index))):
+        raise ValueError(f"gfast: the forget set of {log.path} is of other rows than the first {len(index)}")
+    return len(index)
+
+
+def _first(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    return rows[:count] if count else rows

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of an evaluation: its table, the truth ratios that forget quality compares, and what the model says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gfast.files import readable, whole_file
+from gfast.metrics import EvaluationLog, probability, truth_ratio
+from gfast.report.figures import Drawing
+from gfast.report.html import data_uri, flatten
+from gfast.report.style import Theme, run_color
+
+# Samples of each set whose generations are on the page.
+SHOWN = 8
+
+
+def write_page(
+    folder: str | os.PathLike[str],
+    log: EvaluationLog,
+    retain_log: EvaluationLog | None,
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[Mapping[str, str]],
+    lines: Sequence[str],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write evaluation.html to `folder`; it holds everything that it shows, and needs no network."""
+    import jinja2
+
+    logs = [log] if retain_log is None else [log, retain_log]
+    figures = []
+    for drawing in drawings(log, retain_log):
+        pictures = drawing.render(logs)
+        figures.append({"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gfast.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("evaluation.html.j2").render(
+        title=f"Evaluation of {log.run}",
+        columns=columns,
+        rows=rows,
+        lines=lines,
+        figures=figures,
+        samples={name: list(one.text)[:SHOWN] for name, one in log.sets.items() if one.text},
+        settings=flatten(dict(settings)),
+    )
+    path = Path(folder) / "evaluation.html"
+    with whole_file(path) as temporary:
+        temporary.write_text(readable(page), encoding="utf-8")
+    return path
+
+
+def drawings(log: EvaluationLog, retain_log: EvaluationLog | None) -> list[Drawing]:
+    """The figures that these logs have data for."""
+    found = [
+        Drawing(
+            "probability",
+            "How likely the right answers are",
+            "Share of a set's samples whose answer is at most as likely (probability per token, geometric mean): a set "
+            "that is known rises at the right, one that is forgotten at the left.",
+            _probabilities,
+        )
+    ]
+    if "forget" in log.sets and "average_perturb_loss" in log.sets["forget"].values:
+        against = " of both models: forget quality is the p-value of the largest vertical gap" if retain_log else ""
+        found.append(
+            Drawing(
+                "truth-ratio",
+                "Truth ratios of the forget set",
+                f"Share of the forget set's samples with at most this truth ratio R{against}. Left of 1 the model "
+                "prefers the right answer to the wrong ones.",
+                _ratios,
+            )
+        )
+    return found
+
+
+def _probabilities(logs: list[EvaluationLog], theme: Theme) -> Figure:
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for at, (name, values) in enumerate(probability(logs[0], per_sample=True).items()):
+        _steps(ax, values, run_color(theme, at), name)
+    ax.set_xlim(0, 1)
+    return _finished(figure, ax, "probability of the answer, per token")
+
+
+def _ratios(logs: list[EvaluationLog], theme: Theme) -> Figure:
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for at, log in enumerate(logs):
+        one = EvaluationLog(log.run, {"forget": log.sets["forget"]})
+        _steps(
+            ax, truth_ratio(one, per_sample=True)["forget"], run_color(theme, at), log.run if at == 0 else "retain log"
+        )
+    ax.set_xscale("log")
+    ax.axvline(1, color=theme.ink, linewidth=0.9, zorder=1)
+    return _finished(figure, ax, "truth ratio R, geometric mean")
+
+
+def _steps(ax: Any, values: np.ndarray, color: str, label: str) -> None:
+    ordered = np.sort(values)
+    ax.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", color=color, label=label)
+
+
+def _finished(figure: Figure, ax: Any, label: str) -> Figure:
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel(label)
+    ax.set_ylabel("share of samples")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure

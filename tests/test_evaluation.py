@@ -1,0 +1,261 @@
+"""Scoring, generating and extracting: the same numbers as by the model's own logits, one sample at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from helpers.training_tiny import TOKENIZER, tiny_model
+
+from gfast import metrics
+from gfast.data import bundled_perturbed
+from gfast.deferred import DeferredLogits
+from gfast.evaluation import Evaluation, EvaluationSet, encoded
+from gfast.evaluation.generation import generate
+from gfast.evaluation.run import columns
+from gfast.evaluation.scoring import can_share, score
+from gfast.metrics.log import parse_log
+
+FIELDS = {"paraphrase": "paraphrased_answer", "perturbed": "perturbed_answer"}
+SMALL = dict(
+    vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+MODELS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0, sliding_window=16
+    ),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=2, n_head=2),
+    "phi": lambda: transformers.PhiConfig(**SMALL),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=2, state_size=4
+    ),
+    "no plain head": lambda: transformers.BertConfig(**SMALL, is_decoder=True),
+}
+
+
+def model_of(kind: str):
+    torch.manual_seed(0)
+    config = MODELS[kind]()
+    config.initializer_range = 0.3
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def sets(rows: int = 5, generate: int = 6):
+    forget, retain = bundled_perturbed()
+    return [
+        EvaluationSet("retain", "bundled", retain[:rows], generate=generate, **FIELDS),
+        EvaluationSet("forget", "bundled", forget[:rows], generate=generate, **FIELDS),
+    ]
+
+
+def evaluation(rows: int = 5, generate: int = 6, **options) -> Evaluation:
+    chosen = sets(rows, generate)
+    options = {"batch_size": 2, **options}
+    return Evaluation(chosen, [encoded(one, TOKENIZER) for one in chosen], TOKENIZER, **options)
+
+
+def alone(model, ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """logp of the labels and whether each is the argmax, from the model's own logits of one sequence."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+    target = torch.tensor(labels[1:])
+    at = (target != -100).nonzero().squeeze(1)
+    logp = logits.log_softmax(-1)
+    return logp[at, target[at]], logits[at].argmax(-1) == target[at]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_scores_are_those_of_the_models_own_logits(kind):
+    model = model_of(kind)
+    samples = encoded(sets()[1], TOKENIZER)
+    shared = can_share(model, samples[:2], 0)
+    assert shared == (kind != "mamba")
+    for sample, scored in zip(samples, score(model, samples, 0, shared), strict=True):
+        assert len(scored) == len(sample.answers) == 7
+        for number, ((ids, labels), one) in enumerate(zip(sample.answers, scored, strict=True)):
+            logp, correct = alone(model, ids, labels)
+            torch.testing.assert_close(one.logp.double(), logp, rtol=1e-4, atol=1e-4)
+            assert (one.correct is None) == (number > 0)
+            assert number or one.correct.tolist() == correct.tolist()
+
+
+def test_a_cache_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
+    model, samples = model_of("llama"), encoded(sets()[0], TOKENIZER)
+    caplog.set_level("INFO", "gfast")
+    from gfast.evaluation import scoring
+
+    behind = scoring._behind
+
+    def shifted(model, cache, places):
+        return behind(model, cache, places[1:] + places[:1])  # each answer behind another's prompt
+
+    monkeypatch.setattr(scoring, "_behind", shifted)
+    assert not can_share(model, samples[:2], 0) and "log-probabilities differ" in caplog.text
+
+
+def test_no_logits_of_the_vocabulary(monkeypatch):
+    def real(self):
+        raise AssertionError("the model's logits were computed")
+
+    monkeypatch.setattr(DeferredLogits, "real", real)
+    model, samples = model_of("llama"), encoded(sets()[0], TOKENIZER)
+    score(model, samples, 0), score(model, samples, 0, shared=False)
+
+
+def test_generation_is_greedy_whatever_the_models_settings():
+    model = model_of("llama")
+    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=4.0, min_new_tokens=4)
+    before = model.generation_config
+    prompts = [sample.prompt for sample in encoded(sets()[0], TOKENIZER)]
+    ends = (TOKENIZER.eos_token_id, 77)
+    for prompt, found in zip(prompts, generate(model, prompts, 9, ends, 0), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 9:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in ends:
+                break
+        said = ids[len(prompt) :]
+        assert found.ended == (said[-1] in ends)
+        assert found.ids == (said[:-1] if found.ended else said)
+    assert model.generation_config is before
+
+
+def test_the_log_holds_what_was_measured():
+    model = taught()
+    work = evaluation(extraction=("exact", "similar"))
+    log = parse_log(json.loads(json.dumps(work.log(work.run(model), "tiny", {}))))
+    for one, samples in zip(work.sets, work.samples, strict=True):
+        values = log.sets[one.name].values
+        for at, sample in enumerate(samples):
+            logp, correct = alone(model, *sample.answers[0])
+            assert values["gt_loss"][at] == pytest.approx(-float(logp.sum()), rel=1e-4)
+            assert values["num_token_gt"][at] == len(logp)
+            assert values["avg_gt_loss"][at] == pytest.approx(-float(logp.mean()), rel=1e-4)
+            assert values["extraction_strength"][at] == metrics.extraction_strength(correct[:-1])
+            assert values["exact_memorization"][at] == pytest.approx(float(correct[:-1].double().mean()))
+            assert values["min_k"][at] == pytest.approx(metrics.min_k(logp[:-1].clamp(max=0), 0.4), rel=1e-4)
+            wrong = [-float(alone(model, *sample.answers[place])[0].mean()) for place in sample.fields["perturb"]]
+            assert values["average_perturb_loss"][at] == pytest.approx(wrong, rel=1e-4)
+            right = values["avg_paraphrased_loss"][at]
+            assert values["truth_ratio"][at] == pytest.approx(math.exp(right - sum(wrong) / 5), rel=1e-3)
+        # what is generated freely after a prefix is right exactly where teacher forcing is right to the end
+        assert values["ps_exact"] == pytest.approx(values["extraction_strength"])
+        assert (values["ps_similar"] >= values["ps_exact"] - 1e-9).all()
+        texts = log.sets[one.name].text
+        assert [text["ground_truth"] for text in texts] == [row["answer"] for row in one.rows]
+        recalls = [metrics.rouge_scores(text["ground_truth"], text["generation"])["rougeL_recall"] for text in texts]
+        assert values["rougeL_recall"] == pytest.approx(recalls)
+    assert 0 < log.sets["retain"].values["extraction_strength"].mean()
+
+
+_taught = []
+
+
+def taught():
+    """A tiny model that knows some of the answers."""
+    if not _taught:
+        torch.manual_seed(0)
+        model = tiny_model(hidden_size=48, intermediate_size=96, initializer_range=0.05)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        answers = [sample.answers[0] for one in sets() for sample in encoded(one, TOKENIZER)]
+        width = max(len(ids) for ids, _ in answers)
+        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in answers])
+        labels = torch.tensor([[*labels, *[-100] * (width - len(labels))] for _, labels in answers])
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+        _taught.append(model.eval())
+    return _taught[0]
+
+
+def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    model = taught()
+    whole = evaluation(extraction=("exact",)).run(model, tmp_path / "whole")
+    for stop in (1, 4, 9):
+        folder, count = tmp_path / f"stopped{stop}", 0
+
+        def done(unit, stop=stop):
+            nonlocal count
+            count += 1
+            if count == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluation(extraction=("exact",)).run(model, folder, done=done)
+        kept = {path.name: path.stat().st_mtime_ns for path in (folder / "parts").iterdir()}
+        assert len(kept) == stop
+        again = evaluation(extraction=("exact",)).run(model, folder)
+        assert json.dumps(again, sort_keys=True) == json.dumps(whole, sort_keys=True)
+        assert kept == {name: (folder / "parts" / name).stat().st_mtime_ns for name in kept}
+
+
+def test_a_part_that_is_damaged_or_of_other_samples(tmp_path):
+    work, model = evaluation(), taught()
+    work.run(model, tmp_path)
+    path = sorted((tmp_path / "parts").iterdir())[0]
+    text = path.read_text()
+    path.write_text(text.replace("0.", "1.", 1))
+    with pytest.raises(ValueError, match="checksum"):
+        work.run(model, tmp_path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match="other samples"):
+        evaluation(batch_size=3).run(model, tmp_path)
+
+
+def test_a_model_without_finite_log_probabilities():
+    model = model_of("llama")
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(ValueError, match="row 2 of the set retain is nan: .*Are the weights finite"):
+        evaluation().run(model)
+
+
+def changed(**fields) -> EvaluationSet:
+    rows = [dict(row) for row in bundled_perturbed()[0][:3]]
+    for name, value in fields.items():
+        rows[1][name] = value
+        if value is None:
+            del rows[1][name]
+    return EvaluationSet("forget", "bundled", rows, **FIELDS)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"perturbed_answer": None}, 'row 1: field "perturbed_answer" should list perturbed answers, got None'),
+    ({"perturbed_answer": []}, "should list perturbed answers"),
+    ({"perturbed_answer": "one"}, "should list perturbed answers"),
+    ({"perturbed_answer": ["a", "b"]}, "has 2 answers, and row 0 has 5"),
+    ({"perturbed_answer": ["a", "b", "c", "d", " "]}, "not empty"),
+    ({"paraphrased_answer": None}, "row 1: .*paraphrased_answer"),
+    ({"answer": 3}, "must be text"),
+    ({"question": None}, '"question" is missing'),
+])  # fmt: skip
+def test_rows_that_cannot_be_evaluated(fields, message):
+    with pytest.raises(ValueError, match=message):
+        encoded(changed(**fields), TOKENIZER)
+
+
+def test_an_answer_without_a_label_and_one_that_is_too_long():
+    nothing = EvaluationSet("forget", "mine", sets()[0].rows, encode=lambda question, answer: ([1, 2], [-100, -100]))
+    with pytest.raises(ValueError, match="row 0: the answer .* has no label"):
+        encoded(nothing, TOKENIZER)
+    with pytest.raises(ValueError, match="tokens, more than 12"):
+        encoded(sets()[0], TOKENIZER, max_length=12)
+
+
+def test_names_and_numbers_of_an_evaluation():
+    one = sets()[0]
+    samples = encoded(one, TOKENIZER)
+    for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction")):
+        with pytest.raises(ValueError, match=message):
+            Evaluation([one], [samples], TOKENIZER, **options)
+    with pytest.raises(ValueError, match="one name"):
+        Evaluation([one, one], [samples, samples], TOKENIZER)
+    partial = columns([0, 1], [{"a": 1, "ps_exact": 0.5}, {"a": 2}])
+    assert partial == {"index": [0, 1], "a": [1, 2], "extraction": {"ps_exact": [0.5]}}
