@@ -1,4 +1,7 @@
-"""Builds gfast._C with CMake and Ninja; everything else about the package is in pyproject.toml."""
+"""Builds gfast._C with CMake and Ninja; everything else about the package is in pyproject.toml.
+
+GFAST_EXTENSION=0 leaves it out: the package then is pure Python, and its Triton kernels and plain PyTorch serve all.
+"""
 
 import os
 import re
@@ -9,10 +12,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
 
@@ -29,6 +30,8 @@ def toolkit() -> Path | None:
 
 def choose_cuda() -> tuple[Path | None, str]:
     """(toolkit or None, why): CUDA needs torch's CUDA build and a toolkit of the same major version."""
+    import torch
+
     wish = os.environ.get("GFAST_CUDA", "auto").lower()
     if wish not in ("auto", "0", "1"):
         sys.exit(f"gfast: GFAST_CUDA={wish!r} is not one of auto, 0, 1")
@@ -53,6 +56,9 @@ def choose_cuda() -> tuple[Path | None, str]:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve() / ext.name
         cuda, reason = choose_cuda()
@@ -81,7 +87,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("gfast._C", sources=[])],
+    ext_modules=[] if os.environ.get("GFAST_EXTENSION") == "0" else [Extension("gfast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     packages=find_namespace_packages(include=["gfast", "gfast.*"]),
 )

@@ -16,7 +16,7 @@ from gfast.geffect.directions import Directions
 from gfast.geffect.engines import gram, sample, stream, token
 from gfast.geffect.request import Request
 from gfast.geffect.results import GEffect, GramEffect, SampleEffect, TokenEffect
-from gfast.objectives import NLL, Objective
+from gfast.objectives import NLL, Objective, as_objective
 
 ENGINES = ("stream", "sample", "token", "gram")
 Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -69,6 +69,7 @@ def g_effect(
         model: a Hugging Face causal language model, on any device, possibly wrapped by PEFT, DDP or torch.compile.
             Frozen parameters are left out. Under DDP each process measures the batches that it is given.
         objective: an objective, or several: they share directions and forwards. `Mix` combines one with a retain term.
+            A function (logp, ref_logp, sequence_id) -> weights is one too: see `objectives.Weights`.
         forget, retain: one batch, or a list, DataLoader or generator of them (materialised as a list): dicts with
             input_ids, labels [B, T] int64 (-100 ignored, unshifted), attention_mask, and what the objective needs,
             such as ref_logp [B, T]. Columns on the right that no row's attention_mask or labels need are cut off.
@@ -117,7 +118,7 @@ def g_effect(
     if norms and engine not in ("auto", "stream"):
         raise ValueError(f"only the stream engine can measure the objective's norm; {engine!r} never has its gradient")
     several = isinstance(objective, Sequence)
-    objectives = list(objective) if several else [objective]
+    objectives = [as_objective(one) for one in (objective if several else [objective])]
     if not objectives:
         raise ValueError("the list of objectives is empty")
     used = [term for one in objectives for _, term in terms(one)]

@@ -37,8 +37,6 @@ class Term:
 
 def terms(objective: Objective) -> list[tuple[float, Term]]:
     """The objective as a linear combination of terms; factors of 0 are left out."""
-    if not isinstance(objective, Objective):
-        raise ValueError(f"an objective of gfast.objectives is needed (such as GA()), not {objective!r}")
     if not isinstance(objective, Mix):
         return [(1.0, Term(objective, _source(objective)))]
     parts = [(float(objective.gamma), Term(objective.forget, _source(objective.forget)))]

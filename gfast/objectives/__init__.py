@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from gfast.objectives.base import Objective
+from gfast.objectives.base import Objective, Weights, as_objective
 from gfast.objectives.hidden import KL, RMU, RR
 from gfast.objectives.mix import Mix
 from gfast.objectives.registry import REGISTRY, from_name
@@ -29,5 +29,7 @@ __all__ = [
     "TNPO",
     "WGA",
     "WTNPO",
+    "Weights",
+    "as_objective",
     "from_name",
 ]

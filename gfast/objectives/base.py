@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -54,3 +55,48 @@ class WeightedObjective(Objective):
     def spec(self) -> WeightSpec:
         """The numbers that kernels take: see ``gfast.ops.weights``."""
         raise TypeError(f"gfast: {type(self).__name__} defines no weights.")
+
+
+@dataclass(frozen=True, repr=False)
+class Weights(Objective):
+    r"""Weights of your own: :math:`L = \frac1N \sum_i \mathrm{sg}(w_i) \log p_i`.
+
+    The losses, ``model_loss`` and the G-effect take the bare function as well.
+
+    Attributes:
+        function: (logp, ref_logp, sequence_id) -> weights, all [N]: log-probs of the label tokens in at least fp32, the
+            same under the original model (None where the batch has no ref_logp), and int64 numbers of the sequences.
+            Weights of ignored positions, where logp is 0, are set to 0. It may see the tokens of all sequences or of
+            some, so a weight may depend on its own sequence alone.
+
+    Example:
+        >>> def half_sure(logp, ref_logp, sequence_id):
+        ...     return 4 * logp.exp() * (1 - logp.exp())
+        >>> Weights(half_sure)
+        Weights(half_sure)
+    """
+
+    function: Callable[..., Any]
+    key: ClassVar[str] = "weights"
+
+    def __call__(self, logp: Tensor, ref_logp: Tensor | None, sequence_id: Tensor | None) -> Tensor:
+        return self.function(logp, ref_logp, sequence_id)
+
+    def __repr__(self) -> str:
+        return f"Weights({getattr(self.function, '__name__', type(self.function).__name__)})"
+
+
+def as_objective(value: Any) -> Objective:
+    """An objective as it is, a function as ``Weights``.
+
+    Raises:
+        ValueError: something else, such as the class of an objective.
+    """
+    if isinstance(value, Objective):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return Weights(value)
+    raise ValueError(
+        f"an objective of gfast.objectives is needed (such as GA()), or a function (logp, ref_logp, sequence_id) -> "
+        f"weights, not {value!r}"
+    )

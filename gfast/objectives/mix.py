@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gfast.objectives.base import Objective
+from gfast.objectives.base import Objective, as_objective
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Mix(Objective):
     r"""Any combination :math:`L = \gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
 
     Attributes:
-        forget: objective on the forget data. retain: objective on the retain data, or None.
+        forget: objective (or function, see ``Weights``) on the forget data. retain: on the retain data, or None.
         gamma, alpha: their factors.
 
     Source: arXiv 2502.19301, section 5; open-unlearning: gamma and alpha of GradDiff (GA + NLL) and its family.
@@ -32,6 +32,9 @@ class Mix(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("forget", "retain"):
+            if (term := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_objective(term))
         for side in (self.forget, self.retain):
             self._require(not isinstance(side, Mix), "its terms must be plain objectives, not another Mix.")
 

@@ -42,9 +42,25 @@ def extension() -> tuple[object | None, str]:
         from gfast import _C  # importing it registers the C++ ops with the dispatcher
     except ImportError as error:
         return None, f"gfast._C could not be imported: {error}"
+    if built := _built_for_another_torch(_C):
+        return None, built
     from gfast.ops import fakes  # noqa: F401
 
     return _C, ""
+
+
+def _built_for_another_torch(module: object) -> str:
+    """Empty where gfast._C was built for this minor version of torch: another's classes may be laid out otherwise."""
+    try:
+        built = module.build_info()["torch"]
+    except ValueError:  # GFAST_CPU_ISA names a set that this CPU lacks: every call says so
+        return ""
+    if built.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return ""
+    return (
+        f"gfast._C was built for torch {built}, and this is torch {torch.__version__}: build it again with "
+        f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps gfast (in a clone: -e .)"
+    )
 
 
 @functools.cache

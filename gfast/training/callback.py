@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from gfast import wrappers
 from gfast.model_state import evaluating, gradients_kept, rng_kept
-from gfast.objectives import NLL, Objective
+from gfast.objectives import NLL, Objective, as_objective
 from gfast.training.batches import to_device
 from gfast.training.records import read_step, write_record
 from gfast.training.terms import run_name
@@ -70,7 +70,8 @@ class GEffectCallback(TrainerCallback):
         self.every = every
         self.forget = forget
         self.retain = retain
-        self.objectives = [objectives] if isinstance(objectives, Objective) else list(objectives)
+        several = isinstance(objectives, Sequence)
+        self.objectives = [as_objective(one) for one in (objectives if several else [objectives])]
         if not self.objectives:
             raise ValueError("give at least one objective to measure the G-effect of")
         self.groups = groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from gfast.geffect.results.base import Effect, Norms, row_values, rows_by, tenso
 from gfast.geffect.results.g_effect import GEffect
 from gfast.geffect.results.sample_effect import SampleEffect
 from gfast.geffect.results.weighted import norms_of, sample_ids, spec_on_forget, weighted_effect
-from gfast.objectives import Objective
+from gfast.objectives import Objective, Weights, as_objective
 from gfast.ops.weights import weigh
 from gfast.sides import SIDES
 
@@ -51,13 +51,14 @@ class TokenEffect(Effect):
         """The effects over all parameters, S tensors [N_s]: the sum over groups."""
         return [sum(parts) for parts in zip(*self._side(side).values(), strict=True)]
 
-    def weights(self, objective: Objective) -> list[Tensor]:
-        """The detached weight that an objective gives each token, S tensors [N_s] fp64.
+    def weights(self, objective: Objective | Callable) -> list[Tensor]:
+        """The detached weight that an objective (or function, see `objectives.Weights`) gives each token, S fp64 [N_s].
 
         Raises:
             ValueError: an objective that needs ref_logp, and none was recorded; one without token weights.
         """
-        if spec_on_forget(objective) is None:
+        objective = as_objective(objective)
+        if not isinstance(objective, Weights) and spec_on_forget(objective) is None:
             raise ValueError(
                 f"{objective} is no weighting of the forget set's tokens, so their effects do not give its G-effect: "
                 f"measure it with g_effect(..., engine='stream')"
@@ -73,7 +74,7 @@ class TokenEffect(Effect):
         weight, _ = weigh(objective, logp, ref, valid, sample_ids(sizes), len(sizes))
         return list(weight.split(sizes.tolist()))
 
-    def g_effect(self, objective: Objective) -> GEffect:
+    def g_effect(self, objective: Objective | Callable) -> GEffect:
         """The G-effect of an objective, from these tokens alone: sum over i of (w_i / Z) e(D, i).
 
         Exactly the effects that `gfast.g_effect` measures on the same data, without the objective's norm and the
@@ -82,6 +83,7 @@ class TokenEffect(Effect):
         Raises:
             ValueError: as `weights`.
         """
+        objective = as_objective(objective)
         weight, sizes = torch.cat(self.weights(objective)), self._sizes()  # [N], [S]
         ids, zeros = sample_ids(sizes), torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
         sums = {

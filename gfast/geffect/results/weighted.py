@@ -26,8 +26,8 @@ def sample_ids(tokens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(tokens), device="cpu"), tokens)
 
 
-def spec_on_forget(objective: Any) -> WeightSpec | None:
-    """The weights of an objective on the log-probs of the forget set; None where its gradient is no such sum."""
+def spec_on_forget(objective: Objective) -> WeightSpec | None:
+    """The weights of an objective on the log-probs of the forget set; None where they are no such formula."""
     spec = getattr(objective, "spec", None)
     if not callable(spec) or objective.needs & OWN_DATA:
         return None
