@@ -12,7 +12,7 @@ import gfast
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
-PACKAGES = ("gfast", "gfast.objectives", "gfast.geffect", "gfast.training", "gfast.data")
+PACKAGES = ("gfast", "gfast.objectives", "gfast.geffect", "gfast.training", "gfast.data", "gfast.metrics")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
