@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, geffect, grad_dot, overhead, tiles or counters. README.md says what each measures.
+"""Runs a benchmark: losses, geffect, grad_dot, host, overhead, tiles or counters. README.md says what each measures.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
@@ -41,7 +41,7 @@ def integers(text: str) -> list[int]:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = top.add_subparsers(
-        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|overhead|tiles|counters"
+        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|host|overhead|tiles|counters"
     )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--model", choices=cases.MODELS, help="default: llama-2-7b on a GPU, else smollm2-135m")
     one.add_argument("--pairs", default="bf16:bf16,bf16:fp32,fp32:fp32", help="dtypes of gradient:direction")
     one.add_argument("--directions", type=integers, default="1,2")
+
+    benchmark("host", run_host, repetitions=40)
 
     one = benchmark("overhead", run_overhead)
     one.add_argument("--models", type=listed(cases.MODELS), default="tiny,smollm2-135m")
@@ -193,6 +195,15 @@ def run_grad_dot(args: argparse.Namespace) -> None:
             print("\n".join(line(f"{pair} x{count} {row['provider']}", row) for row in part), flush=True)
             rows += part
             write(args, model=model, rows=rows)
+
+
+def run_host(args: argparse.Namespace) -> None:
+    import host
+
+    rows = host.bench(args)
+    for row in rows:
+        print(f"  {row['provider']:<36}{row.get('skipped') or str(row['us_a_call']) + ' us'}")
+    write(args, rows=rows)
 
 
 def run_overhead(args: argparse.Namespace) -> None:

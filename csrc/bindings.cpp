@@ -28,6 +28,7 @@ TORCH_LIBRARY(gfast, m) {
   m.def(
       "weighted_rows(Tensor logits, Tensor labels, Tensor? ref_logp, float sign, float p_pow, float q_pow, "
       "float beta, Tensor coef_scale, float scale, float softcap, Tensor(a!)? out) -> (Tensor logp, Tensor weight)");
+  m.def("label_factor(str op, Tensor labels, int vocab) -> Tensor");
   m.def(
       "kl_rows(Tensor logits, Tensor ref_logits, Tensor labels, Tensor coef_scale, float scale, float softcap, "
       "float ref_scale, float ref_softcap, Tensor(a!)? out) -> Tensor kl");
@@ -122,6 +123,8 @@ TORCH_LIBRARY_IMPL(gfast, Autograd, m) {
         "head_grad_hidden", "head_grad_weight", "accumulate", "pair_dots", "pair_sums", "row_dots", "scale_",
         "grad_dots"})  // not used_rows and fresh: booleans and new memory have no derivative to miss
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_derivative>());
+  for (const char* name : {"label_factor", "fresh"})  // without this they pass a fallback of torch's, which takes longer
+    m.impl(name, torch::CppFunction::makeFallthrough());
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -1,16 +1,13 @@
-// What the CPU and the CUDA grad_dots share: argument checks and the order of the work. Tensors are sorted by group
-// (stable) and cut into chunks of a fixed number of elements, so every sum has one order, whatever runs it.
+// What the CPU and the CUDA grad_dots share: the order of the work. Tensors are sorted by group (stable) and cut into
+// chunks of a fixed number of elements, so every sum has one order, whatever runs it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <vector>
-
-#include "extent.h"
 
 namespace gfast {
 
@@ -38,42 +35,10 @@ struct DotPlan {
   int64_t num_chunks = 0;
 };
 
-inline void check_operand(const at::Tensor& t, const char* list, int64_t index, const at::Device& device) {
-  TORCH_CHECK_VALUE(t.layout() == at::kStrided, "gfast: ", list, "[", index, "] is not a strided tensor (layout ",
-                    t.layout(), "); make it dense first");
-  TORCH_CHECK_VALUE(element_type(t) >= 0, "gfast: ", list, "[", index, "] has dtype ", t.scalar_type(),
-                    "; grad_dot takes float32, bfloat16, float16 and float64");
-  TORCH_CHECK_VALUE(t.device() == device, "gfast: ", list, "[", index, "] is on ", t.device(), " but xs[0] is on ",
-                    device, "; all tensors must be on one device");
-  TORCH_CHECK_VALUE(has_memory(t), "gfast: ", list, "[", index, "] of shape ", t.sizes(), " has lost its memory: its ",
-                    "storage has ", t.storage().nbytes(), " bytes (a sharded parameter must be gathered first)");
-}
-
-// xs: T tensors; ys: T * num_dirs tensors, direction d of tensor t at ys[d * T + t]; groups: T indices.
-inline DotPlan plan_grad_dots(at::TensorList xs, at::TensorList ys, at::IntArrayRef groups, int64_t num_groups,
-                              int64_t num_dirs, int64_t chunk_size) {
+// xs: T tensors; ys: T * num_dirs tensors, direction d of tensor t at ys[d * T + t]; groups: T indices. All checked.
+inline DotPlan plan_grad_dots(at::TensorList xs, at::TensorList ys, at::IntArrayRef groups, int64_t num_dirs,
+                              int64_t chunk_size) {
   const int64_t T = static_cast<int64_t>(xs.size());
-  TORCH_CHECK_VALUE(num_dirs >= 0 && num_groups >= 0, "gfast: num_dirs (", num_dirs, ") and num_groups (", num_groups,
-                    ") must not be negative");
-  const int64_t given = static_cast<int64_t>(ys.size());  // divided, as T * num_dirs may not fit in 64 bits
-  TORCH_CHECK_VALUE(T == 0 || num_dirs == 0 ? given == 0 : given / T == num_dirs && given % T == 0,
-                    "gfast: grad_dots got ", given, " direction tensors for ", T, " tensors and ", num_dirs,
-                    " directions; expected one for each tensor and direction");
-  TORCH_CHECK_VALUE(T > 0, "gfast: grad_dots got no tensors");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(groups.size()) == T, "gfast: grad_dots got ", groups.size(),
-                    " group indices for ", T, " tensors");
-  for (int64_t t = 0; t < T; ++t) {
-    check_operand(xs[t], "xs", t, xs[0].device());
-    TORCH_CHECK_VALUE(groups[t] >= 0 && groups[t] < num_groups, "gfast: groups[", t, "] = ", groups[t],
-                      " is outside [0, ", num_groups, ")");
-    for (int64_t d = 0; d < num_dirs; ++d) {
-      const at::Tensor& y = ys[d * T + t];
-      check_operand(y, "ys", d * T + t, xs[0].device());
-      TORCH_CHECK_VALUE(y.sizes() == xs[t].sizes(), "gfast: ys[", d * T + t, "] (direction ", d, " of tensor ", t,
-                        ") has shape ", y.sizes(), " but xs[", t, "] has ", xs[t].sizes());
-    }
-  }
-
   std::vector<int64_t> order(T);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });

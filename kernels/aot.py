@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gfast.kernels import head as output_head
-from gfast.kernels import kl, row_dot, rows, scale
+from gfast.kernels import kl, labels, row_dot, rows, scale
 from gfast.kernels.common import COMPILER, tile
 
 TARGETS = (80, 90, 100)
@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
 
 def _row_spec(label: str, kernel: Any, dtype: str, vocab: int, types: str, streams: int = 1, **constants: Any) -> Spec:
-    launch = tile(vocab, streams * vocab * ITEMSIZE[dtype], ITEMSIZE[dtype], streams, vocab % 16 == 0)
+    launch = dict(tile(vocab, streams * vocab * ITEMSIZE[dtype], ITEMSIZE[dtype], streams, vocab % 16 == 0))
     options = {"num_warps": launch.pop("num_warps"), **COMPILER}
     signature = dict(item.split(":") for item in types.replace("$", dtype).split())
     return Spec(f"{label} {dtype} V={vocab}", kernel, signature, {**constants, **launch}, options, vocab % 16 == 0)
@@ -88,6 +88,8 @@ def specs() -> Iterator[Spec]:
         signature = {"x": f"*{dtype}", "scale": "*fp32", "numel": "i64"}
         options = {"num_warps": 8, "enable_fp_fusion": True}
         yield Spec(f"scale_ {dtype}", scale.scale_kernel, signature, {"BLOCK": 4096}, options, True)
+    signature = {"labels": "*i64", "factor": "*fp32", "good": "*i1", "N": "i32", "V": "i32"}
+    yield Spec("label_factor", labels.label_factor_kernel, signature, {"B": labels.BLOCK}, labels.OPTIONS, False)
     for a, b, g in [("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "fp32"),
                     ("fp16", "fp16", "fp16")]:
         types = f"a:*{a} a_stride:i32 b:*{b} b_stride:i32 g:*{g} g_stride:i32 out:*fp64"

@@ -106,18 +106,25 @@ std::vector<int64_t> sample_bounds(const char* op, const char* what, at::IntArra
   return bounds;
 }
 
-at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
+LabelCount count_labels(const char* op, const at::Tensor& labels, int64_t vocab) {
   check_memory(op, "labels", labels);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "gfast: ", op, ": labels must be int64, not ",
                    labels.scalar_type());
+  TORCH_CHECK_VALUE(labels.dim() == 1, "gfast: ", op, ": labels must be [N], not ", labels.sizes());
+  LabelCount found{labels.contiguous(), 0};
+  const int64_t* y = found.flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < labels.size(0); ++i) {
+    TORCH_CHECK_VALUE((y[i] >= 0 && y[i] < vocab) || y[i] == -100, "gfast: ", op, ": labels[", i, "] (flattened) = ", y[i],
+                      " is outside the vocabulary [0, ", vocab, "); use -100 for positions to ignore");
+    found.count += y[i] != -100;
+  }
+  return found;
+}
+
+at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab) {
   TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "gfast: ", op, ": labels must be [", rows,
                     "], one for each row of logits, not ", labels.sizes());
-  at::Tensor flat = labels.contiguous();
-  const int64_t* y = flat.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows; ++i)
-    TORCH_CHECK_VALUE((y[i] >= 0 && y[i] < vocab) || y[i] == -100, "gfast: labels[", i, "] = ", y[i],
-                      " is outside the vocabulary [0, ", vocab, "); use -100 for positions to ignore");
-  return flat;
+  return count_labels(op, labels, vocab).flat;
 }
 
 at::Tensor check_values(const char* op, const char* what, const at::Tensor& x, int64_t rows, int64_t columns) {

@@ -37,7 +37,14 @@ Factor check_factor(const char* op, const char* what, const at::Tensor& x);
 Factor check_wide_factor(const char* op, const char* what, const at::Tensor& x);
 void check_rows_apart(const char* op, const char* what, const at::Tensor& x);
 
-// labels [N] int64, each -100 or in [0, vocab); returned contiguous.
+// labels [N] int64, each -100 or in [0, vocab); contiguous, and how many are not -100.
+struct LabelCount {
+  at::Tensor flat;
+  int64_t count;
+};
+LabelCount count_labels(const char* op, const at::Tensor& labels, int64_t vocab);
+
+// Those of `rows` rows; returned contiguous.
 at::Tensor check_labels(const char* op, const at::Tensor& labels, int64_t rows, int64_t vocab);
 
 // `what` [N] or [N, columns] fp32 on the CPU; returned contiguous.

@@ -20,7 +20,7 @@ constexpr int kLanes = 32;
 
 at::Tensor grad_dots_cpu(at::TensorList xs, at::TensorList ys, at::IntArrayRef groups, int64_t num_groups,
                          int64_t num_dirs) {
-  const DotPlan plan = plan_grad_dots(xs, ys, groups, num_groups, num_dirs, kChunk);
+  const DotPlan plan = plan_grad_dots(xs, ys, groups, num_dirs, kChunk);
   const int64_t cols = num_dirs + 1;
   at::Tensor out = at::zeros({num_groups, cols}, at::kDouble);  // [G, D + 1]
   std::vector<double> partial(plan.num_chunks * cols);          // [chunks, D + 1]

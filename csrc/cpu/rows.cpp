@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -109,6 +111,14 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
   return {logp, weight};
 }
 
+// 1 / max(1, labels that count), 0-dim, of labels that are all in range.
+Tensor label_factor_cpu(std::string_view op, const Tensor& labels, int64_t vocab) {
+  const int64_t count = count_labels(std::string(op).c_str(), labels, vocab).count;
+  Tensor factor = at::empty({}, at::kFloat);
+  *factor.mutable_data_ptr<float>() = 1.0f / static_cast<float>(std::max<int64_t>(count, 1));
+  return factor;
+}
+
 // The arguments all KL ops share; `y` keeps the labels alive.
 KlArgs kl_args(const char* op, const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, double scale,
                double softcap, double ref_scale, double ref_softcap, Tensor& y) {
@@ -182,6 +192,7 @@ TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("logp_rows", &logp_rows_cpu);
   m.impl("logp_rows_grad", &logp_rows_grad_cpu);
   m.impl("weighted_rows", &weighted_rows_cpu);
+  m.impl("label_factor", &label_factor_cpu);
   m.impl("kl_rows", &kl_rows_cpu);
   m.impl("kl_parts", &kl_parts_cpu);
   m.impl("kl_rows_grad", &kl_rows_grad_cpu);

@@ -75,7 +75,7 @@ DotRecord make_record(const DotItem& item, const Span& span, int64_t first, int 
 
 at::Tensor grad_dots_cuda(at::TensorList xs, at::TensorList ys, at::IntArrayRef groups, int64_t num_groups,
                           int64_t num_dirs) {
-  const DotPlan plan = plan_grad_dots(xs, ys, groups, num_groups, num_dirs, cuda::kChunk);
+  const DotPlan plan = plan_grad_dots(xs, ys, groups, num_dirs, cuda::kChunk);
   const auto options = xs[0].options().dtype(at::kDouble).requires_grad(false);
   if (plan.num_chunks == 0) return at::zeros({num_groups, num_dirs + 1}, options);
   TORCH_CHECK_VALUE(plan.num_chunks < (int64_t{1} << 31), "gfast: grad_dots got more than 2^47 elements in one call");

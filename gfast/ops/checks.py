@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+PLAIN = (Tensor, torch.nn.Parameter)  # types of tensors that hold their own values
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 
 
@@ -127,4 +128,4 @@ def may_wait(device: torch.device) -> bool:
 
 def runs_now(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: nothing records the call or stands in for the values."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    return not torch.compiler.is_compiling() and type(x) in PLAIN

@@ -13,6 +13,10 @@ def _grad_dots(xs: list[Tensor], ys: list[Tensor], groups: list[int], num_groups
     return torch.empty(num_groups, num_dirs + 1, dtype=torch.float64, device=device)
 
 
+def _label_factor(op: str, labels: Tensor, vocab: int) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device=labels.device)
+
+
 def _written(op: str) -> Callable:
     """Of an op that only writes to its last argument, which must be as free of values as the others."""
 
@@ -25,6 +29,10 @@ def _written(op: str) -> Callable:
 
 
 _WRITING = ("mixed_mm", "head_grad_hidden", "head_grad_weight")
-for _op, _fake in {"grad_dots": _grad_dots, **{op: _written(op) for op in _WRITING}}.items():
+for _op, _fake in {
+    "grad_dots": _grad_dots,
+    "label_factor": _label_factor,
+    **{op: _written(op) for op in _WRITING},
+}.items():
     if hasattr(torch.ops.gfast, _op):  # an older build may not hold it
         torch.library.register_fake(f"gfast::{_op}", _fake)

@@ -7,6 +7,7 @@ hundreds of tensors, each read once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,13 +32,11 @@ def grad_dots_reference(
 
 
 def _check(xs: list[Tensor], directions: Sequence[Sequence[Tensor]], groups: list[int], num_groups: int) -> None:
+    """What the compiled op checks for itself, in a hundredth of the time."""
     if len(groups) != len(xs):
         raise ValueError(f"gfast: grad_dot: got {len(groups)} group indices for {len(xs)} tensors.")
     if num_groups < 0:
         raise ValueError(f"gfast: grad_dot: num_groups must not be negative, got {num_groups}.")
-    for d, direction in enumerate(directions):
-        if len(direction) != len(xs):
-            raise ValueError(f"gfast: grad_dot: direction {d} has {len(direction)} tensors but xs has {len(xs)}.")
     for t, x in enumerate(xs):
         if not 0 <= groups[t] < num_groups:
             raise ValueError(f"gfast: grad_dot: groups[{t}] = {groups[t]} is outside [0, {num_groups}).")
@@ -77,14 +76,17 @@ def grad_dots(
     Returns:
         float64 [num_groups, num_dirs + 1] on the tensors' device: the dots, then sum x*x. Not differentiable.
     """
-    xs, groups = list(xs), [int(g) for g in groups]
-    _check(xs, directions, groups, num_groups)
+    xs, groups = list(xs), list(map(int, groups))
+    for d, direction in enumerate(directions):
+        if len(direction) != len(xs):
+            raise ValueError(f"gfast: grad_dot: direction {d} has {len(direction)} tensors but xs has {len(xs)}.")
     chosen = _choose(impl, xs[0].device.type if xs else "cpu")
     with torch.no_grad():
         if chosen == "reference" or not xs:  # the dispatcher finds no device in an empty list
+            _check(xs, directions, groups, num_groups)
             return grad_dots_reference(xs, directions, groups, num_groups)
-        ys = [y.detach() for direction in directions for y in direction]
-        return torch.ops.gfast.grad_dots([x.detach() for x in xs], ys, groups, num_groups, len(directions))
+        ys = list(chain.from_iterable(directions))
+        return torch.ops.gfast.grad_dots(xs, ys, groups, num_groups, len(directions))
 
 
 def grad_dot(

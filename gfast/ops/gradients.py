@@ -85,13 +85,15 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
 
 def with_gradients(
     name: str,
-    loss: Tensor,
+    total: Tensor,
+    factor: Tensor,
     inputs: Sequence[Tensor | None],
     gradients: Sequence[Tensor],
     late: Tensor | None,
     literal: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``loss`` (0-dim) as a function of ``inputs``, whose gradients are known but for a factor ``late``.
+    """The loss ``total * factor`` (0-dim each) as a function of ``inputs``, whose gradients are known but for a factor
+    ``late``.
 
     Args:
         name: of the public op, for messages.
@@ -100,7 +102,7 @@ def with_gradients(
     """
     if torch.compiler.is_compiling():  # differentiates no further
         literal = None
-    return _Known.apply(*inputs, *gradients, loss, late, literal, name)
+    return _Known.apply(*inputs, *gradients, total, factor, late, literal, name)
 
 
 def _literal(ctx):
@@ -114,11 +116,11 @@ def _literal(ctx):
 class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, loss, late, ctx.literal, ctx.name = arguments
+        *tensors, total, factor, late, ctx.literal, ctx.name = arguments
         count = len(tensors) // 2
         inputs = tensors[:count]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        loss = loss.clone()
+        loss = total * factor
         ctx.save_for_backward(*tensors[count:], late, *(inputs if ctx.literal else ()), loss)
         ctx.set_materialize_grads(False)
         return loss
@@ -127,7 +129,7 @@ class _Known(torch.autograd.Function):
     @differentiable_once(_literal)
     def backward(ctx, grad_loss):
         count = len(ctx.dtypes)
-        finished = [None] * (2 * count + 4)
+        finished = [None] * (2 * count + 5)
         if grad_loss is not None:
             saved = ctx.saved_tensors
             for i, dtype in enumerate(ctx.dtypes):

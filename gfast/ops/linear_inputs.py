@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import check_chunk_rows, check_head, check_label_range, check_rows
+from gfast.ops.checks import check_chunk_rows, check_head, check_rows
 from gfast.ops.chunks import default_chunk_rows
 from gfast.ops.dispatch import select
 from gfast.ops.head import product_dtype
+from gfast.ops.labels import label_factor
+from gfast.ops.token_logp import stats_dtype
 from gfast.ops.vocab_parallel import Shard, is_sharded, local_part
 
 
@@ -56,9 +58,10 @@ def unpacked(name: str, hidden: Tensor, labels: Tensor, sizes, group, impl) -> t
     """Inside an op: the shard, ``chunk_rows`` and the implementation that serves the op, after checks of what raw calls
     may get wrong."""
     (first, vocab), chunk_rows = sizes[:2], sizes[2:]
-    check_label_range(name, labels, vocab)
     check_chunk_rows(name, chunk_rows)
-    return Shard(first, vocab, group), chunk_rows, select(name, impl, hidden.device, hidden.dtype)
+    chosen = select(name, impl, hidden.device, hidden.dtype)
+    label_factor(name, labels, vocab, stats_dtype(hidden.dtype), chosen)
+    return Shard(first, vocab, group), chunk_rows, chosen
 
 
 def local_head(name: str, hidden, weight, bias, labels, chunk_rows: int | None, buffers: int = 1) -> LocalHead:

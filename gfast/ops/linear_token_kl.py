@@ -217,8 +217,7 @@ def linear_token_kl(
     inner, late = summed_scale(factor, dtype)
     options = head.options(form, impl)
     kl, *gradients = _linear_token_kl(head.detached(), list(ref.inputs), flat, inner, *options, need)
-    loss = kl.sum() * factor
     if not any(need):
-        return loss
+        return kl.sum() * factor
     defined = literal if impl == "reference" and not head.shard.group else None
-    return with_gradients(name, loss, head.inputs, gradients, late, defined)
+    return with_gradients(name, kl.sum(), factor, head.inputs, gradients, late, defined)

@@ -64,7 +64,7 @@ def _linear_unlearn(
         sequences: count and length of ``plan_chunks``. For the rest see ``LocalHead.options``.
     """
     hidden = head[0]
-    shard, chunk_rows, _ = unpacked("linear_unlearn_loss", hidden, labels, sizes, group, impl)
+    shard, chunk_rows, impl = unpacked("linear_unlearn_loss", hidden, labels, sizes, group, impl)
     spec, (count, length) = WeightSpec.from_numbers(level, numbers), sequences
     order, chunk, spans = plan_chunks(level, labels, per_row[2], count, length, chunk_rows)
     chunked = ChunkedHead(*head, labels, chunk, order)
@@ -159,7 +159,7 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         return loss_from_logp(terms, logp, literal=True).loss
 
     defined = literal if impl == "reference" and not head.shard.group else None
-    loss = with_gradients(terms.name, value.sum() * factor, head.inputs, gradients, late, defined)
+    loss = with_gradients(terms.name, value.sum(), factor, head.inputs, gradients, late, defined)
     return terms.output(loss, logp, weights)
 
 

@@ -45,14 +45,13 @@ class Tokens(NamedTuple):
 
     Attributes:
         name: of the public op, for messages.
-        labels: int64 [N]. valid: bool [N], those that count.
+        labels: int64 [N].
         ids: of their sequences, int64 [N]. count: a bound S on these. None and 0 where nothing depends on sequences.
         paired: whether sequences s and s + S/2 are counted as one.
     """
 
     name: str
     labels: Tensor
-    valid: Tensor
     ids: Tensor | None
     count: int
     paired: bool
@@ -64,7 +63,12 @@ class Tokens(NamedTuple):
         if sequence_id is not None or level != "token" or reduction == "sequence_mean":
             ids, count = sequence_layout(name, labels, sequence_id)
         check_pairs(name, level, count)
-        return cls(name, flat, flat != IGNORE_INDEX, ids, count, level == "pair")
+        return cls(name, flat, ids, count, level == "pair")
+
+    @property
+    def valid(self) -> Tensor:
+        """Those that count, bool [N]."""
+        return self.labels != IGNORE_INDEX
 
     def factor(self, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
         """0-dim; turns a sum into the reduction: 1/N, 1/S or 1; 0 tokens give 1 (the sum is 0 anyway)."""

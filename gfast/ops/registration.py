@@ -6,12 +6,12 @@ A call through the dispatcher takes 0.1 ms, and the first of a process imports t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import runs_now
+from gfast.ops.checks import PLAIN
 
 
 def python_op(
@@ -45,9 +45,9 @@ def python_op(
 
         @functools.wraps(function)
         def call(*args):
-            if torch.compiler.is_compiling() or _traced() or not all(map(runs_now, _tensors(args))):
+            if torch.compiler.is_compiling() or _traced() or not _plain(args):
                 return traced(*args)
-            if backward is not None and torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+            if backward is not None and torch.is_grad_enabled() and _recorded(args):
                 return Recorded.apply(*args)
             with torch.no_grad():
                 return function(*args)
@@ -66,9 +66,16 @@ def _traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
-def _tensors(args) -> Iterator[Tensor]:
+def _plain(args: Iterable) -> bool:
+    """Whether all tensors, also those in lists, hold their own values."""
     for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from (x for x in arg if isinstance(x, Tensor))
+        if type(arg) is list:
+            if not _plain(arg):
+                return False
+        elif isinstance(arg, Tensor) and type(arg) not in PLAIN:
+            return False
+    return True
+
+
+def _recorded(args: Iterable) -> bool:
+    return any(x.requires_grad for x in args if isinstance(x, Tensor))

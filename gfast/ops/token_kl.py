@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_reduction, check_rows
+from gfast.ops.checks import IGNORE_INDEX, check_reduction, check_rows
 from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
+from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
 from gfast.ops.reductions import Tokens
 from gfast.ops.registration import python_op
@@ -55,7 +56,8 @@ def _fake_kl(logits, ref_logits, labels, factor, with_grad, impl):
 def _token_kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, factor: Tensor, with_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    check_label_range("token_kl", labels, logits.shape[1])
+    impl = select("token_kl", impl, logits.device, logits.dtype)
+    label_factor("token_kl", labels, logits.shape[1], stats_dtype(logits.dtype), impl)
     gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
     out = gradient if with_grad else None
     kl = kl_rows(unit_stride(logits), unit_stride(ref_logits), labels, factor, 1.0, 0.0, 1.0, 0.0, out, impl)
@@ -131,8 +133,7 @@ def token_kl(
     inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
     rows, ref_rows = logits.detach().reshape(-1, vocab), ref_logits.reshape(-1, vocab)
     kl, gradient = _token_kl(rows, ref_rows, flat, inner, wanted, impl)
-    loss = kl.sum() * factor
     if not wanted:
-        return loss
+        return kl.sum() * factor
     defined = literal if impl == "reference" else None
-    return with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)
+    return with_gradients(name, kl.sum(), factor, [logits], [gradient.view(logits.shape)], late, defined)

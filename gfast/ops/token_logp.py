@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows
+from gfast.ops.checks import IGNORE_INDEX, check_rows
 from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
 from gfast.ops.dispatch import kernel, select
+from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
 from gfast.ops.registration import python_op
 
@@ -142,7 +143,7 @@ def label_logp(logits: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tenso
     """``logp_rows`` of logits of any strides, after a check of the labels."""
     impl = select("token_logp", impl, logits.device, logits.dtype)
     if impl != "cpp":  # which checks for itself
-        check_label_range("token_logp", labels, logits.shape[1])
+        label_factor("token_logp", labels, logits.shape[1], stats_dtype(logits.dtype), impl)
     return logp_rows(unit_stride(logits), labels, 1.0, 0.0, impl)
 
 

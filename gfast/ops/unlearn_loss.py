@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import IGNORE_INDEX, check_label_range, check_rows, raise_if_not_finite
+from gfast.ops.checks import IGNORE_INDEX, check_rows, raise_if_not_finite
 from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.inplace import Overwritten
+from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
 from gfast.ops.reductions import LossOutput
 from gfast.ops.registration import python_op
@@ -61,8 +62,7 @@ def weighted_rows(
     logits: Tensor, labels: Tensor, ref_logp, spec: WeightSpec, factor, scale: float, softcap: float, out, impl: str
 ) -> tuple[Tensor, Tensor]:
     """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits; None: not wanted) gets factor
-    (0-dim) * w_i * d logp_i / d logits."""
-    impl = select("unlearn_loss", impl, logits.device, logits.dtype)
+    (0-dim) * w_i * d logp_i / d logits. ``impl`` is one that serves them, not "auto"."""
     if impl == "reference":
         return _weighted_rows_reference(logits, labels, ref_logp, spec, factor, scale, softcap, out)
     numbers = (spec.sign, spec.p_pow, spec.q_pow, spec.beta if spec.uses_ref else 0.0)
@@ -72,7 +72,7 @@ def weighted_rows(
 def _fake_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl):
     dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
     per_row = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
-    return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
+    return *per_row, logits.new_empty(rows if with_grad else 0, vocab), logits.new_empty((), dtype=dtype)
 
 
 @python_op("unlearn_rows", _fake_rows)
@@ -81,19 +81,20 @@ def _unlearn_rows(
     labels: Tensor,
     ref_logp: Tensor | None,
     numbers: list[float],
-    factor: Tensor,
+    factor: Tensor | None,
     with_grad: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``weighted_rows`` of logits of any strides, after a check of the labels; and the gradient (empty if unwanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``weighted_rows`` of logits of any strides, after a check of the labels; the gradient (empty if unwanted) at
+    ``kept_scale``; and the factor, which is that of the mean over the labels where none is given."""
     impl = select("unlearn_loss", impl, logits.device, logits.dtype)
-    if impl != "cpp":  # which checks for itself
-        check_label_range("unlearn_loss", labels, logits.shape[1])
+    counted = label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), impl)
+    factor = counted if factor is None else factor.clone()  # an op returns none of its arguments
     spec = WeightSpec.from_numbers("token", numbers)
     gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
-    out = gradient if with_grad else None
-    logp, weight = weighted_rows(unit_stride(logits), labels, ref_logp, spec, factor, 1.0, 0.0, out, impl)
-    return logp, weight, gradient
+    inner, out = (kept_scale(factor, logits.dtype)[0], gradient) if with_grad else (factor, None)
+    logp, weight = weighted_rows(unit_stride(logits), labels, ref_logp, spec, inner, 1.0, 0.0, out, impl)
+    return logp, weight, gradient, factor
 
 
 def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOutput:
@@ -127,21 +128,25 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
     """A loss that is one number; where it is differentiated, the gradient comes out of the same pass."""
     name, spec, labels = terms.name, terms.spec, terms.tokens.labels
     dtype = stats_dtype(logits.dtype)
-    factor, ref = terms.factor(dtype), terms.reference(dtype)
+    # None: the mean over the labels, for the kernel that looks at them to find
+    factor = None if terms.by_token and terms.counts_labels else terms.factor(dtype)
+    ref = terms.reference(dtype)
     ref = None if ref is None else ref.detach()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
         impl = select(name, impl, logits.device, logits.dtype)
-        check_label_range(name, labels, logits.shape[-1])  # before the logits are touched
+        counted = label_factor(name, labels, logits.shape[-1], dtype, impl)  # before the logits are touched
+        factor = counted if factor is None else factor
         memory = Overwritten(name, logits)
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
     if terms.by_token:
         ref = ref if spec.uses_ref else None
-        inner, late = kept_scale(factor, logits.dtype) if wanted else (factor, None)
         if memory is None:
-            logp, weight, gradient = _unlearn_rows(rows, labels, ref, spec.numbers(), inner, wanted, impl)
+            logp, weight, gradient, factor = _unlearn_rows(rows, labels, ref, spec.numbers(), factor, wanted, impl)
+            late = kept_scale(factor, logits.dtype)[1] if wanted else None
         else:
+            inner, late = kept_scale(factor, logits.dtype)
             memory.start()
             logp, weight = weighted_rows(rows, labels, ref, spec, inner, 1.0, 0.0, rows, impl)
         value = weight * logp
@@ -155,16 +160,18 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
             logp_rows_grad(rows, labels, logp, stats, coef, 1.0, 0.0, rows, impl)
         elif wanted:
             gradient = label_logp_gradient(rows, labels, logp, stats, coef, impl)
-    loss = value.sum() * factor
+    total = value.sum()
     if memory is not None:
-        loss = memory.finished(loss, late)
+        loss = memory.finished(total * factor, late)
     elif wanted:
 
         def literal(logits: Tensor) -> Tensor:
             return loss_from_logp(terms, token_logp_reference(logits, terms.labels), literal=True).loss
 
         defined = literal if impl == "reference" else None
-        loss = with_gradients(name, loss, [logits], [gradient.view(logits.shape)], late, defined)
+        loss = with_gradients(name, total, factor, [logits], [gradient.view(logits.shape)], late, defined)
+    else:
+        loss = total * factor
     return terms.output(loss, logp, weight)
 
 

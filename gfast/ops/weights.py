@@ -186,6 +186,11 @@ class Terms(NamedTuple):
         """Whether a weight depends on its own token alone."""
         return self.spec is not None and self.spec.level == "token"
 
+    @property
+    def counts_labels(self) -> bool:
+        """Whether the sum is divided by the number of labels that count."""
+        return self.reduction == "token_mean" and self.normalizer is None
+
     def factor(self, dtype: torch.dtype) -> Tensor:
         """Of the sum over tokens or sequences, 0-dim."""
         return self.tokens.factor(self.reduction, self.normalizer, dtype)
