@@ -12,7 +12,7 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test test-slow test-all demo docs install lint cuda-check sanitize sanitize-threads fuzz clean
+.PHONY: test test-slow test-all demo docs install lint cuda-check arm-check sanitize sanitize-threads fuzz clean
 
 # All cores, a file at a time on one thread each, the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -57,6 +57,10 @@ lint: install
 
 cuda-check:
 	csrc/cuda/compile_check.sh
+
+# The CPU kernels for 64-bit ARM, run under QEMU: apt-get install g++-aarch64-linux-gnu qemu-user
+arm-check: install
+	$(PY) -m pytest -n0 -rs tests/test_kernels_alone.py
 
 # The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer; under ThreadSanitizer; more cases of the fuzzer.
 sanitize: install
