@@ -129,6 +129,7 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         # reached by what does not ask for torch functions, such as kernels and autograd itself
+        _note(func)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
 
@@ -137,6 +138,14 @@ computing: ContextVar[bool] = ContextVar("computing", default=False)
 # A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
 # is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
 _left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)
+# Why the logits of the call that is running are computed: what has asked for them, in words.
+_why: ContextVar[list[str] | None] = ContextVar("why", default=None)
+
+
+def _note(func: Callable) -> None:
+    why = _why.get()
+    if why is not None:
+        why.append(f"{getattr(func, '__name__', func)} looks at them")
 
 
 def _real(value: Any) -> Any:
@@ -154,6 +163,7 @@ def follow(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = NotImplemented if rule is None else rule(self, *args[1:], **kwargs)
         if out is not NotImplemented:
             return out
+    _note(func)
     return func(*tree_map(_real, args), **tree_map(_real, kwargs))
 
 
@@ -280,28 +290,26 @@ _ABOUT = (
 
 
 @contextmanager
-def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] | None = None) -> Iterator[None]:
+def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] | None = None) -> Iterator[list[str]]:
     """Inside, calls of the model's output head return deferred logits, where its forward is the plain linear map.
 
     linear: the module that is called for the logits. A subclass, a forward that was put in the place of PyTorch's
     (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
     deferred logits and get real ones if they look at them. left_out: the cross-entropy of deferred logits is 0, and its
-    targets are added to this list.
+    targets are added to this list. Gives a list that says, after the call, why logits were computed, if they were.
     """
-    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not plain or torch.compiler.is_compiling():
-        yield
+    why = _not_deferrable(model, linear)
+    if why is not None:
+        yield [why]
         return
     parallel = wrappers.is_vocab_parallel(model, linear)
     own = vars(linear).get("forward")
-    fsdp_group_of_its_own = "FSDP" in type(linear).__name__  # its weight is freed when its call ends
-    if (own and not parallel) or fsdp_group_of_its_own or not wrappers.runs_as_written(model, linear):
-        yield
-        return
+    reasons: list[str] = []
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
         weight, bias = linear.weight, linear.bias
         if torch.compiler.is_compiling() or not (parallel or all(map(wrappers.is_whole, _present(weight, bias)))):
+            reasons.append("the head's weight is sharded, quantised or not here")
             return F.linear(input, weight, bias)
         input, weight, bias = as_autocast(input, weight, bias)
         if len({x.dtype for x in _present(input, weight, bias)}) > 1:
@@ -309,16 +317,31 @@ def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] 
         return DeferredLogits(input, linear, weight, bias)
 
     linear.forward = forward
-    token = _left_out.set(left_out)
+    token, asked = _left_out.set(left_out), _why.set(reasons)
     try:
         with wrappers.without_hooks(linear) if parallel else nullcontext():
-            yield
+            yield reasons
     finally:
         _left_out.reset(token)
+        _why.reset(asked)
         if own is None:
             del linear.forward
         else:
             linear.forward = own
+
+
+def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
+    """Why calls of a head are left as they are; None where they can be deferred."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        found = "no module that the model names" if linear is None else f"a {type(linear).__name__}"
+        return f"the head is {found}, not a plain nn.Linear"
+    if torch.compiler.is_compiling() or not wrappers.runs_as_written(model, linear):
+        return "the head runs inside compiled code or in a replica of the model"
+    if "FSDP" in type(linear).__name__:
+        return "FSDP shards the head as a group of its own, and its weight is freed when its call ends"
+    if "forward" in vars(linear) and not wrappers.is_vocab_parallel(model, linear):
+        return "something has put a forward of its own in the place of the head's (offloading, another library)"
+    return None
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

@@ -27,8 +27,12 @@ _log = logging.getLogger("gfast")
 
 # What a batch carries for gfast; the model gets everything else.
 OWN_KEYS = frozenset(
-    "labels ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id".split()
+    "labels ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id "
+    "sequence_id".split()
 )
+
+# What transformers' models hand on to attention through **kwargs: where the texts of packed rows begin.
+_PACKING = frozenset("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx".split())
 
 _OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
 _SCALED_EMBEDDING = "ScaledWordEmbedding"
@@ -143,7 +147,7 @@ def _is_padding_on_the_right(mask: Tensor) -> bool:
 
 def _parameters_of_forward(inner: nn.Module) -> tuple[set[str], bool]:
     """Names that the model's forward takes, and whether it takes any others. What it hands on to that of its base
-    class by ``**kwargs`` counts as well.
+    class by ``**kwargs`` counts as well, and what transformers' own models hand on to attention by it.
     """
     named: set[str] = set()
     functions = [vars(inner).get("forward"), *(vars(cls).get("forward") for cls in type(inner).__mro__)]
@@ -154,6 +158,8 @@ def _parameters_of_forward(inner: nn.Module) -> tuple[set[str], bool]:
         named |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return named - {"self"}, False
+        if (getattr(function, "__module__", None) or "").startswith("transformers.models."):
+            named |= _PACKING
     return named - {"self"}, True
 
 
@@ -180,9 +186,12 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     if own_terms:
         given["labels"] = batch["labels"]
     left_out: list[Tensor] = []
-    with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None):
+    with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why:
         out = model(**given)
     found = logits_of(out)
+    kept = isinstance(found, DeferredLogits) and found.head() is not None
+    if defer and not kept and not torch.compiler.is_compiling():
+        log_materialised(model, why[-1] if why else "what the model does to them is no scale or soft cap")
     if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != shape_of(batch):
         what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"that are a {type(found).__name__}"
         raise ValueError(
@@ -213,6 +222,20 @@ class Answer(NamedTuple):
 
     logits: Tensor
     own_terms: Tensor | None
+
+
+def log_materialised(model: nn.Module, why: str) -> None:
+    """Say, once for a class and a reason, that the logits of whole batches are computed."""
+    _log_materialised(type(unwrap(model)).__name__, why)
+
+
+@functools.cache
+def _log_materialised(model: str, why: str) -> None:
+    _log.warning(
+        "%s: the logits of whole batches are computed, which takes their memory; losses and gradients are the same: %s",
+        model,
+        why,
+    )
 
 
 @functools.cache

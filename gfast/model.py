@@ -116,6 +116,7 @@ def model_loss(
     objective,
     *,
     ref_logp: Tensor | None = None,
+    sequence_id: Tensor | None = None,
     reduction: str | None = None,
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
@@ -138,14 +139,16 @@ def model_loss(
         model: a causal language model of Hugging Face, possibly wrapped.
         batch: what the model takes, and labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
             labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
-            [2B, T]. Where rows hold several texts (`gfast.packed`), these are the sequences.
+            [2B, T]. Where rows hold several texts, these are the sequences: `position_ids` that start again,
+            `cu_seq_lens_q` [S + 1], `seq_idx` or `sequence_id` [B, T] say so (`gfast.packed`).
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
-        ref_logp: overrides the batch's.
+        ref_logp, sequence_id: override the batch's.
         reduction, normalizer, impl: as ``linear_unlearn_loss``; KL, RMU and RR know only their mean over positions.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
             else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
-            the original, although the adapters are not zero.
+            the original, although the adapters are not zero. "adapter:NAME": the model with the adapter of that name in
+            place of the active one; it must be frozen (TRL keeps a copy named "ref").
         own_terms: this times what the model adds to the cross-entropy in its own loss is added; 1 is its own factor.
 
     Returns:
@@ -175,6 +178,8 @@ def model_loss(
     labels = _labels(batch)
     if ref_logp is not None:
         batch = {**batch, "ref_logp": ref_logp}
+    if sequence_id is not None:
+        batch = {**batch, "sequence_id": sequence_id}
     # before the forward pass, not after it
     lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):
@@ -206,6 +211,7 @@ def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = F
     if head is None:
         return ModelOutput(None, logits.real() if isinstance(logits, DeferredLogits) else logits, terms)
     if wrappers.is_freed(head.weight):  # with the end of a wrapper's forward: the model's own logits
+        hf.log_materialised(model, "FSDP frees the head's weight when the model's forward ends")
         return ModelOutput(None, *hf.answer(model, batch, defer=False, own_terms=own_terms))
     return ModelOutput(head, logits.hidden, terms)
 
@@ -255,14 +261,32 @@ def original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto"
     at with, the first time.
     """
     check_original(model, batch, reference)
-    with torch.no_grad(), evaluating(model), wrappers.adapters_off(model):
+    name = adapter_name(reference)
+    other = wrappers.adapters_off(model) if name is None else wrappers.other_adapter(model, name)
+    with torch.no_grad(), evaluating(model), other:
         yield
 
 
+def check_reference_name(reference: str) -> None:
+    """ValueError for something that names no original model."""
+    if reference not in REFERENCES and adapter_name(reference) is None:
+        raise ValueError(
+            f"gfast: reference must be one of {', '.join(map(repr, REFERENCES))} or 'adapter:NAME', not {reference!r}"
+        )
+
+
+def adapter_name(reference: str) -> str | None:
+    """NAME of a reference "adapter:NAME"; None for any other."""
+    kind, _, name = str(reference).partition(":")
+    return name if kind == "adapter" and name else None
+
+
 def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> None:
-    """ValueError unless the model with its adapters off is the original."""
-    if reference not in REFERENCES:
-        raise ValueError(f"gfast: reference must be one of {', '.join(map(repr, REFERENCES))}, not {reference!r}")
+    """ValueError unless the model with its adapters off is the original, or a frozen adapter of its own makes it."""
+    if (name := adapter_name(reference)) is not None:
+        wrappers.check_frozen_adapter(model, name)
+        return
+    check_reference_name(reference)
     if reference == "adapted":
         raise ValueError(
             "gfast: reference='adapted' is the model as it starts, adapters on: its values must be computed before "

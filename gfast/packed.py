@@ -2,7 +2,8 @@
 
 Padding-free collators put texts one after another into a row and say where each begins: `position_ids` that start
 again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), or `seq_idx`
-[B, T] (the number of each token's text). What depends on a sequence (a weight for the whole of it, a mean over
+[B, T] (the number of each token's text). `sequence_id` [B, T] says it to gfast alone, the model does not get it: tokens
+of one number are one text, wherever they stand. What depends on a sequence (a weight for the whole of it, a mean over
 sequences, a sample of an effect) then sees texts, not rows.
 """
 
@@ -18,10 +19,12 @@ from gfast.ops.checks import IGNORE_INDEX
 
 
 def texts(batch: Mapping[str, Any]) -> Tensor | None:
-    """The number of each token's text, int64 [B, T], ascending along the rows; None where no row holds two texts with
-    labels.
+    """The number of each token's text, int64 [B, T]; None where no row holds two texts with labels, and nothing but the
+    rows says what a text is.
     """
     labels = batch["labels"]
+    if batch.get("sequence_id") is not None:
+        return _numbered(batch["sequence_id"], labels)
     begins = _begins(batch, labels.shape)
     if begins is None:
         return None
@@ -34,6 +37,26 @@ def texts(batch: Mapping[str, Any]) -> Tensor | None:
     low = torch.where(valid, ids, ids.numel()).amin(1)
     high = torch.where(valid, ids, -1).amax(1)
     return ids if bool((high > low).any()) else None
+
+
+def starts(batch: Mapping[str, Any]) -> list[int] | None:
+    """Where the texts of a batch of one row [1, T] begin; None where nothing says."""
+    begins = _begins(batch, batch["labels"].shape)
+    if begins is None:
+        return None
+    begins[:, 0] = True
+    return begins[0].nonzero()[:, 0].tolist()
+
+
+def _numbered(ids: Tensor, labels: Tensor) -> Tensor:
+    """Given numbers of texts [B, T] as 0, 1, ... in their order."""
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+        found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(
+            f"gfast: sequence_id must be integers of the shape of labels {tuple(labels.shape)}, the number of each "
+            f"token's text; it is {found}"
+        )
+    return torch.unique(ids.to(labels.device), return_inverse=True)[1]
 
 
 def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
@@ -72,7 +95,8 @@ def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 _BY_TOKEN = ("input_ids", "labels", "ref_logp", "ref_hidden", "ref_layer_hidden", "token_type_ids", "inputs_embeds")
-_BOUNDS = (
+BOUNDS = (
+    "sequence_id",
     "position_ids",
     "attention_mask",
     "seq_idx",
@@ -91,7 +115,7 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     shape = batch["labels"].shape
     whole = {"ref_head", "ref_head_bias", "ref_head_form"}
     for key, value in batch.items():
-        if isinstance(value, Tensor) and key not in (*_BY_TOKEN, *_BOUNDS, "sample_id") and key not in whole:
+        if isinstance(value, Tensor) and key not in (*_BY_TOKEN, *BOUNDS, "sample_id") and key not in whole:
             raise ValueError(
                 f"gfast: {key!r} {tuple(value.shape)} of a packed batch belongs to rows, and effects of samples look "
                 f"at the texts in them one by one: unpack the batch, one text a row"

@@ -271,6 +271,43 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def other_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """The model with another of its adapters active, and nothing else changed."""
+    peft = _peft_of(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    active = list(peft.active_adapters)
+    try:
+        peft.base_model.set_adapter(name)
+        yield
+    finally:
+        peft.base_model.set_adapter(active if len(active) > 1 else active[0])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def check_frozen_adapter(model: nn.Module, name: str) -> None:
+    """ValueError unless the model with the adapter of that name stays as it is, whatever is trained."""
+    peft = _peft_of(model)
+    known = sorted(getattr(peft, "peft_config", None) or {})
+    if name not in known:
+        raise ValueError(
+            f"gfast: reference='adapter:{name}': the model has no adapter of that name, its adapters are {known}"
+        )
+    if name in peft.active_adapters:
+        raise ValueError(
+            f"gfast: reference='adapter:{name}': that is the active adapter, which is trained; the reference must be "
+            f"another one, such as a frozen copy of it"
+        )
+    vanishing = {id(parameter) for parameter in _vanishing(peft)}
+    for path, parameter in peft.named_parameters():
+        if parameter.requires_grad and (name in path.split(".") or id(parameter) not in vanishing):
+            raise ValueError(
+                f"gfast: reference='adapter:{name}': the parameter {path!r}, a part of the reference, is trained, so "
+                f"that it is not the original any more; freeze it with requires_grad_(False)"
+            )
+
+
 def check_base_is_original(model: nn.Module) -> None:
     """ValueError unless the model with its adapters off is, whatever has been trained, the base as it was loaded.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gfast import packed, wrappers
 from gfast.objectives import RMU, RR, Objective
 from gfast.sides import SETS
-from gfast.training.reference import ReferenceCache
+from gfast.training.reference import ReferenceCache, check_labels_attended
 
 
 def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -49,7 +49,10 @@ def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     """The cached values of a right-padded batch, aligned with it, [B, T, ...]."""
     if "sample_id" not in batch:
         raise ValueError("the batch has no sample_id to look its samples up by; gfast.data.Collator makes such batches")
-    mask = batch["attention_mask"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        raise ValueError("the batch has no attention_mask to tell texts from padding by, which reference values need")
+    check_labels_attended(batch)
     if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("the batch is padded on the left; reference values are joined to right-padded batches")
     return cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from gfast.model import REFERENCES
+from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
 from gfast.training.options import COMPILATION, refuse_ignored_options
 
@@ -94,8 +94,7 @@ class UnlearnConfig(TrainingArguments):
         refuse_ignored_options(self, COMPILATION)
         super().__post_init__()
         refuse_ignored_options(self)
-        if self.reference not in REFERENCES:
-            raise ValueError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+        check_reference_name(self.reference)
         if self.retain_term not in RETAIN_TERMS:
             raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
         if self.groups not in ("paper", "layer"):

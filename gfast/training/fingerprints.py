@@ -10,12 +10,12 @@ from torch import nn
 from gfast.tensor_files import hash_tensor
 
 
-def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
+def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
     """SHA-256 over the name, dtype, shape and every byte of the parameters, in the order of their names.
 
     Adapter weights are left out and wrapper prefixes are stripped, so that a PEFT model has the fingerprint of its base
-    model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too.
-    Reads the parameters in pieces of 64 MiB.
+    model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too, with
+    the name of one its own weights. Reads the parameters in pieces of 64 MiB.
 
     >>> import torch
     >>> a = nn.Linear(2, 2)
@@ -31,15 +31,18 @@ def model_fingerprint(model: nn.Module, adapters: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _parameters(model: nn.Module, adapters: bool) -> list[tuple[str, nn.Parameter]]:
+def _parameters(model: nn.Module, adapters: bool | str) -> list[tuple[str, nn.Parameter]]:
     from gfast.wrappers import adapter_prefix, unwrap_name
 
-    prefix = None if adapters else adapter_prefix(model)
+    prefix = None if adapters is True else adapter_prefix(model)
     chosen = []
     for name, parameter in model.named_parameters():
         if prefix is not None:
+            if isinstance(adapters, str) and adapters in name.split("."):
+                chosen.append((name, parameter))
+                continue
             if prefix in name or ".modules_to_save." in name:
                 continue
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        chosen.append((name if adapters else unwrap_name(name), parameter))
+        chosen.append((name if adapters is True else unwrap_name(name), parameter))
     return chosen

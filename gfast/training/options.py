@@ -27,7 +27,7 @@ _COMPILED = (
 COMPILATION = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo")
 
 # Name -> (whether a value is refused, why and what to do). A name that this version of transformers lacks is skipped.
-_REFUSED: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+REFUSED: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "remove_unused_columns": (
         lambda value, _: bool(value),
         "it must be False: it would drop the forget and retain batches",
@@ -82,22 +82,27 @@ def _keeps_the_loss(config: Mapping[str, Any] | None) -> bool:
     return all((config or {}).get(name) is False for name in ("fused_linear_cross_entropy", "cross_entropy"))
 
 
-def refuse_ignored_options(args: Any, names: Iterable[str] = tuple(_REFUSED)) -> None:
+def refuse_ignored_options(args: Any, names: Iterable[str] = tuple(REFUSED), trainer: str = "UnlearnTrainer") -> None:
     """ValueError that names an option of TrainingArguments which would have no effect, and says what to do."""
     for name in names:
-        refused, reason = _REFUSED[name]
+        refused, reason = REFUSED[name]
         value = getattr(args, name, None)
         if hasattr(args, name) and refused(value, args):
-            raise ValueError(f"{name}={value!r} cannot be used with UnlearnTrainer: {reason}")
+            raise ValueError(f"{name}={value!r} cannot be used with {trainer}: {reason}")
 
 
 def refuse_ignored_arguments(
-    compute_loss_func: Any = None, compute_metrics: Any = None, preprocess_logits_for_metrics: Any = None, **_: Any
+    trainer: str = "UnlearnTrainer",
+    *,
+    compute_loss_func: Any = None,
+    compute_metrics: Any = None,
+    preprocess_logits_for_metrics: Any = None,
+    **_: Any,
 ) -> None:
     """The same for the arguments of Trainer."""
     if compute_loss_func is not None:
         raise ValueError(
-            "compute_loss_func cannot be used with UnlearnTrainer: its loss is the objective's. Give objective=, or "
+            f"compute_loss_func cannot be used with {trainer}: its loss is the objective's. Give objective=, or "
             "override compute_loss in a subclass"
         )
     for name, value in (
@@ -105,7 +110,7 @@ def refuse_ignored_arguments(
         ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
     ):
         if value is not None:
-            raise ValueError(f"{name} cannot be used with UnlearnTrainer: {_NO_PREDICTIONS}; {_INSTEAD}")
+            raise ValueError(f"{name} cannot be used with {trainer}: {_NO_PREDICTIONS}; {_INSTEAD}")
 
 
 def refuse_ignored_with_data(args: Any, dataset: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,17 +159,20 @@ class ReferenceCache:
             reference: what the original is, of a model with PEFT adapters. "adapted": the model as it is, adapters on.
                 "base": the model with its adapters off. "auto": the same, refused where the base is not provably the
                 original: where something else is trained too, the adapters' initialisation rewrote the base (PiSSA,
-                OLoRA, CorDA, LoftQ), or the adapters are not zero.
+                OLoRA, CorDA, LoftQ), or the adapters are not zero. "adapter:NAME": the model with that adapter, which
+                is frozen, in place of the active one.
 
         Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
         that is not the original.
         """
-        from gfast.model import REFERENCES, original
+        from gfast.model import adapter_name, check_reference_name, original
 
         what = _checked(what, layer)
-        if reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(map(repr, REFERENCES))}, not {reference!r}")
-        adapted = reference == "adapted" and wrappers.is_adapted(model)
+        check_reference_name(reference)
+        adapted: bool | str = reference == "adapted" and wrappers.is_adapted(model)
+        if wrappers.is_adapted(model) and adapter_name(reference) is not None:
+            wrappers.check_frozen_adapter(model, adapter_name(reference))
+            adapted = adapter_name(reference)
         if path is not None and Path(path).exists():
             return cls.load(path, model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
         if len(dataset) == 0:
@@ -184,7 +187,9 @@ class ReferenceCache:
             starts = tqdm(starts, desc="Reference", unit="batch", leave=False)
         head: dict[str, Tensor] = {}
         first = _on(model, collator([dataset[order[0]]]))
-        with _as_it_is(model) if adapted or not wrappers.is_adapted(model) else original(model, first, reference):
+        with (
+            _as_it_is(model) if adapted is True or not wrappers.is_adapted(model) else original(model, first, reference)
+        ):
             for start in starts:
                 batch = _on(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 _keep(parts, _forward(model, batch, what, layer, head), batch)
@@ -225,7 +230,7 @@ class ReferenceCache:
         dataset: Any = None,
         what: Collection[str] = (),
         layer: int | None = None,
-        adapted: bool = False,
+        adapted: bool | str = False,
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
@@ -267,10 +272,10 @@ class ReferenceCache:
         dataset: Any = None,
         what: Collection[str] = (),
         layer: int | None = None,
-        adapted: bool = False,
+        adapted: bool | str = False,
     ) -> None:
         """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
-        adapted: of the model with its adapters on.
+        adapted: of the model with its adapters on, or with the one of that name.
         """
         lacking = sorted(set(what) - self.what)
         if lacking:
@@ -353,6 +358,7 @@ def _forward(
 
 def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     ids, mask = batch.get("sample_id"), batch["attention_mask"].bool()
+    check_labels_attended(batch)
     if ids is None or ids.numel() != mask.shape[0]:
         raise ValueError("the collator's batch has no sample_id for each row; gfast.data.Collator makes such batches")
     for row, sample_id in enumerate(ids.tolist()):
@@ -362,6 +368,20 @@ def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: 
             )
         # A copy: a view would keep the whole padded batch alive.
         parts[sample_id] = {key: value[row].cpu()[mask[row].cpu()].clone() for key, value in found.items()}
+
+
+def check_labels_attended(batch: Mapping[str, Tensor]) -> None:
+    """ValueError for a label whose attention mask is 0: values of the original are kept for tokens that the mask tells
+    from padding, so that this label would have none.
+    """
+    bad = (batch["labels"][:, 1:] != -100) & (batch["attention_mask"][:, 1:] == 0)  # [B, T - 1]
+    if bool(bad.any()):
+        row, column = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"row {row} of the batch has a label at position {column + 1}, where its attention_mask is 0: the collator "
+            "takes tokens of the text for padding (pad_token_id is a token that texts hold, such as EOS). Make the "
+            "mask from the lengths of the texts, as gfast.data.Collator does"
+        )
 
 
 def _length(item: Any) -> int:

@@ -1,0 +1,1 @@
+"""gfast in the trainers of other libraries: transformers, TRL, open-unlearning."""

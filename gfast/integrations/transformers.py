@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gfast in a Trainer of transformers: a mixin for any objective, a loss function for those over single tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from gfast.objectives import KL, RMU, RR, Mix
+from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.unlearn_loss import unlearn_loss
+from gfast.ops.weights import spec_of
+from gfast.training.loss import GFastLossMixin
+
+__all__ = ["GFastLossMixin", "gfast_loss_func"]
+
+
+def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
+    r"""An objective as `compute_loss_func` of a Trainer: :math:`\frac1Z \sum_i w_i \log p_i`, Z = num_items_in_batch.
+
+    Trainer counts the labels of an optimizer step over its micro-batches (and, with average_tokens_across_devices, over
+    all processes), so that the gradient is that of one big batch, for objectives whose weight is a token's own. It
+    makes the logits of the whole batch. `GFastLossMixin` does neither need that count nor those logits, and takes every
+    objective.
+
+    Args:
+        objective: GA, WGA, SatImp, NLL or PO, or a callable ``(logp, ref_logp, sequence_id) -> weights``. PO as NLL of
+            the batch's labels, which must be those of a refusal.
+        args: the Trainer's arguments; needed in several processes, where average_tokens_across_devices decides what
+            num_items_in_batch counts.
+
+    Returns:
+        ``(outputs, labels, num_items_in_batch=None) -> loss``: outputs.logits [B, T, V], labels [B, T], not shifted,
+        -100 ignored. Without num_items_in_batch the mean over the batch's own tokens.
+
+    Raises:
+        ValueError: here, for an objective over sequences (its mean is not over num_items_in_batch) or one that needs
+            values of the original model, which a loss function never sees; at the first batch, in several processes
+            whose counts are not summed, for DataParallel, and for labels of first tokens where Trainer counts them.
+
+    Source: arXiv 2502.19301.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from gfast.objectives import WGA
+        >>> loss = gfast_loss_func(WGA(alpha=1.0))
+        >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=loss)    # doctest: +SKIP
+    """
+    instead = "use gfast.integrations.transformers.GFastLossMixin, which counts for itself and takes every objective"
+    if isinstance(objective, (Mix, KL, RMU, RR)):
+        raise ValueError(
+            f"gfast: {objective} needs more than the logits of one batch, all that a loss func sees; {instead}"
+        )
+    spec = spec_of(objective)
+    if spec is not None and spec.level != "token":
+        raise ValueError(
+            f"gfast: {objective} is a mean over sequences, and the num_items_in_batch that Trainer hands a loss func "
+            f"counts tokens; {instead}"
+        )
+    if spec is not None and spec.uses_ref:
+        raise ValueError(f"gfast: {objective} needs ref_logp, which Trainer does not hand a loss func; {instead}")
+
+    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+        if labels is None or logits is None:
+            lacking = "labels" if labels is None else "logits (a fused loss such as Liger's took their place)"
+            raise ValueError(f"gfast: the batch has no {lacking} for {objective}")
+        if num_items_in_batch is not None:
+            _check_count(labels, num_items_in_batch, args, instead)
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
+        return unlearn_loss(logits, target, objective, reduction="token_mean", normalizer=num_items_in_batch).loss
+
+    return loss
+
+
+def _check_count(labels: Tensor, count: Any, args: Any, instead: str) -> None:
+    """ValueError where num_items_in_batch is not the number of labels that are scored in the whole step."""
+    if isinstance(count, Tensor) and count.dim() > 0:
+        raise ValueError(
+            f"gfast: several GPUs in one process (DataParallel) share no count of tokens; start one process a GPU with "
+            f"torchrun, or {instead}"
+        )
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        if args is None:
+            raise ValueError("gfast: in several processes give the Trainer's arguments too: gfast_loss_func(..., args)")
+        if not args.average_tokens_across_devices:
+            raise ValueError(
+                f"gfast: average_tokens_across_devices is off, so that each process divides by its own tokens and the "
+                f"mean over processes is not that of one big batch; turn it on, or {instead}"
+            )
+    if _COUNTS_FIRST and bool((labels[:, 0] != IGNORE_INDEX).any()):
+        raise ValueError(
+            f"gfast: this version of Trainer counts the labels of first tokens, which nothing scores, among "
+            f"num_items_in_batch: let the collator set labels[:, 0] = -100, or {instead}"
+        )
+
+
+# transformers 5 counts labels[..., 1:] of causal models
+_COUNTS_FIRST = "1:]" not in inspect.getsource(getattr(Trainer, "_get_num_items_in_batch", Trainer.get_batch_samples))

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives as the loss of any Trainer of transformers, over counts of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfast import wrappers
+from gfast.hf import OWN_KEYS
+from gfast.model_state import evaluating
+from gfast.objectives import RMU, RR, Mix, Objective
+from gfast.packed import BOUNDS
+from gfast.sides import SETS
+from gfast.training import batches
+from gfast.training.evaluation import EvaluationNLL, OwnBatches
+from gfast.training.options import REFUSED, refuse_compiled, refuse_ignored_arguments, refuse_ignored_options
+from gfast.training.reference import ReferenceCache
+from gfast.training.terms import StepTerms
+
+_FREE = ("remove_unused_columns", "average_tokens_across_devices")
+
+
+class GFastLossMixin:
+    r"""Gives a Trainer of one's own, or of TRL, the loss :math:`\gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
+
+    Put it before the Trainer among the bases: ``class MyTrainer(GFastLossMixin, Trainer): objective = NPO(beta=0.1)``.
+    The model runs by the call of its own outermost wrapper (DDP, FSDP, DeepSpeed); logits are not made where they need
+    not be. Each term is divided by its own count (valid tokens, sequences or pairs) over all micro-batches of an
+    optimizer step and all processes, so gradient accumulation and data parallelism give the gradient of one big batch,
+    whatever ``average_tokens_across_devices`` is. Logs hold ``loss`` and, per term, ``forget_loss``, ``retain_loss``,
+    ``mean_weight`` (of the forget tokens' log-prob gradients) and ``mean_inverse_confidence`` (of 1/p over the forget
+    tokens). Evaluation gives the token-mean NLL.
+
+    Args (besides the Trainer's, by keyword):
+        objective: an objective or a Mix; without it the class's own `objective` is taken.
+        references: {"forget": ReferenceCache, "retain": ReferenceCache}, those that the objective needs; items of the
+            data set then have a `sample_id`. Without one the values are those of the Trainer's `ref_model`, where it
+            has one (TRL's do), or with PEFT adapters those of the model itself as ``reference`` says.
+        reference: as ``gfast.model_loss``: "auto", "base", or "adapter:NAME".
+        own_loss_terms: add the terms that the model adds to its own loss, such as the balance of experts.
+
+    Batches are {"forget": batch, "retain": batch} or plain Hugging Face batches, which are forget batches; override
+    `gfast_batch` where they are something else.
+
+    Raises:
+        ValueError: no objective, an option or argument that would have no effect (``gfast.training.options``); at the
+            first step, before any work, a batch that lacks what the objective needs.
+
+    Source: arXiv 2502.19301.
+
+    Example:
+        >>> from gfast.objectives import WGA
+        >>> from transformers import Trainer
+        >>> class Forget(GFastLossMixin, Trainer):
+        ...     objective = WGA(alpha=1.0)
+        >>> trainer = Forget(model, args, train_dataset=data, data_collator=collator)    # doctest: +SKIP
+    """
+
+    objective: Any = None
+    # Options of TrainingArguments that would have no effect. Not of two: columns that gfast reads are kept, and counts
+    # are over all processes whatever is said.
+    _refused_options = tuple(name for name in REFUSED if name not in _FREE)
+
+    def __init__(
+        self,
+        *trainer_positional: Any,
+        objective: Objective | None = None,
+        references: Mapping[str, ReferenceCache] | None = None,
+        reference: str = "auto",
+        own_loss_terms: bool = False,
+        **trainer_arguments: Any,
+    ) -> None:
+        objective = type(self).objective if objective is None else objective
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                f"{type(self).__name__} has no objective: give objective=, one of gfast.objectives such as "
+                f"NPO(beta=0.1), or set it in the class; it is {objective!r}"
+            )
+        refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
+        super().__init__(*trainer_positional, **trainer_arguments)
+        refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
+        refuse_compiled(self.accelerator)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot share one count: start one process a "
+                f"GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        self.objective = objective if isinstance(objective, Mix) else Mix(objective)
+        self.references = dict(references or {})
+        unknown = set(self.references) - set(SETS)
+        if unknown:
+            raise ValueError(f"references has the keys {sorted(unknown)}; the keys are forget and retain")
+        if self.references:
+            self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
+        self._heads = {side: cache.head for side, cache in self.references.items()}
+        self._original, self._own_loss_terms = reference, own_loss_terms
+        # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.terms = StepTerms()
+        self._normalizers: dict[str, float] = {}
+        self._micro_batches = 1
+
+    def gfast_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of the Trainer's collator as gfast takes it; the batch itself unless overridden. It is called for
+        counting too, so it must be cheap, and must not run the model.
+        """
+        return batch
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Trainer's, which drops columns that the model does not take; and what gfast reads."""
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh:
+            self._signature_columns = [*self._signature_columns, *sorted({*OWN_KEYS, *BOUNDS} - {"ref_output"})]
+
+    @property
+    def _reference(self) -> str:
+        """Of a run that goes on from a checkpoint the adapters are not zero, and the base is the original still."""
+        return "base" if self._original == "auto" and self.state.global_step > 0 else self._original
+
+    @property
+    def _parts(self) -> list[tuple[str, Objective, float]]:
+        parts = [("forget", self.objective.forget, self.objective.gamma)]
+        if self.objective.retain is not None:
+            parts.append(("retain", self.objective.retain, self.objective.alpha))
+        return parts
+
+    def _sides(self, batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        return batches.sides(self.gfast_batch(batch))
+
+    def _reference_model(self, objective: Objective, batch: Mapping[str, Any]) -> Any:
+        """The Trainer's own reference model, where it has one and the batch lacks log-probs of the original."""
+        wanted = set(objective.needs) & {"ref_logp"} - set(batch)
+        return getattr(self, "ref_model", None) if wanted else None
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any = None
+    ) -> tuple[list[Any], int | None]:
+        """The micro-batches of one optimizer step, and what their terms are to be divided by, over all processes."""
+        batch_samples = []
+        # Trainer looks whether a run is finished after a step: one that is resumed at its end would take one too many.
+        for _ in range(num_batches if self.state.global_step < self.state.max_steps else 0):
+            try:
+                batch_samples.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if not batch_samples:
+            return batch_samples, None
+        self._check_batch(batch_samples[0])
+        self._micro_batches = len(batch_samples)
+        counts = [
+            sum(batches.count(objective, self._sides(batch)[side]) for batch in batch_samples)
+            for side, objective, _ in self._parts
+        ]
+        if self.accelerator.num_processes > 1:
+            local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+            counts = self.accelerator.reduce(local, "sum").tolist()
+        self._normalizers = {
+            side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
+        }
+        # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
+        return batch_samples, int(sum(counts))
+
+    def _check_batch(self, batch: Any) -> None:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
+        found = self._sides(batch)
+        for side, objective, _ in self._parts:
+            if side not in found:
+                raise ValueError(
+                    f"the objective {self.objective} has a {side} term, but the batches hold only {', '.join(found)}; "
+                    "use gfast.data.ForgetRetain with ForgetRetainCollator"
+                )
+            if "labels" not in found[side]:
+                raise ValueError(f"the {side} batch has no labels (its keys are {sorted(found[side])})")
+            if self._reference_model(objective, found[side]) is None:
+                batches.require_reference(found[side], objective, side, self.model, self._heads)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The weighted sum of the terms, each divided by its count over the whole optimizer step."""
+        if return_outputs:
+            raise ValueError("gfast computes losses without logits, so there are no outputs to return")
+        found = self._sides(inputs)
+        self.terms.start_step(self.state.global_step)
+
+        def losses(module: Any) -> Tensor:
+            total = None
+            for side, objective, factor in self._parts:
+                loss = factor * self._side_loss(module, found[side], objective, side, factor)
+                total = loss if total is None else total + loss
+            return total
+
+        # What follows the model's own forward, which carries Accelerate's autocast, has it too.
+        with wrappers.autocast_of(self.accelerator):
+            loss = wrappers.inside(model, losses)
+        self.terms.add({"loss": loss})
+        # Data parallelism averages gradients over processes; the terms are already divided by the global count.
+        return loss * self.accelerator.num_processes
+
+    def _side_loss(
+        self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float
+    ) -> Tensor:
+        from gfast.model import model_logp, model_loss
+
+        batch = dict(batch)
+        device = batch["labels"].device
+        if side in self._heads:
+            # Moved once: the head is the largest thing that comes with a batch, and it is always the same.
+            self._heads[side] = {name: tensor.to(device) for name, tensor in self._heads[side].items()}
+            batch |= {name: tensor for name, tensor in self._heads[side].items() if name not in batch}
+        reference_model = self._reference_model(objective, batch)
+        if reference_model is not None:
+            with torch.no_grad(), evaluating(reference_model):
+                batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
+        normalizer = self._normalizers.get(side) if model.training else None
+        # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
+        own_terms = 0.0
+        if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
+            own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
+        out = model_loss(model, batch, objective, normalizer=normalizer, reference=self._reference, own_terms=own_terms)
+        self.terms.add({f"{side}_loss": out.loss})
+        if side == "forget" and out.weight is not None:
+            self.terms.add_weights(out.weight, out.logp, batch["labels"])
+        return out.loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
+        from gfast.model import model_logp
+
+        found = self._sides(self._prepare_inputs(inputs))
+        sums = {}
+        with torch.no_grad(), wrappers.autocast_of(self.accelerator):
+            for side, batch in found.items():
+                logp = model_logp(model, batch)  # [B, T]
+                tokens = (batch["labels"][..., 1:] != -100).sum()
+                sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
+        if self._evaluation is not None:
+            self._evaluation.add(sums, nested=len(found) > 1)
+        total = sum(sums.values())
+        return (total[0] / total[1].clamp(min=1)).float(), None, None
+
+    _evaluation: EvaluationNLL | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
+        key = eval_dataset if isinstance(eval_dataset, str) else None
+        dataset = self.eval_dataset[key] if key is not None else eval_dataset
+        return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._own_batches(test_dataset)
+
+    def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
+        # As Trainer does: workers that outlive an evaluation are started once a data set.
+        if not self.args.dataloader_persistent_workers:
+            return OwnBatches(dataset, self.data_collator, self.args)
+        kept = self.__dict__.setdefault("_own_loaders", {})
+        if key not in kept or kept[key].dataset is not dataset:
+            kept[key] = OwnBatches(dataset, self.data_collator, self.args)
+        return kept[key]
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested
+        batches.
+        """
+        self._evaluation = EvaluationNLL(getattr(dataloader, "counted", None))
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
+        finally:
+            self._evaluation = None
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log with the terms since the last one, averaged over steps."""
+        if "loss" in logs:
+            logs = {**logs, **self.terms.since_last_log(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's count of the tokens seen (transformers 5), summed over the sides."""
+        for part in self._sides(inputs).values():
+            super()._track_num_input_tokens(part)
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """Trainer's estimate, summed over the sides."""
+        return sum(super(GFastLossMixin, self).floating_point_ops(part) for part in self._sides(inputs).values())
