@@ -12,7 +12,7 @@ from torch import Tensor
 from gfast import wrappers
 from gfast.hf import OWN_KEYS
 from gfast.model_state import evaluating
-from gfast.objectives import RMU, RR, Mix, Objective
+from gfast.objectives import RMU, RR, Mix, Objective, as_objective
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
@@ -36,7 +36,7 @@ class GFastLossMixin:
     tokens). Evaluation gives the token-mean NLL.
 
     Args (besides the Trainer's, by keyword):
-        objective: an objective or a Mix; without it the class's own `objective` is taken.
+        objective: an objective, a function of weights, or a Mix; without it the class's own `objective` is taken.
         references: {"forget": ReferenceCache, "retain": ReferenceCache}, those that the objective needs; items of the
             data set then have a `sample_id`. Without one the values are those of the Trainer's `ref_model`, where it
             has one (TRL's do), or with PEFT adapters those of the model itself as ``reference`` says.
@@ -75,11 +75,12 @@ class GFastLossMixin:
         **trainer_arguments: Any,
     ) -> None:
         objective = type(self).objective if objective is None else objective
-        if not isinstance(objective, Objective):
+        if objective is None:
             raise ValueError(
                 f"{type(self).__name__} has no objective: give objective=, one of gfast.objectives such as "
-                f"NPO(beta=0.1), or set it in the class; it is {objective!r}"
+                f"NPO(beta=0.1), or set it in the class"
             )
+        objective = as_objective(objective)
         refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
         super().__init__(*trainer_positional, **trainer_arguments)
         refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
@@ -116,7 +117,9 @@ class GFastLossMixin:
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh:
-            self._signature_columns = [*self._signature_columns, *sorted({*OWN_KEYS, *BOUNDS} - {"ref_output"})]
+            kept = {*self._signature_columns, *OWN_KEYS, *BOUNDS}
+            # without its preferred half, a batch of pairs would be taken for half as many pairs
+            self._signature_columns = sorted(kept | {f"preferred_{name}" for name in kept})
 
     @property
     def _reference(self) -> str:

@@ -80,7 +80,14 @@ def server():
     They start at once, share no state with the test process, and may be killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.training_killed", "helpers.training_parallel", "helpers.files_shared"])
+    context.set_forkserver_preload(
+        [
+            "helpers.training_killed",
+            "helpers.training_parallel",
+            "helpers.files_shared",
+            "helpers.integrations_parallel",
+        ]
+    )
     tests = str(Path(__file__).parents[1])  # what finds the package of this module
     if tests not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])

@@ -1,0 +1,201 @@
+"""gfast's losses in a Trainer of transformers: the gradient of one big batch, whatever is accumulated and counted."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import integrations_parallel
+from helpers.literal_losses import FirstGradient, assert_same, gradients, literal
+from helpers.training_tiny import collator, copied, datasets, tiny_model
+from test_training_parallel import together
+from transformers import Trainer, TrainingArguments
+
+import gfast
+from gfast import hf
+from gfast.integrations.transformers import GFastLossMixin, gfast_loss_func
+from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
+
+RATE = 1e-2
+TOKENS = [GA(), NLL(), WGA(alpha=1.0), SatImp(5.0, 1.0)]
+OBJECTIVES = [*TOKENS, TNPO(1.0), WTNPO(1.0, 1.0), NPO(beta=0.1), SimNPO(4.5, 0.0), DPO(beta=0.1)]
+
+
+class Forget(GFastLossMixin, Trainer):
+    pass
+
+
+def arguments(folder, **options):
+    settings = dict(output_dir=str(folder), use_cpu=True, learning_rate=RATE, lr_scheduler_type="constant", seed=0)
+    settings |= dict(max_grad_norm=0.0, max_steps=1, optim="sgd", save_strategy="no", report_to="none", logging_steps=1)
+    return TrainingArguments(**settings, disable_tqdm=True, **options)
+
+
+def columns(data):
+    """Items as a collator of one's own sees them: every column that the data has."""
+    return [dict(item) for item in (data[index] for index in range(len(data)))]
+
+
+def trained(model, folder, items, objective=None, batch_size=6, accumulate=1, trainer=Forget, collate=None, **options):
+    args = arguments(folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate)
+    if objective is not None:
+        options["objective"] = objective
+    run = trainer(model, args=args, train_dataset=items, data_collator=collate or collator(), **options)
+    run.first = FirstGradient()
+    run.add_callback(run.first)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_step_is_the_gradient_of_one_big_batch(tmp_path, objective):
+    """Six samples at once, three times two, and four and then two, against fp64."""
+    kind = "pairs" if isinstance(objective, DPO) else "qa"
+    data, _ = datasets(kind)
+    items = columns(data)
+    original = tiny_model()
+    # away from the original, where the weights of reference objectives are all 1
+    start = tiny_model()
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    twin = copied(start).double()
+    expected = literal(objective, twin, [collator()(items)], copied(original).double() if objective.needs else None)
+    expected.backward()
+    options = {}
+    if "ref_logp" in objective.needs:
+        options["references"] = {"forget": gfast.ReferenceCache.build(original, data, collator())}
+    for batch_size, accumulate in ((6, 1), (2, 3), (4, 2)):
+        model = copied(start)
+        run = trained(model, tmp_path, items, objective, batch_size, accumulate, **options)
+        assert_same(run.first.found, gradients(twin))
+        assert run.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-7)
+
+
+def test_a_reference_model_of_the_trainer_is_the_original(tmp_path):
+    class WithReference(Forget):
+        ref_model = tiny_model()
+
+    items, model = columns(datasets()[0]), tiny_model(seed=1)
+    twin = copied(model).double()
+    expected = literal(NPO(0.1), twin, [collator()(items)], copied(WithReference.ref_model).double())
+    expected.backward()
+    run = trained(model, tmp_path, items, NPO(0.1), 2, 3, WithReference)
+    assert_same(run.first.found, gradients(twin))
+
+
+def test_columns_that_gfast_reads_are_kept_and_a_mix_takes_both_sides(tmp_path):
+    data, retain = datasets()
+    seen = []
+
+    def collate(items):
+        seen.append(set(items[0]))
+        return collator()(items)
+
+    import datasets as hf_datasets
+
+    table = hf_datasets.Dataset.from_list(
+        [{k: torch.as_tensor(v).tolist() for k, v in i.items()} for i in columns(data)]
+    )
+    cache = gfast.ReferenceCache.build(tiny_model(), data, collator())
+    trained(tiny_model(), tmp_path, table, TNPO(), collate=collate, references={"forget": cache})
+    assert seen[0] == {"input_ids", "labels", "sample_id"}
+    with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):
+        trained(tiny_model(), tmp_path, columns(data), Mix(GA(), NLL()))
+
+
+def test_what_is_missing_or_without_effect_is_said_first(tmp_path):
+    items = columns(datasets()[0])
+    with pytest.raises(ValueError, match="Forget has no objective: give objective="):
+        trained(tiny_model(), tmp_path, items)
+    with pytest.raises(ValueError, match="compute_metrics cannot be used with Forget"):
+        trained(tiny_model(), tmp_path, items, GA(), compute_metrics=lambda _: {})
+    with pytest.raises(ValueError, match=r"NPO\(beta=0.1\) needs ref_logp"):
+        trained(tiny_model(), tmp_path, items, NPO())
+
+
+@pytest.mark.parametrize("objective", TOKENS, ids=str)
+def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
+    items, start = columns(datasets()[0]), tiny_model()
+    twin = copied(start).double()
+    expected = literal(objective, twin, [collator()(items)])
+    expected.backward()
+    for batch_size, accumulate in ((6, 1), (2, 3), (4, 2)):
+        model = copied(start)
+        func = gfast_loss_func(objective)
+        run = trained(model, tmp_path, items, None, batch_size, accumulate, Trainer, compute_loss_func=func)
+        assert_same(run.first.found, gradients(twin))
+
+
+@pytest.mark.parametrize("objective", [NPO(), SimNPO(), DPO(), TNPO(), WTNPO(), KL(), RMU(layer=1), Mix(GA())], ids=str)
+def test_a_loss_func_refuses_what_tokens_alone_do_not_give(objective):
+    with pytest.raises(ValueError, match="GFastLossMixin"):
+        gfast_loss_func(objective)
+
+
+def test_a_loss_func_without_labels_or_logits_says_so():
+    func = gfast_loss_func(GA())
+    with pytest.raises(ValueError, match="no labels"):
+        func({"logits": torch.zeros(1, 2, 3)}, None)
+    with pytest.raises(ValueError, match="no logits"):
+        func({"loss": torch.zeros(())}, torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="DataParallel"):
+        func({"logits": torch.zeros(1, 2, 3)}, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]))
+
+
+def test_two_processes_are_one_whatever_is_averaged(tmp_path):
+    runs = {1: tmp_path / "one", 2: tmp_path / "two"}
+    together(integrations_parallel.losses, runs)
+    found = {world: torch.load(folder / "process-0.pt") for world, folder in runs.items()}
+    assert found[1].keys() | {"refused"} == found[2].keys()
+    assert "average_tokens_across_devices is off" in found[2].pop("refused")
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_sequence_ids_tell_texts_from_rows():
+    """Two texts in a row, told by sequence_id alone, weigh like the same texts told by positions that start again."""
+    model, items = tiny_model(), [datasets()[0][index] for index in range(4)]
+    rows = {key: [torch.as_tensor(item[key]) for item in items] for key in ("input_ids", "labels")}
+    packed = {key: torch.cat(values)[None] for key, values in rows.items()}
+    lengths = [len(x) for x in rows["input_ids"]]
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = torch.repeat_interleave(torch.tensor([7, 3, 11, 5]), torch.tensor(lengths))[None]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    expected = gfast.model_loss(model, packed, SimNPO(1.0, 0.0))
+    plain = {key: value for key, value in packed.items() if key != "position_ids"}
+    plain["position_ids"] = torch.arange(sum(lengths))[None]  # one text to the model
+    as_one = gfast.model_loss(model, plain, SimNPO(1.0, 0.0))
+    apart = gfast.model_loss(model, plain, SimNPO(1.0, 0.0), sequence_id=numbers)
+    assert float(apart.loss.detach()) != pytest.approx(float(as_one.loss.detach()), rel=1e-3)
+    logp = apart.logp[0].split(lengths)
+    value = torch.stack(
+        [
+            -2 * torch.nn.functional.logsigmoid(-x[1:].sum() / (y[1:] != -100).sum())
+            for x, y in zip(logp, rows["labels"], strict=True)
+        ]
+    ).mean()
+    torch.testing.assert_close(apart.loss, value)
+    both = gfast.model_loss(model, {**packed, "cu_seq_lens_q": bounds}, SimNPO(1.0, 0.0))
+    torch.testing.assert_close(both.loss, expected.loss)
+    with pytest.raises(ValueError, match="sequence_id must be integers of the shape of labels"):
+        gfast.model_loss(model, packed, SimNPO(1.0, 0.0), sequence_id=numbers[:, 1:])
+
+
+def test_logits_that_are_made_are_said_once(caplog):
+    class Peeking(type(tiny_model())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits + 1.0
+            return out
+
+    hf._log_materialised.cache_clear()
+    batch = collator()(columns(datasets()[0])[:2])
+    model = Peeking(tiny_model().config)
+    with caplog.at_level(logging.WARNING, "gfast"):
+        for _ in range(3):
+            gfast.model_loss(model, batch, GA())
+        gfast.model_loss(tiny_model(), batch, GA())
+    said = [record.getMessage() for record in caplog.records if "logits of whole batches" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("Peeking: ") and "add" in said[0]
