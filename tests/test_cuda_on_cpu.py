@@ -6,34 +6,50 @@ from pathlib import Path
 
 import pytest
 from helpers.cuda_on_cpu import ADDRESSES, GXX, THREADS, assert_missed, assert_right, build, run, source
+from helpers.marks import slow_when
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="it takes g++")
 
 # two warps are enough for all they can do to each other
 SMALL = {"kThreads = 256": "kThreads = 64", "kChunk = 1 << 16": "kChunk = 1 << 10", "Records = 580": "Records = 20"}
 GRAD_DOTS = source("grad_dots", SMALL)
-LEFT_OUT = [(what, n) for what, count in GRAD_DOTS.counts.items() for n in range(count)] + [("exchange", 0)]
+ROWS = source("rows", {"kThreads = 256": "kThreads = 64", "kPartBytes = 1 << 16": "kPartBytes = 1 << 9"})
+ROWS_OF_ONE_WARP = source("rows", {"kThreads = 256": "kThreads = 32", "kPartBytes = 1 << 16": "kPartBytes = 1 << 9"})
+KERNELS = {kernel.harness: kernel for kernel in (GRAD_DOTS, ROWS)}
+LEFT_OUT = [
+    (name, what, str(n)) for name, one in KERNELS.items() for what, count in one.counts.items() for n in range(count)
+]
+LEFT_OUT.append(("grad_dots", "exchange", "0"))
 
 
 @pytest.fixture(scope="module")
-def threads(tmp_path_factory) -> Path:
-    return build(GRAD_DOTS, tmp_path_factory.mktemp("threads"), *THREADS)
+def threads(tmp_path_factory) -> dict[str, Path]:
+    return {name: build(one, tmp_path_factory.mktemp(name), *THREADS) for name, one in KERNELS.items()}
 
 
-def test_it_is_right(tmp_path):
+def test_grad_dots_are_right(tmp_path):
     assert_right(run(build(GRAD_DOTS, tmp_path), "cases"))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@slow_when(lambda p: p.dtype != "bf16")
+def test_rows_are_right(dtype, tmp_path):
+    assert_right(run(build(ROWS_OF_ONE_WARP, tmp_path), "cases", dtype))
+
+
 @pytest.mark.slow
-def test_it_stays_within_its_memory(tmp_path):
-    assert_right(run(build(GRAD_DOTS, tmp_path, *ADDRESSES), "cases"))
+@pytest.mark.parametrize("kernel", [GRAD_DOTS, ROWS_OF_ONE_WARP], ids=lambda one: one.harness)
+def test_they_stay_within_their_memory(kernel, tmp_path):
+    assert_right(run(build(kernel, tmp_path, *ADDRESSES), "cases"))
 
 
-def test_no_thread_reads_what_another_may_be_writing(threads):
-    assert_right(run(threads, "orders"))
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_thread_reads_what_another_may_be_writing(name, threads):
+    assert_right(run(threads[name], "orders"))
 
 
-@pytest.mark.parametrize("left_out", LEFT_OUT, ids=lambda one: f"{one[0]} {one[1]}")
-def test_every_fence_barrier_and_atomic_is_needed_and_missed(threads, left_out):
+@pytest.mark.parametrize("left_out", LEFT_OUT, ids=" ".join)
+def test_every_fence_barrier_wait_and_atomic_is_needed_and_missed(threads, left_out):
     """Else the test before this one could not fail."""
-    assert_missed(run(threads, "orders", left_out[0], str(left_out[1])))
+    name, what, number = left_out
+    assert_missed(run(threads[name], "orders", what, number))

@@ -16,7 +16,7 @@ from helpers.losses import assert_law, problem, run  # noqa: E402
 from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.objectives import GA, NPO, WGA  # noqa: E402
+from gfast.objectives import GA, NPO, WGA, WTNPO  # noqa: E402
 from gfast.ops.grad_dot import grad_dots  # noqa: E402
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference  # noqa: E402
 
@@ -86,6 +86,26 @@ def test_effects_of_samples_tokens_and_pairs_add_up():
         for side in ("unlearn", "retain"):
             total = part.total(side).sum().item() / int(part.tokens.sum())
             assert total == pytest.approx(whole.total(side), rel=1e-4, abs=1e-6 * abs(whole.total("unlearn")))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
+@pytest.mark.parametrize("vocab", [1000, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_held_on_the_chip_by_the_law(dtype, vocab, inplace):
+    if why := gfast.ops.dispatch.why_not("unlearn_loss", "cuda", DEVICE, dtype):
+        pytest.skip(why)
+    logits = torch.randn(300, vocab, device=DEVICE).mul(3).to(dtype)
+    labels = torch.randint(vocab, (300,), device=DEVICE)
+    labels[:4] = torch.tensor([-100, 0, vocab - 1, vocab // 2])
+    ref = -3 * torch.rand(300, device=DEVICE)
+
+    def loss(z, impl="reference", **options):
+        return gfast.unlearn_loss(z, labels, WTNPO(), ref_logp=ref, impl=impl, **options)
+
+    def ours(z):
+        return loss(z * 1 if inplace else z, "cuda", inplace=inplace)
+
+    assert_law(run(ours, (logits,)), run(loss, (logits,)), run(loss, (logits.double(),)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

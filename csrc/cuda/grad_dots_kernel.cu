@@ -2,9 +2,9 @@
 // writes fp64 partial sums; the block that comes last of its group adds the group's partials. Whichever that is, the order
 // of the sum is the same, so results repeat bit for bit. Bound by memory: each operand is read once, by loads of 8 or 16
 // bytes, several in flight.
-#include <cuda_fp16.h>
-
 #include "cuda/grad_dots_kernel.h"
+
+#include "cuda/elements.h"
 
 namespace gfast::cuda {
 
@@ -12,17 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 enum : int { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-__device__ __forceinline__ float widen(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
-__device__ __forceinline__ float widen(Half v) { return __half2float(__ushort_as_half(v.bits)); }
-__device__ __forceinline__ float widen(float v) { return v; }
 
 // V elements moved by one load of 8 or 16 bytes.
 template <typename T, int V>
@@ -41,13 +30,7 @@ struct Pack {
     }
   }
 
-  __device__ __forceinline__ float get(int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(word[i]);
-    } else {
-      return widen(T{static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))});
-    }
-  }
+  __device__ __forceinline__ float get(int i) const { return element<T>(word, i); }
 };
 
 // acc[d] += sum x*y_d, acc[D] += sum x*x over n elements, for this thread's share. Products, and sums of at most 32 of

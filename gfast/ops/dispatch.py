@@ -32,6 +32,8 @@ _STEPS = {"sharded_token_kl": "kl_parts", "scale": "scale_"}  # of several ops
 # Kernels that Triton has by the same name and with the same arguments, and the modules they are in.
 _TRITON_MODULES = {"fold_rows": "head", "kl_rows": "kl"}
 _TRITON_MODULES |= dict.fromkeys(("logp_rows", "logp_rows_grad", "weighted_rows"), "rows")
+# Ops with CUDA kernels of their own, and the compute capability that those need: 9.0 has clusters.
+_CUDA_KERNELS = {"grad_dot": ("grad_dots", (0, 0)), "unlearn_loss": ("weighted_rows", (9, 0))}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,8 +89,8 @@ def has_cpu_kernel(kernel: str) -> bool:
 
 
 @functools.cache
-def _dispatches(kernel: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", "CPU")
+def _dispatches(kernel: str, key: str = "CPU") -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gfast::{kernel}", key)
 
 
 def kernel(name: str, impl: str) -> Callable:
@@ -143,14 +145,21 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
         if kind == "cpu" and _interpreting():
             return interpreter_fails()
         return f"Triton kernels take CUDA tensors, not {kind} (CPU only with TRITON_INTERPRET=1)"
-    if op != "grad_dot":
+    if op not in _CUDA_KERNELS:
         return f"{op} has no CUDA kernel of its own; on a GPU Triton serves it"
     if kind != "cuda":
         return f"the CUDA kernel takes CUDA tensors, not {kind}"
     module, reason = extension()
-    if module is None or (info := module.build_info()).get("cuda"):
+    if module is None:
         return reason
-    return f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
+    if not (info := module.build_info()).get("cuda"):
+        return f"gfast._C was built without CUDA: {info.get('cuda_reason', 'reason unknown')}"
+    name, needed = _CUDA_KERNELS[op]
+    if not _dispatches(name, "CUDA"):
+        return f"gfast._C holds no CUDA kernel {name}; build the package again"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < needed:
+        return f"the CUDA kernel needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
+    return ""
 
 
 @functools.cache

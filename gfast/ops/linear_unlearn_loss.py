@@ -15,6 +15,7 @@ from gfast.ops.chunks import plan_chunks, row_chunks, sequence_length
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.gradients import summed_scale, with_gradients
 from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.held_rows import select_rows
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
 from gfast.ops.reductions import LossOutput
@@ -64,6 +65,7 @@ def _linear_unlearn(
         sequences: count and length of ``plan_chunks``. For the rest see ``LocalHead.options``.
     """
     hidden = head[0]
+    asked = impl
     shard, chunk_rows, impl = unpacked("linear_unlearn_loss", hidden, labels, sizes, group, impl)
     spec, (count, length) = WeightSpec.from_numbers(level, numbers), sequences
     order, chunk, spans = plan_chunks(level, labels, per_row[2], count, length, chunk_rows)
@@ -77,7 +79,8 @@ def _linear_unlearn(
     def row_span(start: int, stop: int) -> None:
         part, rows = slice(start, stop), chunked.logits(start, stop)
         chunk_ref = None if ref is None else ref[part].contiguous()
-        arguments = (rows, chunked.labels[part], chunk_ref, spec, factor, *form, rows, impl)
+        chosen = select_rows("linear_unlearn_loss", asked, rows, rows, form[1])
+        arguments = (rows, chunked.labels[part], chunk_ref, spec, factor, *form, rows, chosen)
         logp[part], weights[part] = weighted_rows(*arguments)
         chunked.add_gradients(start, stop, rows)
 
@@ -108,7 +111,8 @@ def _linear_unlearn(
         unscaled, unweighted = torch.ones_like(factor), WeightSpec(sign=spec.sign)
         for a, b in row_chunks(stop - start, chunked.chunk):
             rows, part = chunked.logits(start + a, start + b), slice(start + a, start + b)
-            arguments = (rows, chunked.labels[part], None, unweighted, unscaled, *form, rows, impl)
+            chosen = select_rows("linear_unlearn_loss", asked, rows, rows, form[1])
+            arguments = (rows, chunked.labels[part], None, unweighted, unscaled, *form, rows, chosen)
             logp[part] = weighted_rows(*arguments)[0]
             chunked.add_gradients(part.start, part.stop, rows)
         weights[start:stop] = weights_of(slice(start, stop))

@@ -9,6 +9,7 @@ from gfast.ops.checks import IGNORE_INDEX, check_rows, raise_if_not_finite
 from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.gradients import kept_scale, with_gradients
+from gfast.ops.held_rows import select_rows
 from gfast.ops.inplace import Overwritten
 from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
@@ -87,13 +88,15 @@ def _unlearn_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``weighted_rows`` of logits of any strides, after a check of the labels; the gradient (empty if unwanted) at
     ``kept_scale``; and the factor, which is that of the mean over the labels where none is given."""
-    impl = select("unlearn_loss", impl, logits.device, logits.dtype)
-    counted = label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), impl)
+    chosen = select("unlearn_loss", impl, logits.device, logits.dtype)
+    counted = label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), chosen)
     factor = counted if factor is None else factor.clone()  # an op returns none of its arguments
     spec = WeightSpec.from_numbers("token", numbers)
     gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
     inner, out = (kept_scale(factor, logits.dtype)[0], gradient) if with_grad else (factor, None)
-    logp, weight = weighted_rows(unit_stride(logits), labels, ref_logp, spec, inner, 1.0, 0.0, out, impl)
+    rows = unit_stride(logits)
+    chosen = select_rows("unlearn_loss", impl, rows, out, 0.0)
+    logp, weight = weighted_rows(rows, labels, ref_logp, spec, inner, 1.0, 0.0, out, chosen)
     return logp, weight, gradient, factor
 
 
@@ -135,10 +138,12 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
-        impl = select(name, impl, logits.device, logits.dtype)
-        counted = label_factor(name, labels, logits.shape[-1], dtype, impl)  # before the logits are touched
+        chosen = select(name if terms.by_token else "token_logp", impl, logits.device, logits.dtype)
+        counted = label_factor(name, labels, logits.shape[-1], dtype, chosen)  # before the logits are touched
         factor = counted if factor is None else factor
         memory = Overwritten(name, logits)
+        flat = logits.detach().view(-1, logits.shape[-1])
+        impl = select_rows(name, impl, flat, flat, 0.0) if terms.by_token else chosen
     rows = logits.detach().reshape(-1, logits.shape[-1])  # [N, V]
     if terms.by_token:
         ref = ref if spec.uses_ref else None
@@ -204,9 +209,11 @@ def unlearn_loss(
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
-        impl: "auto", "reference", "cpp" or "triton". Second derivatives, forward mode and torch.func's transforms take
-            "reference"; elsewhere they raise RuntimeError. They are those of the value where the gradient is (GA, PO,
-            NLL, NPO, SimNPO, DPO), and of sum w_i logp_i with constant w_i for WGA, SatImp, TNPO, WTNPO and callables.
+        impl: "auto", "reference", "cpp", "triton" or, for token-level objectives on GPUs with clusters (sm_90 and
+            later) and rows that eight blocks of 64 KiB hold, "cuda". Second derivatives, forward mode and torch.func's
+            transforms take "reference"; elsewhere they raise RuntimeError. They are those of the value where the
+            gradient is (GA, PO, NLL, NPO, SimNPO, DPO), and of sum w_i logp_i with constant w_i for WGA, SatImp, TNPO,
+            WTNPO and callables.
         check_finite: raise on NaN or infinite log-probs (waits for the device).
         inplace: the gradient overwrites the logits, which saves as much memory as they take and the time to fill
             it. They hold no logits after the call, so compute metrics before it. What else of the graph needs them

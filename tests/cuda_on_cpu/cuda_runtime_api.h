@@ -1,4 +1,4 @@
-// The part of CUDA that grad_dots_kernel.cu uses, on the CPU: a thread of a block is a thread of the system, several blocks
+// The part of CUDA that the kernels use, on the CPU: a thread of a block is a thread of the system, several blocks
 // run at once, and what orders memory on a GPU orders it here, no more. Atomics are relaxed, and only fences make one block
 // see another's writes: ThreadSanitizer then finds what a GPU may show once in a million launches. Sleeps at random bring
 // about the rare orders. Each fence and barrier of the source has a number, and can be left out to see that this is found.
@@ -35,10 +35,14 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
-struct Index {
-  unsigned x;
+struct float2 {
+  float x, y;
 };
-inline thread_local Index threadIdx, blockIdx;
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline thread_local dim3 threadIdx, blockIdx;
+using std::max;
 using std::min;
 
 namespace model {
@@ -71,7 +75,7 @@ struct Block {
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   unsigned index;
-  alignas(16) char memory[4][256];
+  alignas(16) char memory[6][256];
 };
 
 inline thread_local Block* block;
@@ -86,7 +90,7 @@ inline void sleep_at_random() {
 
 template <typename T, int number>
 T& shared() {
-  static_assert(sizeof(T) <= sizeof(Block::memory[0]) && number < 4);
+  static_assert(sizeof(T) <= sizeof(Block::memory[0]) && number < 6);
   return *reinterpret_cast<T*>(block->memory[number]);
 }
 
@@ -148,9 +152,14 @@ inline unsigned atomicExch(unsigned* p, unsigned v) {
   return 0;
 }
 
-inline double __shfl_down_sync(unsigned, double value, int by) {
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int by) {
   const int lane = threadIdx.x % model::kLanes, from = lane + by < model::kLanes ? lane + by : lane;
-  return model::exchange(value, [&](const uint64_t* lanes) { return std::bit_cast<double>(lanes[from]); });
+  return model::exchange(value, [&](const uint64_t* lanes) {
+    T found;
+    memcpy(&found, &lanes[from], sizeof(T));
+    return found;
+  });
 }
 
 inline unsigned __ballot_sync(unsigned, bool value) {
@@ -163,6 +172,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 inline int __clz(unsigned v) { return std::countl_zero(v); }
 inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
+inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
 
 struct __half {
   uint16_t bits;
@@ -176,14 +186,21 @@ inline float __half2float(__half h) {
   return h.bits >> 15 ? -size : size;
 }
 
-// A GPU faults at an address that is not a multiple of the load's size.
+// A GPU faults at an address that is not a multiple of the access's size.
+inline void check_aligned(const void* p, size_t size) {
+  if (reinterpret_cast<uintptr_t>(p) % size == 0) return;
+  printf("%zu bytes not at a multiple of it\n", size);
+  abort();
+}
 template <typename T>
 T __ldcs(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) {
-    fprintf(stderr, "a load of %zu bytes at a misaligned address\n", sizeof(T));
-    abort();
-  }
+  check_aligned(p, sizeof(T));
   return *p;
+}
+template <typename T>
+void __stcs(T* p, T value) {
+  check_aligned(p, sizeof(T));
+  *p = value;
 }
 inline double __ldcg(const double* p) { return *p; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

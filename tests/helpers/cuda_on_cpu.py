@@ -48,6 +48,7 @@ def source(name: str, small: dict[str, str]) -> Source:
             text = text[: match.start()] + into(match, number) + text[match.end() :]
         return len(matches)
 
+    numbered(r"extern __shared__ (\w+) (\w+)\[\];", lambda m, _: f"auto* {m[2]} = model::dynamic<{m[1]}>();")
     numbered(
         r"__shared__ (\w+) (\w+)(\[[^\]]*\])?;",
         lambda m, n: f"auto& {m[2]} = model::shared<{m[1]}{m[3] or ''}, {n}>();",
@@ -59,6 +60,9 @@ def source(name: str, small: dict[str, str]) -> Source:
     counts = {
         "fence": numbered(r"__threadfence\(\)", lambda _, n: f"model::fence({n})"),
         "barrier": numbered(r"__syncthreads\(\)", lambda _, n: f"model::barrier({n})"),
+        "wait": numbered(r"cluster_wait\(\)", lambda _, n: f"model::cluster_wait({n})"),
+        "arrival": numbered(r"await_arrival\((\w+)\)", lambda m, n: f"model::await_arrival({m[1]}, {n})"),
+        "bulk fence": numbered(r"fence_bulk\(\)", lambda _, n: f"model::fence_bulk({n})"),
     }
     assert "<<<" not in text and "__shared__" not in text
     return Source(name, text, header, counts)
@@ -68,6 +72,7 @@ def build(kernel: Source, folder: Path, *flags: str) -> Path:
     """The harness with the kernel in it; ``folder`` is empty."""
     (folder / "cuda").mkdir()
     (folder / f"cuda/{kernel.harness}_kernel.h").write_text(kernel.header)
+    shutil.copy(CSRC / "cuda/elements.h", folder / "cuda")
     (folder / "kernel.inc").write_text(kernel.text)
     out = folder / "harness"
     command = [GXX, "-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", f"-I{folder}", f"-I{MODEL}", *flags]
@@ -84,7 +89,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
     # ThreadSanitizer cannot start at some of the addresses that the system picks at random
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     # at the first race, as threads that a barrier no longer holds together may wait for each other for ever
-    settings = dict(env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}, capture_output=True, text=True, timeout=100)
+    settings = dict(env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}, capture_output=True, text=True, timeout=300)
     done = subprocess.run([*fixed, program, *arguments], **settings)
     if "failed to set personality" in done.stderr:
         done = subprocess.run([program, *arguments], **settings)

@@ -1,0 +1,55 @@
+"""Which rows of logits the CUDA kernel that holds them takes, and who computes the others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gfast.ops import held_rows
+from gfast.ops.held_rows import MAX_BLOCKS, PART_BYTES, select_rows, why_not_held
+
+HEADER = (Path(__file__).parents[1] / "csrc/cuda/rows_kernel.h").read_text()
+
+
+def test_the_sizes_are_the_kernels():
+    assert int(re.search(r"kPartBytes = 1 << (\d+);", HEADER)[1]) == PART_BYTES.bit_length() - 1
+    assert int(re.search(r"kMaxBlocks = (\d+);", HEADER)[1]) == MAX_BLOCKS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_fit(dtype):
+    longest = MAX_BLOCKS * PART_BYTES // dtype.itemsize
+    for vocab in (1, 50257, longest - 16, longest):
+        logits = torch.empty(1, vocab, dtype=dtype)
+        assert logits.data_ptr() % 16 == 0 and not why_not_held(logits, torch.empty_like(logits), 0.0)
+    assert "rows of up to 524288 bytes" in why_not_held(torch.empty(1, longest + 1, dtype=dtype), None, 0.0)
+    assert why_not_held(torch.empty(3, 0, dtype=dtype), None, 0.0)
+    shifted = torch.empty(longest + 1, dtype=dtype)[1:].view(1, -1)  # one vector of 16 bytes more
+    assert "rows of up to" in why_not_held(shifted, None, 0.0)
+    assert not why_not_held(shifted[:, :-16], shifted[:, :-16], 0.0)
+    assert why_not_held(logits, None, 30.0) == "the kernel has no soft cap"
+
+
+def test_rows_and_their_gradient_lie_alike():
+    logits = torch.empty(4, 1001, dtype=torch.bfloat16)
+    assert not why_not_held(logits, torch.empty(4, 1001, dtype=torch.bfloat16), 0.0)
+    assert not why_not_held(logits, torch.empty(4, 1009, dtype=torch.bfloat16)[:, :1001], 0.0)
+    assert "modulo 16" in why_not_held(logits, torch.empty(4, 1008, dtype=torch.bfloat16)[:, :1001], 0.0)
+    assert "modulo 16" in why_not_held(logits, torch.empty(4, 1009, dtype=torch.bfloat16)[:, 1:1002], 0.0)
+    assert not why_not_held(logits[:1], torch.empty(1, 1008, dtype=torch.bfloat16)[:, :1001], 0.0)  # no second row
+
+
+def test_what_it_does_not_take_goes_to_triton_or_raises(monkeypatch):
+    monkeypatch.setattr(held_rows, "select", lambda op, impl, device, dtype: "cuda" if impl == "auto" else impl)
+    monkeypatch.setattr(held_rows, "why_not", lambda *_: "")
+    logits = torch.empty(2, 1000)
+    assert select_rows("unlearn_loss", "auto", logits, logits, 0.0) == "cuda"
+    assert select_rows("unlearn_loss", "auto", logits, logits, 30.0) == "triton"
+    assert select_rows("unlearn_loss", "triton", logits, logits, 0.0) == "triton"
+    monkeypatch.setattr(held_rows, "why_not", lambda *_: "triton is not installed")
+    assert select_rows("unlearn_loss", "auto", logits, logits, 30.0) == "reference"
+    with pytest.raises(ValueError, match="impl='cuda' cannot serve these logits: the kernel has no soft cap"):
+        select_rows("unlearn_loss", "cuda", logits, logits, 30.0)
