@@ -19,7 +19,8 @@ def label_factor_reference(name: str, labels: Tensor, vocab: int, dtype: torch.d
 def label_factor(name: str, labels: Tensor, vocab: int, dtype: torch.dtype, impl: str) -> Tensor:
     """1 / max(1, number of labels [N] that count), 0-dim, after a check that every label is in [0, V) or -100.
 
-    One kernel of ``impl`` (Triton's for "cuda") instead of a dozen small ones. On a GPU the check is a device-side assertion.
+    One kernel of ``impl`` (Triton's for "cuda") instead of a dozen small ones. On a GPU the check is a device-side
+    assertion.
     """
     if impl == "cpp" and compiled("label_factor"):
         return torch.ops.gfast.label_factor(name, labels, vocab)
