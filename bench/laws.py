@@ -15,6 +15,7 @@ PRODUCTS = 1.15  # of bare matrix products
 MEMORY = 1.1
 READ = 0.85  # of the read bandwidth
 MEASUREMENT = 1.15  # of plain passes in the same place
+SCORING = 2.0  # times less time than open-unlearning's evaluator
 
 
 class Law(NamedTuple):
@@ -49,6 +50,7 @@ LAWS = {
     "less_time": Law("`g_effect` against the published way, time", "{} times less", True),
     "less_memory": Law("`g_effect` against the published way, memory", "{} times less", True),
     "ahead_time": Law("`g_effect` against the published way unpadded, time", "ahead", True),
+    "scoring": Law("`gfast evaluate`, losses, against open-unlearning's evaluator", "{} times less time", True),
     "ahead_memory": Law("`g_effect` against the published way unpadded, memory", "ahead", True),
 }
 FAMILIES = (  # the six rows of the README: laws, and what is said of them together
@@ -76,7 +78,7 @@ class Result:
     """A file of bench/results."""
 
     device: str
-    kind: str  # "losses", "geffect", "grad_dot", "overhead" or "profile"
+    kind: str  # "losses", "geffect", "grad_dot", "overhead", "evaluate" or "profile"
     name: str
     data: Data
 
@@ -120,6 +122,10 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in (row for row in data["rows"] if "law" in row and "loop_floor_ms" in row):  # else of another floor
             every = f"{row['shape']}, every {row['every']} steps"
             yield Check("overhead", every, row["ratio"], row["law"], row["law_met"])
+    elif kind == "evaluate":
+        for row in (row for row in data["rows"] if "law" in row):
+            case = f"{data['settings']['config']}, {row['samples']} rows, {data['settings']['dtype']}"
+            yield Check("scoring", case, row["less_time"], row["law"], row["law_met"])
     elif kind == "geffect":
         yield from _effects(data)
         if not data.get("sweep"):

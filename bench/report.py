@@ -19,8 +19,8 @@ from laws import FAMILIES, LAWS, Law, Result, cell, demanded, figure, law_checks
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs") / "performance.md"
 PICTURES = Path("docs") / "performance"
-# A result's name is one of them, or KIND_MORE. Laws are asked of the first four.
-KINDS = ("losses", "geffect", "grad_dot", "overhead", "profile", "counters", "tiles", "on_gpu")
+# A result's name is one of them, or KIND_MORE. Laws are asked of the first five.
+KINDS = ("losses", "geffect", "grad_dot", "overhead", "evaluate", "profile", "counters", "tiles", "on_gpu")
 DRAWN = {  # picture: its text
     "laws": "every measured case against its law",
     "losses": "time of the losses in floors",

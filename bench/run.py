@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, geffect, grad_dot, host, overhead, tiles or counters. README.md says what each measures.
+"""Runs a benchmark: losses, geffect, grad_dot, host, overhead, evaluate, tiles or counters. README.md says more.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
@@ -41,7 +41,7 @@ def integers(text: str) -> list[int]:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = top.add_subparsers(
-        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|host|overhead|tiles|counters"
+        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|host|overhead|evaluate|tiles|counters"
     )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
@@ -96,6 +96,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
     one.add_argument("--steps", type=int, default=10, help="optimizer steps a run, a multiple of 10")
     one.add_argument("--rounds", type=int, default=2, help="runs of each kind")
+
+    one = benchmark("evaluate", run_evaluate)
+    one.add_argument("--model", required=True, help="folder of a model with its tokenizer, such as SmolLM2-135M's")
+    one.add_argument("--data", required=True, help="folder of TOFU's files")
+    one.add_argument("--open-unlearning", help="a checkout of open-unlearning, whose evaluator is measured too")
+    one.add_argument("--config", default="forget05_perturbed")
+    one.add_argument("--rows", type=int, default=0, help="the first so many; default: all")
+    one.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--no-memory", action="store_true")
 
     for name, main in (("tiles", run_tiles), ("counters", run_counters)):
         one = benchmark(name, main)
@@ -220,6 +230,16 @@ def run_overhead(args: argparse.Namespace) -> None:
         print("\n".join(line(every.get(row["every"], f"every {row['every']} steps"), row) for row in part), flush=True)
         rows += part
         write(args, settings=settings, rows=rows)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    import evaluate
+
+    settings = {key: getattr(args, key) for key in ("config", "dtype", "rounds")}
+    settings |= {"model": Path(args.model).name, "batch": evaluate.BATCH, "their_batch": evaluate.THEIR_BATCH}
+    rows = evaluate.bench(args)
+    print("\n".join(line(row["provider"], row) for row in rows), flush=True)
+    write(args, settings=settings, rows=rows)
 
 
 def run_tiles(args: argparse.Namespace) -> None:

@@ -36,11 +36,13 @@ _EXPORTS = {
     "UnlearnTrainer": "gfast.training",
     "UnlearnConfig": "gfast.training",
     "GEffectCallback": "gfast.training",
+    "EvaluateCallback": "gfast.evaluation",
 }
 
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from gfast.evaluation import EvaluateCallback
     from gfast.geffect import (
         Directions,
         GEffect,

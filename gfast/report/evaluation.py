@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gfast.files import readable, whole_file
 from gfast.metrics import EvaluationLog, probability, truth_ratio
@@ -103,6 +104,9 @@ def _ratios(logs: list[EvaluationLog], theme: Theme) -> Figure:
             ax, truth_ratio(one, per_sample=True)["forget"], run_color(theme, at), log.run if at == 0 else "retain log"
         )
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.axvline(1, color=theme.ink, linewidth=0.9, zorder=1)
     return _finished(figure, ax, "truth ratio R, geometric mean")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.utils.data import IterableDataset, Subset
 from gfast.files import write_json
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
-from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
+from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, parameters, tiny_model
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -126,3 +127,17 @@ def evaluate(folder: str, rank: int, world: int, port: int) -> None:
         except ValueError as refusal:
             found["refused"] = float("Stream" in str(refusal) and "counts once" in str(refusal))
     save_file({key: torch.tensor(float(value)) for key, value in found.items()}, f"{folder}/process-{rank}.safetensors")
+
+
+def evaluated(folder: str, rank: int, world: int, port: int) -> None:
+    """Train with an EvaluateCallback; what every process has of it, and the log."""
+    from gfast.evaluation import EvaluateCallback, sources
+
+    join(rank, world, port)
+    data, collate = pairing()
+    args = config(folder, max_steps=2, per_device_train_batch_size=2 // world, optim="sgd",
+                  ddp_backend="gloo" if world > 1 else None)  # fmt: skip
+    sets = [replace(one, generate=3) for one in sources.bundled(5)]
+    callback = EvaluateCallback(1, sets, TOKENIZER, batch_size=2)
+    UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate, callbacks=[callback]).train()
+    write_json(Path(folder) / f"process-{rank}.json", {str(step): one for step, one in callback.summaries.items()})

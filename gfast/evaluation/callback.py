@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EvaluateCallback: `gfast evaluate` along a training, in any Hugging Face Trainer, in one process or several."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from gfast import wrappers
+from gfast.evaluation.results import summarize, wholes
+from gfast.evaluation.run import Evaluation
+from gfast.evaluation.samples import EvaluationSet, encoded
+from gfast.files import write_json
+from gfast.metrics import EvaluationLog
+from gfast.metrics.log import parse_log
+from gfast.model_state import rng_kept
+from gfast.training.processes import together
+
+logger = logging.getLogger("gfast")
+
+
+class EvaluateCallback(TrainerCallback):
+    """Evaluates the model before training, every `every` optimizer steps and after the last one.
+
+    Each evaluation is a log, `<output_dir>/evaluations/step-00000010.json`, as `gfast.metrics.load_log` reads it, and
+    its numbers are in `summaries[step]` of every process. Several processes share the samples and gather what they
+    found (with FSDP or ZeRO-3 each runs all of them, as their forwards must stay in step). Parameters, gradients, modes
+    and random states are as before an evaluation.
+
+    Args:
+        every: optimizer steps between evaluations; 0: before and after training only.
+        sets: what to ask, `gfast.evaluation.EvaluationSet`; `gfast.evaluation.sources` has those of benchmarks.
+        tokenizer: the model's.
+        retain_log: of the model that never saw the forget set, on the same rows: forget quality needs it.
+        batch_size, extraction: as `gfast evaluate` has them. template, chat_kwargs: the prompt's.
+        folder: where logs go; None: `<output_dir>/evaluations`.
+
+    Errors: ValueError for rows that cannot be evaluated, before training; for a negative `every`.
+
+    >>> from gfast.evaluation import EvaluateCallback, sources
+    >>> callback = EvaluateCallback(10, sources.bundled(), tokenizer)           # doctest: +SKIP
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        every: int,
+        sets: Sequence[EvaluationSet],
+        tokenizer: Any,
+        *,
+        retain_log: EvaluationLog | None = None,
+        batch_size: int = 16,
+        extraction: Sequence[str] = (),
+        template: str = "auto",
+        chat_kwargs: Mapping[str, Any] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if every < 0:
+            raise ValueError(f"gfast: every is {every}; give the optimizer steps between evaluations, or 0")
+        self.every, self.retain_log, self.folder = every, retain_log, folder
+        samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]
+        self.evaluation = Evaluation(sets, samples, tokenizer, batch_size, extraction)
+        self.summaries: dict[int, dict[str, Any]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._evaluate(args, state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+        if (self.every and state.global_step % self.every == 0) or state.global_step >= state.max_steps:
+            self._evaluate(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+        # Only a run that was stopped early gets here unmeasured.
+        if not args.load_best_model_at_end and state.global_step not in self.summaries:
+            self._evaluate(args, state, model)
+
+    def _evaluate(self, args: Any, state: Any, model: nn.Module) -> None:
+        units, world = self.evaluation.units(), args.world_size
+        in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
+        own = units if in_step or world == 1 else units[args.process_index :: world]
+        with rng_kept():
+            found = self._own(model, own, world)
+        log = self.evaluation.log(found, f"step {state.global_step}", {"step": state.global_step})
+        summary = summarize(parse_log(log), self.retain_log)
+        self.summaries[state.global_step] = summary
+        folder = Path(args.output_dir) / "evaluations" if self.folder is None else Path(self.folder)
+        path = folder / f"step-{state.global_step:08d}.json"
+        together((lambda: write_json(path, log)) if state.is_world_process_zero else None, world)
+        if state.is_world_process_zero:
+            sets = {
+                name: {key: round(value, 4) for key, value in one.items() if isinstance(value, float)}
+                for name, one in summary["sets"].items()
+            }
+            logger.info("step %d: %s %s", state.global_step, sets, " ".join(wholes(summary)))
+
+    def _own(self, model: nn.Module, own: Sequence[Any], world: int) -> dict[str, Any]:
+        """The results of all units: those of this process's, and what the others found. All fail where one does."""
+        results: dict[str, Any] = {}
+        together(lambda: results.update(self.evaluation.run(model, units=own)), world)
+        if world > 1:
+            from accelerate.utils import gather_object
+
+            for part in gather_object([results]):
+                results = {**results, **part}
+        return results
