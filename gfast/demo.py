@@ -30,7 +30,6 @@ from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, 
 from gfast.files import check_manifest, read_json, require_writable, write_json, write_manifest
 from gfast.locks import RUN_LOCK, claimed
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
-from gfast.report import build_report
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
 
 OBJECTIVES: dict[str, Objective] = {
@@ -219,6 +218,8 @@ class Study:
 
     def report(self, folders: list[Path], before: list[str]) -> Path:
         """The page, with what the model said before and after each run."""
+        from gfast.report import build_report  # draws: seconds of import that only the end needs
+
         results = {str(OBJECTIVES[folder.name]): read_json(folder / "result.json") for folder in folders}
         samples = []
         for i, (side, row, _) in enumerate(self.asked()):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from gfast.commands.parser import OneLineErrors, Parser
@@ -19,8 +19,6 @@ from gfast.words import did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
-# Of TrainingArguments, what takes a mapping: JSON in a flag, a mapping in a YAML file.
-_MAPPINGS = TrainingArguments._VALID_DICT_FIELDS
 
 
 @dataclass
@@ -168,6 +166,9 @@ class CommandParser(OneLineErrors, HfArgumentParser):
     def __init__(self, types: Sequence[type], prog: str, description: str, hidden: Sequence[str] = ()) -> None:
         super().__init__(list(types), prog=prog, description=description, usage=f"{prog} [options]", allow_abbrev=False)
         self._hidden = frozenset(hidden)
+        # Of TrainingArguments, what takes a mapping: JSON in a flag, a mapping in a YAML file. Importing them takes
+        # seconds, so only a command that has them in its types does.
+        self._mappings = [name for kind in types for name in getattr(kind, "_VALID_DICT_FIELDS", ())]
         self.add_argument("--config", metavar="FILE.yaml", help="Settings by name in YAML; flags override them.")
         self.add_argument("--help_all", action="store_true", help="Show every flag, those of TrainingArguments too.")
 
@@ -187,7 +188,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
         # First of all: what is missing may be what was mistyped.
         given, unknown = self.parse_known_args(rest)
         self.refuse_unknown(unknown)
-        for name in _MAPPINGS:
+        for name in self._mappings:
             self._require_json(name, getattr(given, name, None))
         *parsed, _ = self.parse_args_into_dataclasses(rest, look_for_args_file=False)
         return tuple(parsed)
@@ -201,7 +202,11 @@ class CommandParser(OneLineErrors, HfArgumentParser):
 
     def _shorten(self) -> None:
         """One spelling a flag, short values, and our own settings before those of TrainingArguments."""
-        inherited = {entry.name for entry in fields(TrainingArguments)} - {"output_dir"}
+        inherited = set()
+        if self._mappings:
+            from transformers import TrainingArguments
+
+            inherited = {entry.name for entry in fields(TrainingArguments)} - {"output_dir"}
         for action in self._actions:
             if action.dest in self._hidden or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
@@ -245,7 +250,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             if action.default is not None:
                 raise ValueError(f"{entry.name} has no value; give one, or take the line out")
             return None
-        if isinstance(value, dict) and entry.name in (*_MAPPINGS, "objective_args", "chat_kwargs"):
+        if isinstance(value, dict) and entry.name in (*self._mappings, "objective_args", "chat_kwargs"):
             return value
         if isinstance(value, list) and several:
             return [_text(action, one) for one in value]

@@ -40,11 +40,17 @@ from gfast.commands.models import check_model, find_adapter, load_model, load_re
 from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
 from gfast.objectives import Objective
+from gfast.objectives.registry import parse_objective
 from gfast.training.batches import needed_from_cache
-from gfast.training.callback import nll_of_sides
-from gfast.training.config import parse_objective
-from gfast.training.records import check_run_folder, effect_file, token_texts_file, write_record, write_run_info
-from gfast.training.terms import run_name
+from gfast.training.evaluation import nll_of_sides
+from gfast.training.records import (
+    check_run_folder,
+    effect_file,
+    run_name,
+    token_texts_file,
+    write_record,
+    write_run_info,
+)
 
 
 @dataclass

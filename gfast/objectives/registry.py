@@ -1,8 +1,11 @@
-"""Objectives by their short names."""
+"""Objectives by their short names, and from words of a command line."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import ast
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
 
 from gfast.objectives.base import Objective
 from gfast.objectives.hidden import KL, RMU, RR
@@ -37,3 +40,45 @@ def from_name(name: str, **parameters: float) -> Objective:
             f"gfast: {cls.__name__} has no parameter {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
         )
     return cls(**parameters)
+
+
+def parse_objective(text: str) -> Objective:
+    """An objective from its name and parameters in one word, as on a command line.
+
+    >>> parse_objective("WGA:alpha=0.5"), parse_objective("SatImp(beta1=5,beta2=1)"), parse_objective("ga")
+    (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
+    """
+    name, _, parameters = text.strip().rstrip(")").replace("(", ":", 1).partition(":")
+    return named(name, parse_parameters(parameters.replace(",", " ")))
+
+
+def named(name: str, parameters: Mapping[str, Any]) -> Objective:
+    """As `from_name`, with a message that names the flag where a parameter without a default is missing."""
+    cls = REGISTRY.get(name.lower())
+    required = [entry.name for entry in fields(cls) if entry.default is MISSING] if cls is not None else []
+    missing = [entry for entry in required if entry not in parameters]
+    if missing:
+        raise ValueError(f"{cls.__name__} needs a value for {', '.join(missing)}: --objective_args {missing[0]}=...")
+    return from_name(name, **parameters)
+
+
+def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:
+    """Objective parameters from "name=value" strings (or a mapping, as YAML gives).
+
+    >>> parse_parameters(["beta1=5", "beta2=0.5"])
+    {'beta1': 5, 'beta2': 0.5}
+    """
+    if parameters is None:
+        return {}
+    if isinstance(parameters, Mapping):
+        return dict(parameters)
+    found = {}
+    for entry in parameters.split() if isinstance(parameters, str) else parameters:
+        name, equals, value = str(entry).partition("=")
+        try:
+            if not equals or not name.isidentifier():
+                raise ValueError
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"objective_args {entry!r} should read name=number, for instance alpha=0.5") from None
+    return found

@@ -28,7 +28,7 @@ SIZES = (7.0, 15.0)  # points, for the smallest and the largest weight
 
 def objective_of(run: Run) -> Any:
     """The forget objective of a run, or None where its name is not one."""
-    from gfast.training.config import parse_objective
+    from gfast.objectives.registry import parse_objective
 
     try:
         return parse_objective(run.objective.split(" + ")[0])

@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from gfast import wrappers
-from gfast.model_state import evaluating, gradients_kept, rng_kept
-from gfast.objectives import NLL, Objective, as_objective
-from gfast.training.batches import to_device
-from gfast.training.records import read_step, write_record
-from gfast.training.terms import run_name
+from gfast.model_state import gradients_kept, rng_kept
+from gfast.objectives import Objective, as_objective
+from gfast.training.evaluation import nll_of_sides
+from gfast.training.records import read_step, run_name, write_record
 
 if TYPE_CHECKING:
-    from gfast.geffect.results import GEffect
+    pass
 
 logger = logging.getLogger("gfast")
 
@@ -133,34 +131,6 @@ class GEffectCallback(TrainerCallback):
             rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
             logger.info("step %d, G-effect of %s: %s", state.global_step, label, summary(effect))
         write_record(folder, rows)
-
-
-def nll_of_sides(
-    effects: Sequence[GEffect],
-    model: nn.Module,
-    forget: Iterable[Mapping[str, Any]],
-    retain: Iterable[Mapping[str, Any]],
-) -> dict[str, float]:
-    """Mean NLL of both sets: as the effects' passes found it where NLL was their risk, else by forwards."""
-    for effect in effects:
-        if effect.risk == str(NLL()) and effect.risks:
-            return dict(effect.risks)
-    return {"unlearn": nll(model, forget), "retain": nll(model, retain)}
-
-
-@torch.no_grad()
-def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
-    """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
-    from gfast.model import model_logp
-
-    device = next(model.parameters()).device
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluating(model):
-        for batch in batches:
-            batch = to_device(batch, device)
-            total -= model_logp(model, batch).double().sum()
-            tokens += int((batch["labels"][..., 1:] != -100).sum())
-    return float(total) / max(tokens, 1)
 
 
 def summary(effect: Any) -> str:

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
 from gfast.model import REFERENCES, check_reference_name
-from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective, from_name
+from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective
+from gfast.objectives.registry import named, parse_parameters
 from gfast.training.options import COMPILATION, refuse_ignored_options
 
 RETAIN_TERMS = ("none", "nll", "kl", "rr")
@@ -110,7 +108,7 @@ class UnlearnConfig(TrainingArguments):
 
     def build_objective(self) -> Objective:
         """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""
-        forget = _named(self.objective, parse_parameters(self.objective_args))
+        forget = named(self.objective, parse_parameters(self.objective_args))
         if self.retain_term == "none":
             return forget if self.gamma == 1.0 else Mix(forget, gamma=self.gamma)
         if self.retain_term == "rr":
@@ -122,44 +120,3 @@ class UnlearnConfig(TrainingArguments):
         else:
             retain = {"nll": NLL, "kl": KL}[self.retain_term]()
         return Mix(forget, retain, gamma=self.gamma, alpha=self.alpha)
-
-
-def parse_objective(text: str) -> Objective:
-    """An objective from its name and parameters in one word, as on a command line.
-
-    >>> parse_objective("WGA:alpha=0.5"), parse_objective("SatImp(beta1=5,beta2=1)"), parse_objective("ga")
-    (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
-    """
-    name, _, parameters = text.strip().rstrip(")").replace("(", ":", 1).partition(":")
-    return _named(name, parse_parameters(parameters.replace(",", " ")))
-
-
-def _named(name: str, parameters: Mapping[str, Any]) -> Objective:
-    cls = REGISTRY.get(name.lower())
-    required = [entry.name for entry in fields(cls) if entry.default is MISSING] if cls is not None else []
-    missing = [entry for entry in required if entry not in parameters]
-    if missing:
-        raise ValueError(f"{cls.__name__} needs a value for {', '.join(missing)}: --objective_args {missing[0]}=...")
-    return from_name(name, **parameters)
-
-
-def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:
-    """Objective parameters from "name=value" strings (or a mapping, as YAML gives).
-
-    >>> parse_parameters(["beta1=5", "beta2=0.5"])
-    {'beta1': 5, 'beta2': 0.5}
-    """
-    if parameters is None:
-        return {}
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
-    found = {}
-    for entry in parameters.split() if isinstance(parameters, str) else parameters:
-        name, equals, value = str(entry).partition("=")
-        try:
-            if not equals or not name.isidentifier():
-                raise ValueError
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"objective_args {entry!r} should read name=number, for instance alpha=0.5") from None
-    return found

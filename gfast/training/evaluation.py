@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from gfast.model import model_logp
+from gfast.model_state import evaluating
+from gfast.objectives import NLL
+from gfast.training.batches import to_device
+
+if TYPE_CHECKING:
+    from gfast.geffect.results import GEffect
 
 
 def own_batches(samples: int, batch_size: int, processes: int, rank: int) -> tuple[list[list[int]], int]:
@@ -89,3 +97,29 @@ class EvaluationNLL:
         if self._nested:
             found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
         return found
+
+
+def nll_of_sides(
+    effects: Sequence[GEffect],
+    model: nn.Module,
+    forget: Iterable[Mapping[str, Any]],
+    retain: Iterable[Mapping[str, Any]],
+) -> dict[str, float]:
+    """Mean NLL of both sets: as the effects' passes found it where NLL was their risk, else by forwards."""
+    for effect in effects:
+        if effect.risk == str(NLL()) and effect.risks:
+            return dict(effect.risks)
+    return {"unlearn": nll(model, forget), "retain": nll(model, retain)}
+
+
+@torch.no_grad()
+def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
+    device = next(model.parameters()).device
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    with evaluating(model):
+        for batch in batches:
+            batch = to_device(batch, device)
+            total -= model_logp(model, batch).double().sum()
+            tokens += int((batch["labels"][..., 1:] != -100).sum())
+    return float(total) / max(tokens, 1)

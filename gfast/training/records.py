@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfast.files import DamagedFile, read_json, undamaged, write_json
+from gfast.files import DamagedFile, read_json, readable, undamaged, write_json
 from gfast.locks import locked
 from gfast.tables import read_table, write_table
 
@@ -50,6 +50,11 @@ def effect_file(run_folder: str | os.PathLike[str], kind: str, step: int) -> Pat
 def token_texts_file(run_folder: str | os.PathLike[str]) -> Path:
     """The file with the words behind the tokens of a run: JSON, {"samples": [{"question": ..., "pieces": [...]}]}."""
     return Path(run_folder) / "effects" / "token-texts.json"
+
+
+def run_name(output_dir: str) -> str:
+    """The name of a run in its records: that of its folder."""
+    return readable(Path(output_dir).resolve().name)
 
 
 def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gfast.files import readable
-from gfast.training.records import write_record
+from gfast.training.records import run_name, write_record
 
 RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence")
 
@@ -119,8 +117,3 @@ class RecordTerms(TrainerCallback):
             "epoch": state.epoch,
         }
         write_record(args.output_dir, [{**common, "quantity": name, "value": value} for name, value in values.items()])
-
-
-def run_name(output_dir: str) -> str:
-    """The name of a run in its records: that of its folder."""
-    return readable(Path(output_dir).resolve().name)
