@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import ConcatDataset, Subset
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 import gfast
@@ -30,6 +29,7 @@ from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, 
 from gfast.files import check_manifest, read_json, require_writable, write_json, write_manifest
 from gfast.locks import RUN_LOCK, claimed
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
+from gfast.progress import Bar
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
 
 OBJECTIVES: dict[str, Objective] = {
@@ -237,14 +237,14 @@ class Progress(TrainerCallback):
         self.name, self.stop_below = name, stop_below
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", dynamic_ncols=True)
+        self.bar = Bar(self.name, state.max_steps, "step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            self.bar.note(loss=f"{logs['loss']:.3f}")
             control.should_training_stop |= logs["loss"] < self.stop_below
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -37,6 +37,7 @@ from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import LogSet, parse_log
 from gfast.metrics.quality import check_comparable
+from gfast.progress import Bar
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import check_run_folder, read_run_info, write_run_info
 
@@ -216,14 +217,12 @@ def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, 
 
 
 def _run(evaluation: Evaluation, model: nn.Module, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    from tqdm.auto import tqdm
-
     units = evaluation.units()
     total = sum(len(unit.places) for unit in units)
-    with tqdm(total=total, unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    with Bar(total=total, unit="sample") as bar:
 
         def done(unit: Any) -> None:
-            bar.set_description(f"{evaluation.sets[unit.of].name}, {unit.kind}")
+            bar.say(f"{evaluation.sets[unit.of].name}, {unit.kind}")
             bar.update(len(unit.places))
 
         return evaluation.run(model, folder, units, done)

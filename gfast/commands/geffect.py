@@ -218,7 +218,7 @@ def by_objective(
             continue
         own = batches[kind]
         extra = {"forget": own} if kind == "plain" else {"forget": batches["forget"], "objective_batches": own}
-        effects = g_effect(model, members, retain=batches["retain"], progress=sys.stderr.isatty(), **extra, **options)
+        effects = g_effect(model, members, retain=batches["retain"], progress=True, **extra, **options)
         found.update(zip(members, effects, strict=True))
     return [found[objective] for objective in objectives]
 
@@ -228,7 +228,7 @@ def by_part(model: Any, batches: dict[str, list[dict[str, Any]]], arguments: GEf
     from gfast import geffect
 
     measure = geffect.pg_effect if arguments.per == "sample" else geffect.token_effect
-    options = {"groups": arguments.groups, "progress": sys.stderr.isatty()}
+    options = {"groups": arguments.groups, "progress": True}
     return measure(model, forget=batches["plain"], retain=batches["retain"], **options)
 
 

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Train a model to forget, with any objective; every flag of transformers' TrainingArguments works too.",
         hidden=hidden,
     )
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())  # a bar in a log file is one endless line
     model_arguments, data_arguments, config = parser.parse(argv)
     return run(model_arguments, data_arguments, config, list(sys.argv[1:] if argv is None else argv))
 

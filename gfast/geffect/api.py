@@ -88,7 +88,7 @@ def g_effect(
         objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO.
         loss_scale: what losses are multiplied by before the backward and gradients divided by after it; None is 1, and
             1024 where fp16 is at work.
-        progress: show a bar (needs tqdm).
+        progress: show a bar on stderr, or a line every half minute where that is a file.
         reference: what the original of a model with adapters is, for a KL without ref_hidden in its batches: "auto" or
             "base", as for `gfast.model_loss`.
 

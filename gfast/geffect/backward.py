@@ -16,6 +16,7 @@ from gfast.geffect.groups import GroupMap
 from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss, model_output, output_loss
 from gfast.objectives import KL, RMU, RR, Objective
+from gfast.progress import Bar
 from gfast.sides import SETS, SIDES
 
 Job = tuple[tuple[float, Term], ...]  # a linear combination of terms measured in one pass
@@ -45,7 +46,7 @@ class Passes:
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, groups: GroupMap, progress: Progress, loss_scale: float | None = None
+        self, model: nn.Module, data: Data, groups: GroupMap, progress: Bar, loss_scale: float | None = None
     ) -> None:
         self.model, self.data, self.progress = model, data, progress
         self.module = wrappers.measured(model)  # what runs
@@ -175,25 +176,3 @@ def job_label(job: Job) -> str:
 def term_label(term: Term | None) -> str:
     """The same of one term; None: the log-probs themselves."""
     return "log p" if term is None else job_label(((1.0, term),))
-
-
-class Progress:
-    """A bar that counts batches, or nothing."""
-
-    def __init__(self, show: bool, text: str) -> None:
-        self._bar = None
-        if show:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(desc=text, unit="batch")
-
-    def update(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

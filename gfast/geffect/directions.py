@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gfast.files import DamagedFile, read_json, undamaged, write_json
-from gfast.geffect.backward import Job, Passes, Progress, job_label
+from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.data import Data, Term
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.storage import FileStore, Store, store_for
 from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
+from gfast.progress import Bar
 from gfast.sides import SETS, SIDES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -175,7 +176,7 @@ def risk_directions(
     loss_scale: float | None = None,
 ) -> Directions:
     """Measure the gradients of the risk on both sets; see `gfast.risk_gradients`."""
-    with Progress(progress, "risk gradients") as bar, measuring(model):
+    with Bar("risk gradients", show=progress) as bar, measuring(model):
         passes = Passes(model, data, groups, bar, loss_scale)
         return collect(passes, risk, groups, dtype, storage)
 

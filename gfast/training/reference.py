@@ -16,6 +16,7 @@ from gfast import wrappers
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
 from gfast.model_state import evaluating
+from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
 
@@ -181,16 +182,13 @@ class ReferenceCache:
         # Similar lengths together: less padding, and the result depends on it by rounding only.
         order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
         starts = range(0, len(order), batch_size)
-        if progress:
-            from tqdm.auto import tqdm
-
-            starts = tqdm(starts, desc="Reference", unit="batch", leave=False)
+        bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
         first = _on(model, collator([dataset[order[0]]]))
         with (
             _as_it_is(model) if adapted is True or not wrappers.is_adapted(model) else original(model, first, reference)
         ):
-            for start in starts:
+            for start in bar.over(starts):
                 batch = _on(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 _keep(parts, _forward(model, batch, what, layer, head), batch)
         ids = sorted(parts)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.geffect.backward import Passes, Progress, term_label
+from gfast.geffect.backward import Passes, term_label
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, find_sites
 from gfast.geffect.contributions.row_pass import RowPass, Seed, check_weighted, frozen
 from gfast.geffect.data import Term, identity_factor, to_device
@@ -41,6 +41,7 @@ from gfast.model import shifted
 from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.checks import IGNORE_INDEX
+from gfast.progress import Bar
 from gfast.sides import SETS
 
 _Batch = Mapping[str, Any]
@@ -126,7 +127,7 @@ class _Pairs:
         model = request.model
         sites = find_sites(model, request.groups, "gram")
         self.by_sample = by_sample
-        self.bar = Progress(request.progress, "gram")
+        self.bar = Bar("gram", show=request.progress)
         self.passes = Passes(model, request.data, request.groups, self.bar, request.loss_scale)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self._forget()

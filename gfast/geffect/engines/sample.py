@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.geffect.backward import Passes, Progress, term_label
+from gfast.geffect.backward import Passes, term_label
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowLookup, Sites, find_sites
 from gfast.geffect.contributions.row_pass import RowPass, check_weighted, frozen
 from gfast.geffect.data import Term, to_device
@@ -28,6 +28,7 @@ from gfast.model_state import measuring
 from gfast.objectives import NLL
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.row_dot import dots_of_rows, row_sums
+from gfast.progress import Bar
 
 _Batch = Mapping[str, Any]
 # By how much the samples' effects may miss those of the whole set, as a share of ||G||^2: rounding is far below, a
@@ -109,7 +110,7 @@ def _measure_batches(
             table[position[name], side] += values.view(table.shape[2], -1).sum(1)
 
     found = []
-    with Progress(request.progress, "sample effects") as bar, measuring(model), frozen(model):
+    with Bar("sample effects", show=request.progress) as bar, measuring(model), frozen(model):
         passes = Passes(model, request.data, request.groups, bar, request.loss_scale)
         with RowPass(passes.module, sites, "sample", passes.loss_scale) as seeded:
             for batch, terms in work:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gfast.geffect.backward import Job, Passes, Progress, job_label
+from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.combine import Measured, finished, jobs_of, plans
 from gfast.geffect.data import Term
 from gfast.geffect.directions import accumulate, collect, dots
@@ -16,6 +16,7 @@ from gfast.geffect.results import GEffect
 from gfast.geffect.storage import Store, store_for
 from gfast.model_state import measuring
 from gfast.objectives import Objective
+from gfast.progress import Bar
 from gfast.sides import SETS
 
 
@@ -25,7 +26,7 @@ def stream_effects(request: Request, objectives: Sequence[Objective], norms: boo
     wanted = plans(objectives, risk, norms)
     jobs = jobs_of(wanted)
     alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
-    with Progress(request.progress, "g_effect") as bar, measuring(model):
+    with Bar("g_effect", show=request.progress) as bar, measuring(model):
         passes = Passes(model, request.data, request.groups, bar, request.loss_scale)
         swapped = _swapped(passes, risk, jobs[0], request.dtype) if alone else None
         if swapped is not None:

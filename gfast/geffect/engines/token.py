@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from gfast import hf
 from gfast.deferred import Head
-from gfast.geffect.backward import Progress, default_loss_scale
+from gfast.geffect.backward import default_loss_scale
 from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
@@ -41,6 +41,7 @@ from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.weights import weigh
 from gfast.packed import sequence_ids
+from gfast.progress import Bar
 from gfast.wrappers import measured
 
 
@@ -138,7 +139,7 @@ def measure_tokens(request: Request, directions: Directions, batches: Sequence[M
         for name, group in groups.index.items()
     }
     device, out = next(iter(streams)).device, []
-    with Progress(request.progress, "token effects") as bar, _ready(model):
+    with Bar("token effects", show=request.progress) as bar, _ready(model):
         for batch in batches:
             tokens = _measure(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
