@@ -8,7 +8,8 @@ from helpers.training_tiny import collator, config, datasets, pairing, parameter
 
 from gfast.data import batches
 from gfast.objectives import GA, NPO, WGA
-from gfast.training.callback import GEffectCallback, nll
+from gfast.training.callback import GEffectCallback
+from gfast.training.evaluation import nll
 from gfast.training.records import read_records, recorded_steps
 from gfast.training.resume import last_checkpoint, saving
 from gfast.training.trainer import UnlearnTrainer
