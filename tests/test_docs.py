@@ -12,7 +12,15 @@ import gfast
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
-PACKAGES = ("gfast", "gfast.objectives", "gfast.geffect", "gfast.training", "gfast.data", "gfast.metrics")
+PACKAGES = (
+    "gfast",
+    "gfast.objectives",
+    "gfast.geffect",
+    "gfast.training",
+    "gfast.data",
+    "gfast.metrics",
+    "gfast.evaluation",
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,6 +41,13 @@ def test_every_public_name_has_a_page(package):
     module = __import__(package, fromlist=["__all__"])
     classes_and_functions = {name for name in module.__all__ if callable(getattr(module, name))}
     assert classes_and_functions - shown == set()
+
+
+@pytest.mark.parametrize("module", ["transformers", "trl"])
+def test_every_integration_has_a_page(module):
+    module = pytest.importorskip(f"gfast.integrations.{module}")
+    page = (ROOT / "docs" / "reference" / "integrations.md").read_text()
+    assert [name for name in module.__all__ if f".{name}\n" not in page] == []
 
 
 def test_readme_is_short():

@@ -61,12 +61,12 @@ def test_what_is_measured_when(tmp_path):
 
 
 def test_the_nll_of_both_sets_costs_no_pass_of_its_own(tmp_path, monkeypatch):
-    from gfast.training import callback
+    from gfast.training import evaluation
 
     def forbidden(*args):
         raise AssertionError("the passes of the effects have found the NLL already")
 
-    monkeypatch.setattr(callback, "nll", forbidden)
+    monkeypatch.setattr(evaluation, "nll", forbidden)
     run(tmp_path / "run", measured(), max_steps=1)
     assert "risk" in set(read_records(tmp_path / "run")["quantity"])
     monkeypatch.undo()
