@@ -16,7 +16,7 @@ from gfast.data.encode import IGNORE, make_encoder, resolve_template
 from gfast.data.rows import as_rows, field_text
 
 
-def _seeded(*numbers: int) -> torch.Generator:
+def seeded(*numbers: int) -> torch.Generator:
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
@@ -132,7 +132,7 @@ def refused(
     lines = load_refusals() if refusals is None else list(refusals)
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
-    choices = [int(torch.randint(len(lines), (), generator=_seeded(seed, i), device="cpu")) for i in range(len(rows))]
+    choices = [int(torch.randint(len(lines), (), generator=seeded(seed, i), device="cpu")) for i in range(len(rows))]
     return [{**row, answer: lines[choice]} for row, choice in zip(rows, choices, strict=True)]
 
 
@@ -246,7 +246,7 @@ class ForgetRetain(Dataset):
         """For each forget index, the retain index it is paired with in the current epoch."""
         epoch = self.epoch
         if self._partners is None or self._partners[0] != epoch:
-            generator, order = _seeded(self.seed, epoch), []
+            generator, order = seeded(self.seed, epoch), []
             while len(order) < len(self.forget):
                 order += torch.randperm(len(self.retain), generator=generator, device="cpu").tolist()
             self._partners = (epoch, order[: len(self.forget)])

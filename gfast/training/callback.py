@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from gfast import wrappers
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import Objective, as_objective
+from gfast.sides import SIDES
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.records import read_step, run_name, write_record
 
 if TYPE_CHECKING:
-    pass
+    from gfast.geffect.results import GEffect
 
 logger = logging.getLogger("gfast")
 
@@ -29,7 +31,9 @@ class GEffectCallback(TrainerCallback):
     A measurement is written to `<output_dir>/records/` at once, as one whole file a step, before the Trainer saves that
     step's checkpoint; measuring a step again replaces it. So a run that is killed and resumed loses and doubles
     nothing. Parameters, gradients, modes, optimizer and random states are as before a measurement: training goes on bit
-    for bit as without it.
+    for bit as without it. Totals and groups go to the Trainer's log too, as "geffect/GA()/unlearn",
+    "geffect/GA()/retain/middle", "geffect/nll/retain": to its log_history, and to TensorBoard, Weights & Biases and
+    whatever else it reports to.
 
     Args:
         every: optimizer steps between measurements; 0 measures before and after training only.
@@ -119,6 +123,7 @@ class GEffectCallback(TrainerCallback):
         with rng_kept(), gradients_kept(model):
             effects = g_effect(model, self.objectives, forget=forget, retain=retain, groups=self.groups, **self.options)
             risks = nll_of_sides(effects, model, forget, retain)
+        self._log(effects, risks)
         if not state.is_world_process_zero:
             return
         folder = self._folder(args)
@@ -131,6 +136,30 @@ class GEffectCallback(TrainerCallback):
             rows += [{**common, "quantity": "risk", "side": side, "value": value} for side, value in risks.items()]
             logger.info("step %d, G-effect of %s: %s", state.global_step, label, summary(effect))
         write_record(folder, rows)
+
+    def _log(self, effects: Sequence[GEffect], risks: Mapping[str, float]) -> None:
+        """Totals and groups to the log of the Trainer that is calling, and so to what it reports to."""
+        trainer = _calling_trainer()
+        if trainer is None:
+            return
+        values = {f"geffect/nll/{side}": value for side, value in risks.items()}
+        for label, effect in zip(self.labels, effects, strict=True):
+            for side in SIDES:
+                values[f"geffect/{label}/{side}"] = effect.total(side)
+                values |= {f"geffect/{label}/{side}/{group}": x for group, x in getattr(effect, side).items()}
+        trainer.log(values)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer whose callback is running: it hands callbacks everything but itself, and nothing but its `log`
+    reaches all that it reports to.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 def summary(effect: Any) -> str:

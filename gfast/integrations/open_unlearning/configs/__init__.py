@@ -1,0 +1,1 @@
+"""YAML files for Hydra's search path."""
