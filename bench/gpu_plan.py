@@ -67,6 +67,7 @@ KERNELS = {  # kernel or what it is used for: a test of it
     "weighted_rows": "tests/test_triton.py::test_weighted_rows_ragged",
     "kl_rows": "tests/test_triton.py::test_kl_rows",
     "scale": "tests/test_triton.py::test_scale",
+    "held_rows": "tests/test_gpu.py::test_rows_held_on_the_chip_by_the_law",
     "real_sizes": "tests/test_triton.py::test_real_sizes",
     "row_dot": "tests/test_row_dot.py::test_shapes",
     "chunk_dots": "tests/test_grad_dot.py::test_hundreds_of_tensors",
@@ -106,7 +107,10 @@ BUILD_CPU = (
 FIRST: list[Stage] = [
     BUILD,
     tuple(tests(f"kernel_{name}", 30, f"one test: {name}", f"-x '{test}'") for name, test in KERNELS.items()),
-    bench("rows", 20, "from logits: WGA and KL", f"losses --ops logits,kl {HEAD} {OURS} --rows 8192 --objectives wga"),
+    bench(
+        *("rows", 20, "from logits: WGA and KL"),
+        f"losses --ops logits,kl {HEAD} {OURS},gfast_triton --rows 8192 --objectives wga",
+    ),
     BUILD_CPU,  # only now: Triton needs no extension
     bench(
         *("linear", 30, "from hidden states: WGA"),

@@ -12,7 +12,7 @@
 #   tar -xzf OUT/all.tar.gz -C bench results && python bench/report.py
 #
 # PYTHON chooses the interpreter (it needs torch with CUDA, triton, cmake, ninja, pytest, transformers). Without nvcc
-# everything but grad_dot's kernel is measured. Other projects are measured where they can be imported, or from a folder
+# everything but the CUDA kernels is measured. Other projects are measured where they can be imported, or from a folder
 # of wheels: --wheels FOLDER. GFAST_COMMIT is what the results call the code where there is no git repository,
 # GFAST_BENCH_DEVICE what they call the GPU. --steps NAME,NAME runs some, --seconds changes the 540 of a call.
 #
@@ -20,7 +20,7 @@
 #
 # plan:begin
 #   75  build                   the extension, with CUDA where nvcc is found
-#  105  kernel_* (9 at once)    a test a kernel
+#  105  kernel_* (10 at once)   a test a kernel
 #  125  rows                    from logits: WGA and KL
 #  150  build_cpu               the same without CUDA, if that failed
 #  180  linear                  from hidden states: WGA

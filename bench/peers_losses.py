@@ -98,6 +98,18 @@ def gfast_inplace(case: Case, inputs: Inputs) -> Step | None:
     return step_of(case, own, loss)
 
 
+def gfast_triton(case: Case, inputs: Inputs) -> Step | None:
+    """Triton's kernel, where "auto" takes the CUDA one."""
+    if case.op != "logits":
+        return None
+    objective, ref = OBJECTIVES[case.objective], _reference(case, inputs)
+
+    def loss(logits: Tensor) -> Tensor:
+        return gfast.unlearn_loss(logits, inputs.labels, objective, ref_logp=ref, impl="triton").loss
+
+    return step_of(case, inputs, loss)
+
+
 def gfast_logp(case: Case, inputs: Inputs) -> Step | None:
     if case.mode != "nograd" or case.objective != "nll":
         return None
@@ -244,6 +256,7 @@ PROVIDERS: dict[str, Provider] = {  # README.md says what each does
     "gfast": Provider(gfast_loss, ours=True),
     "gfast_inplace": Provider(gfast_inplace, ours=True),
     "gfast_logp": Provider(gfast_logp, ours=True),
+    "gfast_triton": Provider(gfast_triton, ("triton",), ours=True, gpu_only=True),
     "floor": Provider(floor, floor=True),
     "fresh_copy": Provider(fresh_copy, floor=True),
     "open_unlearning": Provider(open_unlearning),

@@ -25,10 +25,10 @@ __device__ __forceinline__ unsigned cluster_blocks() {
 // The barrier of all threads of a cluster, in two halves. Arriving relaxed only says that this block has begun: nobody
 // may touch the shared memory of one that has not.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // *p of the block `rank` = value.
 __device__ __forceinline__ void store_remote(float2* p, unsigned rank, float2 value) {

@@ -263,8 +263,10 @@ cudaError_t launch(const RowsArgs& args, bool aligned, cudaStream_t stream) {
   const int blocks = row_blocks(vectors);
   if (blocks == 0 || args.rows > INT32_MAX / blocks) return cudaErrorInvalidValue;
   const int bytes = static_cast<int>((vectors + blocks - 1) / blocks) * 16;
-  const cudaError_t error =
-      cudaFuncSetAttribute(weighted_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kPartBytes);
+  cudaError_t error = cudaFuncSetAttribute(weighted_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kPartBytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(weighted_rows<T>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);  // else the driver may leave room for fewer blocks
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

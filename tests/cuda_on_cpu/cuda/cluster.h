@@ -14,6 +14,7 @@ struct cudaLaunchAttribute {
   } val;
 };
 constexpr int cudaLaunchAttributeClusterDimension = 1, cudaFuncAttributeMaxDynamicSharedMemorySize = 2;
+constexpr int cudaFuncAttributePreferredSharedMemoryCarveout = 3, cudaSharedmemCarveoutMaxShared = 100;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -125,8 +126,8 @@ void launch_clusters(unsigned grid, int blocks, int threads, size_t bytes, const
 }  // namespace model
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
-  model::granted = bytes;
+cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) model::granted = value;
   return cudaSuccess;
 }
 
