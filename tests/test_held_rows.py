@@ -49,7 +49,7 @@ def test_what_it_does_not_take_goes_to_triton_or_raises(monkeypatch):
     assert select_rows("unlearn_loss", "auto", logits, logits, 0.0) == "cuda"
     assert select_rows("unlearn_loss", "auto", logits, logits, 30.0) == "triton"
     assert select_rows("unlearn_loss", "triton", logits, logits, 0.0) == "triton"
-    monkeypatch.setattr(held_rows, "why_not", lambda *_: "triton is not installed")
+    monkeypatch.setattr(held_rows, "why_not", lambda op, impl, *_: "" if impl == "cuda" else "triton is not installed")
     assert select_rows("unlearn_loss", "auto", logits, logits, 30.0) == "reference"
     with pytest.raises(ValueError, match="impl='cuda' cannot serve these logits: the kernel has no soft cap"):
         select_rows("unlearn_loss", "cuda", logits, logits, 30.0)

@@ -129,45 +129,50 @@ __device__ __noinline__ Factors finish_row(const RowsArgs& args, int64_t row, fl
   return {fmaxf(highest, raw_y), -c / total, c * (s_other / total), 0.0f};
 }
 
+// visit(k) for each element of the part that lies in a vector partly outside the row.
+template <typename T, typename Visit>
+__device__ __forceinline__ void visit_edges(const Part<T>& part, const Visit& visit) {
+  constexpr int K = Part<T>::K;
+  for (int i = threadIdx.x; i < 2 * K; i += kThreads) {
+    const int v = i < K ? 0 : part.count - 1;
+    if ((i >= K && v == 0) || v >= part.count || (v >= part.inside && v < part.end)) continue;
+    visit(v * K + i % K);
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void zero_part(const Part<T>& part, T* out) {
   constexpr int K = Part<T>::K;
-  for (int v = threadIdx.x; v < part.count; v += kThreads) {
-    T* at = out + part.column(v * K);
-    if (v >= part.inside && v < part.end) {
-      __stcs(reinterpret_cast<uint4*>(at), uint4{0, 0, 0, 0});
-    } else {
-      for (int k = 0; k < K; ++k)
-        if (part.column(v * K + k) >= 0 && part.column(v * K + k) < part.vocab) at[k] = T{};
-    }
-  }
+  for (int v = part.inside + threadIdx.x; v < part.end; v += kThreads)
+    __stcs(reinterpret_cast<uint4*>(out + part.column(v * K)), uint4{0, 0, 0, 0});
+  visit_edges(part, [&](int k) {
+    if (part.column(k) >= 0 && part.column(k) < part.vocab) out[part.column(k)] = T{};
+  });
 }
 
 template <typename T>
 __device__ __forceinline__ void gradient_part(const Part<T>& part, const Words* held, const Factors& f, float rate,
                                               T* out) {
   constexpr int K = Part<T>::K;
-  for (int v = threadIdx.x; v < part.count; v += kThreads) {
+  for (int v = part.inside + threadIdx.x; v < part.end; v += kThreads) {
     const Words in = held[v];
     float grad[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) grad[k] = f.others * exp2_fast((element<T>(in.word, k) - f.top) * rate);
-    T* at = out + part.column(v * K);
-    if (v >= part.inside && v < part.end) {
-      uint4 packed;
-      if constexpr (sizeof(T) == 4) {
-        packed = {__float_as_uint(grad[0]), __float_as_uint(grad[1]), __float_as_uint(grad[2]), __float_as_uint(grad[3])};
-      } else {
-        packed = {narrow<T>(grad[0], grad[1]), narrow<T>(grad[2], grad[3]), narrow<T>(grad[4], grad[5]),
-                  narrow<T>(grad[6], grad[7])};
-      }
-      __stcs(reinterpret_cast<uint4*>(at), packed);
+    uint4 packed;
+    if constexpr (sizeof(T) == 4) {
+      packed = {__float_as_uint(grad[0]), __float_as_uint(grad[1]), __float_as_uint(grad[2]), __float_as_uint(grad[3])};
     } else {
-#pragma unroll
-      for (int k = 0; k < K; ++k)
-        if (part.column(v * K + k) >= 0 && part.column(v * K + k) < part.vocab) at[k] = narrow_one<T>(grad[k]);
+      packed = {narrow<T>(grad[0], grad[1]), narrow<T>(grad[2], grad[3]), narrow<T>(grad[4], grad[5]),
+                narrow<T>(grad[6], grad[7])};
     }
+    __stcs(reinterpret_cast<uint4*>(out + part.column(v * K)), packed);
   }
+  visit_edges(part, [&](int k) {
+    const float z = widen(reinterpret_cast<const T*>(held)[k]);
+    if (part.column(k) >= 0 && part.column(k) < part.vocab)
+      out[part.column(k)] = narrow_one<T>(f.others * exp2_fast((z - f.top) * rate));
+  });
 }
 
 #endif
@@ -206,13 +211,11 @@ __global__ void __launch_bounds__(kThreads, kResident) weighted_rows(const __gri
     if (y >= 0 && y < args.vocab) z_y = widen(row[y]);
   }
   // The label is left out of maximum and sum: -inf in its place, as in what of a vector lies outside the row.
-  for (int k = threadIdx.x; k < 2 * K; k += kThreads) {
-    const int v = k < K ? 0 : part.count - 1;
-    if ((k >= K && v == 0) || v >= part.count || (v >= part.inside && v < part.end)) continue;
-    const int column = part.column(v * K + k % K);
+  visit_edges(part, [&](int k) {
+    const int column = part.column(k);
     const bool other = column >= 0 && column < part.vocab && column != y;
-    reinterpret_cast<T*>(held + v)[k % K] = other ? row[column] : narrow_one<T>(-INFINITY);
-  }
+    reinterpret_cast<T*>(held)[k] = other ? row[column] : narrow_one<T>(-INFINITY);
+  });
   __syncthreads();  // the barrier of the copy is there
   if (copies) await_arrival(arrival);
   if (threadIdx.x == 0 && part.has(y)) {
@@ -251,9 +254,10 @@ __global__ void __launch_bounds__(kThreads, kResident) weighted_rows(const __gri
   if (threadIdx.x == 0) factors[0] = finish_row(args, i, z_y, parts, blocks, rank == 0);
   if (args.out == nullptr) return;
   __syncthreads();
-  gradient_part(part, held, factors[0], rate, out);
+  const Factors f = factors[0];
+  gradient_part(part, held, f, rate, out);
   __syncthreads();
-  if (threadIdx.x == 0 && part.has(y)) out[y] = narrow_one<T>(factors[0].target);
+  if (threadIdx.x == 0 && part.has(y)) out[y] = narrow_one<T>(f.target);
 #endif
 }
 

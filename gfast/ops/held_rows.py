@@ -20,7 +20,11 @@ def select_rows(name: str, impl: str, logits: Tensor, out: Tensor | None, softca
         ValueError: impl="cuda" for rows that its kernel does not take.
     """
     chosen = select("unlearn_loss", impl, logits.device, logits.dtype)
-    if chosen != "cuda" or not (reason := why_not_held(logits, out, softcap)):
+    if chosen != "cuda":
+        return chosen
+    # "auto" is decided once, and a machine may have GPUs of several kinds
+    reason = why_not("unlearn_loss", "cuda", logits.device, logits.dtype) or why_not_held(logits, out, softcap)
+    if not reason:
         return chosen
     if impl == "cuda":
         raise ValueError(f"gfast: {name}: impl='cuda' cannot serve these logits: {reason}. impl='triton' can.")
