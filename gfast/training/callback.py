@@ -147,7 +147,9 @@ class GEffectCallback(TrainerCallback):
             for side in SIDES:
                 values[f"geffect/{label}/{side}"] = effect.total(side)
                 values |= {f"geffect/{label}/{side}/{group}": x for group, x in getattr(effect, side).items()}
+        wanted = trainer.control.should_log  # which a log ends: the step's own is still to come
         trainer.log(values)
+        trainer.control.should_log = wanted
 
 
 def _calling_trainer() -> Trainer | None:

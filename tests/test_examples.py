@@ -1,0 +1,38 @@
+"""The examples of other trainers run as they are, on their small models."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_trainer_of_transformers(tmp_path):
+    trainer = example("transformers_trainer").main(None, str(tmp_path))
+    logs = trainer.state.log_history
+    assert sum("loss" in log for log in logs) == 3
+    assert all(math.isfinite(log["geffect/WGA(alpha=0.5)/retain"]) for log in logs if "geffect/nll/retain" in log)
+    marked = (FOLDER / "transformers_trainer.py").read_text().count("  # ")
+    assert marked <= 6
+
+
+def test_trl(tmp_path):
+    pytest.importorskip("trl")
+    sft, dpo = example("trl_trainers").main(None, str(tmp_path))
+    assert sft.state.log_history[0]["loss"] < 0 and dpo.state.log_history[0]["loss"] == pytest.approx(13.863, rel=1e-3)
+
+
+def test_a_loop_of_ones_own():
+    losses = example("plain_loop").main()
+    assert len(losses) == 4 and losses[0] > 13.86 and losses[-1] < losses[0]
