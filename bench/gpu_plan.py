@@ -178,8 +178,9 @@ SECOND: list[Stage] = [
         "memory_grad_dot", 40, "grad_dot under memcheck", "-x -m cuda -k 'hundreds or layout' tests/test_grad_dot.py"
     ),
     checked(
-        *("memory_triton", 55, "the row kernels under memcheck"),
-        "-x -k 'test_few_rows or test_weight_families or test_kl_rows or test_scale' tests/test_triton.py",
+        *("memory_rows", 55, "the row kernels under memcheck"),
+        "-x -k 'test_few_rows or test_weight_families or test_kl_rows or test_scale or (held and 1000)' "
+        "tests/test_triton.py tests/test_gpu.py",
     ),
 ]
 THIRD: list[Stage] = [
