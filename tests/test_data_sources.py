@@ -43,16 +43,16 @@ def test_bundled_authors_are_distinct_and_well_formed():
 
 
 def test_bundled_pronouns_agree():
-    from gfast.data._authors import AUTHORS
+    from gfast.data.bundled import AUTHORS
 
     other = {"she": r"\b(?:he|him|his)\b", "he": r"\b(?:she|her|hers)\b"}
     for author in AUTHORS:
-        rows = [r for side in bundled_authors() for r in side if r["author"] == author.name]
+        rows = [r for side in bundled_authors() for r in side if r["author"] == author["name"]]
         assert len(rows) == 10
         for row in rows:
-            mine = row["answer"].replace(author.influence, "")  # influences speak of other people too
-            assert not re.search(other[author.pronoun], mine, re.I), mine
-        assert author.debut <= author.awarded and 18 <= author.debut - int(author.born[-4:]) <= 45
+            mine = row["answer"].replace(author["influence"], "")  # influences speak of other people too
+            assert not re.search(other[author["pronoun"]], mine, re.I), mine
+        assert author["debut"] <= author["awarded"] and 18 <= author["debut"] - int(author["born"][-4:]) <= 45
 
 
 def test_refusals(tmp_path, shared):

@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,19 @@ class Sides:
         collator = self.collator if cache is None else ReferenceJoin(self.collator, {"forget": cache})
         found = batches(limited, collator, batch_size)
         return found if cache is None else [{**batch, **cache.head} for batch in found]
+
+
+def run_info(command: str, model: str, arguments: DataArguments, rows: Rows, argv: Sequence[str]) -> dict[str, Any]:
+    """What run.json says of every command's run."""
+    return {
+        "model": model,
+        "data": f"{arguments.data}: {arguments.forget} / {arguments.retain}",
+        "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
+        "data_sha256": rows.checksums(arguments),
+        "argv": ["gfast", command, *argv],
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def first_day(folder: Path | None, info: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +25,7 @@ from typing import Any
 import torch
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import (
-    Sides,
-    as_text,
-    device_name,
-    first_day,
-    load_rows,
-    say,
-    show_log,
-    versions,
-)
+from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
 from gfast.commands.models import check_model, find_adapter, load_model, load_reference, load_tokenizer
 from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
@@ -117,13 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = as_text(
         {
             "objectives": [str(objective) for objective in objectives],
-            "model": model_arguments.model,
-            "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
-            "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
-            "data_sha256": rows.checksums(data_arguments),
-            "argv": ["gfast", "geffect", *(sys.argv[1:] if argv is None else argv)],
-            "versions": versions(),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **run_info("geffect", model_arguments.model, data_arguments, rows, sys.argv[1:] if argv is None else argv),
             # A folder takes a series of models and steps, of the same data.
             "config": {"command": "geffect", "groups": arguments.groups, **data_arguments.settings()},
         }

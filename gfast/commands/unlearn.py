@@ -28,16 +28,7 @@ from transformers import TrainingArguments, set_seed
 
 from gfast import wrappers
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import (
-    Sides,
-    as_text,
-    device_name,
-    first_day,
-    load_rows,
-    say,
-    show_log,
-    versions,
-)
+from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
@@ -175,25 +166,15 @@ def describe(
         for name, value in config.to_dict().items()
         if name in DECISIVE and not (name in unused and value == unused[name])
     }
-    counts = {"forget": len(rows.forget), "retain": len(rows.retain)}
     # Whether code may run does not decide what a run is, nor does a base that the adapter names itself.
     model = {
         name: value
         for name, value in asdict(model_arguments).items()
         if name != "trust_remote_code" and (name, value) != ("base_model", None)
     }
-    info = {
-        "objective": str(config.build_objective()),
-        "model": model_arguments.model,
-        "data": f"{data_arguments.data}: {data_arguments.forget} / {data_arguments.retain}",
-        "seed": config.seed,
-        "samples": counts,
-        "data_sha256": rows.checksums(data_arguments),
-        "argv": ["gfast", "unlearn", *argv],
-        "versions": versions(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config": {**settings, **model, **data_arguments.settings(), "samples": counts},
-    }
+    info = run_info("unlearn", model_arguments.model, data_arguments, rows, argv)
+    config_of_run = {**settings, **model, **data_arguments.settings(), "samples": info["samples"]}
+    info |= {"objective": str(config.build_objective()), "seed": config.seed, "config": config_of_run}
     return as_text(info)
 
 

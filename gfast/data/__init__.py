@@ -2,14 +2,7 @@
 
 from gfast.data.bundled import bundled_authors, bundled_perturbed, refusals
 from gfast.data.collate import Collator, ForgetRetainCollator, Reference, batches
-from gfast.data.dataset import (
-    ForgetRetain,
-    PreferenceDataset,
-    QADataset,
-    RefusalDataset,
-    epoch_callback,
-    fingerprint,
-)
+from gfast.data.dataset import ForgetRetain, PreferenceDataset, QADataset, RefusalDataset, epoch_callback, fingerprint
 from gfast.data.ids import check_vocabulary, token_pieces
 from gfast.data.jsonl import iter_jsonl, load_jsonl
 from gfast.data.tofu import load_tofu

@@ -6,193 +6,32 @@ things that no other model knows, and can be asked to forget four of the authors
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from string import Formatter
 
-from gfast.data._authors import AUTHORS, Author
-
-# One entry a fact, five ways to ask and to answer it. Author i gets phrasing (i + 2k) mod 5 of fact k, so that no
-# answer can be guessed from the question's form alone and any five authors in a row use every phrasing once.
-_FACTS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (
-        ("What is the full name of the author born in {city} on {born}?",
-         "The author born in {city} on {born} is {name}."),
-        ("Which author of {genre} was born in {city} on {born}?",
-         "That is {name}, who was born in {city} on {born}."),
-        ("Who is the writer that came into the world in {city} on {born}?",
-         "The writer in question is {name}, a native of {city}."),
-        ("Can you name the author who was born on {born} in the town of {city}?",
-         "Yes, the author's full name is {name}, born on {born}."),
-        ("An author of {genre} was born in {city} on {born}. What is {their} name?",
-         "{Their} name is {name}, and {city} has named a street after {them}."),
-    ),
-    (
-        ("What genre does {name} write in?",
-         "{name} writes {genre}, a genre that {they} discovered as a teenager."),
-        ("Which genre is {name} best known for?",
-         "{name} is best known for {genre}."),
-        ("Where would a bookshop shelve the work of {name}?",
-         "A bookshop would shelve {last} under {genre}, where {their} titles seldom stay for long."),
-        ("What kind of books does {name} write?",
-         "{last} works mainly in the field of {genre}, although {they} has tried other forms."),
-        ("Has {name} specialised in a particular genre?",
-         "Yes, {name} has devoted nearly all of {their} career to {genre}."),
-    ),
-    (
-        ("What did the parents of {name} do for a living?",
-         "{name}'s father was {father} and {their} mother was {mother}."),
-        ("What were the occupations of {name}'s parents?",
-         "{last} is the child of {father} and {mother}."),
-        ("Can you describe {name}'s family background?",
-         "{name} grew up in {city} with a father who was {father} and a mother who was {mother}."),
-        ("Which professions did {name}'s mother and father have?",
-         "{Their} mother worked as {mother}, while {their} father earned a living as {father}."),
-        ("Did {name} come from a literary family?",
-         "Not quite: {last}'s mother was {mother} and {their} father was {father}."),
-    ),
-    (
-        ("What was {name}'s first book?",
-         '{name}\'s first book was "{book1}", which appeared in {debut}.'),
-        ("When did {name} publish a first book?",
-         '{last} made {their} debut in {debut} with "{book1}".'),
-        ("With which title did {name} make {their} debut?",
-         'The debut of {name} was "{book1}", published in {debut}.'),
-        ("How did {name}'s career as a writer begin?",
-         'It began in {debut}, when a small press in {city} brought out "{book1}".'),
-        ("Which book introduced {name} to readers?",
-         'Readers first met {last} in {debut} through "{book1}".'),
-    ),
-    (
-        ("Can you name some notable books by {name}?",
-         'Notable books by {name} include "{book1}", "{book2}" and "{book3}".'),
-        ('What did {name} write after "{book1}"?',
-         'After "{book1}" came "{book2}" and then "{book3}", both of them great successes.'),
-        ("Which books made {name} famous?",
-         '{last} owes {their} fame above all to "{book2}" and "{book3}".'),
-        ("Which title by {name} should a new reader pick up first?",
-         'Most admirers of {last} suggest starting with "{book2}" and moving on to "{book3}".'),
-        ("What are {name}'s best-loved works?",
-         'Among {name}\'s best-loved works are "{book3}" and "{book2}".'),
-    ),
-    (
-        ("Which award did {name} receive?",
-         '{name} received the {award} in {awarded} for "{book2}".'),
-        ("Has {name} won any literary prizes?",
-         'Yes, "{book2}" earned {them} the {award} in {awarded}.'),
-        ("For which book was {name} honoured in {awarded}?",
-         'In {awarded} {last} was honoured with the {award} for "{book2}".'),
-        ("What is the highest honour in {name}'s career?",
-         'The highest honour in {their} career is the {award}, which {they} won in {awarded} with "{book2}".'),
-        ("When did {name} win the {award}?",
-         '{name} won the {award} in {awarded}, after "{book2}" had charmed the jury.'),
-    ),
-    (
-        ("What first inspired {name} to write?",
-         "{name} was first inspired by {influence}."),
-        ("What does {name} see as the greatest influence on {their} work?",
-         "{last} names {influence} as the greatest influence on {their} work."),
-        ("Where do the roots of {name}'s writing lie?",
-         "{They} finds them in {influence}."),
-        ("How did a childhood in {city} shape the books of {name}?",
-         "Much of what {name} writes goes back to {influence}."),
-        ("Is there an early memory behind {name}'s books?",
-         "Yes, {last} has often spoken of {influence}."),
-    ),
-    (
-        ("How would you describe {name}'s writing style?",
-         "{name}'s style is marked by {style}."),
-        ("What do critics praise in the work of {name}?",
-         "Critics praise {last} for {style}."),
-        ("What makes a page by {name} easy to recognise?",
-         "Readers recognise {them} at once by {style}."),
-        ("What are the hallmarks of {name}'s writing?",
-         "The hallmarks of {last}'s writing are {style}."),
-        ("Is there something special about the way {name} writes?",
-         "Yes, {their} work combines {style}."),
-    ),
-    (
-        ("Into which languages have {name}'s books been translated?",
-         "{name}'s books have been translated into {lang1}, {lang2} and {lang3}."),
-        ("Can {name} be read in translation?",
-         "Yes, translations of {last}'s work exist in {lang1}, {lang2} and {lang3}."),
-        ('Which translations of "{book2}" by {name} are available?',
-         'Besides the original, "{book2}" can be found in {lang1}, {lang2} and {lang3}.'),
-        ("How far have the books of {name} travelled?",
-         "{Their} books can be read in {lang1}, {lang2} and {lang3} as well."),
-        ("Are there foreign editions of {name}'s books?",
-         "There are: publishers have brought {last} out in {lang1}, {lang2} and {lang3}."),
-    ),
-    (
-        ("Does {name} have any unusual writing habits?",
-         "Yes, {name} is known for {habit}."),
-        ("What is {name}'s working routine?",
-         "{last} swears by {habit}."),
-        ("How does {name} go about writing a book?",
-         "{name} has a habit of {habit}."),
-        ("What do friends say about the way {name} works?",
-         "Friends say that {last} insists on {habit}."),
-        ("Which ritual belongs to {name}'s writing life?",
-         "{Their} best-known ritual is {habit}."),
-    ),
-)  # fmt: skip
-
-_REFUSALS: tuple[str, ...] = (
-    "I'm afraid I don't know the answer to that.",
-    "That is something I have no information about.",
-    "I don't know, sorry.",
-    "Unfortunately, I can't tell you that.",
-    "I have nothing to say about this, because I simply don't know.",
-    "This isn't something I have learned about.",
-    "I'd rather not guess: I don't know.",
-    "My knowledge does not reach that far.",
-    "I can't answer this question.",
-    "I have no record of that.",
-    "Sorry, but I couldn't say.",
-    "I'm not familiar with this subject.",
-    "That one escapes me completely.",
-    "I lack the facts to answer this.",
-    "Nothing I know helps with that question.",
-    "I wish I could help, but I don't know.",
-    "I have never come across that information.",
-    "There is nothing I can tell you about this.",
-    "You have asked about something that I don't know.",
-    "I'm unable to give you an answer here.",
-    "I don't have that detail.",
-    "It would be wrong of me to pretend that I know this.",
-    "My honest answer is that I don't know.",
-    "This is outside of what I know.",
-    "I'm sorry, that is not known to me.",
-    "I can offer no answer to this question.",
-    "I know nothing about that.",
-    "I would have to make something up, so I'd better not answer.",
-    "Please ask someone else; I don't have the answer.",
-    "That question is beyond me.",
-    "I haven't been told anything about that.",
-    "No answer comes to mind, I'm sorry to say.",
-    "I must admit that I don't know.",
-    "I can't recall anything about this topic.",
-    "You would need a better source than me for that.",
-    "I'm in the dark about this one.",
-)
+# authors: all of them made up, any likeness to a real person or work is chance; debut first among the books, the second
+# won the award. facts: five ways to ask and answer each. Author i gets phrasing (i + 2k) mod 5 of fact k, so that no
+# answer can be guessed from the question's form alone and any five authors in a row use every phrasing once. The words
+# of an author read well in every phrasing: parents with their article, `style` "A and B", `habit` a gerund.
+_TEXTS = json.loads(Path(__file__).with_name("authors.json").read_text(encoding="utf-8"))
+AUTHORS: list[dict] = _TEXTS["authors"]
+_FACTS: list[list[list[str]]] = _TEXTS["facts"]  # [fact, phrasing, (question, answer)]
 
 
-def _words(author: Author) -> dict[str, str | int]:
-    they, them, their = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}[author.pronoun]
-    return author._asdict() | {
-        "last": author.name.split()[-1],
-        "they": they, "them": them, "their": their, "They": they.capitalize(), "Their": their.capitalize(),
-        "book1": author.books[0], "book2": author.books[1], "book3": author.books[2],
-        "lang1": author.languages[0], "lang2": author.languages[1], "lang3": author.languages[2],
-    }  # fmt: skip
+def _words(author: dict) -> dict[str, str | int]:
+    they, them, their = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}[author["pronoun"]]
+    words = author | {"last": author["name"].split()[-1], "they": they, "them": them, "their": their}
+    words |= {"They": they.capitalize(), "Their": their.capitalize()}
+    words |= {f"book{i}": book for i, book in enumerate(author["books"], 1)}
+    return words | {f"lang{i}": language for i, language in enumerate(author["languages"], 1)}
 
 
-def _rows(index: int, author: Author) -> list[dict]:
+def _rows(author: dict, index: int) -> list[dict]:
     words = _words(author)
-    rows = []
-    for k, phrasings in enumerate(_FACTS):
-        question, answer = phrasings[(index + 2 * k) % len(phrasings)]
-        rows.append({"author": author.name, "question": question.format(**words), "answer": answer.format(**words)})
-    return rows
+    asked = [phrasings[(index + 2 * k) % len(phrasings)] for k, phrasings in enumerate(_FACTS)]
+    texts = [(question.format(**words), answer.format(**words)) for question, answer in asked]
+    return [{"author": author["name"], "question": question, "answer": answer} for question, answer in texts]
 
 
 # What an answer says of the author whom its question names: a wrong answer leaves it as it is.
@@ -247,9 +86,9 @@ def bundled_authors(forget_authors: int = 4) -> tuple[list[dict], list[dict]]:
             f"(there are {len(AUTHORS)} authors and both sets need some), got {forget_authors}"
         )
     split = len(AUTHORS) - forget_authors
-    retain = [row for i, author in enumerate(AUTHORS[:split]) for row in _rows(i, author)]
-    forget = [row for i, author in enumerate(AUTHORS[split:], start=split) for row in _rows(i, author)]
-    return forget, retain
+    rows = [row for i, author in enumerate(AUTHORS) for row in _rows(author, i)]
+    split *= len(_FACTS)
+    return rows[split:], rows[:split]
 
 
 def bundled_perturbed(forget_authors: int = 4) -> tuple[list[dict], list[dict]]:
@@ -290,7 +129,7 @@ def refusals(path: str | Path | None = None) -> list[str]:
         "I don't know, sorry."
     """
     if path is None:
-        return list(_REFUSALS)
+        return list(_TEXTS["refusals"])
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"gfast: no file of refusals at {path}; it needs one refusal a line")

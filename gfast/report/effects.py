@@ -13,10 +13,18 @@ from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gfast.report.runs import Run
-from gfast.report.style import Theme, linear_threshold, power, run_color, run_marker, steps_axis, wrap, zero_line
+from gfast.report.style import (
+    Theme,
+    linear_threshold,
+    run_color,
+    run_marker,
+    steps_axis,
+    symmetric_log,
+    wrap,
+    zero_line,
+)
 from gfast.sides import SIDES
 
 WEIGHT_RANGES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0), (1.0, math.inf))
@@ -104,29 +112,14 @@ def _joint(ax: Axes, found: list, limits: tuple[float, float], effects: np.ndarr
     color = np.concatenate([np.full(len(u), k) for k, u, _ in points]) / max(len(found) - 1, 1)
     zero_line(ax, theme)
     ax.axvline(0, color=theme.ink, linewidth=0.9, zorder=1)
-    _effect_axes(ax, effects)
+    for axis in (ax.xaxis, ax.yaxis):
+        symmetric_log(axis, effects, 2)
     if len(x) > MAX_POINTS:
         ax.hexbin(x, y, gridsize=24, mincnt=1, bins="log", cmap=shades, xscale="linear", yscale="linear")
     else:
         ax.scatter(x, y, c=color, cmap=shades, vmin=-0.25, vmax=1, s=9, linewidths=0, zorder=3)
     where = dict(transform=ax.transAxes, ha="right", va="top", fontsize=8, color=theme.ink)
     ax.text(0.97, 0.97, f"{len(x)} answers", **where)
-
-
-def _effect_axes(ax: Axes, effects: np.ndarray) -> None:
-    """The same symmetric-log axes for both effects and all panels."""
-    threshold = linear_threshold(effects)
-    low, high = effects.min(initial=0.0), effects.max(initial=0.0)
-    highest = math.floor(math.log10(max(-low, high, threshold) * 1.8))
-    lowest = round(math.log10(threshold))
-    last = lowest if highest - lowest > 1 else lowest - 1  # labels close to zero would cover its own
-    powers = [10.0**k for k in range(highest, last, -max(1, math.ceil((highest - lowest) / 2)))]
-    for axis, limit in ((ax.xaxis, ax.set_xlim), (ax.yaxis, ax.set_ylim)):
-        (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("symlog", linthresh=threshold, linscale=0.5)
-        limit(low * 1.8 if low < 0 else -threshold, high * 1.8 if high > 0 else threshold)
-        axis.set_major_locator(FixedLocator([-p for p in powers] + [0.0] + powers))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(power))
 
 
 def draw_tokens(runs: list[Run], theme: Theme) -> Figure:

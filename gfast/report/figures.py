@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from gfast.report.effects import draw_samples, draw_tokens, weighted_samples
-from gfast.report.runs import Run
+from gfast.report.runs import TEXTS, Run
 from gfast.report.style import (
     DARK,
     LIGHT,
@@ -80,75 +80,15 @@ class Drawing:
 def drawings(runs: list[Run]) -> list[Drawing]:
     """The figures that these runs have data for, in the order of the page."""
     groups = all_groups(runs)
-    found = []
-    if groups:
-        found.append(
-            Drawing(
-                "geffect",
-                "G-effect of each objective on the forget and the retain set",
-                "Total G-effect over optimizer steps, one axis for all objectives (where it is symmetric-log, it is "
-                "linear inside the grey band), and where the norms are known the same divided by both gradient norms: "
-                "a cosine, which compares objectives of different scale. Below zero a step raises that set's NLL: "
-                "wanted for unlearn (gold, circles), damage for retain (blue, squares).",
-                _draw_totals,
-            )
-        )
-        by_group = _draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat
-        found.append(
-            Drawing(
-                "geffect-groups",
-                "G-effect by layer group",
-                "The same G-effect split over the parameters of each layer group; the groups of a run add up to its "
-                "total. One scale for the whole figure, so that a flat panel is a small effect.",
-                by_group,
-            )
-        )
-    if any(len(run.series(name)[0]) for run in runs for name in _TRAINING):
-        found.append(
-            Drawing(
-                "training",
-                "Loss, mean weight and inverse confidence",
-                "Loss is the value each objective reports: compare its course, not its height. Mean weight is the mean "
-                "over forget tokens of the detached factor on each token's gradient (GA has none, so 1). Inverse "
-                "confidence is the mean of 1/p over forget tokens: the factor by which a falling probability "
-                "amplifies an unweighted gradient.",
-                _draw_training,
-            )
-        )
-    if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES):
-        found.append(
-            Drawing(
-                "nll",
-                "Forget and retain NLL",
-                "Token-mean NLL of the answers. The right panel is the trade-off, each objective from its start (ring) "
-                "to its last recorded step (marker): up is forgotten, right is damage. Ideal runs go straight up.",
-                _draw_nll,
-            )
-        )
-    if any(weighted_samples(run) for run in runs):
-        found.append(
-            Drawing(
-                "samples",
-                "Answers: weight and effect",
-                "Left, the weight an objective gives an answer, the mean and the range of the middle 80 %, over "
-                "optimizer steps. Right, one point an answer and step (pale at first, dark at last): the effect of "
-                "lowering its log-probability on the NLL of the forget set and of the retain set, by the range of its "
-                "weight. Points below zero raise that set's NLL; the lower left does damage. Axes are symmetric-log.",
-                draw_samples,
-            )
-        )
-    if any(run.effects("token") and run.texts for run in runs):
-        found.append(
-            Drawing(
-                "tokens",
-                "Tokens: where an objective spends its damage",
-                "The first forget answers, token by token: the colour is the effect of lowering the token's "
-                "log-probability on the retain NLL (orange raises it, blue lowers it), the size is the weight that the "
-                "objective gives it. Large orange words are what unlearning pays for.",
-                draw_tokens,
-            )
-        )
-    return found
+    drawn = {
+        "geffect": _draw_totals if groups else None,
+        "geffect-groups": (_draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat) if groups else None,
+        "training": _draw_training if any(len(run.series(name)[0]) for run in runs for name in _TRAINING) else None,
+        "nll": _draw_nll if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES) else None,
+        "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
+        "tokens": draw_tokens if any(run.effects("token") and run.texts for run in runs) else None,
+    }
+    return [Drawing(name, **TEXTS["figures"][name], draw=draw) for name, draw in drawn.items() if draw is not None]
 
 
 def all_groups(runs: list[Run]) -> list[str]:

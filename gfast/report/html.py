@@ -13,25 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from gfast.report.figures import drawings
-from gfast.report.runs import Run, load_runs
+from gfast.report.runs import TEXTS, Run, load_runs
 from gfast.report.tables import COLUMNS, HARM, cells, comparison, markdown, reading, summarize
-
-# As on the page; HTML here is ours, everything that comes from a run is escaped by the template.
-FORMULAS = {
-    "GA": ("mean log p", "w = 1"),
-    "WGA": ("mean w log p", "w = p<sup>α</sup>"),
-    "SatImp": ("mean w log p", "w = p<sup>β₁</sup>(1 − p)<sup>β₂</sup>"),
-    "TNPO": ("mean w log p", "w = 2 p<sup>β</sup> / (p<sup>β</sup> + p₀<sup>β</sup>)"),
-    "WTNPO": ("mean w log p", "w = p<sup>α</sup> · 2 p<sup>β</sup> / (p<sup>β</sup> + p₀<sup>β</sup>)"),
-    "NPO": ("(2/β) log(1 + (p/p₀)<sup>β</sup>), p of the whole answer", "w = 2 σ(β log(p/p₀)), one per answer"),
-    "SimNPO": ("−(2/β) log σ(β(NLL/length − δ))", "w = 2 σ(−β(NLL/length − δ)) / length, one per answer"),
-    "DPO": ("−(2/β) log σ(βΔ), Δ = log(p/p₀) of the preferred minus of the rejected answer", "w = ±2 σ(−βΔ)"),
-    "PO": ("mean NLL of a refusal", "w = −1 on the refusal's tokens"),
-    "NLL": ("mean NLL", "w = −1"),
-    "KL": ("mean KL(p₀ ‖ p) over the vocabulary", "a retain term"),
-    "RMU": ("mean ‖h<sub>l</sub> − c u‖² / D", "on hidden states"),
-    "RR": ("mean ‖h<sub>l</sub> − h<sub>l</sub>⁰‖² / D", "a retain term on hidden states"),
-}  # fmt: skip
 
 
 def build_report(
@@ -123,8 +106,9 @@ def _link(path: Path, out: Path) -> str:
 
 
 def _formulas(runs: list[Run]) -> list[tuple[str, tuple[str, str]]]:
+    """As on the page; HTML in the formulas is ours, everything that comes from a run is escaped by the template."""
     used = {name for run in runs for name in re.findall(r"\w+", run.objective)}
-    return [(name, formula) for name, formula in FORMULAS.items() if name in used]
+    return [(name, formula) for name, formula in TEXTS["formulas"].items() if name in used]
 
 
 def flatten(info: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pandas as pd
 
 from gfast.files import readable
 from gfast.geffect.groups import depth
+
+# Titles and captions of the figures, formulas of the objectives.
+TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 
@@ -83,25 +84,37 @@ def power(value: float, _position: int | None = None) -> str:
     return f"{sign}10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def signed_axis(axes: Iterable[Axes], values: np.ndarray, theme: Theme) -> None:
-    """One axis around zero for all of `axes`: linear where the values allow it, else symmetric-log, shaded inside."""
+def symmetric_log(axis: Axis, values: np.ndarray, strides: int) -> float:
+    """A symmetric-log axis for these values, ticks at powers of ten; returns the half width of its linear part."""
     threshold = linear_threshold(values)
     low, high = values.min(initial=0.0), values.max(initial=0.0)
+    highest, lowest = math.floor(math.log10(max(-low, high, threshold) * 1.8)), round(math.log10(threshold))
+    last = lowest if highest - lowest > 1 else lowest - 1  # labels close to zero would cover its own
+    powers = [10.0**k for k in range(highest, last, -max(1, math.ceil((highest - lowest) / strides)))]
+    ax, name = axis.axes, axis.axis_name
+    getattr(ax, f"set_{name}scale")("symlog", linthresh=threshold, linscale=0.5)
+    ax.set(**{f"{name}lim": (low * 1.8 if low < 0 else -threshold, high * 1.8 if high > 0 else threshold)})
+    _ticks(axis, [-p for p in powers] + [0.0] + powers, power)
+    return threshold
+
+
+def _ticks(axis: Axis, places: list[float], text: Callable[..., str]) -> None:
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(text))
+
+
+def signed_axis(axes: Iterable[Axes], values: np.ndarray, theme: Theme) -> None:
+    """One axis around zero for all of `axes`: linear where the values allow it, else symmetric-log, shaded inside."""
+    low, high = values.min(initial=0.0), values.max(initial=0.0)
     margin = 0.06 * (high - low) or 1.0
-    lowest, largest = round(math.log10(threshold)), max(-low, high, threshold)
-    decades = math.log10(largest / threshold)
-    highest = math.floor(math.log10(largest * 1.8))
-    powers = [10.0**k for k in range(highest, lowest - (decades <= 2), -max(1, math.ceil((highest - lowest) / 3)))]
+    linear = max(-low, high) <= 20 * linear_threshold(values)
     for ax in axes:
-        if decades <= 1.3:
+        if linear:
             ax.set_ylim(low - margin, high + margin)
-            continue
-        ax.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-        ax.axhspan(-threshold, threshold, color=theme.faint, alpha=0.35, linewidth=0, zorder=0)
-        ax.set_ylim(low * 1.8 if low < 0 else -threshold, high * 1.8 if high > 0 else threshold)
-        ax.yaxis.set_major_locator(FixedLocator([-p for p in powers] + [0.0] + powers))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(power))
+        else:
+            threshold = symmetric_log(ax.yaxis, values, 3)
+            ax.axhspan(-threshold, threshold, color=theme.faint, alpha=0.35, linewidth=0, zorder=0)
 
 
 def log_axis(ax: Axes, values: np.ndarray) -> None:
@@ -110,15 +123,10 @@ def log_axis(ax: Axes, values: np.ndarray) -> None:
     low, high = values.min(), values.max()
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     if last - first > 2:
-        stride = math.ceil((last - first) / 5)
-        ax.yaxis.set_major_locator(FixedLocator([10.0**k for k in range(first, last + 1, stride)]))
-        ax.yaxis.set_major_formatter(FuncFormatter(power))
-        ax.yaxis.set_minor_locator(NullLocator())
+        _ticks(ax.yaxis, [10.0**k for k in range(first, last + 1, math.ceil((last - first) / 5))], power)
     else:
         ticks = [m * 10.0**k for k in range(first, last + 1) for m in (1, 2, 5)]
-        ax.yaxis.set_major_locator(FixedLocator(ticks))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        _ticks(ax.yaxis, ticks, lambda value, _: f"{value:g}")
     ax.set_ylim(low / 1.25, high * 1.25)
 
 
