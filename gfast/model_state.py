@@ -60,20 +60,21 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
     """Evaluation mode, no gradients and no foreign gradient hooks inside; everything restored outside, errors included.
 
     Training flags are set per module without calling train() or eval(), which some modules override with side effects.
     Hooks on accumulated gradients are taken off for the time, because optimizers that step in such a hook would change
     the model. Modules that checkpoint activations keep doing so: they only do it in training mode, and losing it could
-    run out of memory; those with dropout of their own are put in evaluation mode all the same.
+    run out of memory; those with dropout of their own are put in evaluation mode all the same, and with `checkpoints`
+    False all, where the inputs of modules are kept in any case.
     """
     modules = [(module, module.training) for module in model.modules()]
     tables = [table for p in model.parameters() if (table := getattr(p, "_post_accumulate_grad_hooks", None))]
     hooks = [dict(table) for table in tables]
     try:
         for module, training in modules:
-            module.training = training and _checkpoints_without_dropout(module)
+            module.training = training and checkpoints and _checkpoints_without_dropout(module)
         for table in tables:
             table.clear()
         with gradients_kept(model), torch.inference_mode(False), torch.enable_grad():

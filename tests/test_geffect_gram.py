@@ -15,7 +15,7 @@ from helpers.geffect_models import batches, gradient, logps, tiny  # noqa: E402
 from helpers.geffect_samples import (  # noqa: E402
     KINDS,
     WAYS,
-    any_trainable,
+    any_gradient,
     data,
     each,
     literal_samples,
@@ -219,7 +219,7 @@ def test_model_is_left_as_found(monkeypatch, error, fails_at):
     original = gram.rows_of
 
     def failing(*args):
-        calls.append(any_trainable(model))
+        calls.append(any_gradient(model))
         if fails_at is not None and len(calls) > fails_at:
             raise error("stop")
         return original(*args)

@@ -156,11 +156,15 @@ def test_rows_of_one_input_are_selected_once():
 
 
 def test_products_of_inputs_are_not_mixed_up():
+    """Of one input they are made once, and never taken for those of another, or for a batch's own."""
+    generator = torch.Generator().manual_seed(0)
+    a, other, b, c = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(4))
+    x, y, z, w = (Rows(OuterProduct(*factors), [2, 4]) for factors in ((a, b), (other, c), (a, c), (a.clone(), c)))
     inputs = gram_products.InputProducts()
-    x, y = torch.randn(5, 3), torch.randn(4, 3)
-    first = inputs.get(x, y, 0, 5, 0)
-    assert inputs.get(x, y, 0, 5, 0) is first and inputs.holds(x, y)
-    other = y.clone()
-    assert not inputs.holds(x, other)
-    torch.testing.assert_close(inputs.get(x, other.mul_(2), 0, 5, 0), 2 * first)
-    torch.testing.assert_close(inputs.get(x, other, 2, 5, 1), 2 * first[2:, 1:])
+    first = gram_products._by_pairs(x, y, inputs)
+    assert inputs.of(x, y) is not None and inputs.of(z, y) is inputs.of(x, y)
+    assert inputs.of(w, y) is inputs.of(x, z) is inputs.of(x, x) is None
+    for left, right in ((x, y), (z, y), (w, y), (x, x), (z, z), (x, y)):
+        found = gram_products._by_pairs(left, right, inputs)
+        torch.testing.assert_close(found, gram_products._by_pairs(left, right, gram_products.InputProducts()))
+    torch.testing.assert_close(found, first)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from helpers.geffect_models import batches, tiny  # noqa: E402
-from helpers.geffect_samples import any_trainable, data  # noqa: E402
+from helpers.geffect_samples import any_gradient, data  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
@@ -17,15 +17,16 @@ from gfast.geffect.engines import sample  # noqa: E402
 
 
 def test_a_module_without_a_rule_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(gfast.geffect.directions, "risk_directions", None)  # nothing may be measured before
     before = snapshot(model := tiny("mixtral"))
-    with pytest.raises(ValueError, match=r"layers\.0\.(mlp|block_sparse_moe).*engine='stream' or 'token'"):
-        pg_effect(model, **data())
-    assert_same(before, snapshot(model))
     own = tiny("llama")
     own.model.layers[1].scale = torch.nn.Parameter(torch.ones(16, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"layers\.1\.scale.*no rule for a LlamaDecoderLayer"):
-        pg_effect(own, **data())
+    with monkeypatch.context() as nothing_is_measured_before:
+        nothing_is_measured_before.setattr(gfast.geffect.request, "collect", None)
+        with pytest.raises(ValueError, match=r"layers\.0\.(mlp|block_sparse_moe).*engine='stream' or 'token'"):
+            pg_effect(model, **data())
+        with pytest.raises(ValueError, match=r"layers\.1\.scale.*no rule for a LlamaDecoderLayer"):
+            pg_effect(own, **data())
+    assert_same(before, snapshot(model))
     own.model.layers[1].scale.requires_grad_(False)
     pg_effect(own, **data())
 
@@ -127,7 +128,7 @@ def test_no_weight_gradient_ever_exists(monkeypatch):
     directions = gfast.risk_gradients(model, **data())
     seen = []
     original = sample.contribution_dots
-    monkeypatch.setattr(sample, "contribution_dots", lambda *a: seen.append(any_trainable(model)) or original(*a))
+    monkeypatch.setattr(sample, "contribution_dots", lambda *a: seen.append(any_gradient(model)) or original(*a))
     pg_effect(model, directions=directions, **data())
     assert seen and not any(seen)
 

@@ -17,7 +17,7 @@ import gfast  # noqa: E402
 from gfast.geffect import assign, risk_gradients, token_effect  # noqa: E402
 from gfast.geffect.data import Term  # noqa: E402
 from gfast.geffect.engines.token import objective_dots  # noqa: E402
-from gfast.geffect.request import Request  # noqa: E402
+from gfast.geffect.request import Options, Request  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp, SimNPO  # noqa: E402
 
 
@@ -154,9 +154,7 @@ def test_one_measurement_gives_every_objective():
 
 def dots_of(model, used, forget, retain, objective_batches=None):
     """[G, 2] of every term."""
-    request = Request.of(
-        model, forget, retain, used=used, direction_dtype=torch.float64, objective_batches=objective_batches
-    )
+    request = Request.of(model, forget, retain, Options(dtype=torch.float64), used, objective_batches)
     with request.directions() as directions:
         return objective_dots(request, directions, used)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gfast.geffect.contributions.layers import OuterProduct
-from gfast.geffect.engines.gram_products import Caches, _in_one, own_products, products
+from gfast.geffect.engines import gram_products
+from gfast.geffect.engines.gram_products import InputProducts, _in_one, own_products, products
 from gfast.geffect.engines.gram_rows import Rows
 from gfast.ops.dispatch import has_cpu_kernel
 
@@ -133,11 +134,12 @@ def test_products_of_a_module_come_from_it(dtype, monkeypatch):
     x, y = Rows(OuterProduct(*left), counts), Rows(OuterProduct(*right), others)
     if not _in_one(x, y):
         pytest.skip(f"this CPU multiplies {dtype} by instructions of its own")
-    used, caches = [], Caches.new({x.contribution.a.data_ptr(): 2})
+    used, inputs = [], InputProducts()
+    monkeypatch.setattr(gram_products, "_gradients_are_cheaper", lambda *args: False)
     original = torch.ops.gfast.pair_dots
     monkeypatch.setattr(torch.ops.gfast, "pair_dots", lambda *a: used.append(a[-1]) or original(*a))
     for _ in range(2):
-        cross, own = products(x, y, own=True, caches=caches)
+        cross, own = products(x, y, own=True, inputs=inputs)
         torch.testing.assert_close(cross, truth(left, counts, right, others), rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(own, truth(left, counts, left, counts), rtol=1e-4, atol=1e-2)
     assert used == [False, False, True, True]

@@ -14,7 +14,7 @@ from gfast.geffect.combine import Measured, finished, jobs_of, plans
 from gfast.geffect.data import terms
 from gfast.geffect.directions import Directions
 from gfast.geffect.engines import gram, sample, stream, token
-from gfast.geffect.request import Request
+from gfast.geffect.request import Options, Request
 from gfast.geffect.results import GEffect, GramEffect, SampleEffect, TokenEffect
 from gfast.objectives import NLL, Objective, as_objective
 
@@ -114,29 +114,22 @@ def g_effect(
         True
     """
     if engine not in ("auto", *ENGINES):
-        raise ValueError(f'there is no engine {engine!r}; choose "auto" or one of {", ".join(map(repr, ENGINES))}')
+        raise ValueError(
+            f'gfast: there is no engine {engine!r}; choose "auto" or one of {", ".join(map(repr, ENGINES))}'
+        )
     if norms and engine not in ("auto", "stream"):
-        raise ValueError(f"only the stream engine can measure the objective's norm; {engine!r} never has its gradient")
+        raise ValueError(
+            f"gfast: only the stream engine can measure the objective's norm; {engine!r} never has its gradient"
+        )
     several = isinstance(objective, Sequence)
     objectives = [as_objective(one) for one in (objective if several else [objective])]
     if not objectives:
-        raise ValueError("the list of objectives is empty")
+        raise ValueError("gfast: the list of objectives is empty")
     used = [term for one in objectives for _, term in terms(one)]
-    request = Request.of(
-        model,
-        forget,
-        retain,
-        used=used,
-        groups=groups,
-        risk=risk,
-        direction_dtype=direction_dtype,
-        direction_storage=direction_storage,
-        directions=directions,
-        objective_batches=objective_batches,
-        loss_scale=loss_scale,
-        progress=progress,
-        reference=reference,
+    options = Options(
+        groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, reference=reference
     )
+    request = Request.of(model, forget, retain, options, used, objective_batches)
     if engine in ("auto", "stream"):
         effects = stream.stream_effects(request, objectives, bool(norms))
     else:
@@ -222,20 +215,8 @@ def pg_effect(
         >>> samples.total("unlearn").shape
         torch.Size([2])
     """
-    return sample.sample_effects(
-        Request.of(
-            model,
-            forget,
-            retain,
-            groups=groups,
-            risk=risk,
-            direction_dtype=direction_dtype,
-            direction_storage=direction_storage,
-            directions=directions,
-            loss_scale=loss_scale,
-            progress=progress,
-        )
-    )
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress)
+    return sample.sample_effects(Request.of(model, forget, retain, options))
 
 
 def token_effect(
@@ -296,20 +277,8 @@ def token_effect(
         [5, 5]
         >>> grid = [tokens.g_effect(WGA(alpha=alpha)) for alpha in (0.0, 0.5, 1.0)]
     """
-    return token.token_effects(
-        Request.of(
-            model,
-            forget,
-            retain,
-            groups=groups,
-            risk=risk,
-            direction_dtype=direction_dtype,
-            direction_storage=direction_storage,
-            directions=directions,
-            loss_scale=loss_scale,
-            progress=progress,
-        )
-    )
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress)
+    return token.token_effects(Request.of(model, forget, retain, options))
 
 
 def gram_effect(
@@ -357,8 +326,8 @@ def gram_effect(
         >>> gram.total("retain").shape
         torch.Size([2, 1])
     """
-    request = Request.of(model, forget, retain, groups=groups, loss_scale=loss_scale, progress=progress)
-    return gram.gram_effects(request)
+    options = Options(groups, loss_scale=loss_scale, progress=progress)
+    return gram.gram_effects(Request.of(model, forget, retain, options))
 
 
 def risk_gradients(
@@ -403,15 +372,5 @@ def risk_gradients(
         >>> directions.get(0, "lm_head.weight").shape
         torch.Size([32, 16])
     """
-    request = Request.of(
-        model,
-        forget,
-        retain,
-        groups=groups,
-        risk=risk,
-        direction_dtype=dtype,
-        direction_storage=storage,
-        loss_scale=loss_scale,
-        progress=progress,
-    )
-    return request.measure_directions()
+    options = Options(groups, risk, dtype, storage, loss_scale=loss_scale, progress=progress)
+    return Request.of(model, forget, retain, options).measure_directions()

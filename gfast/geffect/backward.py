@@ -41,8 +41,9 @@ class Backward(NamedTuple):
 class Passes:
     """Runs jobs over the data; a hook on every parameter takes its gradient as soon as it is accumulated.
 
-    At most one parameter's gradient is alive beside what the consumers keep. Shared parameters fire once, with the sum
-    of their uses. `values` has the value of every term that was run over all its data.
+    At most one parameter's gradient is alive beside what the consumers keep. Shared parameters come once, with the sum
+    of their uses; under re-entrant checkpointing, which has a backward for each use, they come in parts in the first
+    backward and as sums from then on. `values` has the value of every term that was run over all its data.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Passes:
         self.device = self.parameters[0].device
         self.loss_scale = default_loss_scale(self.parameters) if loss_scale is None else float(loss_scale)
         self.values: dict[Term, float] = {}
+        self._in_parts: set[int] = set()  # parameters whose gradient has come in parts
 
     def risks(self, risk: Objective) -> dict[str, float]:
         """The risk on each side whose gradient was measured."""
@@ -83,6 +85,9 @@ class Passes:
         as long as both have token weights and the graph is PyTorch's own.
         """
         position, losses, output = 0, [], None
+        came: set[int] = set()  # in this backward
+        known = set(self._in_parts)
+        held: dict[int, Tensor] = {}  # gradients that are known to come in parts, until the backward is through
 
         def hook(index: int) -> Callable[[Tensor], None]:
             def take(parameter: Tensor) -> None:
@@ -90,7 +95,15 @@ class Passes:
                 grad = grad.to_dense() if grad.layout != torch.strided else grad
                 if self.loss_scale != 1.0:  # divided out in fp32: in fp16 it would underflow after all
                     grad = grad.to(sum_dtype(grad)) / self.loss_scale
-                consume(index, grad, position)
+                if index in came:
+                    self._in_parts.add(index)
+                came.add(index)
+                if index in held:
+                    held[index] = held[index].to(sum_dtype(grad)).add_(grad)
+                elif index in known:
+                    held[index] = grad
+                else:
+                    consume(index, grad, position)
 
             return take
 
@@ -111,6 +124,11 @@ class Passes:
                     factor = item.factor * self.loss_scale
                     with torch.autocast(self.device.type, enabled=False):
                         (loss if factor == 1.0 else factor * loss).backward(retain_graph=again)
+                for index, grad in held.items():
+                    consume(index, grad, position)
+                held.clear()
+                came.clear()
+                known = set(self._in_parts)
                 output = output if again else None
                 del loss
                 if done is not None:
@@ -124,8 +142,8 @@ class Passes:
         for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"{item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so there "
-                    f"is no gradient: check the model's weights and, in float16, its range"
+                    f"gfast: {item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so "
+                    f"there is no gradient: check the model's weights and, in float16, its range"
                 )
             found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
         self.values |= {term: sum(values.values()) for term, values in found.items()}
@@ -147,7 +165,7 @@ class Passes:
         if len(bad):
             scale = "" if self.loss_scale == 1.0 else f" (with a loss scale of {self.loss_scale:g}: try loss_scale=1.0)"
             raise ValueError(
-                f"the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
+                f"gfast: the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
                 f"{self.names[int(bad[0])]!r}: check the model's weights and, in float16, its range{scale}"
             )
         out = torch.zeros(*table.shape[:-2], self.num_groups, table.shape[-1], dtype=torch.float64, device="cpu")

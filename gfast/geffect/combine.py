@@ -54,11 +54,7 @@ def jobs_of(some: Sequence[Plan]) -> list[Job]:
 
 
 def finished(
-    wanted: Sequence[Plan],
-    request: Request,
-    gram: Tensor,
-    measured: dict[Job, Measured],
-    risks: dict[str, float],
+    wanted: Sequence[Plan], request: Request, gram: Tensor, measured: dict[Job, Measured], risks: dict[str, float]
 ) -> list[GEffect]:
     """Results from the directions' dot products [G, 2, 2] and the measured jobs, by linearity."""
     data, risk, groups = request.data, request.risk, request.groups

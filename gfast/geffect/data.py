@@ -48,7 +48,9 @@ def terms(objective: Objective) -> list[tuple[float, Term]]:
 def risk_terms(risk: Objective) -> list[Term]:
     """The risk on both sets. Raises ValueError for a Mix and for objectives with data of their own."""
     if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & OWN_DATA:
-        raise ValueError(f"risk must be one objective that is evaluated on forget and on retain data, not {risk!r}")
+        raise ValueError(
+            f"gfast: risk must be one objective that is evaluated on forget and on retain data, not {risk!r}"
+        )
     return [Term(risk, "forget"), Term(risk, "retain")]
 
 
@@ -69,17 +71,21 @@ def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
     """A list of batches from a batch, a list, a DataLoader or a generator. Raises ValueError for what is not one."""
     listed = [batches] if isinstance(batches, Mapping) else list(batches if batches is not None else ())
     if not listed:
-        raise ValueError(f"{name}= holds no batch: a gradient effect needs at least one")
+        raise ValueError(f"gfast: {name}= holds no batch: a gradient effect needs at least one")
     for index, batch in enumerate(listed):
         if not isinstance(batch, Mapping):
-            raise ValueError(f"{name}: batch {index} is a {type(batch).__name__}, not a dict with input_ids and labels")
+            raise ValueError(
+                f"gfast: {name}: batch {index} is a {type(batch).__name__}, not a dict with input_ids and labels"
+            )
         tokens = "inputs_embeds" if batch.get("input_ids") is None and "inputs_embeds" in batch else "input_ids"
         for key, dims in ((tokens, 3 if tokens == "inputs_embeds" else 2), ("labels", 2)):
             if not isinstance(batch.get(key), Tensor) or batch[key].dim() != dims:
-                raise ValueError(f"{name}: batch {index} has no {key!r} of shape [B, T]; its keys are {list(batch)}")
+                raise ValueError(
+                    f"gfast: {name}: batch {index} has no {key!r} of shape [B, T]; its keys are {list(batch)}"
+                )
         if batch["labels"].shape != batch[tokens].shape[:2]:
             raise ValueError(
-                f"{name}: batch {index} has labels {tuple(batch['labels'].shape)} but {tokens} "
+                f"gfast: {name}: batch {index} has labels {tuple(batch['labels'].shape)} but {tokens} "
                 f"{tuple(batch[tokens].shape[:2])}; labels are aligned with {tokens} and shifted by gfast"
             )
     return listed
@@ -180,15 +186,15 @@ class Data:
         if own and "objective" not in self.batches:
             need, term = next(iter(own.items()))
             data = "pairs (rejected rows, then preferred rows)" if need == "preferred" else "forget questions refused"
-            raise ValueError(f"{term.objective} has data of its own ({data}): pass it as objective_batches=")
+            raise ValueError(f"gfast: {term.objective} has data of its own ({data}): pass it as objective_batches=")
         if len(own) > 1:
-            raise ValueError("DPO and PO take different objective_batches: measure them in two calls")
+            raise ValueError("gfast: DPO and PO take different objective_batches: measure them in two calls")
         for term in used:
             for key in sorted(term.objective.needs & reference_keys):
                 for index, batch in enumerate(self.batches[term.source]):
                     if batch.get(key) is None:
                         raise ValueError(
-                            f"{term.objective} needs the original model's {key!r}, and batch {index} of the "
+                            f"gfast: {term.objective} needs the original model's {key!r}, and batch {index} of the "
                             f"{term.source} data has none; add it with a ReferenceCache and the collator that joins it"
                         )
 

@@ -18,10 +18,8 @@ from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.data import Data, Term
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.storage import FileStore, Store, store_for
-from gfast.model_state import measuring
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
-from gfast.progress import Bar
 from gfast.sides import SETS, SIDES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -78,18 +76,18 @@ class Directions:
         """Raise ValueError unless these are directions of this model, grouping and risk, and say what differs."""
         why = "measure them again with gfast.risk_gradients"
         if str(risk) != self.risk:
-            raise ValueError(f"these directions are of the risk {self.risk}, not {risk}: {why}")
+            raise ValueError(f"gfast: these directions are of the risk {self.risk}, not {risk}: {why}")
         if groups != self.groups:
             missing = sorted(set(groups.index) ^ set(self.groups.index))
             what = f"parameter {missing[0]!r} is trainable in only one of them" if missing else "the groups differ"
-            raise ValueError(f"these directions are of another model or grouping ({what}): {why}")
+            raise ValueError(f"gfast: these directions are of another model or grouping ({what}): {why}")
         # The sums repeat to about 1e-8 between instruction sets and devices; one small optimizer step shows above that.
         now = parameter_squares(model, self.names)
         wrong = ((now - self.squares).abs() > 1e-7 * self.squares.clamp(min=1e-30)).nonzero()
         if len(wrong):
             raise ValueError(
-                f"these directions were measured at other weights: {len(wrong)} of {len(self.names)} parameters have "
-                f"changed, first {self.names[int(wrong[0])]!r}; {why}"
+                f"gfast: these directions were measured at other weights: {len(wrong)} of {len(self.names)} parameters "
+                f"have changed, first {self.names[int(wrong[0])]!r}; {why}"
             )
         for store in self.stores:
             store.move_to(next(model.parameters()).device)
@@ -133,9 +131,9 @@ class Directions:
             found = read_json(path, REMEDY)
             stored = str(found["format"])
         except (OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no directions that can be read ({error})") from error
+            raise ValueError(f"gfast: {folder} holds no directions that can be read ({error})") from error
         if stored not in KNOWN_FORMATS:
-            raise ValueError(f"{folder} holds no directions that can be read (their format is {stored!r})")
+            raise ValueError(f"gfast: {folder} holds no directions that can be read (their format is {stored!r})")
         with undamaged(path, REMEDY):
             groups = GroupMap(found["groups"], dict(found["parameters"]))
             names = list(groups.index)
@@ -165,26 +163,10 @@ class Directions:
         return f"Directions({len(self.names)} parameters, risk {self.risk}, {self.counts}, {self.stores[0]})"
 
 
-def risk_directions(
-    model: nn.Module,
-    data: Data,
-    groups: GroupMap,
-    risk: Objective,
-    dtype: torch.dtype = torch.float32,
-    storage: str | os.PathLike[str] = "device",
-    progress: bool = False,
-    loss_scale: float | None = None,
-) -> Directions:
-    """Measure the gradients of the risk on both sets; see `gfast.risk_gradients`."""
-    with Bar("risk gradients", show=progress) as bar, measuring(model):
-        passes = Passes(model, data, groups, bar, loss_scale)
-        return collect(passes, risk, groups, dtype, storage)
-
-
 def collect(
     passes: Passes, risk: Objective, groups: GroupMap, dtype: torch.dtype, storage: str | os.PathLike[str]
 ) -> Directions:
-    """`risk_directions` on a model that is lent already."""
+    """Measure the gradients of the risk on both sets."""
     stores: list[Store] = []
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
     for side, source in enumerate(SETS):

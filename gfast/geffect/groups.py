@@ -59,7 +59,7 @@ def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> Gr
         named = {name: groups(unwrap_name(name)) for name, p in model.named_parameters() if p.requires_grad}
         for name, group in named.items():
             if not isinstance(group, str) or not group:
-                raise ValueError(f"groups({unwrap_name(name)!r}) returned {group!r}; a group name is needed")
+                raise ValueError(f"gfast: groups({unwrap_name(name)!r}) returned {group!r}; a group name is needed")
         names = list(dict.fromkeys(named.values()))
     elif groups in ("paper", "layer"):
         count = hf.num_layers(model) + 1
@@ -69,11 +69,15 @@ def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> Gr
         named = {name: unit if isinstance(unit, str) else unit_names[unit] for name, unit in units.items()}
         names = [group for group in order if group in set(named.values())]
     else:
-        raise ValueError(f'groups must be "paper", "layer" or a function from parameter name to group, not {groups!r}')
+        raise ValueError(
+            f'gfast: groups must be "paper", "layer" or a function from parameter name to group, not {groups!r}'
+        )
     if "total" in names:
-        raise ValueError('no group can be called "total": results use that name for the sum over groups')
+        raise ValueError('gfast: no group can be called "total": results use that name for the sum over groups')
     if not named:
-        raise ValueError("the model has no trainable parameter: a gradient effect needs at least one requires_grad")
+        raise ValueError(
+            "gfast: the model has no trainable parameter: a gradient effect needs at least one requires_grad"
+        )
     position = {group: index for index, group in enumerate(names)}
     return GroupMap(names, {name: position[group] for name, group in named.items()})
 

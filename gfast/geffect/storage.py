@@ -28,7 +28,7 @@ def check_storage(storage: str | os.PathLike[str]) -> None:
     known = storage in ("device", "host")
     if not known and isinstance(storage, str) and os.sep not in storage and not Path(storage).is_dir():
         raise ValueError(
-            f'direction_storage must be "device", "host" or a folder (such as "./directions"), not {storage!r}'
+            f'gfast: direction_storage must be "device", "host" or a folder (such as "./directions"), not {storage!r}'
         )
 
 
@@ -175,11 +175,7 @@ class FileStore(HostStore):
     """
 
     def __init__(
-        self,
-        path: Path,
-        names: list[str],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
+        self, path: Path, names: list[str], dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> None:
         super().__init__(len(names), dtype or torch.float64, device or torch.device("cpu"))
         self.path, self.names = path, names

@@ -188,5 +188,5 @@ def small_tiles(monkeypatch) -> None:
 
     monkeypatch.setattr(row_pass, "_WHOLE", 0.0)
     monkeypatch.setattr(row_pass, "default_chunk_rows", lambda *args: 4)
-    for name, value in (("_MIN_TILE", 7), ("_TILES", 0.01), ("_STRIPS", 0.2), ("_BLOCK_ROWS", 5), ("_BUFFER", 500)):
+    for name, value in (("_MIN_TILE", 7), ("_TILES", 0.01), ("_BLOCK_ROWS", 5), ("_BUFFER", 500)):
         monkeypatch.setattr(gram_products, name, value)

@@ -129,14 +129,10 @@ class Sites:
 
     modules: list[Site]
 
-    def owners(self) -> dict[int, tuple[str, frozenset[str]]]:
-        """id of each parameter -> its name, and the names of the modules in whose forward it is used."""
-        found: dict[int, tuple[str, frozenset[str]]] = {}
-        for site in self.modules:
-            for attribute, name in site.parameters.items():
-                key = id(site.module._parameters[attribute])
-                found[key] = name, found.get(key, (name, frozenset()))[1] | {site.name}
-        return found
+    def names(self) -> dict[int, str]:
+        """id of each parameter -> its name."""
+        sites = ((site.module, site.parameters) for site in self.modules)
+        return {id(module._parameters[key]): name for module, own in sites for key, name in own.items()}
 
     def parameters_of(self, module: nn.Module | None) -> dict[str, str]:
         """Those of one module, as in `Site.parameters`."""
@@ -167,7 +163,7 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
             name = next(iter(own.values()))
             shape = tuple(model.get_parameter(name).shape)
             raise ValueError(
-                f"the {engine} engine cannot attribute the trainable parameter {name!r} {shape} of the module "
+                f"gfast: the {engine} engine cannot attribute the trainable parameter {name!r} {shape} of the module "
                 f"{path!r}: {why}. Freeze it with requires_grad_(False), or use engine='stream' or 'token', which take "
                 f"any module"
             )
@@ -193,7 +189,7 @@ class Watch:
         self.again = False
         self.shape = (0, 0)  # of the batch: B, T
         self.ran: set[str] = set()
-        self.running: list[str] = []  # sites whose forward has begun and not ended, innermost last
+        self.called: list[tuple[nn.Module, dict[str, nn.Parameter]]] = []  # modules that hold constants, innermost last
 
     def __enter__(self) -> Watch:
         self.handles = []
@@ -207,26 +203,37 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
+        self._restore()
+
+    def _restore(self, until: nn.Module | None = None) -> None:
+        """The modules' own parameters in place of the constants, in calls that end (None: all) or an error has left."""
+        while self.called:
+            module, parameters = self.called.pop()
+            module._parameters.update(parameters)
+            if module is until:
+                return
 
     def start(self, rows: int, length: int) -> None:
         """A batch [rows, length] comes next."""
         self.shape = (rows, length)
-        self.running.clear()
+        self._restore()
 
     def check_all_ran(self) -> None:
         """ValueError naming a site that no forward called: its gradient is unknown, not zero."""
         for site in self.sites:
             if site.name not in self.ran:
                 raise ValueError(
-                    f"the module {site.name!r} owns trainable parameters but was not called, or was called inside "
-                    f"compiled code where gfast cannot see it: the {self.engine} engine cannot attribute it. Freeze it "
-                    f"with requires_grad_(False), or use engine='stream'"
+                    f"gfast: the module {site.name!r} owns trainable parameters but was not called, or was called "
+                    f"inside compiled code where gfast cannot see it: the {self.engine} engine cannot attribute it. "
+                    f"Freeze it with requires_grad_(False), or use engine='stream'"
                 )
 
     def _before(
         self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        self.running.append(site.name)
+        own = {attribute: module._parameters[attribute] for attribute in site.parameters}
+        self.called.append((module, own))
+        module._parameters.update({key: nn.Parameter(p.detach(), requires_grad=False) for key, p in own.items()})
         return self._expanded(args, kwargs) if site.kind == "embedding" else None
 
     def _expanded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -244,8 +251,7 @@ class Watch:
     def _forward(
         self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        if self.running:
-            self.running.pop()
+        self._restore(module)
         if not torch.is_grad_enabled():
             return None
         self.ran.add(site.name)
@@ -255,8 +261,8 @@ class Watch:
             kept, scale = (*args, *kwargs.values())[0], 1.0
             if len(args) + len(kwargs) != 1 or not isinstance(kept, Tensor) or not isinstance(output, Tensor):
                 raise ValueError(
-                    f"the {self.engine} engine cannot attribute the module {site.name!r}: it was called with more than "
-                    f"one tensor. Freeze it, or use engine='stream'"
+                    f"gfast: the {self.engine} engine cannot attribute the module {site.name!r}: it was called with "
+                    f"more than one tensor. Freeze it, or use engine='stream'"
                 )
             kept = kept.detach()
             if isinstance(output, DeferredLogits):  # they come with the head's, unless somebody asks for logits
@@ -283,8 +289,8 @@ class Watch:
             call.clear()  # the input is not needed any longer
         if kept._version != version:
             raise ValueError(
-                f"the input of {site.name!r} was changed in place after the module had read it: the {self.engine} "
-                f"engine cannot attribute it. Freeze it, or use engine='stream'"
+                f"gfast: the input of {site.name!r} was changed in place after the module had read it: the "
+                f"{self.engine} engine cannot attribute it. Freeze it, or use engine='stream'"
             )
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             for name, contribution in self._contributions(site, kept, grad.detach(), scale):
@@ -299,9 +305,9 @@ class Watch:
         flat = grad.dim() == 2 and grad.shape[0] == rows * length
         if not flat and (grad.dim() < 3 or grad.shape[0] != rows):
             raise ValueError(
-                f"the {self.engine} engine cannot attribute the module {site.name!r}: in a batch of {rows} samples of "
-                f"{length} tokens its output has the shape {tuple(grad.shape)}, whose rows cannot be told apart by "
-                f"sample. Measure one sample a batch, freeze it, or use engine='stream'"
+                f"gfast: the {self.engine} engine cannot attribute the module {site.name!r}: in a batch of {rows} "
+                f"samples of {length} tokens its output has the shape {tuple(grad.shape)}, whose rows cannot be told "
+                f"apart by sample. Measure one sample a batch, freeze it, or use engine='stream'"
             )
         b = grad.reshape(-1, size)  # [n, D_out]
         if weight is not None:

@@ -1,4 +1,4 @@
-"""A pass that forms no weight gradient: parameters frozen, the seed of the backward given by token weights.
+"""A pass that forms no weight gradient: parameters are constants, the seed of the backward given by token weights.
 
     seed = sum_i w_i grad logp_i        (w detached)
 
@@ -9,8 +9,8 @@ Several seeds of one batch take one forward and a backward each, through the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast.deferred import Head
-from gfast.geffect.contributions.coverage import UseWatch, repeatable
+from gfast.geffect.contributions.coverage import check_graph, repeatable
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSum, Sites, Watch
 from gfast.geffect.data import Term
@@ -61,27 +61,9 @@ def check_weighted(term: Term, engine: str) -> None:
         spec_of(term.objective)
     except TypeError:
         raise ValueError(
-            f"{term.objective} has no token weights, and the {engine} engine measures only objectives that have: use "
-            f"engine='stream'"
+            f"gfast: {term.objective} has no token weights, and the {engine} engine measures only objectives that "
+            f"have: use engine='stream'"
         ) from None
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient, no module checkpoints activations (the inputs are kept in any case)."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for module, _ in modules:
-            module.training = False
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modules:
-            module.training = training
 
 
 @dataclass
@@ -112,7 +94,7 @@ class _Forward:
 class RowPass:
     """Forwards and backwards over batches, with all contributions going to consumers.
 
-    A context manager; the model must be frozen, see `frozen`. Seeds are multiplied by `loss_scale`, and so is every b.
+    A context manager; the model must be lent, see `measuring`. Seeds are multiplied by `loss_scale`, and so is every b.
     With `whole_head` the contribution to the head's weight comes as one that may be kept: with its b [n, V], or as
     `HeadProduct` where that and those of other seeds that are kept would be large. Without, it comes a chunk of rows at
     a time, whose b is gone when the consumer returns.
@@ -124,7 +106,7 @@ class RowPass:
         self.model, self.sites = model, sites
         self.ran, self.loss_scale, self.whole_head = False, loss_scale, whole_head
         self.watch = Watch(sites.modules, engine)
-        self.uses = UseWatch(model, sites.owners(), self.watch.running, engine)
+        self.engine = engine
         self.stack = ExitStack()
 
     def __enter__(self) -> RowPass:
@@ -170,12 +152,11 @@ class RowPass:
         labels = shifted(batch["labels"])
         self.watch.start(*labels.shape)
         self.ran = True
-        with self.uses:
-            head, output, _ = model_output(self.model, batch)
+        head, output, _ = model_output(self.model, batch)
         names = {} if head is None else self.sites.parameters_of(head.module)
         # the same tensor, but for autograd no view of another, which could not be detached in place
         output = torch.ops.aten._unsafe_view(output, output.shape)
-        self.uses.check_graph(output)
+        check_graph(output, self.sites.names(), self.engine)
         repeats = repeatable(output)
         whole = self.whole_head and "weight" in names
         chunks, tiled = (None, False) if head is None else _head_of(head, output, labels.reshape(-1), heads, whole)

@@ -20,7 +20,6 @@ backward may overwrite what they had saved, every backward takes a forward of it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.geffect.backward import Passes, term_label
-from gfast.geffect.contributions.layers import Contribution, OuterProduct, find_sites
-from gfast.geffect.contributions.row_pass import RowPass, Seed, check_weighted, frozen
+from gfast.geffect.backward import term_label
+from gfast.geffect.contributions.layers import Contribution, find_sites
+from gfast.geffect.contributions.row_pass import RowPass, Seed, check_weighted
 from gfast.geffect.data import Term, identity_factor, to_device
-from gfast.geffect.engines.gram_products import Caches, own_products, products
-from gfast.geffect.engines.gram_rows import Rows, rows_of
+from gfast.geffect.engines.gram_products import InputProducts, own_products, products
+from gfast.geffect.engines.gram_rows import Rows, Selected, rows_of
 from gfast.geffect.request import Request
 from gfast.geffect.results.gram_effect import GramEffect
 from gfast.model import shifted
@@ -127,8 +126,8 @@ class _Pairs:
         model = request.model
         sites = find_sites(model, request.groups, "gram")
         self.by_sample = by_sample
-        self.bar = Bar("gram", show=request.progress)
-        self.passes = Passes(model, request.data, request.groups, self.bar, request.loss_scale)
+        self.bar = Bar("gram", show=request.options.progress)
+        self.passes = request.passes(self.bar)
         self.position = {name: index for index, name in enumerate(self.passes.names)}
         self._forget()
         self.model, self.stack = model, ExitStack()
@@ -137,7 +136,7 @@ class _Pairs:
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails
-            for one in (self.bar, measuring(self.model), frozen(self.model), self.seeded):
+            for one in (self.bar, measuring(self.model, checkpoints=False), self.seeded):
                 stack.enter_context(one)
             self.stack = stack.pop_all()
         return self
@@ -150,15 +149,10 @@ class _Pairs:
 
     def _forget(self) -> None:
         self.kept: list[dict[str, list[Rows]]] = []  # of each term, by parameter
-        self.readers: Counter[int] = Counter()  # of the inputs that are kept, by their place in memory
-        self.caches = Caches.new(self.readers)
+        self.inputs, self.selected = InputProducts(), Selected()
 
     def keep(
-        self,
-        batch: _Batch,
-        terms: Sequence[Term | None],
-        risk: Objective | None = None,
-        own: int | None = None,
+        self, batch: _Batch, terms: Sequence[Term | None], risk: Objective | None = None, own: int | None = None
     ) -> Tensor | None:
         """Run a batch and keep its contributions under each term's seeds, in place of those kept before.
 
@@ -173,7 +167,7 @@ class _Pairs:
         self.own_table, self.own_done = self._table(1, self.samples)[0], set()
         self.table = self._table(len(terms), self.samples)
         seeds = [(t and t.objective, partial(self._keep, which)) for which, t in enumerate(terms)]
-        self.caches = Caches.new(self.readers, every=len(terms) > 1)
+        self.selected = Selected(every=len(terms) > 1)
         self._run(batch, *seeds, *([] if risk is None else [(risk, self._multiply)]), heads=len(terms))
         return None if risk is None else self._by_group(self.table)
 
@@ -212,13 +206,13 @@ class _Pairs:
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
             self.seeded.run(batch, *seeds, heads=heads)
-        self.caches = Caches.new(self.readers)  # what it holds belongs to this batch
+        self.inputs, self.selected = InputProducts(), Selected()  # what they hold belongs to this batch
         self.bar.update()
 
     def _rows(self, contribution: Contribution, place: Tensor | None) -> Rows:
         count, length = self.shape
         owner = None if place is None or not self.by_sample else place // length
-        return rows_of(contribution, owner, count if self.by_sample else 1, self.caches.selected)
+        return rows_of(contribution, owner, count if self.by_sample else 1, self.selected)
 
     def _keep(self, which: int, name: str, contribution: Contribution, place: Tensor | None) -> None:
         found, kept = self._rows(contribution, place), self.kept[which].setdefault(name, [])
@@ -226,8 +220,6 @@ class _Pairs:
             kept[0].contribution.add_(found.contribution)
         else:
             kept.append(found)
-            if isinstance(found.contribution, OuterProduct):
-                self.readers[found.contribution.a.data_ptr()] += 1
 
     def _multiply(self, name: str, contribution: Contribution, place: Tensor | None) -> None:
         found = [self._rows(contribution, place)]
@@ -239,7 +231,7 @@ class _Pairs:
         joint = self.wants_own == which and len(kept) == 1 and name not in self.own_done
         for one in kept:
             for other in others:
-                values, own = products(one, other, joint, self.caches)
+                values, own = products(one, other, joint, self.inputs)
                 self.table[which, self.position[name]] += values
                 if joint:
                     self.own_table[self.position[name]] = own

@@ -14,6 +14,7 @@ error that names the module, never a gap. Tangents stop where gradients would: a
 from __future__ import annotations
 
 import re
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gfast.deferred import follow, holds_deferred
-from gfast.geffect.contributions.coverage import frames_of, function_on_stack, module_on_stack, only_about
 from gfast.ops.chunks import row_chunks
 
 Along = Mapping[nn.Parameter, Sequence[tuple[int, Callable[[], Tensor | None]]]]
 
 _SCORES = 2**22  # attention scores held at a time, over all streams
 _KEPT = 4  # parameters whose dual is kept: experts that share one read it one after the other
+# functions of what a tensor is, not of its value, and attributes that are views of it
+_ABOUT = frozenset(
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex detach".split()
+)
+_LINEAR_GETTERS = frozenset("T mT H mH real".split())
 _RAW = frozenset("data_ptr numpy __array__ storage untyped_storage __dlpack__ __cuda_array_interface__".split())
 _NO_RULE = re.compile(r"forward AD|forward.mode|jvp")  # what torch and gfast call it in their errors
 
@@ -162,7 +167,7 @@ class Tangents(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "requires_grad_" or name == "__set__" and func.__self__.__name__ == "requires_grad":
             return args[0] if name == "requires_grad_" else None  # it would record a graph: checkpoints ask for that
-        if only_about(func):
+        if name == "__get__" and func.__self__.__name__ not in _LINEAR_GETTERS or name in _ABOUT:
             return func(*args, **kwargs)
         given = tuple(_mapped(value, self._read) for value in args)
         options = {key: _mapped(value, self._read) for key, value in kwargs.items()}
@@ -187,7 +192,9 @@ class Tangents(TorchFunctionMode):
             return tensor if tangent is None else value
         if known is None:
             if tensor.requires_grad:  # nothing that is computed in the pass requires any
-                raise ForwardModeError("it reads a view or a product of parameters that was made before the pass")
+                raise ForwardModeError(
+                    "gfast: it reads a view or a product of parameters that was made before the pass"
+                )
             return tensor
         if id(tensor) not in self._duals:
             if len(self._duals) == _KEPT:
@@ -268,6 +275,14 @@ def attention(
 @contextmanager
 def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
     """Context in which model code carries tangents (see `Tangents`); `model` names modules in errors."""
+    running: list[nn.Module] = []  # whose forward has begun and not ended, innermost last
+
+    def end(module: nn.Module, *_: Any) -> None:
+        while running and running.pop() is not module:  # one that an error has left
+            pass
+
+    hooks = [module.register_forward_pre_hook(lambda m, _: running.append(m)) for module in model.modules()]
+    hooks += [module.register_forward_hook(end) for module in model.modules()]
     with forward_ad.dual_level():
         try:
             # in torch's own functions attention has no forward mode but this, and scripted code may lose tangents
@@ -276,17 +291,26 @@ def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
         except (ForwardModeError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and _NO_RULE.search(str(error)) is None:
                 raise
-            raise _explained(error, model) from error
+            raise _explained(error, model, running) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-def _explained(error: Exception, model: nn.Module) -> ForwardModeError:
-    frames = frames_of(error)
-    function = function_on_stack(frames)
+def _explained(error: Exception, model: nn.Module, running: list[nn.Module]) -> ForwardModeError:
+    module = running[-1] if running else model
+    name = next(name for name, found in model.named_modules() if found is module)
+    where = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
     what = str(error).splitlines()[0].rstrip(".")
-    if function is not None:
-        what = f"the torch.autograd.Function {function!r} says how to go backward, not forward"
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = traceback.extract_tb(error.__traceback__)
+    for place, code in enumerate(codes):
+        if code is torch.autograd.Function.apply.__func__.__code__:  # named by its forward (Python 3.11), or its call
+            inner = getattr(codes[min(place + 1, len(codes) - 1)], "co_qualname", "")
+            named = re.search(r"(\w+)\.(?:forward$|apply\()", f"{inner}\n{calls[place - 1].line}", re.MULTILINE)
+            function = named[1] if named else calls[place - 1].line
+            what = f"the torch.autograd.Function {function!r} says how to go backward, not forward"
     return ForwardModeError(
-        f"the token engine cannot carry tangents through an operation {module_on_stack(model, frames)}: {what}. "
-        f"Measure this model with g_effect(..., engine='stream') or pg_effect, or let the module use plain PyTorch "
-        f"operations"
+        f"gfast: the token engine cannot carry tangents through an operation in {where}: {what}. Measure this model "
+        f"with g_effect(..., engine='stream') or pg_effect, or let the module use plain PyTorch operations"
     )

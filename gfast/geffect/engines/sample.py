@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast.geffect.backward import Passes, term_label
+from gfast.geffect.backward import term_label
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowLookup, Sites, find_sites
-from gfast.geffect.contributions.row_pass import RowPass, check_weighted, frozen
+from gfast.geffect.contributions.row_pass import RowPass, check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
 from gfast.geffect.request import Request
@@ -88,10 +88,7 @@ def contribution_dots(contribution: Contribution, direction: Tensor) -> Tensor:
 
 
 def _measure_batches(
-    request: Request,
-    directions: Directions,
-    sites: Sites,
-    work: Iterable[tuple[_Batch, Sequence[Term | None]]],
+    request: Request, directions: Directions, sites: Sites, work: Iterable[tuple[_Batch, Sequence[Term | None]]]
 ) -> list[tuple[list[Tensor], Tensor]]:
     """Of each batch: dots [B, G, 2] of every row's gradient of each term (None: log p), and log p [B]; fp64 CPU."""
     model = request.model
@@ -110,8 +107,8 @@ def _measure_batches(
             table[position[name], side] += values.view(table.shape[2], -1).sum(1)
 
     found = []
-    with Bar("sample effects", show=request.progress) as bar, measuring(model), frozen(model):
-        passes = Passes(model, request.data, request.groups, bar, request.loss_scale)
+    with Bar("sample effects", show=request.options.progress) as bar, measuring(model, checkpoints=False):
+        passes = request.passes(bar)
         with RowPass(passes.module, sites, "sample", passes.loss_scale) as seeded:
             for batch, terms in work:
                 batch = to_device(batch, passes.device)
@@ -145,7 +142,7 @@ def _check_complete(dots: Tensor, directions: Directions) -> None:
     if len(wrong):
         group = directions.groups.names[int(wrong[0])]
         raise ValueError(
-            f"the samples do not add up to the forget set in the group {group!r}: {float(found[wrong[0]]):.4g} instead "
-            f"of ||grad R||^2 = {float(square[wrong[0]]):.4g}. Either the directions are of other data, or the model "
-            f"uses a trainable parameter outside the module that owns it: use token_effect(...).samples()"
+            f"gfast: the samples do not add up to the forget set in the group {group!r}: {float(found[wrong[0]]):.4g} "
+            f"instead of ||grad R||^2 = {float(square[wrong[0]]):.4g}. Either the directions are of other data, or the "
+            f"model uses a trainable parameter outside the module that owns it: use token_effect(...).samples()"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.combine import Measured, finished, jobs_of, plans
 from gfast.geffect.data import Term
-from gfast.geffect.directions import accumulate, collect, dots
+from gfast.geffect.directions import accumulate, dots
 from gfast.geffect.request import Request
 from gfast.geffect.results import GEffect
 from gfast.geffect.storage import Store, store_for
@@ -22,13 +22,13 @@ from gfast.sides import SETS
 
 def stream_effects(request: Request, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
-    model, risk, given = request.model, request.risk, request.given
+    risk, given = request.risk, request.options.directions
     wanted = plans(objectives, risk, norms)
     jobs = jobs_of(wanted)
     alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
-    with Bar("g_effect", show=request.progress) as bar, measuring(model):
-        passes = Passes(model, request.data, request.groups, bar, request.loss_scale)
-        swapped = _swapped(passes, risk, jobs[0], request.dtype) if alone else None
+    with Bar("g_effect", show=request.options.progress) as bar, measuring(request.model):
+        passes = request.passes(bar)
+        swapped = _swapped(passes, risk, jobs[0], request.options.dtype) if alone else None
         if swapped is not None:
             gram, measured = swapped
             risks = passes.risks(risk)
@@ -36,7 +36,7 @@ def stream_effects(request: Request, objectives: Sequence[Objective], norms: boo
             gram, measured = _gram_of_risks(passes, request), {}
             risks = passes.risks(risk)
         else:
-            directions = given or collect(passes, risk, request.groups, request.dtype, request.storage)
+            directions = given or request.collect(passes)
             gram, risks = directions.gram, directions.risks
             measured = _measure_jobs(passes, directions.stores, jobs, norms)
             if given is None:
@@ -48,10 +48,10 @@ def _gram_of_risks(passes: Passes, request: Request) -> Tensor:
     """Dot products of the two risk gradients by group [G, 2, 2]; where one batch makes the second whole, it is not
     stored.
     """
-    risk, dtype, storage = request.risk, request.dtype, request.storage
+    risk, dtype, storage = request.risk, request.options.dtype, request.options.storage
     second = ((1.0, Term(risk, "retain")),)
     if passes.batches(second) > 1:
-        with collect(passes, risk, request.groups, dtype, storage) as directions:
+        with request.collect(passes) as directions:
             return directions.gram
     first = ((1.0, Term(risk, "forget")),)
     table, stored = accumulate(passes, first, [], store_for(storage, dtype, "forget", passes.names, passes.device))
@@ -69,25 +69,27 @@ def _swapped(
 ) -> tuple[Tensor, dict[Job, Measured]] | None:
     """One objective on single batches: its gradient is the only one stored, and both risks are dotted with it.
 
-    None where that is not possible. The dot product of the two risks stays 0: nothing here needs it.
+    None where that is not possible. The dot product of the two risks stays 0: nothing here needs it. The objective's
+    own backward is the first: what comes in parts (see `Passes`) is known when the risks' norms are taken.
     """
     risks = [((1.0, Term(risk, source)),) for source in SETS]
-    if max(map(passes.batches, (job, *risks))) > 1:
+    if passes.batches(job) != 1 or max(map(passes.batches, risks)) > 1:
         return None
     own, of_risks = passes.work(job), [passes.work(one) for one in risks]
     stored = store_for("device", dtype, "forget", passes.names, passes.device)
     rows: list[Tensor | None] = [None] * len(passes.parameters)
     tables: list[Tensor] = []
-    once = True
 
     def consume(index: int, grad: Tensor, position: int) -> None:
-        nonlocal once
         if position < len(own):
             rows[index] = dots([], index, stored.add(index, grad, single=True))
-            return
-        row = dots([stored], index, grad)
-        once &= rows[index] is None  # re-entrant checkpointing of a shared parameter fires twice
-        rows[index] = row
+        elif rows[index] is None:
+            rows[index] = dots([stored], index, grad)
+        else:
+            raise ValueError(
+                f"gfast: the gradient of {passes.names[index]!r} came in parts on one batch and whole on another, so "
+                f"its norm is unknown: checkpoint activations with use_reentrant=False"
+            )
 
     def done() -> None:
         tables.append(passes.table(rows, 1 if len(tables) < len(own) else 2))
@@ -97,11 +99,7 @@ def _swapped(
 
     # in one go: the objective and the risk on the forget set's batch share its forward
     passes.backward([*own, *of_risks[0], *of_risks[1]], consume, done)
-    if not once:
-        return None
-    square = torch.zeros(passes.num_groups, dtype=torch.float64, device="cpu")
-    if own:
-        square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
+    square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
     found = torch.zeros(passes.num_groups, 2, dtype=torch.float64, device="cpu")
     for side, some in enumerate(of_risks):

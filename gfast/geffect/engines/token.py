@@ -128,7 +128,7 @@ def measure_tokens(request: Request, directions: Directions, batches: Sequence[M
     model, groups = request.model, request.groups
     parameters = dict(model.named_parameters())
     scales = _scales(directions, groups, parameters)  # [G, 2]
-    loss_scale = request.loss_scale or default_loss_scale([parameters[name] for name in groups.index])
+    loss_scale = request.options.loss_scale or default_loss_scale([parameters[name] for name in groups.index])
 
     def along(name: str, side: int) -> Tensor | None:
         direction, scale = directions.get(side, name), float(scales[groups.index[name], side])
@@ -139,7 +139,7 @@ def measure_tokens(request: Request, directions: Directions, batches: Sequence[M
         for name, group in groups.index.items()
     }
     device, out = next(iter(streams)).device, []
-    with Bar("token effects", show=request.progress) as bar, _ready(model):
+    with Bar("token effects", show=request.options.progress) as bar, _ready(model):
         for batch in batches:
             tokens = _measure(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
@@ -201,7 +201,7 @@ def _measure(streams: Along, model: nn.Module, batch: Mapping[str, Any], names: 
         where = [names[stream // 2] for stream in bad.any(1).nonzero()[:, 0].tolist()]
         hint = "" if loss_scale == 1.0 else f" (loss scale {loss_scale:g}: try loss_scale=1.0)"
         raise ValueError(
-            f"token effects are not finite at {int(bad.any(0).sum())} of {bad.shape[1]} tokens, in the groups "
+            f"gfast: token effects are not finite at {int(bad.any(0).sum())} of {bad.shape[1]} tokens, in the groups "
             f"{', '.join(dict.fromkeys(where))}: check the model's weights and, in float16, its range{hint}"
         )
     return Tokens(

@@ -7,12 +7,4 @@ from gfast.geffect.results.gram_effect import GramEffect
 from gfast.geffect.results.sample_effect import SampleEffect
 from gfast.geffect.results.token_effect import TokenEffect
 
-__all__ = [
-    "Effect",
-    "EffectHistory",
-    "GEffect",
-    "GramEffect",
-    "SampleEffect",
-    "TokenEffect",
-    "standard_error",
-]
+__all__ = ["Effect", "EffectHistory", "GEffect", "GramEffect", "SampleEffect", "TokenEffect", "standard_error"]

@@ -130,7 +130,7 @@ class Effect:
             raise DamagedFile(path, f"it is {name} under another name", f"give it its name back, {remedy}")
         found = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
         if found is None or not issubclass(found, cls):
-            raise ValueError(f"{path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
+            raise ValueError(f"gfast: {path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
         rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
         return found._from_rows(rows, scalars)
 
@@ -143,14 +143,14 @@ class Effect:
 
     def _side(self, side: str) -> dict[str, Any]:
         if side not in SIDES:
-            raise ValueError(f'side must be "unlearn" or "retain", not {side!r}')
+            raise ValueError(f'gfast: side must be "unlearn" or "retain", not {side!r}')
         return getattr(self, side)
 
     def _group(self, group: str | None) -> str:
         if group is None or group == "total":
             return "total"
         if group not in self.unlearn:
-            raise ValueError(f"there is no group {group!r}; the groups are {', '.join(self.unlearn)} and total")
+            raise ValueError(f"gfast: there is no group {group!r}; the groups are {', '.join(self.unlearn)} and total")
         return group
 
     def _at(self, side: str, group: str | None) -> Any:

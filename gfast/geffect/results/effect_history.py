@@ -46,7 +46,9 @@ class EffectHistory(Effect):
         for what in ("objective", "groups", "risk"):
             several = {str(getattr(effect, what)) for effect in found}
             if len(several) != 1:
-                raise ValueError(f"a history is of one {what}, and these effects have {sorted(several) or 'none'}")
+                raise ValueError(
+                    f"gfast: a history is of one {what}, and these effects have {sorted(several) or 'none'}"
+                )
         return cls(steps, found)
 
     @classmethod
@@ -66,7 +68,7 @@ class EffectHistory(Effect):
                 by_step.setdefault(int(row["step"]), []).append(row)
         objectives = {str(row["objective"]) for found in by_step.values() for row in found}
         if len(objectives) != 1:
-            raise ValueError(f"the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
+            raise ValueError(f"gfast: the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
         (objective,) = objectives
         risks: dict[int, dict[str, float]] = {step: {} for step in by_step}
         for row in records if risk == "NLL()" else ():  # the callback records this one, whatever was measured

@@ -64,7 +64,7 @@ class GEffect(Effect):
         self._side(side)
         risk = self.norms.get(side, {})
         if "objective" not in self.norms or not risk:
-            raise ValueError(f"cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
+            raise ValueError(f"gfast: cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
         own = self.norms["objective"]
         group = self._group(group)
         scale = math.hypot(*own.values()) * math.hypot(*risk.values()) if group == "total" else own[group] * risk[group]
@@ -79,10 +79,10 @@ class GEffect(Effect):
         self._side(side)
         if not self.errors:
             raise ValueError(
-                f"the standard error of {self.objective} is not known: it takes two or more batches of an objective "
-                f"that is measured by passes of its own (GA and NLL follow from the directions); over samples, "
-                f"pg_effect(...).g_effect(objective) gives it for GA and objectives with one weight a sequence, "
-                f"token_effect(...).g_effect(objective) for every objective with token weights"
+                f"gfast: the standard error of {self.objective} is not known: it takes two or more batches of an "
+                f"objective that is measured by passes of its own (GA and NLL follow from the directions); over "
+                f"samples, pg_effect(...).g_effect(objective) gives it for GA and objectives with one weight a "
+                f"sequence, token_effect(...).g_effect(objective) for every objective with token weights"
             )
         return self.errors[side][self._group(group)]
 
@@ -97,7 +97,8 @@ class GEffect(Effect):
         """
         if not self.counts.get("objective_tokens"):
             raise ValueError(
-                f"{self.objective} has no single count to scale by (a combination of terms, or no labelled token)"
+                f"gfast: {self.objective} has no single count to scale by (a combination of terms, or no labelled "
+                f"token)"
             )
         return self._at(side, group) * self.counts["objective"] / self.counts["objective_tokens"]
 
@@ -137,7 +138,7 @@ class GEffect(Effect):
         known = [item.name for item in fields(cls)]
         unknown, missing = sorted(set(values) - set(known)), [name for name in known[:4] if name not in values]
         if unknown or missing:
-            raise ValueError(f"not a GEffect: unknown keys {unknown}, missing keys {missing}")
+            raise ValueError(f"gfast: not a GEffect: unknown keys {unknown}, missing keys {missing}")
         return cls(**values)
 
     def to_json(self) -> str:

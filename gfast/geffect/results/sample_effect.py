@@ -82,17 +82,17 @@ class SampleEffect(Effect):
         """
         effect, group = self._at(side, group), self._group(group)
         if self.sample_norms is None:
-            raise ValueError(f"cosine({side!r}) of samples: {_NEEDS_SAMPLE_NORMS}")
+            raise ValueError(f"gfast: cosine({side!r}) of samples: {_NEEDS_SAMPLE_NORMS}")
         if side not in self.norms:
             raise ValueError(
-                f"cosine({side!r}) of samples: the norm of the risk's gradient on that side is not known (gram_effect "
-                f"has it on the forget set alone, the side 'unlearn'); set norms[{side!r}] to that of pg_effect(...), "
-                f"or of risk_gradients(...).norms(), for the same data, model and groups"
+                f"gfast: cosine({side!r}) of samples: the norm of the risk's gradient on that side is not known "
+                f"(gram_effect has it on the forget set alone, the side 'unlearn'); set norms[{side!r}] to that of "
+                f"pg_effect(...), or of risk_gradients(...).norms(), for the same data, model and groups"
             )
         risk = self.norms[side]
         if group != "total" and group not in risk:
             raise ValueError(
-                f"norms[{side!r}] has the groups {', '.join(risk)}, not {group!r}: take it of these groups"
+                f"gfast: norms[{side!r}] has the groups {', '.join(risk)}, not {group!r}: take it of these groups"
             )
         scale = self._sample_norm(group) * (math.hypot(*risk.values()) if group == "total" else risk[group])  # [S]
         return torch.where(scale > 0, effect / scale, math.nan)
@@ -101,8 +101,8 @@ class SampleEffect(Effect):
         """||grad log p(s)||, fp64 [S], where it is known."""
         if {g: n.shape for g, n in self.sample_norms.items()} != {g: e.shape for g, e in self.unlearn.items()}:
             raise ValueError(
-                f"sample_norms are of other groups or samples: {len(self.tokens)} samples by {', '.join(self.groups)} "
-                f"are needed, as gram_effect(...) with the same data and groups has them"
+                f"gfast: sample_norms are of other groups or samples: {len(self.tokens)} samples by "
+                f"{', '.join(self.groups)} are needed, as gram_effect(...) with the same data and groups has them"
             )
         if group == "total":
             return torch.stack(list(self.sample_norms.values())).norm(dim=0)
@@ -118,16 +118,16 @@ class SampleEffect(Effect):
         found = spec_on_forget(objective)
         if found is None or (found.level == "token" and (found.p_pow or found.q_pow or found.beta)):
             raise ValueError(
-                f"{objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or with "
-                f"token_effect(...) and its g_effect(objective)"
+                f"gfast: {objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or "
+                f"with token_effect(...) and its g_effect(objective)"
             )
         if found.level == "token":
             return torch.full((len(self.tokens),), found.sign, dtype=torch.float64, device="cpu")
         for name in ("logp", "ref_logp") if found.uses_ref else ("logp",):
             if getattr(self, name) is None:
                 raise ValueError(
-                    f"{objective} needs {name} of the samples, which was not recorded: pg_effect(...) records logp, "
-                    f"and ref_logp where all batches have it"
+                    f"gfast: {objective} needs {name} of the samples, which was not recorded: pg_effect(...) records "
+                    f"logp, and ref_logp where all batches have it"
                 )
         ids = sample_ids(self.tokens)  # [N]
 

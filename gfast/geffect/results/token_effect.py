@@ -60,13 +60,13 @@ class TokenEffect(Effect):
         objective = as_objective(objective)
         if not isinstance(objective, Weights) and spec_on_forget(objective) is None:
             raise ValueError(
-                f"{objective} is no weighting of the forget set's tokens, so their effects do not give its G-effect: "
-                f"measure it with g_effect(..., engine='stream')"
+                f"gfast: {objective} is no weighting of the forget set's tokens, so their effects do not give its "
+                f"G-effect: measure it with g_effect(..., engine='stream')"
             )
         if "ref_logp" in objective.needs and self.ref_logp is None:
             raise ValueError(
-                f"{objective} compares with the original model, and these tokens were measured without ref_logp: give "
-                f"token_effect batches with ref_logp (a ReferenceCache and the collator that joins it)"
+                f"gfast: {objective} compares with the original model, and these tokens were measured without "
+                f"ref_logp: give token_effect batches with ref_logp (a ReferenceCache and the collator that joins it)"
             )
         logp, sizes = torch.cat(self.logp), self._sizes()  # [N], [S]
         ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
