@@ -196,6 +196,20 @@ def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path):
         assert kept == {name: (folder / "parts" / name).stat().st_mtime_ns for name in kept}
 
 
+def test_perturbed_extraction_asks_in_other_words():
+    (one, *_), model = sets(4), taught()
+    rows = [dict(row, paraphrased_question=f"Tell me: {row['question']}") for row in one.rows[:3]] + [dict(one.rows[3])]
+    one = EvaluationSet("retain", "bundled", rows, generate=0, **FIELDS)
+    work = Evaluation([one], [encoded(one, TOKENIZER)], TOKENIZER, extraction=("perturbed",), extraction_samples=4)
+    found = work.log(work.run(model), "tiny", {})["sets"]["retain"]["extraction"]["ps_perturbed"]
+    asked = EvaluationSet("retain", "bundled", rows[:3], question="paraphrased_question", generate=0)
+    for sample, strength in zip(encoded(asked, TOKENIZER), found, strict=True):
+        _, correct = alone(model, *sample.answers[0])
+        assert strength == pytest.approx(metrics.extraction_strength(correct[:-1]))
+    with pytest.raises(ValueError, match="rows with paraphrased_question"):
+        evaluation(extraction=("perturbed",))
+
+
 def test_a_part_that_is_damaged_or_of_other_samples(tmp_path):
     work, model = evaluation(), taught()
     work.run(model, tmp_path)

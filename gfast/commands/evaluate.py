@@ -11,6 +11,7 @@ another. An evaluation that is killed goes on where it was, to the same numbers 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,17 +27,19 @@ from gfast.commands.arguments import CommandParser, ModelArguments, parse_option
 from gfast.commands.common import as_text, device_name, say, show_log, versions
 from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
-from gfast.data import check_vocabulary
+from gfast.data import check_vocabulary, load_jsonl
 from gfast.data.encode import chat_source, resolve_template
 from gfast.data.ids import vocabulary_sizes
 from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, sources
+from gfast.evaluation.attacks import BITS, Relearning, curve_table, quantize, relearn, split
 from gfast.evaluation.results import SET_COLUMNS, shown, summarize, table, wholes, write_results
 from gfast.evaluation.run import EXTRACTIONS
-from gfast.files import require_writable
+from gfast.files import read_json, require_writable, whole_file, write_json
 from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import LogSet, parse_log
 from gfast.metrics.quality import check_comparable
+from gfast.metrics.values import required
 from gfast.progress import Bar
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import check_run_folder, read_run_info, write_run_info
@@ -97,6 +100,17 @@ class EvaluateArguments:
     chat_kwargs: list[str] | None = field(
         default=None, metadata={"help": "Options of the chat template, as name=value or JSON."}
     )
+    relearn: int = field(
+        default=0,
+        metadata={"help": "Fine-tune for so many steps on a part of the forget set, and report what comes back."},
+    )
+    relearn_rows: int = field(default=0, metadata={"help": "On the first so many rows of it; a tenth if not given."})
+    relearn_data: str | None = field(default=None, metadata={"help": "On a JSON lines file of related data instead."})
+    relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning (AdamW)."})
+    relearn_lora_r: int = field(default=0, metadata={"help": "With LoRA adapters of this rank; 0: all parameters."})
+    quantize: str | None = field(
+        default=None, metadata={"help": "4bit or 8bit: round the model's weights first, by torchao."}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
     output_dir: str = field(default="gfast-evaluation", metadata={"help": "Folder for the log, tables and the page."})
 
@@ -106,7 +120,14 @@ class EvaluateArguments:
         for kind in self.extraction or ():
             if kind not in EXTRACTIONS:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
-        for name, least in (("batch_size", 1), ("extraction_samples", 1), ("ds_size", 0), ("max_new_tokens", 1)):
+        if self.quantize is not None and self.quantize not in BITS:
+            raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(BITS)}")
+        if self.relearn and self.quantize:
+            raise ValueError("--relearn trains weights, and --quantize rounds them: evaluate one attack at a time")
+        if self.relearn and self.data not in ("tofu", "jsonl", "bundled"):
+            raise ValueError(f"--relearn learns questions and answers: the data {self.data} has no such forget set")
+        numbers = {"batch_size": 1, "extraction_samples": 1, "ds_size": 0, "max_new_tokens": 1, "relearn": 0}
+        for name, least in numbers.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; give {least} or more")
@@ -165,12 +186,18 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     samples = [encoded(one, tokenizer, arguments.template, options, arguments.max_length) for one in sets]
     if retain_log is not None:
         _check_retain_log(sets, samples, retain_log)
+    plan, related = _plan(arguments, sets)
+    if arguments.quantize is not None:
+        required("torchao.quantization", "torchao", f"--quantize {arguments.quantize}")  # before the model is loaded
     model = load_model(model_arguments).to(device)
     _fit(model, sets, samples, tokenizer, arguments)
-    elsewhere = ("data_path", "device", "output_dir", "retain_log")
+    # A relearning comes after the evaluation, and says by itself how it was done.
+    elsewhere = ("data_path", "device", "output_dir", "retain_log", *(n for n in vars(arguments) if "relearn" in n))
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
     settings |= {"chat_kwargs": options, **of_model}
+    if arguments.quantize is not None:
+        model = quantize(model, arguments.quantize)
     info = as_text(
         {
             "model": model_arguments.model,
@@ -195,8 +222,52 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
         "weights": settings["weights"],
     }
     log = evaluation.log(results, Path(str(info["model"])).name, source)
-    report(folder, log, retain_log, {key: info[key] for key in ("model", "data", "samples", "versions")})
+    shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
+    report(folder, log, retain_log, shown_settings | ({"weights": arguments.quantize} if arguments.quantize else {}))
+    if plan is not None:
+        _relearned(model, tokenizer, sets, plan, related, arguments, options, folder)
     return 0
+
+
+def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[Relearning | None, Any]:
+    """How to relearn, and on which related data; ValueError, before any pass, where it cannot be done."""
+    if not arguments.relearn:
+        return None, None
+    plan = Relearning(
+        arguments.relearn, arguments.relearn_rows, arguments.relearn_learning_rate, lora_r=arguments.relearn_lora_r
+    )
+    if plan.lora_r:
+        required("peft", "peft", "--relearn_lora_r")
+    related = None if arguments.relearn_data is None else load_jsonl(arguments.relearn_data)
+    split(_forget(sets), plan, related)
+    return plan, related
+
+
+def _forget(sets: list[EvaluationSet]) -> EvaluationSet:
+    return next(one for one in sets if one.name == "forget")
+
+
+def _relearned(
+    model: nn.Module,
+    tokenizer: Any,
+    sets: list[EvaluationSet],
+    plan: Relearning,
+    related: Any,
+    arguments: EvaluateArguments,
+    options: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Relearn, unless the folder holds the result of the same relearning, and print the curve."""
+    path, asked = folder / "relearn.json", json.loads(json.dumps([asdict(plan), related]))
+    found = read_json(path) if path.exists() else None
+    if found is None or found.get("asked") != asked:
+        say(f"Relearning: {plan.steps} steps, learning rate {plan.learning_rate:g}")
+        found = relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
+                        template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
+        write_json(path, found | {"asked": asked})
+    print(curve_table(found))
+    with whole_file(folder / "relearn.md") as temporary:
+        temporary.write_text(curve_table(found), encoding="utf-8")
 
 
 def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:

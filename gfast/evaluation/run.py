@@ -15,7 +15,7 @@ from torch import nn
 
 from gfast import metrics
 from gfast.evaluation.generation import generate, text_of
-from gfast.evaluation.samples import EvaluationSet, Sample
+from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
 from gfast.metrics.answers import OPTION_SETS
@@ -65,6 +65,10 @@ class Evaluation:
             raise ValueError(f"gfast: two sets have one name: {', '.join(names)}")
         for kind in extraction:
             chosen("extraction", kind, EXTRACTIONS)
+        if "perturbed" in extraction and not any(sample.reworded for some in samples for sample in some):
+            raise ValueError(
+                f"gfast: extraction perturbed asks questions in other words, and no set has rows with {REWORDED}"
+            )
         self.sets, self.samples, self.tokenizer = list(sets), [list(some) for some in samples], tokenizer
         self.batch_size, self.extraction, self.extraction_samples = batch_size, tuple(extraction), extraction_samples
         self.pad_id = next((int(x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
@@ -73,7 +77,7 @@ class Evaluation:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
-        found = {sample.answer[-1] for some in self.samples for sample in some}
+        found = {sample.right[1][-1] for some in self.samples for sample in some}
         return tuple(sorted(found | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
 
     def units(self) -> list[Unit]:
@@ -85,7 +89,10 @@ class Evaluation:
             if one.generate:
                 found += self._cut(of, "generations", places)
             for kind in self.extraction:
-                found += self._cut(of, f"extraction-{kind}", sorted(places)[: self.extraction_samples])
+                first = sorted(places)[: self.extraction_samples]
+                if kind == "perturbed":
+                    first = [at for at in first if samples[at].reworded]
+                found += self._cut(of, f"extraction-{kind}", first)
         return found
 
     def _cut(self, of: int, kind: str, places: Sequence[int]) -> list[Unit]:
@@ -153,8 +160,9 @@ class Evaluation:
         return found
 
     def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
-        answers = [sample.answer[:-1] or sample.answer for sample in samples]  # without the token that ends it
-        prompts = [sample.prompt for sample in samples]
+        asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
+        prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
+        answers = [ids[first_label(labels) : -1] or ids[-1:] for ids, labels in asked_as]  # without the ending token
         match = "similar" if kind == "similar" else "exact"
 
         def matches(asked: Mapping[int, int]) -> dict[int, bool]:

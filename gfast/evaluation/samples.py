@@ -6,11 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gfast.data.encode import IGNORE, make_encoder, resolve_template
 from gfast.data.rows import as_rows, field_text
+
+# TOFU's field of the question in other words.
+REWORDED = "paraphrased_question"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class EvaluationSet:
 @dataclass(frozen=True)
 class Sample:
     """A question with its answers. index: its row. answers: distinct (token ids, labels), prompt and end included.
-    fields: which of them each loss of the log is of: gt, paraphrased, perturb.
+    fields: which of them each loss of the log is of: gt, paraphrased, perturb. reworded: (token ids, labels) of the
+    right answer after the question in other words, where the row has one.
     """
 
     index: int
@@ -58,18 +62,18 @@ class Sample:
     truth: str
     answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     fields: Mapping[str, tuple[int, ...]]
+    reworded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def right(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids and labels of the right answer with its prompt."""
+        return self.answers[self.fields["gt"][0]]
 
     @property
     def prompt(self) -> tuple[int, ...]:
         """The token ids in front of the right answer."""
-        ids, labels = self.answers[self.fields["gt"][0]]
+        ids, labels = self.right
         return ids[: first_label(labels)]
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """The right answer's token ids, with the one that ends it."""
-        labels = self.answers[self.fields["gt"][0]][1]
-        return tuple(label for label in labels if label != IGNORE)
 
     def counts(self, name: str) -> list[int]:
         """Tokens of the answers of a field, with the one that ends each."""
@@ -111,7 +115,11 @@ def encoded(
                         f'field "{one.perturbed}" has {len(texts["perturb"])} answers, and row {several[0]} has '
                         f"{several[1]}: all rows need as many"
                     )
-            samples.append(_sample(number, question, texts, encode, max_length))
+            sample = _sample(number, question, texts, encode, max_length)
+            if row.get(REWORDED) is not None:
+                ids, labels = encode(field_text(row, REWORDED), texts["gt"][0])
+                sample = replace(sample, reworded=(tuple(ids), tuple(labels)))
+            samples.append(sample)
         except ValueError as error:
             reason = str(error).removeprefix("gfast: ")
             raise ValueError(f"gfast: the set {one.name} ({one.config}), row {number}: {reason}") from error

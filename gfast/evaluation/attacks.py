@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does it stay forgotten? Relearning, a short fine-tuning on a part of what was forgotten; and coarser weights.
+
+Both are attacks that studies of evaluations use: what comes back was hidden, not removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfast.data import Collator, QADataset, batches
+from gfast.evaluation.callback import EvaluateCallback
+from gfast.evaluation.samples import EvaluationSet
+from gfast.metrics.values import chosen, required
+from gfast.objectives import NLL
+
+logger = logging.getLogger("gfast")
+
+BITS = ("4bit", "8bit")
+# Of each evaluation along a relearning: what the curve shows.
+CURVE = ("nll", "probability", "truth_ratio", "extraction_strength", "exact_memorization", "rougeL_recall")
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """How a relearning goes. rows: the first so many of the forget set are learned; or `data`, other rows. lora_r: rank
+    of new LoRA adapters, 0: all parameters. every: steps between evaluations. AdamW, constant learning rate, no decay.
+    """
+
+    steps: int
+    rows: int = 0
+    learning_rate: float = 1e-5
+    batch_size: int = 4
+    lora_r: int = 0
+    every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("rows", 0), ("batch_size", 1), ("lora_r", 0), ("every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"gfast: relearning: {name} is {getattr(self, name)}; give {least} or more")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"gfast: relearning: learning_rate is {self.learning_rate}; give one between 0 and 1")
+
+
+def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, Any]] | None) -> list[EvaluationSet]:
+    """What is evaluated along a relearning: `forget`, the rows that it does not see, and `relearned`, the others.
+
+    Errors: ValueError where a part of the forget set would be empty.
+    """
+    if data is not None:
+        return [forget]
+    rows = plan.rows or max(1, len(forget.rows) // 10)
+    if rows >= len(forget.rows):
+        raise ValueError(
+            f"gfast: relearning {rows} of the {len(forget.rows)} rows of the forget set leaves none to see whether "
+            "others come back: give fewer rows, or related data"
+        )
+    numbers = forget.index or tuple(range(len(forget.rows)))
+    return [
+        replace(forget, rows=forget.rows[rows:], index=numbers[rows:]),
+        replace(forget, name="relearned", rows=forget.rows[:rows], index=numbers[:rows]),
+    ]
+
+
+def relearn(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: EvaluationSet,
+    plan: Relearning,
+    folder: str | os.PathLike[str],
+    *,
+    data: Sequence[Mapping[str, Any]] | None = None,
+    template: str = "auto",
+    chat_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Fine-tune `model`, in place, and say what of the forget set comes back.
+
+    Args:
+        forget: the forget set; data: rows of question and answer to learn instead of a part of it.
+        folder: where the logs along the way go.
+
+    Returns:
+        `settings`; `curve`: of every evaluation its step and, by set, NLL, probability, truth ratio and what else was
+        measured; `g_effect`: before it starts, the dot product of the gradients of the forget set's NLL and of the NLL
+        that is descended, by layer group: a gradient step lowers the forget set's NLL by the learning rate times that,
+        to first order. A model that is immune has 0 or less.
+
+    Errors: ValueError for rows that cannot be used; ImportError for LoRA without peft.
+    """
+    from transformers import PrinterCallback
+
+    from gfast.geffect import g_effect
+    from gfast.training import UnlearnConfig, UnlearnTrainer
+
+    sets = split(forget, plan, data)
+    rows = list(data) if data is not None else list(sets[1].rows)
+    options = {"template": template, "chat_kwargs": dict(chat_kwargs or {}), "max_length": None}
+    learned = QADataset(rows, tokenizer, **options)
+    others = QADataset(
+        sets[0].rows, tokenizer, question=forget.question, answer=forget.answer, id_offset=len(rows), **options
+    )
+    collate = Collator(tokenizer)
+    if plan.lora_r:
+        peft = required("peft", "peft", "relearning with LoRA")
+        torch.manual_seed(plan.seed)
+        settings = peft.LoraConfig(r=plan.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, settings)
+    effect = g_effect(
+        model,
+        NLL(),
+        forget=batches(learned, collate, plan.batch_size),
+        retain=batches(others, collate, plan.batch_size),
+    )
+    every = plan.every or max(1, plan.steps // 5)
+    callback = EvaluateCallback(
+        every, sets, tokenizer, batch_size=batch_size, template=template, chat_kwargs=chat_kwargs, folder=folder
+    )
+    device = next(model.parameters()).device
+    args = UnlearnConfig(
+        output_dir=str(folder),
+        max_steps=plan.steps,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        per_device_train_batch_size=plan.batch_size,
+        save_strategy="no",
+        logging_strategy="no",
+        record_every=0,
+        disable_tqdm=True,
+        report_to="none",
+        seed=plan.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    trainer = UnlearnTrainer(
+        model, args, objective=NLL(), train_dataset=learned, data_collator=collate, callbacks=[callback]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    curve = [
+        {
+            "step": step,
+            **{name: {key: one[key] for key in CURVE if key in one} for name, one in summary["sets"].items()},
+        }
+        for step, summary in sorted(callback.summaries.items())
+    ]
+    return {
+        "settings": asdict(plan) | {"learned": len(rows), "related_data": data is not None},
+        "curve": curve,
+        "g_effect": {"total": effect.total("retain"), "groups": dict(effect.retain)},
+    }
+
+
+def curve_table(found: Mapping[str, Any]) -> str:
+    """The curve of a relearning as Markdown."""
+    first = found["curve"][0]
+    keys = [(name, key) for name in first if name != "step" for key in first[name]]
+    head = " | ".join(f"{name}: {key.replace('_', ' ')}" for name, key in keys)
+    lines = [f"| Step | {head} |", "|---" * (len(keys) + 1) + "|"]
+    for row in found["curve"]:
+        lines.append(f"| {row['step']} | " + " | ".join(f"{row[name][key]:.4f}" for name, key in keys) + " |")
+    total = found["g_effect"]["total"]
+    lines += ["", f"G-effect of the relearning on the NLL of forget, before it starts: {total:+.4e} "
+              f"({'it will fall' if total > 0 else 'it will not fall'}, to first order)"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def quantize(model: nn.Module, bits: str) -> nn.Module:
+    """Round the weights of every Linear but the output head to 4 or 8 bits, in place, by torchao.
+
+    Errors: ImportError, saying what to install, without torchao.
+    """
+    chosen("quantize", bits, BITS)
+    api = required("torchao.quantization", "torchao", f"--quantize {bits}")
+    head = model.get_output_embeddings()
+    if bits == "8bit":
+        config = api.Int8WeightOnlyConfig()
+    else:
+        granularity = required("torchao.quantization.granularity", "torchao", f"--quantize {bits}")
+        config = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
+    names = []
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        found = isinstance(module, nn.Linear) and module is not head
+        names.extend([name] if found else [])
+        return found
+
+    api.quantize_(model, config, filter_fn=wanted)
+    logger.info("%d Linear layers hold weights of %s", len(names), bits)
+    return model

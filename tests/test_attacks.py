@@ -1,0 +1,112 @@
+"""Relearning and quantization: what comes back of what was forgotten."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from helpers.training_tiny import TOKENIZER, tiny_model
+from test_cli_evaluate import fails, flags
+
+import gfast
+from gfast import cli, metrics
+from gfast.data import Collator, QADataset, batches
+from gfast.evaluation import sources
+from gfast.evaluation.attacks import Relearning, quantize, relearn, split
+from gfast.files import read_json
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(max_position_embeddings=256).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def test_the_forget_set_is_split_into_what_is_learned_and_the_rest():
+    (forget,) = [one for one in sources.bundled(10) if one.name == "forget"]
+    rest, learned = split(forget, Relearning(3, rows=4), None)
+    assert (rest.name, rest.index, learned.name, learned.index) == (
+        "forget",
+        tuple(range(4, 10)),
+        "relearned",
+        (0, 1, 2, 3),
+    )
+    assert [*learned.rows, *rest.rows] == list(forget.rows)
+    assert len(split(forget, Relearning(3), None)[1].rows) == 1  # a tenth
+    assert split(forget, Relearning(3, rows=10), [{"question": "q", "answer": "a"}]) == [forget]
+    with pytest.raises(ValueError, match="leaves none"):
+        split(forget, Relearning(3, rows=10), None)
+    for settings, message in (({"steps": 0}, "steps is 0"), ({"steps": 1, "learning_rate": 0.0}, "learning_rate is 0")):
+        with pytest.raises(ValueError, match=message):
+            Relearning(**settings)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_relearning_and_its_effect(tmp_path, rank):
+    (forget,) = [one for one in sources.bundled(6) if one.name == "forget"]
+    plan = Relearning(4, rows=2, learning_rate=1e-2, lora_r=rank, every=2)
+    found = relearn(tiny_model(), TOKENIZER, forget, plan, tmp_path)
+    assert [row["step"] for row in found["curve"]] == [0, 2, 4]
+    first, last = found["curve"][0], found["curve"][-1]
+    assert last["relearned"]["nll"] < first["relearned"]["nll"]
+    log = metrics.load_log(tmp_path / "step-00000004.json")
+    assert log.sets["forget"].index == (2, 3, 4, 5)
+    assert found["settings"]["learned"] == 2
+    if rank:
+        return
+    # the gradients of the two NLLs, by plain autograd
+    network, collate = tiny_model(), Collator(TOKENIZER)
+    gradients = []
+    for rows in (forget.rows[:2], forget.rows[2:]):
+        data = QADataset(rows, TOKENIZER)
+        (batch,) = batches(data, collate, len(data))
+        loss = -gfast.model_logp(network, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
+    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(*gradients, strict=True))
+    assert found["g_effect"]["total"] == pytest.approx(dot, rel=1e-4)
+
+
+def test_relearning_from_the_command_line(model, tmp_path, capsys):
+    words = flags(model, tmp_path / "out", ds_size=5, relearn=2, relearn_rows=2, relearn_learning_rate=1e-2)
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "| forget: nll |" in out and "G-effect of the relearning" in out
+    result = read_json(tmp_path / "out" / "relearn.json")
+    assert cli.main(words) == 0  # the same again is not measured again
+    assert "Relearning:" not in capsys.readouterr().err
+    related = tmp_path / "related.jsonl"
+    related.write_text(json.dumps({"question": "Who writes?", "answer": "Nobody does."}) + "\n")
+    assert cli.main([*words, "--relearn_data", str(related)]) == 0
+    assert "Relearning:" in capsys.readouterr().err
+    other = read_json(tmp_path / "out" / "relearn.json")
+    assert other["settings"]["related_data"] and other["g_effect"] != result["g_effect"]
+    fails(capsys, "leaves none", flags(model, tmp_path / "x", relearn=1, relearn_rows=4))
+    fails(capsys, "no such forget set", flags(model, tmp_path / "x", relearn=1, data="wmdp"))
+    fails(capsys, "one attack at a time", flags(model, tmp_path / "x", relearn=1, quantize="8bit"))
+
+
+def test_quantization_is_refused_with_what_to_install(model, tmp_path, capsys, monkeypatch):
+    fails(capsys, "choose one of 4bit, 8bit", flags(model, tmp_path / "x", quantize="2bit"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    fails(capsys, "pip install torchao", flags(model, tmp_path / "x", quantize="8bit"))
+    assert not (tmp_path / "x" / "run.json").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_weights(bits):
+    network, ids = tiny_model(hidden_size=64, intermediate_size=96).eval(), torch.arange(3, 20)[None]
+    head = network.lm_head.weight.clone()
+    with torch.no_grad():
+        before = network(input_ids=ids).logits
+        found = quantize(network, bits)(input_ids=ids).logits
+    assert torch.equal(network.lm_head.weight, head)
+    apart = float((found - before).norm() / before.norm())
+    assert 1e-4 < apart < (0.1 if bits == "8bit" else 2)
+    weight = network.model.layers[0].mlp.up_proj.weight.dequantize()
+    assert len(weight[0].unique()) <= (256 if bits == "8bit" else 32)
