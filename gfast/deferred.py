@@ -75,11 +75,7 @@ class DeferredLogits(Tensor):
     def real(self) -> Tensor:
         """The logits themselves, as the model would have computed them."""
         if self.computed is None:
-            token = computing.set(True)
-            try:
-                z = F.linear(self.hidden, self.weight, self.bias)
-            finally:
-                computing.reset(token)
+            z = F.linear(self.hidden, self.weight, self.bias)
             for watch in self.when_real:
                 seen = watch(z)
                 z = z if seen is None else seen
@@ -133,8 +129,6 @@ class DeferredLogits(Tensor):
         return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
 
-# Set while a head that was deferred is multiplied after all: as a part of the call of its module, which has ended.
-computing: ContextVar[bool] = ContextVar("computing", default=False)
 # A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
 # is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
 _left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)

@@ -114,9 +114,9 @@ def _errors(groups: GroupMap, factor: float, part: Measured) -> dict[str, dict[s
     if part.parts is None:
         return {}
     values = factor * torch.cat([part.parts, part.parts.sum(1, keepdim=True)], 1)  # [batches, G + 1, 2]
-    found = {
+    errors = {
         side: {g: standard_error(values[:, i, k], part.shares) for i, g in enumerate((*groups.names, "total"))}
         for k, side in enumerate(SIDES)
     }
-    known = all(not math.isnan(value) for side in found.values() for value in side.values())
-    return found if known else {}
+    known = all(not math.isnan(value) for side in errors.values() for value in side.values())
+    return errors if known else {}

@@ -218,10 +218,10 @@ def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
         whole = b"".join(_bytes(key, value) for key, value in given.items() if not {key} & {*by_token, *by_row})
         for row, (targets, keep) in enumerate(zip(labels.long(), kept, strict=True)):
             if bool(keep.any()):  # a row without a label adds nothing to a risk
-                found = [_bytes("labels", targets[keep]), whole]
-                found += [_bytes(key, value[row][keep]) for key, value in by_token.items()]
-                found += [_bytes(key, value[row]) for key, value in by_row.items()]
-                rows.append(hashlib.sha256(b"".join(found)).digest())
+                parts = [_bytes("labels", targets[keep]), whole]
+                parts += [_bytes(key, value[row][keep]) for key, value in by_token.items()]
+                parts += [_bytes(key, value[row]) for key, value in by_row.items()]
+                rows.append(hashlib.sha256(b"".join(parts)).digest())
     return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
 
 

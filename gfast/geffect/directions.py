@@ -128,25 +128,25 @@ class Directions:
         folder = Path(folder)
         path = folder / DESCRIPTION
         try:
-            found = read_json(path, REMEDY)
-            stored = str(found["format"])
+            description = read_json(path, REMEDY)
+            stored = str(description["format"])
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"gfast: {folder} holds no directions that can be read ({error})") from error
         if stored not in KNOWN_FORMATS:
             raise ValueError(f"gfast: {folder} holds no directions that can be read (their format is {stored!r})")
         with undamaged(path, REMEDY):
-            groups = GroupMap(found["groups"], dict(found["parameters"]))
+            groups = GroupMap(description["groups"], dict(description["parameters"]))
             names = list(groups.index)
             stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
-            gram = torch.tensor(found["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
-            squares = torch.tensor(found["squares"], dtype=torch.float64, device="cpu")
-            risks = {side: float(found["risks"][side]) for side in SIDES}
-            data = {source: str(found["data"][source]) for source in SETS}
-            expected = found["files"] if stored == FORMAT else {side: None for side in SIDES}
+            gram = torch.tensor(description["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
+            squares = torch.tensor(description["squares"], dtype=torch.float64, device="cpu")
+            risks = {side: float(description["risks"][side]) for side in SIDES}
+            data = {source: str(description["data"][source]) for source in SETS}
+            expected = description["files"] if stored == FORMAT else {side: None for side in SIDES}
         for store, side in zip(stores, SIDES, strict=True):
             if store.checksum != expected[side]:
                 raise DamagedFile(store.path, f"it is not the file that {DESCRIPTION} was written with", REMEDY)
-        return cls(groups, stores, gram, found["counts"], found["risk"], squares, risks, data)
+        return cls(groups, stores, gram, description["counts"], description["risk"], squares, risks, data)
 
     def __enter__(self) -> Directions:
         return self

@@ -130,11 +130,11 @@ class HostStore(Store):
     def get(self, index: int) -> Tensor | None:
         if self.device.type != "cuda":
             return self._host(index)
-        found = self._ahead.pop(index) if index in self._ahead else self._copy(index)
-        if found is not None:
+        grad = self._ahead.pop(index) if index in self._ahead else self._copy(index)
+        if grad is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self._stream)
-            found.record_stream(now)  # its memory may be reused only after what the caller is about to do with it
+            grad.record_stream(now)  # its memory may be reused only after what the caller is about to do with it
         if self._last is not None:
             self._follows[self._last] = index
         self._last = index
@@ -142,7 +142,7 @@ class HostStore(Store):
         if following is not None and following not in self._ahead:
             copy = self._copy(following)
             self._ahead = {} if copy is None else {following: copy}
-        return found
+        return grad
 
     def _copy(self, index: int) -> Tensor | None:
         kept = self._host(index)

@@ -111,8 +111,8 @@ class RowPass:
 
     def __enter__(self) -> RowPass:
         with self.stack as stack:  # what was entered is left again if the next one fails
-            for one in (uncompiled(), self.watch):
-                stack.enter_context(one)
+            for context in (uncompiled(), self.watch):
+                stack.enter_context(context)
             self.stack = stack.pop_all()
         return self
 
@@ -132,20 +132,20 @@ class RowPass:
 
         Returns the log-probs [B, T] at the positions that score, 0 where ignored.
         """
-        one, left = None, len(seeds)
+        forward, left = None, len(seeds)
         try:
             for objective, consume in seeds:
                 left -= 1
-                one = one or self._forward(batch, heads)
-                self.watch.consume, self.watch.again = partial(consume, place=None), left > 0 and one.repeats
-                score = self._own_logits if one.chunks is None else partial(self._chunked, consume=consume)
-                logp = score(one, objective)
+                forward = forward or self._forward(batch, heads)
+                self.watch.consume, self.watch.again = partial(consume, place=None), left > 0 and forward.repeats
+                score = self._own_logits if forward.chunks is None else partial(self._chunked, consume=consume)
+                logp = score(forward, objective)
                 if not self.watch.again:
-                    one = None
+                    forward = None
         finally:
             self.watch.consume, self.watch.again = None, False
-            if one is not None:
-                one.release()
+            if forward is not None:
+                forward.release()
         return logp
 
     def _forward(self, batch: Mapping[str, Any], heads: int) -> _Forward:
@@ -163,74 +163,74 @@ class RowPass:
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
         return _Forward(batch, labels, output, head, names, chunks, tiled, repeats)
 
-    def _own_logits(self, one: _Forward, objective: Objective | None) -> Tensor:
-        seeds = _flat(self._seeds(one, objective))
-        rows = one.output.detach().reshape(-1, one.output.shape[-1])
+    def _own_logits(self, forward: _Forward, objective: Objective | None) -> Tensor:
+        seeds = _flat(self._seeds(forward, objective))
+        rows = forward.output.detach().reshape(-1, forward.output.shape[-1])
         grad = torch.empty_like(rows)
-        logp = self._rows_gradient(rows, one.labels.reshape(-1), seeds, 1.0, 0.0, grad)[0]
-        self._backward(one, grad)
-        return logp.view(one.labels.shape)
+        logp = self._rows_gradient(rows, forward.labels.reshape(-1), seeds, 1.0, 0.0, grad)[0]
+        self._backward(forward, grad)
+        return logp.view(forward.labels.shape)
 
-    def _chunked(self, one: _Forward, objective: Objective | None, consume: Consumer) -> Tensor:
-        seeds = self._seeds(one, objective)
-        with torch.no_grad(), torch.autocast(one.output.device.type, enabled=False):
-            logp = self._head_contributions(one, seeds, consume)
-            grad = one.chunks.gradients()[0]
-            logp = one.chunks.scatter(logp).view(one.labels.shape)
-        self._backward(one, grad)
+    def _chunked(self, forward: _Forward, objective: Objective | None, consume: Consumer) -> Tensor:
+        seeds = self._seeds(forward, objective)
+        with torch.no_grad(), torch.autocast(forward.output.device.type, enabled=False):
+            logp = self._head_contributions(forward, seeds, consume)
+            grad = forward.chunks.gradients()[0]
+            logp = forward.chunks.scatter(logp).view(forward.labels.shape)
+        self._backward(forward, grad)
         return logp
 
-    def _head_contributions(self, one: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
+    def _head_contributions(self, forward: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
         """Hands over what the head gets, and leaves dH in `one.chunks`; log-probs [n] of the rows that count."""
-        head, names, chunks = one.head, one.names, one.chunks
+        head, names, chunks = forward.head, forward.names, forward.chunks
         seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
-        place = torch.arange(chunks.rows, device=one.output.device) if chunks.index is None else chunks.index  # [n]
-        chunks.start_gradients(one.output.requires_grad, False, False)
+        place = torch.arange(chunks.rows, device=forward.output.device) if chunks.index is None else chunks.index  # [n]
+        chunks.start_gradients(forward.output.requires_grad, False, False)
         scale, cap = check_map("g_effect", head.logit_scale, head.softcap)
-        found = []  # log-probs, statistics and weights of the chunks
+        chunk_results = []  # log-probs, statistics and weights of the chunks
         for start, stop in row_chunks(chunks.rows, chunks.chunk):
             part = slice(start, stop)
             rows = chunks.logits(start, stop)  # [chunk, V]
             some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
-            found.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
+            chunk_results.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
             chunks.add_gradients(start, stop, rows)
-            if "weight" in names and not one.tiled:
+            if "weight" in names and not forward.tiled:
                 consume(names["weight"], OuterProduct(chunks.hidden[part], rows), place[part])
             if "bias" in names:
                 consume(names["bias"], RowSum(rows), place[part])
-        logp, stats, coef = map(torch.cat, zip(*found, strict=True))
-        if one.tiled:
+        logp, stats, coef = map(torch.cat, zip(*chunk_results, strict=True))
+        if forward.tiled:
             own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
             contribution = HeadProduct(chunks.hidden, chunks.labels, logp, stats, coef, *own)
             consume(names["weight"], contribution, place)
         return logp
 
-    def _backward(self, one: _Forward, grad: Tensor) -> None:
-        if not one.output.requires_grad:
+    def _backward(self, forward: _Forward, grad: Tensor) -> None:
+        if not forward.output.requires_grad:
             return
-        grad = grad.view(one.output.shape).to(one.output.dtype)
+        grad = grad.view(forward.output.shape).to(forward.output.dtype)
         with torch.autocast(grad.device.type, enabled=False):
-            one.output.backward(grad, retain_graph=self.watch.again)
+            forward.output.backward(grad, retain_graph=self.watch.again)
 
-    def _seeds(self, one: _Forward, objective: Objective | None) -> Seeds:
+    def _seeds(self, forward: _Forward, objective: Objective | None) -> Seeds:
         """The detached weights of an objective. Those that depend on whole sequences score the batch first."""
         if objective is None:
             return Seeds()
-        reference = one.batch.get("ref_logp")
-        check_reference("g_effect", objective, reference, one.batch["labels"])
+        reference = forward.batch.get("ref_logp")
+        check_reference("g_effect", objective, reference, forward.batch["labels"])
         ref = None if reference is None else nn.functional.pad(reference[:, 1:], (0, 1))  # where it is scored
         spec = spec_of(objective)
         if spec is not None and spec.level == "token":
             return Seeds(spec, None, ref if spec.uses_ref else None)
         with torch.no_grad():
-            logp = output_logp(ModelOutput(one.head, one.output.detach()), one.labels).reshape(-1)
-        texts = sequence_ids(one.batch)
+            logp = output_logp(ModelOutput(forward.head, forward.output.detach()), forward.labels).reshape(-1)
+        texts = sequence_ids(forward.batch)
         if texts is not None and is_pair(objective):
-            texts = pair_ids(texts, one.labels)
-        ids, count = sequence_layout("g_effect", one.labels, texts)
-        valid = (one.labels != IGNORE_INDEX).reshape(-1)
+            texts = pair_ids(texts, forward.labels)
+        ids, count = sequence_layout("g_effect", forward.labels, texts)
+        valid = (forward.labels != IGNORE_INDEX).reshape(-1)
         ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
-        return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(one.labels.shape))
+        return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(forward.labels.shape))
 
     def _rows_gradient(
         self, rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor

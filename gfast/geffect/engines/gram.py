@@ -136,8 +136,8 @@ class _Pairs:
 
     def __enter__(self) -> _Pairs:
         with self.stack as stack:  # what was entered is left again if a later one fails
-            for one in (self.bar, measuring(self.model, checkpoints=False), self.seeded):
-                stack.enter_context(one)
+            for context in (self.bar, measuring(self.model, checkpoints=False), self.seeded):
+                stack.enter_context(context)
             self.stack = stack.pop_all()
         return self
 
@@ -199,7 +199,9 @@ class _Pairs:
 
     def _by_group(self, table: Tensor) -> Tensor:
         table = table.transpose(1, 2) / self.passes.loss_scale**2  # [K, S, P, S']
-        return torch.stack([self.passes.by_group(one, label) for one, label in zip(table, self.labels, strict=True)])
+        return torch.stack(
+            [self.passes.by_group(values, label) for values, label in zip(table, self.labels, strict=True)]
+        )
 
     def _run(self, batch: _Batch, *seeds: Seed, heads: int = 1) -> None:
         batch = to_device(batch, self.passes.device)
@@ -215,23 +217,23 @@ class _Pairs:
         return rows_of(contribution, owner, count if self.by_sample else 1, self.selected)
 
     def _keep(self, which: int, name: str, contribution: Contribution, place: Tensor | None) -> None:
-        found, kept = self._rows(contribution, place), self.kept[which].setdefault(name, [])
-        if kept and isinstance(found.contribution, Tensor):  # whole gradients of samples add up
-            kept[0].contribution.add_(found.contribution)
+        rows, kept = self._rows(contribution, place), self.kept[which].setdefault(name, [])
+        if kept and isinstance(rows.contribution, Tensor):  # whole gradients of samples add up
+            kept[0].contribution.add_(rows.contribution)
         else:
-            kept.append(found)
+            kept.append(rows)
 
     def _multiply(self, name: str, contribution: Contribution, place: Tensor | None) -> None:
-        found = [self._rows(contribution, place)]
+        rows = [self._rows(contribution, place)]
         for which, kept in enumerate(self.kept):
-            self._add_products(which, name, kept.get(name, []), found)
+            self._add_products(which, name, kept.get(name, []), rows)
 
     def _add_products(self, which: int, name: str, kept: list[Rows], others: list[Rows]) -> None:
         # forming gradients of the kept samples serves their own products too
         joint = self.wants_own == which and len(kept) == 1 and name not in self.own_done
-        for one in kept:
-            for other in others:
-                values, own = products(one, other, joint, self.inputs)
+        for left in kept:
+            for right in others:
+                values, own = products(left, right, joint, self.inputs)
                 self.table[which, self.position[name]] += values
                 if joint:
                     self.own_table[self.position[name]] = own
@@ -241,10 +243,10 @@ class _Pairs:
         """Products of a parameter's kept contributions with themselves, [S, S]: of all pairs of the uses of a module
         that is called several times, or of a tied matrix."""
         total = self.own_table.new_zeros(self.samples, self.samples)
-        for first, one in enumerate(kept):
-            total += own_products(one)
-            for other in kept[first + 1 :]:
-                values = products(one, other, own=False)[0]
+        for first, left in enumerate(kept):
+            total += own_products(left)
+            for right in kept[first + 1 :]:
+                values = products(left, right, own=False)[0]
                 total += values + values.t()
         return total
 

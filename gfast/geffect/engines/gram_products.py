@@ -39,12 +39,12 @@ class InputProducts:
 
     def of(self, left: Rows, right: Rows) -> Tensor | None:
         """Those of these two, if they are kept."""
-        x, y, found = self._last.get(left is right, (None, None, None))
-        return found if x is left.contribution.a and y is right.contribution.a else None
+        x, y, kept = self._last.get(left is right, (None, None, None))
+        return kept if x is left.contribution.a and y is right.contribution.a else None
 
-    def keep(self, left: Rows, right: Rows, found: Tensor) -> Tensor:
-        self._last[left is right] = left.contribution.a, right.contribution.a, found
-        return found
+    def keep(self, left: Rows, right: Rows, made: Tensor) -> Tensor:
+        self._last[left is right] = left.contribution.a, right.contribution.a, made
+        return made
 
 
 def products(left: Rows, right: Rows, own: bool, inputs: InputProducts | None = None) -> tuple[Tensor, Tensor | None]:

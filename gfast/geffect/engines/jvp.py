@@ -205,8 +205,8 @@ class Tangents(TorchFunctionMode):
 
 def _dual(parameter: nn.Parameter, streams: Sequence[tuple[int, Callable[[], Tensor | None]]]) -> Tensor:
     value = parameter.detach()
-    found = {stream: direction.to(value.dtype) for stream, along in streams if (direction := along()) is not None}
-    return forward_ad.make_dual(value, Streams(found)) if found else value
+    tangents = {stream: direction.to(value.dtype) for stream, along in streams if (direction := along()) is not None}
+    return forward_ad.make_dual(value, Streams(tangents)) if tangents else value
 
 
 _WRITING = frozenset(
@@ -299,7 +299,7 @@ def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
 
 def _explained(error: Exception, model: nn.Module, running: list[nn.Module]) -> ForwardModeError:
     module = running[-1] if running else model
-    name = next(name for name, found in model.named_modules() if found is module)
+    name = next(name for name, known in model.named_modules() if known is module)
     where = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
     what = str(error).splitlines()[0].rstrip(".")
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]

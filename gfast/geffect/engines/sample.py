@@ -42,17 +42,17 @@ def sample_effects(request: Request) -> SampleEffect:
     sites = find_sites(request.model, request.groups, "sample")
     batches = request.data.batches["forget"]
     with request.directions() as directions:
-        found = _measure_batches(request, directions, sites, [(batch, [None]) for batch in batches])
-        dots, logp = torch.cat([values for (values,), _ in found]), torch.cat([logp for _, logp in found])
+        measured = _measure_batches(request, directions, sites, [(batch, [None]) for batch in batches])
+        dots, logp = torch.cat([values for (values,), _ in measured]), torch.cat([logp for _, logp in measured])
         _check_complete(dots, directions)
         norms, counts = directions.norms(), directions.counts
     sides = ({name: dots[:, g, side].clone() for g, name in enumerate(request.groups.names)} for side in (0, 1))
     valid = [batch["labels"][:, 1:].cpu() != IGNORE_INDEX for batch in batches]
-    tokens = torch.cat([one.sum(1) for one in valid])
+    tokens = torch.cat([labelled.sum(1) for labelled in valid])
     ref = None
     if all(batch.get("ref_logp") is not None for batch in batches):
         parts = zip(batches, valid, strict=True)
-        ref = torch.cat([(batch["ref_logp"][:, 1:].cpu().double() * one).sum(1) for batch, one in parts])
+        ref = torch.cat([(batch["ref_logp"][:, 1:].cpu().double() * labelled).sum(1) for batch, labelled in parts])
     return SampleEffect(*sides, tokens, norms, str(request.risk), counts, logp, ref)
 
 
@@ -68,9 +68,9 @@ def objective_dots(request: Request, directions: Directions, terms: Sequence[Ter
         check_weighted(term, "sample")
     sites = find_sites(request.model, request.groups, "sample")
     work = request.data.shared(terms)
-    found = _measure_batches(request, directions, sites, work)
+    measured = _measure_batches(request, directions, sites, work)
     out = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
-    for (_, some), (dots, _) in zip(work, found, strict=True):
+    for (_, some), (dots, _) in zip(work, measured, strict=True):
         for term, values in zip(some, dots, strict=True):
             out[term] += values.sum(0)
     return [out[term] / max(request.data.count(term), 1) for term in terms]
@@ -106,7 +106,7 @@ def _measure_batches(
                 values = values.new_zeros(size).index_copy_(0, place, values)
             table[position[name], side] += values.view(table.shape[2], -1).sum(1)
 
-    found = []
+    measured = []
     with Bar("sample effects", show=request.options.progress) as bar, measuring(model, checkpoints=False):
         passes = request.passes(bar)
         with RowPass(passes.module, sites, "sample", passes.loss_scale) as seeded:
@@ -125,10 +125,10 @@ def _measure_batches(
                     passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term))
                     for table, term in zip(tables, terms, strict=True)
                 ]
-                found.append((dots, logp.cpu()))
+                measured.append((dots, logp.cpu()))
                 bar.update()
             seeded.finish()
-    return found
+    return measured
 
 
 def _check_complete(dots: Tensor, directions: Directions) -> None:
@@ -136,13 +136,13 @@ def _check_complete(dots: Tensor, directions: Directions) -> None:
     if directions.risk != str(NLL()):
         return
     square = directions.gram[:, 0, 0]
-    found = -dots[:, :, 0].sum(0) / max(directions.counts["unlearn"], 1)  # [G]
+    sums = -dots[:, :, 0].sum(0) / max(directions.counts["unlearn"], 1)  # [G]
     # the second term: a group can have a gradient that is zero but for rounding, such as a bias of attention keys
-    wrong = ((found - square).abs() > _GAP * square + 1e-3 * square.sum()).nonzero()
+    wrong = ((sums - square).abs() > _GAP * square + 1e-3 * square.sum()).nonzero()
     if len(wrong):
         group = directions.groups.names[int(wrong[0])]
         raise ValueError(
-            f"gfast: the samples do not add up to the forget set in the group {group!r}: {float(found[wrong[0]]):.4g} "
+            f"gfast: the samples do not add up to the forget set in the group {group!r}: {float(sums[wrong[0]]):.4g} "
             f"instead of ||grad R||^2 = {float(square[wrong[0]]):.4g}. Either the directions are of other data, or the "
             f"model uses a trainable parameter outside the module that owns it: use token_effect(...).samples()"
         )

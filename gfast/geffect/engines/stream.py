@@ -75,7 +75,7 @@ def _swapped(
     risks = [((1.0, Term(risk, source)),) for source in SETS]
     if passes.batches(job) != 1 or max(map(passes.batches, risks)) > 1:
         return None
-    own, of_risks = passes.work(job), [passes.work(one) for one in risks]
+    own, of_risks = passes.work(job), [passes.work(risk_job) for risk_job in risks]
     stored = store_for("device", dtype, "forget", passes.names, passes.device)
     rows: list[Tensor | None] = [None] * len(passes.parameters)
     tables: list[Tensor] = []
@@ -101,12 +101,12 @@ def _swapped(
     passes.backward([*own, *of_risks[0], *of_risks[1]], consume, done)
     square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
-    found = torch.zeros(passes.num_groups, 2, dtype=torch.float64, device="cpu")
+    sums_of_risks = torch.zeros(passes.num_groups, 2, dtype=torch.float64, device="cpu")
     for side, some in enumerate(of_risks):
         if some:
             sums = passes.by_group(tables.pop(0), job_label(risks[side]))  # [G, 2]
-            found[:, side], gram[:, side, side] = sums.unbind(1)
-    return gram, {job: Measured(found, square)}
+            sums_of_risks[:, side], gram[:, side, side] = sums.unbind(1)
+    return gram, {job: Measured(sums_of_risks, square)}
 
 
 def _measure_jobs(passes: Passes, stores: list[Store], jobs: Sequence[Job], norms: bool) -> dict[Job, Measured]:
@@ -155,7 +155,7 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
 
     passes.backward([item for _, item in work], consume, done)
     nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64, device="cpu")
-    found = [torch.stack(table) if table else nothing for table in tables]
+    stacked = [torch.stack(table) if table else nothing for table in tables]
     return [
-        (passes.by_group(table, job_label(job)), whole) for table, job, whole in zip(found, jobs, once, strict=True)
+        (passes.by_group(table, job_label(job)), whole) for table, job, whole in zip(stacked, jobs, once, strict=True)
     ]

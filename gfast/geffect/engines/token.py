@@ -141,7 +141,7 @@ def measure_tokens(request: Request, directions: Directions, batches: Sequence[M
     device, out = next(iter(streams)).device, []
     with Bar("token effects", show=request.options.progress) as bar, _ready(model):
         for batch in batches:
-            tokens = _measure(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
+            tokens = _measure_batch(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
             tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
@@ -174,7 +174,9 @@ def _ready(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float) -> Tokens:
+def _measure_batch(
+    streams: Along, model: nn.Module, batch: Mapping[str, Any], names: list[str], loss_scale: float
+) -> Tokens:
     labels = shifted(batch["labels"])  # [B, T] at the positions that score them
     flat = labels.reshape(-1)
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
@@ -242,7 +244,7 @@ def _by_head(
 
 def _directions_of(streams: Along, parameter: Tensor | None) -> list[tuple[int, Tensor]]:
     """The streams in which a parameter moves, and how; none for a constant."""
-    return [(stream, found) for stream, along in streams.get(parameter, ()) if (found := along()) is not None]
+    return [(stream, direction) for stream, along in streams.get(parameter, ()) if (direction := along()) is not None]
 
 
 def _slopes(logits: Tensor, labels: Tensor, scale: float, softcap: float, loss_scale: float) -> Tensor:

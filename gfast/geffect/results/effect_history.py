@@ -42,14 +42,14 @@ class EffectHistory(Effect):
     def of(cls, effects: Mapping[int, GEffect]) -> EffectHistory:
         """From effects by step. Raises ValueError for none, or for effects of several objectives or groupings."""
         steps = sorted(effects)
-        found = [effects[step] for step in steps]
+        in_order = [effects[step] for step in steps]
         for what in ("objective", "groups", "risk"):
-            several = {str(getattr(effect, what)) for effect in found}
+            several = {str(getattr(effect, what)) for effect in in_order}
             if len(several) != 1:
                 raise ValueError(
                     f"gfast: a history is of one {what}, and these effects have {sorted(several) or 'none'}"
                 )
-        return cls(steps, found)
+        return cls(steps, in_order)
 
     @classmethod
     def from_records(cls, rows: pandas.DataFrame | Iterable[Mapping[str, Any]], risk: str = "NLL()") -> EffectHistory:
@@ -66,7 +66,7 @@ class EffectHistory(Effect):
         for row in records:
             if row["quantity"] in _QUANTITIES:
                 by_step.setdefault(int(row["step"]), []).append(row)
-        objectives = {str(row["objective"]) for found in by_step.values() for row in found}
+        objectives = {str(row["objective"]) for of_step in by_step.values() for row in of_step}
         if len(objectives) != 1:
             raise ValueError(f"gfast: the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
         (objective,) = objectives
@@ -75,10 +75,10 @@ class EffectHistory(Effect):
             if row["quantity"] == "risk" and row["objective"] == objective and row["step"] in risks:
                 risks[int(row["step"])][str(row["side"])] = float(row["value"])
         effects = {}
-        for step, found in by_step.items():
-            found.sort(key=lambda row: depth(str(row["group"])))
+        for step, of_step in by_step.items():
+            of_step.sort(key=lambda row: depth(str(row["group"])))
             scalars = {"objective": objective, "risk": risk, "counts": {}, "risks": risks[step]}
-            effects[step] = GEffect._from_rows(found, scalars)
+            effects[step] = GEffect._from_rows(of_step, scalars)
         return cls.of(effects)
 
     @property

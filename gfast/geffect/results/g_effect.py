@@ -155,15 +155,15 @@ class GEffect(Effect):
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GEffect:
-        found: dict[str, dict[str, dict[str, float]]] = {}
+        by_quantity: dict[str, dict[str, dict[str, float]]] = {}
         for row in rows:
             if row["group"] != "total" or row["quantity"] == "standard_error":
-                found.setdefault(row["quantity"], {}).setdefault(row["side"], {})[row["group"]] = row["value"]
-        norms = found.get("risk_norm", {})
-        if "objective_norm" in found:
-            norms["objective"] = found["objective_norm"][""]
-        sides = {side: found["g_effect"][side] for side in SIDES}
-        return cls(**scalars, **sides, norms=norms, errors=found.get("standard_error", {}))
+                by_quantity.setdefault(row["quantity"], {}).setdefault(row["side"], {})[row["group"]] = row["value"]
+        norms = by_quantity.get("risk_norm", {})
+        if "objective_norm" in by_quantity:
+            norms["objective"] = by_quantity["objective_norm"][""]
+        sides = {side: by_quantity["g_effect"][side] for side in SIDES}
+        return cls(**scalars, **sides, norms=norms, errors=by_quantity.get("standard_error", {}))
 
     def __repr__(self) -> str:
         groups = self.groups if len(self.groups) <= 6 else []  # one column a layer would not fit a line

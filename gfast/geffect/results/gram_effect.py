@@ -88,9 +88,9 @@ class GramEffect(Effect):
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GramEffect:
-        found = rows_by(rows, "quantity")
-        tokens = {source: row_values(some).long() for source, some in rows_by(found["tokens"], "side").items()}
-        effects = rows_by(found["gram"], "side")
+        by_quantity = rows_by(rows, "quantity")
+        tokens = {source: row_values(some).long() for source, some in rows_by(by_quantity["tokens"], "side").items()}
+        effects = rows_by(by_quantity["gram"], "side")
         size = len(tokens["forget"])
         sides = ({g: v.view(size, -1) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES)
         return cls(*sides, tokens, **scalars)

@@ -115,15 +115,15 @@ class SampleEffect(Effect):
             ValueError: an objective whose weights differ from token to token (except where they are constant), or one
                 that needs logp or ref_logp, and they were not recorded.
         """
-        found = spec_on_forget(objective)
-        if found is None or (found.level == "token" and (found.p_pow or found.q_pow or found.beta)):
+        spec = spec_on_forget(objective)
+        if spec is None or (spec.level == "token" and (spec.p_pow or spec.q_pow or spec.beta)):
             raise ValueError(
                 f"gfast: {objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or "
                 f"with token_effect(...) and its g_effect(objective)"
             )
-        if found.level == "token":
-            return torch.full((len(self.tokens),), found.sign, dtype=torch.float64, device="cpu")
-        for name in ("logp", "ref_logp") if found.uses_ref else ("logp",):
+        if spec.level == "token":
+            return torch.full((len(self.tokens),), spec.sign, dtype=torch.float64, device="cpu")
+        for name in ("logp", "ref_logp") if spec.uses_ref else ("logp",):
             if getattr(self, name) is None:
                 raise ValueError(
                     f"gfast: {objective} needs {name} of the samples, which was not recorded: pg_effect(...) records "
@@ -134,7 +134,7 @@ class SampleEffect(Effect):
         def spread(values: Tensor) -> Tensor:
             return (values / self.tokens.clamp(min=1))[ids]
 
-        ref = spread(self.ref_logp) if found.uses_ref else None
+        ref = spread(self.ref_logp) if spec.uses_ref else None
         valid = torch.ones(len(ids), dtype=torch.bool, device="cpu")
         weight, _ = weigh(objective, spread(self.logp), ref, valid, ids, len(self.tokens))
         return torch.zeros(len(self.tokens), dtype=torch.float64, device="cpu").index_copy(0, ids, weight)
@@ -185,18 +185,18 @@ class SampleEffect(Effect):
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> SampleEffect:
-        found = rows_by(rows, "quantity")
-        effects = rows_by(found["sample_effect"], "side")
+        by_quantity = rows_by(rows, "quantity")
+        effects = rows_by(by_quantity["sample_effect"], "side")
 
         def column(quantity: str) -> Tensor | None:
-            return row_values(found[quantity]) if quantity in found else None
+            return row_values(by_quantity[quantity]) if quantity in by_quantity else None
 
         return cls(
             *(tensors_by_group(effects[side]) for side in SIDES),
-            tokens=row_values(found["tokens"]).long(),
-            norms=norms_of(found),
+            tokens=row_values(by_quantity["tokens"]).long(),
+            norms=norms_of(by_quantity),
             logp=column("logp"),
             ref_logp=column("ref_logp"),
-            sample_norms=tensors_by_group(found["sample_norm"]) if "sample_norm" in found else None,
+            sample_norms=tensors_by_group(by_quantity["sample_norm"]) if "sample_norm" in by_quantity else None,
             **scalars,
         )

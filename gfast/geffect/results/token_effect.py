@@ -128,20 +128,20 @@ class TokenEffect(Effect):
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> TokenEffect:
-        found = rows_by(rows, "quantity")
-        sizes = [int(row["value"]) for row in found["tokens"]]
+        by_quantity = rows_by(rows, "quantity")
+        sizes = [int(row["value"]) for row in by_quantity["tokens"]]
 
         def split(some: Sequence[Mapping[str, Any]]) -> list[Tensor]:
             return list(row_values(some).split(sizes))
 
-        effects = rows_by(found["token_effect"], "side")
-        places = torch.tensor([int(row["token"]) for row in found["logp"]], dtype=torch.int64, device="cpu")
+        effects = rows_by(by_quantity["token_effect"], "side")
+        places = torch.tensor([int(row["token"]) for row in by_quantity["logp"]], dtype=torch.int64, device="cpu")
         return cls(
             *({g: list(v.split(sizes)) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES),
-            logp=split(found["logp"]),
-            labels=[one.long() for one in split(found["label"])],
+            logp=split(by_quantity["logp"]),
+            labels=[one.long() for one in split(by_quantity["label"])],
             positions=list(places.split(sizes)),
-            norms=norms_of(found),
-            ref_logp=split(found["ref_logp"]) if "ref_logp" in found else None,
+            norms=norms_of(by_quantity),
+            ref_logp=split(by_quantity["ref_logp"]) if "ref_logp" in by_quantity else None,
             **scalars,
         )

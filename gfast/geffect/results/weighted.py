@@ -31,8 +31,8 @@ def spec_on_forget(objective: Objective) -> WeightSpec | None:
     spec = getattr(objective, "spec", None)
     if not callable(spec) or objective.needs & OWN_DATA:
         return None
-    found = spec_of(objective)
-    return None if found.level == "pair" else found
+    spec_found = spec_of(objective)
+    return None if spec_found.level == "pair" else spec_found
 
 
 def weighted_effect(
@@ -58,9 +58,9 @@ def weighted_effect(
     return GEffect(str(objective), *values.values(), effect.norms, effect.risk, counts, errors if known else {})
 
 
-def norms_of(found: Mapping[str, list[Mapping[str, Any]]]) -> Norms:
+def norms_of(by_quantity: Mapping[str, list[Mapping[str, Any]]]) -> Norms:
     norms: Norms = {}
-    for row in found.get("risk_norm", ()):
+    for row in by_quantity.get("risk_norm", ()):
         if row["group"] != "total":
             norms.setdefault(row["side"], {})[row["group"]] = row["value"]
     return norms
