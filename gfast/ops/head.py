@@ -44,7 +44,10 @@ def _native(dtype: torch.dtype) -> bool:
 
 @cache
 def _has_mixed_mm() -> bool:
-    """Whether there are products of fp32 and 16 bits, and fast ones: in AVX2 or AVX-512."""
+    """Whether there are products of fp32 and 16 bits, and fast ones: in AVX2 or AVX-512.
+
+    Tiles widened for the library's fp32 products instead would do for training, and scoring would miss its law.
+    """
     names = ("mixed_mm", "head_grad_hidden", "head_grad_weight")
     return all(map(has_cpu_kernel, names)) and extension()[0].build_info()["instruction_set"] != "default"
 
