@@ -52,8 +52,9 @@ struct Part {
 
   // Of the row, the column of element k of the part.
   __device__ __forceinline__ int column(int k) const { return first * K + k - lead; }
+  // Whether a column, which may be none of the row's, lies in the part.
   __device__ __forceinline__ bool has(int64_t column) const {
-    return column + lead >= static_cast<int64_t>(first) * K && column + lead < static_cast<int64_t>(first + count) * K;
+    return column >= 0 && column < vocab && (column + lead) / K >= first && (column + lead) / K < first + count;
   }
 };
 

@@ -178,9 +178,15 @@ bool all_cases() {
     if (!run<T>({rows, vocab, 0, 0, 0.5f, true, false, kFamilies[4]}, 1)) return false;
   }
   for (int shift = 1; shift < K; shift += K == 4 ? 1 : 3)
-    if (!run<T>({5, part + 3, 5, shift, 1, shift % 2 == 0, false, kFamilies[1]}, 1)) return false;
+    if (!run<T>({14, part + 3, 5, shift, 1, shift % 2 == 0, false, kFamilies[1]}, 1)) return false;
   for (const Family& family : kFamilies)
     if (!run<T>({16, part + 1, 0, 0, 1.5f, false, false, family}, 1)) return false;
+  for (int n = 0; n < 15; ++n) {
+    Case c{2 + int(draw() % 14), 1 + int(draw() % (n % 2 ? 3 * K : 2 * part))};
+    c.gap = draw() % 2 ? draw() % (2 * K) : 0, c.shift = draw() % K;
+    c.in_place = draw() % 2, c.scale = draw() % 2 ? 1 : 0.7f, c.family = kFamilies[draw() % 5];
+    if (!run<T>(c, 1)) return false;
+  }
   return run<T>({16, part + 9, 0, 0, 1, false, true, kFamilies[2]}, 2);
 }
 
