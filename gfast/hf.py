@@ -51,12 +51,46 @@ def num_layers(model: nn.Module) -> int:
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # looked at already
 
 
+def of_its_own_kind(model: nn.Module) -> nn.Module | None:
+    """Of a model that is not transformers' and says by itself what gfast asks, the module inside DDP and torch.compile:
+    `hidden(batch)` gives what its `head`, a module, reads. None for any other.
+    """
+    inner = wrappers.measured(model)
+    if hasattr(type(inner), "base_model_prefix") or wrappers.is_adapted(inner):
+        return None
+    says = callable(getattr(type(inner), "hidden", None)) and isinstance(getattr(inner, "head", None), nn.Module)
+    return inner if says else None
+
+
+def own_hidden(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What the head of a model of its own kind reads [B, T, D], from the batch without what is gfast's."""
+    hidden = module.hidden({key: value for key, value in batch.items() if key not in OWN_KEYS})
+    expected = batch["labels"].shape
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != expected:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(
+            f"gfast: {type(module).__name__}.hidden(batch) must give hidden states [B, T, D] of the labels' "
+            f"{tuple(expected)}, one for each token; it gave {found}"
+        )
+    return hidden
+
+
+def plain_head(module: nn.Module) -> bool:
+    """Whether the head of a model of its own kind is a linear map that nobody has put anything around."""
+    head = module.head
+    touched = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not touched
+    return plain and wrappers.is_whole(head.weight)
+
+
 def check_causal(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """ValueError, by its name, for a model whose logits do not score the next token: no causal language model.
 
     Where not every block says that it is causal, or images are involved, it is tried once: another last label in
     `batch` must leave what is answered before it as it was.
     """
+    if of_its_own_kind(model) is not None:
+        return  # its own word
     inner = unwrap(model)
     if inner in _causal:
         return
@@ -226,7 +260,7 @@ class Answer(NamedTuple):
 
 def log_materialised(model: nn.Module, why: str) -> None:
     """Say, once for a class and a reason, that the logits of whole batches are computed."""
-    _log_materialised(type(unwrap(model)).__name__, why)
+    _log_materialised(type(of_its_own_kind(model) or unwrap(model)).__name__, why)
 
 
 @functools.cache
@@ -264,6 +298,8 @@ def depends_on_width(model: nn.Module) -> bool:
     """Whether padding on the right changes what the model computes left of it: rotary embeddings that stretch with the
     longest position of a batch.
     """
+    if of_its_own_kind(model) is not None:
+        return True  # nothing is known of it, so nothing is cut off
     config = getattr(unwrap(model), "config", None)
     found = [config.to_dict()] if hasattr(config, "to_dict") else []
     while found:  # by any name, in the configuration of any part, maybe by kind of layer

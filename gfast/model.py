@@ -16,6 +16,7 @@ from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
 from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
@@ -136,7 +137,9 @@ def model_loss(
     of an objective: they are left out, which is logged once, unless ``own_terms`` asks for them.
 
     Args:
-        model: a causal language model of Hugging Face, possibly wrapped.
+        model: a causal language model of Hugging Face, possibly wrapped. Or any module whose logits are causal, with a
+            method `hidden(batch)` -> [B, T, D] and a module `head` that makes logits [B, T, V] of it; nn.Linear is
+            never called.
         batch: what the model takes, and labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
             labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
             [2B, T]. Where rows hold several texts, these are the sequences: `position_ids` that start again,
@@ -206,6 +209,9 @@ def model_loss(
 
 def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = False) -> ModelOutput:
     """What the model answers to a batch, by its own call."""
+    own = hf.of_its_own_kind(model)
+    if own is not None:
+        return _own_output(own, batch, own_terms)
     logits, terms = hf.answer(model, batch, own_terms=own_terms)
     head = logits.head() if isinstance(logits, DeferredLogits) else None
     if head is None:
@@ -214,6 +220,20 @@ def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = F
         hf.log_materialised(model, "FSDP frees the head's weight when the model's forward ends")
         return ModelOutput(None, *hf.answer(model, batch, defer=False, own_terms=own_terms))
     return ModelOutput(head, logits.hidden, terms)
+
+
+def _own_output(module: nn.Module, batch: Mapping[str, Any], own_terms: bool) -> ModelOutput:
+    """Of a model that is not transformers' (`hf.of_its_own_kind`)."""
+    if own_terms:
+        raise ValueError(
+            f"gfast: {type(module).__name__} computes no loss of its own that own_terms could be a part of"
+        )
+    hidden = hf.own_hidden(module, batch)  # [B, T, D]
+    if not hf.plain_head(module):
+        hf.log_materialised(module, f"its head is no plain nn.Linear but a {type(module.head).__name__} that is called")
+        return ModelOutput(None, module.head(hidden))
+    hidden, weight, bias = as_autocast(hidden, module.head.weight, module.head.bias)
+    return ModelOutput(Head(weight, bias, module=module.head), hidden)
 
 
 def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **options: Any) -> LossOutput:

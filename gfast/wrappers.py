@@ -57,7 +57,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             raise ValueError(
                 f"gfast needs a Hugging Face causal language model (possibly wrapped by PEFT, DDP, FSDP or "
-                f"torch.compile), and found no transformers model inside {type(model).__name__}"
+                f"torch.compile), and found no transformers model inside {type(model).__name__}. A module of "
+                f"your own needs a method hidden(batch) -> [B, T, D], a module head (model_loss), and groups=callable"
             )
     return inner
 
