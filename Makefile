@@ -55,8 +55,9 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-cuda-check:
+cuda-check: install
 	csrc/cuda/compile_check.sh
+	$(PYTEST) tests/test_cuda_compiles.py tests/test_cuda_on_cpu.py
 
 # The CPU kernels for 64-bit ARM, run under QEMU: apt-get install g++-aarch64-linux-gnu qemu-user
 arm-check: install

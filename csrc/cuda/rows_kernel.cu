@@ -2,7 +2,7 @@
 // blocks holds a row in shared memory, each a part of it. A bulk copy brings the part in; its maximum and sum are merged
 // with the other blocks' through distributed shared memory; the gradient is computed from the part where it lies.
 //
-// With y the label, M the maximum of the others, and all logits times `scale`:
+// With y the label, m the maximum, s_other the sum of the others' exps relative to it, all logits times `scale`:
 //     logp = (z_y - m) - log(total)          -log1p(s_other) where the label is the maximum
 //     1 - p = s_other / total                never 1 - exp(logp) rounded: forget tokens live at p near 1
 //     d logits_j = coef (delta_jy - p_j) scale
