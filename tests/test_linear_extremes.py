@@ -153,3 +153,47 @@ def test_a_value_far_below_its_gradient_keeps_its_digits(impl, reduction):
     for found in errors.values():
         # 64 log-probs of about 8 are rounded on their own: their sum is off by 8 roundings or so, times beta
         assert torch.tensor(found).square().mean().sqrt() < 0.1 * 8 * 8 * torch.finfo(torch.float32).eps / 2
+
+
+@pytest.mark.parametrize(
+    "objective, scale",
+    [
+        (WGA(2.5), 65536.0),
+        (NPO(0.3), 65536.0),
+        (lambda logp, *_: 1e-5 * logp.exp(), 65536.0),
+        (lambda logp, *_: 1e8 * logp.exp(), 1e-3),
+    ],
+    ids=["small weights", "a weight a sequence", "small weights given", "large weights given"],
+)
+@pytest.mark.parametrize("chunk_rows", [4, 16])
+def test_fp16_products_lose_nothing_that_a_loss_scale_keeps(objective, scale, chunk_rows, monkeypatch):
+    """As a GPU multiplies: what goes into the products is fp16, their sums are fp32. Beside plain PyTorch with a loss
+    scale."""
+
+    def accumulate(total, left, right, first):
+        total.copy_(left.float().t() @ right.float() + (0 if first else total))
+
+    monkeypatch.setattr("gfast.ops.head._native", lambda dtype: True)
+    monkeypatch.setattr("gfast.ops.head._accumulate_product", accumulate)
+    monkeypatch.setattr("gfast.ops.linear_unlearn_loss.sums_are_wide", lambda hidden: True)
+    hidden, weight, bias, labels = rows_problem(16, 32, 2000, torch.float16)
+    ref = torch.full((16,), -9.0, dtype=torch.float64)
+
+    def ours(h, w, b):
+        options = dict(bias=b, ref_logp=ref[None], chunk_rows=chunk_rows, impl="cpp")
+        return gfast.linear_unlearn_loss(h[None], w, labels[None], objective, **options)
+
+    def literal(h, w, b):
+        return linear_unlearn_loss_reference(h[None], w, labels[None], objective, bias=b, ref_logp=ref[None])
+
+    def gradients(op, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        return torch.autograd.grad(scale * op(*leaves).loss.double(), leaves)
+
+    need("linear_unlearn_loss", "cpp", "cpu", torch.float16)
+    exact = gradients(literal, torch.float64)
+    for found, plain, right in zip(
+        gradients(ours, torch.float16), gradients(literal, torch.float16), exact, strict=True
+    ):
+        error, allowed = ((x.double() - right).norm() / right.norm() for x in (found, plain))
+        assert error <= 2 * allowed + torch.finfo(torch.float16).eps

@@ -34,10 +34,14 @@ def kept_scale(factor: Tensor, dtype: torch.dtype, weight: Tensor | None = None)
     return scale, factor / scale
 
 
-def summed_scale(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``kept_scale`` of gradients that are summed over rows: sums over fp16 rows have fp32, but what goes into them
-    would vanish if it were divided by N. They are divided afterwards."""
-    return (torch.ones_like(factor), factor) if dtype == torch.float16 else (factor, None)
+def summed_scale(factor: Tensor, dtype: torch.dtype, wide: bool, weight: Tensor | None = None):
+    """``kept_scale`` of gradients that are summed over rows. ``wide``: the sums have fp32 at once. Else they pass
+    through ``dtype``, whose top they would leave: nothing is kept above its own size."""
+    scale, late = kept_scale(factor, dtype, weight)
+    if late is None or wide:
+        return scale, late
+    scale = scale.clamp(max=1.0)
+    return scale, factor / scale
 
 
 def scaled(ctx, gradient: Tensor, factor: Tensor, late: Tensor | None = None) -> Tensor:

@@ -251,6 +251,12 @@ def add_mm(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         total.addmm_(left, right)
 
 
+def sums_are_wide(hidden: Tensor) -> bool:
+    """Whether products with rows like ``hidden`` [N, D] are added up in fp32 without having been 16 bits before."""
+    dtype = product_dtype(hidden.dtype, hidden.device)
+    return dtype.itemsize > 2 or (hidden.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"))
+
+
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total [m, D] += left.T @ right, or = for the first; left [n, m] and right [n, D] may have another dtype."""
     if first and total.is_cpu and (left.dtype, total.dtype) == (torch.float32, torch.bfloat16) and _multiplies_mixed():

@@ -13,7 +13,7 @@ from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.dispatch import select
 from gfast.ops.gradients import summed_scale, with_gradients
-from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.head import ChunkedHead, fake_gradients, sums_are_wide
 from gfast.ops.linear_inputs import check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.registration import python_op
@@ -214,7 +214,7 @@ def linear_token_kl(
         check_literal(name, head)
         return literal(*head.inputs)
     need = head.wanted()
-    inner, late = summed_scale(factor, dtype)
+    inner, late = summed_scale(factor, dtype, sums_are_wide(head.hidden))
     options = head.options(form, impl)
     kl, *gradients = _linear_token_kl(head.detached(), list(ref.inputs), flat, inner, *options, need)
     if not any(need):

@@ -14,7 +14,7 @@ from gfast.ops.checks import IGNORE_INDEX, raise_if_not_finite
 from gfast.ops.chunks import plan_chunks, row_chunks, sequence_length
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.gradients import summed_scale, with_gradients
-from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.head import ChunkedHead, fake_gradients, sums_are_wide
 from gfast.ops.held_rows import select_rows
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
@@ -108,15 +108,15 @@ def _linear_unlearn(
     def first_span(start: int, stop: int) -> None:
         """A sequence longer than a chunk, before anything else is summed. Its one weight, which only its last row
         tells, multiplies the sums: no row is computed twice."""
-        unscaled, unweighted = torch.ones_like(factor), WeightSpec(sign=spec.sign)
+        unweighted = WeightSpec(sign=spec.sign)
         for a, b in row_chunks(stop - start, chunked.chunk):
             rows, part = chunked.logits(start + a, start + b), slice(start + a, start + b)
             chosen = select_rows("linear_unlearn_loss", asked, rows, rows, form[1])
-            arguments = (rows, chunked.labels[part], None, unweighted, unscaled, *form, rows, chosen)
+            arguments = (rows, chunked.labels[part], None, unweighted, factor, *form, rows, chosen)
             logp[part] = weighted_rows(*arguments)[0]
             chunked.add_gradients(part.start, part.stop, rows)
         weights[start:stop] = weights_of(slice(start, stop))
-        chunked.scale_gradients(start, stop, weights[start:stop].abs().amax() * factor)
+        chunked.scale_gradients(start, stop, weights[start:stop].abs().amax())
 
     # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
     by_row = level == "token" and given is None and not group
@@ -142,7 +142,7 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         given = terms.weigh(scored, ref)[0]
         del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
-    inner, late = summed_scale(factor, head.hidden.dtype)
+    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), given)
     logp, weights, *gradients = _linear_unlearn(
         head.detached(),
         head.labels,
