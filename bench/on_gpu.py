@@ -121,7 +121,8 @@ class Call:
                 stop(process)
                 jobs.remove(job)
                 self.running.remove(process)
-                self.note(step, self.outcome(step, status, limit), took)
+                self.note(step, outcome := self.outcome(step, status, limit), took)
+                self.env |= {} if outcome == "ok" else dict(step.without)
                 self.archive()
             if jobs and time.monotonic() - self.archived > EVERY:
                 self.archive()

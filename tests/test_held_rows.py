@@ -53,3 +53,17 @@ def test_what_it_does_not_take_goes_to_triton_or_raises(monkeypatch):
     assert select_rows("unlearn_loss", "auto", logits, logits, 30.0) == "reference"
     with pytest.raises(ValueError, match="impl='cuda' cannot serve these logits: the kernel has no soft cap"):
         select_rows("unlearn_loss", "cuda", logits, logits, 30.0)
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(held_rows, "select", lambda op, impl, device, dtype: "cuda" if impl == "auto" else impl)
+    monkeypatch.setattr(held_rows, "why_not", lambda *_: "")
+    monkeypatch.setenv("GFAST_HELD_ROWS", "0")
+    held_rows._switched_off.cache_clear()
+    try:
+        logits = torch.empty(2, 1000)
+        assert select_rows("unlearn_loss", "auto", logits, logits, 0.0) == "triton"
+        with pytest.raises(ValueError, match="GFAST_HELD_ROWS=0"):
+            select_rows("unlearn_loss", "cuda", logits, logits, 0.0)
+    finally:
+        held_rows._switched_off.cache_clear()

@@ -232,7 +232,11 @@ def test_a_step_that_fails_hangs_or_cannot_run_stops_no_other(bench, tmp_path, m
         [shell(bench, "here_not", "echo no permission; exit 77")],
         [shell(bench, "needy", "true", needs=("absent",)), shell(bench, "tool", "true", tool="no-such-tool")],
         [shell(bench, "instead", "true", unless="bad"), shell(bench, "needless", "true", unless="beside")],
-        [shell(bench, "last", 'test "$GFAST_CUDA_ARCH" = 90')],
+        [
+            shell(bench, "spoilt", "false", without=(("SPOILT", "1"),)),
+            shell(bench, "fine", "true", without=(("FINE", "1"),)),
+        ],
+        [shell(bench, "last", 'test "$GFAST_CUDA_ARCH$SPOILT$FINE" = 901')],
     ):
         run.run(tuple(stage), 60)
     assert outcomes(run) == {
@@ -244,6 +248,8 @@ def test_a_step_that_fails_hangs_or_cannot_run_stops_no_other(bench, tmp_path, m
         "tool": "skipped: no-such-tool was not found",
         "instead": "ok",
         "needless": "skipped: beside did it",
+        "spoilt": "failed with 1",
+        "fine": "ok",
         "last": "ok",
     }
     assert outcomes(run)["hangs"].startswith("cut after ") and run.elapsed < 20
