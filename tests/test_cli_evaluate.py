@@ -198,7 +198,7 @@ def test_a_folder_of_another_evaluation(model, tmp_path, capsys):
     fails(capsys, "weights is", flags(other, tmp_path / "out", ds_size=1))
 
 
-def test_wrong_words(model, tmp_path, capsys):
+def test_wrong_words(model, tmp_path, capsys, monkeypatch):
     log = Path(__file__).parent / "data" / "tofu_logs_excerpt.json"
     (tmp_path / "retain.json").write_text(json.dumps(json.loads(log.read_text())["retain90"]))
     for options, message in (
@@ -214,6 +214,9 @@ def test_wrong_words(model, tmp_path, capsys):
         ({"device": "cuda:99"}, "cannot be used"),
     ):
         fails(capsys, message, flags(model, tmp_path / "x", **options))
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+        fails(capsys, "pip install 'gfast[evaluate]'", flags(model, tmp_path / "x"))
     fails(capsys, "did you mean --retain_log", ["evaluate", "--retain_logs", "x"])
     short = tmp_path / "short"
     tiny_model(max_position_embeddings=16).save_pretrained(short)

@@ -32,7 +32,7 @@ from gfast.data.encode import chat_source, resolve_template
 from gfast.data.ids import vocabulary_sizes
 from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, sources
 from gfast.evaluation.attacks import BITS, Relearning, curve_table, quantize, relearn, split
-from gfast.evaluation.results import SET_COLUMNS, shown, summarize, table, wholes, write_results
+from gfast.evaluation.results import SET_COLUMNS, require_libraries, shown, summarize, table, wholes, write_results
 from gfast.evaluation.run import EXTRACTIONS
 from gfast.files import read_json, require_writable, whole_file, write_json
 from gfast.locks import claimed
@@ -45,7 +45,7 @@ from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import check_run_folder, read_run_info, write_run_info
 
 SOURCES = ("bundled", "tofu", "jsonl", "muse", "wmdp", "mmlu")
-DEMO = "demo"
+DEMO = "<demo>"  # no name of a model
 
 
 @dataclass
@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, folder: Path, argv: list[str]) -> int:
     device = usable_device(arguments.device)
+    require_libraries(retain_log=arguments.retain_log, holdout=arguments.holdout or arguments.data == "muse")
     retain_log = None if arguments.retain_log is None else metrics.load_log(arguments.retain_log)
     if model_arguments.model == DEMO:
         model_arguments.model = str(_taught(folder / "model"))
@@ -333,8 +334,8 @@ def _check_retain_log(sets: list[EvaluationSet], samples: list[list[Sample]], re
         if one.name != "forget":
             continue
         there = retain_log.of("forget", "forget quality")
-        config = retain_log.source.get("sets", {}).get("forget", {}).get("config", one.config)
-        if config != one.config:
+        config = retain_log.config_of("forget")
+        if config not in (None, one.config):
             raise ValueError(
                 f"the retain log {retain_log.path} is of {config}, and this evaluation of {one.config}: p-values of "
                 "different splits do not compare"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfast import wrappers
-from gfast.evaluation.results import summarize, wholes
+from gfast.evaluation.results import require_libraries, summarize, wholes
 from gfast.evaluation.run import Evaluation
 from gfast.evaluation.samples import EvaluationSet, encoded
 from gfast.files import write_json
@@ -63,6 +63,7 @@ class EvaluateCallback(TrainerCallback):
     ) -> None:
         if every < 0:
             raise ValueError(f"gfast: every is {every}; give the optimizer steps between evaluations, or 0")
+        require_libraries(retain_log, any(one.name == "holdout" for one in sets))
         self.every, self.retain_log, self.folder = every, retain_log, folder
         samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]
         self.evaluation = Evaluation(sets, samples, tokenizer, batch_size, extraction)

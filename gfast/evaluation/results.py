@@ -15,6 +15,7 @@ from gfast.files import whole_file, write_json
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
 from gfast.metrics.log import LOG_FILE
+from gfast.metrics.values import required
 
 # Of a set: name in the summary, heading of the table, and a plain mean of a field of the log where it is one.
 SET_COLUMNS = (
@@ -28,6 +29,14 @@ SET_COLUMNS = (
     ("accuracy", "Accuracy", "right_choice"),
     ("generations_cut", "Generations cut", None),
 )
+
+
+def require_libraries(retain_log: Any = None, holdout: Any = None) -> None:
+    """ImportError, before any work, that says what to install where a library is missing that the numbers will need."""
+    required("rouge_score.rouge_scorer", "rouge-score", "an evaluation")
+    required("scipy.stats", "scipy", "model utility" if retain_log is None else "forget quality")
+    if holdout:
+        required("sklearn.metrics", "scikit-learn", "the AUC of membership inference")
 
 
 def summarize(log: EvaluationLog, retain_log: EvaluationLog | None = None) -> dict[str, Any]:

@@ -77,6 +77,12 @@ class EvaluationLog:
     path: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    def config_of(self, name: str) -> str | None:
+        """Which data a set is of, where the log says so."""
+        sets = self.source.get("sets")
+        one = sets.get(name) if isinstance(sets, Mapping) else None
+        return str(one["config"]) if isinstance(one, Mapping) and "config" in one else None
+
     def of(self, name: str, needed_by: str) -> LogSet:
         """A set by its name; ValueError that says which metric lacks it."""
         if name not in self.sets:

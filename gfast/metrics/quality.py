@@ -143,7 +143,7 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
 
 
 def _check_sources(log: EvaluationLog, other: EvaluationLog) -> None:
-    names = [one.source.get("sets", {}).get("forget", {}).get("config") for one in (log, other)]
+    names = [one.config_of("forget") for one in (log, other)]
     if None not in names and names[0] != names[1]:
         raise ValueError(
             f"gfast: {log.path or 'the log'} is of {names[0]} and {other.path or 'the retain log'} of {names[1]}; "
