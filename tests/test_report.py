@@ -3,6 +3,7 @@
 
 import base64
 import dataclasses
+import html
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from gfast.report.effects import _in as in_range
 from gfast.report.figures import drawings
 from gfast.report.runs import load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
-from gfast.report.tables import cells, comparison, number, reading, summarize
+from gfast.report.tables import COLUMNS, cells, comparison, number, reading, summarize
 from gfast.training.records import effect_file, token_texts_file, write_record, write_run_info
 
 GROUPS = ("embed+lm", "shallow", "middle", "deep")
@@ -179,6 +180,22 @@ def test_numbers_of_the_table(built):
     assert "never below 0" in table[3]
 
 
+def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
+    ga, mix = json.loads((built / "table.json").read_text())
+    # GA passes 2.1, the most that the other reaches, a seventieth of the way from step 5 to step 10
+    assert ga["matched"] == pytest.approx({"forget_nll": 2.1, "retain_nll": 1 + 6 / 70, "step": 5 + 5 / 70})
+    assert mix["matched"] == {"forget_nll": 2.1, "retain_nll": 0.13, "step": 10}
+    assert ga["effect_ratio"] == pytest.approx(359 / 454) and mix["effect_ratio"] == pytest.approx(-2.5 / 64)
+    lines = (built / "table.md").read_text().splitlines()
+    assert lines[2].endswith("| 0.791 | 1.09 at 2.1 |") and lines[3].endswith("| −0.0391 | 0.13 at 2.1 |")
+    said = "At a forget NLL of 2.1, which all of them reach, NPO(beta=0.1) + KL has the lowest retain NLL (0.13) and GA"
+    assert said in html.unescape((built / "report.html").read_text())
+    # one that never unlearned takes no part; one alone is compared with nobody
+    away = write_run(tmp_path / "nll", "NLL()", {0: (1.0, 1.0, 0.5, 0.5), 1: (1.0, 1.0, 0.1, 0.1)})
+    build_report([away, built / "runs" / "ga"], tmp_path / "two")
+    assert [one["matched"] for one in json.loads((tmp_path / "two" / "table.json").read_text())] == [None, None]
+
+
 def test_reading_follows_the_numbers(built):
     ga, mix = (reading(summarize(run)) for run in load_runs([built / "runs" / "ga", built / "runs" / "mix"]))
     assert ga["tone"] == "bad" and "heavy retain harm" in ga["verdict"]
@@ -220,7 +237,7 @@ def test_text_from_runs_and_data_is_escaped(tmp_path):
     assert "script" not in page.tags
     assert "".join(page.text).count(evil) >= 10
     row = (tmp_path / "out" / "table.md").read_text().splitlines()[2]
-    assert "<script" not in row and row.replace("\\|", "").count("|") == 8
+    assert "<script" not in row and row.replace("\\|", "").count("|") == len(COLUMNS) + 1
 
 
 def test_runs_of_one_objective_are_told_apart(tmp_path):

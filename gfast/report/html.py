@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gfast.report.figures import drawings
+from gfast.report.matched import match, matched_sentence
 from gfast.report.runs import TEXTS, Run, load_runs
 from gfast.report.tables import COLUMNS, HARM, cells, comparison, markdown, reading, summarize
 
@@ -52,6 +53,7 @@ def build_report(
     out = Path(out)
     runs = load_runs([Path(folder) for folder in run_folders])
     summaries = [summarize(run) for run in runs]
+    match(summaries)
     figures = []
     for drawing in drawings(runs):
         pictures = drawing.render(runs)
@@ -73,7 +75,7 @@ def build_report(
         runs=runs,
         columns=COLUMNS,
         rows=[(cells(summary), reading(summary)) for summary in summaries],
-        comparison=comparison(summaries),
+        comparison=f"{matched_sentence(summaries)} {comparison(summaries)}".strip(),
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],

@@ -26,6 +26,8 @@ COLUMNS = (
     ("retain_damage", "Worst retain G-effect (step)"),
     ("retain_negative", "Recorded steps with retain < 0"),
     ("damage_ratio", "Retain harm per unlearning"),
+    ("effect_ratio", "Retain over unlearn G-effect"),
+    ("matched", "Retain NLL at equal forget NLL"),
 )
 
 
@@ -57,6 +59,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "damage_ratio": float(harm / gain) if gain > 0 and len(retain) else None,
         "unlearn_total": float(unlearn.sum()) if len(unlearn) else None,
         "retain_total": float(retain.sum()) if len(retain) else None,
+        "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
+        "course": _course(run),
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES
@@ -83,6 +87,14 @@ def _ends(run: Run, side: str) -> dict[str, float | int] | None:
         "last_step": int(steps[-1]),
         "after": float(values[-1]),
     }
+
+
+def _course(run: Run) -> list[list[float]]:
+    """[step, forget NLL, retain NLL] of every step that has both."""
+    forget, retain = (
+        {int(s): float(v) for s, v in zip(*_clean(run, "risk", side, "")[:2], strict=True)} for side in SIDES
+    )
+    return [[step, forget[step], retain[step]] for step in sorted(forget.keys() & retain.keys())]
 
 
 def _lowest(steps: np.ndarray, values: np.ndarray) -> dict[str, float | int] | None:
@@ -120,6 +132,9 @@ def cells(summary: dict[str, Any]) -> dict[str, str]:
     counted = summary["retain_negative"]
     found["retain_negative"] = f"{counted['steps']} of {counted['of']}" if counted else "–"
     found["damage_ratio"] = number(summary["damage_ratio"])
+    found["effect_ratio"] = number(summary["effect_ratio"])
+    matched = summary.get("matched")
+    found["matched"] = f"{number(matched['retain_nll'])} at {number(matched['forget_nll'])}" if matched else "–"
     return found
 
 
@@ -131,7 +146,9 @@ def markdown(summaries: Sequence[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(_escape(row[key]) for key, _ in COLUMNS) + " |")
     note = (
         "Retain harm per unlearning is the sum of the negative retain G-effects divided by the sum of the negative "
-        "unlearn G-effects over the recorded steps: 0 is no harm, 1 is as much harm as unlearning."
+        "unlearn G-effects over the recorded steps: 0 is no harm, 1 is as much harm as unlearning. Retain over unlearn "
+        "G-effect is the quotient of both sums. Retain NLL at equal forget NLL is interpolated along each run where "
+        "its forget NLL first reaches what all runs reach: end points compare who went further, not who is better."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs compared where they can be: what each keeps at equal forgetting. End points say who went further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def match(summaries: Sequence[dict[str, Any]]) -> None:
+    """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches the level that all
+    runs reach, interpolated linearly between recorded steps; None where fewer than two runs unlearned.
+
+    The level is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose take no part.
+
+    >>> runs = [{"course": [[0, 0.0, 0.1], [10, 4.0, 2.1]]}, {"course": [[0, 0.0, 0.1], [10, 2.0, 0.3]]}]
+    >>> match(runs)
+    >>> runs[0]["matched"]
+    {'forget_nll': 2.0, 'retain_nll': 1.1, 'step': 5.0}
+    """
+    reached = {at: max(forget for _, forget, _ in one["course"]) for at, one in enumerate(summaries) if _rises(one)}
+    level = min(reached.values()) if len(reached) > 1 else None
+    for at, one in enumerate(summaries):
+        one["matched"] = _at(one["course"], level) if level is not None and at in reached else None
+
+
+def _rises(summary: dict[str, Any]) -> bool:
+    course = summary["course"]
+    return len(course) > 1 and max(forget for _, forget, _ in course) > course[0][1]
+
+
+def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
+    first = next(at for at, (_, forget, _) in enumerate(course) if forget >= level)
+    if first == 0:
+        return {"forget_nll": level, "retain_nll": course[0][2], "step": float(course[0][0])}
+    (step, forget, kept), (next_step, next_forget, next_kept) = course[first - 1], course[first]
+    share = (level - forget) / (next_forget - forget)
+    return {
+        "forget_nll": level,
+        "retain_nll": kept + share * (next_kept - kept),
+        "step": step + share * (next_step - step),
+    }
+
+
+def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
+    """One sentence: at equal forgetting, who keeps most and who least; empty where there are not two to compare."""
+    from gfast.report.tables import number
+
+    kept = {one["label"]: one["matched"]["retain_nll"] for one in summaries if one.get("matched")}
+    if len(kept) < 2:
+        return ""
+    level = next(one["matched"]["forget_nll"] for one in summaries if one.get("matched"))
+    least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
+    return (
+        f"At a forget NLL of {number(level)}, which all of them reach, {least} has the lowest retain NLL "
+        f"({number(kept[least])}) and {most} the highest ({number(kept[most])})."
+    )
