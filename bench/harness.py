@@ -215,19 +215,22 @@ def cuda_times(step: Callable[[], object]) -> CudaTimes:
     """Two calls. One on an idle device, by the host's clock; one behind a kernel that spins for as long as the host
     needs to queue the step, by events, so that the device never waits for Python within the time that counts.
 
-    Who waits for the device itself cannot be queued, and is so slow to queue that it does not matter above QUEUE_S: the
-    device's time then has the host's in it.
+    Who waits for the device itself cannot be queued, and above QUEUE_S of queueing nobody is: the device's time then
+    has the host's in it.
     """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start = time.perf_counter()
+    begin.record()
     result = step()
+    end.record()
     host = time.perf_counter() - start
     torch.cuda.synchronize()
     wall = time.perf_counter() - start
     del result
-    if host < QUEUE_S:
-        torch.cuda._sleep(int(SPINS_PER_S * (2 * host + 1e-4)))
+    if host >= QUEUE_S:
+        return CudaTimes(begin.elapsed_time(end) / 1e3, host, wall, False)
+    torch.cuda._sleep(int(SPINS_PER_S * (2 * host + 1e-4)))
     begin.record()
     result = step()
     queued = not begin.query()  # it still spins

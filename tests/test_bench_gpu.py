@@ -82,6 +82,18 @@ def test_a_step_that_waits_for_the_gpu_is_said_to_be_not_queued(bench, monkeypat
     assert not harness.cuda_times(cuda.step).queued and not cuda.spins
 
 
+def test_what_is_here_is_asked_of_a_process_of_its_own(bench, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    found = bench("on_gpu").probe(["torch", "no_such_module", "torch.nn:Linear", "torch.nn:NoSuchOptions"])
+    assert found["missing"] == ["no_such_module", "torch.nn:NoSuchOptions"]
+    assert found["arch"] == "90" and found["environment"]["name"] == "h200" and "commit" in found["environment"]
+    assert found["workers"] in ([], ["-n", str(min(6, os.cpu_count() or 1))])
+
+
 NCU = """#!/usr/bin/env bash
 echo "==PROF== Connected to process 1"
 cat <<END
