@@ -15,11 +15,11 @@ from gfast.metrics.values import log_probabilities, numbers, required
 
 
 class TokenStatistics(NamedTuple):
-    """Of N answer tokens: `logp` of the token, `mean` and `variance` of log p over the vocabulary under p; [N] each."""
+    """Of N answer tokens: `logp` of the token; mean `mu`, variance `var` of log p over the vocabulary under p; [N]."""
 
     logp: Any
-    mean: Any
-    variance: Any
+    mu: Any
+    var: Any
 
 
 def min_k(logp: Any, k: float) -> float:
@@ -48,7 +48,7 @@ def min_k_plus_plus(given: Any, k: float, labels: Any = None) -> float:
         \sigma_i^2 = \sum_v p_v (\log p_v)^2 - \mu_i^2
 
     Args:
-        given: logits [N, V] that score the answer's tokens, or their `TokenStatistics` (logp, mean, variance).
+        given: logits [N, V] that score the answer's tokens, or their `TokenStatistics` (logp, mu, var).
         k: share of the tokens, in (0, 1].
         labels: [N], the answer's token ids; needed with logits.
 
@@ -62,17 +62,17 @@ def min_k_plus_plus(given: Any, k: float, labels: Any = None) -> float:
     -0.087753
     """
     statistics = token_statistics(given, labels) if labels is not None else _statistics(given)
-    logp, mean, variance = (numbers(name, x) for name, x in zip(statistics._fields, statistics, strict=True))
-    if not logp.shape == mean.shape == variance.shape:
-        raise ValueError(f"gfast: logp, mean and variance must be of the same tokens, got {logp.size}, {mean.size} and "
-                         f"{variance.size}")  # fmt: skip
-    return _lowest((logp - mean) / np.sqrt(np.maximum(variance, 1e-6)), k)
+    logp, mu, var = (numbers(name, x) for name, x in zip(statistics._fields, statistics, strict=True))
+    if not logp.shape == mu.shape == var.shape:
+        raise ValueError(f"gfast: logp, mu and var must be of the same tokens, got {logp.size}, {mu.size} and "
+                         f"{var.size}")  # fmt: skip
+    return _lowest((logp - mu) / np.sqrt(np.maximum(var, 1e-6)), k)
 
 
 def token_statistics(logits: Any, labels: Any) -> TokenStatistics:
     """What Min-K%++ needs of logits [N, V] that score labels [N]; fp64.
 
-    >>> token_statistics([[0.0, 0.0]], [1]).mean.round(4)
+    >>> token_statistics([[0.0, 0.0]], [1]).mu.round(4)
     array([-0.6931])
     """
     rows = numbers("logits", logits, 2)
@@ -84,8 +84,8 @@ def token_statistics(logits: Any, labels: Any) -> TokenStatistics:
     shifted = rows - rows.max(1, keepdims=True)
     logp = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))  # [N, V]
     p = np.exp(logp)
-    mean = (p * logp).sum(1)
-    return TokenStatistics(logp[np.arange(len(rows)), at], mean, (p * (logp - mean[:, None]) ** 2).sum(1))
+    mu = (p * logp).sum(1)
+    return TokenStatistics(logp[np.arange(len(rows)), at], mu, (p * (logp - mu[:, None]) ** 2).sum(1))
 
 
 def _statistics(given: Any) -> TokenStatistics:
@@ -96,7 +96,7 @@ def _statistics(given: Any) -> TokenStatistics:
         return TokenStatistics(*(given[name] for name in TokenStatistics._fields))
     if isinstance(given, (tuple, list)) and len(given) == 3 and all(np.ndim(part) == 1 for part in given):
         return TokenStatistics(*given)
-    raise ValueError("gfast: give logits [N, V] with labels=, or statistics (logp, mean, variance), [N] each")
+    raise ValueError("gfast: give logits [N, V] with labels=, or statistics (logp, mu, var), [N] each")
 
 
 def _lowest(values: np.ndarray, k: float) -> float:
