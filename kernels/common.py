@@ -1,8 +1,9 @@
 """Maths shared by the Triton row kernels: soft-cap, logarithms that keep small values, online softmax, token weights.
 
-Everything is fp32 and built from exp, log and arithmetic only: libdevice is missing in Triton's interpreter, and the
-interpreter must run the very code that the GPU runs. Floats that select code or scale it (scale, softcap, powers, beta,
-sign) are `tl.constexpr`, because a Python float argument is fp32 in an eager launch but fp64 under Inductor.
+Everything is fp32 and built from exp2, log, rsqrt and arithmetic only: libdevice is missing in Triton's interpreter,
+and the interpreter must run the very code that the GPU runs. Floats that select code or scale it (scale, softcap,
+powers, beta, sign) are `tl.constexpr`, because a Python float argument is fp32 in an eager launch but fp64 under
+Inductor.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def tile(vocab: int, row_bytes: int, itemsize: int, streams: int = 1, aligned: b
 
     K columns are 16 bytes, one vector load of one thread, so maxima and sums over K stay inside the thread and the loop
     needs no barrier; R gives each thread 32 bytes of loads in flight over all `streams` (matrices read together). Rows
-    that are not 16-byte aligned (odd vocabularies) take K = 1, so that neighbouring threads load neighbouring columns.
+    that are not 16-byte aligned (odd vocabularies) take K = 1, so that neighbouring threads load neighbouring columns,
+    and 4 of them a thread: the addresses and masks of more would not fit the registers.
 
     The gradient kernels read a row twice and must find it in L2 the second time. A program holds half its row between
     the two reads on average, so longer rows get more warps and thereby fewer programs an SM: 4 of 8 warps up to 64 KiB,
@@ -47,7 +49,7 @@ def tile(vocab: int, row_bytes: int, itemsize: int, streams: int = 1, aligned: b
     else:
         warps = 32
     columns = 16 // itemsize if aligned else 1
-    groups = 32 * warps * (2 if aligned else 8) // streams
+    groups = 32 * warps * (2 if aligned else 4) // streams
     groups = min(groups, triton.next_power_of_2(triton.cdiv(vocab, columns)))
     return {"R": groups, "K": columns, "num_warps": min(warps, max(1, groups // 32))}
 
@@ -80,21 +82,67 @@ def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 @triton.jit
-def tanh_small(x):
-    # Odd minimax polynomial, good to an fp32 ulp for |x| < 0.625 (Cephes); 1 - 2/(exp(2x) + 1) cancels there.
-    x2 = x * x
-    poly = -5.70498872745e-3 * x2 + 2.06390887954e-2
-    poly = poly * x2 - 5.37397155531e-2
-    poly = poly * x2 + 1.33314422036e-1
-    poly = poly * x2 - 3.33332819422e-1
-    return x + x * (x2 * poly)
+def exp(x):
+    """exp(x) by one rounded product and exp2, which flushes denormals: |x| / 2 ulps of error in two instructions."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    big = (1.0 - e) * (1.0 / (1.0 + e))  # the quotient that cap_slope needs too
-    return tl.where(tl.abs(x) < 0.625, tanh_small(x), tl.where(x < 0.0, -big, big))
+def exp_exact(x):
+    """exp(x) to two ulps, for the few numbers of a row that powers and logarithms are taken of."""
+    n = tl.floor(tl.minimum(tl.maximum(x * 1.4426950408889634, -200.0), 200.0))  # beyond, 2^n is 0 or inf
+    r = (x - n * 0.693145751953125) - n * 1.42860677e-06  # log 2 in two parts: the first product is exact
+    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for 1 <= x <= 2 to an ulp or two. Of a block [R, K] four neighbours, a thread's own, share one reciprocal
+    of their product: its unit is an eighth as fast as the others, and a division takes eight instructions.
+    """
+    if len(x.shape) == 2 and x.shape[1] % 4 == 0:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0] * x.shape[1] // 4, 2, 2)))
+        left, right = tl.split(even * odd)
+        r = reciprocal_of(left * right)
+        r = tl.join(right * r, left * r)  # 1 / (even odd)
+        return tl.reshape(tl.join(odd * r, even * r), x.shape)
+    else:
+        return reciprocal_of(x)
+
+
+@triton.jit
+def reciprocal_of(x):
+    r = tl.rsqrt(x)
+    r = r * r
+    return r * (2.0 - x * r)
+
+
+@triton.jit
+def with_sign(x, of):
+    """x >= 0 with the sign of `of`."""
+    sign = of.to(tl.int32, bitcast=True) >> 31 << 31
+    return (x.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tanh_parts(z, slope: tl.constexpr):
+    """Of x = slope z, with e = exp(-2 |x|): r = 1 / (1 + e) and e r, so that |tanh x| = 1 - 2 e r."""
+    e = tl.exp2(tl.abs(z) * (-2.0 * 1.4426950408889634 * slope))
+    r = reciprocal(1.0 + e)
+    return r, e * r
+
+
+@triton.jit
+def tanh_bend(x):
+    """tanh(x) / x - 1 for |x| < 1, where the exponential's error would show in 1 - 2 e r: the minimax polynomial."""
+    x2 = x * x
+    poly = x2 * -0.00035845148 + 0.0023013628
+    poly = poly * x2 + -0.0079461047
+    poly = poly * x2 + 0.021486657
+    poly = poly * x2 + -0.053879801
+    poly = poly * x2 + 0.13332345
+    poly = poly * x2 + -0.33333296
+    return x2 * poly
 
 
 @triton.jit
@@ -111,14 +159,15 @@ def log1p_positive(x):
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(x) for x <= 0 with a small relative error: 2 t / (1 + t) with t = tanh(-x / 2)."""
-    t = tanh(-0.5 * x)
-    return 2.0 * t / (1.0 + t)
+    """1 - exp(x) for x <= 0 with a small relative error: 2 t / (1 + t) with t = tanh(-x / 2) where it would cancel."""
+    h = -0.5 * x
+    t = h + h * tanh_bend(h)
+    return tl.where(h < 0.35, 2.0 * t / (1.0 + t), 1.0 - exp_exact(x))
 
 
 @triton.jit
 def sigmoid(x):
-    e = tl.exp(-tl.abs(x))
+    e = exp_exact(-tl.abs(x))
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
@@ -127,23 +176,41 @@ def cap_scale(z, scale: tl.constexpr, softcap: tl.constexpr):
     """Effective logit z' = softcap tanh(scale z / softcap), or scale z where softcap is 0, in fp32."""
     z = z.to(tl.float32)  # first: bf16 arithmetic is wrong in the interpreter
     if softcap > 0.0:
-        z = softcap * tanh(z * (scale / softcap))
+        _, er = tanh_parts(z, scale / softcap)
+        x = z * (scale / softcap)
+        scaled = z * scale
+        z = tl.where(tl.abs(x) < 1.0, scaled + scaled * tanh_bend(x), with_sign(softcap - 2.0 * softcap * er, z))
     elif scale != 1.0:
         z = z * scale
     return z
 
 
 @triton.jit
-def cap_slope(z, scale: tl.constexpr, softcap: tl.constexpr):
-    """dz'/dz = scale (1 - tanh^2) as 4 e / (1 + e)^2, which keeps its relative accuracy where tanh saturates."""
+def cap_slope(z, scale: tl.constexpr, softcap: tl.constexpr, fine: tl.constexpr):
+    """dz'/dz / slope_factor, with d tanh = 4 e / (1 + e)^2, which keeps its relative accuracy where tanh saturates."""
     z = z.to(tl.float32)
-    if softcap > 0.0:
-        e = tl.exp(-2.0 * tl.abs(z * (scale / softcap)))
-        r = 1.0 / (1.0 + e)
-        slope = (4.0 * scale) * (e * r * r)
+    r, er = tanh_parts(z, scale / softcap)
+    if fine:  # where saturated, e decides
+        er = exp_exact(-2.0 * tl.abs(z * (scale / softcap))) * r
+    return er * r
+
+
+@triton.jit
+def slope_factor(scale: tl.constexpr, softcap: tl.constexpr):
+    return 4.0 * scale if softcap > 0.0 else scale
+
+
+@triton.jit
+def exp_of_row(z, m, scale: tl.constexpr, softcap: tl.constexpr, fine: tl.constexpr):
+    """exp(z' - m). Not `fine`, z' is within 2e-7 softcap: enough where the result is rounded to 16 bits."""
+    if softcap > 0.0 and not fine:
+        z = z.to(tl.float32)
+        _, er = tanh_parts(z, scale / softcap)
+        top: tl.constexpr = softcap * 1.4426950408889634
+        value = tl.exp2(with_sign(top - 2.0 * top * er, z) - m * 1.4426950408889634)
     else:
-        slope = tl.full(z.shape, scale, tl.float32)
-    return slope
+        value = exp(cap_scale(z, scale, softcap) - m)
+    return value
 
 
 @triton.jit
@@ -162,7 +229,7 @@ def is_column(y, start, R: tl.constexpr, K: tl.constexpr):
 def absorb(m, s, z):
     """Add a block z [R, K] to running maxima m [R] and sums s [R] of exp(z - m)."""
     m_new = tl.maximum(m, tl.max(z, 1))
-    s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
+    s = s * exp(m - m_new) + tl.sum(exp(z - m_new[:, None]), 1)
     return m_new, s
 
 
@@ -178,13 +245,15 @@ def max_and_sum(row, y, V, scale: tl.constexpr, softcap: tl.constexpr, policy: t
     full = V // block * block
     for start in range(0, full, block):
         z = cap_scale(tl.load(row + start + cols, eviction_policy=policy), scale, softcap)
-        m, s = absorb(m, s, tl.where(is_column(y, start, R, K), float("-inf"), z))
+        if (y >= start) & (y < start + block):
+            z = tl.where(is_column(y, start, R, K), float("-inf"), z)
+        m, s = absorb(m, s, z)
     if full < V:
         at = full + cols
         z = cap_scale(tl.load(row + at, mask=at < V, other=0.0, eviction_policy=policy), scale, softcap)
         m, s = absorb(m, s, tl.where((at >= V) | is_column(y, full, R, K), float("-inf"), z))
     top = tl.max(m, 0)
-    return top, tl.sum(s * tl.exp(m - top), 0)
+    return top, tl.sum(s * exp_exact(m - top), 0)
 
 
 @triton.jit
@@ -194,8 +263,8 @@ def target_stats(z_y, top, rest):
     With the target as the maximum log(total) = log1p(s_other), so logp keeps its relative accuracy as p -> 1.
     """
     m = tl.maximum(top, z_y)
-    s_other = rest * tl.exp(top - m)
-    e_y = tl.exp(z_y - m)
+    s_other = rest * exp_exact(top - m)
+    e_y = exp_exact(z_y - m)
     log_total = log1p_positive(tl.where(z_y >= top, s_other, s_other + e_y - 1.0))
     log_total = tl.where(s_other + e_y == 0.0, float("nan"), log_total)  # all -inf: no softmax
     return m, log_total, (z_y - m) - log_total, e_y, s_other
@@ -217,7 +286,7 @@ def token_weight(logp, log_1mp, ref_logp, sign: tl.constexpr, p_pow: tl.constexp
         log_w += p_pow * logp
     if q_pow != 0.0:
         log_w += q_pow * log_1mp
-    w = sign * tl.exp(log_w)
+    w = sign * exp_exact(log_w)
     if beta > 0.0:  # a factor rather than a term of log w: one rounding less, and exactly 1 at logp = ref_logp
         w *= 2.0 * sigmoid(beta * (logp - ref_logp))
     return w
@@ -240,8 +309,13 @@ def gradient_block(row, out, start, y, V, m, others, target, masked: tl.constexp
         raw = tl.load(row + at, mask=at < V, other=0.0, eviction_policy="evict_first")
     else:
         raw = tl.load(row + at, eviction_policy="evict_first")
-    grad = others * tl.exp(cap_scale(raw, scale, softcap) - m)
-    grad = tl.where(is_column(y, start, R, K), target, grad) * cap_slope(raw, scale, softcap)
+    factor = slope_factor(scale, softcap)
+    fine: tl.constexpr = out.dtype.element_ty == tl.float32
+    grad = (factor * others) * exp_of_row(raw, m, scale, softcap, fine)
+    if (y >= start) & (y < start + R * K):
+        grad = tl.where(is_column(y, start, R, K), factor * target, grad)
+    if softcap > 0.0:
+        grad = grad * cap_slope(raw, scale, softcap, fine)
     grad = grad.to(out.dtype.element_ty)  # the one rounding
     if masked:
         tl.store(out + at, grad, mask=at < V, eviction_policy="evict_first")

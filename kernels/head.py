@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gfast.kernels.common import cap_scale, check_rows, launch, max_and_sum
+from gfast.kernels.common import cap_scale, check_rows, exp_exact, launch, max_and_sum
 
 
 @triton.jit(do_not_specialize=["first", "N"])
@@ -25,8 +25,8 @@ def fold_rows_kernel(logits, row_stride, labels, first, state, N, V, scale: tl.c
         # maxima are fp32 numbers, here too; sums over many tiles are not rounded once a tile
         before = tl.load(state + i).to(tl.float32)
         now = tl.maximum(before, top)
-        total = tl.load(state + N + i) * tl.exp(before - now).to(tl.float64)
-        total += rest.to(tl.float64) * tl.exp(top - now).to(tl.float64)
+        total = tl.load(state + N + i) * exp_exact(before - now).to(tl.float64)
+        total += rest.to(tl.float64) * exp_exact(top - now).to(tl.float64)
         tl.store(state + i, now.to(tl.float64))
         tl.store(state + N + i, total)
 

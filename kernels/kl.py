@@ -17,31 +17,31 @@ import torch
 import triton
 import triton.language as tl
 
-from gfast.kernels.common import LOWEST, absorb, cap_scale, cap_slope, check_rows, columns, launch, zero_row
+from gfast.kernels.common import (
+    LOWEST,
+    absorb,
+    cap_scale,
+    cap_slope,
+    check_rows,
+    columns,
+    exp_exact,
+    launch,
+    slope_factor,
+    zero_row,
+)
 
 
 @triton.jit
-def exp_tail(x):
-    """(exp(x) - 1 - x) / x^2 for |x| < 0.35, its power series: within 1e-9."""
-    tail = x * (1.0 / 40320.0) + (1.0 / 5040.0)
-    tail = tail * x + (1.0 / 720.0)
-    tail = tail * x + (1.0 / 120.0)
-    tail = tail * x + (1.0 / 24.0)
-    tail = tail * x + (1.0 / 6.0)
-    return tail * x + 0.5
+def exp_tail(d):
+    """(exp(-d) - 1 + d) / d^2 for |d| < 0.34, within 1.2e-7: the minimax polynomial of degree 4."""
+    tail = d * 0.0013900819 + -0.00836202
+    tail = tail * d + 0.04166684
+    tail = tail * d + -0.16666584
+    return tail * d + 0.5
 
 
 @triton.jit
-def subtract(a, b):
-    """a - b and what its rounding lost; of an infinite one nothing."""
-    value = a - b
-    back = value - a
-    lost = (a - (value - back)) - (b + back)
-    return value, tl.where(value > float("-inf"), lost, 0.0)
-
-
-@triton.jit
-def kl_block(row, ref, out, start, V, c, top_p, inverse_p, top_q, inverse_q, log_ratio, masked: tl.constexpr,
+def kl_block(row, ref, out, start, V, c, top_p, log_p, top_q, log_q, apart, gap, masked: tl.constexpr,
              scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
              has_out: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     """A block's terms of the KL and of sum(p - q), summed along K [R]; its gradient c (p - q) dz'/dz into `out`."""
@@ -52,19 +52,24 @@ def kl_block(row, ref, out, start, V, c, top_p, inverse_p, top_q, inverse_q, log
     else:
         raw = tl.load(row + at, eviction_policy="evict_first")
         raw_q = tl.load(ref + at, eviction_policy="evict_first")
-    x_p, lost_p = subtract(cap_scale(raw, scale, softcap), top_p)
-    x_q, lost_q = subtract(cap_scale(raw_q, ref_scale, ref_softcap), top_q)
-    p = tl.exp(x_p) * inverse_p
-    q = tl.exp(x_q) * inverse_q
-    # relative to both maxima: differences of raw logits would lose the KL of rows with a large offset
-    d = (x_q - x_p) + ((lost_q - lost_p) - log_ratio)
+    z_p = cap_scale(raw, scale, softcap)
+    z_q = cap_scale(raw_q, ref_scale, ref_softcap)
+    if apart != 0.0:
+        z_p -= apart
+    p = tl.exp2((z_p - top_p) * 1.4426950408889634 - log_p)
+    q = tl.exp2((z_q - top_q) * 1.4426950408889634 - log_q)
+    # Of close rows z_q - z_p has no rounding; z - top would have, of the size of a small d.
+    d = (z_q - z_p) - gap
     near = tl.abs(d) < 0.34
-    bend = d * d * exp_tail(-d)  # exp(-d) - 1 + d
-    term = tl.where(near, q * bend, (p - q) + q * d)
-    term = tl.where(q == 0.0, p, term)  # p may be 0 there, and d infinite or none
-    delta = tl.where(near, q * (bend - d), p - q)  # where p is close to q, not by subtracting them
+    shift = tl.where(q == 0.0, 0.0, q * d)  # where q = 0, d may be infinite or none
+    term = shift * (d * exp_tail(d))  # q (exp(-d) - 1 + d)
+    delta = tl.where(near, term - shift, p - q)  # where p is close to q, not by subtracting them
+    term = tl.where(near, term, (p - q) + shift)
     if has_out:
-        grad = (c * delta * cap_slope(raw, scale, softcap)).to(out.dtype.element_ty)
+        grad = c * delta
+        if softcap > 0.0:
+            grad = grad * cap_slope(raw, scale, softcap, out.dtype.element_ty == tl.float32)
+        grad = grad.to(out.dtype.element_ty)
         if masked:
             tl.store(out + at, grad, mask=at < V, eviction_policy="evict_first")
         else:
@@ -83,22 +88,27 @@ def kl_row(row, ref, out, c, V, top_p, sum_p, top_q, sum_q, scale: tl.constexpr,
     blocks = V // block
     kl = tl.zeros((R,), tl.float32)
     rest = tl.zeros((R,), tl.float32)
-    inverse_p = 1.0 / sum_p
-    inverse_q = 1.0 / sum_q
-    log_ratio = tl.log(sum_q) - tl.log(sum_p)
+    c = c * slope_factor(scale, softcap)
+    # Rows that are far apart but for a constant: a whole number leaves most logits exact.
+    apart = top_p - top_q
+    apart = tl.where(tl.abs(apart) < 1e30, tl.floor(apart + 0.5), 0.0)
+    top_p -= apart
+    gap = (top_q - top_p) + tl.log(sum_q / sum_p)  # d = log q - log p = (z_q - z_p) - gap
+    log_p = tl.log2(sum_p)
+    log_q = tl.log2(sum_q)
     if blocks * block < V:
-        kl, rest = kl_block(row, ref, out, blocks * block, V, c, top_p, inverse_p, top_q, inverse_q, log_ratio, True,
-                            scale, softcap, ref_scale, ref_softcap, has_out, R, K)
+        kl, rest = kl_block(row, ref, out, blocks * block, V, c, top_p, log_p, top_q, log_q, apart, gap, True, scale,
+                            softcap, ref_scale, ref_softcap, has_out, R, K)
     for j in range(blocks):
-        terms, deltas = kl_block(row, ref, out, (blocks - 1 - j) * block, V, c, top_p, inverse_p, top_q, inverse_q,
-                                 log_ratio, False, scale, softcap, ref_scale, ref_softcap, has_out, R, K)
+        terms, deltas = kl_block(row, ref, out, (blocks - 1 - j) * block, V, c, top_p, log_p, top_q, log_q, apart, gap,
+                                 False, scale, softcap, ref_scale, ref_softcap, has_out, R, K)
         kl += terms
         rest += deltas
     r = tl.sum(rest, 0)
     return tl.sum(kl, 0) - 0.5 * r * r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scale, kl, totals, out, out_stride, N, V,
                    scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
                    has_out: tl.constexpr, has_totals: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
@@ -129,8 +139,8 @@ def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scal
                 m_q, s_q = absorb(m_q, s_q, z_q)
             top_p = tl.max(m_p, 0)
             top_q = tl.max(m_q, 0)
-            sum_p = tl.sum(s_p * tl.exp(m_p - top_p), 0)
-            sum_q = tl.sum(s_q * tl.exp(m_q - top_q), 0)
+            sum_p = tl.sum(s_p * exp_exact(m_p - top_p), 0)
+            sum_q = tl.sum(s_q * exp_exact(m_q - top_q), 0)
             value = kl_row(row, ref, out + i * out_stride, tl.load(coef_scale), V, top_p, sum_p, top_q, sum_q, scale,
                            softcap, ref_scale, ref_softcap, has_out, R, K)
             tl.store(kl + i, value)
@@ -150,7 +160,7 @@ def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, coef_scal
                 zero_row(out + i * out_stride, V, R, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def kl_rows_grad_kernel(logits, row_stride, ref_logits, ref_stride, labels, totals, coef_scale, out, out_stride, N, V,
                         scale: tl.constexpr, softcap: tl.constexpr, ref_scale: tl.constexpr, ref_softcap: tl.constexpr,
                         R: tl.constexpr, K: tl.constexpr):

@@ -20,6 +20,7 @@ import triton.language as tl
 from gfast.kernels.common import (
     cap_scale,
     check_rows,
+    exp_exact,
     gradient_row,
     launch,
     log_one_minus_p,
@@ -31,7 +32,7 @@ from gfast.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def logp_rows_kernel(logits, row_stride, labels, logp, stats, N, V, scale: tl.constexpr, softcap: tl.constexpr,
                      R: tl.constexpr, K: tl.constexpr):
     for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
@@ -50,7 +51,7 @@ def logp_rows_kernel(logits, row_stride, labels, logp, stats, N, V, scale: tl.co
         tl.store(stats + 2 * i + 1, log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def logp_rows_grad_kernel(logits, row_stride, labels, logp, stats, coef, out, out_stride, N, V, scale: tl.constexpr,
                           softcap: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
@@ -60,13 +61,13 @@ def logp_rows_grad_kernel(logits, row_stride, labels, logp, stats, coef, out, ou
             log_total = tl.load(stats + 2 * i + 1)
             c = tl.load(coef + i)
             target = c * one_minus_exp(tl.load(logp + i))
-            others = -c * tl.exp(-log_total)
+            others = -c * exp_exact(-log_total)
             gradient_row(logits + i * row_stride, out + i * out_stride, y, V, m, others, target, scale, softcap, R, K)
         else:
             zero_row(out + i * out_stride, V, R, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp, weight, out, out_stride, N, V,
                          sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr, beta: tl.constexpr,
                          scale: tl.constexpr, softcap: tl.constexpr, has_out: tl.constexpr, R: tl.constexpr,
