@@ -12,17 +12,19 @@ from triton import knobs
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def tile(a: torch.dtype, direction: torch.dtype) -> dict[str, Any]:
+def tile(a: torch.dtype, direction: torch.dtype, aligned: bool = True) -> dict[str, Any]:
     """Tiles of the GEMM, the dtype of its factors, and in how many parts of that dtype the direction is multiplied.
 
     Products of 16-bit numbers are exact in fp32 and go to the matrix units. So do those of bf16 inputs and an fp32
     direction: it is the sum of three bf16 numbers, and three such products cost a fraction of one in fp32, which only
-    the ordinary units do exactly.
+    the ordinary units do exactly. Where rows are not `aligned`, every element has its address and mask, and a
+    quarter of the tile fits the registers.
     """
+    side = 128 if aligned else 64
     if a == direction and a.itemsize == 2:
-        return {"PRODUCT": DTYPES[a], "PARTS": 1, "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+        return {"PRODUCT": DTYPES[a], "PARTS": 1, "BM": side, "BN": side, "BK": 64, "num_warps": 8, "num_stages": 3}
     if (a, direction) == (torch.bfloat16, torch.float32):
-        return {"PRODUCT": tl.bfloat16, "PARTS": 3, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+        return {"PRODUCT": tl.bfloat16, "PARTS": 3, "BM": side, "BN": side, "BK": 32, "num_warps": 8, "num_stages": 3}
     return {"PRODUCT": tl.float32, "PARTS": 1, "BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -30,35 +32,36 @@ def tile(a: torch.dtype, direction: torch.dtype) -> dict[str, Any]:
 def row_dot_kernel(a, a_stride, b, b_stride, g, g_stride, out, n, d_in, d_out, splits, PRODUCT: tl.constexpr,
                    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """out[row, split] fp64: the columns of G a that this split takes, times b. Splits are added by the launcher."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = tl.arange(0, BM)
+    first = tl.program_id(0).to(tl.int64) * BM
     split = tl.program_id(1)
-    inside = rows < n
-    a_rows = a + rows.to(tl.int64)[:, None] * a_stride + tl.arange(0, BK)[None, :]
+    inside = first + row < n
+    # one 64-bit pointer and 32-bit offsets: where a stride is odd every element's address is held in registers
+    a += first * a_stride
+    b += first * b_stride
+    at_k = tl.arange(0, BK)[None, :]
+    column = tl.arange(0, BN)
     total = tl.zeros((BM,), tl.float64)
     for start in range(split * BN, d_out, splits * BN):
-        columns = start + tl.arange(0, BN)
-        x_at = a_rows
-        w_at = g + columns.to(tl.int64)[:, None] * g_stride + tl.arange(0, BK)[None, :]
+        here = start + column < d_out
+        g_here = g + tl.cast(start, tl.int64) * g_stride
         product = tl.zeros((BM, BN), tl.float32)
         for k in range(0, d_in, BK):
-            left = tl.arange(0, BK)[None, :] < d_in - k
-            x = tl.load(x_at, mask=inside[:, None] & left, other=0.0)  # [BM, BK]
-            w = tl.load(w_at, mask=(columns[:, None] < d_out) & left, other=0.0)  # [BN, BK]
+            left = at_k < d_in - k
+            x = tl.load(a + k + (row[:, None] * a_stride + at_k), mask=inside[:, None] & left, other=0.0)  # [BM, BK]
+            w = tl.load(g_here + k + (column[:, None] * g_stride + at_k), mask=here[:, None] & left, other=0.0)
             x = x.to(PRODUCT)
             if PARTS == 1:
                 product = tl.dot(x, tl.trans(w.to(PRODUCT)), product, input_precision="ieee")
             else:
                 for _ in tl.static_range(PARTS):  # 8 bits each of w's 24
-                    part = w.to(tl.bfloat16)
+                    part = w.to(tl.bfloat16)  # [BN, BK]
                     product = tl.dot(x, tl.trans(part.to(PRODUCT)), product, input_precision="ieee")
                     w -= part.to(tl.float32)
-            x_at += BK
-            w_at += BK
-        # 64 bits: an output head's b is [n, V]
-        y_at = b + rows.to(tl.int64)[:, None] * b_stride + columns[None, :]
-        y = tl.load(y_at, mask=inside[:, None] & (columns[None, :] < d_out), other=0.0)  # [BM, BN]
+        y = tl.load(b + start + (row[:, None] * b_stride + column[None, :]), mask=inside[:, None] & here[None, :],
+                    other=0.0)  # [BM, BN]
         total += tl.sum(product * y.to(tl.float32), 1).to(tl.float64)  # [BM]
-    tl.store(out + rows.to(tl.int64) * splits + split, total, mask=inside)
+    tl.store(out + (first + row) * splits + split, total, mask=inside)
 
 
 def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,8 @@ def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) ->
     a, b, direction = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, direction))
     n, d_in = a.shape
     d_out = b.shape[1]
-    options = tile(a.dtype, direction.dtype)
+    aligned = all(x.data_ptr() % 16 == x.stride(0) % 16 == x.shape[1] % 16 == 0 for x in (a, b, direction))
+    options = tile(a.dtype, direction.dtype, aligned)
     if knobs.runtime.interpret:  # its 16-bit products are wrong: it multiplies the same values in fp32
         options["PRODUCT"] = tl.float32
     blocks = triton.cdiv(n, options["BM"])
@@ -79,5 +83,5 @@ def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) ->
     if n:
         with torch.cuda.device_of(a):
             row_dot_kernel[(blocks, splits)](a, a.stride(0), b, b.stride(0), direction, direction.stride(0), out, n,
-                                             d_in, d_out, splits, **options)
+                                             d_in, d_out, splits, enable_fp_fusion=True, **options)
     return out.sum(1)

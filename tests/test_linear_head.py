@@ -238,3 +238,12 @@ def test_chunks_of_calls_inside_each_other_are_apart():
     expected = run(step, (hidden, weight, bias))
     inside = run(lambda h, w, b: step(h, w, b, meanwhile), (hidden, weight, bias))
     torch.testing.assert_close(inside, expected)
+
+
+def test_rows_of_logits_on_a_gpu_begin_at_whole_lines():
+    """An odd vocabulary keeps 16-byte loads; on a CPU nothing is left between the rows."""
+    for device, stride in (("meta", 50304), ("cpu", 50257)):
+        hidden, weight = (torch.ones(n, 8, device=device, dtype=torch.bfloat16) for n in (3, 50257))
+        labels = torch.zeros(3, dtype=torch.int64, device=device)
+        chunked = head.ChunkedHead(hidden, weight, None, labels, 2, torch.arange(3, device=device))
+        assert chunked.logits(0, 2).stride() == (stride, 1) and chunked.logits(2, 3).shape == (1, 50257)
