@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helpers.compiled_exp import emulate_if_asked
 from helpers.marks import mark_slow
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    emulate_if_asked()
 
 
 @pytest.fixture(scope="session")
