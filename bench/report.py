@@ -142,6 +142,21 @@ def gpu(found: list[Result], root: Path) -> str:
     return "\n\n".join([*blocks, table(["step of `bench/on_gpu.sh`", "what", *(names or [NO_GPU])], rows)])
 
 
+def static(found: list[Result], root: Path) -> str:
+    """What the machine code predicts (bench/static.py), by the oldest Triton that is recorded: GPU machines have it."""
+    path = root / "bench" / "results" / "static" / "sm_90.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    version = min(record, key=lambda text: [int(part) for part in text.split(".")], default=None)
+    rows = []
+    for label, one in record.get(version, {}).items():
+        if "slots" in one:
+            figures = [f"{one['slots']:.1f}", f"{one['special']:.1f}", str(one["bytes"])]
+            capped = f"`{label}`, soft cap" if one["softcap"] else f"`{label}`"
+            rows.append([capped, *figures, one["bound"], f"{one['share_of_copy']:.0%}", ""])
+    header = ["kernel", "instructions", "exponentials, roots", "bytes", "bound by", "predicted", "measured"]
+    return f"Triton {version}, compute capability 9.0.\n\n" + table(header, rows, right=6)
+
+
 def pictures(found: list[Result], root: Path) -> str:
     """Those that are there, in the order in which they are drawn."""
     there = {path.stem: path for path in (root / PICTURES).glob("*.png")}
@@ -161,7 +176,15 @@ def files(found: list[Result], root: Path) -> str:
 
 BLOCKS = {
     Path("README.md"): {"results": readme},
-    PAGE: {"gpu": gpu, "laws": laws, "pictures": pictures, "missed": missed, "machines": machines, "files": files},
+    PAGE: {
+        "gpu": gpu,
+        "static": static,
+        "laws": laws,
+        "pictures": pictures,
+        "missed": missed,
+        "machines": machines,
+        "files": files,
+    },
 }
 
 

@@ -1,8 +1,10 @@
-"""Compile every Triton kernel ahead of time, without a GPU: `python -m gfast.kernels.aot [--quick] [sm ...]`.
+"""Compile every Triton kernel ahead of time, without a GPU: `python -m gfast.kernels.aot [--quick] [--jit] [sm ...]`.
 
 Prints registers, spilled bytes and shared memory of each kernel for each target (default sm_80, sm_90, sm_100). Exit
 status: 0 well, 1 a kernel does not compile or spills more than MAX_SPILL bytes, 2 there is nothing to compile with.
-`--quick` takes one specialisation of each kernel.
+`--quick` takes one specialisation of each kernel; `--jit` adds those that Triton makes of odd arguments at run time.
+
+Another version of Triton: PYTHONPATH=FOLDER in front, of `pip install --no-deps --target FOLDER triton==3.6.0`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ class Spec(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
     aligned: bool  # pointers, strides and V divisible by 16, as in every model but those with an odd vocabulary
+    odd: tuple[str, ...] = ()  # of aligned ones, the arguments that are not
 
 
 class Report(NamedTuple):
@@ -72,7 +75,8 @@ def specs() -> Iterator[Spec]:
     capped = {"scale": 1.0, "softcap": 30.0}
     wtnpo = {"sign": 1.0, "p_pow": 1.0, "q_pow": 0.5, "beta": 1.0, "has_out": True}
     for dtype, vocab, form in [("bf16", LLAMA3, plain), ("fp16", LLAMA2, plain), ("fp32", LLAMA2, plain),
-                               ("fp32", LLAMA3, plain), ("bf16", GPT2, plain), ("bf16", GEMMA2, capped)]:
+                               ("fp32", LLAMA3, plain), ("bf16", GPT2, plain), ("bf16", GEMMA2, capped),
+                               ("fp32", GEMMA2, capped)]:
         yield _row_spec("logp_rows", rows.logp_rows_kernel, dtype, vocab, logp, **form)
         yield _row_spec("logp_rows_grad", rows.logp_rows_grad_kernel, dtype, vocab, grad, **form)
         yield _row_spec("weighted_rows", rows.weighted_rows_kernel, dtype, vocab, weighted, **form, **wtnpo)
@@ -90,42 +94,80 @@ def specs() -> Iterator[Spec]:
         yield Spec(f"scale_ {dtype}", scale.scale_kernel, signature, {"BLOCK": 4096}, options, True)
     signature = {"labels": "*i64", "factor": "*fp32", "good": "*i1", "N": "i32", "V": "i32"}
     yield Spec("label_factor", labels.label_factor_kernel, signature, {"B": labels.BLOCK}, labels.OPTIONS, False)
-    for a, b, g in [("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "fp32"),
-                    ("fp16", "fp16", "fp16")]:
-        types = f"a:*{a} a_stride:i32 b:*{b} b_stride:i32 g:*{g} g_stride:i32 out:*fp64"
+    for a, g, aligned in [("bf16", "bf16", True), ("bf16", "fp32", True), ("fp32", "fp32", True),
+                          ("fp16", "fp16", True), ("bf16", "bf16", False), ("bf16", "fp32", False)]:
+        types = f"a:*{a} a_stride:i32 b:*{a} b_stride:i32 g:*{g} g_stride:i32 out:*fp64"
         signature = dict(item.split(":") for item in f"{types} n:i32 d_in:i32 d_out:i32 splits:i32".split())
-        launch = row_dot.tile(DTYPES[a], DTYPES[g])
-        options = {"num_warps": launch.pop("num_warps"), "num_stages": launch.pop("num_stages")}
-        yield Spec(f"row_dot {a} direction {g}", row_dot.row_dot_kernel, signature, launch, options, True)
+        launch = row_dot.tile(DTYPES[a], DTYPES[g], aligned)
+        options = {key: launch.pop(key) for key in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+        label = f"row_dot {a} direction {g}{'' if aligned else ' odd'}"
+        yield Spec(label, row_dot.row_dot_kernel, signature, launch, options, aligned)
     types = "logits:*$ row_stride:i32 labels:*i64 first:i32 state:*fp64 N:i32 V:i32"
     for dtype, form in [("bf16", plain), ("fp16", capped), ("fp32", plain)]:
         yield _row_spec("fold_rows", output_head.fold_rows_kernel, dtype, 4096, types, **form)
 
 
-def compile_spec(spec: Spec, sm: int) -> Report:
-    """Compile one specialisation down to machine code and read its resources out of the binary."""
+def first_of_each(every: Iterable[Spec], aligned: bool | None = None) -> list[Spec]:
+    """One specialisation of each kernel."""
+    return list({spec.kernel: spec for spec in reversed(list(every)) if aligned in (None, spec.aligned)}.values())
+
+
+def not_specialized(spec: Spec) -> set[str]:
+    return {parameter.name for parameter in spec.kernel.params if parameter.do_not_specialize}
+
+
+def jit_variants(spec: Spec) -> Iterator[Spec]:
+    """What else the JIT makes of a specialisation: an integer that is 1, or not divisible by 16, a stride of 64 bits.
+
+    Where a stride or a width of matrices is odd the launchers say that rows are not aligned, and take other tiles.
+    """
+    for name, kind in spec.signature.items():
+        if kind != "i32" or name in not_specialized(spec):
+            continue
+        if not (spec.aligned and name.endswith(("stride", "V", "d_in", "d_out"))):
+            others = {n: t for n, t in spec.signature.items() if n != name}
+            constants = {**spec.constants, name: 1}
+            yield spec._replace(label=f"{spec.label}, {name} 1", signature=others, constants=constants)
+        if spec.aligned and not name.endswith(("stride", "d_in", "d_out")):
+            yield spec._replace(label=f"{spec.label}, {name} odd", odd=(name,))
+        if name.endswith("stride"):
+            wide = {n: "i64" if n == name else t for n, t in spec.signature.items()}
+            yield spec._replace(label=f"{spec.label}, {name} i64", signature=wide)
+
+
+def machine_code(spec: Spec, sm: int) -> Any:
+    """One specialisation compiled, as Triton's own object."""
     names = spec.kernel.arg_names
     signature = {name: spec.signature.get(name, "constexpr") for name in names}
-    divisible = [n for n, kind in spec.signature.items() if spec.aligned or kind.startswith("*")]
+    fixed = {*not_specialized(spec), *spec.odd}
+    divisible = [n for n, t in spec.signature.items() if n not in fixed and (spec.aligned or t.startswith("*"))]
     source = ASTSource(spec.kernel, signature, constexprs={(names.index(n),): v for n, v in spec.constants.items()},
                        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=spec.options)
-    registers, spilled = _resources(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=spec.options)
+
+
+def report(spec: Spec, sm: int, compiled: Any) -> Report:
+    """The resources of a compiled specialisation, read out of the binary."""
+    text = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    registers = re.search(r"REG:(\d+)", text)
+    local = re.findall(r"(?:STACK|LOCAL):(\d+)", text)
+    if registers is None or not local:
+        raise RuntimeError(f"gfast: cuobjdump printed no resource usage: {text!r}")
     vector = re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]) is not None
-    return Report(spec, sm, registers, spilled, compiled.metadata.shared, vector)
+    return Report(spec, sm, int(registers[1]), sum(map(int, local)), compiled.metadata.shared, vector)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def disassembled(cubin: bytes) -> str:
+    """The machine code in words (SASS)."""
+    return _cuobjdump(cubin, "-sass")
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"REG:(\d+)", text)
-    local = re.search(r"(?:STACK|LOCAL):(\d+)", text)
-    if registers is None or local is None:
-        raise RuntimeError(f"gfast: cuobjdump printed no resource usage: {text!r}")
-    return int(registers[1]), sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+        command = [triton.knobs.nvidia.cuobjdump.path, what, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def missing() -> str | None:
@@ -145,23 +187,26 @@ def main(arguments: list[str]) -> int:
     if reason:
         print(f"gfast: cannot compile the Triton kernels: {reason}", file=sys.stderr)
         return 2
-    targets = [int(a.removeprefix("sm_")) for a in arguments if a != "--quick"] or list(TARGETS)
+    targets = [int(a.removeprefix("sm_")) for a in arguments if not a.startswith("--")] or list(TARGETS)
     chosen = list(specs())
     if "--quick" in arguments:
-        chosen = list({spec.kernel: spec for spec in reversed(chosen)}.values())
+        chosen = first_of_each(chosen)
+    if "--jit" in arguments:
+        first = [*first_of_each(specs(), True), *first_of_each(specs(), False)]
+        chosen += [variant for spec in first for variant in jit_variants(spec)]
     failures = 0
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':42} {'sm':>4} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>6}  16-byte loads")
+    print(f"{'kernel':50} {'sm':>4} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>6}  16-byte loads")
     for sm in targets:
         for spec in chosen:
             try:
-                r = compile_spec(spec, sm)
+                r = report(spec, sm, machine_code(spec, sm))
             except Exception as error:  # any compiler failure must be listed beside the others, not stop them
                 failures += 1
-                print(f"{spec.label:42} {sm:>4} FAILED: {type(error).__name__}: {error}")
+                print(f"{spec.label:50} {sm:>4} FAILED: {type(error).__name__}: {error}")
                 continue
             failures += r.spilled > MAX_SPILL
-            print(f"{spec.label:42} {sm:>4} {spec.options['num_warps']:>5} {r.registers:>4} {r.spilled:>5} "
+            print(f"{spec.label:50} {sm:>4} {spec.options['num_warps']:>5} {r.registers:>4} {r.spilled:>5} "
                   f"{r.shared:>6}  {'yes' if r.vector_loads else 'no'}", flush=True)
     print(f"{failures} failed or spilled" if failures else f"all {len(chosen) * len(targets)} compiled")
     return int(failures > 0)
