@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.losses import need, problem
 
+import gfast
+from gfast.objectives import TNPO
 from gfast.ops import held_rows
+from gfast.ops.dispatch import kernel
 from gfast.ops.held_rows import MAX_BLOCKS, PART_BYTES, select_rows, why_not_held
 
 HEADER = (Path(__file__).parents[1] / "csrc/cuda/rows_kernel.h").read_text()
@@ -67,3 +72,27 @@ def test_it_can_be_switched_off(monkeypatch):
             select_rows("unlearn_loss", "cuda", logits, logits, 0.0)
     finally:
         held_rows._switched_off.cache_clear()
+
+
+def test_losses_hand_it_their_rows(monkeypatch):
+    """As on a GPU, with the CPU kernel of the same schema in its place."""
+    need("unlearn_loss", "cpp", "cpu")
+    handed = []
+    monkeypatch.setattr(held_rows, "select", lambda *_: "cuda")
+    monkeypatch.setattr(held_rows, "why_not", lambda *_: "")
+    losses = importlib.import_module("gfast.ops.unlearn_loss")  # the name is also a function's
+    monkeypatch.setattr(losses, "kernel", lambda name, impl: handed.append((name, impl)) or kernel(name, "cpp"))
+    hidden, weight, _, labels, ref = problem(dtype=torch.float32)
+    weight.requires_grad_()
+    logits = hidden @ weight.T
+    for loss in (
+        lambda: gfast.unlearn_loss(logits, labels, TNPO(), ref_logp=ref),
+        lambda: gfast.unlearn_loss(logits * 1, labels, TNPO(), ref_logp=ref, inplace=True),
+        lambda: gfast.linear_unlearn_loss(hidden, weight, labels, TNPO(), ref_logp=ref),
+    ):
+        handed.clear()
+        out = loss()
+        assert handed == [("weighted_rows", "cuda")]
+        expected = gfast.unlearn_loss(logits, labels, TNPO(), ref_logp=ref, impl="reference")
+        (found,), (right,) = (torch.autograd.grad(one.loss, weight, retain_graph=True) for one in (out, expected))
+        torch.testing.assert_close(found, right)
