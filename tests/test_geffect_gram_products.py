@@ -168,3 +168,31 @@ def test_products_of_inputs_are_not_mixed_up():
         found = gram_products._by_pairs(left, right, inputs)
         torch.testing.assert_close(found, gram_products._by_pairs(left, right, gram_products.InputProducts()))
     torch.testing.assert_close(found, first)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose values the host has to wait for, and how often it did."""
+
+    looks = 0
+    WAITS = ("cpu", "nonzero", "equal", "tolist", "item", "bincount", "__bool__", "unique", "isin")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        OnDevice.looks += func.__name__ in cls.WAITS
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if func.__name__ == "cpu" else out
+
+
+@pytest.mark.parametrize("by_sample", [True, False], ids=["owners", "even"])
+def test_the_rows_of_a_module_take_one_look_at_the_device(by_sample, monkeypatch):
+    monkeypatch.setattr(layers, "compiled", lambda op: False)
+    a, b = torch.randn(12, 5), torch.randn(12, 7)
+    a[4:9], b[10] = 0, 0
+    owner = torch.tensor([0] * 5 + [1] * 7) if by_sample else None
+    selected, plain = Selected(), rows_of(OuterProduct(a, b), owner, 2)
+    lent = OuterProduct(a.as_subclass(OnDevice), b.as_subclass(OnDevice))
+    for _ in range(2):  # the second finds the first one's rows
+        OnDevice.looks = 0
+        found = rows_of(lent, None if owner is None else owner.as_subclass(OnDevice), 2, selected)
+        assert OnDevice.looks == 1
+        assert found.counts == plain.counts and torch.equal(found.contribution.b, plain.contribution.b)

@@ -11,9 +11,10 @@ from helpers.geffect_models import batches, tiny  # noqa: E402
 from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils, assert_equal, full_data, quick_models  # noqa: E402
 
 import gfast  # noqa: E402
-from gfast.geffect import backward  # noqa: E402
+from gfast.geffect import backward, directions  # noqa: E402
 from gfast.hidden_states import layer_hidden  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
+from gfast.ops.grad_dot import grad_dots  # noqa: E402
 
 
 def forwards(model, run) -> int:
@@ -155,3 +156,34 @@ def test_gradients_that_come_in_parts_are_measured_whole(objective):
         for side in ("unlearn", "retain"):
             assert getattr(other, side) == pytest.approx(getattr(one, side), rel=1e-9)
             assert other.norms[side] == pytest.approx(one.norms[side], rel=1e-9)
+
+
+@pytest.mark.parametrize("data", [ONE, TWO], ids=["one batch", "two batches"])
+@pytest.mark.parametrize("objective", [GA(), WGA(0.7)], ids=str)
+def test_small_gradients_are_dotted_together(objective, data, monkeypatch):
+    """In fewer calls, with the same bits, and never more of them waiting than a sixteenth of the largest."""
+    model = tiny("llama")
+    parameters = list(model.parameters())
+    most = max(p.numel() * p.element_size() for p in parameters) / 16
+    calls: list[int] = []
+
+    weights = {p.data_ptr() for p in parameters}
+
+    def counted(xs, *args):
+        if xs[0].data_ptr() in weights:  # what tells them from those of another model
+            return grad_dots(xs, *args)
+        assert len(xs) == 1 or sum(x.numel() * x.element_size() for x in xs) <= most
+        calls.append(len(xs))
+        return grad_dots(xs, *args)
+
+    monkeypatch.setattr(directions, "grad_dots", counted)
+
+    def measured():
+        calls.clear()
+        return gfast.g_effect(model, objective, **data, engine="stream")
+
+    together, few = measured(), len(calls)
+    monkeypatch.setattr(directions, "GATHERED", 0)
+    alone = measured()
+    assert together.unlearn == alone.unlearn and together.retain == alone.retain
+    assert few < len(calls)

@@ -28,6 +28,7 @@ FORMAT = "gfast-directions-3"
 KNOWN_FORMATS = ("gfast-directions-2", FORMAT)
 REMEDY = "measure the directions again with gfast.risk_gradients"
 DESCRIPTION = "directions.json"
+GATHERED = 1 / 16  # of the largest gradient: the bytes of those that wait for each other
 
 
 class Directions:
@@ -197,34 +198,96 @@ def accumulate(passes: Passes, job: Job, stores: list[Store], into: Store) -> tu
 
     The sum over batches is made in fp32 (fp64 for fp64) and rounded once, when it is complete.
     """
-    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    gathered = Dots(stores, passes.parameters, waits=type(into) is Store)
     work = passes.work(job)
     last = len(work) - 1
 
     def consume(index: int, grad: Tensor, position: int) -> None:
         whole = into.add(index, grad, single=last == 0)
-        if position == last:  # dotted here because the gradient is still in the cache
-            rows[index] = dots(stores, index, whole)
+        if position == last:  # dotted soon, because the gradient is still in the cache
+            gathered.add(index, whole)
 
     passes.backward(work, consume)
-    for index in range(len(rows)):  # a parameter that the last batch did not reach
-        whole = into.sum_of(index) if rows[index] is None else None
+    rows = gathered.rows()
+    for index, row in enumerate(rows):  # a parameter that the last batch did not reach
+        whole = into.sum_of(index) if row is None else None
         if whole is not None:
-            rows[index] = dots(stores, index, whole)
+            gathered.add(index, whole)
+    rows = [row if late is None else late for row, late in zip(rows, gathered.rows(), strict=True)]
     table = passes.table(rows, len(stores) + 1)
     into.finish()
     return table, into
 
 
-def dots(stores: list[Store], index: int, x: Tensor) -> Tensor:
-    """[stores + 1] fp64 on the device of x: its dots with the stored gradients, then its squared norm."""
-    present = [store.get(index) for store in stores]
-    row = grad_dots([x], [[y] for y in present if y is not None], [0], 1)[0]
-    if all(y is not None for y in present):
-        return row
-    full = row.new_zeros(len(present) + 1)
-    full[[i for i, y in enumerate(present) if y is not None] + [len(present)]] = row
-    return full
+class Dots:
+    """Dots of gradients with the stored ones, of several parameters in a call: a call takes longer than a small
+    gradient does.
+
+    What waits is no more than `GATHERED` of the largest gradient, which has to be held in any case. None waits without
+    `waits`, or where stored ones are lent for a moment only, from a file or the host.
+
+    adds: a parameter's second gradient adds to the first; else it stands in its place.
+    """
+
+    def __init__(
+        self, stores: list[Store], parameters: list[nn.Parameter], waits: bool = True, adds: bool = False
+    ) -> None:
+        self.stores, self.count, self.adds = stores, len(parameters), adds
+        waits = waits and all(type(store) is Store for store in stores)
+        self.limit = GATHERED * max(map(_nbytes, parameters), default=0) if waits else 0
+        self._start()
+
+    def _start(self) -> None:
+        self.found: list[Tensor | None] = [None] * self.count
+        self.waiting: dict[int, Tensor] = {}
+        self.bytes = 0
+
+    def add(self, index: int, x: Tensor) -> bool:
+        """Take a parameter's gradient; returns whether it is its first."""
+        size, elsewhere = _nbytes(x), any(x.device != y.device for y in self.waiting.values())
+        alone = size > self.limit
+        if index in self.waiting or elsewhere or (not alone and self.bytes + size > self.limit):
+            self._flush()
+        first = self.found[index] is None
+        if alone:
+            self._dot({index: x})
+        else:
+            self.waiting[index] = x
+            self.bytes += size
+        return first
+
+    def rows(self) -> list[Tensor | None]:
+        """By parameter, since the last time: [stores + 1] fp64 on its device, the dots with the stored gradients, then
+        the squared norm; None where there was no gradient."""
+        self._flush()
+        found = self.found
+        self._start()
+        return found
+
+    def _flush(self) -> None:
+        self._dot(self.waiting)
+        self.waiting, self.bytes = {}, 0
+
+    def _dot(self, gradients: dict[int, Tensor]) -> None:
+        by_present: dict[tuple[bool, ...], list[int]] = {}  # a gradient that is not stored is zero
+        stored = {index: [store.get(index) for store in self.stores] for index in gradients}
+        for index, ys in stored.items():
+            by_present.setdefault(tuple(y is not None for y in ys), []).append(index)
+        for present, indices in by_present.items():
+            columns = [column for column, there in enumerate(present) if there]
+            xs, ys = [gradients[i] for i in indices], [[stored[i][c] for i in indices] for c in columns]
+            values = grad_dots(xs, ys, range(len(xs)), len(xs))  # [n, columns + 1]
+            if not all(present):
+                full = values.new_zeros(len(xs), len(present) + 1)
+                full[:, [*columns, len(present)]] = values
+                values = full
+            for index, row in zip(indices, values, strict=True):
+                before = self.found[index] if self.adds else None
+                self.found[index] = row if before is None else before + row
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def parameter_squares(model: nn.Module, names: list[str]) -> Tensor:

@@ -75,10 +75,15 @@ class Selected:
         if known is None or not (same_memory(known[0], contribution.a) and _serve(known[1], kept, contribution.rows)):
             if not self._every:
                 self._known.clear()
-            entries = contribution.a if kept is None else contribution.a.index_select(0, kept)
+            entries = contribution.a if kept is None else _selected(contribution.a, kept)
             known = self._known[key] = contribution.a, kept, entries
         rows = known[1]
-        return OuterProduct(known[2], contribution.b if rows is None else contribution.b.index_select(0, rows)), rows
+        return OuterProduct(known[2], contribution.b if rows is None else _selected(contribution.b, rows)), rows
+
+
+def _selected(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x by their indices on the CPU."""
+    return x.index_select(0, rows.to(x.device))
 
 
 def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
@@ -105,18 +110,21 @@ def rows_of(contribution: Contribution, owner: Tensor | None, samples: int, sele
             member = (owner == torch.arange(samples, device=owner.device)[:, None]).double()  # [S, n]
             sums = member @ contribution.terms.double()
         return Rows(sums, [0] * samples)
-    total = contribution.rows
-    kept: Tensor | None = contribution.used().nonzero()[:, 0]
+    total, used = contribution.rows, contribution.used()
+    # the one look at the device: all that follows from it is worked out on the host
+    seen = used[None] if owner is None else torch.stack([used.long(), owner])
+    there, *owners = seen.cpu()
+    kept: Tensor | None = there.nonzero()[:, 0]
     kept = None if len(kept) > _FULL * total else kept
     if isinstance(contribution, OuterProduct):
         contribution, kept = (selected or Selected()).of(contribution, kept)
     elif kept is not None:
-        contribution = contribution.some(kept)
-    if owner is None:
+        contribution = contribution.some(kept.to(used.device))
+    if not owners:
         each = max(1, total // samples)
         counts = [each] * samples if kept is None else torch.bincount(kept // each, minlength=samples).tolist()
     else:
-        counts = torch.bincount(owner if kept is None else owner[kept], minlength=samples).tolist()
+        counts = torch.bincount(owners[0] if kept is None else owners[0][kept], minlength=samples).tolist()
     return Rows(contribution, counts)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.combine import Measured, finished, jobs_of, plans
 from gfast.geffect.data import Term
-from gfast.geffect.directions import accumulate, dots
+from gfast.geffect.directions import Dots, accumulate
 from gfast.geffect.request import Request
 from gfast.geffect.results import GEffect
 from gfast.geffect.storage import Store, store_for
@@ -77,23 +77,21 @@ def _swapped(
         return None
     own, of_risks = passes.work(job), [passes.work(risk_job) for risk_job in risks]
     stored = store_for("device", dtype, "forget", passes.names, passes.device)
-    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    squares, gathered = Dots([], passes.parameters), Dots([stored], passes.parameters)
     tables: list[Tensor] = []
 
     def consume(index: int, grad: Tensor, position: int) -> None:
         if position < len(own):
-            rows[index] = dots([], index, stored.add(index, grad, single=True))
-        elif rows[index] is None:
-            rows[index] = dots([stored], index, grad)
-        else:
+            squares.add(index, stored.add(index, grad, single=True))
+        elif not gathered.add(index, grad):
             raise ValueError(
                 f"gfast: the gradient of {passes.names[index]!r} came in parts on one batch and whole on another, so "
                 f"its norm is unknown: checkpoint activations with use_reentrant=False"
             )
 
     def done() -> None:
-        tables.append(passes.table(rows, 1 if len(tables) < len(own) else 2))
-        rows[:] = [None] * len(rows)
+        of_own = len(tables) < len(own)
+        tables.append(passes.table((squares if of_own else gathered).rows(), 1 if of_own else 2))
         if len(tables) == len(own):
             stored.finish()
 
@@ -137,21 +135,17 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
     """
     work = [(number, item) for number, job in enumerate(jobs) for item in passes.work(job)]
     work.sort(key=lambda one: (one[1].term.source, one[1].index, not one[1].needs_forward_alone))  # stable
-    rows: list[Tensor | None] = [None] * len(passes.parameters)
+    gathered = Dots(stores, passes.parameters, adds=True)
     tables: list[list[Tensor]] = [[] for _ in jobs]
     left = iter([number for number, _ in work])
     once = [passes.batches(job) <= 1 for job in jobs]
 
     def consume(index: int, grad: Tensor, position: int) -> None:
-        row = dots(stores, index, grad)
-        if rows[index] is not None:  # re-entrant checkpointing of a shared parameter fires twice
+        if not gathered.add(index, grad):  # re-entrant checkpointing of a shared parameter fires twice
             once[work[position][0]] = False
-            row = rows[index] + row
-        rows[index] = row
 
     def done() -> None:
-        tables[next(left)].append(passes.table(rows, len(stores) + 1))
-        rows[:] = [None] * len(rows)
+        tables[next(left)].append(passes.table(gathered.rows(), len(stores) + 1))
 
     passes.backward([item for _, item in work], consume, done)
     nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64, device="cpu")
