@@ -205,6 +205,8 @@ def test_wrong_words(model, tmp_path, capsys, monkeypatch):
         ({"data": "tofoo"}, "data"),
         ({"extraction": ["perturb"]}, "choose from exact, similar, perturbed"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"retain": "retain.jsonl"}, "--retain has no use with the data bundled: it is for jsonl"),
+        ({"relearn_rows": 3}, "--relearn STEPS"),
         ({"retain_log": tmp_path / "absent.json"}, "is no file; give the log"),
         ({"retain_log": log}, "no evaluation log"),
         ({"retain_log": tmp_path / "retain.json"}, "cannot be compared"),

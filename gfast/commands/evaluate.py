@@ -46,6 +46,14 @@ from gfast.training.records import check_run_folder, read_run_info, write_run_in
 
 SOURCES = ("bundled", "tofu", "jsonl", "muse", "wmdp", "mmlu")
 DEMO = "<demo>"  # no name of a model
+# Flags that only some data have a use for.
+_ONLY_WITH = {
+    "data_path": SOURCES[1:],
+    "hub_name": ("muse", "wmdp", "mmlu"),
+    "retain": ("jsonl",),
+    "holdout": ("tofu", "jsonl"),
+    "subsets": ("wmdp", "mmlu"),
+}
 
 
 @dataclass
@@ -117,6 +125,12 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         if self.data not in SOURCES:
             raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
+        for name, where in _ONLY_WITH.items():
+            if getattr(self, name) is not None and self.data not in where:
+                raise ValueError(f"--{name} has no use with the data {self.data}: it is for {', '.join(where)}")
+        for name in ("relearn_rows", "relearn_data", "relearn_lora_r"):
+            if getattr(self, name) and not self.relearn:
+                raise ValueError(f"--{name} says how to relearn: give the steps, --relearn STEPS")
         for kind in self.extraction or ():
             if kind not in EXTRACTIONS:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
