@@ -75,7 +75,7 @@ def test_damaged_logs(tmp_path, what):
     (b'{"eval_log_forget.json": {"avg_gt_loss": [1]}}', "map fields to"),
     (b'{"eval_log_forget.json": {"avg_gt_loss": {"0": 1.0}, "gt_loss": {"1": 1.0}}}', "differ in row"),
     (b'{"eval_log_forget.json": {"avg_gt_loss": {"first": 1.0}}}', "no row number"),
-    (b"\x1f\x8b\x08 but no gzip", "gzipped JSON"), (gzip.compress(b"{"), "gzipped JSON"),
+    (b"\x1f\x8b\x08 but no gzip", "gzipped JSON"), (gzip.compress(b"{", mtime=0), "gzipped JSON"),
     (b"PAR1\x80\x81", "not valid JSON"),
 ], ids=lambda value: value[:24].hex() if isinstance(value, bytes) else None)  # fmt: skip
 def test_files_that_are_no_logs(tmp_path, content, message):
