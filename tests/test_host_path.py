@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gfast
 from gfast.objectives import GA, TNPO, WGA
 from gfast.ops import checks, dispatch
+from gfast.ops.labels import label_factor
 
 VIEWS = ("detach", "view", "_unsafe_view", "reshape", "expand", "t", "empty")  # launch nothing
 KERNELS = ("weighted_rows", "label_factor")
@@ -89,3 +90,24 @@ def test_python_does_not_grow_with_the_rows():
         return len(seen)
 
     assert calls(3) == calls(3000)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+def test_one_over_the_labels_that_count(impl):
+    if reason := dispatch.why_not("unlearn_loss", impl, "cpu"):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 7, 4096, 5001):
+        labels = torch.randint(0, 9, (count,), generator=generator)
+        labels[torch.rand(count, generator=generator) < 0.3] = -100
+        for some in (labels, torch.full_like(labels, -100), labels.repeat_interleave(2)[::2]):
+            found = label_factor("op", some, 9, torch.float32, impl)
+            one = torch.ones((), dtype=torch.float32)
+            assert found.dtype == torch.float32 and found.shape == ()
+            assert torch.equal(found, one / (some != -100).sum().clamp(min=1))
+        for bad in (9, -1, -99, -101, 2**62, -(2**63)):
+            for where in {0, count // 2, count - 1} if count else ():
+                wrong = labels.clone()
+                wrong[where] = bad
+                with pytest.raises(ValueError, match=rf"op: labels\[{where}\] \(flattened\) = {bad} is outside"):
+                    label_factor("op", wrong, 9, torch.float32, impl)
