@@ -225,3 +225,14 @@ def test_wrong_words(model, tmp_path, capsys, monkeypatch):
     TOKENIZER.save_pretrained(short)
     fails(capsys, "the model takes 16", flags(short, tmp_path / "x"))
     assert not (tmp_path / "x" / "log.json").exists()
+
+
+@pytest.mark.slow  # a model is taught: half a minute
+def test_without_a_model_a_small_one_is_taught(tmp_path, capsys):
+    words = flags(None, tmp_path / "out", ds_size=6, max_new_tokens=None)
+    assert cli.main(words) == 0
+    taught = read_json(tmp_path / "out" / "summary.json")["sets"]
+    assert all(one["probability"] > 0.6 and one["extraction_strength"] > 0.4 for one in taught.values())
+    assert "is taught" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert "is taught" not in capsys.readouterr().err
