@@ -13,7 +13,7 @@ from helpers.training_tiny import TOKENIZER, tiny_model
 from gfast import metrics
 from gfast.data import bundled_perturbed
 from gfast.deferred import DeferredLogits
-from gfast.evaluation import Evaluation, EvaluationSet, encoded
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.generation import generate
 from gfast.evaluation.run import columns
 from gfast.evaluation.scoring import can_share, score
@@ -194,6 +194,14 @@ def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path):
         again = evaluation(extraction=("exact",)).run(model, folder)
         assert json.dumps(again, sort_keys=True) == json.dumps(whole, sort_keys=True)
         assert kept == {name: (folder / "parts" / name).stat().st_mtime_ns for name in kept}
+
+
+def test_what_ends_a_generation():
+    whole = EvaluationSet("holdout", "texts", sets()[0].rows, generate=0, encode=sources.WholeText(TOKENIZER))
+    chosen = [*sets(), whole]
+    work = Evaluation(chosen, [encoded(one, TOKENIZER) for one in chosen], TOKENIZER)
+    assert work.samples[2][0].right[1][-1] != TOKENIZER.eos_token_id
+    assert work.ends == (TOKENIZER.eos_token_id,)  # not the last word of a text
 
 
 def test_perturbed_extraction_asks_in_other_words():

@@ -76,8 +76,9 @@ class Evaluation:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        found = {sample.right[1][-1] for some in self.samples for sample in some}
+        """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token."""
+        pairs = zip(self.sets, self.samples, strict=True)
+        found = {sample.right[1][-1] for one, some in pairs if one.generate for sample in some}
         return tuple(sorted(found | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
 
     def units(self) -> list[Unit]:
