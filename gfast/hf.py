@@ -217,6 +217,8 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     where the head is a linear map that nobody has looked behind (and `defer`), else the model's own.
     """
     given = inputs(model, batch)
+    if torch.is_grad_enabled():
+        wrappers.refuse_packed(model)
     if own_terms:
         given["labels"] = batch["labels"]
     left_out: list[Tensor] = []

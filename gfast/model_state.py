@@ -13,6 +13,22 @@ from torch import nn
 
 
 @contextlib.contextmanager
+def _not_packing(model: nn.Module) -> Iterator[None]:
+    """On some CPUs bitsandbytes packs 4-bit weights for good, at a forward in eval mode whose input wants no gradient,
+    and has no backward through them any more: not inside.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    packing = [module for module in model.modules() if getattr(module, flag, False)]
+    try:
+        for module in packing:
+            setattr(module, flag, False)
+        yield
+    finally:
+        for module in packing:
+            setattr(module, flag, True)
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode and put every submodule's own mode back afterwards (`model.train()` would set them
     all).
@@ -20,7 +36,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with _not_packing(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -77,7 +94,7 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
             module.training = training and checkpoints and _checkpoints_without_dropout(module)
         for table in tables:
             table.clear()
-        with gradients_kept(model), torch.inference_mode(False), torch.enable_grad():
+        with _not_packing(model), gradients_kept(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for table, before in zip(tables, hooks, strict=True):

@@ -234,6 +234,18 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
     return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
 
 
+def refuse_packed(model: nn.Module) -> None:
+    """ValueError for 4-bit weights that bitsandbytes has packed for inference: no gradient passes them."""
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"the 4-bit weight of {path!r} was packed by bitsandbytes for inference, by a forward in eval mode "
+                f"without gradients on this CPU: no gradient passes it any more, nor reaches what is below. "
+                f"Load the model again, and set support_avx512bf16_for_cpu = False in its Linear4bit modules first"
+            )
+
+
 # PEFT
 
 

@@ -36,7 +36,8 @@ def quantised(kind, folder):
         pytest.skip(f"{kind} does not load here: {error}")
     torch.manual_seed(1)
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return peft.get_peft_model(model, adapters).eval()
+    # There is no dropout. 8-bit products differ between modes; in eval mode a plain forward would pack 4-bit weights.
+    return peft.get_peft_model(model, adapters).train(mode="4-bit" in kind)
 
 
 def plain(model, batch):
@@ -69,3 +70,15 @@ def test_a_loss_and_an_effect_over_quantised_weights(tmp_path, kind):
     own, other = (gradients(model, -sums.sum() / count) for sums, count in (plain(model, forget), plain(model, retain)))
     dot = -sum(float((own[name].double() * other[name].double()).sum()) for name in own)
     assert effect.total("retain") == pytest.approx(dot, rel=1e-3)
+
+
+def test_weights_packed_for_inference_are_refused(tmp_path):
+    model = quantised("bitsandbytes 4-bit", tmp_path).eval()
+    batch = collator()([datasets()[0][0]])
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    states = [getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules()]
+    if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        pytest.skip("bitsandbytes packs no weights on this machine")
+    with pytest.raises(ValueError, match="packed by bitsandbytes for inference"):
+        gfast.model_loss(model, batch, GA())
