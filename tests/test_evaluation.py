@@ -15,6 +15,7 @@ from gfast.data import bundled_perturbed
 from gfast.deferred import DeferredLogits
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.generation import generate
+from gfast.evaluation.results import summarize
 from gfast.evaluation.run import columns
 from gfast.evaluation.scoring import can_share, score
 from gfast.metrics.log import parse_log
@@ -214,6 +215,8 @@ def test_perturbed_extraction_asks_in_other_words():
     for sample, strength in zip(encoded(asked, TOKENIZER), found, strict=True):
         _, correct = alone(model, *sample.answers[0])
         assert strength == pytest.approx(metrics.extraction_strength(correct[:-1]))
+    read = parse_log(json.loads(json.dumps(work.log(work.run(model), "tiny", {}))))
+    assert summarize(read)["sets"]["retain"]["ps_perturbed"] == pytest.approx(sum(found) / 3)
     with pytest.raises(ValueError, match="rows with paraphrased_question"):
         evaluation(extraction=("perturbed",))
 

@@ -87,9 +87,9 @@ def _of_set(log: EvaluationLog, name: str) -> dict[str, Any]:
             found[key] = float(values[plain].mean())
     if "generation_cut" in values:
         found["generations_cut"] = int(values["generation_cut"].sum())
-    for key in sorted(values):
+    for key, column in sorted({**values, **one.extraction}.items()):
         if key.startswith("ps_"):
-            found[key] = float(values[key].mean())
+            found[key] = float(column.mean())
     return found
 
 

@@ -204,7 +204,8 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
 
     Errors: ValueError, naming set and row, for a loss that is not finite.
     """
-    totals = [-float(part.logp.double().sum()) for part in scored]
+    # log p is at most 0, but for rounding
+    totals = [-float(part.logp.double().clamp(max=0).sum()) for part in scored]
     for at, total in enumerate(totals):
         if not math.isfinite(total):
             raise ValueError(

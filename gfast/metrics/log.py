@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gfast.files import CHECKSUM, read_json
+from gfast.metrics.values import numbers
 
 FORMAT = "gfast-evaluation-1"
 LOG_FILE = "log.json"
@@ -45,12 +46,14 @@ _AT_LEAST_0 = {name for names in LOSSES for name in names} | set(ROUGES) | {"tru
 class LogSet:
     """One set of a log. `index` [S]: the samples' row numbers in their data set. `values`: field -> [S], or [S, J] for
     what there is of each of J wrong answers; fp64. `text`: dicts with index, prompt, generation, ground_truth.
+    `extraction`: what was measured of the first samples only.
     """
 
     name: str
     index: tuple[int, ...]
     values: Mapping[str, np.ndarray]
     text: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    extraction: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -214,7 +217,11 @@ class _Reader:
                     what = " (the perturbed answers)" if key == "average_perturb_loss" else ""
                     raise self.wrong(f"there is no {key}{what}; it has {', '.join(values) or 'nothing'}")
         self._same_losses(values, index)
-        return LogSet(self.name, index, values, tuple(self._text(entry.get("text", ()), set(index))))
+        extraction = entry.get("extraction", {})
+        if not isinstance(extraction, Mapping):
+            raise self.wrong(f"extraction should map kinds to lists, got {extraction!r:.40}")
+        found = {key: numbers(f"{self.path}, set {self.name}: {key}", column) for key, column in extraction.items()}
+        return LogSet(self.name, index, values, tuple(self._text(entry.get("text", ()), set(index))), found)
 
     def _index(self, index: Any) -> tuple[int, ...]:
         if not isinstance(index, Sequence) or isinstance(index, str) or not index:
