@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+# transformers 4 logs four decimals of the loss
+LOGGED = 0.0 if hasattr(Trainer, "_track_num_input_tokens") else 5.1e-5
 
 
 def label_logp(model, batch):
