@@ -212,8 +212,8 @@ def bad_calls():
     f32 = torch.zeros(4)
     outside, negative = y.clone(), y.clone()
     outside[3], negative[3] = 50, -1
-    yield "labels\\[3\\] = 50 is outside the vocabulary \\[0, 50\\)", z, outside, f32, z.shape, {}
-    yield "labels\\[3\\] = -1 is outside", z, negative, f32, z.shape, {}
+    yield "labels\\[3\\] \\(flattened\\) = 50 is outside the vocabulary \\[0, 50\\)", z, outside, f32, z.shape, {}
+    yield "labels\\[3\\] \\(flattened\\) = -1 is outside", z, negative, f32, z.shape, {}
     yield "labels must be \\[4\\]", z, y[:3], f32, z.shape, {}
     yield "labels must be int64", z, y.int(), f32, z.shape, {}
     yield "logits must be \\[N, V\\]", z[0], y, f32, z.shape, {}
