@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from gfast import cli  # noqa: E402
-from gfast.commands import geffect  # noqa: E402
+from gfast.commands import common, geffect  # noqa: E402
 from gfast.commands import unlearn as unlearning  # noqa: E402
 from gfast.commands.arguments import DataArguments, parse_options  # noqa: E402
 from gfast.commands.common import first_day  # noqa: E402
@@ -58,8 +58,8 @@ def on(monkeypatch, day: str) -> None:
     clock = types.SimpleNamespace(
         perf_counter=time.perf_counter, strftime=datetime.datetime.fromisoformat(day).strftime
     )
-    for module in (geffect, unlearning):
-        monkeypatch.setattr(module, "time", clock)
+    for module in (common, geffect, unlearning):
+        monkeypatch.setattr(module, "time", clock, raising=module is common)
 
 
 def test_a_run_keeps_the_date_of_its_first_start(folder, monkeypatch, capsys):

@@ -26,8 +26,8 @@ COMMANDS = {
     "gfast.commands.report": set(),
     "gfast.commands.bench": set(),
     "gfast.doctor": set(),
-    "gfast.commands.unlearn": HEAVY - {"matplotlib", "scipy"},
-    "gfast.demo": HEAVY - {"matplotlib", "scipy"},
+    "gfast.commands.unlearn": HEAVY - {"matplotlib"},
+    "gfast.demo": HEAVY - {"matplotlib"},
 }
 
 
@@ -57,4 +57,4 @@ TOKENIZER.save_pretrained("model")
 from gfast import cli
 assert cli.main("geffect --model model --data bundled --objectives GA WGA --batch_size 64".split()) == 0
 """
-    assert not loaded(code, tmp_path) & (TRAINER - {"peft"} | {"matplotlib", "scipy"})
+    assert not loaded(code, tmp_path) & (TRAINER - {"peft"} | {"matplotlib"})

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from gfast.data import Collator, QADataset, batches
-from gfast.evaluation.callback import EvaluateCallback
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.values import chosen, required
 from gfast.objectives import NLL
@@ -121,6 +120,8 @@ def relearn(
         retain=batches(others, collate, plan.batch_size),
     )
     every = plan.every or max(1, plan.steps // 5)
+    from gfast.evaluation.callback import EvaluateCallback  # with transformers' trainer: seconds of import
+
     callback = EvaluateCallback(
         every, sets, tokenizer, batch_size=batch_size, template=template, chat_kwargs=chat_kwargs, folder=folder
     )
