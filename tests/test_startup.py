@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow_when
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = {"transformers.trainer", "transformers.training_args", "datasets", "pandas", "pyarrow", "peft"}
@@ -41,6 +42,7 @@ def loaded(code: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", COMMANDS)
+@slow_when(lambda p: p.module not in ("gfast.commands.geffect", "gfast.commands.evaluate"))
 def test_a_command_starts_light(module, tmp_path):
     assert loaded(f"import torch, transformers, {module}", tmp_path) <= COMMANDS[module]
 
