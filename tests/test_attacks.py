@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers.training_tiny import TOKENIZER, tiny_model
+from helpers.training_tiny import TOKENIZER, saved_tiny, tiny_model
 from test_cli_evaluate import fails, flags
 
 import gfast
@@ -21,10 +21,7 @@ from gfast.files import read_json
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=256).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
+    return saved_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=256)
 
 
 def test_the_forget_set_is_split_into_what_is_learned_and_the_rest():

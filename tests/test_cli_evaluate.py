@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from helpers.training_tiny import TOKENIZER, tiny_model
+from helpers.training_tiny import TOKENIZER, saved_tiny, tiny_model
 
 from gfast import cli, metrics
 from gfast.data import bundled_perturbed
@@ -22,10 +22,7 @@ from gfast.files import read_json
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=256).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
+    return saved_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=256)
 
 
 def flags(model, out, **options):

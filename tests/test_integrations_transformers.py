@@ -115,6 +115,30 @@ def test_what_is_missing_or_without_effect_is_said_first(tmp_path):
         trained(tiny_model(), tmp_path, items, NPO())
 
 
+def test_a_loss_of_ones_own_that_is_not_called_is_named(tmp_path, caplog, monkeypatch):
+    class Penalised(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            raise AssertionError("the mixin's stands before it")
+
+    class Mine(GFastLossMixin, Penalised):
+        objective = GA()
+
+    class Beside(Mine):  # what the message says to do
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) + 1.0
+
+    monkeypatch.setattr(logging.getLogger("gfast"), "propagate", True)
+    data, _ = datasets()
+    with caplog.at_level(logging.WARNING, logger="gfast"):
+        trained(tiny_model(), tmp_path / "mine", data, trainer=Mine)
+    assert "compute_loss of Penalised is not called" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="gfast"):
+        trained(tiny_model(), tmp_path / "plain", data, GA())
+    assert "is not called" not in caplog.text
+    trained(tiny_model(), tmp_path / "beside", data, trainer=Beside)
+
+
 @pytest.mark.parametrize("objective", TOKENS, ids=str)
 def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
     items, start = columns(datasets()[0]), tiny_model()

@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gfast.files import readable, whole_file
+from gfast.files import whole_file
 from gfast.metrics import EvaluationLog, probability, truth_ratio
 from gfast.report.figures import Drawing
-from gfast.report.html import data_uri, flatten
+from gfast.report.html import data_uri, flatten, rendered
 from gfast.report.style import Theme, run_color
 
 # Samples of each set whose generations are on the page.
@@ -32,21 +32,13 @@ def write_page(
     settings: Mapping[str, Any],
 ) -> Path:
     """Write evaluation.html to `folder`; it holds everything that it shows, and needs no network."""
-    import jinja2
-
     logs = [log] if retain_log is None else [log, retain_log]
     figures = []
     for drawing in drawings(log, retain_log):
         pictures = drawing.render(logs)
         figures.append({"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)})
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gfast.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("evaluation.html.j2").render(
+    page = rendered(
+        "evaluation.html.j2",
         title=f"Evaluation of {log.run}",
         columns=columns,
         rows=rows,
@@ -57,7 +49,7 @@ def write_page(
     )
     path = Path(folder) / "evaluation.html"
     with whole_file(path) as temporary:
-        temporary.write_text(readable(page), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -45,7 +45,6 @@ def build_report(
     >>> build_report(["demo/runs/ga", "demo/runs/npo"], "demo", title="GA and NPO")   # doctest: +SKIP
     PosixPath('demo/report.html')
     """
-    import jinja2
     from markupsafe import Markup
 
     from gfast.files import readable, whole_file
@@ -63,14 +62,8 @@ def build_report(
     # The full configuration of a training run is a page of its own: it is there to unfold.
     details = {key: value for key, value in common.items() if key.startswith("config.")}
     shared = flatten(dict(settings or {})) | {key: value for key, value in common.items() if key not in details}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gfast.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = rendered(
+        "page.html.j2",
         title=title,
         runs=runs,
         columns=COLUMNS,
@@ -88,7 +81,7 @@ def build_report(
     _write(out / "table.md", readable(markdown(summaries)).encode())
     _write(out / "table.json", (json.dumps(summaries, indent=2, ensure_ascii=False) + "\n").encode())
     with whole_file(out / "report.html") as temporary:
-        temporary.write_text(readable(page), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
@@ -97,6 +90,22 @@ def _write(path: Path, content: bytes) -> None:
 
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of this package, with every text that is not Markup escaped."""
+    import jinja2
+
+    from gfast.files import readable
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gfast.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return readable(environment.get_template(template).render(**values))
 
 
 def data_uri(svg: bytes) -> str:

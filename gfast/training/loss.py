@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from gfast.training.evaluation import EvaluationNLL, OwnBatches
 from gfast.training.options import REFUSED, refuse_compiled, refuse_ignored_arguments, refuse_ignored_options
 from gfast.training.reference import ReferenceCache
 from gfast.training.terms import StepTerms
+
+logger = logging.getLogger("gfast")
 
 _FREE = ("remove_unused_columns", "average_tokens_across_devices")
 
@@ -82,6 +85,7 @@ class GFastLossMixin:
             )
         objective = as_objective(objective)
         refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
+        self._say_what_is_not_called()
         super().__init__(*trainer_positional, **trainer_arguments)
         refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
         refuse_compiled(self.accelerator)
@@ -105,6 +109,20 @@ class GFastLossMixin:
         self.terms = StepTerms()
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
+
+    def _say_what_is_not_called(self) -> None:
+        """A warning for a base with a loss of its own, in whose place gfast's stands. Libraries' are meant to go."""
+        mro = type(self).__mro__
+        for base in mro[mro.index(GFastLossMixin) + 1 :]:
+            own = [name for name in ("compute_loss", "prediction_step", "get_batch_samples") if name in vars(base)]
+            if own and base.__module__.partition(".")[0] not in ("transformers", "trl", "gfast"):
+                logger.warning(
+                    "gfast: %s of %s is not called: the loss of %s is gfast's alone. What it adds goes into "
+                    "a compute_loss of a subclass, beside super().compute_loss(...)",
+                    ", ".join(own),
+                    base.__name__,
+                    type(self).__name__,
+                )
 
     def gfast_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch of the Trainer's collator as gfast takes it; the batch itself unless overridden. It is called for

@@ -33,6 +33,13 @@ def tiny_model(seed: int = 0, layers: int = 2, **config) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings))
 
 
+def saved_tiny(folder, **config):
+    """The folder, with a model and its tokenizer, as commands take it."""
+    tiny_model(**config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
 def copied(model):
     return copy.deepcopy(model)
 
