@@ -41,10 +41,12 @@ from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
 from gfast.training.trainer import UnlearnTrainer
+from gfast.training.trajectory import NLLCallback, Trajectory
 
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
 DECISIVE = (
-    "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples record_every learning_rate "
+    "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples nll_every record_every "
+    "learning_rate "
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "optim "
     "optim_args max_grad_norm num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed "
@@ -81,8 +83,9 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
     for name in WITHOUT_EVALUATION:
         if getattr(config, name) not in (False, "no"):
             raise ValueError(
-                f"--{name} has no use here: gfast unlearn has no evaluation set. --geffect_every records the NLL of "
-                "both sides along the run; UnlearnTrainer in Python takes an eval_dataset"
+                f"--{name} has no use here: gfast unlearn has no evaluation set. --nll_every records the NLL of both "
+                "sides along the run, --geffect_every their G-effect too; UnlearnTrainer in Python takes an "
+                "eval_dataset"
             )
     if getattr(config, "overwrite_output_dir", False):
         raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
@@ -98,7 +101,7 @@ def _train(
 ) -> int:
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
-    need_retain = both.retain is not None or config.geffect_every > 0
+    need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, config, rows, argv)
     known = check_run_folder(folder, info)
@@ -121,7 +124,6 @@ def _train(
     collator: Any = sides.collator
     if both.retain is not None:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
-    callbacks = [_geffect_callback(objective, both, sides, references, config)] if config.geffect_every else []
     trainer = UnlearnTrainer(
         model,
         config,
@@ -130,7 +132,7 @@ def _train(
         train_dataset=data,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=_measurements(objective, both, sides, references, config),
     )
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}")
@@ -160,7 +162,7 @@ def describe(
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
-    unused = {"reference": "auto", "own_loss_terms": False}
+    unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0}
     settings = {
         name: value
         for name, value in config.to_dict().items()
@@ -226,23 +228,26 @@ def _references(
     return found
 
 
-def _geffect_callback(
+def _measurements(
     objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig
-) -> GEffectCallback:
+) -> list[Trajectory]:
+    """The callbacks that measure along the run; all on the same batches."""
+    if not config.geffect_every and not config.nll_every:
+        return []
     samples, size = config.geffect_samples, config.per_device_eval_batch_size
     own = both.forget.key in ("dpo", "po")
-    # Training has just freed its own gradient: the one that norms need takes its place.
-    options: dict[str, Any] = {"norms": True}
-    if own:
-        options["objective_batches"] = sides.batches(sides.of(both.forget), references.get("forget"), samples, size)
-    return GEffectCallback(
-        config.geffect_every,
-        sides.batches(sides.forget, None if own else references.get("forget"), samples, size),
-        sides.batches(sides.retain, references.get("retain"), samples, size),
-        objective,
-        groups=config.groups,
-        **options,
-    )
+    forget = sides.batches(sides.forget, None if own else references.get("forget"), samples, size)
+    retain = sides.batches(sides.retain, references.get("retain"), samples, size)
+    found: list[Trajectory] = []
+    if config.geffect_every:
+        # Training has just freed its own gradient: the one that norms need takes its place.
+        options: dict[str, Any] = {"norms": True}
+        if own:
+            options["objective_batches"] = sides.batches(sides.of(both.forget), references.get("forget"), samples, size)
+        found.append(GEffectCallback(config.geffect_every, forget, retain, objective, groups=config.groups, **options))
+    if config.nll_every:
+        found.append(NLLCallback(config.nll_every, forget, retain, label=str(objective)))
+    return found
 
 
 def _saved_so_far(folder: Path, step: int) -> str:

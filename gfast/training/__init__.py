@@ -8,6 +8,7 @@ from typing import Any
 
 _WHERE = {
     "GEffectCallback": "callback",
+    "NLLCallback": "trajectory",
     "ReferenceCache": "reference",
     "UnlearnConfig": "config",
     "UnlearnTrainer": "trainer",

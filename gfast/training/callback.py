@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
-from gfast import wrappers
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import Objective, as_objective
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_of_sides
-from gfast.training.records import read_step, run_name, write_record
+from gfast.training.records import run_name, write_record
+from gfast.training.trajectory import Batches, Trajectory, calling_trainer, log_beside
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gfast")
 
 
-class GEffectCallback(TrainerCallback):
+class GEffectCallback(Trajectory):
     """Measures G-effects before training, every `every` optimizer steps and after the last one.
 
     A measurement is written to `<output_dir>/records/` at once, as one whole file a step, before the Trainer saves that
@@ -52,11 +50,13 @@ class GEffectCallback(TrainerCallback):
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])    # doctest: +SKIP
     """
 
+    quantity = "g_effect"
+
     def __init__(
         self,
         every: int,
-        forget: Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
-        retain: Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
+        forget: Batches,
+        retain: Batches,
         objectives: Objective | Sequence[Objective],
         *,
         groups: Any = "paper",
@@ -65,56 +65,19 @@ class GEffectCallback(TrainerCallback):
         label: str | None = None,
         **options: Any,
     ) -> None:
-        if every < 0:
-            raise ValueError(
-                f"every is {every}; give the optimizer steps between measurements, or 0 for start and end only"
-            )
-        self.every = every
-        self.forget = forget
-        self.retain = retain
+        super().__init__(every, forget, retain, run_folder, run)
         several = isinstance(objectives, Sequence)
         self.objectives = [as_objective(one) for one in (objectives if several else [objectives])]
         if not self.objectives:
             raise ValueError("give at least one objective to measure the G-effect of")
         self.groups = groups
-        self.run_folder = run_folder
-        self.run = run
         if label is not None and len(self.objectives) > 1:
             raise ValueError("label names a single objective; leave it out for several")
         self.labels = [str(objective) if label is None else label for objective in self.objectives]
         self.options = options
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        # A fresh start is always measured: what the folder holds for step 0 may be of another model.
-        step = state.global_step
-        if step > 0 and wrappers.is_adapted(model):
-            from gfast.model import declare_base_original
-
-            declare_base_original(model)  # adapters are not zero any more: they were when the run began
-        if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
-            self._measure(args, state, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        if self._on_grid(state.global_step) or state.global_step >= state.max_steps:
-            self._measure(args, state, model)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another
-        # step's.
-        if not args.load_best_model_at_end and not self._is_measured(args, state.global_step):
-            self._measure(args, state, model)
-
-    def _on_grid(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
-
-    def _folder(self, args: Any) -> Path:
-        return Path(args.output_dir if self.run_folder is None else self.run_folder)
-
-    def _is_measured(self, args: Any, step: int) -> bool:
-        found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == "g_effect"}
-        return set(self.labels) <= found
+    def _names(self) -> set[str]:
+        return set(self.labels)
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
         from gfast.geffect import g_effect
@@ -139,7 +102,7 @@ class GEffectCallback(TrainerCallback):
 
     def _log(self, effects: Sequence[GEffect], risks: Mapping[str, float]) -> None:
         """Totals and groups to the log of the Trainer that is calling, and so to what it reports to."""
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         if trainer is None:
             return
         values = {f"geffect/nll/{side}": value for side, value in risks.items()}
@@ -147,21 +110,7 @@ class GEffectCallback(TrainerCallback):
             for side in SIDES:
                 values[f"geffect/{label}/{side}"] = effect.total(side)
                 values |= {f"geffect/{label}/{side}/{group}": x for group, x in getattr(effect, side).items()}
-        wanted = trainer.control.should_log  # which a log ends: the step's own is still to come
-        trainer.log(values)
-        trainer.control.should_log = wanted
-
-
-def _calling_trainer() -> Trainer | None:
-    """The Trainer whose callback is running: it hands callbacks everything but itself, and nothing but its `log`
-    reaches all that it reports to.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
+        log_beside(trainer, values)
 
 
 def summary(effect: Any) -> str:

@@ -62,7 +62,14 @@ class UnlearnConfig(TrainingArguments):
     )
     geffect_samples: int = field(
         default=0,
-        metadata={"help": "Use only the first so many samples of each side for the G-effect; 0: all of them."},
+        metadata={"help": "Use only the first so many samples of each side for G-effect and NLL; 0: all of them."},
+    )
+    nll_every: int = field(
+        default=0,
+        metadata={
+            "help": "Measure the NLL of both sides before training, every so many steps and at the end; 0: never. It "
+            "takes forwards only; a G-effect gives the NLL too."
+        },
     )
     record_every: int = field(
         default=1, metadata={"help": "Write loss and weights to OUTPUT_DIR/records every so many steps; 0: never."}
@@ -97,7 +104,7 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(f"retain_term is {self.retain_term!r}; choose one of {', '.join(RETAIN_TERMS)}")
         if self.groups not in ("paper", "layer"):
             raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
-        for name in ("geffect_every", "geffect_samples", "record_every"):
+        for name in ("geffect_every", "geffect_samples", "nll_every", "record_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.label_names is None:

@@ -112,14 +112,22 @@ def nll_of_sides(
     return {"unlearn": nll(model, forget), "retain": nll(model, retain)}
 
 
-@torch.no_grad()
 def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
+    total, tokens = nll_sums(model, batches).tolist()
+    return total / max(tokens, 1.0)
+
+
+@torch.no_grad()
+def nll_sums(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """[2], fp64: the sum of the negative log-likelihood over the valid tokens of the batches and their number, in eval
+    mode.
+    """
     device = next(model.parameters()).device
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for batch in batches:
             batch = to_device(batch, device)
-            total -= model_logp(model, batch).double().sum()
-            tokens += int((batch["labels"][..., 1:] != -100).sum())
-    return float(total) / max(tokens, 1)
+            sums[0] -= model_logp(model, batch).double().sum()
+            sums[1] += (batch["labels"][..., 1:] != -100).sum()
+    return sums

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset, Subset
 
+from gfast.data import batches
 from gfast.files import write_json
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
+from gfast.training.trajectory import NLLCallback
 from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, parameters, tiny_model
 
 
@@ -34,8 +36,9 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
     join(rank, world, port)
     model = tiny_model()
     data, collate = pairing()
-    forget, _ = datasets()
+    forget, retain = datasets()
     reference = ReferenceCache.build(model, forget, collator())
+    watch = NLLCallback(1, batches(forget, collator(), 4), batches(retain, collator(), 2))
     args = config(
         folder,
         objective="NPO",
@@ -48,7 +51,13 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
         ddp_backend="gloo" if world > 1 else None,
     )
     trainer = UnlearnTrainer(
-        model, args, train_dataset=data, eval_dataset=data, data_collator=collate, references={"forget": reference}
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+        references={"forget": reference},
+        callbacks=[watch],
     )
     trainer.train()
     metrics = trainer.evaluate()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements along a training: when they are due, and the cheapest one, the NLL of both sets."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from gfast import wrappers
+from gfast.model_state import rng_kept
+from gfast.sides import SIDES
+from gfast.training.evaluation import nll_sums, own_batches
+from gfast.training.records import read_step, run_name, write_record
+
+logger = logging.getLogger("gfast")
+
+Batches = Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
+
+
+class Trajectory(TrainerCallback):
+    """The base of what is measured before training, every so many steps and after the last one, and recorded at once.
+
+    A subclass measures in `_measure`, and names in `quantity` what its rows in the records are known by.
+    """
+
+    quantity: ClassVar[str]
+
+    def __init__(
+        self, every: int, forget: Batches, retain: Batches, run_folder: str | Path | None, run: str | None
+    ) -> None:
+        if every < 0:
+            raise ValueError(
+                f"every is {every}; give the optimizer steps between measurements, or 0 for start and end only"
+            )
+        self.every, self.forget, self.retain = every, forget, retain
+        self.run_folder, self.run = run_folder, run
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        # A fresh start is always measured: what the folder holds for step 0 may be of another model.
+        step = state.global_step
+        if step > 0 and wrappers.is_adapted(model):
+            from gfast.model import declare_base_original
+
+            declare_base_original(model)  # adapters are not zero any more: they were when the run began
+        if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
+            self._measure(args, state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if self.measures_at(state):
+            self._measure(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another
+        # step's.
+        if not args.load_best_model_at_end and not self._is_measured(args, state.global_step):
+            self._measure(args, state, model)
+
+    def measures_at(self, state: Any) -> bool:
+        """Whether there is a measurement at the end of this step."""
+        return self._on_grid(state.global_step) or state.global_step >= state.max_steps
+
+    def _on_grid(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def _folder(self, args: Any) -> Path:
+        return Path(args.output_dir if self.run_folder is None else self.run_folder)
+
+    def _is_measured(self, args: Any, step: int) -> bool:
+        found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
+        return found >= self._names()
+
+    def _names(self) -> set[str]:
+        """Objectives in whose name values are recorded."""
+        raise NotImplementedError
+
+    def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
+        raise NotImplementedError
+
+
+class NLLCallback(Trajectory):
+    r"""Measures the mean NLL of both sets before training, every `every` steps and after the last: forwards only.
+
+    .. math:: R(D) = -\frac{1}{N} \sum_i \log p_i
+
+    over the N label tokens of a set, in evaluation mode. It is what `GEffectCallback` records of the risk, at a third
+    of its cost or less: for a trajectory with many points, for `gfast.training.StopCallback`, and for retain NLL at
+    equal forget NLL (`gfast report`). Training goes on bit for bit as without it. In several processes each measures a
+    share of the batches.
+
+    Args:
+        every: optimizer steps between measurements; 0 measures before and after training only.
+        forget, retain: lists of batches, or functions that return them; those of a `GEffectCallback` beside it, which
+            then measures where both are due.
+        run_folder: where to write; None is the Trainer's output_dir.
+        run: the run's name in the records; None is the folder's name.
+        label: the objective's name in the records; None is that of the Trainer's objective, or "NLL()" if it has none.
+
+    Raises:
+        ValueError: `every` below 0; at the start of training, a GEffectCallback beside it that measures other lists.
+
+    Source: arXiv 2502.19301, the risk of definition 1.
+
+    Example:
+        >>> callback = NLLCallback(5, forget_batches, retain_batches)    # doctest: +SKIP
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])    # doctest: +SKIP
+    """
+
+    quantity = "risk"
+
+    def __init__(
+        self,
+        every: int,
+        forget: Batches,
+        retain: Batches,
+        *,
+        run_folder: str | Path | None = None,
+        run: str | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(every, forget, retain, run_folder, run)
+        self.label = label
+
+    def _names(self) -> set[str]:
+        if self.label is not None:
+            return {self.label}
+        return {str(getattr(calling_trainer(), "objective", "NLL()"))}
+
+    def _beside(self) -> list[Trajectory]:
+        """Other callbacks of this Trainer that record the NLL under the same name."""
+        others = [one for one in callbacks_of(calling_trainer()) if isinstance(one, Trajectory) and one is not self]
+        return [one for one in others if one._names() >= self._names()]
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        for other in self._beside():
+            if other.forget is not self.forget or other.retain is not self.retain:
+                raise ValueError(
+                    f"gfast: {type(other).__name__} and NLLCallback would record the NLL of different lists of batches "
+                    f"under one name; give both the same forget and retain"
+                )
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
+        effects = [other for other in self._beside() if not isinstance(other, NLLCallback)]
+        if any(other.measures_at(state) or state.global_step == 0 for other in effects):
+            return  # its passes find the NLL too
+        values = {}
+        with rng_kept():
+            for side, batches in zip(SIDES, (self.forget, self.retain), strict=True):
+                batches = list(batches() if callable(batches) else batches)
+                values[side] = _shared_nll(model, batches, args.world_size, args.process_index)
+        trainer = calling_trainer()
+        if trainer is not None:
+            log_beside(trainer, {f"geffect/nll/{side}": value for side, value in values.items()})
+        if not state.is_world_process_zero:
+            return
+        folder = self._folder(args)
+        (name,) = self._names()
+        common = {
+            "run": run_name(str(folder)) if self.run is None else self.run,
+            "objective": name,
+            "step": state.global_step,
+            "epoch": state.epoch or 0.0,
+        }
+        write_record(folder, [{**common, "quantity": "risk", "side": side, "value": x} for side, x in values.items()])
+        logger.info("step %d, NLL: forget %.4f, retain %.4f", state.global_step, values["unlearn"], values["retain"])
+
+
+def _shared_nll(model: nn.Module, batches: list[Mapping[str, Any]], processes: int, rank: int) -> float:
+    own, counted = own_batches(len(batches), 1, processes, rank)
+    sums = nll_sums(model, [batches[index] for (index,) in own[:counted]])
+    nll_sums(model, [batches[index] for (index,) in own[counted:]])  # other processes may wait for this one's forward
+    if processes > 1:
+        from accelerate.utils import reduce
+
+        sums = reduce(sums, "sum")
+    total, tokens = sums.tolist()
+    return total / max(tokens, 1.0)
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer whose callback is running: it hands callbacks everything but itself, and nothing but its `log`
+    reaches all that it reports to.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def callbacks_of(trainer: Trainer | None) -> list[TrainerCallback]:
+    """Its callbacks in the order of their calls."""
+    return list(getattr(getattr(trainer, "callback_handler", None), "callbacks", []))
+
+
+def log_beside(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Values to the log of a Trainer in the middle of its step."""
+    wanted = trainer.control.should_log  # which a log ends: the step's own is still to come
+    trainer.log(dict(values))
+    trainer.control.should_log = wanted

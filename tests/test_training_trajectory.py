@@ -1,0 +1,64 @@
+"""The NLL of both sets along a training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.training_tiny import collator, datasets, parameters
+from test_training import plain_nll
+from test_training_resume import measured, run
+from transformers import TrainerCallback
+
+from gfast.data import batches
+from gfast.objectives import GA
+from gfast.training.records import read_records
+from gfast.training.trajectory import NLLCallback
+
+FORGET, RETAIN = (batches(side, collator(), 4) for side in datasets())
+NAME = "WGA(alpha=1.0) + NLL()"
+
+
+def risks(folder, name=NAME):
+    frame = read_records(folder)
+    frame = frame[(frame["quantity"] == "risk") & (frame["objective"] == name)]
+    return frame.pivot(index="step", columns="side", values="value")
+
+
+class Literally(TrainerCallback):
+    """The same by cross-entropy."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            sums = [plain_nll(model, side) for side in (FORGET, RETAIN)]
+        self.found[state.global_step] = [float(total) / tokens for total, tokens in sums]
+        model.train(training)
+
+
+def test_it_is_the_nll_and_training_does_not_notice(tmp_path):
+    plain, literally = run(tmp_path / "plain"), Literally()
+    watched = run(tmp_path / "run", NLLCallback(2, lambda: iter(FORGET), RETAIN), literally)
+    for name, value in parameters(plain).items():
+        assert torch.equal(value, watched.get_parameter(name)), name
+    found = risks(tmp_path / "run")
+    assert found.index.tolist() == [0, 2, 4, 5]
+    for step in (2, 4, 5):
+        assert found.loc[step, ["unlearn", "retain"]].tolist() == pytest.approx(literally.found[step], rel=1e-5)
+
+
+def test_beside_the_g_effect(tmp_path):
+    effects = measured(every=2, objectives=GA(), label=NAME)
+    effects.forget, effects.retain = FORGET, RETAIN
+    run(tmp_path / "run", NLLCallback(1, FORGET, RETAIN), effects, max_steps=3)
+    found = risks(tmp_path / "run")
+    assert found.index.tolist() == [0, 1, 2, 3] and found.notna().all(axis=None)
+    with pytest.raises(ValueError, match="different lists of batches under one name"):
+        run(tmp_path / "other", measured(objectives=GA(), label=NAME), NLLCallback(1, FORGET, RETAIN))
+    run(tmp_path / "names", measured(every=1, objectives=GA()), NLLCallback(1, FORGET, RETAIN), max_steps=1)
+    assert len(risks(tmp_path / "names")) == len(risks(tmp_path / "names", "GA()")) == 2
+    with pytest.raises(ValueError, match="every is -1"):
+        NLLCallback(-1, [], [])
