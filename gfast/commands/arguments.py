@@ -257,6 +257,8 @@ class CommandParser(OneLineErrors, HfArgumentParser):
         if isinstance(value, (dict, list)):
             kind = "list" if isinstance(value, list) else "mapping"
             raise ValueError(f"{entry.name} takes {'a list' if several else 'one value'}, and not the {kind} {value}")
+        if entry.name == "stop":
+            return [str(value)]  # one rule, with blanks in it
         # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as
         # False.
         return str(value).split() if several else _text(action, value)

@@ -40,17 +40,17 @@ from gfast.training.config import UnlearnConfig
 from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
+from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trainer import UnlearnTrainer
-from gfast.training.trajectory import NLLCallback, Trajectory
+from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
 DECISIVE = (
-    "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples nll_every record_every "
-    "learning_rate "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "optim "
-    "optim_args max_grad_norm num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed "
-    "data_seed bf16 fp16 gradient_checkpointing neftune_noise_alpha dataloader_drop_last reference own_loss_terms"
+    "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples nll_every stop "
+    "record_every learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon optim optim_args max_grad_norm num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16 gradient_checkpointing "
+    "neftune_noise_alpha dataloader_drop_last reference own_loss_terms"
 ).split()
 # Of TrainingArguments, what `--help` shows.
 SHOWN = (
@@ -99,6 +99,9 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
 def _train(
     model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str], folder: Path
 ) -> int:
+    nll = {name for name in QUANTITIES if name.endswith("_nll")}
+    measured = QUANTITIES if config.geffect_every else nll if config.nll_every else ()
+    require_measured(parse_rules(config.stop), measured)
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0
@@ -106,7 +109,9 @@ def _train(
     info = describe(model_arguments, data_arguments, config, rows, argv)
     known = check_run_folder(folder, info)
     if known and (folder / "result.json").exists():
-        say(f"This run is finished: {read_json(folder / 'result.json')['steps']} steps, model and records in {folder}")
+        done = read_json(folder / "result.json")
+        why = f" (it was ended by its {done['stopped']})" if done.get("stopped") else ""
+        say(f"This run is finished: {done['steps']} steps{why}, model and records in {folder}")
         return 0
     checkpoint = _checkpoint(config, folder)
     check_model(model_arguments)
@@ -149,6 +154,7 @@ def _train(
         "train_loss": output.training_loss,
         "seconds": time.perf_counter() - started,
         "objective": str(objective),
+        "stopped": next((one.reason for one in callbacks_of(trainer) if isinstance(one, StopCallback)), None),
     }
     if trainer.is_world_process_zero():
         write_manifest(folder, deep=False)
@@ -162,7 +168,7 @@ def describe(
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
-    unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0}
+    unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None}
     settings = {
         name: value
         for name, value in config.to_dict().items()

@@ -10,6 +10,7 @@ _WHERE = {
     "GEffectCallback": "callback",
     "NLLCallback": "trajectory",
     "ReferenceCache": "reference",
+    "StopCallback": "stop",
     "UnlearnConfig": "config",
     "UnlearnTrainer": "trainer",
     "read_records": "records",

@@ -75,8 +75,11 @@ class GEffectCallback(Trajectory):
             raise ValueError("label names a single objective; leave it out for several")
         self.labels = [str(objective) if label is None else label for objective in self.objectives]
         self.options = options
+        self.measures |= {f"{side}_effect" for side in SIDES}
+        if options.get("norms"):
+            self.measures |= {f"{side}_{name}" for side in SIDES for name in ("cosine", "norm")} | {"objective_norm"}
 
-    def _names(self) -> set[str]:
+    def names(self) -> set[str]:
         return set(self.labels)
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import named, parse_parameters
 from gfast.training.options import COMPILATION, refuse_ignored_options
+from gfast.training.stop import parse_rules
 
 RETAIN_TERMS = ("none", "nll", "kl", "rr")
 
@@ -71,6 +72,14 @@ class UnlearnConfig(TrainingArguments):
             "takes forwards only; a G-effect gives the NLL too."
         },
     )
+    stop: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rules that end the run, in quotes: 'retain_nll>1.1x' (times its start), 'forget_nll>4', "
+            "'retain_effect<-0.5*unlearn_effect for 3' (measurements in a row). What they are about must be measured: "
+            "--nll_every, --geffect_every.",
+        },
+    )
     record_every: int = field(
         default=1, metadata={"help": "Write loss and weights to OUTPUT_DIR/records every so many steps; 0: never."}
     )
@@ -107,6 +116,8 @@ class UnlearnConfig(TrainingArguments):
         for name in ("geffect_every", "geffect_samples", "nll_every", "record_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        parse_rules(self.stop)
         if self.label_names is None:
             self.label_names = ["labels"]
         if not torch.accelerator.is_available():

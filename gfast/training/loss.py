@@ -165,7 +165,8 @@ class GFastLossMixin:
         """The micro-batches of one optimizer step, and what their terms are to be divided by, over all processes."""
         batch_samples = []
         # Trainer looks whether a run is finished after a step: one that is resumed at its end would take one too many.
-        for _ in range(num_batches if self.state.global_step < self.state.max_steps else 0):
+        finished = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        for _ in range(0 if finished else num_batches):
             try:
                 batch_samples.append(next(epoch_iterator))
             except StopIteration:

@@ -19,7 +19,9 @@ from gfast.training.options import refuse_ignored_arguments, refuse_ignored_opti
 from gfast.training.processes import together
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import check_checkpoint, last_checkpoint, saving
+from gfast.training.stop import StopCallback
 from gfast.training.terms import RecordTerms
+from gfast.training.trajectory import callbacks_of
 
 
 class UnlearnTrainer(GFastLossMixin, Trainer):
@@ -77,6 +79,8 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             **trainer_arguments,
         )
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
+        if args.stop:
+            self.add_callback(StopCallback(args.stop))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(epoch_callback(self.train_dataset))
 
@@ -86,6 +90,10 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
         Errors: FolderInUse where another process trains into the output folder; DamagedFile for a checkpoint that is
         not as it was saved.
         """
+        for stop in [one for one in callbacks_of(self) if isinstance(one, StopCallback)]:
+            self.remove_callback(stop)
+            self.add_callback(stop)  # after whatever measures
+            stop.check(self)
         with contextlib.ExitStack() as stack:
             main, processes = self.is_world_process_zero(), self.accelerator.num_processes
             together((lambda: stack.enter_context(claimed(self.args.output_dir))) if main else None, processes)

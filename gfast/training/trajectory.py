@@ -30,6 +30,8 @@ class Trajectory(TrainerCallback):
     """
 
     quantity: ClassVar[str]
+    # What it measures, as rules of gfast.training.stop call it.
+    measures: frozenset[str] = frozenset({"forget_nll", "retain_nll"})
 
     def __init__(
         self, every: int, forget: Batches, retain: Batches, run_folder: str | Path | None, run: str | None
@@ -75,9 +77,9 @@ class Trajectory(TrainerCallback):
 
     def _is_measured(self, args: Any, step: int) -> bool:
         found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
-        return found >= self._names()
+        return found >= self.names()
 
-    def _names(self) -> set[str]:
+    def names(self) -> set[str]:
         """Objectives in whose name values are recorded."""
         raise NotImplementedError
 
@@ -128,7 +130,7 @@ class NLLCallback(Trajectory):
         super().__init__(every, forget, retain, run_folder, run)
         self.label = label
 
-    def _names(self) -> set[str]:
+    def names(self) -> set[str]:
         if self.label is not None:
             return {self.label}
         return {str(getattr(calling_trainer(), "objective", "NLL()"))}
@@ -136,7 +138,7 @@ class NLLCallback(Trajectory):
     def _beside(self) -> list[Trajectory]:
         """Other callbacks of this Trainer that record the NLL under the same name."""
         others = [one for one in callbacks_of(calling_trainer()) if isinstance(one, Trajectory) and one is not self]
-        return [one for one in others if one._names() >= self._names()]
+        return [one for one in others if one.names() >= self.names()]
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -164,7 +166,7 @@ class NLLCallback(Trajectory):
         if not state.is_world_process_zero:
             return
         folder = self._folder(args)
-        (name,) = self._names()
+        (name,) = self.names()
         common = {
             "run": run_name(str(folder)) if self.run is None else self.run,
             "objective": name,

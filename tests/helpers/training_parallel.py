@@ -46,7 +46,8 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
         optim="sgd",
         per_device_train_batch_size=6 // world // 3,
         gradient_accumulation_steps=3,
-        max_steps=2,
+        max_steps=4,
+        stop="forget_nll>0 for 3",
         per_device_eval_batch_size=1,
         ddp_backend="gloo" if world > 1 else None,
     )
