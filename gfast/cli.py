@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `gfast demo | unlearn | geffect | evaluate | report | bench | doctor`."""
+"""The command line: `gfast demo | unlearn | geffect | evaluate | audit | report | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "unlearn": ("gfast.commands.unlearn", "train a model to forget, with any objective, recording what happens"),
     "geffect": ("gfast.commands.geffect", "measure the G-effect of objectives on a model, without training"),
     "evaluate": ("gfast.commands.evaluate", "does a model forget, does it keep: logs, tables and a page"),
+    "audit": ("gfast.commands.audit", "did each update remove what it should? one page to sign"),
     "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
     "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
     "doctor": ("gfast.doctor", "say what will run where, and what to do to get more"),
@@ -34,13 +35,16 @@ _EXAMPLES = """examples:
   gfast geffect --model ORIGINAL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO
   gfast evaluate --model run --data tofu --forget forget10 --retain_log RETAIN_LOG
   gfast report run --out report
+  gfast audit run
 
 `gfast COMMAND --help` describes a command. With --debug an error shows its traceback.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 after an audit that was not passed, 2 after an error (one line on
+    stderr), 130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
     with _printable():

@@ -37,6 +37,7 @@ from gfast.objectives import Mix
 from gfast.training.batches import needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
+from gfast.training.fingerprints import model_fingerprint
 from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
@@ -123,7 +124,11 @@ def _train(
     model = load_model(model_arguments).to(config.device)
     sides.fit(model)
 
-    write_run_info(folder, info | {"device": device_name(config.device)})
+    main = config.process_index == 0
+    if main and not known:  # the model as it starts, which reads all of its parameters
+        adapters = wrappers.is_adapted(model)
+        info |= {"device": device_name(config.device), "model_fingerprint": model_fingerprint(model, adapters)}
+    together((lambda: write_run_info(folder, info)) if main else None, config.world_size)
     references = _references(model, both, sides, data_arguments, config, folder)
     data = sides.of(both.forget)
     collator: Any = sides.collator
