@@ -27,7 +27,7 @@ _log = logging.getLogger("gfast")
 
 # What a batch carries for gfast; the model gets everything else.
 OWN_KEYS = frozenset(
-    "labels ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id "
+    "labels weight ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden sample_id "
     "sequence_id".split()
 )
 

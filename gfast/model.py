@@ -15,7 +15,7 @@ from gfast.deferred import DeferredLogits, Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
-from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX, check_weight
 from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
@@ -118,6 +118,7 @@ def model_loss(
     *,
     ref_logp: Tensor | None = None,
     sequence_id: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str | None = None,
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
@@ -142,10 +143,12 @@ def model_loss(
             never called.
         batch: what the model takes, and labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
             labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
-            [2B, T]. Where rows hold several texts, these are the sequences: `position_ids` that start again,
-            `cu_seq_lens_q` [S + 1], `seq_idx` or `sequence_id` [B, T] say so (`gfast.packed`).
+            [2B, T]. `weight` [B, T], aligned with labels: constants that the objective's own token weights are
+            multiplied by, as in ``unlearn_loss``; KL, RMU and RR have none and refuse it. Where rows hold several
+            texts, these are the sequences: `position_ids` that start again, `cu_seq_lens_q` [S + 1], `seq_idx` or
+            `sequence_id` [B, T] say so (`gfast.packed`).
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
-        ref_logp, sequence_id: override the batch's.
+        ref_logp, sequence_id, weight: override the batch's.
         reduction, normalizer, impl: as ``linear_unlearn_loss``; KL, RMU and RR know only their mean over positions.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
@@ -183,6 +186,11 @@ def model_loss(
         batch = {**batch, "ref_logp": ref_logp}
     if sequence_id is not None:
         batch = {**batch, "sequence_id": sequence_id}
+    if weight is not None:
+        batch = {**batch, "weight": weight}
+    if batch.get("weight") is not None:
+        check_weighs(objective, "model_loss")
+        check_weight("model_loss", batch["weight"], labels)
     # before the forward pass, not after it
     lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):
@@ -240,22 +248,31 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
     """`model_loss` of an objective with token weights, from what `model_output` gives; options of
     ``linear_unlearn_loss``.
     """
-    labels, reference = _labels(batch), batch.get("ref_logp")
+    labels, reference, weight = _labels(batch), batch.get("ref_logp"), batch.get("weight")
     check_reference("model_loss", objective, reference, labels)
     value, target, ids = output.value, shifted(labels), sequence_ids(batch)
-    ref = None if reference is None else nn.functional.pad(reference[:, 1:], (0, 1))
+    ref, weight = (None if x is None else nn.functional.pad(x[:, 1:], (0, 1)) for x in (reference, weight))
     if ids is not None and is_pair(objective):
         if labels.numel() % 2:  # the last column scores nothing
             value, target, ids = value[:, :-1], target[:, :-1], ids[:, :-1]
-            ref = None if ref is None else ref[:, :-1]
+            ref, weight = (None if x is None else x[:, :-1] for x in (ref, weight))
         ids = pair_ids(ids, target)
-    options |= dict(ref_logp=ref, sequence_id=ids)
+    options |= dict(ref_logp=ref, sequence_id=ids, weight=weight)
     if output.head is None:
         out = unlearn_loss(value, target, objective, **options)
     else:
         out = linear_unlearn_loss(value, output.head.weight, target, objective, **options, **output.head.form)
     back = _back if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
     return LossOutput(back(out.loss) if out.loss.shape == target.shape else out.loss, back(out.logp), back(out.weight))
+
+
+def check_weighs(objective, name: str) -> None:
+    """ValueError for an objective that has no token weights, and so none to be multiplied by a batch's."""
+    if isinstance(objective, (KL, RMU, RR)):
+        raise ValueError(
+            f"gfast: {name}: the batch has a 'weight', and {objective} has no token weights that it could multiply: "
+            f"take it out of the batch."
+        )
 
 
 # The original model

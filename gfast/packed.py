@@ -94,7 +94,16 @@ def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:
     return torch.nn.functional.pad(rank[ids].view(batch["labels"].shape[0], -1), (0, 1))
 
 
-_BY_TOKEN = ("input_ids", "labels", "ref_logp", "ref_hidden", "ref_layer_hidden", "token_type_ids", "inputs_embeds")
+_BY_TOKEN = (
+    "input_ids",
+    "labels",
+    "weight",
+    "ref_logp",
+    "ref_hidden",
+    "ref_layer_hidden",
+    "token_type_ids",
+    "inputs_embeds",
+)
 BOUNDS = (
     "sequence_id",
     "position_ids",

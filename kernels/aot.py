@@ -73,7 +73,7 @@ def specs() -> Iterator[Spec]:
                      "out:*$ out_stride:i32 N:i32 V:i32")
     plain = {"scale": 1.0, "softcap": 0.0}
     capped = {"scale": 1.0, "softcap": 30.0}
-    wtnpo = {"sign": 1.0, "p_pow": 1.0, "q_pow": 0.5, "beta": 1.0, "has_out": True}
+    wtnpo = {"sign": 1.0, "p_pow": 1.0, "q_pow": 0.5, "beta": 1.0, "has_out": True, "by_row": True}
     for dtype, vocab, form in [("bf16", LLAMA3, plain), ("fp16", LLAMA2, plain), ("fp32", LLAMA2, plain),
                                ("fp32", LLAMA3, plain), ("bf16", GPT2, plain), ("bf16", GEMMA2, capped),
                                ("fp32", GEMMA2, capped)]:
@@ -84,7 +84,7 @@ def specs() -> Iterator[Spec]:
                         ref_scale=form["scale"], ref_softcap=form["softcap"], has_out=True, has_totals=False)
         yield _row_spec("kl_rows_grad", kl.kl_rows_grad_kernel, dtype, vocab, kl_grad_types, streams=2, **form,
                         ref_scale=form["scale"], ref_softcap=form["softcap"])
-    ga = {"sign": 1.0, "p_pow": 0.0, "q_pow": 0.0, "beta": 0.0, "has_out": False}
+    ga = {"sign": 1.0, "p_pow": 0.0, "q_pow": 0.0, "beta": 0.0, "has_out": False, "by_row": False}
     yield _row_spec("weighted_rows forward", rows.weighted_rows_kernel, "bf16", LLAMA3, weighted, **plain, **ga)
     yield _row_spec("kl_rows forward", kl.kl_rows_kernel, "bf16", LLAMA3, kl_types, streams=2, scale=0.5, softcap=0.0,
                     ref_scale=1.0, ref_softcap=0.0, has_out=False, has_totals=True)

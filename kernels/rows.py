@@ -70,8 +70,8 @@ def logp_rows_grad_kernel(logits, row_stride, labels, logp, stats, coef, out, ou
 @triton.jit(do_not_specialize=["N"])
 def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp, weight, out, out_stride, N, V,
                          sign: tl.constexpr, p_pow: tl.constexpr, q_pow: tl.constexpr, beta: tl.constexpr,
-                         scale: tl.constexpr, softcap: tl.constexpr, has_out: tl.constexpr, R: tl.constexpr,
-                         K: tl.constexpr):
+                         scale: tl.constexpr, softcap: tl.constexpr, has_out: tl.constexpr, by_row: tl.constexpr,
+                         R: tl.constexpr, K: tl.constexpr):
     for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         y = tl.load(labels + i)
         if y != -100:
@@ -90,7 +90,7 @@ def weighted_rows_kernel(logits, row_stride, labels, ref_logp, coef_scale, logp,
             tl.store(weight + i, w)
             if has_out:
                 total = s_other + e_y
-                c = tl.load(coef_scale) * w
+                c = tl.load(coef_scale + i if by_row else coef_scale) * w
                 target = c * (s_other / total)
                 gradient_row(row, out + i * out_stride, y, V, m, -c / total, target, scale, softcap, R, K)
         else:
@@ -157,7 +157,7 @@ def weighted_rows(
     p_pow: float,
     q_pow: float,
     beta: float,
-    coef_scale: torch.Tensor,  # 0-dim fp32 on the device of logits
+    coef_scale: torch.Tensor,  # 0-dim or [N], fp32 on the device of logits
     scale: float = 1.0,
     softcap: float = 0.0,
     out: torch.Tensor | None = None,  # [N, V], may be logits
@@ -186,6 +186,7 @@ def weighted_rows(
         with torch.cuda.device_of(logits):
             weighted_rows_kernel[grid](
                 logits, logits.stride(0), labels.contiguous(), logp if ref_logp is None else ref_logp.contiguous(),
-                coef_scale, logp, weight, target, target.stride(0), rows, vocab, float(sign), float(p_pow),
-                float(q_pow), float(beta), float(scale), float(softcap), out is not None, **options)
+                coef_scale.contiguous(), logp, weight, target, target.stride(0), rows, vocab, float(sign), float(p_pow),
+                float(q_pow), float(beta), float(scale), float(softcap), out is not None, coef_scale.dim() > 0,
+                **options)
     return logp, weight

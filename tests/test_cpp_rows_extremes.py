@@ -224,7 +224,7 @@ def bad_calls():
     yield "ref_logp must be \\[4\\]", z, y, f32[:2], z.shape, {}
     yield "ref_logp must be float32", z, y, f32.double(), z.shape, {}
     yield "ref_logp is needed", z, y, None, z.shape, {}
-    yield "coef_scale must be a single number", z, y, f32, z.shape, {"coef": torch.ones(2)}
+    yield "coef_scale must be \\[4\\]", z, y, f32, z.shape, {"coef": torch.ones(2)}
     yield "coef_scale must be float32", z, y, f32, z.shape, {"coef": torch.ones((), dtype=torch.float64)}
 
 

@@ -79,8 +79,8 @@ def overlaps() -> dict:
 
     for place in (1, 2, 3, 4):
         add("logp_rows_grad", place, [logits, labels, logp, stats, logp.clone(), 1.0, 0.0, torch.zeros(3, 5)], 7)
-    for place in (1, 2):
-        add("weighted_rows", place, [logits, labels, logp, *numbers, one, 1.0, 0.0, torch.zeros(3, 5)], 10)
+    for place in (1, 2, 7):
+        add("weighted_rows", place, [logits, labels, logp, *numbers, logp.clone(), 1.0, 0.0, torch.zeros(3, 5)], 10)
     kl = (1.0, 0.0, 1.0, 0.0, torch.zeros(3, 5))
     for place in (1, 2):
         add("kl_rows", place, [logits, logits.clone(), labels, one, *kl], 8)

@@ -129,8 +129,8 @@ def poisoned(like):
     return torch.full_like(like, float("nan"))
 
 
-def check_weighted(logits, labels, ref_logp, family, scale=1.0, softcap=0.0, out=None):
-    coef = torch.tensor(0.37, device=DEVICE)
+def check_weighted(logits, labels, ref_logp, family, scale=1.0, softcap=0.0, out=None, coef=0.37):
+    coef = torch.as_tensor(coef, device=DEVICE)
     source = logits.clone()
     out = poisoned(logits) if out is None else out
     logp, weight = weighted_rows(logits, labels, ref_logp if family[3] else None, *family, coef, scale, softcap, out)
@@ -140,6 +140,11 @@ def check_weighted(logits, labels, ref_logp, family, scale=1.0, softcap=0.0, out
         check_law(actual, p, t)
     assert (out[labels == -100] == 0).all() and (logp[labels == -100] == 0).all()
     return logp, weight, out
+
+
+def test_weighted_rows_with_a_factor_a_row():
+    coef = torch.tensor([0.37, -2.0, 0.0, 1e-3, 5.0, 1.0, 0.5, -0.1, 7.0, 0.2])
+    check_weighted(*make(10, 257, torch.float32), FAMILIES["WTNPO"], coef=coef)
 
 
 @slow_unless_compiled(lambda p: p.dtype != torch.float32 and p.vocab not in (7, 257))

@@ -99,9 +99,15 @@ std::tuple<Tensor, Tensor> weighted_rows_cpu(const Tensor& logits, const Tensor&
     ref = check_values(op, "ref_logp", *ref_logp, rows);
     args.ref_logp = ref.const_data_ptr<float>();
   }
-  args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
+  Tensor coef = coef_scale;
+  if (coef_scale.dim() > 0)
+    coef = check_values(op, "coef_scale", coef_scale, rows), args.coef_stride = 1;
+  else
+    check_scalar(op, "coef_scale", coef_scale);
+  args.coef_scale = coef.const_data_ptr<float>();
   if (out.has_value()) {
-    set_out(op, args, *out, logits, {{"labels", labels}, {"ref_logp", ref_logp.value_or(Tensor())}});
+    set_out(op, args, *out, logits,
+            {{"labels", labels}, {"ref_logp", ref_logp.value_or(Tensor())}, {"coef_scale", coef_scale}});
     args.stream = streams(*out, logits);
   }
   Tensor logp = at::empty({rows}, at::kFloat), weight = at::empty({rows}, at::kFloat);

@@ -92,10 +92,13 @@ std::tuple<Tensor, Tensor> weighted_rows_cuda(const Tensor& logits, const Tensor
     ref = check_values("ref_logp", *ref_logp, logits, at::kFloat);
     args.ref_logp = ref.const_data_ptr<float>();
   }
-  check_here("coef_scale", coef_scale, logits, at::kFloat);
-  TORCH_CHECK_VALUE(coef_scale.numel() == 1, "gfast: weighted_rows: coef_scale must be one number, not ",
-                    coef_scale.sizes());
-  args.coef_scale = coef_scale.const_data_ptr<float>();
+  Tensor coef = coef_scale;
+  args.coef_by_row = coef_scale.dim() > 0;
+  if (args.coef_by_row)
+    coef = check_values("coef_scale", coef_scale, logits, at::kFloat);
+  else
+    check_here("coef_scale", coef_scale, logits, at::kFloat);
+  args.coef_scale = coef.const_data_ptr<float>();
   if (out.has_value()) {
     check_matrix("out", *out);
     check_here("out", *out, logits, logits.scalar_type());

@@ -126,7 +126,7 @@ __device__ __noinline__ Factors finish_row(const RowsArgs& args, int64_t row, fl
     w *= 2.0f * ((x < 0.0f ? e : 1.0f) / (1.0f + e));
   }
   if (writes) args.logp[row] = logp, args.weight[row] = w;
-  const float c = *args.coef_scale * w * args.scale;
+  const float c = args.coef_scale[args.coef_by_row ? row : 0] * w * args.scale;
   return {fmaxf(highest, raw_y), -c / total, c * (s_other / total), 0.0f};
 }
 

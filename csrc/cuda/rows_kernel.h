@@ -15,7 +15,7 @@ struct RowsArgs {
   int64_t stride;      // elements between rows; rows may begin anywhere
   const int64_t* labels;    // [rows], -100 ignored
   const float* ref_logp;    // [rows], read where beta > 0
-  const float* coef_scale;  // one number
+  const float* coef_scale;  // one number, or [rows]
   float* logp;              // [rows]
   float* weight;            // [rows]
   void* out;                // [rows, vocab] of the logits' type, may be logits; null: no gradient
@@ -23,6 +23,7 @@ struct RowsArgs {
   int64_t rows;
   int vocab;
   float sign, p_pow, q_pow, beta, scale;
+  bool coef_by_row;  // coef_scale has one number a row
 };
 
 // Vectors of 16 bytes that a row touches at most: `itemsize` bytes an element, all rows at multiples of 16 or not.

@@ -28,6 +28,9 @@ class Collator:
     """Pads items on the right into a batch: `input_ids`, `attention_mask`, `labels` [B, T] and `sample_id` [B], all
     int64.
 
+    Items with a `weight`, one number a token or one for all of them (a sample's), give `weight` [B, T] fp32, which
+    ``gfast.model_loss`` multiplies an objective's token weights by.
+
     Items with `preferred_*` entries (`PreferenceDataset`) become one [2B, T] batch: first the B rejected (forget)
     answers, then the B preferred ones in the same order.
 
@@ -82,6 +85,8 @@ class Collator:
             labels[b, : len(row)] = row_labels
             attention_mask[b, : len(row)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if any("weight" in item for item in items):
+            batch["weight"] = _weights(items, lengths, padded)
 
         with_ids = ["sample_id" in item for item in items]
         if all(with_ids):
@@ -142,6 +147,22 @@ def batches(dataset: Any, collator: Callable[[list[dict]], dict], batch_size: in
 def _is_collator(value: Any) -> bool:
     # A tokenizer is callable too.
     return callable(value) and not hasattr(value, "eos_token_id")
+
+
+def _weights(items: Sequence[dict], lengths: Sequence[int], padded: int) -> Tensor:
+    """[B, T] fp32, 0 in the padding."""
+    weight = torch.zeros(len(items), padded, device="cpu")
+    for b, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        if "weight" not in item:
+            raise ValueError(f"gfast: item {b} of a batch has no weight, and others have one: give all or none")
+        row = torch.as_tensor(item["weight"], dtype=torch.float32, device="cpu")
+        if row.shape not in ((), (length,)):
+            raise ValueError(
+                f"gfast: item {b} of a batch has {length} input_ids but a weight of shape {tuple(row.shape)}: give "
+                f"one number a token, or one for all"
+            )
+        weight[b, :length] = row
+    return weight
 
 
 def _pad_id(tokenizer: Any) -> int:

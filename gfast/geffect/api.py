@@ -72,7 +72,9 @@ def g_effect(
             A function (logp, ref_logp, sequence_id) -> weights is one too: see `objectives.Weights`.
         forget, retain: one batch, or a list, DataLoader or generator of them (materialised as a list): dicts with
             input_ids, labels [B, T] int64 (-100 ignored, unshifted), attention_mask, and what the objective needs,
-            such as ref_logp [B, T]. Columns on the right that no row's attention_mask or labels need are cut off.
+            such as ref_logp [B, T]. A `weight` [B, T] multiplies the objective's token weights, as in
+            `gfast.model_loss`, and never the risk's. Columns on the right that no row's attention_mask or labels need
+            are cut off.
         groups: "paper", "layer" or a function from parameter name to group; see `assign`.
         risk: R, an objective evaluated on both sets.
         engine: "stream" ("auto" takes it): gradients are dotted as they appear. "sample": no weight gradient ever
@@ -141,7 +143,7 @@ def _effects_by(engine: str, request: Request, objectives: Sequence[Objective]) 
     """G-effects by the engine "sample", "token" or "gram": each dots every term's gradient with the risks' in its own
     way."""
     directed = engine != "gram"  # without directions nothing follows from them: GA and NLL are measured like all others
-    wanted = plans(objectives, request.risk if directed else None, norms=False)
+    wanted = plans(objectives, request.risk if directed else None, False, request.data.weighted)
     jobs = jobs_of(wanted)
     terms = [term for ((_, term),) in jobs]  # without norms every job is one term
     if directed:

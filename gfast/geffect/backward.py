@@ -115,10 +115,10 @@ class Passes:
                 if again or output is not None:
                     output = output or model_output(self.module, batch)
                     again = again and repeatable(output.value)
-                    loss = output_loss(output, batch, item.term.objective, normalizer=item.count).loss
+                    loss = output_loss(output, item.term.own(batch), item.term.objective, normalizer=item.count).loss
                 else:
                     objective, options = item.term.objective, dict(normalizer=item.count, reference=self.data.reference)
-                    loss = model_loss(self.module, batch, objective, **options).loss
+                    loss = model_loss(self.module, item.term.own(batch), objective, **options).loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
                     factor = item.factor * self.loss_scale

@@ -4,7 +4,7 @@ from what was."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +41,13 @@ class Plan:
     jobs: tuple[tuple[float, Job], ...]
 
 
-def plans(objectives: Sequence[Objective], risk: Objective | None, norms: bool) -> list[Plan]:
+def plans(
+    objectives: Sequence[Objective], risk: Objective | None, norms: bool, weighted: Collection[str] = ()
+) -> list[Plan]:
     """What follows from the directions by construction, and what needs passes: all of it where there are none (risk
-    None).
+    None). weighted: as for `terms`.
     """
-    return [_plan(objective, risk, norms) for objective in objectives]
+    return [_plan(objective, risk, norms, weighted) for objective in objectives]
 
 
 def jobs_of(some: Sequence[Plan]) -> list[Job]:
@@ -62,7 +64,7 @@ def finished(
     results = []
     for plan in wanted:
         parts = [(factor, measured[job]) for factor, job in plan.jobs]
-        split = terms(plan.objective)
+        split = terms(plan.objective, data.weighted)
         own = {}
         if len(split) == 1:
             own = {"objective": data.count(split[0][1]), "objective_tokens": data.tokens(split[0][1])}
@@ -72,9 +74,9 @@ def finished(
     return results
 
 
-def _plan(objective: Objective, risk: Objective | None, norms: bool) -> Plan:
+def _plan(objective: Objective, risk: Objective | None, norms: bool, weighted: Collection[str]) -> Plan:
     known, rest = [0.0, 0.0], []
-    for factor, term in terms(objective):
+    for factor, term in terms(objective, weighted):
         identity = None if risk is None else identity_factor(term, risk)
         if identity is None:
             rest.append((factor, term))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gfast import packed
 from gfast.hf import OWN_KEYS
+from gfast.model import check_weighs
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
-from gfast.ops.checks import IGNORE_INDEX
+from gfast.ops.checks import IGNORE_INDEX, check_weight
 from gfast.sides import SETS
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
@@ -22,27 +23,42 @@ OWN_DATA = frozenset({"preferred", "refusal"})
 # Tensors of a batch with a value a position, and without.
 _BY_POSITION = frozenset(
     "input_ids inputs_embeds labels attention_mask position_ids token_type_ids mm_token_type_ids "
-    "ref_logp ref_hidden ref_layer_hidden".split()
+    "weight ref_logp ref_hidden ref_layer_hidden".split()
 )
 _NOT_BY_POSITION = frozenset("sample_id ref_head ref_head_bias ref_head_form pixel_values image_grid_thw".split())
 
 
 @dataclass(frozen=True)
 class Term:
-    """One objective on one set: `source` is "forget", "retain" or "objective" (data that only the objective has)."""
+    """One objective on one set: `source` is "forget", "retain" or "objective" (data that only the objective has).
+
+    weighted: its token weights are multiplied by the batches' `weight`. A risk's never are.
+    """
 
     objective: Objective
     source: str
+    weighted: bool = False
+
+    def own(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the term sees of a batch."""
+        return batch if self.weighted or "weight" not in batch else {**batch, "weight": None}
 
 
-def terms(objective: Objective) -> list[tuple[float, Term]]:
-    """The objective as a linear combination of terms; factors of 0 are left out."""
+def terms(objective: Objective, weighted: Collection[str] = ()) -> list[tuple[float, Term]]:
+    """The objective as a linear combination of terms; factors of 0 are left out. weighted: sources whose batches have
+    a `weight`; ValueError for an objective on them that has no token weights."""
+
+    def term(objective: Objective, source: str) -> Term:
+        if source in weighted:
+            check_weighs(objective, "g_effect")
+        return Term(objective, source, source in weighted)
+
     if not isinstance(objective, Mix):
-        return [(1.0, Term(objective, _source(objective)))]
-    parts = [(float(objective.gamma), Term(objective.forget, _source(objective.forget)))]
+        return [(1.0, term(objective, _source(objective)))]
+    parts = [(float(objective.gamma), objective.forget, _source(objective.forget))]
     if objective.retain is not None:
-        parts.append((float(objective.alpha), Term(objective.retain, "retain")))
-    return [(factor, term) for factor, term in parts if factor != 0.0]
+        parts.append((float(objective.alpha), objective.retain, "retain"))
+    return [(factor, term(one, source)) for factor, one, source in parts if factor != 0.0]
 
 
 def risk_terms(risk: Objective) -> list[Term]:
@@ -56,7 +72,7 @@ def risk_terms(risk: Objective) -> list[Term]:
 
 def identity_factor(term: Term, risk: Objective) -> float | None:
     """c when the gradient of the term is c times that of the risk on the same set, by construction; else None."""
-    if term.source not in SETS or term.objective.default_reduction != risk.default_reduction:
+    if term.source not in SETS or term.weighted or term.objective.default_reduction != risk.default_reduction:
         return None
     if term.objective == risk:
         return 1.0
@@ -88,6 +104,13 @@ def as_batches(batches: Any, name: str) -> list[Mapping[str, Any]]:
                 f"gfast: {name}: batch {index} has labels {tuple(batch['labels'].shape)} but {tokens} "
                 f"{tuple(batch[tokens].shape[:2])}; labels are aligned with {tokens} and shifted by gfast"
             )
+        if batch.get("weight") is not None:
+            check_weight(f"{name}: batch {index}", batch["weight"], batch["labels"])
+    with_weight = [batch.get("weight") is not None for batch in listed]
+    if any(with_weight) and not all(with_weight):
+        raise ValueError(
+            f"gfast: {name}: batch {with_weight.index(False)} has no 'weight', and others have one: give all or none"
+        )
     return listed
 
 
@@ -138,6 +161,7 @@ class Data:
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:
             self.batches["objective"] = as_batches(objective_batches, "objective_batches")
+        self.weighted = frozenset(source for source, some in self.batches.items() if some[0].get("weight") is not None)
         self._check(used, _REFERENCE_KEYS if adapters else _REFERENCE_KEYS_WITHOUT_ADAPTERS)
         if not fixed_width:
             self.batches = {source: [trimmed(batch) for batch in some] for source, some in self.batches.items()}

@@ -119,6 +119,14 @@ class Request:
                     )
                 batches[index] = rows
 
+    def refuse_weights(self, name: str) -> None:
+        """ValueError where batches have a `weight`: effects of samples are of their log-probs alone."""
+        if self.data.weighted:
+            raise ValueError(
+                f"gfast: {name}: the {sorted(self.data.weighted)[0]} batches have a 'weight' of their tokens, which "
+                f"log p of a sample has not: take it out of the batches, or use g_effect or token_effect"
+            )
+
     @contextmanager
     def directions(self) -> Iterator[Directions]:
         """The directions that were given, or fresh ones for as long as they are needed."""

@@ -43,6 +43,29 @@ def check_like_labels(name: str, what: str, value: Tensor, labels: Tensor) -> No
         raise ValueError(f"gfast: {name}: {what} is on {value.device} but labels on {labels.device}.")
 
 
+def check_weight(name: str, weight: Tensor, labels: Tensor) -> None:
+    """Weights of the tokens, as labels in shape and device, without a graph; finite where a label counts, which on a
+    GPU is a device-side assertion."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"gfast: {name}: weight must be a tensor like labels, not a {type(weight).__name__}.")
+    check_like_labels(name, "weight", weight, labels)
+    if weight.requires_grad:
+        raise ValueError(
+            f"gfast: {name}: weight requires grad, but token weights are constants of the loss: pass weight.detach()."
+        )
+    if not runs_now(weight) or not runs_now(labels):
+        return
+    bad = ~torch.isfinite(weight) & (labels != IGNORE_INDEX)
+    if not reads_are_free(weight.device):
+        torch._assert_async(~bad.any(), f"gfast: {name}: a weight is not finite")
+    elif bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"gfast: {name}: {int(bad.sum())} of {weight.numel()} weights are not finite, first weight{list(where)} = "
+            f"{float(weight[where])}."
+        )
+
+
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden [..., D], weight [V, D], bias [V] of one dtype and device."""
     if hidden.shape[-1] == 0:
@@ -128,4 +151,9 @@ def may_wait(device: torch.device) -> bool:
 
 def runs_now(x: Tensor) -> bool:
     """A plain tensor in plain eager mode: nothing records the call or stands in for the values."""
-    return not torch.compiler.is_compiling() and type(x) in PLAIN
+    return not torch.compiler.is_compiling() and type(x) in PLAIN and not is_wrapped(x)
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether ``x`` stands for another tensor in torch.func.grad, jvp, vmap and the like."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gfast.ops.checks import check_label_range
+from gfast.ops.checks import check_label_range, is_wrapped
 
 
 def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
@@ -27,7 +27,7 @@ def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         transform = "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad)"
-    elif any(map(_is_wrapped, given)):
+    elif any(map(is_wrapped, given)):
         transform = "a transform of torch.func (grad, vmap, jacrev)"
     else:
         return False
@@ -39,15 +39,10 @@ def wants_literal(name: str, impl: str, *tensors: Tensor | None) -> bool:
     return True
 
 
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether ``x`` stands for another tensor in torch.func.grad, jvp, vmap and the like."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)
-
-
 def check_literal_labels(name: str, labels: Tensor, vocab: int) -> None:
     """``check_label_range``, unless labels cannot be looked at as they stand for many tensors, in torch.func.vmap."""
     seen = labels.reshape(-1)
-    while _is_wrapped(seen):
+    while is_wrapped(seen):
         if torch._C._functorch.is_batchedtensor(seen):
             return
         seen = torch._C._functorch.get_unwrapped(seen)

@@ -18,26 +18,29 @@ def graph_is_kept() -> bool:
     return asked is None or asked()
 
 
-def kept_scale(factor: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def kept_scale(
+    factor: Tensor, dtype: torch.dtype, weight: Tensor | None = None, times: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
     """What a gradient of ``dtype`` is kept at until the backward, and what multiplies it there (None: nothing).
 
     Their product is ``factor`` (0-dim). fp16 has no digits below 6e-8, where 1/N puts most of a gradient before a loss
-    scale can lift it: it is kept near the top of its range instead. ``weight`` [N]: of the rows; None: none is above 2.
+    scale can lift it: it is kept near the top of its range instead. ``weight`` [N]: of the rows, which are at most so
+    many ``times`` that; None: none is above 2.
     """
     if dtype != torch.float16:
         return factor, None
     if weight is None or not weight.numel():
         scale = torch.full_like(factor, 2.0**14)
     else:  # a power of two; a row that is not finite leaves the others as they are
-        top = weight.abs().nan_to_num(0.0, posinf=0.0).amax()
+        top = times * weight.abs().nan_to_num(0.0, posinf=0.0).amax()
         scale = torch.exp2((15.0 - torch.log2(top).ceil()).clamp(-100.0, 100.0))
     return scale, factor / scale
 
 
-def summed_scale(factor: Tensor, dtype: torch.dtype, wide: bool, weight: Tensor | None = None):
+def summed_scale(factor: Tensor, dtype: torch.dtype, wide: bool, weight: Tensor | None = None, times: float = 1.0):
     """``kept_scale`` of gradients that are summed over rows. ``wide``: the sums have fp32 at once. Else they pass
     through ``dtype``, whose top they would leave: nothing is kept above its own size."""
-    scale, late = kept_scale(factor, dtype, weight)
+    scale, late = kept_scale(factor, dtype, weight, times)
     if late is None or wide:
         return scale, late
     scale = scale.clamp(max=1.0)

@@ -21,16 +21,16 @@ from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, 
 from gfast.ops.reductions import LossOutput
 from gfast.ops.registration import python_op
 from gfast.ops.token_logp import stats_dtype
-from gfast.ops.unlearn_loss import loss_from_logp, weighted_rows
+from gfast.ops.unlearn_loss import by_row, loss_from_logp, weighted_rows
 from gfast.ops.weights import Terms, WeightSpec, sequence_weights, weigh
 
 
 def linear_unlearn_loss_reference(
-    hidden, weight, labels, objective, ref_logp=None, reduction=None, **head
+    hidden, head, labels, objective, ref_logp=None, reduction=None, weight=None, **form
 ) -> LossOutput:
     """The literal definition: all logits, then log softmax, detached weights and autograd."""
-    terms = Terms.of("linear_unlearn_loss", objective, labels, ref_logp, reduction)
-    return loss_from_logp(terms, linear_token_logp_reference(hidden, weight, labels, **head))
+    terms = Terms.of("linear_unlearn_loss", objective, labels, ref_logp, reduction, weight=weight)
+    return loss_from_logp(terms, linear_token_logp_reference(hidden, head, labels, **form))
 
 
 def _fake_rows(head, *rest):
@@ -59,8 +59,8 @@ def _linear_unlearn(
 
     Args:
         head: hidden [N, D], weight [v, D], bias [v] or None. labels: int64 [N].
-        per_row: ref_logp, weights and sequence ids, [N] each or None. Weights that are given are those, and nothing is
-            computed from ``numbers``.
+        per_row: ref_logp, weights of the objective, sequence ids, and weights beside the objective's own (may be left
+            out), [N] each or None. An objective's weights are those, and nothing is computed from ``numbers``.
         level, numbers: a ``WeightSpec``.
         sequences: count and length of ``plan_chunks``. For the rest see ``LocalHead.options``.
     """
@@ -71,22 +71,25 @@ def _linear_unlearn(
     order, chunk, spans = plan_chunks(level, labels, per_row[2], count, length, chunk_rows)
     chunked = ChunkedHead(*head, labels, chunk, order)
     dtype = stats_dtype(hidden.dtype)
-    ref, given, ids = map(chunked.select, per_row)
+    ref, known, ids, given = map(chunked.select, [*per_row, None][:4])
     logp, weights = hidden.new_empty(chunked.rows, dtype=dtype), hidden.new_empty(chunked.rows, dtype=dtype)
     stats = hidden.new_empty((chunked.rows, 2), dtype=dtype)
     chunked.start_gradients(*need)
+
+    def factors(part: slice) -> Tensor:
+        return by_row(factor, None if given is None else given[part])
 
     def row_span(start: int, stop: int) -> None:
         part, rows = slice(start, stop), chunked.logits(start, stop)
         chunk_ref = None if ref is None else ref[part].contiguous()
         chosen = select_rows("linear_unlearn_loss", asked, rows, rows, form[1])
-        arguments = (rows, chunked.labels[part], chunk_ref, spec, factor, *form, rows, chosen)
+        arguments = (rows, chunked.labels[part], chunk_ref, spec, factors(part), *form, rows, chosen)
         logp[part], weights[part] = weighted_rows(*arguments)
         chunked.add_gradients(start, stop, rows)
 
     def weights_of(part: slice) -> Tensor:
-        if given is not None:
-            return given[part].to(dtype)
+        if known is not None:
+            return known[part].to(dtype)
         span_ref, span_ids = None if ref is None else ref[part].to(dtype), None if ids is None else ids[part]
         valid = chunked.labels[part] != IGNORE_INDEX
         return weigh(spec, logp[part], span_ref, valid, span_ids, count)[0]
@@ -101,7 +104,7 @@ def _linear_unlearn(
             if len(pieces) > 1:  # longer than a chunk, and not the first: its logits are gone, compute them again
                 rows = chunked.logits(a, b)
             part = slice(a, b)
-            coef = (weights[part] * factor).to(dtype)
+            coef = (weights[part] * factors(part)).to(dtype)
             shard.logp_rows_grad(rows, chunked.labels[part], logp[part], stats[part], coef, *form, impl)
             chunked.add_gradients(a, b, rows)
 
@@ -112,14 +115,14 @@ def _linear_unlearn(
         for a, b in row_chunks(stop - start, chunked.chunk):
             rows, part = chunked.logits(start + a, start + b), slice(start + a, start + b)
             chosen = select_rows("linear_unlearn_loss", asked, rows, rows, form[1])
-            arguments = (rows, chunked.labels[part], None, unweighted, factor, *form, rows, chosen)
+            arguments = (rows, chunked.labels[part], None, unweighted, factors(part), *form, rows, chosen)
             logp[part] = weighted_rows(*arguments)[0]
             chunked.add_gradients(part.start, part.stop, rows)
         weights[start:stop] = weights_of(slice(start, stop))
         chunked.scale_gradients(start, stop, weights[start:stop].abs().amax())
 
     # one kernel from logits to gradient, unless the weights or the log-probs need more than the row
-    by_row = level == "token" and given is None and not group
+    alone = level == "token" and known is None and not group
     # spans longer than a chunk are single sequences, unless boundaries had to follow from shapes that do not tell them
     single = level == "sequence" and not group and (length > 0 or checks.may_wait(labels.device))
     lone = next((span for span in spans if single and span[1] - span[0] > chunked.chunk), None)
@@ -127,26 +130,28 @@ def _linear_unlearn(
         first_span(*lone)
     for span in spans:
         if span != lone:
-            (row_span if by_row else whole_span)(*span)
+            (row_span if alone else whole_span)(*span)
+    weights = by_row(weights, given)
     return chunked.scatter(logp), chunked.scatter(weights), *shard.gradients(chunked)
 
 
 def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl: str) -> LossOutput:
     """The loss of a head that is differentiated: its gradients come out of the same pass."""
     spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
-    factor, ref, given = terms.factor(dtype), terms.reference(dtype), None
+    factor, ref, known, given = terms.factor(dtype), terms.reference(dtype), None, terms.given_as(dtype)
     ref = None if ref is None else ref.detach()
     if terms.spec is None:
         with torch.no_grad():
             scored = flat_logp(head, form, impl)
-        given = terms.weigh(scored, ref)[0]
+        known, given = terms.weigh(scored, ref)[0], None
         del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
-    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), given)
+    of_rows = (known, 1.0) if given is None else (given, 2.0)
+    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), *of_rows)
     logp, weights, *gradients = _linear_unlearn(
         head.detached(),
         head.labels,
-        [ref, given, tokens.ids],
+        [ref, known, tokens.ids, given],
         inner,
         spec.level,
         spec.numbers(),
@@ -155,8 +160,9 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         head.wanted(),
     )
     value = weights * logp
-    if spec.level != "token":
+    if terms.whole:
         value = sequence_weights(spec, logp, ref, tokens.valid, tokens.ids, tokens.count)[1]
+        value = terms.times_given(weights, value)[1]
 
     def literal(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logp = linear_token_logp_reference(hidden, weight, head.labels, bias, *form)
@@ -169,7 +175,7 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
 
 def linear_unlearn_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     objective,
     *,
@@ -178,6 +184,7 @@ def linear_unlearn_loss(
     reduction: str | None = None,
     sequence_id: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    weight: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int | None = None,
@@ -194,7 +201,7 @@ def linear_unlearn_loss(
     (with DPO or a vocabulary-parallel head: all of them).
 
     Args:
-        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). weight: [V, D], same dtype (a DTensor is a
+        hidden: [..., D], fp32, bf16 or fp16 (fp64: reference). head: [V, D], same dtype (a DTensor is a
             vocabulary-parallel head: see ``linear_token_logp``). bias: [V] or None. Under torch.autocast they are cast
             as in ``F.linear``.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
@@ -203,6 +210,8 @@ def linear_unlearn_loss(
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
         normalizer: replaces the token or sequence count.
+        weight: [...], constants that the objective's own token weights are multiplied by, as in ``unlearn_loss``; the
+            same on every process of a vocabulary-parallel head.
         logit_scale, softcap: logits are softcap * tanh(scale * (W h + b) / softcap).
         chunk_rows: rows of logits held at a time; None chooses by device and head. Logits of bf16 rows are held all at
             once up to the memory that the sum of several chunks' dW, in fp32, would take.
@@ -227,16 +236,16 @@ def linear_unlearn_loss(
         -0.3466
     """
     name = "linear_unlearn_loss"
-    head = local_head(name, hidden, weight, bias, labels, chunk_rows)
-    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
+    local = local_head(name, hidden, head, bias, labels, chunk_rows)
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer, weight)
     form = check_map(name, logit_scale, softcap)
-    if wants_literal(name, impl, *head.inputs, ref_logp):
-        out = loss_from_logp(terms, literal_of_head(name, head, form), impl == "reference")
-    elif terms.reduction == "none" or not any(head.wanted()):
+    if wants_literal(name, impl, *local.inputs, ref_logp):
+        out = loss_from_logp(terms, literal_of_head(name, local, form), impl == "reference")
+    elif terms.reduction == "none" or not any(local.wanted()):
         # scoring is enough, and needs no logits where they can be folded
-        out = loss_from_logp(terms, flat_logp(head, form, impl), impl == "reference")
+        out = loss_from_logp(terms, flat_logp(local, form, impl), impl == "reference")
     else:
-        out = _scalar_loss(terms, head, form, impl)
+        out = _scalar_loss(terms, local, form, impl)
     if check_finite:
         raise_if_not_finite(name, out.logp)
     return out

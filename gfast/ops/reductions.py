@@ -70,6 +70,14 @@ class Tokens(NamedTuple):
         """Those that count, bool [N]."""
         return self.labels != IGNORE_INDEX
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Of values [N] over the tokens that count of each sequence [S] or pair [S/2], 0 where there are none."""
+        counted = torch.stack([torch.where(self.valid, values, 0), self.valid]).double()  # [2, N]
+        total, length = counted.new_zeros(2, self.count).index_add(1, self.ids, counted)
+        if self.paired:
+            total, length = (x[: self.count // 2] + x[self.count // 2 :] for x in (total, length))
+        return (total / length.clamp(min=1)).to(values.dtype)
+
     def factor(self, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
         """0-dim; turns a sum into the reduction: 1/N, 1/S or 1; 0 tokens give 1 (the sum is 0 anyway)."""
         device = self.labels.device

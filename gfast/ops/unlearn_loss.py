@@ -30,9 +30,9 @@ from gfast.ops.token_logp import (
 from gfast.ops.weights import Terms, WeightSpec, token_weights
 
 
-def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None) -> LossOutput:
+def unlearn_loss_reference(logits, labels, objective, ref_logp=None, reduction=None, weight=None) -> LossOutput:
     """The literal definition for leading-dimension sequences, differentiable by autograd; never optimised."""
-    terms = Terms.of("unlearn_loss", objective, labels, ref_logp, reduction)
+    terms = Terms.of("unlearn_loss", objective, labels, ref_logp, reduction, weight=weight)
     logp = token_logp_reference(logits, labels).reshape(-1)
     weight, value = terms.weigh(logp.detach(), terms.reference(logp.dtype))
     factor = terms.factor(logp.dtype)
@@ -63,14 +63,14 @@ def weighted_rows(
     logits: Tensor, labels: Tensor, ref_logp, spec: WeightSpec, factor, scale: float, softcap: float, out, impl: str
 ) -> tuple[Tensor, Tensor]:
     """logp [N] and token-level weights [N] of logits [N, V]; ``out`` (may be logits; None: not wanted) gets factor
-    (0-dim) * w_i * d logp_i / d logits. ``impl`` is one that serves them, not "auto"."""
+    (0-dim, or one a row [N]) * w_i * d logp_i / d logits. ``impl`` is one that serves them, not "auto"."""
     if impl == "reference":
         return _weighted_rows_reference(logits, labels, ref_logp, spec, factor, scale, softcap, out)
     numbers = (spec.sign, spec.p_pow, spec.q_pow, spec.beta if spec.uses_ref else 0.0)
     return kernel("weighted_rows", impl)(logits, labels, ref_logp, *numbers, factor, scale, softcap, out)
 
 
-def _fake_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl):
+def _fake_rows(logits, labels, ref_logp, numbers, factor, with_grad, impl, given=None):
     dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
     per_row = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
     return *per_row, logits.new_empty(rows if with_grad else 0, vocab), logits.new_empty((), dtype=dtype)
@@ -85,19 +85,26 @@ def _unlearn_rows(
     factor: Tensor | None,
     with_grad: bool,
     impl: str,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``weighted_rows`` of logits of any strides, after a check of the labels; the gradient (empty if unwanted) at
-    ``kept_scale``; and the factor, which is that of the mean over the labels where none is given."""
+    """``weighted_rows`` of logits of any strides, after a check of the labels, times the weights given [N] if any; the
+    gradient (empty if unwanted) at ``kept_scale``; and the factor, which is that of the mean over the labels where none
+    is given."""
     chosen = select("unlearn_loss", impl, logits.device, logits.dtype)
     counted = label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), chosen)
     factor = counted if factor is None else factor.clone()  # an op returns none of its arguments
     spec = WeightSpec.from_numbers("token", numbers)
     gradient = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
-    inner, out = (kept_scale(factor, logits.dtype)[0], gradient) if with_grad else (factor, None)
+    inner, out = (kept_scale(factor, logits.dtype, given, 2.0)[0], gradient) if with_grad else (factor, None)
     rows = unit_stride(logits)
     chosen = select_rows("unlearn_loss", impl, rows, out, 0.0)
-    logp, weight = weighted_rows(rows, labels, ref_logp, spec, inner, 1.0, 0.0, out, chosen)
-    return logp, weight, gradient, factor
+    logp, weight = weighted_rows(rows, labels, ref_logp, spec, by_row(inner, given), 1.0, 0.0, out, chosen)
+    return logp, weight if given is None else weight * given, gradient, factor
+
+
+def by_row(factor: Tensor, given: Tensor | None) -> Tensor:
+    """A factor (0-dim) times the weights that were given [N], if any."""
+    return factor if given is None else factor * given
 
 
 def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOutput:
@@ -105,17 +112,21 @@ def loss_from_logp(terms: Terms, logp: Tensor, literal: bool = False) -> LossOut
     ``literal`` values of sequences are themselves differentiated: the gradient is the same, and further derivatives are
     the value's."""
     logp = logp.reshape(-1)  # [N]
-    whole = literal and terms.spec is not None and not terms.by_token
-    weight, value = terms.weigh(logp if whole else logp.detach(), terms.reference(logp.dtype))
-    weight = weight.detach()
+    whole = literal and terms.whole
+    own, value = terms.own(logp if whole else logp.detach(), terms.reference(logp.dtype))
+    weight, value = terms.times_given(own.detach(), value)
     per_token = weight * logp
+    unit = terms.tokens.ids % value.shape[0] if terms.whole else None  # both halves of a pair share a value
+    if whole and terms.given is not None:  # the value has the mean of a text's weights: what they add to that
+        mean = terms.tokens.mean(terms.given_as(logp.dtype))[unit]
+        carried = torch.zeros_like(value).index_add(0, unit, (weight - own.detach() * mean) * logp)
+        value = value + (carried - carried.detach())
     if terms.reduction == "none":
-        if terms.spec is None or terms.by_token:
+        if not terms.whole:
             loss = per_token.reshape(terms.labels.shape)
         elif whole:
             loss = value
         else:
-            unit = terms.tokens.ids % value.shape[0]  # both halves of a pair share a value
             carried = torch.zeros_like(value).index_add(0, unit, per_token)  # [S]
             loss = value + (carried - carried.detach())
     else:
@@ -133,7 +144,7 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
     dtype = stats_dtype(logits.dtype)
     # None: the mean over the labels, for the kernel that looks at them to find
     factor = None if terms.by_token and terms.counts_labels else terms.factor(dtype)
-    ref = terms.reference(dtype)
+    ref, given = terms.reference(dtype), terms.given_as(dtype)
     ref = None if ref is None else ref.detach()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
@@ -148,12 +159,14 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
     if terms.by_token:
         ref = ref if spec.uses_ref else None
         if memory is None:
-            logp, weight, gradient, factor = _unlearn_rows(rows, labels, ref, spec.numbers(), factor, wanted, impl)
-            late = kept_scale(factor, logits.dtype)[1] if wanted else None
+            arguments = (rows, labels, ref, spec.numbers(), factor, wanted, impl, given)
+            logp, weight, gradient, factor = _unlearn_rows(*arguments)
+            late = kept_scale(factor, logits.dtype, given, 2.0)[1] if wanted else None
         else:
-            inner, late = kept_scale(factor, logits.dtype)
+            inner, late = kept_scale(factor, logits.dtype, given, 2.0)
             memory.start()
-            logp, weight = weighted_rows(rows, labels, ref, spec, inner, 1.0, 0.0, rows, impl)
+            logp, weight = weighted_rows(rows, labels, ref, spec, by_row(inner, given), 1.0, 0.0, rows, impl)
+            weight = by_row(weight, given)
         value = weight * logp
     else:
         logp, stats = label_logp(rows, labels, impl)
@@ -189,6 +202,7 @@ def unlearn_loss(
     reduction: str | None = None,
     sequence_id: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    weight: Tensor | None = None,
     impl: str = "auto",
     check_finite: bool = False,
     inplace: bool = False,
@@ -209,11 +223,15 @@ def unlearn_loss(
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
+        weight: [...], constants v_i of any real dtype that the objective's own weights are multiplied by: the gradient
+            is that of sum v_i w_i logp_i, ``out.weight`` is v_i w_i, and with GA v_i is the weight. The count that the
+            loss is divided by stays that of the labels. The value of a sequence (NPO, SimNPO, DPO) is multiplied by the
+            mean of v over its tokens, so that one v for all of them is a weight of the sequence's loss.
         impl: "auto", "reference", "cpp", "triton" or, for token-level objectives on GPUs with clusters (sm_90 and
             later) and rows that eight blocks of 64 KiB hold, "cuda". Second derivatives, forward mode and torch.func's
             transforms take "reference"; elsewhere they raise RuntimeError. They are those of the value where the
-            gradient is (GA, PO, NLL, NPO, SimNPO, DPO), and of sum w_i logp_i with constant w_i for WGA, SatImp, TNPO,
-            WTNPO and callables.
+            gradient is (GA, PO, NLL, NPO, SimNPO, DPO; with v_i that differ within a sequence what these add to their
+            mean is constant), and of sum w_i logp_i with constant w_i for WGA, SatImp, TNPO, WTNPO and callables.
         check_finite: raise on NaN or infinite log-probs (waits for the device).
         inplace: the gradient overwrites the logits, which saves as much memory as they take and the time to fill
             it. They hold no logits after the call, so compute metrics before it. What else of the graph needs them
@@ -225,8 +243,9 @@ def unlearn_loss(
         LossOutput(loss, logp, weight).
 
     Raises:
-        ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, an unknown
-            reduction, an ``impl`` that is not available here, logits that ``inplace`` cannot overwrite.
+        ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, a weight that is
+            not finite or requires grad, an unknown reduction, an ``impl`` that is not available here, logits that
+            ``inplace`` cannot overwrite.
         TypeError: wrong dtypes, or something that is no token-weight objective.
 
     Source: arXiv 2502.19301, sections 3 and 4.
@@ -241,7 +260,7 @@ def unlearn_loss(
     """
     name = "unlearn_loss"
     check_rows(name, logits, labels)
-    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer)
+    terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer, weight)
     if wants_literal(name, impl, logits, ref_logp):
         check_literal_labels(name, labels, logits.shape[-1])
         out = loss_from_logp(terms, token_logp_reference(logits, labels), impl == "reference")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import check_like_labels, check_reduction
+from gfast.ops.checks import check_like_labels, check_reduction, check_weight
 from gfast.ops.reductions import LossOutput, Tokens
 
 
@@ -157,6 +157,7 @@ class Terms(NamedTuple):
         spec: of the objective; None for a callable, which may look at all tokens.
         labels: [...]. sequence_id: [...] or None. ref_logp: [N] or None.
         tokens: the labels, flat, and their sequences where something depends on those.
+        given: [N], weights beside the objective's own, 0 where ignored; or None.
     """
 
     name: str
@@ -168,18 +169,22 @@ class Terms(NamedTuple):
     tokens: Tokens
     reduction: str
     normalizer: float | Tensor | None
+    given: Tensor | None
 
     @classmethod
-    def of(cls, name, objective, labels, ref_logp, reduction, sequence_id=None, normalizer=None) -> Terms:
+    def of(cls, name, objective, labels, ref_logp, reduction, sequence_id=None, normalizer=None, weight=None) -> Terms:
         """Of a loss's arguments, after checks."""
         spec = spec_of(objective)
         if ref_logp is not None or spec is None or spec.uses_ref:
             check_reference(name, objective, ref_logp, labels)
+        if weight is not None:
+            check_weight(name, weight, labels)
         reduction = reduction or default_reduction(objective)
         check_reduction(name, reduction)
         tokens = Tokens.of(name, labels, sequence_id, "any" if spec is None else spec.level, reduction)
         ref = None if ref_logp is None else ref_logp.reshape(-1)
-        return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer)
+        given = None if weight is None else torch.where(tokens.valid, weight.detach().reshape(-1), 0)
+        return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer, given)
 
     @property
     def by_token(self) -> bool:
@@ -199,10 +204,31 @@ class Terms(NamedTuple):
         """ref_logp [N] in a dtype, still part of its graph if it has one."""
         return None if self.ref_logp is None else self.ref_logp.to(dtype).contiguous()
 
-    def weigh(self, logp: Tensor, ref_logp: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``weigh`` of all tokens, [N] each."""
+    @property
+    def whole(self) -> bool:
+        """Whether values are of whole sequences or pairs."""
+        return self.spec is not None and self.spec.level != "token"
+
+    def own(self, logp: Tensor, ref_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``weigh`` of all tokens, without the weights that were given."""
         tokens = self.tokens
         return weigh(self.spec or self.objective, logp, ref_logp, tokens.valid, tokens.ids, tokens.count)
+
+    def times_given(self, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [N] and values times the weights that were given, if any; the value of a sequence times their mean
+        over its tokens."""
+        if self.given is None:
+            return weight, value
+        given = self.given.to(weight.dtype)
+        return weight * given, value * (self.tokens.mean(given) if self.whole else given)
+
+    def weigh(self, logp: Tensor, ref_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights [N] of all tokens, and values as of ``weigh``."""
+        return self.times_given(*self.own(logp, ref_logp))
+
+    def given_as(self, dtype: torch.dtype) -> Tensor | None:
+        """The weights that were given [N] in a dtype."""
+        return None if self.given is None else self.given.to(dtype)
 
     def output(self, loss: Tensor, logp: Tensor, weight: Tensor) -> LossOutput:
         """The result, from logp and weight [N]."""

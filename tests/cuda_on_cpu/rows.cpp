@@ -25,6 +25,7 @@ struct Case {
   float scale = 1;
   bool in_place = false, forward = false;
   Family family = kFamilies[0];
+  bool by_row = false;  // a factor a row
 };
 
 // [rows, vocab] in exactly as much memory as it takes: one byte too many is an error to AddressSanitizer.
@@ -94,6 +95,7 @@ bool run(const Case& c, int launches) {
   fill(z, c, labels);
   std::vector<float> ref(c.rows), coef = {0.37f}, logp, weight, before;
   for (float& x : ref) x = -3.0f * (draw() % 1000) / 1000;
+  for (int i = 1; c.by_row && i < c.rows; ++i) coef.push_back(draw() % 5 == 0 ? 0.0f : 1.5f - 0.01f * (draw() % 300));
   const auto wrong = [&](const char* what, int i, int64_t j, double found, double expected) {
     printf("%d x %d, gap %d, shift %d, scale %g, %zu bytes: %s of row %d, column %d: %.9g, not %.9g\n", c.rows, c.vocab,
            c.gap, c.shift, c.scale, sizeof(T), what, i, static_cast<int>(j), found, expected);
@@ -106,7 +108,7 @@ bool run(const Case& c, int launches) {
     logp.assign(c.rows, NAN), weight.assign(c.rows, NAN);
     RowsArgs args{input.data, input.stride, labels.data(), ref.data(), coef.data(), logp.data(), weight.data(),
                   c.forward ? nullptr : out.data, out.stride, c.rows, c.vocab, c.family.sign, c.family.p_pow,
-                  c.family.q_pow, c.family.beta, c.scale};
+                  c.family.q_pow, c.family.beta, c.scale, c.by_row};
     const bool aligned = reinterpret_cast<uintptr_t>(input.data) % 16 == 0 && input.stride * sizeof(T) % 16 == 0;
     const int type = sizeof(T) == 4 ? 0 : __is_same(T, BFloat16) ? 1 : 2;
     if (launch_weighted_rows(args, type, aligned, nullptr) != cudaSuccess) return wrong("launch", 0, 0, 1, 0);
@@ -144,7 +146,8 @@ bool run(const Case& c, int launches) {
       double w = f.sign * std::exp(log_w);
       if (f.beta > 0) w *= 2 / (1 + std::exp(-f.beta * (lp - ref[i])));
       if (!valid) lp = w = 0;
-      const double digits = 2e-7 * (6 + largest), factor = std::fabs(coef[0] * w * c.scale);
+      const double of_row = coef[c.by_row ? i : 0];
+      const double digits = 2e-7 * (6 + largest), factor = std::fabs(of_row * w * c.scale);
       const double w_digits = digits * (2 + (f.p_pow + f.beta) * std::min(std::fabs(lp), 1e3) +
                                         f.q_pow * (2 + std::min(std::fabs(log_q), 1e3)));
       if (!close(logp[i], lp, digits * std::fabs(lp) + 1e-37)) return wrong("logp", i, y, logp[i], lp);
@@ -156,7 +159,7 @@ bool run(const Case& c, int launches) {
       for (int j = 0; j < c.vocab; ++j) {
         const double v = c.scale * widen(*z.at(i, j));
         double g = j == y ? q : -std::exp(v - std::max(top, z_y)) / total;
-        g = !valid ? 0 : std::isnan(lp) ? NAN : coef[0] * w * c.scale * g;
+        g = !valid ? 0 : std::isnan(lp) ? NAN : of_row * w * c.scale * g;
         const double found = widen(*out.at(i, j)), slack = std::fabs(g) * (unit + w_digits) + least * (1 + factor);
         if (!close(found, g, slack)) return wrong("gradient", i, j, found, g);
       }
@@ -180,7 +183,7 @@ bool all_cases() {
   for (int shift = 1; shift < K; shift += K == 4 ? 1 : 3)
     if (!run<T>({14, part + 3, 5, shift, 1, shift % 2 == 0, false, kFamilies[1]}, 1)) return false;
   for (const Family& family : kFamilies)
-    if (!run<T>({16, part + 1, 0, 0, 1.5f, false, false, family}, 1)) return false;
+    if (!run<T>({16, part + 1, 0, 0, 1.5f, false, false, family, family.q_pow != 0}, 1)) return false;
   for (int n = 0; n < 15; ++n) {
     Case c{2 + int(draw() % 14), 1 + int(draw() % (n % 2 ? 3 * K : 2 * part))};
     c.gap = draw() % 2 ? draw() % (2 * K) : 0, c.shift = draw() % K;

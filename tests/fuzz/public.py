@@ -37,14 +37,15 @@ def _cap(z: Tensor, scale: float, cap: float | None) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
-def _weighted(objective, logp: Tensor, ref: Tensor | None, labels: Tensor) -> Tensor:
+def _weighted(objective, x: dict[str, Tensor], logp: Tensor) -> Tensor:
     """sum of w logp over its count, w by the objective's formula: its gradient is the loss's, its value not always."""
+    ref, labels = x.get("ref_logp"), x["labels"]
     valid = labels != -100
     detached, one = logp.detach(), torch.ones_like(logp)
     count = valid.sum().clamp(min=1)
     if isinstance(objective, NLL):
-        return -(one * logp).sum() / count
-    if isinstance(objective, WGA):
+        one = -one
+    elif isinstance(objective, WGA):
         one = torch.exp(objective.alpha * detached)
     elif isinstance(objective, SatImp):
         one = torch.exp(objective.beta1 * detached) * (-torch.expm1(detached)) ** objective.beta2
@@ -53,7 +54,7 @@ def _weighted(objective, logp: Tensor, ref: Tensor | None, labels: Tensor) -> Te
     elif isinstance(objective, NPO):
         one = 2 * torch.sigmoid(objective.beta * ((detached - ref) * valid).sum(-1, keepdim=True)).expand_as(logp)
         count = valid.any(-1).sum().clamp(min=1)
-    return (torch.where(valid, one, 0.0) * logp).sum() / count
+    return (torch.where(valid, one * x.get("times", 1.0), 0.0) * logp).sum() / count
 
 
 OBJECTIVES = (GA(), NLL(), WGA(1.0), WGA(0.5), SatImp(1.0, 1.0), TNPO(1.0), NPO(0.1), NPO(1.0))
@@ -61,8 +62,20 @@ OBJECTIVES = (GA(), NLL(), WGA(1.0), WGA(0.5), SatImp(1.0, 1.0), TNPO(1.0), NPO(
 
 def _objective(r: Draw, labels: Tensor) -> tuple[Any, dict[str, Tensor]]:
     objective = r.choice(OBJECTIVES)
-    uses = isinstance(objective, TNPO | NPO)
-    return objective, {"ref_logp": -3 * torch.rand(labels.shape, generator=r.torch)} if uses else {}
+    more = {}
+    if isinstance(objective, TNPO | NPO):
+        more["ref_logp"] = -3 * torch.rand(labels.shape, generator=r.torch)
+    if r.maybe(0.3):
+        more["times"] = r.normal(
+            *labels.shape, scale=r.choice((1.0, 1e-3, 30.0)), dtype=r.choice((torch.float64, *NARROW))
+        )
+    return objective, more
+
+
+def _given(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a loss takes beside the objective."""
+    names = {"bias": "bias", "ref_logp": "ref_logp", "times": "weight"}
+    return {name: x[key] for key, name in names.items() if key in x}
 
 
 def _sizes(r: Draw) -> tuple[int, int, int]:
@@ -127,10 +140,10 @@ def from_logits(r: Draw) -> Public:
     sequence = t if isinstance(objective, NPO) else 1
     return Public(
         f"unlearn_loss {objective}",
-        lambda x: gfast.unlearn_loss(x["logits"], x["labels"], objective, ref_logp=x.get("ref_logp"), impl=impl).loss,
+        lambda x: gfast.unlearn_loss(x["logits"], x["labels"], objective, **_given(x), impl=impl).loss,
         tensors,
         ("logits",),
-        lambda x: _weighted(objective, _logp(x["logits"], x["labels"]), x.get("ref_logp"), x["labels"]),
+        lambda x: _weighted(objective, x, _logp(x["logits"], x["labels"])),
         lambda x: (None, 16 * _unsure(x["logits"], 0.0, sequence) + 2 * ROUNDING[dtype]),
     )
 
@@ -171,15 +184,14 @@ def from_hidden(r: Draw) -> Public:
     tensors |= more
 
     def call(x):
-        given = {k: x[k] for k in ("bias", "ref_logp") if k in x}
-        return gfast.linear_unlearn_loss(x["hidden"], x["weight"], x["labels"], objective, **given, **settings).loss
+        return gfast.linear_unlearn_loss(x["hidden"], x["weight"], x["labels"], objective, **_given(x), **settings).loss
 
     return Public(
         f"linear_unlearn_loss {objective}",
         call,
         tensors,
         by,
-        lambda x: _weighted(objective, _logp(logits(x), x["labels"]), x.get("ref_logp"), x["labels"]),
+        lambda x: _weighted(objective, x, _logp(logits(x), x["labels"])),
         lambda x: (None, slack(x, t if isinstance(objective, NPO) else 1)[1]),
     )
 

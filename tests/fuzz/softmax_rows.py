@@ -146,7 +146,8 @@ def weighted_rows(r: Draw) -> Raw:
             rows.plain = keep
             _near_gradient(out, rows, coef[:, None] * rows.gradient(cap, scale), coef, 4 * unsure[:, None])
 
-    return Raw("weighted_rows", [logits, labels, ref, *numbers, r.normal(), scale, cap, out], 10, check)
+    coef = r.laid_out(r.normal(n)) if r.maybe(0.4) else r.normal()
+    return Raw("weighted_rows", [logits, labels, ref, *numbers, coef, scale, cap, out], 10, check)
 
 
 def _kl(before, totals=None):

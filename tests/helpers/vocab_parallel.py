@@ -37,8 +37,11 @@ def compare(mesh, impl: str, dtype: torch.dtype, V: int, tolerance: dict[str, fl
         labels[1] = torch.tensor([0, V // 2, V // 2 + 1, V - 1, 0, V - 1, V // 2 - 1])
     form = dict(logit_scale=0.7, softcap=5.0, chunk_rows=5, impl=impl)
 
+    times = torch.linspace(-1.0, 2.0, labels.numel(), dtype=dtype).view(labels.shape)
+
     def loss(h, w, b, objective, reduction):
-        out = gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, ref_logp=ref, reduction=reduction, **form)
+        given = dict(ref_logp=ref, reduction=reduction, weight=None if objective == NLL() else times)
+        out = gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, **given, **form)
         return out, gfast.linear_token_logp(h, w, labels, bias=b, **form)
 
     for objective, reduction in (

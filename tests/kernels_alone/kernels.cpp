@@ -186,7 +186,8 @@ static void rows(Dtype type, int64_t V, double scale, double cap, std::mt19937& 
   k::logp_rows_grad(GradArgs{common, logp.data(), stats.data(), coef.data()}, 0, N, scratch.data());
   law("logp_rows_grad " + what, out.all(), p_grad, t_grad, own);
   for (const bool stream : {false, true}) {
-    WeightedArgs args{common, nullptr, 1.0f, 0.5f, 0.0f, 0.0f, 0.25f, logp.data(), weight.data()};
+    const float factor = 0.25f;
+    WeightedArgs args{common, nullptr, 1.0f, 0.5f, 0.0f, 0.0f, &factor, 0, logp.data(), weight.data()};
     args.stream = stream;
     for (int64_t i = 0; i < N * V; ++i) out.set(i, 7);
     k::weighted_rows(args, 0, N, scratch.data());

@@ -205,7 +205,7 @@ void weighted_rows_impl(const WeightedArgs& a, int64_t begin, int64_t end, float
     a.logp[i] = (float)logp;
     a.weight[i] = (float)weight;
     if (!grad) continue;
-    const double coef = a.coef_scale * weight;
+    const double coef = a.coef_scale[i * a.coef_stride] * weight;
     if (streamed)
       before = RowWrite<T, true>{out, a.vocab, y, s, coef, f.scale, kept, block_shift};
     else

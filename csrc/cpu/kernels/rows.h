@@ -38,7 +38,8 @@ struct GradArgs : RowsArgs {
 struct WeightedArgs : RowsArgs {
   const float* ref_logp;  // [N], read where beta > 0
   float sign, p_pow, q_pow, beta;
-  float coef_scale;
+  const float* coef_scale;  // of all rows, or [N]
+  int64_t coef_stride;      // 0, or 1
   float* logp;    // [N]
   float* weight;  // [N]
 };

@@ -25,7 +25,6 @@ from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSu
 from gfast.geffect.data import Term
 from gfast.model import ModelOutput, model_output, output_logp, shifted
 from gfast.model_state import uncompiled
-from gfast.objectives import Objective
 from gfast.ops.checks import IGNORE_INDEX, check_label_range
 from gfast.ops.chunks import default_chunk_rows, row_chunks, valid_rows
 from gfast.ops.head import ChunkedHead
@@ -40,19 +39,20 @@ _WHOLE = 1.0
 
 # consume(name, contribution, place): `place` int64 [n] are the rows' positions among all B * T, None: in their order
 Consumer = Callable[[str, Contribution, Tensor | None], None]
-# the objective whose detached token weights seed a backward (None: every weight is 1), and who gets the contributions
-Seed = tuple[Objective | None, Consumer]
+# the term whose detached token weights seed a backward (None: every weight is 1), and who gets the contributions
+Seed = tuple[Term | None, Consumer]
 
 
 class Seeds(NamedTuple):
     """The token weights of a seed: a formula that the row kernels evaluate, or given values.
 
-    given, ref_logp: [B, T] at the positions that score (one before the label's).
+    given, ref_logp, times: [B, T] at the positions that score (one before the label's); `times` multiplies either.
     """
 
     spec: WeightSpec = WeightSpec()
     given: Tensor | None = None
     ref_logp: Tensor | None = None
+    times: Tensor | None = None
 
 
 def check_weighted(term: Term, engine: str) -> None:
@@ -134,12 +134,12 @@ class RowPass:
         """
         forward, left = None, len(seeds)
         try:
-            for objective, consume in seeds:
+            for term, consume in seeds:
                 left -= 1
                 forward = forward or self._forward(batch, heads)
                 self.watch.consume, self.watch.again = partial(consume, place=None), left > 0 and forward.repeats
                 score = self._own_logits if forward.chunks is None else partial(self._chunked, consume=consume)
-                logp = score(forward, objective)
+                logp = score(forward, term)
                 if not self.watch.again:
                     forward = None
         finally:
@@ -163,16 +163,16 @@ class RowPass:
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
         return _Forward(batch, labels, output, head, names, chunks, tiled, repeats)
 
-    def _own_logits(self, forward: _Forward, objective: Objective | None) -> Tensor:
-        seeds = _flat(self._seeds(forward, objective))
+    def _own_logits(self, forward: _Forward, term: Term | None) -> Tensor:
+        seeds = _flat(self._seeds(forward, term))
         rows = forward.output.detach().reshape(-1, forward.output.shape[-1])
         grad = torch.empty_like(rows)
         logp = self._rows_gradient(rows, forward.labels.reshape(-1), seeds, 1.0, 0.0, grad)[0]
         self._backward(forward, grad)
         return logp.view(forward.labels.shape)
 
-    def _chunked(self, forward: _Forward, objective: Objective | None, consume: Consumer) -> Tensor:
-        seeds = self._seeds(forward, objective)
+    def _chunked(self, forward: _Forward, term: Term | None, consume: Consumer) -> Tensor:
+        seeds = self._seeds(forward, term)
         with torch.no_grad(), torch.autocast(forward.output.device.type, enabled=False):
             logp = self._head_contributions(forward, seeds, consume)
             grad = forward.chunks.gradients()[0]
@@ -212,16 +212,21 @@ class RowPass:
         with torch.autocast(grad.device.type, enabled=False):
             forward.output.backward(grad, retain_graph=self.watch.again)
 
-    def _seeds(self, forward: _Forward, objective: Objective | None) -> Seeds:
-        """The detached weights of an objective. Those that depend on whole sequences score the batch first."""
-        if objective is None:
+    def _seeds(self, forward: _Forward, term: Term | None) -> Seeds:
+        """The detached weights of a term's objective. Those that depend on whole sequences score the batch first."""
+        if term is None:
             return Seeds()
-        reference = forward.batch.get("ref_logp")
-        check_reference("g_effect", objective, reference, forward.batch["labels"])
-        ref = None if reference is None else nn.functional.pad(reference[:, 1:], (0, 1))  # where it is scored
+        objective, batch = term.objective, term.own(forward.batch)
+        check_reference("g_effect", objective, batch.get("ref_logp"), batch["labels"])
+        ref, times = (
+            None if batch.get(key) is None else nn.functional.pad(batch[key][:, 1:], (0, 1))  # where it is scored
+            for key in ("ref_logp", "weight")
+        )
+        if times is not None:
+            times = torch.where(forward.labels != IGNORE_INDEX, times, 0)
         spec = spec_of(objective)
         if spec is not None and spec.level == "token":
-            return Seeds(spec, None, ref if spec.uses_ref else None)
+            return Seeds(spec, None, ref if spec.uses_ref else None, times)
         with torch.no_grad():
             logp = output_logp(ModelOutput(forward.head, forward.output.detach()), forward.labels).reshape(-1)
         texts = sequence_ids(forward.batch)
@@ -230,7 +235,8 @@ class RowPass:
         ids, count = sequence_layout("g_effect", forward.labels, texts)
         valid = (forward.labels != IGNORE_INDEX).reshape(-1)
         ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
-        return Seeds(WeightSpec(), weigh(objective, logp, ref, valid, ids, count)[0].view(forward.labels.shape))
+        given = weigh(objective, logp, ref, valid, ids, count)[0].view(forward.labels.shape)
+        return Seeds(given=given, times=times)
 
     def _rows_gradient(
         self, rows: Tensor, labels: Tensor, seeds: Seeds, scale: float, cap: float, out: Tensor
@@ -241,6 +247,8 @@ class RowPass:
         if weight is None:
             ref = None if seeds.ref_logp is None else seeds.ref_logp.to(logp.dtype)
             weight = torch.where(labels != IGNORE_INDEX, token_weights(seeds.spec, logp, ref), 0.0)
+        if seeds.times is not None:
+            weight = weight * seeds.times
         coef = (weight.to(logp.dtype) * self.loss_scale).contiguous()
         logp_rows_grad(rows, labels, logp, stats, coef, scale, cap, out, "auto")
         return logp, stats, coef

@@ -38,7 +38,6 @@ from gfast.geffect.request import Request
 from gfast.geffect.results.gram_effect import GramEffect
 from gfast.model import shifted
 from gfast.model_state import measuring
-from gfast.objectives import Objective
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.progress import Bar
 from gfast.sides import SETS
@@ -48,6 +47,7 @@ _Batch = Mapping[str, Any]
 
 def gram_effects(request: Request) -> GramEffect:
     """`gram_effect` of a request that is checked."""
+    request.refuse_weights("gram_effect")
     request.look_at_texts()
     batches = request.data.batches
     tokens = {
@@ -102,11 +102,11 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
             sides = [side for side, other in others if other is batch]
             # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
             known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
-            risk = request.risk if sides and known is None else None
+            risk = risks[sides[0]] if sides and known is None else None
             same = pairs.keep(batch, some, risk, known if sides else None)
             for side, other in others:
                 if other is not batch:
-                    add(side, some, pairs.cross(other, request.risk))
+                    add(side, some, pairs.cross(other, risks[side]))
             if sides and known is not None:  # after the others, which leave less to do
                 same = factors[some[known]] * pairs.with_kept(known)
             for side in sides:
@@ -152,7 +152,7 @@ class _Pairs:
         self.inputs, self.selected = InputProducts(), Selected()
 
     def keep(
-        self, batch: _Batch, terms: Sequence[Term | None], risk: Objective | None = None, own: int | None = None
+        self, batch: _Batch, terms: Sequence[Term | None], risk: Term | None = None, own: int | None = None
     ) -> Tensor | None:
         """Run a batch and keep its contributions under each term's seeds, in place of those kept before.
 
@@ -166,15 +166,15 @@ class _Pairs:
         self.samples, self.wants_own = self._samples(batch), own
         self.own_table, self.own_done = self._table(1, self.samples)[0], set()
         self.table = self._table(len(terms), self.samples)
-        seeds = [(t and t.objective, partial(self._keep, which)) for which, t in enumerate(terms)]
+        seeds = [(term, partial(self._keep, which)) for which, term in enumerate(terms)]
         self.selected = Selected(every=len(terms) > 1)
         self._run(batch, *seeds, *([] if risk is None else [(risk, self._multiply)]), heads=len(terms))
         return None if risk is None else self._by_group(self.table)
 
-    def cross(self, batch: _Batch, objective: Objective | None = None) -> Tensor:
+    def cross(self, batch: _Batch, risk: Term | None = None) -> Tensor:
         """Products of the kept batch's samples with this one's by group, fp64 [K, S, G, S'] on the CPU."""
         self.table = self._table(len(self.kept), self._samples(batch))
-        self._run(batch, (objective, self._multiply))
+        self._run(batch, (risk, self._multiply))
         return self._by_group(self.table)
 
     def with_kept(self, which: int) -> Tensor:

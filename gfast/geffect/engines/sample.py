@@ -38,6 +38,7 @@ _GAP = 0.1
 
 def sample_effects(request: Request) -> SampleEffect:
     """`pg_effect` of a request that is checked."""
+    request.refuse_weights("pg_effect")
     request.look_at_texts()
     sites = find_sites(request.model, request.groups, "sample")
     batches = request.data.batches["forget"]
@@ -117,7 +118,7 @@ def _measure_batches(
                 shape = (len(position), 2, rows)
                 tables = [torch.zeros(shape, dtype=torch.float64, device=passes.device) for _ in terms]
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-                    seeds = [(t and t.objective, partial(consume, which)) for which, t in enumerate(terms)]
+                    seeds = [(term, partial(consume, which)) for which, term in enumerate(terms)]
                     logp = seeded.run(batch, *seeds).double().sum(1)
                 else:
                     logp = torch.zeros(rows, dtype=torch.float64, device="cpu")

@@ -23,7 +23,7 @@ from gfast.sides import SETS
 def stream_effects(request: Request, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
     risk, given = request.risk, request.options.directions
-    wanted = plans(objectives, risk, norms)
+    wanted = plans(objectives, risk, norms, request.data.weighted)
     jobs = jobs_of(wanted)
     alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
     with Bar("g_effect", show=request.options.progress) as bar, measuring(request.model):

@@ -51,7 +51,7 @@ class Tokens:
 
     Attributes:
         effects: [2, G, n] fp64, sides forget and retain.
-        logp: [n] fp64. ref_logp: the same under the original model, or None.
+        logp: [n] fp64. ref_logp: the same under the original model, or None. weight: [n] fp64, the batch's, or None.
         labels, samples, positions: [n] int64; the label, whose it is, and its place in its row of input_ids.
         sequences: S, the rows of the batch, or the texts in rows that hold several.
     """
@@ -59,6 +59,7 @@ class Tokens:
     effects: Tensor
     logp: Tensor
     ref_logp: Tensor | None
+    weight: Tensor | None
     labels: Tensor
     samples: Tensor
     positions: Tensor
@@ -83,6 +84,7 @@ def token_effects(request: Request) -> TokenEffect:
         for side in (0, 1)
     ]
     with_ref = all(batch.ref_logp is not None for batch in measured)
+    with_weight = "forget" in request.data.weighted
     return TokenEffect(
         *sides,
         logp=by_sample(lambda batch: batch.logp),
@@ -90,6 +92,7 @@ def token_effects(request: Request) -> TokenEffect:
         positions=by_sample(lambda batch: batch.positions),
         norms=norms,
         ref_logp=by_sample(lambda batch: batch.ref_logp) if with_ref else None,
+        weight=by_sample(lambda batch: batch.weight) if with_weight else None,
         risk=str(request.risk),
         counts=counts,
     )
@@ -111,16 +114,16 @@ def objective_dots(request: Request, directions: Directions, terms: Sequence[Ter
         for term in (term for term in terms if term.source == source):
             dots = torch.zeros(2, len(request.groups.names), dtype=torch.float64, device="cpu")
             for batch in measured:
-                dots += batch.effects @ token_weights(term.objective, batch)
+                dots += batch.effects @ token_weights(term, batch)
             out[term] = dots.t() / max(data.count(term), 1)
     return [out[term] for term in terms]
 
 
-def token_weights(objective: Any, batch: Tokens) -> Tensor:
-    """Detached weights [n] fp64 of the objective on a batch's tokens."""
+def token_weights(term: Term, batch: Tokens) -> Tensor:
+    """Detached weights [n] fp64 of the term on a batch's tokens."""
     valid = torch.ones(len(batch.logp), dtype=torch.bool, device="cpu")
-    weight, _ = weigh(objective, batch.logp, batch.ref_logp, valid, batch.samples, batch.sequences)
-    return weight
+    weight, _ = weigh(term.objective, batch.logp, batch.ref_logp, valid, batch.samples, batch.sequences)
+    return weight * batch.weight if term.weighted else weight
 
 
 def measure_tokens(request: Request, directions: Directions, batches: Sequence[Mapping[str, Any]]) -> list[Tokens]:
@@ -197,7 +200,9 @@ def _measure_batch(
     rows, positions = order // length, order % length + 1
     texts = sequence_ids(batch)
     samples, sequences = (rows, len(labels)) if texts is None else (texts.reshape(-1)[order], int(texts.max()) + 1)
-    reference = batch.get("ref_logp")
+    ref, weight = (
+        None if batch.get(key) is None else batch[key][rows, positions].double().cpu() for key in ("ref_logp", "weight")
+    )
     bad = ~torch.isfinite(effects)  # [2 G, n]
     if bool(bad.any()):
         where = [names[stream // 2] for stream in bad.any(1).nonzero()[:, 0].tolist()]
@@ -209,7 +214,8 @@ def _measure_batch(
     return Tokens(
         effects.view(len(names), 2, -1).transpose(0, 1).contiguous(),
         logp,
-        None if reference is None else reference[rows, positions].double().cpu(),
+        ref,
+        weight,
         *(index.cpu() for index in (flat[order], samples, positions)),
         sequences=sequences,
     )

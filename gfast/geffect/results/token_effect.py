@@ -30,7 +30,8 @@ class TokenEffect(Effect):
     Attributes:
         unlearn, retain: group -> S tensors, fp64 [N_s]: one value a labelled token of sample s.
         logp: S tensors, fp64 [N_s]. labels: the token ids, int64. positions: their places in the rows of input_ids.
-        ref_logp: log-probs under the original model, where the batches had them, else None.
+        ref_logp: log-probs under the original model, where the batches had them, else None. weight: the batches'
+            weights, likewise; an objective's own are multiplied by them, the tokens' effects are not.
         norms: "unlearn" and "retain" -> {group: ||grad R(D)||}.
         risk: readable label of R. counts: what R was averaged over.
     """
@@ -46,13 +47,15 @@ class TokenEffect(Effect):
     ref_logp: list[Tensor] | None = None
     risk: str = "NLL()"
     counts: dict[str, int] = field(default_factory=dict)
+    weight: list[Tensor] | None = None
 
     def total(self, side: str) -> list[Tensor]:
         """The effects over all parameters, S tensors [N_s]: the sum over groups."""
         return [sum(parts) for parts in zip(*self._side(side).values(), strict=True)]
 
     def weights(self, objective: Objective | Callable) -> list[Tensor]:
-        """The detached weight that an objective (or function, see `objectives.Weights`) gives each token, S fp64 [N_s].
+        """The detached weight that an objective (or function, see `objectives.Weights`) gives each token, times the
+        batches' weight where they had one, S fp64 [N_s].
 
         Raises:
             ValueError: an objective that needs ref_logp, and none was recorded; one without token weights.
@@ -72,6 +75,7 @@ class TokenEffect(Effect):
         ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
         valid = torch.ones(len(logp), dtype=torch.bool, device="cpu")
         weight, _ = weigh(objective, logp, ref, valid, sample_ids(sizes), len(sizes))
+        weight = weight if self.weight is None else weight * torch.cat(self.weight)
         return list(weight.split(sizes.tolist()))
 
     def g_effect(self, objective: Objective | Callable) -> GEffect:
@@ -93,7 +97,16 @@ class TokenEffect(Effect):
         return weighted_effect(self, objective, sums, sizes)
 
     def samples(self) -> SampleEffect:
-        """The effects of whole samples: sums over their tokens."""
+        """The effects of whole samples: sums over their tokens.
+
+        Raises:
+            ValueError: tokens with weights of their own, which no objective over whole samples would know of.
+        """
+        if self.weight is not None:
+            raise ValueError(
+                "gfast: these tokens have weights of their own, and the effect of a sample's log p has none: use "
+                "g_effect of the tokens, or measure batches without 'weight'"
+            )
 
         def summed(tokens: list[Tensor]) -> Tensor:
             return torch.stack([one.sum() for one in tokens])
@@ -107,8 +120,8 @@ class TokenEffect(Effect):
         return torch.tensor([len(one) for one in self.logp], device="cpu")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp, label
-        or risk_norm, token the place in the row of input_ids.
+        """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp,
+        weight, label or risk_norm, token the place in the row of input_ids.
         """
         rows = []
         for side in SIDES:
@@ -116,8 +129,9 @@ class TokenEffect(Effect):
                 rows += self._token_rows(tokens, quantity="token_effect", side=side, group=group)
         rows += self._token_rows(self.logp, quantity="logp")
         rows += self._token_rows(self.labels, quantity="label")
-        if self.ref_logp is not None:
-            rows += self._token_rows(self.ref_logp, quantity="ref_logp")
+        for quantity in ("ref_logp", "weight"):
+            if getattr(self, quantity) is not None:
+                rows += self._token_rows(getattr(self, quantity), quantity=quantity)
         rows += [{"quantity": "tokens", "sample": s, "value": float(len(one))} for s, one in enumerate(self.logp)]
         return rows + self._norm_rows()
 
@@ -142,6 +156,6 @@ class TokenEffect(Effect):
             labels=[one.long() for one in split(by_quantity["label"])],
             positions=list(places.split(sizes)),
             norms=norms_of(by_quantity),
-            ref_logp=split(by_quantity["ref_logp"]) if "ref_logp" in by_quantity else None,
+            **{key: split(by_quantity[key]) if key in by_quantity else None for key in ("ref_logp", "weight")},
             **scalars,
         )
