@@ -65,12 +65,18 @@ def _reference(case: Case, inputs: Inputs) -> Tensor | None:
     return inputs.ref_logp if "ref_logp" in OBJECTIVES[case.objective].needs else None
 
 
-def gfast_loss(case: Case, inputs: Inputs) -> Step:
+def gfast_loss(case: Case, inputs: Inputs, weight: Tensor | None = None) -> Step:
     if inputs.ref_logits is not None:
         return step_of(case, inputs, lambda logits: gfast.token_kl(logits, inputs.ref_logits, inputs.labels))
     objective, ref = OBJECTIVES[case.objective], _reference(case, inputs)
     op = gfast.unlearn_loss if case.op == "logits" else gfast.linear_unlearn_loss
-    return step_of(case, inputs, lambda *leaves: op(*leaves, inputs.labels, objective, ref_logp=ref).loss)
+    given = dict(ref_logp=ref, weight=weight)
+    return step_of(case, inputs, lambda *leaves: op(*leaves, inputs.labels, objective, **given).loss)
+
+
+def gfast_weighted(case: Case, inputs: Inputs) -> Step | None:
+    """Weights of one a token, so that the numbers to come out are the plain loss's."""
+    return None if case.op == "kl" else gfast_loss(case, inputs, torch.ones_like(inputs.ref_logp))
 
 
 class _Produced(torch.autograd.Function):
@@ -254,6 +260,7 @@ TRL_TILE = 32768  # vocabulary entries a tile, TRL's own choice
 
 PROVIDERS: dict[str, Provider] = {  # README.md says what each does
     "gfast": Provider(gfast_loss, ours=True),
+    "gfast_weighted": Provider(gfast_weighted, ours=True),
     "gfast_inplace": Provider(gfast_inplace, ours=True),
     "gfast_logp": Provider(gfast_logp, ours=True),
     "gfast_triton": Provider(gfast_triton, ("triton",), ours=True, gpu_only=True),
