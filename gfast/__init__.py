@@ -29,6 +29,7 @@ _EXPORTS = {
     "risk_gradients": "gfast.geffect",
     "Directions": "gfast.geffect",
     "GEffect": "gfast.geffect",
+    "GEffectMonitor": "gfast.geffect",
     "SampleEffect": "gfast.geffect",
     "TokenEffect": "gfast.geffect",
     "GramEffect": "gfast.geffect",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from gfast.geffect import (
         Directions,
         GEffect,
+        GEffectMonitor,
         GramEffect,
         SampleEffect,
         TokenEffect,

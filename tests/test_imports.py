@@ -13,7 +13,7 @@ STOREYS = (
     ("results", "groups", "storage", "data"),
     ("contributions", "backward", "directions", "request", "combine"),
     ("engines",),
-    ("api",),
+    ("api", "live"),
 )
 
 

@@ -11,18 +11,15 @@ from helpers.marks import slow_when
 from helpers.training_tiny import server
 
 
-@slow_when(lambda p: p.name not in ("ddp", "fsdp2", "fsdp2, adapters", "fsdp1"))  # the others are settings of these
-@pytest.mark.parametrize("name", wrappers_parallel.WRAPPERS)
-def test_two_processes_have_the_gradient_of_both(name):
+def two_processes(check, name):
+    """Run check(name, rank, world, port) in two processes."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    if "adapters" in name:
-        pytest.importorskip("peft")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = server()
-    processes = [context.Process(target=wrappers_parallel.check, args=(name, rank, 2, port)) for rank in range(2)]
+    processes = [context.Process(target=check, args=(name, rank, 2, port)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -31,3 +28,11 @@ def test_two_processes_have_the_gradient_of_both(name):
     for process in left:
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0] and not left
+
+
+@slow_when(lambda p: p.name not in ("ddp", "fsdp2", "fsdp2, adapters", "fsdp1"))  # the others are settings of these
+@pytest.mark.parametrize("name", wrappers_parallel.WRAPPERS)
+def test_two_processes_have_the_gradient_of_both(name):
+    if "adapters" in name:
+        pytest.importorskip("peft")
+    two_processes(wrappers_parallel.check, name)

@@ -3,6 +3,8 @@
 from gfast.geffect.api import ENGINES, g_effect, gram_effect, pg_effect, risk_gradients, token_effect
 from gfast.geffect.directions import Directions
 from gfast.geffect.groups import GroupMap, assign
+from gfast.geffect.live.monitor import GEffectMonitor
+from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.results import Effect, EffectHistory, GEffect, GramEffect, SampleEffect, TokenEffect
 
 __all__ = [
@@ -11,9 +13,11 @@ __all__ = [
     "Effect",
     "EffectHistory",
     "GEffect",
+    "GEffectMonitor",
     "GramEffect",
     "GroupMap",
     "SampleEffect",
+    "Surgery",
     "TokenEffect",
     "assign",
     "g_effect",

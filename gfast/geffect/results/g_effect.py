@@ -36,6 +36,8 @@ class GEffect(Effect):
             identity shows no variation.
         risks: "unlearn" and "retain" -> R(D), which the passes that measure its gradient give; empty
             where there was none: after the gram engine, and of effects made from those of samples or tokens.
+        measured: of a training step (`gfast.GEffectMonitor`), how each side was measured, and the step's norm. A side
+            that was not measured is NaN, and has no rows.
     """
 
     kind: ClassVar[str] = "objective"
@@ -48,6 +50,12 @@ class GEffect(Effect):
     counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     risks: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> list[str]:
+        """The sides that were measured."""
+        return [side for side in SIDES if not all(map(math.isnan, self._side(side).values()))]
 
     def total(self, side: str) -> float:
         """The G-effect over all parameters: the sum over groups. `side` is "unlearn" or "retain"."""
@@ -114,7 +122,7 @@ class GEffect(Effect):
             for group, value in (*values.items(), ("total", total)):
                 rows.append({"quantity": quantity, "side": side, "group": group, "value": value})
 
-        for side in SIDES:
+        for side in self.sides:
             add("g_effect", side, self._side(side), self.total(side))
         rows += [
             {"quantity": "standard_error", "side": side, "group": group, "value": value}
@@ -124,7 +132,9 @@ class GEffect(Effect):
         rows += self._norm_rows()
         if "objective" in self.norms:
             add("objective_norm", "", self.norms["objective"], math.hypot(*self.norms["objective"].values()))
-            for side in SIDES:
+            for side in self.sides:
+                if side not in self.norms:
+                    continue
                 add("cosine", side, {group: self.cosine(side, group) for group in self.groups}, self.cosine(side))
         return rows
 
@@ -151,7 +161,7 @@ class GEffect(Effect):
         return cls.from_dict(json.loads(text))
 
     def _scalars(self) -> dict[str, Any]:
-        return {"objective": self.objective, "risks": self.risks, **super()._scalars()}
+        return {"objective": self.objective, "risks": self.risks, "measured": self.measured, **super()._scalars()}
 
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GEffect:
@@ -162,7 +172,9 @@ class GEffect(Effect):
         norms = by_quantity.get("risk_norm", {})
         if "objective_norm" in by_quantity:
             norms["objective"] = by_quantity["objective_norm"][""]
-        sides = {side: by_quantity["g_effect"][side] for side in SIDES}
+        found = by_quantity["g_effect"]
+        nothing = dict.fromkeys(next(iter(found.values())), math.nan)
+        sides = {side: found.get(side, nothing) for side in SIDES}
         return cls(**scalars, **sides, norms=norms, errors=by_quantity.get("standard_error", {}))
 
     def __repr__(self) -> str:

@@ -1,0 +1,265 @@
+"""The two gradients of a step: one set aside, the other dotted with it and merged as it appears, parameter by
+parameter.
+
+Beside the gradients of a plain step there is one parameter's more, or that of the small ones that wait to be dotted in
+one call, or of a unit of surgery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast.geffect.directions import GATHERED
+from gfast.geffect.live.processes import Processes, here
+from gfast.geffect.live.surgery import Surgery, average, combined, sign_aligned, units_of
+from gfast.ops.grad_dot import grad_dots
+
+# Columns of a parameter's row: dots of its forget (u), new (r) and merged (m) gradients.
+UR, RR, UU, RM, MM = range(5)
+Rows = dict[int, Tensor]
+
+
+class Gradients:
+    """The gradients of a model's parameters in a step.
+
+    Attributes:
+        aside: parameter's index -> the forget gradient, while it is set aside.
+        torn: parameters whose gradient came in parts in this step although nothing before had shown it.
+    """
+
+    def __init__(
+        self, names: list[str], parameters: list[nn.Parameter], processes: Processes, surgery: Surgery | None,
+        group_of: list[int], backward: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self.names, self.parameters, self.processes, self.surgery = names, parameters, processes, surgery
+        self.backward = backward
+        self.units = units_of(surgery, group_of) if surgery else []
+        self.aside: dict[int, Tensor] = {}
+        self.torn: set[int] = set()
+        self._parts: set[int] = set()  # parameters whose gradient comes in parts: re-entrant checkpointing
+        self._averages: dict[int, Tensor] = {}  # of gru
+        self._limit = GATHERED * max(_bytes(here(p)) for p in parameters)
+        # Units are complete only at the end where another process has the rest of them, or of the gradient.
+        self._late = surgery is not None and (
+            surgery.scope == "global" or processes.sharded or processes.replicated is not None
+        )
+
+    def drop(self) -> None:
+        """No gradients, and nothing set aside."""
+        self.aside.clear()
+        self.torn.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def none(self) -> bool:
+        return all(parameter.grad is None for parameter in self.parameters)
+
+    def sweep(self, loss: Tensor, take: Callable[[int], Any], retain_graph: bool = False) -> None:
+        """A backward with `take` called for every parameter once its gradient is complete."""
+        came: set[int] = set()
+
+        def hook(index: int) -> Callable[[Tensor], None]:
+            def run(parameter: Tensor) -> None:
+                if index in self._parts:
+                    return
+                if index in came:
+                    self.torn.add(index)
+                came.add(index)
+                take(index)
+
+            return run
+
+        handles = [p.register_post_accumulate_grad_hook(hook(index)) for index, p in enumerate(self.parameters)]
+        try:
+            self.backward(loss, retain_graph=retain_graph)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index in sorted(self._parts):
+            if self.parameters[index].grad is not None:
+                take(index)
+
+    def learn_parts(self) -> None:
+        """What came in parts in a backward whose gradients nobody has looked at yet is known from now on."""
+        self._parts |= self.torn
+        self.torn.clear()
+
+    def set_aside(self) -> None:
+        ddp = self.processes.replicated
+        views = ddp is not None and getattr(ddp, "gradient_as_bucket_view", False)  # DDP would write into them
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                self.aside[index] = parameter.grad.clone() if views else parameter.grad
+                parameter.grad = None
+
+    def put_back(self) -> None:
+        """What was set aside, added to what has come since."""
+        for index in list(self.aside):
+            parameter, u = self.parameters[index], self.aside.pop(index)
+            parameter.grad = u if parameter.grad is None else _added(u, parameter.grad)
+
+    def measure(self, loss: Tensor, rows: Rows, retain_graph: bool = False) -> None:
+        """A backward whose gradients are dotted with the forget gradients and dropped; those are left as they are."""
+        self.set_aside()
+        waiting: dict[int, Tensor] = {}
+
+        def flush() -> None:
+            for index, row in self._dots(waiting).items():
+                rows[index] = rows[index] + row if index in rows else row
+            waiting.clear()
+
+        def take(index: int) -> None:
+            parameter = self.parameters[index]
+            if index in waiting:
+                flush()
+            waiting[index], parameter.grad = parameter.grad, None
+            if sum(_bytes(here(r)) for r in waiting.values()) > self._limit:
+                flush()
+
+        self.sweep(loss, take, retain_graph)
+        flush()
+        self._rest(rows)
+        self.put_back()
+
+    def merge(self, loss: Tensor, rows: Rows, adds: bool = True) -> None:
+        """A backward whose gradients are dotted with the forget gradients and added to them, or what surgery makes of
+        both. Without `adds` surgery sees the new ones, and does not add them.
+        """
+        if not self.aside:
+            self.set_aside()
+        if self._late:
+            self.backward(loss)
+            self._take({i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}, rows, adds)
+        else:
+            self._merge_on_the_way(loss, rows, adds)
+        if self.torn and self.surgery is not None:
+            raise ValueError(
+                f"gfast: the retain gradient of {self.names[min(self.torn)]!r} came in parts, which surgery cannot "
+                f"work on: checkpoint activations with use_reentrant=False"
+            )
+        self._rest(rows)
+        self.put_back()
+
+    def _merge_on_the_way(self, loss: Tensor, rows: Rows, adds: bool) -> None:
+        waiting: dict[int, Tensor] = {}
+        at_once = self.processes.replicated is not None  # DDP takes what the hook leaves
+        left = [self.units.count(unit) for unit in range(max(self.units, default=-1) + 1)]
+        size = 0
+
+        def flush(unit: int | None) -> None:
+            nonlocal size
+            some = {i: waiting.pop(i) for i in list(waiting) if unit is None or self.units[i] == unit}
+            self._take(some, rows, adds)
+            size = 0
+
+        def take(index: int) -> None:
+            nonlocal size
+            if index in self.torn:  # a second part: the sum is right, its norm is not known
+                return
+            parameter = self.parameters[index]
+            waiting[index], parameter.grad = parameter.grad, None
+            if self.units:
+                unit = self.units[index]
+                left[unit] -= 1
+                if not left[unit]:
+                    flush(unit)
+                return
+            size += _bytes(here(waiting[index]))
+            if at_once or size > self._limit:
+                flush(None)
+
+        self.sweep(loss, take)
+        for unit in sorted({self.units[i] for i in waiting}) if self.units else [None] * bool(waiting):
+            flush(unit)
+
+    def _take(self, gradients: dict[int, Tensor], rows: Rows, adds: bool) -> None:
+        """Complete gradients: their rows, and what becomes of them and of those set aside."""
+        found = self._dots(gradients)
+        pairs = {i: (r, self.aside.pop(i, None)) for i, r in gradients.items()}
+        if self.surgery is None:
+            merged = {i: r if u is None else _added(u, r) for i, (r, u) in pairs.items()}
+        else:
+            merged = self._operated(pairs, found, adds)
+            ms, rs = [here(m) for m in merged.values()], [here(r) for r, _ in pairs.values()]
+            if ms:
+                for index, values in zip(pairs, grad_dots(ms, [rs], range(len(ms)), len(ms)), strict=True):
+                    found[index][RM:] = values
+        rows.update(found)
+        for index, m in merged.items():
+            parameter = self.parameters[index]
+            # a second part may have come while the first waited
+            late = None if parameter.grad is gradients[index] else parameter.grad
+            parameter.grad = m if late is None else _added(m, late)
+
+    def _operated(self, pairs: dict[int, tuple[Tensor, Tensor | None]], rows: Rows, adds: bool) -> dict[int, Tensor]:
+        """Gradients after surgery, of whole units."""
+        if self.surgery.kind == "sago":
+            return {
+                i: sign_aligned(torch.zeros_like(r) if u is None else u, r, adds) for i, (r, u) in pairs.items()
+            }  # fmt: skip
+        others = {i: r for i, (r, _) in pairs.items()}
+        if self.surgery.kind == "gru":
+            for i, r in others.items():
+                self._averages[i] = average(self._averages.get(i), r, self.surgery.moving)
+            others = {i: self._averages[i] for i in pairs}
+            rows = _rows(others, {i: u for i, (_, u) in pairs.items()})
+        dots = self.processes.sums_of(torch.stack([rows[i] for i in pairs]), list(pairs))
+        units = sorted({self.units[i] for i in pairs})
+        place = torch.tensor([units.index(self.units[i]) for i in pairs], device=dots.device)
+        sums = dots.new_zeros(len(units), dots.shape[1]).index_add_(0, place, dots)
+        factors = [factor[place] for factor in self.surgery.factors(sums[:, UR], sums[:, RR], sums[:, UU])]
+        return {
+            i: combined(u, r, others[i], tuple(factor[n] for factor in factors), adds)
+            for n, (i, (r, u)) in enumerate(pairs.items())
+        }
+
+    def _dots(self, gradients: dict[int, Tensor]) -> Rows:
+        return _rows(gradients, {i: self.aside.get(i) for i in gradients})
+
+    def _rest(self, rows: Rows) -> None:
+        """Rows of forget gradients that the other backward did not reach."""
+        rest = {i: u for i, u in self.aside.items() if i not in rows}
+        for index, row in _rows(rest, rest).items():
+            row[[UR, RR, RM, MM]] = 0.0
+            rows[index] = row
+
+
+def merged_squares(parameters: list[nn.Parameter]) -> Tensor:
+    """Squared norms [P] of the gradients that are there."""
+    there = [i for i, p in enumerate(parameters) if p.grad is not None]
+    found = grad_dots([here(parameters[i].grad) for i in there], [], range(len(there)), len(there))[:, 0]
+    out = torch.zeros(len(parameters), dtype=torch.float64, device=found.device)
+    out[there] = found
+    return out
+
+
+def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
+    """Rows of gradients and of those set aside (None: zero), all in one call."""
+    out: Rows = {}
+    both = [i for i in rs if us[i] is not None]
+    alone = [i for i in rs if us[i] is None]
+    if both:
+        r, u = [here(rs[i]) for i in both], [here(us[i]) for i in both]
+        found = grad_dots(r + u, [u + u], range(2 * len(both)), 2 * len(both))  # [2n, 2]: (ru, rr), then (uu, uu)
+        n = len(both)
+        table = torch.cat([found[:n], found[n:, 1:], found.new_zeros(n, 2)], 1)
+        out |= dict(zip(both, table, strict=True))
+    if alone:
+        r = [here(rs[i]) for i in alone]
+        table = r[0].new_zeros(len(alone), 5, dtype=torch.float64)
+        table[:, RR] = grad_dots(r, [], range(len(r)), len(r))[:, 0]
+        out |= dict(zip(alone, table, strict=True))
+    return out
+
+
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in x's memory where it can be."""
+    return x.add_(y) if x.layout == y.layout == torch.strided else x + y
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

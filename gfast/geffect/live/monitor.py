@@ -1,0 +1,332 @@
+"""GEffectMonitor: the G-effect of a training step, from the gradients that the step makes anyway."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from gfast import wrappers
+from gfast.geffect.data import Term, identity_factor
+from gfast.geffect.groups import assign
+from gfast.geffect.live.merging import Gradients
+from gfast.geffect.live.processes import Processes, here
+from gfast.geffect.live.step import LiveStep
+from gfast.geffect.live.surgery import Surgery
+from gfast.geffect.results import GEffect
+from gfast.objectives import NLL, Objective
+
+logger = logging.getLogger("gfast")
+
+Loss = Any  # a scalar tensor, something with a .loss, or a function that returns one of them
+ACCUMULATE = ("first", "exact")
+
+
+class GEffectMonitor:
+    r"""The G-effect of every training step, from the two gradients that the step computes anyway.
+
+        e(D_r) = < grad R(D_r), grad L(D_u) >        and the norms of both, by layer group
+
+    In place of ``(loss_u + loss_r).backward()`` the step calls ``forget(loss_u)`` and ``retain(loss_r)``. The first is
+    a plain backward. The second sets the forget gradients aside (no copy), and as each parameter's retain gradient is
+    complete, dots it with the one set aside, adds the two, and frees. The optimizer finds the gradients of the plain
+    step, bit for bit those of ``loss_u.backward(); loss_r.backward()``; beside them one parameter's gradient exists.
+
+    Args:
+        model: what is trained: a Hugging Face model, possibly wrapped (PEFT, DDP, FSDP2), or any module with groups=
+            a function. Under DDP and FSDP2 every process calls the monitor alike, and gets the effect of the global
+            gradients.
+        groups: as for ``gfast.g_effect``.
+        unlearn: measure e(D_u) too. Free where `objective` is GA or NLL; else ``forget`` takes the risk of the forget
+            batch, and one more backward.
+        objective: what loss_u is, for the result's label and for that; an objective, or a label.
+        risk: R, for the label.
+        accumulate: with several retain micro-batches, "first": the effect on the first of them, free. "exact": on all
+            of them, holding one more gradient. The result's `measured` says which.
+        surgery: what is done where the gradients pull against each other: "pcgrad:group", "retain", "gru", "sago" ...;
+            see ``gfast.geffect.Surgery``. None adds them up.
+        scaler: the GradScaler of a loop in fp16; losses are scaled by it and effects are of the losses themselves.
+
+    Raises:
+        ValueError: what ``g_effect`` refuses of a model and of groups, FSDP1, ZeRO, an unknown surgery. In ``forget``
+            and ``retain``, before any work: a loss without a graph, gradients of an earlier step, retain without
+            forget, a second retain, a model that was changed in between. After an error or Ctrl-C within a step the
+            model has no gradients and no hooks, as when the step began. A step whose gradients are not finite is
+            dropped: its gradients are taken away, so that the optimizer does nothing, a warning is logged, and
+            `dropped` says why (with a scaler the gradients stay: it looks for itself).
+
+    Source: arXiv 2502.19301, Definition 1.
+
+    Example:
+        >>> import torch, gfast
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+        >>> monitor = gfast.GEffectMonitor(model)
+        >>> monitor.forget(gfast.model_loss(model, batch, gfast.objectives.WGA()))
+        >>> monitor.retain(gfast.model_loss(model, batch, gfast.objectives.NLL()))
+        >>> monitor.effect().total("retain") < 0  # optimizer.step() and zero_grad() as ever
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: str | Callable[[str], str] = "paper",
+        unlearn: bool = False,
+        *,
+        objective: Objective | str = "forget loss",
+        risk: Objective = NLL(),  # noqa: B008 - frozen
+        accumulate: str = "first",
+        surgery: str | Surgery | None = None,
+        scaler: Any = None,
+    ) -> None:
+        if accumulate not in ACCUMULATE:
+            raise ValueError(f'gfast: accumulate must be "first" or "exact", not {accumulate!r}')
+        wrappers.refuse_offloaded(model)
+        self.model, self.unlearn, self.objective, self.risk = model, unlearn, objective, risk
+        self.accumulate, self.scaler = accumulate, scaler
+        self.surgery = None if surgery is None else Surgery.parse(surgery)
+        self.held = accumulate == "exact" or surgery is not None  # retain gradients apart until all are there
+        self.groups = assign(model, groups)
+        named = dict(model.named_parameters())
+        names = list(self.groups.index)
+        parameters = [named[name] for name in names]
+        group_of = list(self.groups.index.values())
+        self.group_of = torch.tensor(group_of, device="cpu")
+        self.processes = Processes(model, names, parameters)
+        self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward)
+        self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
+        self._finished: LiveStep | None = None
+        self.dropped: str | None = None
+        self._step = LiveStep()
+
+    def reset(self) -> None:
+        """Give up a step that was begun: no gradients, and the next call starts a new one."""
+        self.gradients.drop()
+        self._step = LiveStep()
+
+    def forget(self, loss: Loss, *, risk: Loss | None = None, factor: float = 1.0) -> None:
+        """The backward of the forget loss; several calls are micro-batches, whose gradients add up.
+
+        Args:
+            loss: a scalar, what has one as `.loss` (``gfast.model_loss``), or a function that computes it. It is
+                `factor` times the objective L that the effect is of.
+            risk: R of the forget batch, for ``unlearn=True`` and other objectives than GA and NLL; it may share the
+                loss's forward. With micro-batches, give it with the last: the effect is then on that one's risk.
+            factor: what the objective is multiplied by in `loss`.
+        """
+        step, gradients = self._step, self.gradients
+        if step.forgets and not step.retains and gradients.none() and not gradients.aside:
+            step = self._step = LiveStep()  # given up by zero_grad()
+        if step.retains:
+            _refuse("forget was called between the retain losses of a step: give all forget losses first")
+        if risk is not None and not (self.unlearn and self.identity is None):
+            _refuse("forget(risk=...) is for unlearn=True with an objective that is neither GA nor NLL")
+        if not step.forgets:
+            present = [n for n, p in zip(gradients.names, gradients.parameters, strict=True) if p.grad is not None]
+            if present:
+                _refuse(
+                    f"{present[0]!r} has a gradient before the step begins: call optimizer.zero_grad() (with "
+                    f"set_to_none=True, its default) before forget()"
+                )
+            step.weights = self._weights()
+        self._check_unchanged()
+        loss = _value(loss, "forget loss")
+        shared = risk is not None and not _is_function(risk)
+        with self._undone():
+            ddp = self.processes.replicated
+            step.local |= ddp is not None and not ddp.require_backward_grad_sync
+            gradients.sweep(loss, lambda index: None, retain_graph=shared)
+            gradients.learn_parts()
+            if gradients.none():
+                _refuse(
+                    "no parameter has a gradient after the backward of the forget loss. Under FSDP2 every backward "
+                    "must reduce: leave set_requires_gradient_sync(True)"
+                )
+            step.forgets, step.forget_factor = step.forgets + 1, factor
+            step.add("forget", loss)
+            if risk is not None:
+                self._reduce_forget()
+                with self._no_sync():
+                    risk = _value(risk, "forget risk")
+                    gradients.measure(risk, step.unlearn_rows)
+                step.values["unlearn"] = risk.detach()
+
+    def retain(
+        self, loss: Loss | None, *, risk: Loss | None = None, factor: float = 1.0, last: bool = True
+    ) -> None:  # fmt: skip
+        """The backward of the retain loss, in which the effect is measured and the gradients become those of the step.
+
+        Args:
+            loss: as for ``forget``: `factor` times the risk R of the retain batch. None: the step has no retain loss.
+            risk: R of the retain batch where `loss` is something else (KL, or none): one more backward measures the
+                effect. It may share the loss's forward; under DDP both must be functions that compute them.
+            factor: what the risk is multiplied by in `loss`. With accumulate="first" and losses of micro-batches that
+                are divided by the count of all, times the first one's share of it.
+            last: more retain micro-batches follow unless True.
+        """
+        step, gradients = self._step, self.gradients
+        if not step.forgets:
+            _refuse(
+                "a second retain in one step: give last=False with all but the last retain micro-batch"
+                if self._finished is not None and gradients.none() is False
+                else "retain was called before forget: a step is monitor.forget(loss_u), then monitor.retain(loss_r)"
+            )
+        if loss is None and (risk is None or step.retains or not last):
+            _refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
+        shared = risk is not None and not _is_function(risk)
+        if self.processes.replicated is not None and risk is not None:
+            if shared or not (loss is None or _is_function(loss)):
+                _refuse(
+                    "DDP reduces the first backward after a forward, which here is the risk's: give both the loss and "
+                    "risk= as functions that compute them"
+                )
+        self._check_unchanged()
+        ddp = self.processes.replicated
+        step.local_retain = ddp is not None and not ddp.require_backward_grad_sync
+        if step.local_retain and last and self.surgery is not None:
+            _refuse("surgery works on the gradients of all processes: leave DDP.no_sync() for the last retain loss")
+        with self._undone():
+            if not step.retains:
+                self._reduce_forget()
+            if risk is not None and step.retains == 0 and not (loss is None and self.surgery is not None):
+                with self._no_sync():
+                    risk = _value(risk, "retain risk")
+                    gradients.measure(risk, step.rows, retain_graph=shared and loss is not None)
+                step.values["retain"], step.own_risk = risk.detach(), True
+            if loss is not None:
+                self._retain_loss(_value(loss, "retain loss"), factor, last)
+            elif self.surgery is not None:
+                risk = _value(risk, "retain risk")
+                gradients.merge(risk, step.rows, adds=False)
+                step.values["retain"] = risk.detach()
+            step.retains += 1
+            if last:
+                self._finish()
+
+    def _retain_loss(self, loss: Tensor, factor: float, last: bool) -> None:
+        step, gradients = self._step, self.gradients
+        first = not step.retains
+        measures = last if self.held else first
+        step.retain_loss = True
+        if not step.own_risk and (self.held or first):
+            step.add("retain", loss)
+        if self.held and first:
+            gradients.set_aside()
+        if measures and (self.surgery is not None or not step.own_risk):
+            gradients.merge(loss, {} if step.own_risk else step.rows)
+            if not step.own_risk:
+                step.merged, step.retain_factor = True, factor
+        else:
+            self._backward(loss)
+            if self.held and last:
+                gradients.put_back()
+
+    def effect(self, max_norm: float | None = None, of: str = "forget") -> GEffect:
+        """The G-effect of the last finished step.
+
+        Args:
+            max_norm: for gradients that are then clipped to this norm, as ``torch.nn.utils.clip_grad_norm_`` does:
+                the effect after clipping.
+            of: "forget": of the forget loss. "step": of the gradient that the optimizer gets, after surgery.
+
+        Returns:
+            GEffect. Its unlearn side is NaN where it was not measured; `measured` says how each side was, and has
+            step_norm, the norm of the step's gradient, and clip, what clipping multiplies it by. `risks` has the
+            risks that were at hand.
+
+        Raises:
+            ValueError: no finished step, one that was dropped, or one whose gradient came in parts.
+        """
+        if of not in ("forget", "step"):
+            _refuse(f'of must be "forget" or "step", not {of!r}')
+        if self._finished is None:
+            _refuse(f"there is no G-effect: {self.dropped or 'no step was finished'}")
+        if self._finished.torn is not None:
+            _refuse(
+                f"there is no G-effect of this step: the retain gradient of {self._finished.torn!r} came in parts "
+                f"(re-entrant checkpointing). The step's gradients are right, and the next step is measured"
+            )
+        return self._finished.result(self, max_norm, of)
+
+    def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
+
+    def _weights(self) -> list[tuple[int, bool]]:
+        return [(here(p)._version, p.requires_grad) for p in self.gradients.parameters]
+
+    def _check_unchanged(self) -> None:
+        for name, before, now in zip(self.gradients.names, self._step.weights, self._weights(), strict=True):
+            if before != now:
+                self.reset()
+                _refuse(
+                    f"{name!r} was changed after forget(): both gradients of a step must be of the same weights. The "
+                    f"step was given up, its gradients are gone"
+                )
+
+    def _no_sync(self) -> Any:
+        ddp = self.processes.replicated
+        return nullcontext() if ddp is None else ddp.no_sync()
+
+    def _reduce_forget(self) -> None:
+        """Forget gradients that DDP.no_sync() left local become their mean over processes."""
+        if not self._step.local:
+            return
+        for parameter in self.gradients.parameters:
+            if parameter.grad is None:  # it may be there in another process
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(self.processes.mean(parameter.grad))
+        self._step.local = False
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """After an error, Ctrl-C too, there are no gradients, as when the step began."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+
+    def _finish(self) -> None:
+        """Sums over processes and groups, one look at all numbers, and a step that is not finite is dropped."""
+        step, gradients = self._step, self.gradients
+        step.finish(self)
+        gradients.learn_parts()
+        self._step = LiveStep()
+        self.dropped, self._finished = None, step
+        if step.bad is None:
+            return
+        self._finished = None
+        self.dropped = f"the step was dropped, because the gradient of {step.bad!r} is not finite"
+        if self.scaler is None:  # which looks for itself, and wants to see them
+            gradients.drop()
+        logger.warning("gfast: %s: check the losses, the learning rate and, in float16, the loss scale", self.dropped)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"gfast: {message}")
+
+
+def _is_function(loss: Loss) -> bool:
+    return callable(loss) and not isinstance(loss, Tensor)
+
+
+def _value(loss: Loss, what: str) -> Tensor:
+    """The scalar of a loss, with a graph."""
+    loss = loss() if _is_function(loss) else loss
+    loss = getattr(loss, "loss", loss)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        _refuse(f"the {what} must be one number, and it is {found}")
+    if not loss.requires_grad:
+        _refuse(
+            f"the {what} has no graph, so there is no gradient: compute it with gradients on (not in torch.no_grad()), "
+            f"from parameters that are trained"
+        )
+    return loss

@@ -1,0 +1,99 @@
+"""What a process holds of gradients that several processes train on: all of each (DDP), or a shard of each (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class Processes:
+    """How gradients of a model are spread over processes, and what sums over all of them take.
+
+    Attributes:
+        replicated: the DistributedDataParallel wrapper, if there is one with several processes.
+        sharded: whether parameters are DTensors.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+        for module in model.modules():
+            kind = type(module).__name__
+            if kind == "FullyShardedDataParallel":
+                raise ValueError(
+                    "gfast: a GEffectMonitor reads gradients parameter by parameter, and FSDP1 "
+                    "(FullyShardedDataParallel) has them in flat pieces: shard the model with fully_shard (FSDP2)"
+                )
+            if kind == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    "gfast: a GEffectMonitor cannot run DeepSpeed's backward (ZeRO), which reduces and frees gradients "
+                    "by itself: use DDP, or shard the model with fully_shard (FSDP2)"
+                )
+        self.replicated = next(
+            (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) and _several(m)), None
+        )
+        meshes, shards = [], []
+        for name, parameter in zip(names, parameters, strict=True):
+            mesh = getattr(parameter, "device_mesh", None)
+            placements = () if mesh is None else parameter.placements
+            if any(placement.is_partial() for placement in placements):
+                raise ValueError(
+                    f"gfast: the parameter {name!r} is a partial sum over processes, which has no gradient"
+                )
+            if mesh is not None and mesh not in meshes:
+                meshes.append(mesh)
+            shards.append([placement.is_shard() for placement in placements])
+        if len(meshes) > 1:
+            raise ValueError(
+                f"gfast: the parameters are sharded over {len(meshes)} device meshes, such as those of experts; a "
+                f"GEffectMonitor sums over one"
+            )
+        self.mesh = meshes[0] if meshes else None
+        self.sharded = self.mesh is not None
+        self._shards = shards  # by parameter, for every dimension of the mesh: is it cut along it?
+
+    def sums(self, table: Tensor) -> Tensor:
+        """Rows [P, columns] of dot products of shards, summed over the processes that hold the others."""
+        for dimension in range(self.mesh.ndim if self.sharded else 0):
+            cut = [bool(one) and one[dimension] for one in self._shards]
+            whole = table.clone()
+            distributed.all_reduce(whole, group=self.mesh.get_group(dimension))
+            table = torch.where(torch.tensor(cut, device=table.device)[:, None], whole, table)
+        return table
+
+    def sums_of(self, rows: Tensor, indices: list[int]) -> Tensor:
+        """The same of some parameters' rows."""
+        if not self.sharded:
+            return rows
+        table = rows.new_zeros(len(self._shards), rows.shape[1])
+        table[indices] = rows
+        return self.sums(table)[indices]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.replicated is not None:
+            groups = [self.replicated.process_group]
+        else:
+            groups = [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim if self.sharded else 0)]
+        for group in groups:
+            values = values / distributed.get_world_size(group)
+            distributed.all_reduce(values, group=group)
+        return values
+
+    def differ(self, values: Tensor) -> bool:
+        """Whether the processes of DDP have different values of what should be alike, squared norms of gradients."""
+        if self.replicated is None:
+            return False
+        both = torch.stack([values, -values])
+        distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=self.replicated.process_group)
+        return bool((both[0] + both[1] > 1e-6 * values.abs()).any())
+
+
+def _several(wrapper: nn.Module) -> bool:
+    return distributed.get_world_size(wrapper.process_group) > 1
+
+
+def here(gradient: Tensor) -> Tensor:
+    """What this process holds of a gradient, dense."""
+    local = getattr(gradient, "_local_tensor", gradient)
+    return local if local.layout == torch.strided else local.to_dense()

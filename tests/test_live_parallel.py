@@ -1,0 +1,16 @@
+"""A GEffectMonitor over two processes measures, and makes of the gradients, what one process does of both's batches."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import live_parallel
+from helpers.marks import slow_when
+from test_wrappers_parallel import two_processes
+
+
+@slow_when(lambda p: p.name not in ("ddp", "fsdp2"))
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "ddp, tied", "fsdp2, tied", "ddp, adapters", "fsdp2, adapters"])
+def test_two_processes_measure_the_step_of_both(name):
+    if "adapters" in name:
+        pytest.importorskip("peft")
+    two_processes(live_parallel.check, name)

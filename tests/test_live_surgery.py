@@ -1,0 +1,139 @@
+"""Surgery on the gradients of a step against its formulas, literally, in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers.geffect_models import batches, literal_group, tiny  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect import Surgery  # noqa: E402
+from gfast.objectives import GA, KL, NLL, WGA  # noqa: E402
+
+LAYERS = 4
+# several seeds, so that some units conflict and some do not
+DATA = [(batches(seed, rows=2, sizes=(2,))[0], batches(50 + seed, rows=3, sizes=(3,))[0]) for seed in (1, 2)]
+
+
+def unit(name: str, scope: str) -> str:
+    return {"tensor": name, "group": literal_group(name, LAYERS, False), "global": ""}[scope]
+
+
+def literal(kind, scope, us, rs, averages, moving, adds=True):
+    """What the optimizer should get, from lists of gradients by name."""
+    if kind == "sago":
+        return {n: torch.where(us[n] * rs[n] < 0, rs[n] if adds else 0 * rs[n], us[n]) for n in us}
+    if kind == "gru":
+        for n in rs:
+            averages[n] = moving * rs[n] + (1 - moving) * averages.get(n, torch.zeros_like(rs[n]))
+    vs = averages if kind == "gru" else rs
+    out = {}
+    for one in {unit(n, scope) for n in us}:
+        names = [n for n in us if unit(n, scope) == one]
+        u, r, v = (torch.cat([x[n].flatten() for n in names]) for x in (us, rs, vs))
+        forget, kept = u, r
+        if u @ v < 0:
+            forget = u - (u @ v) / (v @ v) * v
+            if kind == "pcgrad":
+                kept = r - (u @ r) / (u @ u) * u
+        merged = forget + kept if adds else forget
+        out |= dict(zip(names, merged.split([us[n].numel() for n in names]), strict=True))
+    return {n: out[n].view_as(us[n]) for n in us}
+
+
+def parts(model, forget, retain, objective, risk):
+    grads = []
+    for batch, one in ((forget, objective), (retain, risk)):
+        model.zero_grad()
+        gfast.model_loss(model, batch, one).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    model.zero_grad()
+    return grads
+
+
+RULES = [f"{kind}:{scope}" for kind in ("pcgrad", "retain", "gru") for scope in ("tensor", "group", "global")]
+
+
+@pytest.mark.parametrize("rule", [*RULES, "gru:global:0.3", "sago"])
+def test_equals_its_formula(rule):
+    model = tiny("llama", LAYERS)
+    surgery = Surgery.parse(rule)
+    monitor = gfast.GEffectMonitor(model, objective=WGA(0.7), surgery=rule)
+    averages, removed = {}, 0
+    for forget, retain in DATA:
+        us, rs = parts(model, forget, retain, WGA(0.7), NLL())
+        expected = literal(surgery.kind, surgery.scope, us, rs, averages, surgery.moving)
+        monitor.forget(gfast.model_loss(model, forget, WGA(0.7)))
+        monitor.retain(gfast.model_loss(model, retain, NLL()))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-14)
+            removed += not torch.equal(p.grad, us[name] + rs[name])
+        truth = gfast.g_effect(model, WGA(0.7), forget=forget, retain=retain)
+        effect, step = monitor.effect(), monitor.effect(of="step")
+        assert effect.retain == pytest.approx(truth.retain, rel=1e-9)  # of the forget loss, whatever becomes of it
+        assert effect.measured["surgery"] == str(surgery)
+        after = sum(float((rs[n] * expected[n]).sum()) for n in rs)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+        assert step.total("retain") == pytest.approx(after, rel=1e-9, abs=1e-12 * norm)
+        assert step.measured["step_norm"] == pytest.approx(norm, rel=1e-9)
+        model.zero_grad()
+    assert removed
+
+
+def test_where_nothing_conflicts_the_step_is_the_plain_one_to_the_bit():
+    model = tiny("llama", LAYERS, dtype=torch.float32)
+    forget, _ = DATA[0]
+    for rule in ("pcgrad:tensor", "retain:group", "gru"):
+        us, rs = parts(model, forget, forget, NLL(), NLL())
+        monitor = gfast.GEffectMonitor(model, surgery=rule)
+        monitor.forget(gfast.model_loss(model, forget, NLL()))
+        monitor.retain(gfast.model_loss(model, forget, NLL()))
+        assert all(torch.equal(p.grad, us[n] + rs[n]) for n, p in model.named_parameters())
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("rule", ["gru", "retain:tensor", "sago"])
+def test_without_a_retain_loss_the_risk_is_spared_but_not_descended(rule):
+    model = tiny("llama", LAYERS)
+    forget, retain = DATA[0]
+    us, rs = parts(model, forget, retain, GA(), NLL())
+    surgery = Surgery.parse(rule)
+    expected = literal(surgery.kind, surgery.scope, us, rs, {}, surgery.moving, adds=False)
+    monitor = gfast.GEffectMonitor(model, objective=GA(), surgery=rule)
+    monitor.forget(gfast.model_loss(model, forget, GA()))
+    monitor.retain(None, risk=gfast.model_loss(model, retain, NLL()))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-14)
+
+
+def test_surgery_works_on_the_retain_loss_and_on_all_its_micro_batches():
+    model = tiny("llama", LAYERS)
+    forget, retain = DATA[0]
+    own = {**retain, "ref_hidden": torch.randn(3, retain["labels"].shape[1], 16, dtype=torch.float64)}
+    own["ref_head"] = torch.randn(61, 16, dtype=torch.float64)
+    us, rs = parts(model, forget, own, GA(), KL())
+    expected = literal("pcgrad", "tensor", us, rs, {}, 1.0)
+    monitor = gfast.GEffectMonitor(model, objective=GA(), surgery="pcgrad:tensor")
+    monitor.forget(gfast.model_loss(model, forget, GA()))
+    monitor.retain(
+        0.5 * gfast.model_loss(model, own, KL()).loss, last=False, risk=gfast.model_loss(model, retain, NLL())
+    )
+    monitor.retain(0.5 * gfast.model_loss(model, own, KL()).loss)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-13)
+    model.zero_grad()
+    truth = gfast.g_effect(model, GA(), forget=forget, retain=retain)
+    assert monitor.effect().retain == pytest.approx(truth.retain, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text", ["pc", "pcgrad:layer", "sago:group", "gru:global:2", "gru:global:x", "retain:group:1", ""]
+)
+def test_an_unknown_rule_is_refused_with_those_there_are(text):
+    with pytest.raises(ValueError, match="surgery .*there is pcgrad, retain, gru, sago|surgery .*must be in"):
+        gfast.GEffectMonitor(tiny("llama"), surgery=text)
