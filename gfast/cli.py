@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `gfast demo | unlearn | geffect | evaluate | audit | report | bench | doctor`."""
+"""The command line: `gfast demo | unlearn | geffect | evaluate | reproduce | audit | report | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ COMMANDS = {
     "unlearn": ("gfast.commands.unlearn", "train a model to forget, with any objective, recording what happens"),
     "geffect": ("gfast.commands.geffect", "measure the G-effect of objectives on a model, without training"),
     "evaluate": ("gfast.commands.evaluate", "does a model forget, does it keep: logs, tables and a page"),
+    "reproduce": (
+        "gfast.commands.reproduce",
+        "a study from a recipe: teach, unlearn, evaluate; tables, figures, a page",
+    ),
     "audit": ("gfast.commands.audit", "did each update remove what it should? one page to sign"),
     "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
     "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
@@ -34,6 +38,7 @@ _EXAMPLES = """examples:
   gfast unlearn --config run.yaml --learning_rate 2e-5
   gfast geffect --model ORIGINAL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO
   gfast evaluate --model run --data tofu --forget forget10 --retain_log RETAIN_LOG
+  gfast reproduce demo
   gfast report run --out report
   gfast audit run
 

@@ -251,6 +251,13 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
+def sentences(summaries: list[dict[str, Any]]) -> list[str]:
+    """What the demo shows, to be repeated: who keeps most where all forget as much, and what end points would say."""
+    from gfast.report.matched import lesson, matched_sentence
+
+    return [text for text in (matched_sentence(summaries), lesson(summaries)) if text]
+
+
 def begin(out: Path, plan: Plan) -> None:
     """Take an empty folder, or one with a demo of the same plan; ValueError for a folder that holds anything else."""
     marker, wanted = out / "demo.json", asdict(plan)
@@ -298,5 +305,7 @@ def run(plan: Plan, out: Path, cpu: bool) -> int:
     except KeyboardInterrupt:
         message = f"Stopped. Finished runs stay in {out}; the same command goes on from there."
         raise KeyboardInterrupt(message) from None
+    for sentence in sentences(read_json(out / "table.json")):
+        print(sentence)
     print(f"Finished in {time.perf_counter() - started:.0f} s. Open {page.resolve()}")
     return 0

@@ -26,7 +26,7 @@ def totals(records, quantity, side, group="total"):
 def test_everything_is_there(quick):
     assert (quick / "report.html").stat().st_size > 100_000
     assert {path.name for path in (quick / "figures").iterdir()} == {
-        "geffect.png", "geffect-groups.png", "training.png", "nll.png",
+        "geffect.png", "geffect-groups.png", "training.png", "nll.png", "pareto.png",
     }  # fmt: skip
     rows = json.loads((quick / "table.json").read_text())
     assert [row["objective"] for row in rows] == [str(objective) for objective in demo.OBJECTIVES.values()]

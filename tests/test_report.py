@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import html
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -15,11 +16,12 @@ import torch
 
 from gfast.files import write_json
 from gfast.geffect import TokenEffect
-from gfast.report import build_report
+from gfast.report import build_report, figures
 from gfast.report.effects import WEIGHT_RANGES, weighted_samples
 from gfast.report.effects import _in as in_range
 from gfast.report.figures import drawings
-from gfast.report.runs import load_runs
+from gfast.report.matched import lesson, match, matched_sentence
+from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
 from gfast.report.tables import COLUMNS, cells, comparison, number, reading, summarize
 from gfast.training.records import effect_file, token_texts_file, write_record, write_run_info
@@ -110,7 +112,7 @@ def test_figures_are_pictures_of_the_records(built):
     import matplotlib.image
 
     names = {path.name for path in (built / "figures").iterdir()}
-    assert names == {"geffect.png", "geffect-groups.png", "training.png", "nll.png"}
+    assert names == {"geffect.png", "geffect-groups.png", "training.png", "nll.png", "pareto.png"}
     pictures = {name: matplotlib.image.imread(built / "figures" / name) for name in names}
     gold = [int(LIGHT.unlearn[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     for name, pixels in pictures.items():
@@ -194,6 +196,42 @@ def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
     away = write_run(tmp_path / "nll", "NLL()", {0: (1.0, 1.0, 0.5, 0.5), 1: (1.0, 1.0, 0.1, 0.1)})
     build_report([away, built / "runs" / "ga"], tmp_path / "two")
     assert [one["matched"] for one in json.loads((tmp_path / "two" / "table.json").read_text())] == [None, None]
+
+
+def test_what_end_points_hide():
+    """The run with the lowest retain NLL at its end had only forgotten less."""
+    courses = {
+        "a": [[0, 0, 0.1], [1, 2, 1.1], [2, 9, 8]],
+        "b": [[0, 0, 0.1], [1, 2, 1.5]],
+        "c": [[0, 0, 0.1], [1, 4, 4]],
+    }
+    there = [{"label": label, "course": course} for label, course in courses.items()]
+    match(there)
+    said = lesson(there)
+    assert "by its end point b looks gentlest (retain NLL 1.5), because it forgot least (2)" in said
+    assert "it is number 2 of 3 (1.5, a 1.1)" in said
+    match(there, 3.0)  # b never gets there
+    assert there[1]["matched"] is None and "2 of them reach, a has the lowest" in matched_sentence(there)
+    assert lesson([there[0], {"label": "d", "course": [[0, 0, 0], [1, 3, 1]], "matched": {"retain_nll": 1}}]) == ""
+
+
+def test_several_seeds_are_one_run_with_a_band(tmp_path):
+    """Mean and deviation over the steps that all seeds have; a value that one seed lacks is none."""
+    courses = [
+        {0: (-1.0, 0.0, 0.1, 0.1), 5: (-4.0, -2.0, 2.0, 1.0)},
+        {0: (-3.0, 0.0, 0.3, 0.1), 5: (-8.0, 2.0, 4.0, 2.0)},
+    ]
+    courses[1][9] = (-9.0, 0.0, 5.0, 5.0)
+    courses[0][5] = (-4.0, float("nan"), 2.0, 1.0)
+    runs = load_runs([write_run(tmp_path / f"seed{i}", "GA()", course) for i, course in enumerate(courses)])
+    run = averaged(runs, "ga")
+    assert [list(one) for one in run.series("risk", "unlearn")] == [[0, 5], [pytest.approx(0.2), 3.0]]
+    assert [list(one) for one in run.band("risk", "unlearn")] == [[0, 5], pytest.approx([0.2 / 2**0.5, 2**0.5])]
+    assert math.isnan(run.series("g_effect", "retain", "total")[1][1])
+    assert [len(one) for one in runs[0].band("risk", "unlearn")] == [0, 0]
+    ax = figures._draw_nll([run], LIGHT).axes[0]
+    low, high = ax.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((0.2 - 0.2 / 2**0.5, 3 + 2**0.5))
 
 
 def test_reading_follows_the_numbers(built):

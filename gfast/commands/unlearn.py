@@ -67,6 +67,11 @@ WITHOUT_EVALUATION = "eval_strategy eval_on_start load_best_model_at_end do_eval
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run(*parsed(argv), list(sys.argv[1:] if argv is None else argv))
+
+
+def parsed(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, UnlearnConfig]:
+    """The flags; their errors come before any work."""
     hidden = [entry.name for entry in fields(TrainingArguments) if entry.name not in SHOWN]
     parser = CommandParser(
         [ModelArguments, DataArguments, UnlearnConfig],
@@ -75,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden=hidden,
     )
     parser.set_defaults(disable_tqdm=not sys.stderr.isatty())  # a bar in a log file is one endless line
-    model_arguments, data_arguments, config = parser.parse(argv)
-    return run(model_arguments, data_arguments, config, list(sys.argv[1:] if argv is None else argv))
+    return parser.parse(argv)
 
 
 def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str]) -> int:

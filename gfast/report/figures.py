@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from gfast.report.effects import draw_samples, draw_tokens, weighted_samples
+from gfast.report.matched import match
 from gfast.report.runs import TEXTS, Run
 from gfast.report.style import (
     DARK,
@@ -38,6 +39,7 @@ from gfast.report.style import (
     wrap,
     zero_line,
 )
+from gfast.report.tables import summarize
 from gfast.sides import SIDES
 
 MAX_PANEL_GROUPS = 8
@@ -85,6 +87,7 @@ def drawings(runs: list[Run]) -> list[Drawing]:
         "geffect-groups": (_draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat) if groups else None,
         "training": _draw_training if any(len(run.series(name)[0]) for run in runs for name in _TRAINING) else None,
         "nll": _draw_nll if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES) else None,
+        "pareto": _draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
         "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
         "tokens": draw_tokens if any(run.effects("token") and run.texts for run in runs) else None,
     }
@@ -111,6 +114,17 @@ def _sides(ax: Axes, run: Run, theme: Theme, quantity: str, group: str) -> None:
     for side, color, marker in (("unlearn", theme.unlearn, "o"), ("retain", theme.retain, "s")):
         steps, values = _finite(*run.series(quantity, side, group))
         ax.plot(steps, values, color=color, marker=marker, clip_on=True, zorder=3)
+        _band(ax, run, color, quantity, side, group)
+
+
+def _band(ax: Axes, run: Run, color: str, quantity: str, side: str, group: str = "") -> None:
+    """One standard deviation over seeds, where there are several."""
+    steps, spread = run.band(quantity, side, group)
+    at, values = run.series(quantity, side, group)
+    shared, of_band, of_mean = np.intersect1d(steps, at, return_indices=True)
+    if len(shared):
+        low, high = values[of_mean] - spread[of_band], values[of_mean] + spread[of_band]
+        ax.fill_between(shared, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
 
 
 def _side_legend(figure: Figure, theme: Theme) -> None:
@@ -231,6 +245,7 @@ def _objective_lines(ax: Axes, runs: list[Run], theme: Theme, quantity: str, sid
     for i, run in enumerate(runs):
         steps, values = _finite(*run.series(quantity, side))
         ax.plot(steps, values, color=run_color(theme, i), marker=run_marker(i))
+        _band(ax, run, run_color(theme, i), quantity, side)
     steps_axis(ax)
     ax.set_xlabel("optimizer step")
 
@@ -262,8 +277,8 @@ def _draw_training(runs: list[Run], theme: Theme) -> Figure:
 
 
 def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
-    figure = Figure(figsize=(10.8, 3.6), layout="constrained")
-    forget, retain, both = figure.subplots(1, 3)
+    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    forget, retain = figure.subplots(1, 2)
     values = _values(runs, [("risk", side, "") for side in SIDES])
     logarithmic = values.min() > 0 and values.max() > 20 * values.min()
     for ax, side, title in (
@@ -275,25 +290,46 @@ def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
         if logarithmic:
             log_axis(ax, values)
     forget.set_ylabel("NLL (nats per answer token)")
-    for i, run in enumerate(runs):
-        steps_u, on_forget = _finite(*run.series("risk", "unlearn"))
-        steps_r, on_retain = _finite(*run.series("risk", "retain"))
-        shared, at_u, at_r = np.intersect1d(steps_u, steps_r, return_indices=True)
-        if not len(shared):
-            continue
+    _objective_legend(figure, runs, theme)
+    return figure
+
+
+def _draw_pareto(runs: list[Run], theme: Theme) -> Figure:
+    """Retain NLL against forget NLL along each run, and where all have forgotten as much."""
+    summaries = [summarize(run) for run in runs]
+    match(summaries)
+    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+    ax = figure.subplots()
+    level, seen = None, []
+    for i, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
         color = run_color(theme, i)
-        both.plot(on_retain[at_r], on_forget[at_u], color=color, marker=run_marker(i), markevery=[-1], markersize=7)
-        both.plot(on_retain[at_r][:1], on_forget[at_u][:1], color=color, marker="o", fillstyle="none", markersize=7)
-    both.set_title("trade-off", fontweight="bold")
-    both.set_xlabel("retain NLL (right: damage)")
-    both.set_ylabel("forget NLL (up: forgotten)")
-    if logarithmic:
-        log_axis(both, values)
-        both.set_xscale("log")
-        both.xaxis.set_major_locator(both.yaxis.get_major_locator())
-        both.set_xlim(both.get_ylim())
-        both.xaxis.set_major_locator(FixedLocator(both.yaxis.get_majorticklocs()))
-        both.xaxis.set_major_formatter(both.yaxis.get_major_formatter())
-        both.xaxis.set_minor_locator(NullLocator())
+        for course, width, alpha in (
+            *((summarize(one)["course"], 0.8, 0.45) for one in run.seeds),
+            (summary["course"], 1.9, 1.0),
+        ):
+            if len(course) < 2:
+                continue
+            _, forget, retain = np.array(course).T
+            ax.plot(forget, retain, color=color, linewidth=width, alpha=alpha, zorder=2 + width)
+            seen += [*forget, *retain]
+        if summary["course"]:
+            ax.plot(*summary["course"][-1][1:], color=color, marker=run_marker(i), markersize=7, zorder=5)
+        if summary["matched"]:
+            level = summary["matched"]["forget_nll"]
+            ax.plot(level, summary["matched"]["retain_nll"], color=color, marker="D", markersize=5, zorder=6)
+    if level is not None:
+        ax.axvline(level, color=theme.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        ax.annotate(f"equal forgetting\n({level:.3g})", (level, 0.985), xycoords=("data", "axes fraction"), va="top",
+                    ha="right", xytext=(-5, 0), textcoords="offset points", fontsize="small")  # fmt: skip
+    values = np.array(seen)
+    ax.set_xlabel("forget NLL (right: forgotten)")
+    ax.set_ylabel("retain NLL (up: damage)")
+    if values.min() > 0 and values.max() > 20 * values.min():
+        log_axis(ax, values)
+        ax.set_xscale("log")
+        ax.set_xlim(ax.get_ylim())
+        ax.xaxis.set_major_locator(FixedLocator(ax.yaxis.get_majorticklocs()))
+        ax.xaxis.set_major_formatter(ax.yaxis.get_major_formatter())
+        ax.xaxis.set_minor_locator(NullLocator())
     _objective_legend(figure, runs, theme)
     return figure

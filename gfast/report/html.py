@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gfast.report.figures import drawings
-from gfast.report.matched import match, matched_sentence
+from gfast.report.matched import lesson, match, matched_sentence
 from gfast.report.runs import TEXTS, Run, load_runs
 from gfast.report.tables import COLUMNS, HARM, cells, comparison, markdown, reading, summarize
 
@@ -68,7 +68,7 @@ def build_report(
         runs=runs,
         columns=COLUMNS,
         rows=[(cells(summary), reading(summary)) for summary in summaries],
-        comparison=f"{matched_sentence(summaries)} {comparison(summaries)}".strip(),
+        comparison=" ".join(filter(None, (matched_sentence(summaries), lesson(summaries), comparison(summaries)))),
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def match(summaries: Sequence[dict[str, Any]]) -> None:
-    """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches the level that all
-    runs reach, interpolated linearly between recorded steps; None where fewer than two runs unlearned.
+def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> None:
+    """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches `level`, interpolated
+    linearly between recorded steps; None where it never does, or fewer than two runs unlearned.
 
-    The level is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose take no part.
+    Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose take no
+    part.
 
     >>> runs = [{"course": [[0, 0.0, 0.1], [10, 4.0, 2.1]]}, {"course": [[0, 0.0, 0.1], [10, 2.0, 0.3]]}]
     >>> match(runs)
@@ -19,9 +20,10 @@ def match(summaries: Sequence[dict[str, Any]]) -> None:
     {'forget_nll': 2.0, 'retain_nll': 1.1, 'step': 5.0}
     """
     reached = {at: max(forget for _, forget, _ in one["course"]) for at, one in enumerate(summaries) if _rises(one)}
-    level = min(reached.values()) if len(reached) > 1 else None
+    if level is None and len(reached) > 1:
+        level = min(reached.values())
     for at, one in enumerate(summaries):
-        one["matched"] = _at(one["course"], level) if level is not None and at in reached else None
+        one["matched"] = _at(one["course"], level) if level is not None and reached.get(at, -1.0) >= level else None
 
 
 def _rises(summary: dict[str, Any]) -> bool:
@@ -52,6 +54,32 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
     level = next(one["matched"]["forget_nll"] for one in summaries if one.get("matched"))
     least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
     return (
-        f"At a forget NLL of {number(level)}, which all of them reach, {least} has the lowest retain NLL "
-        f"({number(kept[least])}) and {most} the highest ({number(kept[most])})."
+        f"At a forget NLL of {number(level)}, which {'all' if len(kept) == len(summaries) else len(kept)} of them "
+        f"reach, {least} has the lowest retain NLL ({number(kept[least])}) and {most} the highest "
+        f"({number(kept[most])})."
+    )
+
+
+def lesson(summaries: Sequence[dict[str, Any]]) -> str:
+    """What end points would have said of the run that ends with the lowest retain NLL, in a sentence to repeat; empty
+    where they say the same as equal forgetting, or there is nothing to compare.
+    """
+    from gfast.report.tables import number
+
+    there = [one for one in summaries if one.get("matched")]
+    if len(there) < 2:
+        return ""
+    ends = {one["label"]: (one["course"][-1][1], one["course"][-1][2]) for one in there}
+    kept = {one["label"]: one["matched"]["retain_nll"] for one in there}
+    mild, best = min(ends, key=lambda label: ends[label][1]), min(kept, key=kept.__getitem__)
+    if mild == best:
+        return ""
+    why = (
+        "because it forgot least" if ends[mild][0] == min(end for end, _ in ends.values()) else "at another forget NLL"
+    )
+    place = 1 + sum(value < kept[mild] for value in kept.values())
+    return (
+        f"Compare at equal forgetting: by its end point {mild} looks gentlest (retain NLL {number(ends[mild][1])}), "
+        f"{why} ({number(ends[mild][0])}); where all forgot as much it is number {place} of {len(kept)} "
+        f"({number(kept[mild])}, {best} {number(kept[best])})."
     )

@@ -28,6 +28,7 @@ class Run:
     objective: str
     info: dict[str, Any]
     records: pd.DataFrame
+    seeds: tuple[Run, ...] = ()  # of the mean of several runs: those runs
 
     def series(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one recorded quantity, ordered by step; both empty where it was not recorded.
@@ -38,6 +39,15 @@ class Run:
         rows = rows[(rows["quantity"] == quantity) & (rows["side"] == side) & (rows["group"] == group)]
         rows = rows.sort_values("step", kind="stable")
         return rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64)
+
+    def band(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and the standard deviation over seeds there; both empty where there are not two of them."""
+        if len(self.seeds) < 2:
+            return np.zeros(0, np.int64), np.zeros(0)
+        series = [dict(zip(*map(list, run.series(quantity, side, group)), strict=True)) for run in self.seeds]
+        steps = sorted(set.intersection(*(set(one) for one in series)))
+        values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)  # [seeds, steps]
+        return np.array(steps, np.int64), values.std(axis=0, ddof=1) if len(steps) else np.zeros(0)
 
     @property
     def groups(self) -> list[str]:
@@ -105,6 +115,21 @@ def load_runs(folders: list[Path]) -> list[Run]:
         Run(folder, names[folder], label if labels.count(label) == 1 else f"{label} · {names[folder]}", *rest)
         for label, (folder, *rest) in zip(labels, read, strict=True)
     ]
+
+
+def averaged(runs: list[Run], label: str) -> Run:
+    """The mean of runs of one objective that differ by their seed, over the steps that all of them recorded."""
+    frame = pd.concat([run.records for run in runs])
+    frame["empty"] = frame["value"].isna()
+    key = ["step", "quantity", "side", "group"]
+    found = frame.groupby(key, as_index=False).agg(
+        run=("run", "first"), objective=("objective", "first"), epoch=("epoch", "first"), value=("value", "mean"),
+        count=("step", "size"), empty=("empty", "any"),
+    )  # fmt: skip
+    found.loc[found["empty"], "value"] = np.nan  # a mean that leaves a seed out would be of others
+    found = found[found["count"] == len(runs)].drop(columns=["count", "empty"])
+    first = runs[0]
+    return Run(first.folder, label, label, first.objective, first.info, found.reset_index(drop=True), tuple(runs))
 
 
 def distinct_names(folders: list[Path]) -> dict[Path, str]:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a study: study.html, with figures as PNG and tables as Markdown and JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gfast.files import readable, whole_file
+from gfast.report.figures import Drawing, drawings
+from gfast.report.html import data_uri, flatten, rendered
+from gfast.report.runs import Run
+from gfast.report.tables import number
+from gfast.reproduce.plan import Plan
+from gfast.reproduce.steps import Steps
+from gfast.reproduce.summary import Results, shown, table
+
+GRID_COLUMNS = (
+    ("setting", "Setting"),
+    ("unlearn", "Unlearn effect"),
+    ("retain", "Retain effect"),
+    ("predicted", "Retain over unlearn, predicted"),
+    ("measured", "the same over a real run"),
+    ("matched", "Real run: retain NLL at equal forget NLL"),
+    ("forget_nll", "Real run: forget NLL, end"),
+)
+SIZE_COLUMNS = (
+    ("objective", "Objective"),
+    ("data", "Forget set"),
+    ("rows", "Rows"),
+    ("matched", "Retain NLL at equal forget NLL"),
+    ("level", "that forget NLL"),
+    ("ratio", "Retain over unlearn G-effect"),
+    ("forget_nll", "Forget NLL, end"),
+    ("retain_nll", "Retain NLL, end"),
+)
+COST_COLUMNS = (("what", "Steps"), ("steps", "Number"), ("seconds", "Seconds"), ("each", "Seconds each"))
+
+
+def write_page(plan: Plan, steps: Steps) -> Path:
+    """Write the page and what lies beside it, each file whole or not at all, the page last."""
+    results, recipe, out = Results(plan, steps), plan.recipe, plan.out
+    columns, rows = shown(results.rows)
+    tables = [{"title": "Objectives", "columns": columns, "rows": rows, "note": results.note()}]
+    grid, sizes, cost = results.grid(), results.sizes(), results.cost()
+    if grid:
+        tables.append(_table("Parameters, from one measurement of token effects beside real runs", GRID_COLUMNS,
+                             grid["rows"], _grid_note(grid)))  # fmt: skip
+    if sizes:
+        tables.append(_table("Size of the forget set", SIZE_COLUMNS, sizes, "One seed; compared by objective."))
+    tables.append(_table("Cost", COST_COLUMNS, cost, "Seconds on this machine; trainings with their measurements."))
+    figures = []
+    for title, drawing, runs in _drawn(results):
+        pictures = drawing.render(runs)
+        _write(out / "figures" / f"{drawing.name}.png", pictures.png)
+        caption = drawing.caption
+        figures.append({"title": title, "name": drawing.name, "caption": caption, "light": data_uri(pictures.light),
+                        "dark": data_uri(pictures.dark)})  # fmt: skip
+    sentences = results.sentences()
+    page = rendered(
+        "study.html.j2",
+        title=recipe.title,
+        lines=sentences,
+        tables=tables,
+        figures=figures,
+        steps=[(step, steps.record(step.name).get("seconds", 0.0)) for step in steps.steps],
+        settings=flatten(_plain(asdict(recipe))),
+        versions=_versions(results),
+    )
+    markdown = "\n".join(
+        f"## {one['title']}\n\n{table(one['columns'], one['rows'])}\n{one['note']}\n" for one in tables
+    )
+    _write(out / "tables.md", readable("\n".join([*sentences, "", markdown])).encode())
+    values = {"sentences": sentences, "objectives": results.rows, "grid": grid, "sizes": sizes, "cost": cost}
+    _write(out / "tables.json", (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    with whole_file(out / "study.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return out / "study.html"
+
+
+def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
+    """Title, figure and runs, in the order of the page: what all have in common, then each figure of the recipe."""
+    every = list(results.runs.values())
+    found = [(one.title, one, every) for one in drawings(every) if one.name in ("pareto", "nll", "training")]
+    found.sort(key=lambda entry: entry[1].name != "pareto")
+    groups = results.recipe.figures or {"All objectives": tuple(results.runs)}
+    for number_of, (title, names) in enumerate(groups.items(), 1):
+        runs = [results.runs[name] for name in names]
+        for one in drawings(runs):
+            if one.name.startswith("geffect"):
+                named = replace(one, name=f"{one.name}-{number_of}")
+                found.append((f"{title}: {one.title[0].lower() + one.title[1:]}", named, runs))
+    return found
+
+
+def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]], note: str) -> dict:
+    texts = [{key: value if isinstance(value, str) else number(value) for key, value in row.items()} for row in rows]
+    return {"title": title, "columns": columns, "rows": texts, "note": note}
+
+
+def _grid_note(grid: Mapping[str, Any]) -> str:
+    note = (
+        f"The effects are weighted sums of the effects of single tokens, measured once, at step {grid['step']} of "
+        f"{grid['run']}; a real run has its own course. Runs are compared at a forget NLL of {number(grid['level'])}. "
+    )
+    if grid["rank"] is not None:
+        note += (
+            f"Rank correlation of the predicted ratio and the retain NLL of the real runs: {grid['rank']:+.2f} "
+            f"(over {len(grid['rows'])} settings)."
+        )
+    return note
+
+
+def _plain(value: Any) -> Any:
+    """Without what is not set, and the long lists of objectives, which have a table."""
+    return {key: entry for key, entry in value.items() if entry not in (None, {}, ()) and key != "title"}
+
+
+def _versions(results: Results) -> dict[str, str]:
+    info = next(iter(results.by_seed.values()))[0].info
+    return flatten({key: info[key] for key in ("versions", "device", "created") if key in info})
+
+
+def _write(path: Path, content: bytes) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)

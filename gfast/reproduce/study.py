@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study from its recipe to its page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from gfast.commands.common import say, show_log
+from gfast.files import require_writable
+from gfast.locks import claimed
+from gfast.reproduce.plan import Plan
+from gfast.reproduce.recipe import load_recipe
+from gfast.reproduce.steps import Step, Steps
+
+
+def study(name: str, changes: Sequence[str], out: Path | None, redo: Sequence[str], only_plan: bool) -> int:
+    """Run what is to be run of a recipe, and write its page."""
+    recipe = load_recipe(name, changes)
+    out = require_writable(out or Path(f"gfast-{Path(name).stem}"))
+    show_log()
+    transformers.utils.logging.disable_progress_bar()
+    with claimed(out):
+        plan = Plan(recipe, out)
+        steps = Steps(plan.steps, plan.checksum, redo)
+        if only_plan:
+            for step in steps.steps:
+                kind, why = steps.state(step)
+                print(f"{kind:<8}{step.name}: {step.what}" + (f" ({why})" if why else ""))
+                print(f"        {step.command}") if step.command else None
+            return 0
+        started = time.perf_counter()
+        try:
+            steps.run(_said(steps, plan))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped. What is finished stays in {out}; the same command goes on from there."
+            ) from None
+        from gfast.reproduce.page import write_page  # draws: seconds of import that only the end needs
+
+        page = write_page(plan, steps)
+    say(f"Finished in {(time.perf_counter() - started) / 60:.1f} min")
+    print(f"Open {page.resolve()}")
+    return 0
+
+
+def _said(steps: Steps, plan: Plan) -> Any:
+    """What is said of each step as its turn comes; weights of runs that nothing needs any more go."""
+
+    def said(step: Step, kind: str, number: int) -> None:
+        if kind != "done":
+            say(f"[{number + 1}/{len(steps.steps)}] {step.name}: {step.what}")
+        if not plan.recipe.keep_models:
+            for earlier in steps.steps[:number]:
+                if earlier.name.startswith(("runs/", "sizes/", "grid/runs/")):
+                    steps.drop(earlier.name)
+
+    return said

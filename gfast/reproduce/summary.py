@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came out of a study: numbers by objective over seeds, ablations, cost; as data, Markdown and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gfast.files import read_json
+from gfast.geffect import GEffect
+from gfast.objectives.registry import parse_objective
+from gfast.report.matched import match
+from gfast.report.runs import Run, averaged, load_runs
+from gfast.report.tables import number, summarize
+from gfast.reproduce.plan import Plan
+from gfast.reproduce.steps import Steps
+
+Spread = tuple[float, float | None] | None  # mean, and standard deviation over seeds where there are two
+
+# Key, heading, and whether a table without it leaves the column out.
+COLUMNS = (
+    ("objective", "Objective"),
+    ("matched", "Retain NLL at equal forget NLL"),
+    ("ratio", "Retain over unlearn G-effect"),
+    ("forget_nll", "Forget NLL, end"),
+    ("retain_nll", "Retain NLL, end"),
+    ("forget_quality", "Forget quality, log10 p"),
+    ("model_utility", "Model utility"),
+    ("forget_extraction", "Extraction strength, forget"),
+    ("retain_extraction", "Extraction strength, retain"),
+    ("share", "Calibrated: share of the unlearned weights"),
+    ("calibrated_extraction", "Calibrated: extraction strength, forget"),
+)
+NOTE = (
+    "Mean ± standard deviation over seeds. Retain NLL at equal forget NLL is interpolated along each run where its "
+    "forget NLL first reaches {level}; a dash: it never does. Retain over unlearn G-effect is the quotient of both "
+    "sums over the recorded steps. Forget quality compares truth ratios with those of the retain model: 0 is alike. "
+    "Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
+    "is then left to extract of the forget set compares objectives at equal retention."
+)
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    """Mean and standard deviation (over n - 1) of what is there; None where a value is missing.
+
+    >>> spread([1.0, 3.0]), spread([2.0]), spread([1.0, None])
+    ((2.0, 1.4142135623730951), (2.0, None), None)
+    """
+    if not values or any(value is None for value in values):
+        return None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def cell(value: Any) -> str:
+    """A spread as the text of a table."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    mean, deviation = value
+    return number(mean) + ("" if deviation is None else f" ± {number(deviation)}")
+
+
+class Results:
+    """runs: the mean of each objective's seeds. rows: of the table, by objective and for the models before."""
+
+    def __init__(self, plan: Plan, steps: Steps) -> None:
+        self.plan, self.steps, self.recipe = plan, steps, plan.recipe
+        self.by_seed = {name: self._runs(f"runs/{name}/seed{{}}", name) for name in self.recipe.objectives}
+        self.summaries = {name: [summarize(run) for run in runs] for name, runs in self.by_seed.items()}
+        every = [one for summaries in self.summaries.values() for one in summaries]
+        match(every, self.recipe.match_at)
+        self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), None)
+        self.runs = {name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in self.by_seed.items()}
+        self.rows = [self._before(name) for name in ("taught", "retain-model") if self._evaluation(name)]
+        self.rows += [self._row(name) for name in self.recipe.objectives]
+
+    def _runs(self, pattern: str, label: str) -> list[Run]:
+        found = load_runs([self.plan.out / pattern.format(seed) for seed in self.recipe.seeds])
+        return [replace(run, name=label, label=label) for run in found]
+
+    def _evaluation(self, name: str) -> dict[str, Any]:
+        path = self.plan.out / "evaluations" / name / "summary.json"
+        return read_json(path) if path.exists() else {}
+
+    def _asked(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+        """What evaluations say, over seeds."""
+        sets = [one.get("sets", {}) for one in found]
+        quality = [one.get("forget_quality", {}).get("geometric", {}).get("log10_p") for one in found]
+        return {
+            "forget_quality": spread(quality),
+            "model_utility": spread([one.get("model_utility", {}).get("geometric") for one in found]),
+            **{
+                f"{side}_extraction": spread([one.get(side, {}).get("extraction_strength") for one in sets])
+                for side in ("forget", "retain")
+            },
+        }
+
+    def _before(self, name: str) -> dict[str, Any]:
+        found = self._evaluation(name)
+        label = {"taught": "before unlearning", "retain-model": "retain model"}[name]
+        ends = {f"{side}_nll": (found["sets"][side]["nll"], None) for side in ("forget", "retain")}
+        return {"name": name, "objective": label, **ends, **self._asked([found])}
+
+    def _row(self, name: str) -> dict[str, Any]:
+        summaries, seeds = self.summaries[name], self.recipe.seeds
+        objective = self.by_seed[name][0].objective.replace("()", "")
+        mixed = [self.plan.out / "calibrated" / name / f"seed{seed}" / "calibration.json" for seed in seeds]
+        calibrated = [read_json(path) if path.exists() else {} for path in mixed]
+        left = [one.get("sets", {}).get("forget", {}).get("extraction_strength") for one in calibrated]
+        return {
+            "name": name,
+            "objective": f"{name}: {objective}",
+            "matched": spread([one["matched"]["retain_nll"] if one["matched"] else None for one in summaries]),
+            "ratio": spread([one["effect_ratio"] for one in summaries]),
+            **{f"{side}_nll": spread([one[f"{side}_nll"]["after"] if one[f"{side}_nll"] else None
+                                      for one in summaries]) for side in ("forget", "retain")},
+            **self._asked([self._evaluation(f"{name}/seed{seed}") for seed in seeds]),
+            "share": spread([one.get("share") for one in calibrated]),
+            "calibrated_extraction": spread(left),
+        }  # fmt: skip
+
+    def note(self) -> str:
+        """What the columns mean."""
+        calibration = self.recipe.calibrate
+        keep = "–" if calibration is None else f"{calibration.keep:.0%} of {calibration.metric.replace('_', ' ')}"
+        return NOTE.format(level=number(self.level), keep=f"{keep} on the retain set")
+
+    def sentences(self) -> list[str]:
+        """What the numbers say: whether the model knew, who keeps most at equal forgetting, and whether that is more
+        than chance.
+        """
+        found = []
+        taught = self._evaluation("taught").get("sets", {})
+        if {"forget", "retain"} <= taught.keys():
+            nlls = {side: taught[side]["nll"] for side in ("forget", "retain")}
+            well = max(nlls.values()) < 0.5
+            knew = "both" if well else "one of them badly, so there is little to forget or to damage: teach longer"
+            found.append(
+                f"Before unlearning the model had an NLL of {number(nlls['forget'])} per answer token on the forget "
+                f"set and of {number(nlls['retain'])} on the retain set: it knew {knew}."
+            )
+        there = {row["name"]: row["matched"] for row in self.rows if row.get("matched")}
+        if len(there) > 1:
+            best, worst = min(there, key=lambda n: there[n][0]), max(there, key=lambda n: there[n][0])
+            found.append(
+                f"At a forget NLL of {number(self.level)}, {best} has the lowest retain NLL ({cell(there[best])}) and "
+                f"{worst} the highest ({cell(there[worst])})."
+            )
+            deviations = [there[name][1] for name in (best, worst) if there[name][1] is not None]
+            if len(deviations) == 2:
+                apart, chance = there[worst][0] - there[best][0], math.hypot(*deviations)
+                found.append(
+                    f"They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what "
+                    f"seeds make of such a difference ({number(chance)})."
+                )
+        left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
+        if len(left) > 1:
+            best = min(left, key=lambda n: left[n][0])
+            found.append(
+                f"At equal retention, {best} leaves least to extract of the forget set ({cell(left[best])}; before "
+                f"unlearning {cell(self.rows[0]['forget_extraction'])})."
+            )
+        return found
+
+    def grid(self) -> dict[str, Any] | None:
+        """Parameters by one measurement of token effects, beside real runs, and how the two rank them."""
+        grid, out = self.recipe.grid, self.plan.out
+        if grid is None:
+            return None
+        effects = read_json(out / "grid" / "effects" / "geffect.json")["effects"]
+        predicted = {one.objective: one for one in map(GEffect.from_dict, effects)}
+        runs = {text: load_runs([out / folder])[0] for text, folder in self.plan.grid_runs().items()}
+        summaries = {text: summarize(run) for text, run in runs.items()}
+        match(list(summaries.values()), self.recipe.match_at)
+        rows = []
+        for text, summary in summaries.items():
+            effect, matched = predicted[str(parse_objective(text))], summary["matched"]
+            unlearn, retain = effect.total("unlearn"), effect.total("retain")
+            rows.append({
+                "setting": text, "unlearn": unlearn, "retain": retain,
+                "predicted": retain / unlearn if unlearn else None,
+                "measured": summary["effect_ratio"],
+                "matched": matched["retain_nll"] if matched else None,
+                "forget_nll": summary["forget_nll"]["after"],
+            })  # fmt: skip
+        level = next((one["matched"]["forget_nll"] for one in summaries.values() if one["matched"]), None)
+        return {"rows": rows, "level": level, "rank": rank_correlation(rows), "run": grid.run, "step": grid.step}
+
+    def sizes(self) -> list[dict[str, Any]]:
+        """Forget sets of other sizes, with the recipe's own, compared by objective."""
+        rows, recipe = [], self.recipe
+        first = recipe.seeds[0]
+        for name in recipe.sizes.objectives if recipe.sizes else ():
+            places = {recipe.data.name: f"runs/{name}/seed{first}"}
+            places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
+            summaries = [summarize(load_runs([self.plan.out / place])[0]) for place in places.values()]
+            match(summaries, recipe.match_at)
+            for data, one in zip(places, summaries, strict=True):
+                rows.append({
+                    "objective": name, "data": data, "rows": self.plan.sizes[data][0],
+                    "matched": (one["matched"] or {}).get("retain_nll"),
+                    "level": (one["matched"] or {}).get("forget_nll"),
+                    "ratio": one["effect_ratio"], "forget_nll": one["forget_nll"]["after"],
+                    "retain_nll": one["retain_nll"]["after"],
+                })  # fmt: skip
+        return sorted(rows, key=lambda row: (row["objective"], row["rows"]))
+
+    def cost(self) -> list[dict[str, Any]]:
+        """Seconds by kind of step, and of a training step by objective (with its measurements)."""
+        found: dict[str, list[float]] = {}
+        for step in self.steps.steps:
+            kind = step.name.partition("/")[0]
+            key = step.name.rpartition("/")[0] if kind == "runs" else kind
+            found.setdefault(key, []).append(self.steps.record(step.name).get("seconds", 0.0))
+        return [{"what": key, "steps": len(times), "seconds": sum(times), "each": sum(times) / len(times)}
+                for key, times in found.items()]  # fmt: skip
+
+
+def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's, between the predicted ratio and the retain NLL of real runs; None for fewer than three."""
+    pairs = [(row["predicted"], row["matched"]) for row in rows if None not in (row["predicted"], row["matched"])]
+    if len(pairs) < 3:
+        return None
+    from scipy.stats import spearmanr
+
+    value = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return value if math.isfinite(value) else None
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
+    """Columns that have a value, and the rows as texts."""
+    columns = [(key, name) for key, name in COLUMNS if any(row.get(key) is not None for row in rows)]
+    return columns, [{key: cell(row.get(key)) for key, _ in columns} for row in rows]
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(name for _, name in columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row[key] for key, _ in columns) + " |" for row in rows)]) + "\n"

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of a study do: data, models, trainings, evaluations, calibrations."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfast.commands.arguments import ModelArguments
+from gfast.commands.models import load_model, load_tokenizer
+from gfast.data import bundled_authors, bundled_perturbed, load_jsonl, load_tofu
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
+from gfast.evaluation.results import summarize, write_results
+from gfast.files import whole_file, write_json
+from gfast.metrics import load_log
+from gfast.metrics.log import LOG_FILE, parse_log
+from gfast.progress import Bar
+from gfast.reproduce.recipe import Calibration, Data, Evaluated, Recipe
+
+DATA_FILES = ("forget.jsonl", "retain.jsonl", "full.jsonl")
+
+
+def data_rows(data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to forget and to retain. Errors of the files say where; ValueError for none."""
+    if data.source == "bundled":
+        forget, retain = bundled_authors(data.forget_authors)
+    else:
+        forget, retain = (
+            load_tofu(name, data.path) if data.source == "tofu" else load_jsonl(Path(data.path or "") / name)
+            for name in (data.forget, data.retain)
+        )
+    forget, retain = forget[: data.max_forget or None], retain[: data.max_retain or None]
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if not rows:
+            raise ValueError(f"the {name} set of {data.name} has no rows")
+    return forget, retain
+
+
+def write_data(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The sets as JSON lines, and both together, retain first as in TOFU's `full`."""
+    for name, rows in zip(DATA_FILES, (forget, retain, [*retain, *forget]), strict=True):
+        with whole_file(folder / name) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:
+    """What every model is asked: of the rows that it was taught, and of TOFU's other sets."""
+    if data.source == "tofu":
+        found = sources.tofu(data.forget, data.path, options.rows)
+    elif data.source == "jsonl":
+        found = sources.jsonl({"forget": data.forget, "retain": data.retain}, data.path, options.rows)
+    else:
+        rows = dict(zip(("forget", "retain"), bundled_perturbed(data.forget_authors), strict=True))
+        found = [replace(one, rows=rows[one.name][: options.rows or None]) for one in sources.bundled()]
+    limits = {"forget": data.max_forget, "retain": data.max_retain}
+    found = [replace(one, rows=one.rows[: limits.get(one.name) or None]) for one in found]
+    if options.max_new_tokens is not None:
+        found = [replace(one, generate=options.max_new_tokens) for one in found]
+    return found
+
+
+def fresh_model(sizes: Mapping[str, Any], seed: int, folder: Path) -> None:
+    """A Llama of these sizes with random weights, and the bundled tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gfast.data import demo_tokenizer
+
+    tokenizer = demo_tokenizer()
+    tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **tokens, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as a command line has them.
+
+    >>> words({"seed": 1, "objective_args": ["alpha=1", "beta=2"], "stop": None})
+    ['--seed', '1', '--objective_args', 'alpha=1', 'beta=2']
+    """
+    found = []
+    for name, value in flags.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        found += [f"--{name}", *(str(one) for one in several)] if value is not None else []
+    return found
+
+
+def train(flags: Mapping[str, Any], folder: Path, launch: str | None, checkpoint: str) -> None:
+    """`gfast unlearn` with these flags; what it prints goes to a file. Of its checkpoints that of this name stays."""
+    argv = [*words(flags), "--output_dir", str(folder)]
+    if launch:
+        command = [*shlex.split(launch), "-m", "gfast.cli", "unlearn", *argv]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise RuntimeError(f"`{shlex.join(command)}` ended with {code}; what it printed says why")
+    else:
+        from gfast.commands import unlearn
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "printed.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            unlearn.main(argv)
+    # Large, and of use to this run only.
+    for path in (folder / "reference", *folder.glob("checkpoint-*")):
+        if path.name != checkpoint:
+            shutil.rmtree(path, ignore_errors=True)
+    free()
+
+
+def effects(flags: Mapping[str, Any], folder: Path) -> None:
+    """`gfast geffect` with these flags."""
+    from gfast.commands import geffect
+
+    with contextlib.redirect_stdout(sys.stderr):
+        geffect.main([*words(flags), "--output_dir", str(folder)])
+    free()
+
+
+def free() -> None:
+    """Give the memory of models that are gone back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Asker:
+    """Evaluates the models of one study: the same sets, prompts and settings for all."""
+
+    def __init__(self, recipe: Recipe, sets: Sequence[EvaluationSet], chat_kwargs: Mapping[str, Any]) -> None:
+        self.recipe, self.sets, self.chat_kwargs = recipe, list(sets), dict(chat_kwargs)
+
+    def load(self, model: str) -> nn.Module:
+        """A model where it is to be evaluated."""
+        device = "cuda" if torch.cuda.is_available() and not self.recipe.unlearn.get("use_cpu") else "cpu"
+        return load_model(self.arguments(model)).to(device)
+
+    def arguments(self, model: str) -> ModelArguments:
+        """How `gfast unlearn` would be told of a model."""
+        load, own = self.recipe.load, model == self.recipe.model
+        return ModelArguments(
+            model=model,
+            tokenizer=self.recipe.tokenizer if own else None,
+            gguf_file=self.recipe.gguf_file if own else None,
+            dtype=load.dtype,
+            attn_implementation=load.attn_implementation,
+            trust_remote_code=load.trust_remote_code,
+        )
+
+    def evaluate(
+        self, name: str, model: str, folder: Path, retain_log: Path | None, weights: nn.Module | None = None
+    ) -> dict[str, Any]:
+        """Log and numbers of a model (weights: that which is loaded already), in `folder`; what is there already is
+        not measured again.
+        """
+        tokenizer = load_tokenizer(self.arguments(model))
+        samples = [encoded(one, tokenizer, self.recipe.template, self.chat_kwargs) for one in self.sets]
+        asked = self.recipe.evaluate
+        evaluation = Evaluation(
+            self.sets, samples, tokenizer, asked.batch_size, asked.extraction, asked.extraction_samples
+        )
+        loaded = self.load(model) if weights is None else weights
+        units = evaluation.units()
+        with Bar(f"Evaluating {name}", len(units)) as bar:
+            results = evaluation.run(loaded, folder, units, lambda unit: bar.update())
+        log = evaluation.log(results, name, {"dtype": str(next(loaded.parameters()).dtype)})
+        found = summarize(parse_log(log, str(folder / LOG_FILE)), None if retain_log is None else load_log(retain_log))
+        write_results(folder, log, found)
+        del loaded
+        free()
+        return found
+
+    def calibrate(
+        self, name: str, taught: str, unlearned: str, plan: Calibration, folder: Path, retain_log: Path | None
+    ) -> None:
+        """Mix, find the largest share that keeps the retain set, and evaluate that mixture."""
+        tokenizer = load_tokenizer(self.arguments(taught))
+        retain = next(one for one in self.sets if one.name == "retain")
+        samples = [encoded(retain, tokenizer, self.recipe.template, self.chat_kwargs)]
+        retain = replace(retain, generate=0)  # the losses say whether it is kept
+        evaluation = Evaluation([retain], samples, tokenizer, self.recipe.evaluate.batch_size)
+        model, other = self.load(taught), load_model(self.arguments(unlearned))
+        original = {key: value.detach().clone() for key, value in model.named_parameters()}
+        changed = dict(other.named_parameters())
+
+        def measured(share: float) -> float:
+            mix(model, original, changed, share)
+            log = evaluation.log(evaluation.run(model), name, {})
+            return float(summarize(parse_log(log))["sets"]["retain"][plan.metric])
+
+        whole = measured(0.0)
+        curve: list[tuple[float, float]] = []
+        for share in shares(plan.resolution):
+            curve.append((share, measured(share) if share else whole))
+            if curve[-1][1] >= plan.keep * whole:
+                break
+        share = curve[-1][0]
+        mix(model, original, changed, share)
+        del other
+        original.clear(), changed.clear()
+        found = self.evaluate(name, taught, folder, retain_log, model)
+        values = {"share": share, "metric": plan.metric, "level": plan.keep * whole, "curve": curve}
+        write_json(folder / "calibration.json", values | {"sets": found["sets"]})
+
+
+def shares(resolution: float) -> list[float]:
+    """1, 1 - resolution, ..., 0.
+
+    >>> shares(0.4)
+    [1.0, 0.6, 0.2, 0.0]
+    """
+    count = int(1 / resolution + 1e-9)
+    found = [round(1 - at * resolution, 12) for at in range(count + 1)]
+    return found if found[-1] == 0 else [*found, 0.0]
+
+
+@torch.no_grad()
+def mix(model: nn.Module, first: Mapping[str, Any], second: Mapping[str, Any], share: float) -> None:
+    """Parameters (1 - share) first + share second, computed in fp32 at least; at 0 and 1 bit for bit those of one."""
+    for name, parameter in model.named_parameters():
+        a, b = first[name], second[name]
+        if a.shape != b.shape:
+            raise ValueError(f"gfast: {name} has other sizes in the two models: {tuple(a.shape)} and {tuple(b.shape)}")
+        wide = torch.promote_types(a.dtype, torch.float32)
+        parameter.copy_(torch.lerp(a.to(wide), b.to(a.device, wide), share))

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gfast reproduce`: recipes, steps that run once, and the numbers of the page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+
+import pytest
+import torch
+import yaml
+from helpers.tofu_like import write_tofu_like
+from helpers.training_tiny import saved_tiny
+from transformers import LlamaForCausalLM
+
+from gfast import cli
+from gfast.evaluation import Evaluation, encoded
+from gfast.files import read_json
+from gfast.reproduce import page, work
+from gfast.reproduce.plan import Plan
+from gfast.reproduce.recipe import load_recipe
+from gfast.reproduce.steps import Steps
+from gfast.training.records import read_records
+
+TRAINING = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "use_cpu": True, "lr_scheduler_type": "constant"}
+RECIPE = {
+    "title": "A <small> study",
+    "data": {"source": "bundled", "max_forget": 6, "max_retain": 8},
+    "seeds": [0, 1],
+    "teach": {**TRAINING, "epochs": 12},
+    "unlearn": {**TRAINING, "max_steps": 4, "max_grad_norm": 0, "geffect_every": 2, "nll_every": 1},
+    "objectives": {"ga": "GA", "npo-kl": {"objective": "NPO:beta=0.5", "retain_term": "kl"}},
+    "evaluate": {"max_new_tokens": 4, "batch_size": 8},
+    "calibrate": {"metric": "probability", "keep": 0.9, "resolution": 0.25},
+    "grid": {"run": "ga", "step": 2, "objectives": ["GA", "WGA:alpha=0.5", "WGA:alpha=2"]},
+    "sizes": {"data": [{"forget_authors": 3, "max_forget": 3}], "objectives": ["ga"]},
+}
+
+
+def reproduce(*argv) -> int:
+    return cli.main(["--debug", "reproduce", *map(str, argv)])
+
+
+def written(folder, **changes):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "model": str(folder / "model"), **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study: its recipe and folder."""
+    folder = tmp_path_factory.mktemp("study")
+    saved_tiny(folder / "model")
+    recipe = written(folder)
+    assert reproduce(recipe, "--out", folder / "out") == 0
+    return recipe, folder / "out"
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Pages without them: seconds each."""
+    monkeypatch.setattr(page, "_drawn", lambda results: [])
+
+
+def files_of(out):
+    return {path: path.read_bytes() for path in sorted(out.glob("runs/**/*.parquet"))}
+
+
+def test_everything_is_there(finished):
+    _, out = finished
+    text = (out / "study.html").read_text()
+    assert "A &lt;small&gt; study" in text and "http" not in text.replace("http-equiv", "")
+    values = read_json(out / "tables.json")
+    assert [row["name"] for row in values["objectives"]] == ["taught", "retain-model", "ga", "npo-kl"]
+    assert [row["setting"] for row in values["grid"]["rows"]] == ["GA", "WGA:alpha=0.5", "WGA:alpha=2"]
+    assert [row["rows"] for row in values["sizes"]] == [3, 6]
+    assert {row["what"] for row in values["cost"]} >= {"taught", "runs/ga", "evaluations", "calibrated", "grid"}
+    assert (out / "figures" / "pareto.png").exists() and "| before unlearning |" in (out / "tables.md").read_text()
+    assert (out / "runs" / "ga" / "seed0" / "checkpoint-2").is_dir()  # the grid's, and no other
+    assert not (out / "runs" / "ga" / "seed0" / "checkpoint-4").exists()
+
+
+def course(out, name):
+    frame = read_records(out / "runs" / name)
+    risk = frame[frame["quantity"] == "risk"].pivot(index="step", columns="side", values="value")
+    return list(zip(risk["unlearn"], risk["retain"], strict=True))
+
+
+def reached(points, level):
+    """Retain NLL where forget NLL first reaches `level`, on straight lines between records."""
+    for (f0, r0), (f1, r1) in zip(points, points[1:], strict=False):
+        if f0 < level <= f1:
+            return r0 + (level - f0) / (f1 - f0) * (r1 - r0)
+    raise AssertionError("never reached")
+
+
+def test_retain_nll_at_equal_forget_nll_over_seeds(finished):
+    _, out = finished
+    courses = {name: [course(out, f"{name}/seed{seed}") for seed in (0, 1)] for name in ("ga", "npo-kl")}
+    level = min(max(f for f, _ in points) for both in courses.values() for points in both)
+    rows = {row["name"]: row for row in read_json(out / "tables.json")["objectives"]}
+    for name, both in courses.items():
+        kept = [reached(points, level) for points in both]
+        assert rows[name]["matched"] == pytest.approx([statistics.mean(kept), statistics.stdev(kept)])
+        ends = [points[-1][0] for points in both]
+        assert rows[name]["forget_nll"] == pytest.approx([statistics.mean(ends), statistics.stdev(ends)])
+
+
+def test_calibration_is_the_largest_share_that_keeps_the_retain_set(finished):
+    recipe, out = finished
+    found = read_json(out / "calibrated" / "ga" / "seed1" / "calibration.json")
+    plan = Plan(load_recipe(str(recipe)), out)
+    retain = next(one for one in plan.asker.sets if one.name == "retain")
+
+    def probability(share):
+        model, taught, unlearned = (
+            LlamaForCausalLM.from_pretrained(out / name) for name in ("taught", "taught", "runs/ga/seed1")
+        )
+        with torch.no_grad():
+            for one, a, b in zip(model.parameters(), taught.parameters(), unlearned.parameters(), strict=True):
+                one.copy_((1 - share) * a.double() + share * b.double())
+        samples = encoded(retain, plan.tokenizer)
+        results = Evaluation([retain], [samples], plan.tokenizer, 8).run(model)
+        losses = [one for name, several in results.items() if "losses" in name for one in several]
+        return statistics.mean(2.718281828459045 ** -one["avg_gt_loss"] for one in losses)
+
+    whole = probability(0.0)
+    keeps = [share for share in (1.0, 0.75, 0.5, 0.25, 0.0) if probability(share) >= 0.9 * whole]
+    assert found["share"] == keeps[0] and found["level"] == pytest.approx(0.9 * whole, rel=1e-5)
+    assert found["curve"][-1][1] == pytest.approx(probability(keeps[0]), rel=1e-5)
+
+
+def test_the_mixture_of_weights_is_exact_at_its_ends():
+    first, second = (torch.nn.Linear(7, 5).to(torch.bfloat16) for _ in range(2))
+    mixed = torch.nn.Linear(7, 5).to(torch.bfloat16)
+    for share, other in ((0.0, first), (1.0, second)):
+        work.mix(mixed, dict(first.named_parameters()), dict(second.named_parameters()), share)
+        assert torch.equal(mixed.weight, other.weight) and torch.equal(mixed.bias, other.bias)
+    with pytest.raises(ValueError, match="weight has other sizes"):
+        work.mix(mixed, dict(first.named_parameters()), dict(torch.nn.Linear(7, 4).named_parameters()), 0.5)
+
+
+def test_nothing_runs_twice_and_a_step_with_other_inputs_is_named(finished, monkeypatch, capsys, no_figures):
+    recipe, out = finished
+    before = files_of(out)
+    monkeypatch.setattr(work, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert reproduce(recipe, "--out", out) == 0
+    assert cli.main(["reproduce", str(recipe), "--out", str(out), "unlearn.learning_rate=0.02"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the inputs of" in error and "runs/ga/seed0: flags.learning_rate was 0.01 and is 0.02" in error
+    assert "--redo changed" in error and files_of(out) == before
+    assert cli.main(["reproduce", str(recipe), "--out", str(out), "--redo", "runs/gaa"]) == 2
+    assert "there is no such step; did you mean" in capsys.readouterr().err
+    assert reproduce(recipe, "--out", out, "--plan", "evaluate.rows=4") == 0
+    plan = capsys.readouterr().out
+    assert "done    taught" in plan and "changed evaluations/taught" in plan and "asked.rows was 0 and is 4" in plan
+
+
+def test_what_a_step_took_is_watched(finished, tmp_path, no_figures):
+    """Weights that somebody replaced: the step that made them, and what took them, are named; --redo makes them."""
+    recipe, out = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    weights = copy / "runs" / "ga" / "seed1" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="runs/ga/seed1: what it made is not what it left.*evaluations/ga/seed1"):
+        reproduce(recipe, "--out", copy)
+    assert reproduce(recipe, "--out", copy, "--redo", "runs/ga/seed1") == 0
+    assert weights.read_bytes() == (out / "runs" / "ga" / "seed1" / "model.safetensors").read_bytes()
+    old, new = (read_json(folder / "tables.json") for folder in (out, copy))
+    assert {**old, "cost": 0} == {**new, "cost": 0}
+
+
+def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
+    recipe, out = finished
+    real, calls = work.train, []
+
+    def stopped(flags, folder, **options):
+        calls.append(folder)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(flags, folder, **options)
+
+    monkeypatch.setattr(work, "train", stopped)
+    small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[ga]"]
+    assert cli.main(["reproduce", str(recipe), "--out", str(tmp_path), *small]) == 130
+    assert not (tmp_path / "study.html").exists()
+    assert reproduce(recipe, "--out", tmp_path, *small) == 0
+    assert calls.count(calls[0]) == 1 and calls.count(calls[3]) == 2
+    ours, theirs = (read_json(folder / "tables.json")["objectives"] for folder in (tmp_path, out))
+    for one, other in zip(ours, theirs, strict=False):
+        assert all(one[key] == other[key] for key in one if key.split("_")[0] in ("forget", "retain", "ratio"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("unlearn.learning_rat=1", "there is no flag unlearn.learning_rat; did you mean learning_rate?"),
+        ("sead=[1]", "there is no key sead; did you mean seeds?"),
+        ("evaluate.row=1", "there is no key evaluate.row; did you mean rows?"),
+        ("objectives.x=WGAA", "no objective is called 'WGAA'; did you mean WGA?"),
+        ("objectives.x={objective: GA, retain_trm: nll}", "objectives.x.retain_trm; did you mean retain_term?"),
+        ("objectives=[ga, npo]", "objectives is 'npo'"),
+        ("figures={all: [gaa]}", "figures.all is 'gaa'; did you mean ga?"),
+        ("grid.run=gaa", "grid.run is 'gaa'; did you mean ga?"),
+        ("grid.objectives=[PO]", "PO is no weighting"),
+        ("calibrate.metric=nll", "choose one of extraction_strength"),
+        ("calibrate.keep=95", "calibrate.keep is 95"),
+        ("unlearn.seed=1", "unlearn.seed is said elsewhere: seeds"),
+        ("unlearn.lora_r=4", "calibrate mixes whole weights"),
+        ("seeds=[1, 1]", "each once"),
+        ("seeds=1", "seeds should be a list"),
+        ("data.source=tofuu", "data.source is 'tofuu'; did you mean tofu?"),
+        ("sizes.data=[{forget_author: 1}]", "sizes.data.forget_author; did you mean forget_authors?"),
+        ("unlearn={max_steps: 2}", "give nll_every or geffect_every"),
+        ("nonsense", "should read key=value"),
+    ],
+)
+def test_what_a_recipe_cannot_say(change, words, tmp_path, capsys):
+    recipe = written(tmp_path)
+    assert cli.main(["reproduce", str(recipe), change, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_checked_before_any_work(finished, tmp_path, capsys):
+    recipe, _ = finished
+    out = tmp_path / "out"
+    for change, words in (
+        ("objectives.ga={objective: GA, retain_term: rr}", "runs/ga/seed0: retain_term rr keeps"),
+        ("unlearn.learning_rate=fast", "invalid float value: 'fast'"),
+        (f"model={tmp_path}", "cannot load the model"),
+        ("data={source: jsonl, forget: f.jsonl, retain: r.jsonl}", "f.jsonl"),
+    ):
+        assert cli.main(["reproduce", str(recipe), change, "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+        assert not list(out.glob("*/*.jsonl"))
+    assert cli.main(["reproduce", "dmeo"]) == 2
+    assert "there is no recipe dmeo; did you mean demo?" in capsys.readouterr().err
+
+
+SMALL = ["data.path={data}", "model={model}", "unlearn.use_cpu=true", "teach.use_cpu=true", "evaluate.max_new_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """Overrides that make the paper's recipes small: a random Llama of 32 blocks, files as TOFU has them."""
+    folder = tmp_path_factory.mktemp("paper")
+    saved_tiny(folder / "model", layers=32, hidden_size=8, intermediate_size=8, initializer_range=0.1)
+    data = write_tofu_like(folder / "tofu")
+    return folder, [text.format(data=data, model=folder / "model") for text in SMALL]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("llama2-7b-tofu", "1e-05"), ("phi-tofu", "2e-05")])
+def test_the_papers_settings(paper, name, rate, tmp_path):
+    _, changes = paper
+    recipe = load_recipe(name, changes)
+    plan = Plan(recipe, tmp_path)
+    steps = {step.name: step for step in plan.steps}
+    flags = {name: step.inputs["flags"] for name, step in steps.items() if name.startswith("runs/")}
+    for one in flags.values():
+        assert float(one["learning_rate"]) == float(rate) and one["seed"] == 42 and one["bf16"] is True
+        assert (one["per_device_train_batch_size"], one["gradient_accumulation_steps"]) == (4, 4)
+        assert (one["weight_decay"], one["max_grad_norm"], one["lr_scheduler_type"]) == (0, 0, "linear")
+    arguments = {name: one["objective_args"] for name, one in flags.items() if "objective_args" in one}
+    assert arguments["runs/npo-0.5/seed42"] == ["beta=0.5"] and arguments["runs/tnpo-4/seed42"] == ["beta=4"]
+    assert arguments["runs/wga-5/seed42"] == ["alpha=5"] and arguments["runs/wtnpo/seed42"] == ["alpha=1.5", "beta=4"]
+    from gfast.reproduce.plan import steps_of
+
+    counted = steps_of({key: recipe.unlearn[key] for key in ("epochs", "warmup_epochs")} | {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 200)  # fmt: skip
+    assert (counted["max_steps"], counted["warmup_steps"]) == (62, 12)  # as the published code counts them
+    named = {name for names in recipe.figures.values() for name in names}
+    assert named == set(recipe.objectives)
+    assert load_recipe("paper").title == load_recipe("llama2-7b-tofu").title
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2-7b-tofu", "phi-tofu"])
+def test_every_step_of_the_papers_recipes(paper, name, tmp_path):
+    _, changes = paper
+    few = "unlearn.bf16=false teach.bf16=false unlearn.max_steps=2 teach.max_steps=2 unlearn.epochs=null "
+    few += "teach.epochs=null unlearn.learning_rate=1e-3 unlearn.geffect_every=1 grid.step=1 evaluate.rows=3"
+    few = [*changes, *few.split()]
+    assert reproduce(name, *few, "--out", tmp_path) == 0
+    plan = Plan(load_recipe(name, few), tmp_path)
+    steps = Steps(plan.steps, plan.checksum)
+    assert {steps.state(step)[0] for step in steps.steps} == {"done"}
+    values = json.loads((tmp_path / "tables.json").read_text())
+    rows = {row["name"]: row for row in values["objectives"]}
+    assert len(rows) == 2 + len(plan.recipe.objectives)
+    assert all(row["model_utility"] is not None and row["forget_quality"] is not None for row in rows.values()
+               if row["name"] not in ("taught", "retain-model"))  # fmt: skip
+    assert len(values["grid"]["rows"]) == 12 and len(values["sizes"]) == 15
+    # keep_models is false: a run's weights go, what was measured of it stays
+    assert not list(tmp_path.glob("runs/*/*/model.safetensors")) and list(tmp_path.glob("runs/*/*/records/*.parquet"))
+    assert (tmp_path / "taught" / "model.safetensors").exists()
