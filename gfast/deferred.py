@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gfast import wrappers
+from gfast import sharded, wrappers
 from gfast.ops.linear_inputs import as_autocast
 
 
@@ -29,7 +30,8 @@ class Head:
     """A linear output head: logits = softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias).
 
     `weight` [V, D], `bias` [V] or None, as they were multiplied with: under autocast a cast of the module's own.
-    `softcap` None means no soft cap. `module`: the layer whose call was deferred.
+    `softcap` None means no soft cap. `module`: the layer whose call was deferred. `gathers`: runs a function of the
+    hidden states while the weight is here, which FSDP2 and ZeRO-3 take away when the layer's call ends.
     """
 
     weight: Tensor
@@ -37,6 +39,11 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
     module: nn.Module | None = None
+    gathers: Callable[[Tensor, Callable[[Tensor], Any]], Any] | None = None
+
+    def over(self, hidden: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+        """``compute(hidden)`` with the weight in memory."""
+        return compute(hidden) if self.gathers is None else self.gathers(hidden, compute)
 
     @property
     def form(self) -> dict[str, Any]:
@@ -52,6 +59,7 @@ class DeferredLogits(Tensor):
     weight: Tensor
     bias: Tensor | None
     steps: tuple[tuple[Callable, tuple], ...]  # what has been done to the product since: functions and arguments
+    gathers: Callable | None  # see Head
     computed: Tensor | None  # the real logits, once something has asked
     when_real: list[Callable[[Tensor], Tensor | None]]  # each sees the product, and may give another in its place
 
@@ -64,18 +72,24 @@ class DeferredLogits(Tensor):
         bias: Tensor | None,
         steps: tuple[tuple[Callable, tuple], ...] = (),
         dtype: torch.dtype | None = None,
+        like: DeferredLogits | None = None,
     ) -> DeferredLogits:
         with torch._C.DisableTorchFunction():
-            shape = (*hidden.shape[:-1], weight.shape[0])
+            vocab = getattr(weight, "ds_shape", weight.shape)[0]  # of what ZeRO-3 has not gathered
+            shape = (*hidden.shape[:-1], vocab)
             out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or hidden.dtype, device=hidden.device)
         out.hidden, out.module, out.weight, out.bias, out.steps = hidden, module, weight, bias, steps
-        out.computed, out.when_real = None, []
+        out.computed, out.when_real, out.gathers = None, [], None
+        if like is not None:
+            out.gathers = like.gathers
         return out
 
     def real(self) -> Tensor:
         """The logits themselves, as the model would have computed them."""
         if self.computed is None:
-            z = F.linear(self.hidden, self.weight, self.bias)
+            z = Head(self.weight, gathers=self.gathers).over(
+                self.hidden, lambda hidden: F.linear(hidden, self.weight, self.bias)
+            )
             for watch in self.when_real:
                 seen = watch(z)
                 z = z if seen is None else seen
@@ -103,13 +117,13 @@ class DeferredLogits(Tensor):
         # one that flips the order of the logits, or is no number, is not what the ops over a head take
         if not all(0 < x < float("inf") for x in (scale, 1.0 if cap is None else cap)):
             return None
-        return Head(self.weight, self.bias, scale, cap, self.module)
+        return Head(self.weight, self.bias, scale, cap, self.module, self.gathers)
 
     def _then(self, function: Callable, *arguments: Any) -> DeferredLogits:
         """With one step more."""
         dtype = arguments[0] if function is Tensor.to else self.dtype
         out = DeferredLogits(
-            self.hidden, self.module, self.weight, self.bias, (*self.steps, (function, arguments)), dtype
+            self.hidden, self.module, self.weight, self.bias, (*self.steps, (function, arguments)), dtype, self
         )
         out.when_real = self.when_real
         return out
@@ -219,9 +233,10 @@ def _register_hook(self: DeferredLogits, hook: Callable) -> Any:
 def _flat(self: DeferredLogits, *shape: Any) -> Any:
     """As rows [N, V], for a cross-entropy that nobody wants."""
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
-    if _left_out.get() is None or len(sizes) != 2 or sizes[1] != self.weight.shape[0] or self.when_real:
+    if _left_out.get() is None or len(sizes) != 2 or sizes[1] != self.shape[-1] or self.when_real:
         return NotImplemented
-    return DeferredLogits(self.hidden.flatten(0, -2), self.module, self.weight, self.bias, self.steps, self.dtype)
+    flat = self.hidden.flatten(0, -2)
+    return DeferredLogits(flat, self.module, self.weight, self.bias, self.steps, self.dtype, self)
 
 
 def _cross_entropy(self: DeferredLogits, target: Any, *rest: Any, **options: Any) -> Any:
@@ -296,24 +311,33 @@ def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] 
     if why is not None:
         yield [why]
         return
-    parallel = wrappers.is_vocab_parallel(model, linear)
-    own = vars(linear).get("forward")
+    parallel, zero3 = wrappers.is_vocab_parallel(model, linear), sharded.is_zero3(linear)
+    own, group = vars(linear).get("forward"), sharded.group_of(model, linear)
     reasons: list[str] = []
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
-        weight, bias = linear.weight, linear.bias
-        if torch.compiler.is_compiling() or not (parallel or all(map(wrappers.is_whole, _present(weight, bias)))):
+        if zero3:
+            weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+        else:
+            weight, bias = linear.weight, linear.bias
+        here = parallel or zero3 or all(map(wrappers.is_whole, _present(weight, bias)))
+        if torch.compiler.is_compiling() or not here:
             reasons.append("the head's weight is sharded, quantised or not here")
             return F.linear(input, weight, bias)
-        input, weight, bias = as_autocast(input, weight, bias)
+        if not zero3:
+            input, weight, bias = as_autocast(input, weight, bias)
         if len({x.dtype for x in _present(input, weight, bias)}) > 1:
             return F.linear(input, weight, bias)  # for PyTorch to say
-        return DeferredLogits(input, linear, weight, bias)
+        logits = DeferredLogits(input, linear, weight, bias)
+        if zero3 or group is not None:
+            logits.gathers = partial(sharded.gathered, group, linear, weight)
+        return logits
 
     linear.forward = forward
     token, asked = _left_out.set(left_out), _why.set(reasons)
     try:
-        with wrappers.without_hooks(linear) if parallel else nullcontext():
+        alone = sharded.ungathered(model, linear) if zero3 else nullcontext()
+        with sharded.without_hooks(linear) if parallel else alone:
             yield reasons
     finally:
         _left_out.reset(token)
@@ -331,11 +355,15 @@ def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
         return f"the head is {found}, not a plain nn.Linear"
     if torch.compiler.is_compiling() or not wrappers.runs_as_written(model, linear):
         return "the head runs inside compiled code or in a replica of the model"
-    if "FSDP" in type(linear).__name__:
-        return "FSDP shards the head as a group of its own, and its weight is freed when its call ends"
+    if sharded.is_zero3(linear) and (_autocasts() or sharded.foreign_hooks(linear)):
+        return "ZeRO-3 shards the head, and autocast or a hook on the head is to see what it computes"
     if "forward" in vars(linear) and not wrappers.is_vocab_parallel(model, linear):
         return "something has put a forward of its own in the place of the head's (offloading, another library)"
     return None
+
+
+def _autocasts() -> bool:
+    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

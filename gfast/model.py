@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import hf, wrappers
+from gfast import hf, sharded, wrappers
 from gfast.deferred import DeferredLogits, Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
@@ -108,7 +108,10 @@ def output_logp(output: ModelOutput, labels: Tensor, *, impl: str = "auto") -> T
     """log p [B, T] of shifted labels."""
     if output.head is None:
         return token_logp(output.value, labels, impl=impl)
-    return linear_token_logp(output.value, output.head.weight, labels, impl=impl, **output.head.form)
+    head = output.head
+    return head.over(
+        output.value, lambda hidden: linear_token_logp(hidden, head.weight, labels, impl=impl, **head.form)
+    )
 
 
 def model_loss(
@@ -224,8 +227,8 @@ def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = F
     head = logits.head() if isinstance(logits, DeferredLogits) else None
     if head is None:
         return ModelOutput(None, logits.real() if isinstance(logits, DeferredLogits) else logits, terms)
-    if wrappers.is_freed(head.weight):  # with the end of a wrapper's forward: the model's own logits
-        hf.log_materialised(model, "FSDP frees the head's weight when the model's forward ends")
+    if head.gathers is None and sharded.is_freed(head.weight):  # the model's own logits
+        hf.log_materialised(model, "FSDP1 frees the head's weight when the head's call ends; FSDP2 can have it again")
         return ModelOutput(None, *hf.answer(model, batch, defer=False, own_terms=own_terms))
     return ModelOutput(head, logits.hidden, terms)
 
@@ -261,7 +264,8 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
     if output.head is None:
         out = unlearn_loss(value, target, objective, **options)
     else:
-        out = linear_unlearn_loss(value, output.head.weight, target, objective, **options, **output.head.form)
+        head, of = output.head, (target, objective)
+        out = head.over(value, lambda hidden: linear_unlearn_loss(hidden, head.weight, *of, **options, **head.form))
     back = _back if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
     return LossOutput(back(out.loss) if out.loss.shape == target.shape else out.loss, back(out.logp), back(out.weight))
 
@@ -392,17 +396,14 @@ def _kl(output: ModelOutput, batch: Mapping[str, Any], target: Tensor, normalize
     ref_weight, ref_bias = ref.head.weight, ref.head.bias
     if is_sharded(head.weight):  # the batch holds the whole head on every process
         ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
-    return linear_token_kl(
-        output.value,
-        head.weight,
-        ref.value,
-        ref_weight,
-        target,
-        ref_bias=ref_bias,
-        normalizer=normalizer,
-        impl=impl,
-        **head.form,
-    )
+    options = dict(ref_bias=ref_bias, normalizer=normalizer, impl=impl, **head.form)
+
+    def kl(hidden: Tensor) -> Tensor:
+        return ref.head.over(
+            ref.value, lambda its: linear_token_kl(hidden, head.weight, its, ref_weight, target, **options)
+        )
+
+    return head.over(output.value, kl)
 
 
 def _form_of(output: ModelOutput) -> tuple[float, float]:
@@ -414,6 +415,6 @@ def _logits(output: ModelOutput) -> Tensor:
     if output.head is None:
         return output.value
     head = output.head
-    z = nn.functional.linear(output.value, head.weight.to(output.value.dtype), head.bias)
+    z = head.over(output.value, lambda hidden: nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias))
     z = z * head.logit_scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

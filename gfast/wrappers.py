@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -82,11 +81,15 @@ def inside(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
     if key not in (_FSDP1, _REPLICAS) or isinstance(model, nn.DataParallel):
         return function(model)
     module = model._modules[key]
-    model._modules[key] = _Call(module, function)
+    places = [table for table in (model._modules, vars(model)) if table.get(key) is module]  # DeepSpeed: in both
+    call = _Call(module, function)
     try:
+        for table in places:
+            table[key] = call
         return model()
     finally:
-        model._modules[key] = module
+        for table in places:
+            table[key] = module
 
 
 class _Call(nn.Module):
@@ -146,13 +149,6 @@ def is_whole(tensor: Tensor) -> bool:
     return plain and not hasattr(tensor, "ds_id")
 
 
-def is_freed(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor that was whole has been taken from it, as FSDP does with gathered weights."""
-    with torch._C.DisableTorchFunction():
-        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.numel() > 0
-        return plain and not tensor.untyped_storage().size()
-
-
 def is_vocab_parallel(model: nn.Module, linear: nn.Module) -> bool:
     """A head sharded over the vocabulary by tensor parallelism, torch's or Hugging Face's: every process sees the same
     hidden states, and hooks only move inputs and outputs between layouts.
@@ -171,20 +167,6 @@ def _moves_layouts(function: Any) -> bool:
     """A hook of torch's tensor parallelism, or a forward that Hugging Face's puts around the module's own."""
     places = ("torch.distributed.tensor", "transformers.distributed", "transformers.integrations.tensor_parallel")
     return (getattr(function, "__module__", None) or "").startswith(places)
-
-
-@contextmanager
-def without_hooks(linear: nn.Module) -> Iterator[None]:
-    """A module without its hooks: those of a vocabulary-parallel head move its input and output between layouts."""
-    tables = (linear._forward_hooks, linear._forward_pre_hooks)
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.clear()
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
 
 
 def only_times_backward(hook: Any) -> bool:

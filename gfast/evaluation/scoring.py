@@ -185,5 +185,8 @@ def _argmax(output: ModelOutput, row: int, at: Tensor) -> Tensor:
     values = output.value[row, at]
     if output.head is None:
         return values.argmax(-1)
-    parts = values.split(_ARGMAX_ROWS)
-    return torch.cat([F.linear(part, output.head.weight, output.head.bias).argmax(-1) for part in parts])
+    head = output.head
+    return head.over(
+        values,
+        lambda rows: torch.cat([F.linear(x, head.weight, head.bias).argmax(-1) for x in rows.split(_ARGMAX_ROWS)]),
+    )

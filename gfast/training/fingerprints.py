@@ -7,6 +7,7 @@ import hashlib
 
 from torch import nn
 
+from gfast import sharded, wrappers
 from gfast.tensor_files import hash_tensor
 
 
@@ -15,7 +16,8 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
 
     Adapter weights are left out and wrapper prefixes are stripped, so that a PEFT model has the fingerprint of its base
     model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too, with
-    the name of one its own weights. Reads the parameters in pieces of 64 MiB.
+    the name of one its own weights. Reads the parameters in pieces of 64 MiB. Those that FSDP2 or ZeRO-3 have sharded
+    are gathered one at a time, so that the fingerprint is that of the whole model: every process must ask for it.
 
     >>> import torch
     >>> a = nn.Linear(2, 2)
@@ -25,16 +27,16 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
     >>> model_fingerprint(a) == before
     False
     """
+    sharded.reshard(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(_parameters(model, adapters)):
-        hash_tensor(digest, name, parameter)
+        with sharded.whole(parameter) as values:
+            hash_tensor(digest, name, values)
     return digest.hexdigest()
 
 
 def _parameters(model: nn.Module, adapters: bool | str) -> list[tuple[str, nn.Parameter]]:
-    from gfast.wrappers import adapter_prefix, unwrap_name
-
-    prefix = None if adapters is True else adapter_prefix(model)
+    prefix = None if adapters is True else wrappers.adapter_prefix(model)
     chosen = []
     for name, parameter in model.named_parameters():
         if prefix is not None:
@@ -44,5 +46,5 @@ def _parameters(model: nn.Module, adapters: bool | str) -> list[tuple[str, nn.Pa
             if prefix in name or ".modules_to_save." in name:
                 continue
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        chosen.append((name if adapters is True else unwrap_name(name), parameter))
+        chosen.append((name if adapters is True else wrappers.unwrap_name(name), parameter))
     return chosen

@@ -343,7 +343,7 @@ def _forward(
             )
         if not head:
             own = {"ref_head": output.head.weight, "ref_head_bias": output.head.bias}
-            head |= {name: tensor.detach().cpu().clone() for name, tensor in own.items() if tensor is not None}
+            head |= output.head.over(output.value, lambda _: {n: _copied(x) for n, x in own.items() if x is not None})
             form = (output.head.logit_scale, output.head.softcap or 0.0)
             head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
         found["ref_hidden"] = output.value  # [B, T, D]
@@ -352,6 +352,10 @@ def _forward(
     if "layer_hidden" in what:
         found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
     return found
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
 
 
 def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: dict[str, Tensor]) -> None:

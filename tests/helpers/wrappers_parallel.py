@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import torch
 from torch import distributed, nn
@@ -47,6 +48,22 @@ def fsdp(model, root: bool | None = None, head: bool = False, blocks: bool = Tru
     return fully_shard(model, reshard_after_forward=root)
 
 
+def by_accelerate(model):
+    """Sharded by Accelerate's own code: blocks and embeddings, and the final norm and head as one group."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    layers = [type(unwrap(model).model.layers[0]).__name__]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=layers,
+        cpu_ram_efficient_loading=False,
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=False), model)
+
+
 def old_fsdp(model, **options):
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
 
@@ -71,6 +88,9 @@ WRAPPERS = {
     "fsdp2, root alone": (lambda: tiny("llama"), functools.partial(fsdp, blocks=False)),
     "fsdp2, root given back": (lambda: tiny("llama"), functools.partial(fsdp, root=True)),
     "fsdp2, head of its own": (lambda: tiny("llama"), functools.partial(fsdp, head=True)),
+    "fsdp2, tied, given back": (lambda: tiny("tied_llama"), functools.partial(fsdp, root=True)),
+    "fsdp2, accelerate": (lambda: tiny("llama"), by_accelerate),
+    "fsdp2, accelerate, tied": (lambda: tiny("tied_llama"), by_accelerate),
     "fsdp2, adapters": (lambda: with_adapters(tiny("llama")), fsdp),
     "fsdp1": (lambda: tiny("llama"), functools.partial(old_fsdp, use_orig_params=True)),
 }
@@ -91,6 +111,10 @@ def compare(name: str, rank: int, world: int) -> None:
     truth = make().eval()
     wrapped = wrap(make().eval())
     assert model_output(truth, batches[rank]).head is not None
+    if "fsdp2" in name:
+        assert any(type(parameter).__name__ == "DTensor" for parameter in wrapped.parameters()), "not sharded"
+        with torch.set_grad_enabled(True):
+            assert model_output(wrapped, batches[rank]).head is not None, "logits are computed"
     plain = "fsdp1" in name  # shards of a flat parameter have no gradients by name
     for objective in OBJECTIVES:
         if isinstance(objective, RMU) and name in ("ddp", "ddp, tied", "ddp, adapters", "ddp, static"):

@@ -1,0 +1,133 @@
+"""Models of which a process holds a part: the weights that FSDP2 (``fully_shard``) and ZeRO-3 gather for a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor that was whole has been taken from it, as FSDP and ZeRO-3 do."""
+    with torch._C.DisableTorchFunction():
+        if hasattr(tensor, "ds_id"):
+            return tensor.numel() < tensor.ds_numel
+        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.numel() > 0
+        return plain and not tensor.untyped_storage().size()
+
+
+def gathered(group: nn.Module | None, linear: nn.Module, weight: Tensor, hidden: Tensor, compute: Callable) -> Any:
+    """``compute(hidden)`` while the weight of an output head, as it was multiplied with, is here, and again in what
+    autograd does with the result. FSDP2 and ZeRO-3 take it away when the call that it belongs to ends.
+
+    FSDP2 gathers the group of the weight again, and once more before its backward. ZeRO-3 does so for a call of the
+    module, in whose place `compute` stands.
+    """
+    freed = is_freed(weight)
+    if freed and group is None:
+        own = vars(linear).get("forward")
+        linear.forward = compute
+        try:
+            return linear(hidden)
+        finally:
+            if own is None:
+                del linear.forward
+            else:
+                linear.forward = own
+    if freed:
+        group.unshard()
+    try:
+        out = compute(hidden)
+    finally:
+        if freed:
+            group.reshard()
+    for x in out if isinstance(out, tuple) else (out,):
+        if group is not None and isinstance(x, Tensor) and x.requires_grad:
+            x.register_hook(lambda _: group.unshard())
+    return out
+
+
+def group_of(model: nn.Module, module: nn.Module) -> nn.Module | None:
+    """The innermost module around `module`, or itself, whose parameters FSDP2 gathers together; None without FSDP2."""
+    around = [m for m in model.modules() if is_fsdp2(m) and any(child is module for child in m.modules())]
+    return around[-1] if around else None
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """All of a parameter of which this process may hold only a part; every process must ask for it."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Every parameter as this process holds it: FSDP2 may have left some gathered after a forward."""
+    for module in filter(is_fsdp2, model.modules()):
+        module.reshard()
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) has made the module the root of a group."""
+    return all(callable(getattr(module, name, None)) for name in ("unshard", "reshard", "_get_fsdp_state"))
+
+
+@contextmanager
+def without_hooks(linear: nn.Module) -> Iterator[None]:
+    """A module without its hooks: those of a vocabulary-parallel head move its input and output between layouts."""
+    with _hooks_off((linear, "_forward_hooks", lambda _: True), (linear, "_forward_pre_hooks", lambda _: True)):
+        yield
+
+
+@contextmanager
+def _hooks_off(*chosen: tuple[nn.Module, str, Callable[[Any], bool]]) -> Iterator[None]:
+    """Modules without those hooks of a table that a function chooses; order and all put back."""
+    tables = [(getattr(module, name), takes) for module, name, takes in chosen]
+    kept = [dict(table) for table, _ in tables]
+    try:
+        for table, takes in tables:
+            for key in [key for key, hook in table.items() if takes(hook)]:
+                del table[key]
+        yield
+    finally:
+        for (table, _), hooks in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(hooks)
+
+
+def is_zero3(linear: nn.Module) -> bool:
+    """Whether ZeRO-3 holds a part of the module's weights; asking does not make it gather them."""
+    return any(hasattr(parameter, "ds_id") for parameter in linear._parameters.values())
+
+
+def foreign_hooks(linear: nn.Module) -> bool:
+    """Whether others than DeepSpeed have put hooks on a module."""
+    hooks = [*linear._forward_hooks.values(), *linear._forward_pre_hooks.values()]
+    return not all(map(_by_deepspeed, hooks))
+
+
+@contextmanager
+def ungathered(model: nn.Module, linear: nn.Module) -> Iterator[None]:
+    """A call of the model in which ZeRO-3 does not gather a head, and does not look at the logits: its hook on outputs
+    makes that the backward gathers a module's own weights, of which those around the head have none.
+    """
+
+    def looks(hook: Any) -> bool:
+        return _by_deepspeed(hook) and getattr(hook, "__name__", "") == "_pre_backward_module_hook"
+
+    tables = [(linear, "_forward_hooks", _by_deepspeed), (linear, "_forward_pre_hooks", _by_deepspeed)]
+    around = (m for m in model.modules() if m is not linear and any(child is linear for child in m.modules()))
+    tables += [(module, "_forward_hooks", looks) for module in around if not any(module._parameters.values())]
+    with _hooks_off(*tables):
+        yield
+
+
+def _by_deepspeed(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
