@@ -131,3 +131,65 @@ def ungathered(model: nn.Module, linear: nn.Module) -> Iterator[None]:
 
 def _by_deepspeed(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
+
+
+def check_shards(model: nn.Module, engine: str) -> bool:
+    """Whether FSDP2 shards the model, in the way that the stream engine can measure: every trainable parameter in rows
+    over all processes.
+
+    Raises:
+        ValueError: any other way that parameters are sharded over processes, and engines that need whole weights.
+    """
+    instead = "measure the model before it is sharded, or replicated (DDP)"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            f"gfast: FSDP1 (FullyShardedDataParallel) flattens the parameters of this model into shards, in which the "
+            f"{engine} engine cannot tell one from another: shard it with FSDP2 (fully_shard), or {instead}"
+        )
+    groups = [module for module in model.modules() if is_fsdp2(module)]
+    reshard(model)
+    found, plain = None, None
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"gfast: the parameter {name!r} is sharded by ZeRO-3, which the {engine} engine has no rule for: shard "
+                f"the model with FSDP2 (fully_shard), or {instead}"
+            )
+        if hasattr(parameter, "device_mesh"):
+            found = found or name
+            rows = parameter.device_mesh.ndim == 1 and parameter.placements[0].is_shard(0)
+            if not groups or not rows or parameter.device_mesh.size() != torch.distributed.get_world_size():
+                raise ValueError(
+                    f"gfast: the parameter {name!r} is sharded as {parameter.placements} over {parameter.device_mesh} "
+                    f"(tensor parallelism, or FSDP2 with replicas), which the {engine} engine has no rule for; it has "
+                    f"one for FSDP2 over all processes. Or {instead}"
+                )
+        elif parameter.requires_grad:
+            plain = plain or name
+    if found is None:
+        return False
+    if engine not in ("auto", "stream"):
+        raise ValueError(
+            f"gfast: the {engine} engine reads whole weights and directions, and FSDP2 shards {found!r} over the "
+            f"processes: use engine='stream', which dots shards, or {instead}"
+        )
+    if plain is not None:
+        raise ValueError(
+            f"gfast: FSDP2 shards {found!r} but not the trainable parameter {plain!r}, whose gradient it does not sum "
+            f"over the processes: freeze that with requires_grad_(False), or shard it too"
+        )
+    for group in groups:
+        state = group._get_fsdp_state()
+        some = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for one in filter(None, some):
+            if not one.reduce_grads or one.gradient_divide_factor is not None:
+                raise ValueError(
+                    f"gfast: the {engine} engine needs FSDP2 to give the mean of the processes' gradients, and this "
+                    f"model was told otherwise: set_requires_gradient_sync(True), and no set_gradient_divide_factor"
+                )
+    return True
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor

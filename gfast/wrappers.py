@@ -175,17 +175,6 @@ def only_times_backward(hook: Any) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """ValueError for parameters of which this process holds only a part."""
-    fully_sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    for name, parameter in model.named_parameters():
-        if fully_sharded or any(hasattr(parameter, mark) for mark in ("device_mesh", "ds_id")):
-            raise ValueError(
-                f"the parameter {name!r} is sharded over processes (FSDP or ZeRO-3), and the stream engine reads whole "
-                f"parameters: measure the gathered model, or one that is replicated (DDP)"
-            )
-
-
 def refuse_offloaded(model: nn.Module) -> None:
     """ValueError for parameters, frozen ones too, whose values are not here while the model is not running."""
     for path, module in model.named_modules():

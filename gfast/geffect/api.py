@@ -47,6 +47,7 @@ def g_effect(
     loss_scale: float | None = None,
     progress: bool = False,
     reference: str = "auto",
+    processes: str = "auto",
 ) -> GEffect | list[GEffect]:
     r"""The G-effect of unlearning objectives on the risk of forget and retain data, by layer group.
 
@@ -66,8 +67,8 @@ def g_effect(
     found, also after an error: gradients, hooks, training flags.
 
     Args:
-        model: a Hugging Face causal language model, on any device, possibly wrapped by PEFT, DDP or torch.compile.
-            Frozen parameters are left out. Under DDP each process measures the batches that it is given.
+        model: a Hugging Face causal language model, on any device, possibly wrapped by PEFT, DDP, FSDP2 or
+            torch.compile. Frozen parameters are left out.
         objective: an objective, or several: they share directions and forwards. `Mix` combines one with a retain term.
             A function (logp, ref_logp, sequence_id) -> weights is one too: see `objectives.Weights`.
         forget, retain: one batch, or a list, DataLoader or generator of them (materialised as a list): dicts with
@@ -93,13 +94,19 @@ def g_effect(
         progress: show a bar on stderr, or a line every half minute where that is a file.
         reference: what the original of a model with adapters is, for a KL without ref_hidden in its batches: "auto" or
             "base", as for `gfast.model_loss`.
+        processes: "all": the processes of torch.distributed measure together; every one is given the same batches, of
+            which gfast takes a share in each, and all get the effect of the whole set. "own": each measures what it is
+            given. "auto" is "all" where FSDP2 shards the model over all processes (`fully_shard`), which has no other
+            way, else "own". There directions are shards too, only the stream engine can measure, and several batches
+            count as one for `errors`: those that run at a time.
 
     Returns:
         GEffect, or a list of them for a list of objectives.
 
     Raises:
         ValueError: before any work for an empty set, a malformed batch, data that an objective needs and a batch lacks,
-            an unknown engine or grouping, a parameter that no group takes, sharded parameters; later for a loss or a
+            an unknown engine or grouping, a parameter that no group takes, parameters that are sharded in a way that
+            the engine has no rule for, processes with different batches; later for a loss or a
             gradient that is not finite, naming the parameter.
 
     Source: arXiv 2502.19301, Definition 1.
@@ -129,7 +136,7 @@ def g_effect(
         raise ValueError("gfast: the list of objectives is empty")
     used = [term for one in objectives for _, term in terms(one)]
     options = Options(
-        groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, reference=reference
+        groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, reference, processes, engine
     )
     request = Request.of(model, forget, retain, options, used, objective_batches)
     if engine in ("auto", "stream"):
@@ -173,6 +180,7 @@ def pg_effect(
     directions: Directions | None = None,
     loss_scale: float | None = None,
     progress: bool = False,
+    processes: str = "auto",
 ) -> SampleEffect:
     r"""The effect of each forget sample on the risk of forget and retain data, by layer group.
 
@@ -192,6 +200,7 @@ def pg_effect(
         forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`. With
             bfloat16 directions a bfloat16 model multiplies in bfloat16, with float32 ones in float32.
         loss_scale: as for `g_effect`, in the directions' passes and in that of the samples.
+        processes: as for `g_effect`; with "all" each measures a share of the forget batches.
 
     Returns:
         SampleEffect: samples are the rows of the forget batches in order, or the texts of rows that hold several; one
@@ -217,7 +226,8 @@ def pg_effect(
         >>> samples.total("unlearn").shape
         torch.Size([2])
     """
-    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress)
+    own = dict(processes=processes, engine="sample")
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **own)
     return sample.sample_effects(Request.of(model, forget, retain, options))
 
 
@@ -233,6 +243,7 @@ def token_effect(
     directions: Directions | None = None,
     loss_scale: float | None = None,
     progress: bool = False,
+    processes: str = "auto",
 ) -> TokenEffect:
     r"""The effect of each label token's log-probability on the risk of forget and retain data, by layer group.
 
@@ -254,6 +265,7 @@ def token_effect(
         forget, retain, groups, risk, direction_dtype, direction_storage, directions, progress: as for `g_effect`.
             Tangents have the model's dtype, and directions are rounded to it where they are used.
         loss_scale: as for `g_effect`, in the directions' passes and for the gradients d log p / d logits.
+        processes: as for `pg_effect`.
 
     Returns:
         TokenEffect: samples are the rows of the forget batches in order, tokens their labels in order; ref_logp is
@@ -279,7 +291,8 @@ def token_effect(
         [5, 5]
         >>> grid = [tokens.g_effect(WGA(alpha=alpha)) for alpha in (0.0, 0.5, 1.0)]
     """
-    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress)
+    own = dict(processes=processes, engine="token")
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **own)
     return token.token_effects(Request.of(model, forget, retain, options))
 
 
@@ -291,6 +304,7 @@ def gram_effect(
     groups: str | Callable[[str], str] = "paper",
     loss_scale: float | None = None,
     progress: bool = False,
+    processes: str = "auto",
 ) -> GramEffect:
     r"""Dot products of the gradients of forget samples with those of forget and retain samples, by layer group.
 
@@ -306,7 +320,7 @@ def gram_effect(
         model: as for `pg_effect`: its trainable parameters must belong to Linears (or GPT-2's Conv1D), embeddings and
             norms. It is measured in evaluation mode and left as found, also after an error.
         forget, retain: as for `g_effect`. Every pair of a forget and another batch costs a pass.
-        groups, loss_scale, progress: as for `pg_effect`.
+        groups, loss_scale, progress, processes: as for `pg_effect`.
 
     Returns:
         GramEffect: `unlearn` group -> fp64 [S_f, S_f] and `retain` group -> [S_f, S_r].
@@ -328,7 +342,7 @@ def gram_effect(
         >>> gram.total("retain").shape
         torch.Size([2, 1])
     """
-    options = Options(groups, loss_scale=loss_scale, progress=progress)
+    options = Options(groups, loss_scale=loss_scale, progress=progress, processes=processes, engine="gram")
     return gram.gram_effects(Request.of(model, forget, retain, options))
 
 
@@ -343,13 +357,14 @@ def risk_gradients(
     storage: str | os.PathLike[str] = "device",
     loss_scale: float | None = None,
     progress: bool = False,
+    processes: str = "auto",
 ) -> Directions:
     r"""The gradients of the risk on both sets, measured once for any number of effects of the same model.
 
         G(D) = grad R(D),    D = forget set and D = retain set
 
     Args:
-        model, forget, retain, groups, risk, loss_scale, progress: as for `g_effect`.
+        model, forget, retain, groups, risk, loss_scale, progress, processes: as for `g_effect`.
         dtype: torch.float32, float64 or bfloat16: what they are stored in; sums over batches are made in fp32.
         storage: "device", "host" (pinned memory, copied ahead of use) or a folder for memory-mapped safetensors files,
             which stay there and can be opened again with `Directions.load`.
@@ -374,5 +389,5 @@ def risk_gradients(
         >>> directions.get(0, "lm_head.weight").shape
         torch.Size([32, 16])
     """
-    options = Options(groups, risk, dtype, storage, loss_scale=loss_scale, progress=progress)
+    options = Options(groups, risk, dtype, storage, loss_scale=loss_scale, progress=progress, processes=processes)
     return Request.of(model, forget, retain, options).measure_directions()

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import wrappers
+from gfast import sharded, wrappers
 from gfast.geffect.contributions.coverage import repeatable
 from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
+from gfast.geffect.processes import Processes
 from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss, model_output, output_loss
 from gfast.objectives import KL, RMU, RR, Objective
@@ -24,7 +25,9 @@ Consumer = Callable[[int, Tensor, int], None]  # (parameter's index, its gradien
 
 
 class Backward(NamedTuple):
-    """One forward and backward: factor * objective of batch number `index` of its source, over the global count."""
+    """One forward and backward: factor * objective of batch number `index` of its source, over the global count. With
+    factor 0 it only keeps this process in step with others.
+    """
 
     factor: float
     term: Term
@@ -44,12 +47,21 @@ class Passes:
     At most one parameter's gradient is alive beside what the consumers keep. Shared parameters come once, with the sum
     of their uses; under re-entrant checkpointing, which has a backward for each use, they come in parts in the first
     backward and as sums from then on. `values` has the value of every term that was run over all its data.
+
+    Of several processes (`gfast.geffect.processes`) each has its share of the work; where FSDP2 shards the model, what
+    it gives of a gradient is this process's shard of the sum over the batches that run at a time.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, groups: GroupMap, progress: Bar, loss_scale: float | None = None
+        self,
+        model: nn.Module,
+        data: Data,
+        groups: GroupMap,
+        progress: Bar,
+        loss_scale: float | None = None,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
     ) -> None:
-        self.model, self.data, self.progress = model, data, progress
+        self.model, self.data, self.progress, self.processes = model, data, progress, processes
         self.module = wrappers.measured(model)  # what runs
         parameters = dict(model.named_parameters())
         self.names = list(groups.index)
@@ -59,6 +71,7 @@ class Passes:
         self.device = self.parameters[0].device
         self.loss_scale = default_loss_scale(self.parameters) if loss_scale is None else float(loss_scale)
         self.values: dict[Term, float] = {}
+        self._terms: dict[Term, None] = {}  # all that were ever to be run, in an order that is every process's
         self._in_parts: set[int] = set()  # parameters whose gradient has come in parts
 
     def risks(self, risk: Objective) -> dict[str, float]:
@@ -67,31 +80,92 @@ class Passes:
         return {side: self.values[term] for side, term in terms.items() if term in self.values}
 
     def batches(self, job: Job) -> int:
-        """The number of forward and backwards that the job takes."""
-        return sum(len(self.data.counted(term)) for _, term in job)
+        """The number of forward and backwards that the job takes; of those that run at a time in several processes, if
+        what they leave is one gradient.
+        """
+        count = sum(len(self.data.counted(term)) for _, term in job)
+        return -(-count // self.processes.size) if self.processes.sharded else count
 
     def work(self, job: Job) -> list[Backward]:
-        """Every forward and backward of a job."""
-        return [
+        """Every forward and backward of a job that is this process's."""
+        self._terms |= {term: None for _, term in job}
+        every = [
             Backward(factor, term, self.data.count(term), index, batch)
             for factor, term in job
             for index, batch in self.data.counted(term)
         ]
+        own = every[self.processes.rank :: self.processes.size]
+        if not self.processes.sharded:
+            return own
+        return own + [item._replace(factor=0.0) for item in self.processes.rounds(every)[len(own) :]]
+
+    def of_all(self, job: Job, table: Tensor) -> Tensor:
+        """A table [work, ...] of a job's work in this process as [batches, ...], which their sum completes."""
+        if not self.processes.replicated:
+            return table
+        every = table.new_zeros(max(self.batches(job), 1), *table.shape[1:])
+        own = every[self.processes.rank :: self.processes.size]
+        own += table[: len(own)]
+        return every
+
+    def shares(self, term: Term) -> list[int]:
+        """What each of `batches` contributes to the term's count."""
+        shares, at_a_time = self.data.shares(term), self.processes.size if self.processes.sharded else 1
+        return [sum(shares[start : start + at_a_time]) for start in range(0, len(shares), at_a_time)]
 
     def backward(self, work: list[Backward], consume: Consumer, done: Callable[[], None] | None = None) -> None:
         """Run all work; each parameter's gradient goes to `consume`, and `done` is called after each batch.
 
         Objectives that follow each other on one batch share its forward, and its activations are held until the last:
-        as long as both have token weights and the graph is PyTorch's own.
+        as long as both have token weights and the graph is PyTorch's own. Not where FSDP2 shards the model, whose
+        weights go and come by one forward and one backward.
         """
+        if self.processes.replicated:
+            losses = self.processes.together(lambda: self._run(work, consume, done))
+        else:
+            losses = self._run(work, consume, done)
+        # looked at once a pass: a look at every batch would wait for the device each time
+        values = torch.stack(losses).tolist() if losses else []
+        found: dict[Term, dict[int, float]] = {}
+        for item, value in zip(work, values, strict=True):
+            if item.factor or self.processes.size == 1:
+                found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
+        sums = torch.tensor(
+            [[sum(found[t].values()), 1.0] if t in found else [0.0, 0.0] for t in self._terms], dtype=torch.float64
+        )
+        sums = self.processes.sum(sums.to(self.device)).tolist()
+        for term, (total, ran) in zip(self._terms, sums, strict=True):
+            if not math.isfinite(total):
+                bad = [index for index, value in found.get(term, {}).items() if not math.isfinite(value)]
+                where = f"{found[term][bad[0]]} on batch {bad[0]}" if bad else "not finite in another process on some"
+                raise ValueError(
+                    f"gfast: {term.objective} is {where} of the {term.source} data, so there is no gradient: check the "
+                    f"model's weights and, in float16, its range"
+                )
+            if ran:
+                self.values[term] = total
+
+    def _run(self, work: list[Backward], consume: Consumer, done: Callable[[], None] | None) -> list[Tensor]:
+        """The losses."""
         position, losses, output = 0, [], None
         came: set[int] = set()  # in this backward
         known = set(self._in_parts)
+        sharded_over = self.processes.size if self.processes.sharded else 1
+        stream = torch.cuda.current_stream(self.device) if sharded_over > 1 and self.device.type == "cuda" else None
         held: dict[int, Tensor] = {}  # gradients that are known to come in parts, until the backward is through
 
         def hook(index: int) -> Callable[[Tensor], None]:
             def take(parameter: Tensor) -> None:
-                grad, parameter.grad = parameter.grad, None
+                if stream is None:
+                    taken(parameter)
+                else:  # FSDP2 reduces on a stream of its own
+                    stream.wait_stream(torch.cuda.current_stream(self.device))
+                    sharded.local(parameter.grad).record_stream(stream)
+                    with torch.cuda.stream(stream):
+                        taken(parameter)
+
+            def taken(parameter: Tensor) -> None:
+                grad, parameter.grad = sharded.local(parameter.grad), None
                 grad = grad.to_dense() if grad.layout != torch.strided else grad
                 if self.loss_scale != 1.0:  # divided out in fp32: in fp16 it would underflow after all
                     grad = grad.to(sum_dtype(grad)) / self.loss_scale
@@ -111,7 +185,7 @@ class Passes:
         try:
             for position, item in enumerate(work):  # noqa: B007 - read by the hooks
                 batch = to_device(item.batch, self.device)
-                again = _share_forward(work[position : position + 2])
+                again = sharded_over == 1 and _share_forward(work[position : position + 2])
                 if again or output is not None:
                     output = output or model_output(self.module, batch)
                     again = again and repeatable(output.value)
@@ -121,7 +195,7 @@ class Passes:
                     loss = model_loss(self.module, item.term.own(batch), objective, **options).loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
-                    factor = item.factor * self.loss_scale
+                    factor = item.factor * self.loss_scale * sharded_over  # FSDP2 takes the mean over processes
                     with torch.autocast(self.device.type, enabled=False):
                         (loss if factor == 1.0 else factor * loss).backward(retain_graph=again)
                 for index, grad in held.items():
@@ -137,29 +211,21 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        found: dict[Term, dict[int, float]] = {}
-        # looked at once a pass: a look at every batch would wait for the device each time
-        for item, value in zip(work, torch.stack(losses).tolist() if losses else [], strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"gfast: {item.term.objective} is {value} on batch {item.index} of the {item.term.source} data, so "
-                    f"there is no gradient: check the model's weights and, in float16, its range"
-                )
-            found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
-        self.values |= {term: sum(values.values()) for term, values in found.items()}
+        return losses
 
     def table(self, rows: list[Tensor | None], columns: int) -> Tensor:
         """Rows [columns] of all parameters as one tensor [P, columns] on the device; a missing row is zero."""
         zero = torch.zeros(columns, dtype=torch.float64, device=self.device)
         return torch.stack([zero if row is None else row.to(self.device) for row in rows])
 
-    def by_group(self, table: Tensor, label: str) -> Tensor:
-        """Group sums on the CPU of a table [..., P, columns], in the parameters' order whatever order hooks ran in.
+    def by_group(self, table: Tensor, label: str, alone: bool = False) -> Tensor:
+        """Group sums on the CPU of a table [..., P, columns], in the parameters' order whatever order hooks ran in;
+        summed over the processes, or `alone` this one's.
 
         Raises:
             ValueError: a gradient that is not finite, naming the first parameter.
         """
-        table = table.cpu()
+        table = (table if alone else self.processes.sum(table)).cpu()
         bad = (~torch.isfinite(table)).any(-1)  # [..., P]
         bad = bad.reshape(-1, bad.shape[-1]).any(0).nonzero()
         if len(bad):

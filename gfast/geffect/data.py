@@ -21,11 +21,11 @@ _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
 _REFERENCE_KEYS_WITHOUT_ADAPTERS = _REFERENCE_KEYS | {"ref_hidden", "ref_head"}
 OWN_DATA = frozenset({"preferred", "refusal"})
 # Tensors of a batch with a value a position, and without.
-_BY_POSITION = frozenset(
+BY_POSITION = frozenset(
     "input_ids inputs_embeds labels attention_mask position_ids token_type_ids mm_token_type_ids "
     "weight ref_logp ref_hidden ref_layer_hidden".split()
 )
-_NOT_BY_POSITION = frozenset("sample_id ref_head ref_head_bias ref_head_form pixel_values image_grid_thw".split())
+NOT_BY_POSITION = frozenset("sample_id ref_head ref_head_bias ref_head_form pixel_values image_grid_thw".split())
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ def trimmed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         return batch
     if isinstance(position, Tensor) and position.shape not in ((rows, width), (1, width)):
         return batch
-    if any(isinstance(x, Tensor) and key not in _BY_POSITION | _NOT_BY_POSITION for key, x in batch.items()):
+    if any(isinstance(x, Tensor) and key not in BY_POSITION | NOT_BY_POSITION for key, x in batch.items()):
         return batch
     needed = ((mask.to(labels.device) != 0) | (labels != IGNORE_INDEX)).any(0).nonzero()  # [columns, 1]
     kept = int(needed.max()) + 1 if len(needed) else width
     if kept == width:
         return batch
-    short = {key: batch[key][:, :kept] for key in _BY_POSITION if isinstance(batch.get(key), Tensor)}
+    short = {key: batch[key][:, :kept] for key in BY_POSITION if isinstance(batch.get(key), Tensor)}
     return {**batch, **short}
 
 

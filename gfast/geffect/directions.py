@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gfast import sharded
 from gfast.files import DamagedFile, read_json, undamaged, write_json
 from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.data import Data, Term
 from gfast.geffect.groups import GroupMap
-from gfast.geffect.storage import FileStore, Store, store_for
+from gfast.geffect.processes import Processes
+from gfast.geffect.storage import FileStore, Store, store_for, sum_dtype
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
 from gfast.sides import SETS, SIDES
@@ -43,6 +45,7 @@ class Directions:
         squares: fp64 [P], squared norm of each parameter of the model that they belong to.
         risks: "unlearn" and "retain" -> the risk itself.
         data: "forget" and "retain" -> fingerprint of the data.
+        processes: those that hold a shard of every gradient each, if FSDP2 shards the model.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class Directions:
         squares: Tensor,
         risks: dict[str, float],
         data: dict[str, str],
+        processes: Processes = Processes(),  # noqa: B008 - frozen
     ) -> None:
         self.groups, self.stores, self.gram = groups, stores, gram
         self.counts, self.risk, self.squares, self.risks = counts, risk, squares, risks
-        self.data = data
+        self.data, self.processes = data, processes
         self.names = list(groups.index)
         self._position = {name: index for index, name in enumerate(self.names)}
 
@@ -83,7 +87,7 @@ class Directions:
             what = f"parameter {missing[0]!r} is trainable in only one of them" if missing else "the groups differ"
             raise ValueError(f"gfast: these directions are of another model or grouping ({what}): {why}")
         # The sums repeat to about 1e-8 between instruction sets and devices; one small optimizer step shows above that.
-        now = parameter_squares(model, self.names)
+        now = parameter_squares(model, self.names, self.processes)
         wrong = ((now - self.squares).abs() > 1e-7 * self.squares.clamp(min=1e-30)).nonzero()
         if len(wrong):
             raise ValueError(
@@ -95,6 +99,11 @@ class Directions:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the directions to a folder (two safetensors files and a description); `load` reads them back."""
+        if self.processes.sharded:
+            raise ValueError(
+                "gfast: each process has a shard of these directions, and a folder would be of one alone: measure them "
+                "on a model that is not sharded to save them"
+            )
         folder = Path(folder)
         checksums = [
             FileStore.write(folder / f"{side}.safetensors", {n: store.get(i) for i, n in enumerate(self.names)})
@@ -179,9 +188,17 @@ def collect(
             gram[:, side, other] = gram[:, other, side] = sums[:, other]
         stores.append(gradient)
     counts = risk_counts(passes.data, risk)
-    squares = parameter_squares(passes.model, passes.names)
+    squares = parameter_squares(passes.model, passes.names, passes.processes)
     directions = Directions(
-        groups, stores, gram, counts, str(risk), squares, passes.risks(risk), passes.data.fingerprints()
+        groups,
+        stores,
+        gram,
+        counts,
+        str(risk),
+        squares,
+        passes.risks(risk),
+        passes.data.fingerprints(),
+        passes.processes if passes.processes.sharded else Processes(),
     )
     if isinstance(stores[0], FileStore):
         directions._describe(Path(storage), [store.checksum for store in stores])
@@ -204,11 +221,16 @@ def accumulate(passes: Passes, job: Job, stores: list[Store], into: Store) -> tu
 
     def consume(index: int, grad: Tensor, position: int) -> None:
         whole = into.add(index, grad, single=last == 0)
-        if position == last:  # dotted soon, because the gradient is still in the cache
+        if (
+            position == last and not passes.processes.replicated
+        ):  # dotted soon, because the gradient is still in the cache
             gathered.add(index, whole)
 
     passes.backward(work, consume)
     rows = gathered.rows()
+    if passes.processes.replicated:
+        rows = [None] * len(rows)
+        _sum_over_processes(passes, into)
     for index, row in enumerate(rows):  # a parameter that the last batch did not reach
         whole = into.sum_of(index) if row is None else None
         if whole is not None:
@@ -216,7 +238,19 @@ def accumulate(passes: Passes, job: Job, stores: list[Store], into: Store) -> tu
     rows = [row if late is None else late for row, late in zip(rows, gathered.rows(), strict=True)]
     table = passes.table(rows, len(stores) + 1)
     into.finish()
-    return table, into
+    # of the whole gradient, the same in every process
+    return table if not passes.processes.replicated else table * (passes.processes.rank == 0), into
+
+
+def _sum_over_processes(passes: Passes, into: Store) -> None:
+    """A gradient's sums over this process's batches become those over all."""
+    sums = [into.sum_of(index) for index in range(len(passes.parameters))]
+    there = passes.processes.sum(torch.tensor([x is not None for x in sums], dtype=torch.int32, device=passes.device))
+    for index, (own, parameter, some) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
+        if some:
+            wide = sum_dtype(parameter) if own is None else sum_dtype(own)
+            own = torch.zeros_like(parameter, dtype=wide) if own is None else own.to(wide)
+            into.put(index, passes.processes.sum(own.detach()))
 
 
 class Dots:
@@ -234,7 +268,8 @@ class Dots:
     ) -> None:
         self.stores, self.count, self.adds = stores, len(parameters), adds
         waits = waits and all(type(store) is Store for store in stores)
-        self.limit = GATHERED * max(map(_nbytes, parameters), default=0) if waits else 0
+        largest = max((_nbytes(sharded.local(parameter)) for parameter in parameters), default=0)
+        self.limit = GATHERED * largest if waits else 0
         self._start()
 
     def _start(self) -> None:
@@ -290,8 +325,9 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def parameter_squares(model: nn.Module, names: list[str]) -> Tensor:
+def parameter_squares(model: nn.Module, names: list[str], processes: Processes) -> Tensor:
     """Squared norms of parameters, fp64 [P] on the CPU: they tell one set of weights from another at one read."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     groups = list(range(len(names)))
-    return grad_dots([parameters[name].detach() for name in names], [], groups, len(names))[:, 0].cpu()
+    squares = grad_dots([sharded.local(parameters[name].detach()) for name in names], [], groups, len(names))[:, 0]
+    return (processes.sum(squares) if processes.sharded else squares).cpu()

@@ -16,12 +16,14 @@ from gfast.geffect.backward import Passes
 from gfast.geffect.data import Data, Term, risk_terms, to_device
 from gfast.geffect.directions import DTYPES, Directions, collect, risk_counts
 from gfast.geffect.groups import GroupMap, assign
+from gfast.geffect.processes import Processes
 from gfast.geffect.storage import check_storage
 from gfast.model import model_logp
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.progress import Bar
+from gfast.sides import SETS
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Options:
     loss_scale: float | None = None
     progress: bool = False
     reference: str = "auto"
+    processes: str = "auto"
+    engine: str = "stream"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -53,6 +57,7 @@ class Request:
     data: Data
     groups: GroupMap
     options: Options
+    processes: Processes = Processes()
 
     @classmethod
     def of(
@@ -70,13 +75,20 @@ class Request:
             ValueError: an empty set, a malformed batch, data that an objective needs and a batch lacks, a parameter
                 that no group takes, an unknown grouping, dtype or storage, directions of something else.
         """
-        wrappers.refuse_sharded(model)
+        processes = Processes.of(model, options.processes, options.engine)
         wrappers.refuse_offloaded(model)
         adapters, fixed_width = wrappers.is_adapted(model), hf.depends_on_width(model)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
+        processes.check_alike(data.batches)
+        data.batches |= {source: processes.divided(data.batches[source]) for source in SETS}
+        if processes.sharded and options.storage not in ("device", "host"):
+            raise ValueError(
+                "gfast: direction_storage: each process has a shard of the directions of a model that FSDP2 shards, "
+                'and a folder would be of one alone: use "device" or "host"'
+            )
         hf.check_causal(wrappers.measured(model), to_device(data.batches["forget"][0], next(model.parameters()).device))
-        request = cls(model, data, assign(model, options.groups), options)
+        request = cls(model, data, assign(model, options.groups), options, processes)
         if options.directions is not None:
             request._check_given(options.directions)
         return request
@@ -87,7 +99,7 @@ class Request:
 
     def passes(self, progress: Bar) -> Passes:
         """Forwards and backwards over the data; the model must be lent, see `measuring`."""
-        return Passes(self.model, self.data, self.groups, progress, self.options.loss_scale)
+        return Passes(self.model, self.data, self.groups, progress, self.options.loss_scale, self.processes)
 
     def look_at_texts(self) -> None:
         """Batches whose rows hold several texts give way to others with a text a row, as effects of samples need them.
@@ -149,6 +161,11 @@ class Request:
         if not isinstance(given, Directions):
             raise ValueError(
                 f"gfast: directions= takes what gfast.risk_gradients returns, not a {type(given).__name__}"
+            )
+        if given.processes != (self.processes if self.processes.sharded else Processes()):
+            raise ValueError(
+                "gfast: these directions are of a model that was sharded over the processes in another way: measure "
+                "them again with gfast.risk_gradients"
             )
         given.check(self.model, self.groups, self.risk)
         again = "measure them again with gfast.risk_gradients"

@@ -63,6 +63,11 @@ class Store:
         """The sum so far of one parameter, on the device."""
         return self.get(index)
 
+    def put(self, index: int, total: Tensor) -> None:
+        """In the place of a parameter's sum."""
+        self.kept[index] = None
+        self.add(index, total, single=False)
+
     def finish(self) -> None:
         """All batches are in: round to the dtype, one at a time, so that no second copy of all of them exists."""
         for index, kept in enumerate(self.kept):

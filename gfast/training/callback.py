@@ -31,7 +31,8 @@ class GEffectCallback(Trajectory):
     nothing. Parameters, gradients, modes, optimizer and random states are as before a measurement: training goes on bit
     for bit as without it. Totals and groups go to the Trainer's log too, as "geffect/GA()/unlearn",
     "geffect/GA()/retain/middle", "geffect/nll/retain": to its log_history, and to TensorBoard, Weights & Biases and
-    whatever else it reports to.
+    whatever else it reports to. Several processes measure together: each is given the same batches, of which gfast
+    takes a share in each, and the effect is that of the whole set (``processes="all"`` of gfast.g_effect).
 
     Args:
         every: optimizer steps between measurements; 0 measures before and after training only.
@@ -74,7 +75,7 @@ class GEffectCallback(Trajectory):
         if label is not None and len(self.objectives) > 1:
             raise ValueError("label names a single objective; leave it out for several")
         self.labels = [str(objective) if label is None else label for objective in self.objectives]
-        self.options = options
+        self.options = {"processes": "all"} | options
         self.measures |= {f"{side}_effect" for side in SIDES}
         if options.get("norms"):
             self.measures |= {f"{side}_{name}" for side in SIDES for name in ("cosine", "norm")} | {"objective_norm"}

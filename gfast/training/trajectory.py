@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import distributed, nn
 from transformers import Trainer, TrainerCallback
 
 from gfast import wrappers
@@ -77,7 +77,12 @@ class Trajectory(TrainerCallback):
 
     def _is_measured(self, args: Any, step: int) -> bool:
         found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
-        return found >= self.names()
+        measured = found >= self.names()
+        if distributed.is_available() and distributed.is_initialized():
+            told = [measured]  # of process 0, which writes: all measure, or none
+            distributed.broadcast_object_list(told)
+            (measured,) = told
+        return measured
 
     def names(self) -> set[str]:
         """Objectives in whose name values are recorded."""

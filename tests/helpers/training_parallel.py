@@ -13,6 +13,9 @@ from torch.utils.data import IterableDataset, Subset
 
 from gfast.data import batches
 from gfast.files import write_json
+from gfast.objectives import GA
+from gfast.sides import SETS
+from gfast.training.callback import GEffectCallback
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback
@@ -51,6 +54,8 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
         per_device_eval_batch_size=1,
         ddp_backend="gloo" if world > 1 else None,
     )
+    items = [collate([data[row] for row in rows]) for rows in ((0, 1), (2, 3, 4))]  # dealt out by gfast
+    measure = GEffectCallback(1, *([item[side] for item in items] for side in SETS), GA())
     trainer = UnlearnTrainer(
         model,
         args,
@@ -58,7 +63,7 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
         eval_dataset=data,
         data_collator=collate,
         references={"forget": reference},
-        callbacks=[watch],
+        callbacks=[watch, measure],
     )
     trainer.train()
     metrics = trainer.evaluate()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import socket
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,3 +102,25 @@ def server():
     if tests not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     return context
+
+
+def in_processes(check, *given, world: int, seconds: float = 180):
+    """`check(*given, rank, world, port)` in every process of a world; none may fail, or hang."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = server()
+    processes = [context.Process(target=check, args=(*given, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    ends = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes) and time.monotonic() < ends:
+        if any(process.exitcode for process in processes):
+            ends = min(ends, time.monotonic() + 5)  # the others wait for it
+        processes[0].join(timeout=0.05) if processes[0].is_alive() else time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world

@@ -49,7 +49,7 @@ def gram_effects(request: Request) -> GramEffect:
     """`gram_effect` of a request that is checked."""
     request.refuse_weights("gram_effect")
     request.look_at_texts()
-    batches = request.data.batches
+    batches, processes = request.data.batches, request.processes
     tokens = {
         source: torch.cat([(batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu() for batch in batches[source]])
         for source in SETS
@@ -64,16 +64,20 @@ def gram_effects(request: Request) -> GramEffect:
         # -: the entry is of NLL(s_j) and log p(s_i)
         out[source][rows : rows + values.shape[0], :, columns : columns + values.shape[2]] = -values
 
-    with _Pairs(request, by_sample=True) as pairs:
-        for first, batch in enumerate(batches["forget"]):
-            pairs.keep(batch, [None], own=0)
-            for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
-                (values,) = pairs.cross(other)
-                put("forget", first, second, values)
-                put("forget", second, first, values.transpose(0, 2))
-            for second, other in enumerate(batches["retain"]):
-                put("retain", first, second, pairs.cross(other)[0])
-            put("forget", first, first, pairs.with_kept(0)[0])
+    def measure() -> None:
+        with _Pairs(request, by_sample=True) as pairs:
+            for first, batch in list(enumerate(batches["forget"]))[processes.rank :: processes.size]:
+                pairs.keep(batch, [None], own=0)
+                for second, other in enumerate(batches["forget"][first + 1 :], first + 1):
+                    (values,) = pairs.cross(other)
+                    put("forget", first, second, values)
+                    put("forget", second, first, values.transpose(0, 2))
+                for second, other in enumerate(batches["retain"]):
+                    put("retain", first, second, pairs.cross(other)[0])
+                put("forget", first, first, pairs.with_kept(0)[0])
+
+    processes.together(measure)
+    out = {source: _of_all(request, values) for source, values in out.items()}
     sides = ({name: out[s][:, g].contiguous() for g, name in enumerate(groups)} for s in SETS)
     counts = {"unlearn": int(tokens["forget"].sum()), "retain": int(tokens["retain"].sum())}
     return GramEffect(*sides, tokens, counts=counts)
@@ -85,7 +89,7 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
     The batches of the objectives are kept one at a time, and both sets pass by: the risk's seeds on one side, the
     objectives' on the other. Raises ValueError for an objective or a risk without token weights.
     """
-    data = request.data
+    data, processes = request.data, request.processes
     risks = [Term(request.risk, source) for source in SETS]
     for one in (*terms, *risks):
         check_weighted(one, "gram")
@@ -97,21 +101,24 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
         for term, value in zip(some, values, strict=True):
             dots[term][:, side] += value[0, :, 0] / (data.count(term) * data.count(risks[side]))
 
-    with _Pairs(request, by_sample=False) as pairs:
-        for batch, some in data.shared(terms):
-            sides = [side for side, other in others if other is batch]
-            # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
-            known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
-            risk = risks[sides[0]] if sides and known is None else None
-            same = pairs.keep(batch, some, risk, known if sides else None)
-            for side, other in others:
-                if other is not batch:
-                    add(side, some, pairs.cross(other, risks[side]))
-            if sides and known is not None:  # after the others, which leave less to do
-                same = factors[some[known]] * pairs.with_kept(known)
-            for side in sides:
-                add(side, some, same)
-    return [dots[term] for term in terms]
+    def measure() -> None:
+        with _Pairs(request, by_sample=False) as pairs:
+            for batch, some in data.shared(terms)[processes.rank :: processes.size]:
+                sides = [side for side, other in others if other is batch]
+                # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
+                known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
+                risk = risks[sides[0]] if sides and known is None else None
+                same = pairs.keep(batch, some, risk, known if sides else None)
+                for side, other in others:
+                    if other is not batch:
+                        add(side, some, pairs.cross(other, risks[side]))
+                if sides and known is not None:  # after the others, which leave less to do
+                    same = factors[some[known]] * pairs.with_kept(known)
+                for side in sides:
+                    add(side, some, same)
+
+    processes.together(measure)
+    return [_of_all(request, dots[term]) for term in terms]
 
 
 class _Pairs:
@@ -200,7 +207,7 @@ class _Pairs:
     def _by_group(self, table: Tensor) -> Tensor:
         table = table.transpose(1, 2) / self.passes.loss_scale**2  # [K, S, P, S']
         return torch.stack(
-            [self.passes.by_group(values, label) for values, label in zip(table, self.labels, strict=True)]
+            [self.passes.by_group(values, label, alone=True) for values, label in zip(table, self.labels, strict=True)]
         )
 
     def _run(self, batch: _Batch, *seeds: Seed, heads: int = 1) -> None:
@@ -249,6 +256,12 @@ class _Pairs:
                 values = products(left, right, own=False)[0]
                 total += values + values.t()
         return total
+
+
+def _of_all(request: Request, values: Tensor) -> Tensor:
+    """What each process has measured a part of, summed."""
+    device = next(request.model.parameters()).device
+    return request.processes.sum(values.to(device)).cpu() if request.processes.size > 1 else values
 
 
 def _starts(batches: list[_Batch]) -> list[int]:

@@ -92,6 +92,12 @@ def _measure_batches(
     request: Request, directions: Directions, sites: Sites, work: Iterable[tuple[_Batch, Sequence[Term | None]]]
 ) -> list[tuple[list[Tensor], Tensor]]:
     """Of each batch: dots [B, G, 2] of every row's gradient of each term (None: log p), and log p [B]; fp64 CPU."""
+    return request.processes.each(list(work), partial(_measure_own, request, directions, sites))
+
+
+def _measure_own(
+    request: Request, directions: Directions, sites: Sites, work: Iterable[tuple[_Batch, Sequence[Term | None]]]
+) -> list[tuple[list[Tensor], Tensor]]:
     model = request.model
     position = {name: index for index, name in enumerate(directions.names)}
     tables: list[Tensor] = []  # [P, 2, B] of each term on the batch at hand
@@ -123,7 +129,7 @@ def _measure_batches(
                 else:
                     logp = torch.zeros(rows, dtype=torch.float64, device="cpu")
                 dots = [
-                    passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term))
+                    passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term), alone=True)
                     for table, term in zip(tables, terms, strict=True)
                 ]
                 measured.append((dots, logp.cpu()))

@@ -50,7 +50,7 @@ def _gram_of_risks(passes: Passes, request: Request) -> Tensor:
     """
     risk, dtype, storage = request.risk, request.options.dtype, request.options.storage
     second = ((1.0, Term(risk, "retain")),)
-    if passes.batches(second) > 1:
+    if passes.batches(second) > 1 or passes.processes.replicated:
         with request.collect(passes) as directions:
             return directions.gram
     first = ((1.0, Term(risk, "forget")),)
@@ -73,7 +73,7 @@ def _swapped(
     own backward is the first: what comes in parts (see `Passes`) is known when the risks' norms are taken.
     """
     risks = [((1.0, Term(risk, source)),) for source in SETS]
-    if passes.batches(job) != 1 or max(map(passes.batches, risks)) > 1:
+    if passes.batches(job) != 1 or max(map(passes.batches, risks)) > 1 or passes.processes.replicated:
         return None
     own, of_risks = passes.work(job), [passes.work(risk_job) for risk_job in risks]
     stored = store_for("device", dtype, "forget", passes.names, passes.device)
@@ -122,7 +122,7 @@ def _measure_jobs(passes: Passes, stores: list[Store], jobs: Sequence[Job], norm
         parts = shares = None
         if len(job) == 1 and len(sums) > 1:
             parts = sums[:, :, :2]
-            shares = torch.tensor(passes.data.shares(job[0][1]), dtype=torch.float64, device="cpu")
+            shares = torch.tensor(passes.shares(job[0][1]), dtype=torch.float64, device="cpu")
         measured[job] = Measured(total[:, :2], total[:, 2] if whole else None, parts, shares)
     return measured
 
@@ -134,7 +134,8 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
     What the jobs want of one batch follows each other, and shares its forward.
     """
     work = [(number, item) for number, job in enumerate(jobs) for item in passes.work(job)]
-    work.sort(key=lambda one: (one[1].term.source, one[1].index, not one[1].needs_forward_alone))  # stable
+    if not passes.processes.sharded:  # whose processes run the same work at a time
+        work.sort(key=lambda one: (one[1].term.source, one[1].index, not one[1].needs_forward_alone))  # stable
     gathered = Dots(stores, passes.parameters, adds=True)
     tables: list[list[Tensor]] = [[] for _ in jobs]
     left = iter([number for number, _ in work])
@@ -148,8 +149,9 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
         tables[next(left)].append(passes.table(gathered.rows(), len(stores) + 1))
 
     passes.backward([item for _, item in work], consume, done)
-    nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64, device="cpu")
+    nothing = torch.zeros(1, len(passes.parameters), len(stores) + 1, dtype=torch.float64, device=passes.device)
     stacked = [torch.stack(table) if table else nothing for table in tables]
+    stacked = [passes.of_all(job, table) for job, table in zip(jobs, stacked, strict=True)]
     return [
         (passes.by_group(table, job_label(job)), whole) for table, job, whole in zip(stacked, jobs, once, strict=True)
     ]

@@ -128,6 +128,10 @@ def token_weights(term: Term, batch: Tokens) -> Tensor:
 
 def measure_tokens(request: Request, directions: Directions, batches: Sequence[Mapping[str, Any]]) -> list[Tokens]:
     """Effects of the label tokens of every batch."""
+    return request.processes.each(list(batches), partial(_measure_own, request, directions))
+
+
+def _measure_own(request: Request, directions: Directions, batches: Sequence[Mapping[str, Any]]) -> list[Tokens]:
     model, groups = request.model, request.groups
     parameters = dict(model.named_parameters())
     scales = _scales(directions, groups, parameters)  # [G, 2]

@@ -1,0 +1,144 @@
+"""Several processes that measure one effect: each its share of the batches, of a model that each holds whole (DDP, or
+none around it) or of which each holds a shard (FSDP2).
+
+Every process is given the same batches. A replicated model's gradients are this process's batches' own: directions are
+summed over the processes, dots with them are sums of numbers. FSDP2 sums the gradients itself and leaves a shard of the
+sum: directions stay shards, and the dots of shards are summed, one number a group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, distributed, nn
+
+from gfast import sharded
+from gfast.geffect.data import BY_POSITION, NOT_BY_POSITION
+from gfast.packed import texts
+from gfast.tensor_files import hash_tensor
+
+T = TypeVar("T")
+
+CHOICES = ("auto", "own", "all")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many there are and which this one is; `sharded`: each holds a shard of every parameter."""
+
+    size: int = 1
+    rank: int = 0
+    sharded: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, choice: str, engine: str) -> Processes:
+        """Those that measure together.
+
+        Raises:
+            ValueError: a choice that is none, a model sharded in a way that the engine has no rule for, by its name.
+        """
+        if choice not in CHOICES:
+            raise ValueError(f"gfast: processes must be one of {', '.join(map(repr, CHOICES))}, not {choice!r}")
+        split = sharded.check_shards(model, engine)
+        if split and choice == "own":
+            raise ValueError(
+                "gfast: FSDP2 shards this model over the processes, so that none can measure batches of its own: give "
+                "every process the same batches, and leave out processes='own'"
+            )
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if not several or not (split or choice == "all"):
+            return cls()
+        return cls(distributed.get_world_size(), distributed.get_rank(), split)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether there are several, and each has the whole model."""
+        return self.size > 1 and not self.sharded
+
+    def sum(self, table: Tensor) -> Tensor:
+        """A tensor on the model's device summed over the processes; the same in all of them."""
+        if self.size > 1:
+            table = table.contiguous()
+            distributed.all_reduce(table)
+        return table
+
+    def rounds(self, items: Sequence[T]) -> list[T]:
+        """This process's share, and so many of others' behind it that every process has as many."""
+        own = list(items[self.rank :: self.size])
+        return own + list(items[: -(-len(items) // self.size) - len(own)])
+
+    def each(self, items: Sequence[T], measure: Callable[[list[T]], list[Any]]) -> list[Any]:
+        """What `measure` gives of every item, each measured by one of the processes; on the CPU."""
+        if self.size == 1:
+            return measure(list(items))
+        shares = self._told(lambda: measure(list(items[self.rank :: self.size])))
+        return [shares[index % self.size][index // self.size] for index in range(len(items))]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What the function gives in this process; where it fails in one, all of them raise."""
+        if self.size == 1:
+            return function()
+        found: list[T] = []
+        self._told(lambda: found.append(function()))
+        return found[0]
+
+    def _told(self, function: Callable[[], Any]) -> list[Any]:
+        """What the function gives in each process."""
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as found:
+            error = found
+        told: list[Any] = [None] * self.size
+        distributed.all_gather_object(told, (result, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, text) in enumerate(told):
+            if text is not None:
+                raise RuntimeError(f"process {rank} failed: {text}")
+        return [one for one, _ in told]
+
+    def check_alike(self, batches: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """ValueError unless every process has the same batches."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256()
+        for source, some in sorted(batches.items()):
+            for index, batch in enumerate(some):
+                for key, value in sorted(batch.items()):
+                    if isinstance(value, Tensor):
+                        hash_tensor(digest, f"{source}|{index}|{key}", value)
+        told: list[Any] = [None] * self.size
+        distributed.all_gather_object(told, digest.hexdigest())
+        other = next((rank for rank, found in enumerate(told) if found != told[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"gfast: process {other} was given other batches than process 0. What several processes measure "
+                f"together is divided among them by gfast: give every one the same batches, in the same order"
+                + ("" if self.sharded else ", or processes='own' for an effect of each process's own")
+            )
+
+    def divided(self, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """As many batches as there are processes, where there are fewer and their rows can be taken apart."""
+        if self.size == 1 or len(batches) >= self.size:
+            return batches
+        rows = -(-sum(len(batch["labels"]) for batch in batches) // self.size)
+        return [part for batch in batches for part in _parts(batch, max(rows, 1))]
+
+
+def _parts(batch: Mapping[str, Any], rows: int) -> list[Mapping[str, Any]]:
+    """The rows of a batch in several, at most `rows` in each; the batch itself where it is not known what is whose."""
+    count = len(batch["labels"])
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    by_row = {key: value for key, value in tensors.items() if key in BY_POSITION or key == "sample_id"}
+    known = all(key in BY_POSITION | NOT_BY_POSITION - {"pixel_values", "image_grid_thw"} for key in tensors)
+    whole = all(value.dim() > 0 and len(value) == count for value in by_row.values())
+    if not (known and whole) or count <= rows or texts(batch) is not None:
+        return [batch]
+    return [
+        {**batch, **{key: value[start : start + rows] for key, value in by_row.items()}}
+        for start in range(0, count, rows)
+    ]

@@ -1,0 +1,151 @@
+"""One of several processes that measure one effect together, and what one process measures alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+import gfast
+from gfast.geffect.results.base import Effect
+from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, Mix
+from helpers.geffect_models import tiny
+from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, with_adapters
+
+OBJECTIVES = [GA(), TNPO(), NPO(0.3), KL(), RMU(layer=2), Mix(NPO(0.5), NLL(), alpha=0.7)]
+ENGINES = ("sample", "token", "gram")
+
+
+def sets() -> dict[str, list[dict]]:
+    """More batches than processes and fewer, of several widths, with ignored labels and a row without any."""
+    forget, retain = [batch_of(seed) for seed in range(5)], [batch_of(9)]
+    forget[1] = {key: value if key == "ref_head" else value[:, :5] for key, value in forget[1].items()}
+    forget[2]["labels"][0] = -100
+    return {"forget": forget, "retain": retain}
+
+
+def same(found: dict, expected: dict, what: str, exact: float = 1e-9) -> None:
+    """Numbers by name, in any depth, each as large as its scale says."""
+    assert found.keys() == expected.keys(), (what, found.keys(), expected.keys())
+    for key, right in expected.items():
+        if isinstance(right, dict):
+            same(found[key], right, f"{what} {key}", exact)
+        else:
+            right, one = torch.as_tensor(right).double(), torch.as_tensor(found[key]).double()
+            torch.testing.assert_close(
+                one,
+                right,
+                rtol=exact,
+                atol=exact * float(right.abs().sum()) + 1e-15,
+                msg=lambda t, w=(what, key): f"{w}: {t}",
+            )
+
+
+def numbers(effect: Effect) -> dict:
+    return {"unlearn": effect.unlearn, "retain": effect.retain, "norms": effect.norms}
+
+
+def left_as_found(model) -> list:
+    return [(parameter.grad, parameter.requires_grad, type(parameter)) for parameter in model.parameters()]
+
+
+def refused(words: str, function, *args, **options) -> None:
+    try:
+        function(*args, **options)
+    except ValueError as error:
+        assert all(word in str(error) for word in words.split()), (words, str(error))
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def sharded(rank: int, world: int) -> None:
+    """The stream engine on FSDP2, however it is cut."""
+    makes = {
+        "blocks": (lambda: tiny("llama"), fsdp),
+        "accelerate": (lambda: tiny("tied_llama"), by_accelerate),
+        "adapters": (lambda: with_adapters(tiny("llama")), fsdp),  # of two rows: some processes have none
+    }
+    data = sets()
+    single = {source: some[0] for source, some in data.items()}
+    for name, (make, wrap) in makes.items():
+        truth, model = make(), wrap(make())
+        assert any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        before = left_as_found(model)
+        for batches in (data, single):
+            right = gfast.g_effect(truth, OBJECTIVES, **batches, norms=True)
+            for one, other in zip(gfast.g_effect(model, OBJECTIVES, **batches, norms=True), right, strict=True):
+                what = f"{name} {one.objective}"
+                same(numbers(one), numbers(other), what, 1e-6 if "RMU" in what else 1e-9)
+                same(one.risks, other.risks, what)
+                assert one.counts == other.counts
+            for objective in OBJECTIVES[:2]:  # alone: on single batches its own gradient is what is stored
+                one, other = (gfast.g_effect(m, objective, **batches) for m in (model, truth))
+                other.norms |= {key: one.norms[key] for key in one.norms if key not in other.norms}
+                same(numbers(one), numbers(other), f"{name} {objective} alone")
+        assert left_as_found(model) == before
+    model = fsdp(tiny("llama"))
+    with gfast.risk_gradients(model, **data) as directions:
+        held = sum(x.numel() for store in directions.stores for x in store.kept if x is not None)
+        whole = 2 * sum(parameter.numel() for parameter in model.parameters())
+        assert held <= whole * (1 / world + 0.05), (held, whole)
+        found = gfast.g_effect(model, TNPO(), **data, directions=directions)
+        same(numbers(found), numbers(gfast.g_effect(tiny("llama"), TNPO(), **data)), "given directions")
+        refused("shard of these directions", directions.save, "./directions")
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        refused("other weights", gfast.g_effect, model, TNPO(), **data, directions=directions)
+    for engine in ENGINES:
+        refused(f"the {engine} engine FSDP2 shards", gfast.g_effect, model, GA(), **data, engine=engine)
+    refused("the sample engine", gfast.pg_effect, model, **data)
+    refused("folder device", gfast.g_effect, model, TNPO(), **data, direction_storage="./directions")
+    refused("processes='own'", gfast.g_effect, model, GA(), **data, processes="own")
+    refused("other batches", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9))
+    refused(
+        "FSDP1", gfast.g_effect, FullyShardedDataParallel(tiny("llama"), device_id=torch.device("cpu")), GA(), **data
+    )
+
+
+def replicated(rank: int, world: int) -> None:
+    """Every engine, the batches divided."""
+    data, truth, model = sets(), tiny("llama"), DistributedDataParallel(tiny("llama"))
+    single = {source: some[0] for source, some in data.items()}
+    before = left_as_found(model)
+    for batches in (data, single):
+        right = gfast.g_effect(truth, OBJECTIVES, **batches, norms=True)
+        found = gfast.g_effect(model, OBJECTIVES, **batches, norms=True, processes="all")
+        for one, other in zip(found, right, strict=True):
+            same(numbers(one), numbers(other), f"{one.objective}", 1e-6 if "RMU" in one.objective else 1e-9)
+            same(one.risks, other.risks, f"{one.objective}")
+    one, other = (gfast.g_effect(m, TNPO(), **data, processes=who) for m, who in ((model, "all"), (truth, "own")))
+    same(numbers(one) | one.errors, {**numbers(other), "norms": one.norms} | other.errors, "errors")
+    for engine in ENGINES:
+        found, right = (
+            gfast.g_effect(m, [TNPO(), NPO(0.3), GA()], **data, engine=engine, processes=who)
+            for m, who in ((model, "all"), (truth, "own"))
+        )
+        for one, other in zip(found, right, strict=True):
+            same(numbers(one), numbers(other), f"{engine} {one.objective}")
+    samples, right = (gfast.pg_effect(m, **data, processes=w) for m, w in ((model, "all"), (truth, "own")))
+    same({**samples.unlearn, "logp": samples.logp}, {**right.unlearn, "logp": right.logp}, "samples")
+    tokens, right = (gfast.token_effect(m, **data, processes=w) for m, w in ((model, "all"), (truth, "own")))
+    for group, some in right.retain.items():
+        same(dict(enumerate(tokens.retain[group])), dict(enumerate(some)), f"tokens {group}")
+    gram, right = (gfast.gram_effect(m, **data, processes=w) for m, w in ((model, "all"), (truth, "own")))
+    same({"u": gram.unlearn, "r": gram.retain}, {"u": right.unlearn, "r": right.retain}, "gram")
+    assert left_as_found(model) == before
+    refused("other batches processes='own'", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9),
+            processes="all")  # fmt: skip
+    refused("processes must be", gfast.g_effect, model, GA(), **data, processes="both")
+
+
+CASES = {"sharded": sharded, "replicated": replicated}
+
+
+def check(name: str, rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        CASES[name](rank, world)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,15 @@
+"""Several processes measure what one does, of a model that each holds whole or of which each holds a shard."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import geffect_parallel
+from helpers.marks import slow_when
+from helpers.training_tiny import in_processes
+
+
+@slow_when(lambda p: p.world > 2)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", geffect_parallel.CASES)
+def test_processes_measure_what_one_does(name, world):
+    in_processes(geffect_parallel.check, name, world=world)
