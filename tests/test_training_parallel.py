@@ -49,7 +49,9 @@ def test_two_processes_train_like_one(tmp_path):
                 found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
             )
     one, two = (read_records(folder) for folder in runs.values())
-    assert one["quantity"].tolist() == two["quantity"].tolist() and (one["quantity"] == "risk").sum() == 6
+    assert (
+        one["quantity"].tolist() == two["quantity"].tolist() and (one["quantity"] == "risk").sum() == 12
+    )  # of both callbacks
     for folder in runs.values():  # all processes stopped where one of them saw it
         assert (folder / "checkpoint-2" / "trainer_state.json").exists()
     assert two["value"].to_numpy() == pytest.approx(one["value"].to_numpy(), rel=1e-4)
