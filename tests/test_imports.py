@@ -10,7 +10,7 @@ import gfast
 
 ROOT = Path(gfast.__file__).parent
 STOREYS = (
-    ("results", "groups", "storage", "data"),
+    ("results", "groups", "storage", "data", "processes"),
     ("contributions", "backward", "directions", "request", "combine"),
     ("engines",),
     ("api", "live"),

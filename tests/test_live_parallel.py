@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import live_parallel
 from helpers.marks import slow_when
-from test_wrappers_parallel import two_processes
+from helpers.training_tiny import in_processes
 
 
 @slow_when(lambda p: p.name not in ("ddp", "fsdp2"))
@@ -13,4 +13,4 @@ from test_wrappers_parallel import two_processes
 def test_two_processes_measure_the_step_of_both(name):
     if "adapters" in name:
         pytest.importorskip("peft")
-    two_processes(live_parallel.check, name)
+    in_processes(live_parallel.check, name, world=2)
