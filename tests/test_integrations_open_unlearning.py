@@ -205,6 +205,8 @@ def test_adapters_are_their_own_original_and_the_effect_is_measured(tmp_path):
     assert any(key.endswith("/unlearn") for key in keys) and any("/retain/middle" in key for key in keys)
     cached = ou.trained("NPO", tmp_path, model, method={"reference": "cache"}, train=False)
     assert set(cached.references) == {"forget"}
+    live = ou.trained("GradAscent", tmp_path, tiny_model(), method={"geffect_live": True, "surgery": "gru"})
+    assert "geffect_live/step/retain" in live.state.log_history[0]
     pairs = ou.trained("DPO", tmp_path, tiny_model(), method={"geffect_every": 3, "geffect_samples": 2})
     assert any(key.startswith("geffect/DPO") for key in pairs.state.log_history[0])
 

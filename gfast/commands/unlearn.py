@@ -48,7 +48,8 @@ from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
 DECISIVE = (
     "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples nll_every stop "
-    "record_every learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
+    "geffect_live geffect_live_unlearn surgery record_every learning_rate "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim optim_args max_grad_norm num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16 gradient_checkpointing "
     "neftune_noise_alpha dataloader_drop_last reference own_loss_terms"
@@ -109,7 +110,8 @@ def _train(
     require_measured(parse_rules(config.stop), measured)
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
-    need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0
+    live = config.geffect_live or config.geffect_live_unlearn or config.surgery is not None
+    need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, config, rows, argv)
     known = check_run_folder(folder, info)
@@ -136,7 +138,7 @@ def _train(
     references = _references(model, both, sides, data_arguments, config, folder)
     data = sides.of(both.forget)
     collator: Any = sides.collator
-    if both.retain is not None:
+    if both.retain is not None or live:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
     trainer = UnlearnTrainer(
         model,
@@ -178,6 +180,7 @@ def describe(
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
     unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None}
+    unused |= {"geffect_live": False, "geffect_live_unlearn": False, "surgery": None}
     settings = {
         name: value
         for name, value in config.to_dict().items()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from gfast.geffect.live.surgery import Surgery
 from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import named, parse_parameters
@@ -65,6 +66,24 @@ class UnlearnConfig(TrainingArguments):
         default=0,
         metadata={"help": "Use only the first so many samples of each side for G-effect and NLL; 0: all of them."},
     )
+    geffect_live: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the G-effect of every step from its own gradients, for almost nothing (retain side; both "
+            "for GA)."
+        },
+    )
+    geffect_live_unlearn: bool = field(
+        default=False,
+        metadata={"help": "The same on the unlearn side too: one backward more for objectives other than GA."},
+    )
+    surgery: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the gradients of both sides pull against each other: pcgrad, retain (only the harmful part "
+            "of the forget gradient goes) or gru, each :tensor, :group or :global, or sago."
+        },
+    )
     nll_every: int = field(
         default=0,
         metadata={
@@ -118,6 +137,8 @@ class UnlearnConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         parse_rules(self.stop)
+        if self.surgery is not None:
+            Surgery.parse(self.surgery)
         if self.label_names is None:
             self.label_names = ["labels"]
         if not torch.accelerator.is_available():

@@ -18,6 +18,7 @@ from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
+from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import REFUSED, refuse_compiled, refuse_ignored_arguments, refuse_ignored_options
 from gfast.training.reference import ReferenceCache
 from gfast.training.terms import StepTerms
@@ -45,6 +46,13 @@ class GFastLossMixin:
             has one (TRL's do), or with PEFT adapters those of the model itself as ``reference`` says.
         reference: as ``gfast.model_loss``: "auto", "base", or "adapter:NAME".
         own_loss_terms: add the terms that the model adds to its own loss, such as the balance of experts.
+        geffect_live, geffect_live_unlearn: measure the G-effect of every step from its own gradients (``
+            gfast.GEffectMonitor``), on the unlearn side too: recorded in the run folder under the objective's name and
+            " (live)", and logged as "geffect_live/retain", "geffect_live/cosine/retain", ... Batches have a retain side
+            then.
+        surgery: what becomes of gradients that pull against each other, such as "pcgrad:group"
+            (``gfast.geffect.Surgery``); it measures as geffect_live does.
+        groups: of the live effect, "paper", "layer" or a function.
 
     Batches are {"forget": batch, "retain": batch} or plain Hugging Face batches, which are forget batches; override
     `gfast_batch` where they are something else.
@@ -75,6 +83,10 @@ class GFastLossMixin:
         references: Mapping[str, ReferenceCache] | None = None,
         reference: str = "auto",
         own_loss_terms: bool = False,
+        geffect_live: bool = False,
+        geffect_live_unlearn: bool = False,
+        surgery: str | None = None,
+        groups: Any = "paper",
         **trainer_arguments: Any,
     ) -> None:
         objective = type(self).objective if objective is None else objective
@@ -107,6 +119,10 @@ class GFastLossMixin:
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.terms = StepTerms()
+        self.live = None
+        if geffect_live or geffect_live_unlearn or surgery is not None:
+            self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery)
+            self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
 
@@ -175,18 +191,32 @@ class GFastLossMixin:
             return batch_samples, None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
-        counts = [
-            sum(batches.count(objective, self._sides(batch)[side]) for batch in batch_samples)
-            for side, objective, _ in self._parts
-        ]
-        if self.accelerator.num_processes > 1:
-            local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
-            counts = self.accelerator.reduce(local, "sum").tolist()
+        counts = self._over_processes(
+            [
+                sum(batches.count(objective, self._sides(batch)[side]) for batch in batch_samples)
+                for side, objective, _ in self._parts
+            ]
+        )
         self._normalizers = {
             side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
         }
+        if self.live is not None:
+            self.live.begin(batch_samples)
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
         return batch_samples, int(sum(counts))
+
+    def _over_processes(self, counts: list[int]) -> list[int]:
+        """Sums over all processes."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+        return self.accelerator.reduce(local, "sum").tolist()
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
+        if self.live is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        return self.live.training_step(model, inputs)
 
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
@@ -227,8 +257,10 @@ class GFastLossMixin:
         return loss * self.accelerator.num_processes
 
     def _side_loss(
-        self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float
-    ) -> Tensor:
+        self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float,
+        risk_count: int | None = None,
+    ) -> Any:  # fmt: skip
+        """The loss of a side; with a risk_count also the NLL over that count, from the same forward."""
         from gfast.model import model_logp, model_loss
 
         batch = dict(batch)
@@ -246,11 +278,16 @@ class GFastLossMixin:
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
             own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
-        out = model_loss(model, batch, objective, normalizer=normalizer, reference=self._reference, own_terms=own_terms)
+        options = dict(normalizer=normalizer, reference=self._reference)
+        risk = None
+        if risk_count is None:
+            out = model_loss(model, batch, objective, own_terms=own_terms, **options)
+        else:
+            out, risk = loss_and_risk(model, batch, objective, risk_count, **options)
         self.terms.add({f"{side}_loss": out.loss})
         if side == "forget" and out.weight is not None:
             self.terms.add_weights(out.weight, out.logp, batch["labels"])
-        return out.loss
+        return out.loss if risk is None else (out.loss, risk)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -312,6 +349,8 @@ class GFastLossMixin:
         """Trainer's log with the terms since the last one, averaged over steps."""
         if "loss" in logs:
             logs = {**logs, **self.terms.since_last_log(self.accelerator)}
+            if self.live is not None:
+                logs |= {f"geffect_live/{name}": value for name, value in self.live.latest.items()}
         super().log(logs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:

@@ -76,6 +76,10 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             references=references,
             reference=args.reference,
             own_loss_terms=args.own_loss_terms,
+            geffect_live=args.geffect_live,
+            geffect_live_unlearn=args.geffect_live_unlearn,
+            surgery=args.surgery,
+            groups=args.groups,
             **trainer_arguments,
         )
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))

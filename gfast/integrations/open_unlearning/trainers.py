@@ -43,7 +43,7 @@ LACKING = {
     "PDU": "its dual updates are no objective of gfast's",
 }
 REFERENCES = ("auto", "cache", "adapters_off", "adapter:NAME")
-_OWN = ("reference", "reference_path", "geffect_every", "geffect_samples")
+_OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geffect_live", "surgery")
 
 
 def make_trainers(base: type) -> dict[str, type]:
@@ -85,6 +85,8 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             reference_path: Any = None,
             geffect_every: int = 0,
             geffect_samples: int = 0,
+            geffect_live: bool = False,
+            surgery: str | None = None,
             **method: Any,
         ) -> None:
             objective = _objective(name, make, known, method)
@@ -95,9 +97,9 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
                 )
             _check_collator(data_collator)
             config = unlearn_config(args)
-            data, sides = paired(
-                train_dataset, config.seed, isinstance(objective.forget, DPO), objective.retain is not None
-            )
+            config.geffect_live, config.surgery = bool(geffect_live), surgery
+            both = objective.retain is not None or config.geffect_live or surgery is not None
+            data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both)
             collator = PlainOrPairs(tokenizer)
             config.reference, caches = _reference(model, reference)
             references = {}

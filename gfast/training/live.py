@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps that measure their own G-effect, and may operate on their gradients: `gfast.GEffectMonitor` in a
+Trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gfast import wrappers
+from gfast.geffect.data import OWN_DATA
+from gfast.geffect.groups import assign
+from gfast.geffect.live.surgery import Surgery
+from gfast.model import model_output, output_loss, with_reference
+from gfast.objectives import GA, KL, NLL, RMU, RR, Objective
+from gfast.ops.reductions import LossOutput
+from gfast.packed import count
+from gfast.sides import SIDES
+from gfast.training.records import run_name, write_record
+
+if TYPE_CHECKING:
+    from gfast.geffect import GEffectMonitor
+    from gfast.geffect.results import GEffect
+    from gfast.training.loss import GFastLossMixin
+
+logger = logging.getLogger("gfast")
+
+LIVE = " (live)"  # what the objective's name ends with in the records of live effects
+
+
+class LiveSteps:
+    """The steps of a Trainer with `GFastLossMixin`, through a monitor.
+
+    The forget backwards of all micro-batches of a step come first, then the retain backwards.
+    """
+
+    def __init__(self, trainer: GFastLossMixin, groups: Any, unlearn: bool, surgery: str | None) -> None:
+        self.trainer, self.groups = trainer, groups
+        forget, retain = trainer.objective.forget, trainer.objective.retain
+        own = forget.needs & OWN_DATA
+        if unlearn and own:
+            raise ValueError(
+                f"{forget} has batches of its own, not those of the forget set, so that there is no unlearn side: "
+                "leave geffect_live_unlearn out"
+            )
+        if surgery is not None:
+            surgery = str(Surgery.parse(surgery))
+        assign(wrappers.measured(trainer.model), groups)  # refused here, not at the first step
+        self.unlearn, self.surgery = unlearn, surgery
+        self.label = str(trainer.objective if retain is not None or trainer.objective.gamma != 1.0 else forget) + LIVE
+        self.batches: Sequence[Mapping[str, Any]] = []
+        self._at = 0
+        self._monitor: GEffectMonitor | None = None
+        self.effect: GEffect | None = None
+        self.latest: dict[str, float] = {}
+
+    def begin(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """A new optimizer step, of these micro-batches."""
+        if self._monitor is not None:
+            self._monitor.reset()
+        sides = [self.trainer._sides(batch) for batch in batches]
+        for found in sides:
+            if "retain" not in found or "labels" not in found["retain"]:
+                raise ValueError(
+                    "a live G-effect and surgery need a retain batch beside every forget batch, and the batches hold "
+                    f"only {', '.join(found)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
+                )
+        tokens = [[count(NLL(), found[side]) for found in sides] for side in ("forget", "retain")]
+        forget, retain, first = self.trainer._over_processes([sum(tokens[0]), sum(tokens[1]), tokens[1][0]])
+        self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
+        # A risk of its own is measured on one micro-batch: over its own count where there are several.
+        self._risk_counts = {"forget": forget, "retain": retain} if len(batches) == 1 else {}
+
+    def monitor(self, model: Any) -> GEffectMonitor:
+        """The monitor of the model as the Trainer has wrapped it."""
+        from gfast.geffect import GEffectMonitor
+
+        if self._monitor is None or self._monitor.model is not model:
+            forget, scaler = self.trainer.objective.forget, getattr(self.trainer.accelerator, "scaler", None)
+            options = dict(objective=forget, surgery=self.surgery, scaler=scaler)
+            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or isinstance(forget, (GA, NLL)), **options)
+        return self._monitor
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """In place of Trainer's, for the next micro-batch."""
+        trainer, mix = self.trainer, self.trainer.objective
+        model.train()
+        if callable(getattr(trainer.optimizer, "train", None)):
+            trainer.optimizer.train()
+        for module in model.modules():  # under FSDP2 every backward must reduce
+            if hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(True)
+        monitor = self.monitor(model)
+        trainer.terms.start_step(trainer.state.global_step)
+        if self._at == 0:
+            batches = [trainer._prepare_inputs(batch) for batch in self.batches]
+            self._values = [
+                self._forget(monitor, trainer._sides(batch)["forget"], last=index == len(batches) - 1)
+                for index, batch in enumerate(batches)
+            ]
+        value, first, last = self._values[self._at], self._at == 0, self._at == len(self.batches) - 1
+        self._at += 1
+        part = trainer._sides(trainer._prepare_inputs(inputs))["retain"]
+        risk = partial(self._risk, model, part, "retain")
+        if mix.retain is None:
+            if last:
+                monitor.retain(None, risk=risk)
+        else:
+            found: list[Tensor] = []
+
+            def loss() -> Tensor:
+                one = mix.alpha * self._compute(model, trainer._side_loss, part, mix.retain, "retain", mix.alpha)
+                found.append(one.detach())
+                return one * self._processes
+
+            own = risk if first and mix.retain != NLL() else None
+            share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
+            monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
+            value = value + found[0]
+        trainer.terms.add({"loss": value})
+        if last:
+            self._finished(monitor)
+        return value * self._processes
+
+    def _forget(self, monitor: GEffectMonitor, batch: Mapping[str, Any], last: bool) -> Tensor:
+        trainer, mix, model = self.trainer, self.trainer.objective, monitor.model
+        measures = last and monitor.unlearn and monitor.identity is None
+        # FSDP frees what a second backward would need, and a risk over one micro-batch has a count of its own
+        shares = measures and self._risk_counts and not trainer._own_loss_terms and not wrappers.has_fsdp(model)
+        shares = shares and not isinstance(mix.forget, (KL, RMU, RR))
+        found = self._compute(
+            model, trainer._side_loss, batch, mix.forget, "forget", mix.gamma,
+            *([self._risk_counts["forget"]] if shares else []),
+        )  # fmt: skip
+        loss, risk = found if shares else (found, partial(self._risk, model, batch, "forget") if measures else None)
+        if shares:
+            risk = risk * self._processes
+        monitor.forget(mix.gamma * self._processes * loss, risk=risk, factor=mix.gamma)
+        return mix.gamma * loss.detach()
+
+    def _risk(self, model: Any, batch: Mapping[str, Any], side: str) -> Tensor:
+        from gfast.model import model_loss
+
+        divisor = self._risk_counts.get(side)
+        loss = self._compute(model, lambda module: model_loss(module, batch, NLL(), normalizer=divisor).loss)
+        return loss if divisor is None else loss * self._processes
+
+    @property
+    def _processes(self) -> int:
+        """Data parallelism takes the mean over processes of what is divided by a count over all of them."""
+        return self.trainer.accelerator.num_processes
+
+    def _compute(self, model: Any, call: Callable[..., Any], *args: Any) -> Any:
+        with wrappers.autocast_of(self.trainer.accelerator):
+            return wrappers.inside(model, lambda module: call(module, *args))
+
+    def _finished(self, monitor: GEffectMonitor) -> None:
+        """What is recorded and logged of a step, at the weights before it."""
+        norm = self.trainer.args.max_grad_norm or None
+        self.effect, self.latest = None, {"dropped": 1.0}
+        if monitor.dropped is not None:
+            return
+        self.effect = effect = monitor.effect()
+        self.latest = {f"nll/{side}": value for side, value in effect.risks.items()}
+        self.latest |= {side: effect.total(side) for side in effect.sides}
+        self.latest |= {f"cosine/{side}": effect.cosine(side) for side in effect.sides if side in effect.norms}
+        clip = monitor.effect(max_norm=norm).measured["clip"] if norm else 1.0
+        self.latest |= {"step_norm": effect.measured["step_norm"], "clip": clip}
+        if self.surgery is not None:
+            step = monitor.effect(of="step")
+            self.latest |= {f"step/{side}": step.total(side) for side in step.sides}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the last step, as records have them."""
+        latest = self.latest
+        if self.effect is None:
+            return [{"quantity": "dropped", "value": 1.0}]
+        rows = self.effect.rows()
+        rows += [{"quantity": "risk", "side": side, "value": latest[f"nll/{side}"]} for side in self.effect.risks]
+        rows += [{"quantity": name, "value": latest[name]} for name in ("step_norm", "clip")]
+        for side in SIDES:
+            if f"step/{side}" in latest:
+                rows.append(
+                    {"quantity": "step_effect", "side": side, "group": "total", "value": latest[f"step/{side}"]}
+                )
+        return rows
+
+
+class RecordLive(TrainerCallback):
+    """Writes the live effect of every `every`-th step to the records of the step that it was measured at: as
+    `GEffectCallback`, at the weights before the update. Its objective's name ends with " (live)".
+    """
+
+    def __init__(self, live: LiveSteps, every: int) -> None:
+        self.live, self.every = live, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step - 1
+        if not self.every or step % self.every or not state.is_world_process_zero:
+            return
+        common = {"run": run_name(args.output_dir), "objective": self.live.label, "step": step, "epoch": state.epoch}
+        write_record(args.output_dir, [{**common, **row} for row in self.live.rows()])
+
+
+def loss_and_risk(
+    model: Any, batch: Mapping[str, Any], objective: Objective, count: int, *, normalizer: Any, reference: str
+) -> tuple[LossOutput, Tensor]:
+    """`gfast.model_loss` of an objective with token weights, and the NLL over `count`, from one forward."""
+
+    def both(module: Any) -> tuple[LossOutput, Tensor]:
+        given = with_reference(module, batch, objective, reference)
+        output = model_output(module, given)
+        risk = output_loss(output, given, NLL(), normalizer=count).loss
+        return output_loss(output, given, objective, normalizer=normalizer), risk
+
+    return wrappers.inside(model, both)

@@ -1,0 +1,135 @@
+"""Live G-effects and surgery in the trainer: the weights of a plain run, the effects of g_effect, the records."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers.training_tiny import collator, config, copied, datasets, pairing, parameters, tiny_model  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect import EffectHistory  # noqa: E402
+from gfast.objectives import GA, NLL, WGA, Mix  # noqa: E402
+from gfast.training.callback import GEffectCallback  # noqa: E402
+from gfast.training.loss import GFastLossMixin  # noqa: E402
+from gfast.training.records import read_records  # noqa: E402
+from gfast.training.reference import ReferenceCache  # noqa: E402
+from gfast.training.trainer import UnlearnTrainer  # noqa: E402
+
+
+def trained(folder, model, callbacks=(), references=None, **options):
+    data, collate = pairing()
+    args = config(folder, **options)
+    trainer = UnlearnTrainer(
+        model, args, train_dataset=data, data_collator=collate, callbacks=list(callbacks), references=references
+    )
+    trainer.train()
+    return trainer
+
+
+def rows(folder, quantity, side="retain", group="total", label=" (live)"):
+    found = read_records(folder)
+    found = found[(found["quantity"] == quantity) & (found["side"] == side) & (found["group"] == group)]
+    found = found[found["objective"].str.endswith(label)]
+    return dict(zip(found["step"].tolist(), found["value"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(objective="GA", retain_term="nll", alpha=0.7),
+        dict(objective="WGA", retain_term="nll", gamma=0.5, geffect_live_unlearn=True),
+        dict(objective="WGA", retain_term="none", geffect_live_unlearn=True),
+        dict(objective="GA", retain_term="kl"),
+    ],
+    ids=lambda options: f"{options['objective']}+{options['retain_term']}",
+)
+def test_trains_as_without_it_and_measures_each_step(options, accumulation, tmp_path):
+    live = {name: options[name] for name in options if name.startswith("geffect_live")}
+    options = {name: value for name, value in options.items() if name not in live}
+    options |= dict(max_steps=2, gradient_accumulation_steps=accumulation, optim="sgd")
+    start = tiny_model()
+    start.tie_weights()
+    references = None
+    if options["retain_term"] == "kl":
+        references = {"retain": ReferenceCache.build(start, datasets()[1], collator(), what={"hidden"})}
+    plain, model = copied(start), copied(start)
+    one = trained(tmp_path / "plain", plain, references=references, **options)
+    two = trained(tmp_path / "live", model, references=references, geffect_live=True, **live, **options)
+    for name, value in parameters(plain).items():
+        torch.testing.assert_close(parameters(model)[name], value, rtol=1e-5, atol=1e-6)
+    logs = [[entry for entry in t.state.log_history if "loss" in entry] for t in (one, two)]
+    for a, b in zip(*logs, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert {"geffect_live/retain", "geffect_live/cosine/retain", "geffect_live/clip"} <= set(b)
+        assert b["forget_loss"] == pytest.approx(a["forget_loss"], rel=1e-4)
+    # the effect of the first step, by g_effect on its batches
+    loader = two.get_train_dataloader()
+    batches = [batch for batch, _ in zip(loader, range(accumulation), strict=False)]
+    forgets, retains = [b["forget"] for b in batches], [b["retain"] for b in batches]
+    own = two.objective.retain != NLL()
+    which = retains[-1:] if own and two.objective.retain is None else retains[:1]
+    truth = gfast.g_effect(start.eval(), two.objective.forget, forget=forgets, retain=which, norms=True)
+    for group, value in truth.retain.items():
+        found = rows(tmp_path / "live", "g_effect", group=group)
+        assert found.keys() == {0, 1} and found[0] == pytest.approx(
+            value, rel=1e-3, abs=1e-6 * abs(truth.total("retain"))
+        )
+    assert rows(tmp_path / "live", "risk", group="")[0] == pytest.approx(truth.risks["retain"], rel=1e-4)
+    if options["objective"] == "GA" or accumulation == 1:
+        assert rows(tmp_path / "live", "g_effect", "unlearn")[0] == pytest.approx(truth.total("unlearn"), rel=1e-3)
+
+
+def test_live_and_measured_effects_are_on_one_page(tmp_path):
+    from gfast.report.runs import load_runs
+
+    forget, retain = (next(iter(torch.utils.data.DataLoader(d, 4, collate_fn=collator()))) for d in datasets())
+    callback = GEffectCallback(1, [forget], [retain], Mix(GA(), NLL()), norms=True)
+    options = dict(max_steps=3, retain_term="nll", geffect_live=True, surgery="pcgrad:group")
+    trained(tmp_path / "run", tiny_model(), [callback], **options)
+    runs = load_runs([tmp_path / "run"])
+    assert {run.objective for run in runs} == {"GA() + NLL()", "GA() + NLL() (live)"}
+    (live,) = [run for run in runs if run.objective.endswith("(live)")]
+    history = EffectHistory.from_records(live.records)
+    assert history.steps == [0, 1, 2] and history.unlearn["lm"][0] < 0
+    assert len(rows(tmp_path / "run", "step_effect")) == 3
+    from gfast.commands.report import main
+
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "page")]) in (0, None)
+
+
+def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
+    class Forget(GFastLossMixin, Trainer):
+        objective = Mix(WGA(), NLL())
+
+    data, collate = pairing()
+    settings = dict(use_cpu=True, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1)
+    args = TrainingArguments(str(tmp_path / "run"), remove_unused_columns=False, **settings)
+    trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=collate, surgery="sago")
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["geffect_live/step/retain"])
+    assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+    with pytest.raises(ValueError, match="unknown surgery 'pc'"):
+        Forget(tiny_model(), args, train_dataset=data, data_collator=collate, surgery="pc")
+    with pytest.raises(ValueError, match="unknown surgery 'pc'"):
+        config(tmp_path, surgery="pc")
+    plain = Forget(tiny_model(), args, train_dataset=datasets()[0], data_collator=collator(), geffect_live=True)
+    plain.objective = Mix(GA())
+    with pytest.raises(ValueError, match="need a retain batch beside every forget batch"):
+        plain.train()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.inf
+    before = parameters(model)
+    trained(tmp_path / "run", model, geffect_live=True, retain_term="nll", optim="sgd")
+    assert all(torch.equal(before[name], value) for name, value in parameters(model).items())
+    assert rows(tmp_path / "run", "dropped", side="", group="") == {0: 1.0}
