@@ -15,7 +15,7 @@ from gfast.deferred import DeferredLogits, Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, Mix
-from gfast.ops.checks import IGNORE_INDEX, check_weight
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
@@ -25,7 +25,7 @@ from gfast.ops.token_kl import token_kl
 from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
-from gfast.ops.weights import check_reference, is_pair
+from gfast.ops.weights import check_given, check_reference, is_pair
 from gfast.packed import pair_ids, sequence_ids
 
 
@@ -193,7 +193,7 @@ def model_loss(
         batch = {**batch, "weight": weight}
     if batch.get("weight") is not None:
         check_weighs(objective, "model_loss")
-        check_weight("model_loss", batch["weight"], labels)
+    check_given("model_loss", objective, batch.get("weight"), labels)
     # before the forward pass, not after it
     lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):

@@ -18,7 +18,7 @@ import gfast
 import gfast.integrations.open_unlearning as integration
 from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
-from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, WTNPO, SatImp, SimNPO
+from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, WTNPO, BalDRO, BalDROG, SatImp, SimImp, SimNPO, SimSat
 
 CLASSES = {
     "GradAscent": GA(),
@@ -28,9 +28,15 @@ CLASSES = {
     "SimNPO": SimNPO(1.0, 0.0),
     "WGA": WGA(1.0),
     "SatImp": SatImp(5.0, 1.0),
+    "SimSat": SimSat(5.0),
+    "SimImp": SimImp(5.0),
     "TNPO": TNPO(1.0),
     "WTNPO": WTNPO(1.0, 1.0),
 }
+
+
+# over the samples of a batch: of one at a time they are NPO
+BY_BATCH = {"DrNPO": BalDRO(1.0, 1.0), "GroupNPO": BalDROG(1.0, 0.5)}
 
 
 def kl(model, original, batch):
@@ -221,7 +227,13 @@ def test_configs_name_trainers_and_arguments_that_there_are():
         )
         assert config["defaults"] in (["GradDiff"], ["finetune"])
         found.add(file.stem)
-    assert found == {f"GFast{name}" for name in CLASSES}
+    assert found == {f"GFast{name}" for name in CLASSES | BY_BATCH}
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_weights_over_a_batch_are_made(tmp_path, name):
+    trainer = ou.trained(name, tmp_path, tiny_model(), train=False)
+    assert trainer.objective.forget == BY_BATCH[name] and trainer.objective.retain == NLL()
 
 
 def test_the_command_runs_a_script_as_it_is(tmp_path):

@@ -20,9 +20,15 @@ from gfast.objectives import (
     TNPO,
     WGA,
     WTNPO,
+    BalDRO,
+    BalDROG,
+    HardMask,
     Mix,
     SatImp,
+    SimImp,
     SimNPO,
+    SimSat,
+    SoftMask,
     from_name,
 )
 
@@ -54,6 +60,8 @@ TOKEN_FORMULAS = {
     GA(): lambda p, o: 1.0,
     WGA(alpha=0.5): lambda p, o: p**0.5,
     SatImp(beta1=2.0, beta2=1.5): lambda p, o: p**2.0 * (1 - p) ** 1.5,
+    SimSat(beta=2.5): lambda p, o: p**2.5,
+    SimImp(beta=1.5): lambda p, o: (1 - p) ** 1.5,
     TNPO(beta=0.7): lambda p, o: 2 * p**0.7 / (p**0.7 + o**0.7),
     WTNPO(alpha=0.4, beta=2.0): lambda p, o: p**0.4 * 2 * p**2 / (p**2 + o**2),
     NLL(): lambda p, o: -1.0,
@@ -180,11 +188,59 @@ def test_counts():
     assert DPO().count(torch.tensor([[-100], [1], [-100], [-100]])) == 1
 
 
+@pytest.mark.parametrize("objective", [HardMask(), SoftMask()], ids=str)
+def test_masks(objective, data):
+    logits, labels, _ = data
+    generator = torch.Generator().manual_seed(1)
+    v = torch.rand(B, T, generator=generator, dtype=torch.float64)
+    v = (v > 0.5).double() if isinstance(objective, HardMask) else v
+    out = gfast.unlearn_loss(logits, labels, objective, weight=v)
+    logp = table(logits, labels)
+    assert out.loss.item() == pytest.approx(sum(v[at].item() * lp for at, lp in logp.items()) / len(logp), rel=1e-12)
+    assert out.weight.tolist() == torch.where(labels == -100, 0, v).tolist()
+    with pytest.raises(ValueError, match=r"unlearn_loss: .*Mask\(\) needs weight"):
+        gfast.unlearn_loss(logits, labels, objective)
+    for wrong in [1.5, -0.5] + [0.5] * isinstance(objective, HardMask):
+        with pytest.raises(ValueError, match=rf"takes weights v .*, and weight\[1, 2\] is {wrong}"):
+            gfast.unlearn_loss(
+                logits, labels, objective, weight=v.index_put((torch.tensor(1), torch.tensor(2)), v.new_tensor(wrong))
+            )
+
+
+@pytest.mark.parametrize(
+    "objective", [BalDRO(0.3, 1.5), BalDRO(0.3, -0.8), BalDROG(0.3, 0.5), BalDROG(0.3, 0.1)], ids=str
+)
+def test_weights_over_samples(objective, data):
+    """The gradient is that of the papers' value, over the sequences that have a label; one of four has none here."""
+    logits, labels, ref = data
+    labels, ref = labels.clone(), ref.clone()
+    labels[3], ref[3] = -100, 0.0
+    z = logits.clone().requires_grad_()
+    picked = torch.log_softmax(z, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logp = torch.where(labels == -100, 0.0, picked)
+    kept = labels[:3] != -100
+    value = 2 / 0.3 * torch.log(1 + torch.exp(0.3 * (logp - ref).sum(1)))[:3]
+    if isinstance(objective, BalDRO):
+        whole = -objective.tau * torch.log(torch.exp(-value / objective.tau).mean())
+    else:
+        known = logp.sum(1)[:3] / kept.sum(1)
+        whole = value[known.argsort(descending=True)[: max(1, int(3 * objective.share))]].mean()
+    (expected,) = torch.autograd.grad(whole, z)
+    out = gfast.unlearn_loss(z, labels, objective, ref_logp=ref)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], expected)
+    assert out.loss.item() == pytest.approx(float((out.weight * logp.detach()).sum()) / 3)
+    hidden, head = z.detach(), torch.eye(V, dtype=torch.float64)
+    linear = gfast.linear_unlearn_loss(hidden.requires_grad_(), head, labels, objective, ref_logp=ref, chunk_rows=4)
+    torch.testing.assert_close(torch.autograd.grad(linear.loss, hidden)[0], expected)
+    with pytest.raises(ValueError, match="needs ref_logp"):
+        gfast.unlearn_loss(z, labels, objective)
+
+
 def test_registry_and_names():
     assert from_name("WGA", alpha=0.5) == WGA(alpha=0.5)
-    assert set(REGISTRY) == {
-        "ga", "wga", "satimp", "tnpo", "wtnpo", "npo", "simnpo", "dpo", "po", "nll", "kl", "rmu", "rr"
-    }  # fmt: skip
+    names = "ga wga satimp tnpo wtnpo npo simnpo dpo po nll kl rmu rr simsat simimp baldro baldrog hardmask softmask"
+    for name in names.split():
+        assert REGISTRY[name].key == name == REGISTRY[name].__name__.lower()
     with pytest.raises(ValueError, match="choose one of"):
         from_name("wgo")
     with pytest.raises(ValueError, match="WGA has no parameter beta; it takes alpha"):
@@ -201,10 +257,21 @@ def test_mix():
 
 @pytest.mark.parametrize(
     "bad",
-    [lambda: WGA(alpha=-1), lambda: NPO(beta=0), lambda: TNPO(beta=-1), lambda: SatImp(beta1=-0.1), lambda: DPO(0)],
+    [
+        lambda: WGA(alpha=-1),
+        lambda: NPO(beta=0),
+        lambda: TNPO(beta=-1),
+        lambda: SatImp(beta1=-0.1),
+        lambda: DPO(0),
+        lambda: SimSat(-1),
+        lambda: SimImp(-1),
+        lambda: BalDRO(tau=0),
+        lambda: BalDRO(beta=0),
+        lambda: BalDROG(share=0),
+    ],
 )
 def test_bad_parameters(bad):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must (not )?be"):
         bad()
 
 

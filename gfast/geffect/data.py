@@ -15,6 +15,7 @@ from gfast.hf import OWN_KEYS
 from gfast.model import check_weighs
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
 from gfast.ops.checks import IGNORE_INDEX, check_weight
+from gfast.ops.weights import check_given
 from gfast.sides import SETS
 
 _REFERENCE_KEYS = frozenset({"ref_logp", "ref_layer_hidden"})
@@ -63,7 +64,7 @@ def terms(objective: Objective, weighted: Collection[str] = ()) -> list[tuple[fl
 
 def risk_terms(risk: Objective) -> list[Term]:
     """The risk on both sets. Raises ValueError for a Mix and for objectives with data of their own."""
-    if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & OWN_DATA:
+    if not isinstance(risk, Objective) or isinstance(risk, Mix) or risk.needs & (OWN_DATA | {"weight"}):
         raise ValueError(
             f"gfast: risk must be one objective that is evaluated on forget and on retain data, not {risk!r}"
         )
@@ -214,6 +215,10 @@ class Data:
         if len(own) > 1:
             raise ValueError("gfast: DPO and PO take different objective_batches: measure them in two calls")
         for term in used:
+            for index, batch in enumerate(self.batches[term.source]):
+                if term.objective.needs & {"weight"} or term.objective.weight_range is not None:
+                    name = f"{term.source}: batch {index}"
+                    check_given(name, term.objective, batch.get("weight"), batch["labels"])
             for key in sorted(term.objective.needs & reference_keys):
                 for index, batch in enumerate(self.batches[term.source]):
                     if batch.get(key) is None:

@@ -62,8 +62,9 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
             f"gfast: {objective} is a mean over sequences, and the num_items_in_batch that Trainer hands a loss func "
             f"counts tokens; {instead}"
         )
-    if spec is not None and spec.uses_ref:
-        raise ValueError(f"gfast: {objective} needs ref_logp, which Trainer does not hand a loss func; {instead}")
+    lacking = sorted(getattr(objective, "needs", frozenset()) & {"ref_logp", "weight"})
+    if lacking:
+        raise ValueError(f"gfast: {objective} needs {lacking[0]}, which Trainer does not hand a loss func; {instead}")
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)

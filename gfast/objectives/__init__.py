@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 from gfast.objectives.base import Objective, Weights, as_objective
+from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
 from gfast.objectives.mix import Mix
 from gfast.objectives.registry import REGISTRY, from_name
+from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
-from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp
+from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp, SimImp, SimSat
 
 __all__ = [
+    "BalDRO",
+    "BalDROG",
     "DPO",
     "GA",
+    "HardMask",
     "KL",
     "Mix",
     "NLL",
@@ -25,7 +30,10 @@ __all__ = [
     "RMU",
     "RR",
     "SatImp",
+    "SimImp",
     "SimNPO",
+    "SimSat",
+    "SoftMask",
     "TNPO",
     "WGA",
     "WTNPO",

@@ -19,14 +19,19 @@ class Objective:
 
     Class attributes:
         key: short lower-case name, as used on the command line.
-        needs: data a batch must carry beyond input_ids and labels: "ref_logp", "ref_hidden", "ref_head",
-            "ref_layer_hidden", "preferred" (DPO's pairs) or "refusal" (PO's replaced answers).
+        needs: data a batch must carry beyond input_ids and labels: "weight" (of its tokens), "ref_logp", "ref_hidden",
+            "ref_head", "ref_layer_hidden", "preferred" (DPO's pairs) or "refusal" (PO's replaced answers).
         default_reduction: "token_mean" or "sequence_mean".
+        weight_range: what a batch's ``weight`` may be, from, to; None: any number. whole_weights: whole numbers only.
+        gradient: its form in words, where it does not follow from ``spec``.
     """
 
     key: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     default_reduction: ClassVar[str] = "token_mean"
+    weight_range: ClassVar[tuple[float, float] | None] = None
+    whole_weights: ClassVar[bool] = False
+    gradient: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -8,13 +8,36 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from gfast.objectives.base import Objective
+from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
+from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
-from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp
+from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp, SimImp, SimSat
 from gfast.words import did_you_mean
 
 REGISTRY: dict[str, type[Objective]] = {
-    cls.key: cls for cls in (GA, WGA, SatImp, TNPO, WTNPO, NPO, SimNPO, DPO, PO, NLL, KL, RMU, RR)
+    cls.key: cls
+    for cls in (
+        GA,
+        WGA,
+        SatImp,
+        SimSat,
+        SimImp,
+        TNPO,
+        WTNPO,
+        HardMask,
+        SoftMask,
+        NPO,
+        SimNPO,
+        BalDRO,
+        BalDROG,
+        DPO,
+        PO,
+        NLL,
+        KL,
+        RMU,
+        RR,
+    )
 }
 
 

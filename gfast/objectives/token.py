@@ -59,7 +59,8 @@ class SatImp(WeightedObjective):
     r"""Saturation-importance weights: :math:`w_i = \mathrm{sg}(p_i^{\beta_1} (1 - p_i)^{\beta_2})`.
 
     Attributes:
-        beta1: >= 0, saturation. beta2: >= 0, importance.
+        beta1: >= 0, saturation. beta2: >= 0, importance. The defaults are open-unlearning's; the authors' own code now
+            recommends beta2 = 0.1.
 
     Source: arXiv 2505.11953. open-unlearning: SatImp.
 
@@ -78,6 +79,58 @@ class SatImp(WeightedObjective):
 
     def spec(self) -> WeightSpec:
         return WeightSpec(p_pow=float(self.beta1), q_pow=float(self.beta2))
+
+
+@dataclass(frozen=True)
+class SimSat(WeightedObjective):
+    r"""Saturation alone: :math:`w_i = \mathrm{sg}(p_i^\beta)`, WGA's weight under another name.
+
+    The published code takes the exponent 1 without a retain term, whatever beta is, and beta with one.
+
+    Attributes:
+        beta: >= 0.
+
+    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp (simsat_gd).
+
+    Example:
+        >>> SimSat(beta=2.0).spec() == WGA(alpha=2.0).spec()
+        True
+    """
+
+    beta: float = 5.0
+    key: ClassVar[str] = "simsat"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.beta >= 0, "beta must be >= 0.")
+
+    def spec(self) -> WeightSpec:
+        return WeightSpec(p_pow=float(self.beta))
+
+
+@dataclass(frozen=True)
+class SimImp(WeightedObjective):
+    r"""Importance alone: :math:`w_i = \mathrm{sg}((1 - p_i)^\beta)`.
+
+    Attributes:
+        beta: >= 0.
+
+    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp (simimp_ga).
+
+    Example:
+        >>> SimImp().spec().q_pow
+        5.0
+    """
+
+    beta: float = 5.0
+    key: ClassVar[str] = "simimp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.beta >= 0, "beta must be >= 0.")
+
+    def spec(self) -> WeightSpec:
+        return WeightSpec(q_pow=float(self.beta))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import check_like_labels, check_reduction, check_weight
+from gfast.ops.checks import (
+    IGNORE_INDEX,
+    check_like_labels,
+    check_reduction,
+    check_weight,
+    reads_are_free,
+    runs_now,
+)
 from gfast.ops.reductions import LossOutput, Tokens
 
 
@@ -101,6 +108,8 @@ def spec_of(objective) -> WeightSpec | None:
     spec = getattr(objective, "spec", None)
     if spec is not None and not is_class:
         return spec()
+    if not is_class and callable(getattr(objective, "weigh", None)):
+        return None
     if not callable(objective) or is_class:
         name = getattr(objective, "__name__", type(objective).__name__)
         raise TypeError(
@@ -125,7 +134,10 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple
     one; see ``sequence_weights``. Only a level above "token" reads ``sequence_id``."""
     spec = spec_of(objective)
     if spec is None:
-        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
+        whole = getattr(objective, "weigh", None)  # of one that is told which tokens count
+        found = whole(logp, ref_logp, valid, sequence_id, num_sequences) if whole else None
+        found = objective(logp, ref_logp, sequence_id) if found is None else found
+        weight = torch.as_tensor(found, dtype=logp.dtype, device=logp.device)
         if weight.shape != logp.shape:
             shapes = f"{tuple(weight.shape)}, not {tuple(logp.shape)}"
             raise ValueError(f"gfast: objective: the weight callable returned shape {shapes}.")
@@ -140,13 +152,40 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple
 def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
     """An objective that needs a reference has one, of the right shape."""
     spec = spec_of(objective)
-    if spec is not None and spec.uses_ref and ref_logp is None:
+    uses_ref = "ref_logp" in getattr(objective, "needs", ()) if spec is None else spec.uses_ref
+    if uses_ref and ref_logp is None:
         raise ValueError(
             f"gfast: {name}: {objective} needs ref_logp, the log-probs of the labels under the original model. Compute "
             f"them once with gfast.ReferenceCache, or with gfast.token_logp under torch.no_grad()."
         )
     if ref_logp is not None:
         check_like_labels(name, "ref_logp", ref_logp, labels)
+
+
+def check_given(name: str, objective, weight: Tensor | None, labels: Tensor) -> None:
+    """Weights beside the objective's own: there where it needs them, like labels, and what it allows."""
+    if weight is None:
+        if "weight" in getattr(objective, "needs", ()):
+            raise ValueError(
+                f"gfast: {name}: {objective} needs weight, a number for each label (over a model the batch's 'weight')."
+            )
+        return
+    check_weight(name, weight, labels)
+    allowed = getattr(objective, "weight_range", None)
+    if allowed is None or not runs_now(weight) or not runs_now(labels):
+        return
+    kept = torch.where(labels != IGNORE_INDEX, weight, allowed[0])
+    good = (kept >= allowed[0]) & (kept <= allowed[1])
+    words = f"weights v in [{allowed[0]:g}, {allowed[1]:g}]"
+    if objective.whole_weights:
+        good, words = good & (kept == kept.round()), f"weights v that are {allowed[0]:g} or {allowed[1]:g}"
+    if not reads_are_free(weight.device):
+        torch._assert_async(good.all(), f"gfast: {name}: {objective} takes {words}")
+    elif not bool(good.all()):
+        where = tuple((~good).nonzero()[0].tolist())
+        raise ValueError(
+            f"gfast: {name}: {objective} takes {words}, and weight{list(where)} is {float(weight[where])}."
+        )
 
 
 class Terms(NamedTuple):
@@ -177,8 +216,8 @@ class Terms(NamedTuple):
         spec = spec_of(objective)
         if ref_logp is not None or spec is None or spec.uses_ref:
             check_reference(name, objective, ref_logp, labels)
-        if weight is not None:
-            check_weight(name, weight, labels)
+        if weight is not None or spec is None or getattr(objective, "needs", None):
+            check_given(name, objective, weight, labels)
         reduction = reduction or default_reduction(objective)
         check_reduction(name, reduction)
         tokens = Tokens.of(name, labels, sequence_id, "any" if spec is None else spec.level, reduction)

@@ -52,6 +52,8 @@ LITERAL = {
     "NLL()": token_sum(lambda p, o: -torch.ones_like(p)),
     "WGA(alpha=1.0)": token_sum(lambda p, o: p),
     "SatImp(beta1=5.0, beta2=1.0)": token_sum(lambda p, o: p**5 * (1 - p)),
+    "SimSat(beta=5.0)": token_sum(lambda p, o: p**5),
+    "SimImp(beta=5.0)": token_sum(lambda p, o: (1 - p) ** 5),
     "TNPO(beta=1.0)": token_sum(lambda p, o: 2 * p / (p + o)),
     "WTNPO(alpha=1.0, beta=1.0)": token_sum(lambda p, o: p * 2 * p / (p + o)),
     "NPO(beta=0.1)": sequences(lambda s, o, n: -2 / 0.1 * logsigmoid(-0.1 * (s - o))),

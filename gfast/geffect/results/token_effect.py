@@ -71,6 +71,11 @@ class TokenEffect(Effect):
                 f"gfast: {objective} compares with the original model, and these tokens were measured without "
                 f"ref_logp: give token_effect batches with ref_logp (a ReferenceCache and the collator that joins it)"
             )
+        if "weight" in objective.needs and self.weight is None:
+            raise ValueError(
+                f"gfast: {objective} needs a weight of every token, and these were measured without: give token_effect "
+                f"batches with 'weight'"
+            )
         logp, sizes = torch.cat(self.logp), self._sizes()  # [N], [S]
         ref = None if self.ref_logp is None else torch.cat(self.ref_logp).to(logp.dtype)
         valid = torch.ones(len(logp), dtype=torch.bool, device="cpu")

@@ -18,7 +18,8 @@ CONFIGS = "pkg://gfast.integrations.open_unlearning.configs"
 
 def register(replace: bool = False) -> list[str]:
     """Put gfast's trainers into open-unlearning's registry, as GFastGradAscent, GFastGradDiff, GFastNPO, GFastDPO,
-    GFastSimNPO, GFastWGA, GFastSatImp, GFastTNPO and GFastWTNPO.
+    GFastSimNPO, GFastWGA, GFastSatImp, GFastSimSat, GFastSimImp, GFastTNPO, GFastWTNPO, and BalDRO's GFastDrNPO and
+    GFastGroupNPO (which leaves the retain batch whole).
 
     They take the arguments of open-unlearning's own, with the same defaults, and `reference`, `reference_path`,
     `geffect_every` and `geffect_samples` (`gfast.integrations.open_unlearning.trainers`). What open-unlearning makes of

@@ -16,7 +16,24 @@ from gfast import wrappers
 from gfast.data import batches
 from gfast.integrations.open_unlearning.arguments import unlearn_config
 from gfast.integrations.open_unlearning.data import Chosen, Items, PlainOrPairs, drawn, paired
-from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, WTNPO, Mix, Objective, SatImp, SimNPO
+from gfast.objectives import (
+    DPO,
+    GA,
+    KL,
+    NLL,
+    NPO,
+    TNPO,
+    WGA,
+    WTNPO,
+    BalDRO,
+    BalDROG,
+    Mix,
+    Objective,
+    SatImp,
+    SimImp,
+    SimNPO,
+    SimSat,
+)
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.reference import ReferenceCache
@@ -32,6 +49,10 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
     "SimNPO": (lambda beta, delta: SimNPO(beta, delta), {"beta": 1.0, "delta": 0.0}),
     "WGA": (lambda beta: WGA(beta), {"beta": 1.0}),
     "SatImp": (lambda beta1, beta2: SatImp(beta1, beta2), {"beta1": 5.0, "beta2": 1.0, "alpha": 0.1}),
+    "SimSat": (lambda beta: SimSat(beta), {"beta": 5.0}),
+    "SimImp": (lambda beta: SimImp(beta), {"beta": 5.0}),
+    "DrNPO": (lambda beta, beta_dv_forget: BalDRO(beta, beta_dv_forget), {"beta": 1.0, "beta_dv_forget": 1.0}),
+    "GroupNPO": (lambda beta, sampling_ratio: BalDROG(beta, sampling_ratio), {"beta": 1.0, "sampling_ratio": 0.5}),
     "TNPO": (lambda beta: TNPO(beta), {"beta": 1.0}),
     "WTNPO": (lambda beta, wga_beta: WTNPO(wga_beta, beta), {"beta": 1.0, "wga_beta": 1.0}),
 }
