@@ -218,3 +218,16 @@ def test_batches_cover_the_data_in_order():
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"gfast.data.{name}"))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_a_mask_of_the_highest_scores():
+    from gfast.data import top_tokens
+
+    labels = torch.tensor([[-100, 1, 2, 3, 4], [-100, -100, -100, -100, -100], [7, -100, 8, 9, 10]])
+    scores = torch.tensor([[9.0, 2.0, 1.0, 2.0, 2.0], [1.0] * 5, [-1.0, 9.0, -3.0, -2.0, -4.0]])
+    assert top_tokens(scores, labels, 0.5).tolist() == [[0, 1, 0, 1, 0], [0] * 5, [1, 0, 0, 1, 0]]
+    assert top_tokens(scores, labels, 0.3).sum(1).tolist() == [2, 0, 2] and top_tokens(scores, labels, 1.0).sum() == 8
+    assert top_tokens(torch.arange(10.0), torch.arange(10), 0.3).sum() == 3
+    for wrong in (dict(share=0.0), dict(scores=scores[:1]), dict(scores=scores * torch.nan)):
+        with pytest.raises(ValueError, match="top_tokens"):
+            top_tokens(**{"scores": scores, "labels": labels, **wrong})

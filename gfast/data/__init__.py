@@ -7,6 +7,7 @@ from gfast.data.ids import check_vocabulary, token_pieces
 from gfast.data.jsonl import iter_jsonl, load_jsonl
 from gfast.data.tofu import load_tofu
 from gfast.data.tokenizer import demo_tokenizer
+from gfast.data.weights import top_tokens
 
 __all__ = [
     "Collator",
@@ -28,4 +29,5 @@ __all__ = [
     "load_tofu",
     "refusals",
     "token_pieces",
+    "top_tokens",
 ]
