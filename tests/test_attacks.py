@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -15,7 +14,7 @@ import gfast
 from gfast import cli, metrics
 from gfast.data import Collator, QADataset, batches
 from gfast.evaluation import sources
-from gfast.evaluation.attacks import Relearning, quantize, relearn, split
+from gfast.evaluation.attacks import QUANTIZERS, Relearning, quantize, relearn, split
 from gfast.files import read_json
 
 
@@ -89,21 +88,69 @@ def test_relearning_from_the_command_line(model, tmp_path, capsys):
 
 def test_quantization_is_refused_with_what_to_install(model, tmp_path, capsys, monkeypatch):
     fails(capsys, "choose one of 4bit, 8bit", flags(model, tmp_path / "x", quantize="2bit"))
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    fails(capsys, "pip install torchao", flags(model, tmp_path / "x", quantize="8bit"))
+    fails(capsys, "give the bits", flags(model, tmp_path / "x", quantize_by="bitsandbytes"))
+    for module, by in (("torchao.quantization", "torchao"), ("bitsandbytes", "bitsandbytes")):
+        monkeypatch.setitem(sys.modules, module, None)
+        fails(capsys, f"pip install {by}", flags(model, tmp_path / "x", quantize="8bit", quantize_by=by))
     assert not (tmp_path / "x" / "run.json").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("by", QUANTIZERS)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_quantized_weights(bits):
-    network, ids = tiny_model(hidden_size=64, intermediate_size=96).eval(), torch.arange(3, 20)[None]
+def test_quantized_weights(bits, by):
+    pytest.importorskip(by)
+    network, ids = tiny_model(hidden_size=64, intermediate_size=128).eval(), torch.arange(3, 20)[None]
     head = network.lm_head.weight.clone()
+    weight = network.model.layers[0].mlp.up_proj.weight.clone()
     with torch.no_grad():
         before = network(input_ids=ids).logits
-        found = quantize(network, bits)(input_ids=ids).logits
+        found = quantize(network, bits, by)(input_ids=ids).logits
     assert torch.equal(network.lm_head.weight, head)
     apart = float((found - before).norm() / before.norm())
     assert 1e-4 < apart < (0.1 if bits == "8bit" else 2)
-    weight = network.model.layers[0].mlp.up_proj.weight.dequantize()
-    assert len(weight[0].unique()) <= (256 if bits == "8bit" else 32)
+    rounded = network.model.layers[0].mlp.up_proj
+    if by == "torchao":
+        assert len(rounded.weight.dequantize()[0].unique()) <= (256 if bits == "8bit" else 32)
+    else:
+        assert type(rounded).__name__ == ("Linear8bitLt" if bits == "8bit" else "Linear4bit")
+        assert not torch.equal(rounded.weight.float().reshape(-1)[:9], weight.reshape(-1)[:9])
+
+
+def test_bitsandbytes_says_which_layer_it_does_not_take():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj has 96 inputs.*torchao"):
+        quantize(tiny_model(hidden_size=64, intermediate_size=96), "4bit", "bitsandbytes")
+
+
+class Harness:
+    """As much of lm-eval as is called: its tasks, its wrapper and its evaluation."""
+
+    asked: list = []
+
+    class TaskManager:
+        all_tasks = ["wmdp", "mmlu"]
+
+    class HFLM:
+        def __init__(self, pretrained, tokenizer, batch_size):
+            self.logits = pretrained(torch.arange(3, 9)[None]).logits
+            assert not pretrained.training and tokenizer is not None
+
+    @classmethod
+    def simple_evaluate(cls, model, tasks, log_samples):
+        cls.asked.append(tasks)
+        return {"results": {task: {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": task} for task in tasks}}
+
+
+def test_tasks_of_lm_eval(model, tmp_path, capsys, monkeypatch):
+    """Asked once of the model in memory, after the evaluation; without the library, what to install."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    fails(capsys, "pip install 'gfast[lm-eval]'", flags(model, tmp_path / "x", lm_eval="wmdp"))
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, Harness)
+    fails(capsys, "no task 'wmpd'; did you mean wmdp?", flags(model, tmp_path / "x", lm_eval="wmpd"))
+    assert not (tmp_path / "x" / "run.json").exists()
+    for _ in range(2):
+        assert cli.main(flags(model, tmp_path / "out", lm_eval="wmdp")) == 0
+        assert "| wmdp | acc | 0.2500 |" in capsys.readouterr().out
+    assert Harness.asked == [["wmdp"]]
+    assert read_json(tmp_path / "out" / "lm_eval.json")["results"]["wmdp"]["acc,none"] == 0.25

@@ -30,8 +30,17 @@ from gfast.commands.models import check_model, load_model, load_tokenizer
 from gfast.data import check_vocabulary, load_jsonl
 from gfast.data.encode import chat_source, resolve_template
 from gfast.data.ids import vocabulary_sizes
-from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, sources
-from gfast.evaluation.attacks import BITS, Relearning, curve_table, quantize, relearn, split
+from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, harness, sources
+from gfast.evaluation.attacks import (
+    BITS,
+    QUANTIZERS,
+    Relearning,
+    curve_table,
+    quantize,
+    relearn,
+    require_quantizer,
+    split,
+)
 from gfast.evaluation.results import SET_COLUMNS, require_libraries, shown, summarize, table, wholes, write_results
 from gfast.evaluation.run import EXTRACTIONS
 from gfast.files import read_json, require_writable, whole_file, write_json
@@ -117,8 +126,14 @@ class EvaluateArguments:
     relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning (AdamW)."})
     relearn_lora_r: int = field(default=0, metadata={"help": "With LoRA adapters of this rank; 0: all parameters."})
     quantize: str | None = field(
-        default=None, metadata={"help": "4bit or 8bit: round the model's weights first, by torchao."}
+        default=None, metadata={"help": "4bit or 8bit: round the model's weights first, all but the head's."}
     )
+    quantize_by: str = field(default="torchao", metadata={"help": "torchao or bitsandbytes.", "choices": QUANTIZERS})
+    lm_eval: list[str] | None = field(
+        default=None,
+        metadata={"help": "Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
+                  "come from the hub."},
+    )  # fmt: skip
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
     output_dir: str = field(default="gfast-evaluation", metadata={"help": "Folder for the log, tables and the page."})
 
@@ -136,6 +151,8 @@ class EvaluateArguments:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
         if self.quantize is not None and self.quantize not in BITS:
             raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(BITS)}")
+        if self.quantize is None and self.quantize_by != QUANTIZERS[0]:
+            raise ValueError("--quantize_by says how to round: give the bits, --quantize 4bit or 8bit")
         if self.relearn and self.quantize:
             raise ValueError("--relearn trains weights, and --quantize rounds them: evaluate one attack at a time")
         if self.relearn and self.data not in ("tofu", "jsonl", "bundled"):
@@ -203,16 +220,25 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
         _check_retain_log(sets, samples, retain_log)
     plan, related = _plan(arguments, sets)
     if arguments.quantize is not None:
-        required("torchao.quantization", "torchao", f"--quantize {arguments.quantize}")  # before the model is loaded
+        require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
+    if arguments.lm_eval:
+        harness.require_tasks(arguments.lm_eval)
     model = load_model(model_arguments).to(device)
     _fit(model, sets, samples, tokenizer, arguments)
     # A relearning comes after the evaluation, and says by itself how it was done.
-    elsewhere = ("data_path", "device", "output_dir", "retain_log", *(n for n in vars(arguments) if "relearn" in n))
+    elsewhere = (
+        "data_path",
+        "device",
+        "output_dir",
+        "retain_log",
+        "lm_eval",
+        *(n for n in vars(arguments) if "relearn" in n),
+    )
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
     settings |= {"chat_kwargs": options, **of_model}
     if arguments.quantize is not None:
-        model = quantize(model, arguments.quantize)
+        model = quantize(model, arguments.quantize, arguments.quantize_by)
     info = as_text(
         {
             "model": model_arguments.model,
@@ -239,6 +265,8 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     log = evaluation.log(results, Path(str(info["model"])).name, source)
     shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
     report(folder, log, retain_log, shown_settings | ({"weights": arguments.quantize} if arguments.quantize else {}))
+    if arguments.lm_eval:
+        print(harness.evaluated(model, tokenizer, arguments.lm_eval, arguments.batch_size, folder))
     if plan is not None:
         _relearned(model, tokenizer, sets, plan, related, arguments, options, folder)
     return 0

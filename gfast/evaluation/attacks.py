@@ -23,6 +23,7 @@ from gfast.objectives import NLL
 logger = logging.getLogger("gfast")
 
 BITS = ("4bit", "8bit")
+QUANTIZERS = ("torchao", "bitsandbytes")
 # Of each evaluation along a relearning: what the curve shows.
 CURVE = ("nll", "probability", "truth_ratio", "extraction_strength", "exact_memorization", "rougeL_recall")
 
@@ -175,26 +176,54 @@ def curve_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def quantize(model: nn.Module, bits: str) -> nn.Module:
-    """Round the weights of every Linear but the output head to 4 or 8 bits, in place, by torchao.
-
-    Errors: ImportError, saying what to install, without torchao.
-    """
+def require_quantizer(bits: str, by: str) -> Any:
+    """The library, loaded; ImportError, saying what to install, without it."""
     chosen("quantize", bits, BITS)
-    api = required("torchao.quantization", "torchao", f"--quantize {bits}")
-    head = model.get_output_embeddings()
-    if bits == "8bit":
-        config = api.Int8WeightOnlyConfig()
+    chosen("quantize_by", by, QUANTIZERS)
+    return required("torchao.quantization" if by == "torchao" else by, by, f"--quantize {bits} --quantize_by {by}")
+
+
+def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
+    """Round the weights of every Linear but the output head to 4 or 8 bits, in place.
+
+    by: torchao (8 bits a row, 4 bits in groups of 32) or bitsandbytes (LLM.int8, NF4 in blocks of 64).
+
+    Errors: ImportError, saying what to install, without that library; ValueError for sizes that it does not take.
+    """
+    api, head = require_quantizer(bits, by), model.get_output_embeddings()
+    wanted = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
+    if by == "torchao":
+        if bits == "8bit":
+            config = api.Int8WeightOnlyConfig()
+        else:
+            granularity = required("torchao.quantization.granularity", "torchao", f"--quantize {bits}")
+            config = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
+        api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
     else:
-        granularity = required("torchao.quantization.granularity", "torchao", f"--quantize {bits}")
-        config = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
-    names = []
-
-    def wanted(module: nn.Module, name: str) -> bool:
-        found = isinstance(module, nn.Linear) and module is not head
-        names.extend([name] if found else [])
-        return found
-
-    api.quantize_(model, config, filter_fn=wanted)
-    logger.info("%d Linear layers hold weights of %s", len(names), bits)
+        odd = [
+            name for name, module in wanted.items() if module.in_features % 64 and module.weight.device.type == "cpu"
+        ]
+        if bits == "4bit" and odd:
+            raise ValueError(
+                f"gfast: {odd[0]} has {wanted[odd[0]].in_features} inputs, and bitsandbytes on a CPU takes multiples "
+                "of 64 for 4 bits: --quantize_by torchao, or 8bit"
+            )
+        for name, module in wanted.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _by_bitsandbytes(api, module, bits))
+    logger.info("%d Linear layers hold weights of %s, by %s", len(wanted), bits, by)
     return model
+
+
+def _by_bitsandbytes(api: Any, module: nn.Linear, bits: str) -> nn.Module:
+    sizes, weight = (module.in_features, module.out_features, module.bias is not None), module.weight.data.cpu()
+    if bits == "8bit":
+        made = api.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        made.weight = api.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        made = api.nn.Linear4bit(*sizes, compute_dtype=module.weight.dtype, quant_type="nf4")
+        made.weight = api.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    made.bias = module.bias
+    return made.to(module.weight.device).eval()  # the move rounds

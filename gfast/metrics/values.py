@@ -20,7 +20,7 @@ def required(module: str, package: str, what: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"gfast: {what} needs {package}, which cannot be loaded ({error}): pip install "
-            f"'gfast[evaluate]' (or pip install {package})"
+            f"'gfast[{'lm-eval' if package == 'lm-eval' else 'evaluate'}]' (or pip install {package})"
         ) from error
 
 
