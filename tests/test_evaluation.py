@@ -251,6 +251,18 @@ def changed(**fields) -> EvaluationSet:
     return EvaluationSet("forget", "bundled", rows, **FIELDS)
 
 
+def test_generations_that_never_end_are_cut_and_counted():
+    """Every logit the same: greedy says token 0 for ever. It stops at the limit, and the log and the summary say so."""
+    model, one = tiny_model(), evaluation(rows=3, generate=4)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert 0 not in one.ends
+    log = parse_log(one.log(one.run(model), "endless", {}))
+    for name, found in summarize(log)["sets"].items():
+        assert found["generations_cut"] == found["samples"] == 3, name
+        assert list(log.sets[name].values["generated_tokens"]) == [4, 4, 4]
+
+
 @pytest.mark.parametrize("fields, message", [
     ({"perturbed_answer": None}, 'row 1: field "perturbed_answer" should list perturbed answers, got None'),
     ({"perturbed_answer": []}, "should list perturbed answers"),
