@@ -17,6 +17,8 @@ _EXPORTS = {
     "linear_unlearn_loss": "gfast.ops.linear_unlearn_loss",
     "token_kl": "gfast.ops.token_kl",
     "linear_token_kl": "gfast.ops.linear_token_kl",
+    "soft_target_loss": "gfast.ops.soft_target_loss",
+    "linear_soft_target_loss": "gfast.ops.linear_soft_target_loss",
     "grad_dot": "gfast.ops.grad_dot",
     "empty_cache": "gfast.ops.memory",
     "LossOutput": "gfast.ops.reductions",
@@ -59,11 +61,13 @@ if TYPE_CHECKING:
     )
     from gfast.model import model_logp, model_loss
     from gfast.ops.grad_dot import grad_dot
+    from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
     from gfast.ops.linear_token_kl import linear_token_kl
     from gfast.ops.linear_token_logp import linear_token_logp
     from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
     from gfast.ops.memory import empty_cache
     from gfast.ops.reductions import LossOutput
+    from gfast.ops.soft_target_loss import soft_target_loss
     from gfast.ops.token_kl import token_kl
     from gfast.ops.token_logp import token_logp
     from gfast.ops.unlearn_loss import unlearn_loss

@@ -14,14 +14,16 @@ from gfast import hf, sharded, wrappers
 from gfast.deferred import DeferredLogits, Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_state import evaluating
-from gfast.objectives import KL, RMU, RR, Mix
-from gfast.ops.checks import IGNORE_INDEX
+from gfast.objectives import KL, RMU, RR, UNWEIGHTED, Mix, OfLabel, SoftTarget
+from gfast.ops.checks import IGNORE_INDEX, check_like_labels
 from gfast.ops.linear_inputs import as_autocast
+from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
 from gfast.ops.reductions import LossOutput
-from gfast.ops.token_kl import token_kl
+from gfast.ops.soft_target_loss import soft_target_loss
+from gfast.ops.token_kl import kl_factor, token_kl
 from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
@@ -145,14 +147,15 @@ def model_loss(
             method `hidden(batch)` -> [B, T, D] and a module `head` that makes logits [B, T, V] of it; nn.Linear is
             never called.
         batch: what the model takes, and labels [B, T]; what the objective needs besides: ref_logp [B, T] aligned with
-            labels, ref_hidden [B, T, D] and ref_head [V, D] (KL), ref_layer_hidden [B, T, D] (RR); DPO takes pairs
-            [2B, T]. `weight` [B, T], aligned with labels: constants that the objective's own token weights are
-            multiplied by, as in ``unlearn_loss``; KL, RMU and RR have none and refuse it. Where rows hold several
-            texts, these are the sequences: `position_ids` that start again, `cu_seq_lens_q` [S + 1], `seq_idx` or
-            `sequence_id` [B, T] say so (`gfast.packed`).
+            labels, ref_hidden [B, T, D] and ref_head [V, D] (KL, UNDIAL, SHRED, JSD), ref_layer_hidden [B, T, D] (RR);
+            DPO takes pairs [2B, T]. `weight` [B, T], aligned with labels: constants that the objective's own token
+            weights are multiplied by, as in ``unlearn_loss``; objectives without token weights refuse it. Where rows
+            hold several texts, these are the sequences: `position_ids` that start again, `cu_seq_lens_q` [S + 1],
+            `seq_idx` or `sequence_id` [B, T] say so (`gfast.packed`).
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
         ref_logp, sequence_id, weight: override the batch's.
-        reduction, normalizer, impl: as ``linear_unlearn_loss``; KL, RMU and RR know only their mean over positions.
+        reduction, normalizer, impl: as ``linear_unlearn_loss``; objectives without token weights (KL, RMU, RR, those of
+            ``gfast.objectives.soft``) know only their mean over positions.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
             else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
@@ -161,8 +164,7 @@ def model_loss(
         own_terms: this times what the model adds to the cross-entropy in its own loss is added; 1 is its own factor.
 
     Returns:
-        LossOutput; logp and weight are [B, T] aligned with labels, and None for KL, RMU and RR, which have no token
-        weights.
+        LossOutput; logp and weight are [B, T] aligned with labels, and None for objectives without token weights.
 
     Raises:
         ValueError: missing labels or reference data, a base that is not the original, labels outside the vocabulary,
@@ -198,7 +200,10 @@ def model_loss(
     lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):
         _refuse_lack(objective, lacking[0])
-    if not isinstance(objective, (KL, RMU, RR)):
+    if isinstance(objective, UNWEIGHTED):
+        if "ref_logp" in objective.needs and batch.get("ref_logp") is not None:
+            check_like_labels("model_loss", "ref_logp", batch["ref_logp"], labels)
+    else:
         if batch.get("ref_logp") is not None or not lacking:
             check_reference("model_loss", objective, batch.get("ref_logp"), labels)
 
@@ -209,8 +214,10 @@ def model_loss(
             more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
             return LossOutput(objective.value(hidden, *more, labels != IGNORE_INDEX, normalizer), None, None)
         output = model_output(module, given, own_terms=own_terms != 0)
-        if isinstance(objective, KL):
-            out = LossOutput(_kl(output, given, shifted(labels), normalizer, impl), None, None)
+        if isinstance(objective, (KL, SoftTarget)):
+            out = LossOutput(_divergence(output, given, objective, normalizer, impl), None, None)
+        elif isinstance(objective, OfLabel):
+            out = LossOutput(_of_label(output, given, objective, normalizer, impl), None, None)
         else:
             out = output_loss(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
         return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
@@ -272,7 +279,7 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
 
 def check_weighs(objective, name: str) -> None:
     """ValueError for an objective that has no token weights, and so none to be multiplied by a batch's."""
-    if isinstance(objective, (KL, RMU, RR)):
+    if isinstance(objective, UNWEIGHTED):
         raise ValueError(
             f"gfast: {name}: the batch has a 'weight', and {objective} has no token weights that it could multiply: "
             f"take it out of the batch."
@@ -376,7 +383,7 @@ def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, refere
 
 
 def _refuse_lack(objective, key: str) -> None:
-    if key == "ref_logp":
+    if key == "ref_logp" and not isinstance(objective, UNWEIGHTED):
         check_reference("model_loss", objective, None, torch.zeros(0))
     raise ValueError(
         f"gfast: {objective} needs {key!r} in the batch, computed under the original model; build a "
@@ -384,26 +391,57 @@ def _refuse_lack(objective, key: str) -> None:
     )
 
 
-def _kl(output: ModelOutput, batch: Mapping[str, Any], target: Tensor, normalizer, impl: str) -> Tensor:
+def _divergence(output: ModelOutput, batch: Mapping[str, Any], objective, normalizer, impl: str) -> Tensor:
+    """KL, or the divergence from a soft target, whose logits are the original's or the model's own."""
+    target, head = shifted(_labels(batch)), output.head
+    options: dict[str, Any] = dict(normalizer=normalizer, impl=impl)
+    whole, linear = token_kl, linear_token_kl
+    if isinstance(objective, SoftTarget):
+        whole, linear = soft_target_loss, linear_soft_target_loss
+        ref_logp = batch.get("ref_logp")
+        ref_logp = None if ref_logp is None else nn.functional.pad(ref_logp[:, 1:], (0, 1))
+        options |= dict(kind=objective.kind, beta=objective.lowering(target, ref_logp, sequence_ids(batch)))
+        if objective.own:
+            if head is None:
+                return whole(output.value, None, target, **options)
+            return head.over(
+                output.value,
+                lambda hidden: linear(hidden, head.weight, None, None, target, **options, **head.form),
+            )
     ref = batch.get("ref_output")
     if ref is None:
         scale, softcap = batch.get("ref_head_form", _form_of(output))
         ref_head = Head(batch["ref_head"], batch.get("ref_head_bias"), float(scale), float(softcap) or None)
         ref = ModelOutput(ref_head, batch["ref_hidden"])
-    head = output.head
     if head is None or ref.head is None or _form_of(output) != _form_of(ref):
-        return token_kl(_logits(output), _logits(ref).to(output.value.dtype), target, normalizer=normalizer, impl=impl)
+        return whole(_logits(output), _logits(ref).to(output.value.dtype), target, **options)
     ref_weight, ref_bias = ref.head.weight, ref.head.bias
     if is_sharded(head.weight):  # the batch holds the whole head on every process
         ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
-    options = dict(ref_bias=ref_bias, normalizer=normalizer, impl=impl, **head.form)
+    options |= dict(ref_bias=ref_bias, **head.form)
 
-    def kl(hidden: Tensor) -> Tensor:
-        return ref.head.over(
-            ref.value, lambda its: linear_token_kl(hidden, head.weight, its, ref_weight, target, **options)
-        )
+    def divergence(hidden: Tensor) -> Tensor:
+        return ref.head.over(ref.value, lambda its: linear(hidden, head.weight, its, ref_weight, target, **options))
 
-    return head.over(output.value, kl)
+    return head.over(output.value, divergence)
+
+
+def _of_label(output: ModelOutput, batch: Mapping[str, Any], objective: OfLabel, normalizer, impl: str) -> Tensor:
+    """The mean of a function of one token's log-prob a position."""
+    labels = shifted(_labels(batch))
+    target, head = objective.target(labels, sequence_ids(batch)), output.head
+    if head is None:
+        logp, vocab = token_logp(output.value, target, impl=impl), output.value.shape[-1]
+    else:
+        rows = []  # of the weight, which may be here only while the head is called
+
+        def of_head(hidden: Tensor) -> Tensor:
+            rows.append(head.weight.shape[0])
+            return linear_token_logp(hidden, head.weight, target, impl=impl, **head.form)
+
+        logp, vocab = head.over(output.value, of_head), rows[-1]
+    values = torch.where(target == IGNORE_INDEX, 0.0, objective.value(logp, vocab))
+    return values.sum() * kl_factor("model_loss", labels, "token_mean", normalizer, values.dtype)[1]
 
 
 def _form_of(output: ModelOutput) -> tuple[float, float]:

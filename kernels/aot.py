@@ -67,8 +67,8 @@ def specs() -> Iterator[Spec]:
     logp = head + "logp:*fp32 stats:*fp32 N:i32 V:i32"
     grad = head + "logp:*fp32 stats:*fp32 coef:*fp32 out:*$ out_stride:i32 N:i32 V:i32"
     weighted = head + "ref_logp:*fp32 coef_scale:*fp32 logp:*fp32 weight:*fp32 out:*$ out_stride:i32 N:i32 V:i32"
-    kl_types = ("logits:*$ row_stride:i32 ref_logits:*$ ref_stride:i32 labels:*i64 coef_scale:*fp32 kl:*fp32 "
-                "totals:*fp32 out:*$ out_stride:i32 N:i32 V:i32")
+    kl_types = ("logits:*$ row_stride:i32 ref_logits:*$ ref_stride:i32 labels:*i64 lowers:*fp32 "
+                "coef_scale:*fp32 kl:*fp32 totals:*fp32 out:*$ out_stride:i32 N:i32 V:i32")
     kl_grad_types = ("logits:*$ row_stride:i32 ref_logits:*$ ref_stride:i32 labels:*i64 totals:*fp32 coef_scale:*fp32 "
                      "out:*$ out_stride:i32 N:i32 V:i32")
     plain = {"scale": 1.0, "softcap": 0.0}
@@ -81,13 +81,19 @@ def specs() -> Iterator[Spec]:
         yield _row_spec("logp_rows_grad", rows.logp_rows_grad_kernel, dtype, vocab, grad, **form)
         yield _row_spec("weighted_rows", rows.weighted_rows_kernel, dtype, vocab, weighted, **form, **wtnpo)
         yield _row_spec("kl_rows", kl.kl_rows_kernel, dtype, vocab, kl_types, streams=2, **form,
-                        ref_scale=form["scale"], ref_softcap=form["softcap"], has_out=True, has_totals=False)
+                        ref_scale=form["scale"], ref_softcap=form["softcap"], has_out=True, has_totals=False,
+                        lower=False, kind=0)
+        yield _row_spec("soft_rows", kl.kl_rows_kernel, dtype, vocab, kl_types, streams=2, **form,
+                        ref_scale=form["scale"], ref_softcap=form["softcap"], has_out=True, has_totals=False,
+                        lower=True, kind=1)
         yield _row_spec("kl_rows_grad", kl.kl_rows_grad_kernel, dtype, vocab, kl_grad_types, streams=2, **form,
                         ref_scale=form["scale"], ref_softcap=form["softcap"])
     ga = {"sign": 1.0, "p_pow": 0.0, "q_pow": 0.0, "beta": 0.0, "has_out": False, "by_row": False}
     yield _row_spec("weighted_rows forward", rows.weighted_rows_kernel, "bf16", LLAMA3, weighted, **plain, **ga)
     yield _row_spec("kl_rows forward", kl.kl_rows_kernel, "bf16", LLAMA3, kl_types, streams=2, scale=0.5, softcap=0.0,
-                    ref_scale=1.0, ref_softcap=0.0, has_out=False, has_totals=True)
+                    ref_scale=1.0, ref_softcap=0.0, has_out=False, has_totals=True, lower=False, kind=0)
+    yield _row_spec("soft_rows js", kl.kl_rows_kernel, "bf16", LLAMA3, kl_types, streams=2, **plain, ref_scale=1.0,
+                    ref_softcap=0.0, has_out=True, has_totals=False, lower=True, kind=2)
     for dtype in ITEMSIZE:
         signature = {"x": f"*{dtype}", "scale": "*fp32", "numel": "i64"}
         options = {"num_warps": 8, "enable_fp_fusion": True}

@@ -238,7 +238,8 @@ def test_weights_over_samples(objective, data):
 
 def test_registry_and_names():
     assert from_name("WGA", alpha=0.5) == WGA(alpha=0.5)
-    names = "ga wga satimp tnpo wtnpo npo simnpo dpo po nll kl rmu rr simsat simimp baldro baldrog hardmask softmask"
+    names = "ga wga satimp tnpo wtnpo npo simnpo dpo po nll kl rmu rr simsat simimp baldro baldrog hardmask softmask "
+    names += "undial ceu shred unilogit jensun jsd"
     for name in names.split():
         assert REGISTRY[name].key == name == REGISTRY[name].__name__.lower()
     with pytest.raises(ValueError, match="choose one of"):

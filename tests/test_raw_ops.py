@@ -86,6 +86,8 @@ def overlaps() -> dict:
         add("kl_rows", place, [logits, logits.clone(), labels, one, *kl], 8)
     for place in (1, 2, 3):
         add("kl_rows_grad", place, [logits, logits.clone(), labels, totals, one, *kl], 9)
+    for place in (1, 2, 3):
+        add("soft_rows", place, [logits, logits.clone(), labels, torch.zeros(3), one, 1, *kl], 10)
     for place in (0, 1):
         add("fold_rows", place, [logits, labels, 0, 1.0, 0.0, state], 5)
     add("accumulate", 1, [torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.bfloat16)], 0)

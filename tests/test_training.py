@@ -8,7 +8,28 @@ import pytest
 import torch
 from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
 
-from gfast.objectives import DPO, GA, KL, NLL, NPO, PO, RMU, RR, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
+from gfast.objectives import (
+    CEU,
+    DPO,
+    GA,
+    JSD,
+    KL,
+    NLL,
+    NPO,
+    PO,
+    RMU,
+    RR,
+    SHRED,
+    TNPO,
+    UNDIAL,
+    WGA,
+    WTNPO,
+    JensUn,
+    Mix,
+    SatImp,
+    SimNPO,
+    Unilogit,
+)
 from gfast.training.records import read_records
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
@@ -96,6 +117,11 @@ def cache_for(objective, side_data, model, **options):
         Mix(GA(), NLL(), alpha=2.0),
         Mix(RMU(layer=1, c=2.0), RR(layer=1)),
         RMU(layer=1),
+        Mix(UNDIAL(), JSD()),
+        Mix(CEU(), NLL()),
+        SHRED(),
+        Unilogit(),
+        JensUn((3, 4)),
     ],
     ids=str,
 )
@@ -117,7 +143,7 @@ def test_every_objective_trains(tmp_path, objective):
         assert log["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-4)
     if mix.forget.key in ("npo", "tnpo", "ga"):
         assert log["mean_weight"] == pytest.approx(1.0, rel=1e-4)
-    if isinstance(mix.retain, (KL, RR)):
+    if isinstance(mix.retain, (KL, RR, JSD)):
         assert abs(log["retain_loss"]) < 1e-5
 
 

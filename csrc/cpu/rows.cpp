@@ -181,6 +181,28 @@ void kl_rows_grad_cpu(const Tensor& logits, const Tensor& ref_logits, const Tens
   run(GFAST_KERNEL(kl_rows), args, logits.size(0));
 }
 
+Tensor soft_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& lower,
+                     const Tensor& coef_scale, int64_t kind, double scale, double softcap, double ref_scale,
+                     double ref_softcap, std::optional<Tensor> out) {
+  const char* op = "soft_rows";
+  Tensor y;
+  KlArgs args = kl_args(op, logits, ref_logits, labels, scale, softcap, ref_scale, ref_softcap, y);
+  const Tensor by = check_values(op, "lower", lower, logits.size(0));
+  args.lower = by.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(kind >= 0 && kind <= 2, "gfast: soft_rows: there is no divergence ", kind);
+  args.kind = static_cast<Divergence>(kind);
+  args.coef_scale = check_scalar(op, "coef_scale", coef_scale);
+  if (out.has_value()) {
+    // A target made of the row itself may be overwritten with it: the kernel has read both by then.
+    const Tensor apart = ref_logits.is_same(logits) ? Tensor() : ref_logits;
+    set_out(op, args, *out, logits, {{"labels", labels}, {"ref_logits", apart}, {"lower", lower}});
+  }
+  Tensor value = at::empty({logits.size(0)}, at::kFloat);
+  args.kl = value.mutable_data_ptr<float>();
+  run(GFAST_KERNEL(kl_rows), args, logits.size(0));
+  return value;
+}
+
 // torch's own x.mul_() takes three times as long for bfloat16.
 void scale_cpu(Tensor x, const Tensor& factor) {
   check_memory("scale_", "x", x);
@@ -202,6 +224,7 @@ TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("kl_rows", &kl_rows_cpu);
   m.impl("kl_parts", &kl_parts_cpu);
   m.impl("kl_rows_grad", &kl_rows_grad_cpu);
+  m.impl("soft_rows", &soft_rows_cpu);
   m.impl("scale_", &scale_cpu);
 }
 

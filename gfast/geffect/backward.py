@@ -16,7 +16,7 @@ from gfast.geffect.groups import GroupMap
 from gfast.geffect.processes import Processes
 from gfast.geffect.storage import sum_dtype
 from gfast.model import model_loss, model_output, output_loss
-from gfast.objectives import KL, RMU, RR, Objective
+from gfast.objectives import UNWEIGHTED, Objective
 from gfast.progress import Bar
 from gfast.sides import SETS, SIDES
 
@@ -38,7 +38,7 @@ class Backward(NamedTuple):
     @property
     def needs_forward_alone(self) -> bool:
         """Whether the batch's forward is all that the objective needs of the model."""
-        return not isinstance(self.term.objective, (KL, RMU, RR))
+        return not isinstance(self.term.objective, UNWEIGHTED)
 
 
 class Passes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gfast.objectives import KL, RMU, RR, Mix
+from gfast.objectives import UNWEIGHTED, Mix
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.weights import spec_of
@@ -52,7 +52,7 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=loss)    # doctest: +SKIP
     """
     instead = "use gfast.integrations.transformers.GFastLossMixin, which counts for itself and takes every objective"
-    if isinstance(objective, (Mix, KL, RMU, RR)):
+    if isinstance(objective, (Mix, *UNWEIGHTED)):
         raise ValueError(
             f"gfast: {objective} needs more than the logits of one batch, all that a loss func sees; {instead}"
         )

@@ -12,14 +12,21 @@ from gfast.objectives.mix import Mix
 from gfast.objectives.registry import REGISTRY, from_name
 from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
+from gfast.objectives.soft import CEU, JSD, SHRED, UNDIAL, JensUn, OfLabel, SoftTarget, Unilogit
 from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp, SimImp, SimSat
+
+# Objectives without token weights
+UNWEIGHTED = (KL, RMU, RR, SoftTarget, OfLabel)
 
 __all__ = [
     "BalDRO",
     "BalDROG",
+    "CEU",
     "DPO",
     "GA",
     "HardMask",
+    "JSD",
+    "JensUn",
     "KL",
     "Mix",
     "NLL",
@@ -29,12 +36,15 @@ __all__ = [
     "REGISTRY",
     "RMU",
     "RR",
+    "SHRED",
     "SatImp",
     "SimImp",
     "SimNPO",
     "SimSat",
     "SoftMask",
     "TNPO",
+    "UNDIAL",
+    "Unilogit",
     "WGA",
     "WTNPO",
     "Weights",

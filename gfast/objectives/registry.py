@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -12,6 +13,7 @@ from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
 from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
+from gfast.objectives.soft import CEU, JSD, SHRED, UNDIAL, JensUn, Unilogit
 from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp, SimImp, SimSat
 from gfast.words import did_you_mean
 
@@ -37,6 +39,12 @@ REGISTRY: dict[str, type[Objective]] = {
         KL,
         RMU,
         RR,
+        UNDIAL,
+        CEU,
+        SHRED,
+        Unilogit,
+        JensUn,
+        JSD,
     )
 }
 
@@ -70,9 +78,12 @@ def parse_objective(text: str) -> Objective:
 
     >>> parse_objective("WGA:alpha=0.5"), parse_objective("SatImp(beta1=5,beta2=1)"), parse_objective("ga")
     (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
+    >>> parse_objective("JensUn:target_ids=(2822,4623)")
+    JensUn(target_ids=(2822, 4623))
     """
-    name, _, parameters = text.strip().rstrip(")").replace("(", ":", 1).partition(":")
-    return named(name, parse_parameters(parameters.replace(",", " ")))
+    name, opened, parameters = re.match(r"([^(:]*)([(:]?)(.*)", re.sub(r"\s", "", text)).groups()
+    parameters = parameters.removesuffix(")") if opened == "(" else parameters
+    return named(name, parse_parameters(re.sub(r",(?![^(\[]*[)\]])", " ", parameters)))  # not those of a list
 
 
 def named(name: str, parameters: Mapping[str, Any]) -> Objective:

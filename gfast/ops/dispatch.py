@@ -25,12 +25,14 @@ OPS = {  # and the CPU kernel that a build must hold to serve each
     "linear_unlearn_loss": "logp_rows",
     "token_kl": "kl_rows",
     "linear_token_kl": "kl_rows",
+    "soft_target_loss": "soft_rows",
+    "linear_soft_target_loss": "soft_rows",
     "grad_dot": "grad_dots",
     "linear_row_dot": "row_dots",
 }
 _STEPS = {"sharded_token_kl": "kl_parts", "scale": "scale_"}  # of several ops
 # Kernels that Triton has by the same name and with the same arguments, and the modules they are in.
-_TRITON_MODULES = {"fold_rows": "head", "kl_rows": "kl"}
+_TRITON_MODULES = {"fold_rows": "head", "kl_rows": "kl", "soft_rows": "kl"}
 _TRITON_MODULES |= dict.fromkeys(("logp_rows", "logp_rows_grad", "weighted_rows"), "rows")
 # Ops with CUDA kernels of their own, and the compute capability that those need: 9.0 has clusters.
 _CUDA_KERNELS = {"grad_dot": ("grad_dots", (0, 0)), "unlearn_loss": ("weighted_rows", (9, 0))}

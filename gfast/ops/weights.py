@@ -114,8 +114,8 @@ def spec_of(objective) -> WeightSpec | None:
         name = getattr(objective, "__name__", type(objective).__name__)
         raise TypeError(
             f"gfast: {name}: no token-weight objective. Pass an objective such as WGA(alpha=1.0) (an instance) or a "
-            f"callable (logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, RMU, RR and Mix through "
-            f"model_loss."
+            f"callable (logp, ref_logp, sequence_id) -> weights; KL goes through token_kl, targets over the vocabulary "
+            f"through soft_target_loss, and all of them through model_loss."
         )
     return None
 

@@ -10,12 +10,12 @@ from transformers import TrainingArguments
 
 from gfast.geffect.live.surgery import Surgery
 from gfast.model import REFERENCES, check_reference_name
-from gfast.objectives import KL, NLL, REGISTRY, RR, Mix, Objective
+from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import named, parse_parameters
 from gfast.training.options import COMPILATION, refuse_ignored_options
 from gfast.training.stop import parse_rules
 
-RETAIN_TERMS = ("none", "nll", "kl", "rr")
+RETAIN_TERMS = ("none", "nll", "kl", "jsd", "rr")
 
 
 @dataclass
@@ -48,7 +48,7 @@ class UnlearnConfig(TrainingArguments):
     retain_term: str = field(
         default="none",
         metadata={
-            "help": "Retain objective: none, nll, kl (to the original model) or rr (RMU's).",
+            "help": "Retain objective: none, nll, kl or jsd (to the original model) or rr (RMU's).",
             "choices": RETAIN_TERMS,
         },
     )
@@ -157,5 +157,5 @@ class UnlearnConfig(TrainingArguments):
                 )
             retain: Objective = RR(layer=forget.layer)
         else:
-            retain = {"nll": NLL, "kl": KL}[self.retain_term]()
+            retain = {"nll": NLL, "kl": KL, "jsd": JSD}[self.retain_term]()
         return Mix(forget, retain, gamma=self.gamma, alpha=self.alpha)

@@ -1,4 +1,4 @@
-// KL(ref || model) of each row and its gradient. The vocabulary sum is taken over
+// KL(ref || model) of each row, or another divergence, and its gradient. The vocabulary sum is taken over
 //     p - q + q (log q - log p) = q (exp(-d) - 1 + d),  d = log q - log p,
 // which adds sum(p) - sum(q) = 0 and makes every term nonnegative: a small KL keeps its relative accuracy, and an error
 // in d counts only in second order.
@@ -16,16 +16,26 @@ struct Softmax {
 };
 
 // Writes z' of a row to `values` (filled to whole vectors with -inf) and, for a softcap, dz'/dz / scale to `slopes` where
-// that is not null; returns the maximum and the sum.
-template <typename T, Map map>
-Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values, float* slopes) {
+// that is not null; returns the maximum and the sum. With `lowered`, `by` is taken off entry y before anything else.
+template <typename T, Map map, bool lowered>
+Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* values, float* slopes, int64_t y, float by) {
   const T* row = (const T*)data;
   float top = -kInf;
   double total = 0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     const float before = top;
-    const float block_top = f.finish<map>(splat(f.block_max<map>(row + start, n))).value[0];
+    const int64_t at = y - start;  // the label's place in this block
+    const bool here = lowered && at >= 0 && at < n;
+    float block_top;
+    if (here) {  // the others' maximum may lie far below the label's z', and its digits with it
+      const float raw[2] = {f.block_max<map>(row + start, at), f.block_max<map>(row + y + 1, n - at - 1)};
+      const float others = f.finish<map>(splat(raw[0] > raw[1] ? raw[0] : raw[1])).value[0];
+      const float own = f.apply<map>(splat(load_one(row + y))).value[0] - by;
+      block_top = others > own ? others : own;
+    } else {
+      block_top = f.finish<map>(splat(f.block_max<map>(row + start, n))).value[0];
+    }
     if (block_top > top) {
       top = block_top;
       if (total != 0) total *= std::exp((double)before - (double)top);
@@ -38,7 +48,8 @@ Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* value
       const Mapped x = f.apply<map>(z);
       if (map == Map::capped && slopes != nullptr) store(slopes + start + j, x.slope);
       // softcap has made the filling finite
-      const vf value = real < W ? select(lane_index() < (int32_t)real, x.value, splat(-kInf)) : x.value;
+      vf value = real < W ? select(lane_index() < (int32_t)real, x.value, splat(-kInf)) : x.value;
+      if (lowered && here && j <= at && at < j + W) value = select(lane_index() == (int32_t)(at - j), value - by, value);
       store(values + start + j, value);
       const vf e = exp(value - shift) - lost[k];
       const vf next = sum[k] + e;
@@ -61,11 +72,13 @@ Softmax read_row(const void* data, int64_t vocab, const Mapping& f, float* value
   return {top, total};
 }
 
-using Reader = Softmax (*)(const void*, int64_t, const Mapping&, float*, float*);
+using Reader = Softmax (*)(const void*, int64_t, const Mapping&, float*, float*, int64_t, float);
 
-Reader pick_reader(const Matrix& m) {
+Reader pick_reader(const Matrix& m, bool lowered) {
   Reader reader = nullptr;
-  dispatch(m, [&](auto t, auto map) { reader = &read_row<decltype(t), map.value>; });
+  dispatch(m, [&](auto t, auto map) {
+    reader = lowered ? &read_row<decltype(t), map.value, true> : &read_row<decltype(t), map.value, false>;
+  });
   return reader;
 }
 
@@ -88,12 +101,14 @@ GFAST_INLINE Difference subtract(vf a, vf b) {
 
 using Writer = void (*)(void*, const float*, int64_t);
 
-// The row's KL; where grad is not null, it gets coef (p - q) slope (no slopes: 1) and may be p's values.
-double row_kl(const float* zp, const float* zq, const float* slopes, int64_t vocab, Softmax sp, Softmax sq,
+// The row's KL, or with `cross` its cross-entropy; where grad is not null, it gets coef (p - q) slope (no slopes: 1) and
+// may be p's values.
+template <bool cross>
+double row_kl(float* zp, float* zq, const float* slopes, int64_t vocab, Softmax sp, Softmax sq,
               float coef, float* grad) {
   const vf top_p = splat(sp.top), top_q = splat(sq.top);
   const vf inverse_p = splat((float)(1 / sp.total)), inverse_q = splat((float)(1 / sq.total));
-  const vf log_ratio = splat((float)log(sq.total / sp.total));
+  const vf log_ratio = splat((float)log(sq.total / sp.total)), log_total = splat((float)log(sq.total));
   double kl = 0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
@@ -106,6 +121,7 @@ double row_kl(const float* zp, const float* zq, const float* slopes, int64_t voc
       const vf bend = (d * d) * exp_tail(-d);  // exp(-d) - 1 + d
       vf term = select(near, q * bend, (p - q) + q * d);
       term = select(q == 0.0f, p, term);
+      if (cross) term += select(q == 0.0f, vf{}, q * ((log_total - xq.value) - xq.lost));
       sum += term;
       if (grad != nullptr) {
         vf g = select(near, q * (bend - d), p - q) * coef;  // where p is close to q, not by subtracting them
@@ -118,11 +134,65 @@ double row_kl(const float* zp, const float* zq, const float* slopes, int64_t voc
   return kl;
 }
 
+// log(1 + u) for 0 <= u <= 1: 2 atanh(t), t = u / (2 + u) <= 1/3.
+GFAST_INLINE vf log1p_unit(vf u) {
+  const vf t = u / (u + 2.0f), t2 = t * t;
+  vf tail = t2 * (1.0f / 15) + 1.0f / 13;
+  tail = tail * t2 + 1.0f / 11;
+  tail = tail * t2 + 1.0f / 9;
+  tail = tail * t2 + 1.0f / 7;
+  tail = tail * t2 + 1.0f / 5;
+  tail = tail * t2 + 1.0f / 3;
+  const vf t_twice = t + t;
+  return t_twice + t_twice * (t2 * tail);
+}
+
+// The row's Jensen-Shannon divergence, with m = (p + q) / 2 and d = log q - log p:
+//     sum_v (p log(p/m) + q log(q/m)) / 2,   log(p/m) = -d/2 - L,  log(q/m) = d/2 - L,  L = log cosh(d/2).
+// Its gradient is p (h - sum(p h)) with h = log(p/m) / 2; zp and zq are overwritten with p h and p on the way.
+double row_js(float* zp, float* zq, const float* slopes, int64_t vocab, Softmax sp, Softmax sq, float coef,
+              float* grad) {
+  const vf top_p = splat(sp.top), top_q = splat(sq.top);
+  const vf inverse_p = splat((float)(1 / sp.total)), inverse_q = splat((float)(1 / sq.total));
+  const vf log_ratio = splat((float)log(sq.total / sp.total)), log2 = splat((float)M_LN2);
+  double value = 0, mean = 0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
+    vf sum{}, weighted{};
+    for (int64_t j = start; j < end; j += W) {
+      const Difference xp = subtract(load(zp + j), top_p), xq = subtract(load(zq + j), top_q);
+      const vf p = exp(xp.value) * inverse_p, q = exp(xq.value) * inverse_q;
+      const vf d = (xq.value - xp.value) + ((xq.lost - xp.lost) - log_ratio);
+      const vi near = (d < 0.34f) & (d > -0.34f);
+      const vf x = d * 0.5f, x2 = x * x;
+      const vf bend = x2 * (((x2 * (-17.0f / 2520) + 1.0f / 45) * x2 - 1.0f / 12) * x2 + 0.5f);  // L
+      const vf fall = log1p_unit(exp(select(d > 0.0f, -d, d)));
+      const vf log_pm = select(near, -x - bend, log2 - (select(d > 0.0f, d, vf{}) + fall));
+      const vf log_qm = log2 - (select(d > 0.0f, vf{}, -d) + fall);
+      const vf of_p = select(p == 0.0f, p, p * log_pm), of_q = select(q == 0.0f, q, q * log_qm);
+      const vf apart = q * ((d * d) * exp_tail(-d) - d);  // p - q
+      sum += select(near, -apart * x - (p + q) * bend, of_p + of_q);
+      weighted += of_p;
+      store(zp + j, of_p * 0.5f);
+      store(zq + j, p);
+    }
+    value += 0.5 * reduce_add(sum);
+    mean += 0.5 * reduce_add(weighted);
+  }
+  const vf center = splat((float)mean);
+  for (int64_t j = 0; grad != nullptr && j < vocab; j += W) {
+    vf g = (load(zp + j) - load(zq + j) * center) * coef;
+    if (slopes != nullptr) g = g * load(slopes + j);
+    store(grad + j, g);
+  }
+  return value;
+}
+
 }  // namespace
 
 void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Mapping fp(a.logits), fq(a.ref);
-  const Reader read_p = pick_reader(a.logits), read_q = pick_reader(a.ref);
+  const Reader read_p = pick_reader(a.logits, false), read_q = pick_reader(a.ref, a.lower != nullptr);
   const Writer write = a.logits.dtype == Dtype::f32    ? &write_row<float>
                        : a.logits.dtype == Dtype::bf16 ? &write_row<bf16>
                                                        : &write_row<f16>;
@@ -137,8 +207,9 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (a.out != nullptr) memset(out, 0, a.vocab * size);
       continue;
     }
-    Softmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes);
-    Softmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr);
+    Softmax sp = read_p((const char*)a.logits.data + i * a.logits.stride * size, a.vocab, fp, zp, slopes, -1, 0.0f);
+    Softmax sq = read_q((const char*)a.ref.data + i * a.ref.stride * ref_size, a.vocab, fq, zq, nullptr, a.labels[i],
+                        a.lower != nullptr ? a.lower[i] : 0.0f);
     if (a.totals != nullptr) {
       const double found[4] = {sp.top, sp.total, sq.top, sq.total};
       memcpy(a.totals + 4 * i, found, sizeof found);
@@ -149,7 +220,10 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
       sq = {(float)t[2], t[3]};
     }
     float* grad = a.out != nullptr ? zp : nullptr;
-    const double kl = row_kl(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
+    const auto row = a.kind == Divergence::js ? &row_js
+                     : a.kind == Divergence::kl ? &row_kl<false>
+                                                : &row_kl<true>;
+    const double kl = row(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
     if (a.kl != nullptr) a.kl[i] = (float)kl;
     if (a.out != nullptr) write(out, zp, a.vocab);
   }

@@ -44,6 +44,9 @@ struct WeightedArgs : RowsArgs {
   float* weight;  // [N]
 };
 
+// Of q = softmax(ref) from p = softmax(logits): KL(q || p), that plus the entropy of q, and Jensen and Shannon's.
+enum class Divergence { kl, cross_entropy, js };
+
 struct KlArgs {
   Matrix logits, ref;
   int64_t vocab;
@@ -55,6 +58,8 @@ struct KlArgs {
   // [N, 4]: max z' and sum exp(z' - max) of the logits, then of ref; null where nobody wants them
   double* totals;
   const double* given;  // the same over longer rows that these are parts of, to normalise by; null: these are whole
+  const float* lower;   // [N], taken off ref's z' at the label; null: nothing
+  Divergence kind;
 };
 
 constexpr int64_t kBlock = 2048;

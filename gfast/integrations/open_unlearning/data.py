@@ -20,11 +20,13 @@ class Items:
     What it draws for an item, such as a refusal in the place of an answer, is the same at every access: a function of
     (seed, index). Items of two answers ("original", "alternate") become pairs where the objective takes them.
 
+    The first `skipped` labels of an item are ignored.
+
     Errors: ValueError for items that the objective cannot take, by what they hold.
     """
 
-    def __init__(self, data: Any, name: str, seed: int = 0, pairs: bool = False) -> None:
-        self.data, self.name, self.seed, self.pairs = data, name, seed, pairs
+    def __init__(self, data: Any, name: str, seed: int = 0, pairs: bool = False, skipped: int = 0) -> None:
+        self.data, self.name, self.seed, self.pairs, self.skipped = data, name, seed, pairs, skipped
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,6 +71,9 @@ class Items:
                 f"item {index} of the {self.name} set has {len(ids)} input_ids and {len(labels)} labels, as "
                 f"predict_with_generate makes it: that is data for evaluation"
             )
+        if self.skipped:
+            valid = labels != -100
+            labels = labels.masked_fill(valid & (valid.cumsum(0) <= self.skipped), -100)
         number = int(item.get("index", -1))
         return {"input_ids": ids, "labels": labels, "sample_id": number if number >= 0 else index}
 
@@ -111,21 +116,21 @@ class PlainOrPairs:
         return self.one([item if "sample_id" in item else evaluated.item(item, i) for i, item in enumerate(items)])
 
 
-def paired(data: Any, seed: int, pairs: bool, both: bool) -> tuple[Any, dict[str, Items]]:
+def paired(data: Any, seed: int, pairs: bool, both: bool, skipped: int = 0) -> tuple[Any, dict[str, Items]]:
     """The training set and its sides, from open-unlearning's ForgetRetainDataset or a plain data set (to be forgotten).
 
     Partners are a function of (seed, epoch, index), the same for any number of processes. both: the objective has a
-    retain term.
+    retain term. skipped: first labels of each forget item that are ignored.
     """
     if data is None:
         return None, {}
     forget, retain = (getattr(data, side, None) for side in ("forget", "retain"))
     if forget is None and not hasattr(data, "anchor"):
-        side = Items(data, "forget", seed, pairs)
+        side = Items(data, "forget", seed, pairs, skipped)
         return side, {"forget": side}
     if not forget:
         raise ValueError("the training data have no forget set, and nothing would be unlearned")
-    sides = {"forget": Items(forget, "forget", seed, pairs)}
+    sides = {"forget": Items(forget, "forget", seed, pairs, skipped)}
     anchor = getattr(data, "anchor", "forget")
     if retain:
         sides["retain"] = Items(retain, "retain", seed + 1)

@@ -17,12 +17,14 @@ from gfast.data import batches
 from gfast.integrations.open_unlearning.arguments import unlearn_config
 from gfast.integrations.open_unlearning.data import Chosen, Items, PlainOrPairs, drawn, paired
 from gfast.objectives import (
+    CEU,
     DPO,
     GA,
     KL,
     NLL,
     NPO,
     TNPO,
+    UNDIAL,
     WGA,
     WTNPO,
     BalDRO,
@@ -40,6 +42,8 @@ from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
 RETAIN = {"NLL": NLL, "KL": KL}
+_FIRST = "ignore_first_n_answer_tokens"  # of CEU: labels of the forget items that do not count
+_ALONE = ("GradAscent", "CEU")  # without a retain loss
 # Name -> what makes the forget objective, and the defaults of open-unlearning's class (gfast's where it has none).
 METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
     "GradAscent": (lambda: GA(), {}),
@@ -55,12 +59,12 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
     "GroupNPO": (lambda beta, sampling_ratio: BalDROG(beta, sampling_ratio), {"beta": 1.0, "sampling_ratio": 0.5}),
     "TNPO": (lambda beta: TNPO(beta), {"beta": 1.0}),
     "WTNPO": (lambda beta, wga_beta: WTNPO(wga_beta, beta), {"beta": 1.0, "wga_beta": 1.0}),
+    "UNDIAL": (lambda beta: UNDIAL(beta), {"beta": 1.0}),
+    "CEU": (lambda: CEU(), {_FIRST: 1}),
 }
 # What open-unlearning has and this adapter has not, and why.
 LACKING = {
     "RMU": "its EMBED_DIFF retain loss needs hidden states of the original at every step; use gfast unlearn with RMU",
-    "UNDIAL": "its soft targets are no objective of gfast's",
-    "CEU": "its soft targets are no objective of gfast's",
     "PDU": "its dual updates are no objective of gfast's",
 }
 REFERENCES = ("auto", "cache", "adapters_off", "adapter:NAME")
@@ -85,7 +89,7 @@ def _refusal(name: str, why: str) -> type:
 
 
 def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Mapping[str, float]) -> type:
-    retains = name != "GradAscent"
+    retains = name not in _ALONE
     shared = {"gamma": 1.0, "alpha": 1.0, "retain_loss_type": "NLL"} if retains else {}
     known = shared | dict(defaults)
 
@@ -110,6 +114,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             surgery: str | None = None,
             **method: Any,
         ) -> None:
+            skipped = method.pop(_FIRST, known.get(_FIRST, 0)) if _FIRST in known else 0
             objective = _objective(name, make, known, method)
             tokenizer = tokenizer if processing_class is None else processing_class
             if tokenizer is None:
@@ -120,7 +125,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             config = unlearn_config(args)
             config.geffect_live, config.surgery = bool(geffect_live), surgery
             both = objective.retain is not None or config.geffect_live or surgery is not None
-            data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both)
+            data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both, skipped)
             collator = PlainOrPairs(tokenizer)
             config.reference, caches = _reference(model, reference)
             references = {}
@@ -170,7 +175,7 @@ def _objective(name: str, make: Callable[..., Objective], known: Mapping[str, An
         raise ValueError(
             f"GFast{name} has no argument {', '.join(unknown)}; its method_args are {', '.join([*known, *_OWN])}"
         )
-    values = {**known, **method}
+    values = {key: value for key, value in {**known, **method}.items() if key != _FIRST}
     gamma, alpha = float(values.pop("gamma", 1.0)), float(values.pop("alpha", 0.0))
     kind = values.pop("retain_loss_type", "NLL")
     if kind not in RETAIN:
