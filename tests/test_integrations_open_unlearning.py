@@ -18,7 +18,23 @@ import gfast
 import gfast.integrations.open_unlearning as integration
 from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
-from gfast.objectives import DPO, GA, NLL, NPO, TNPO, WGA, WTNPO, BalDRO, BalDROG, SatImp, SimImp, SimNPO, SimSat
+from gfast.objectives import (
+    CEU,
+    DPO,
+    GA,
+    NLL,
+    NPO,
+    TNPO,
+    UNDIAL,
+    WGA,
+    WTNPO,
+    BalDRO,
+    BalDROG,
+    SatImp,
+    SimImp,
+    SimNPO,
+    SimSat,
+)
 
 CLASSES = {
     "GradAscent": GA(),
@@ -32,6 +48,8 @@ CLASSES = {
     "SimImp": SimImp(5.0),
     "TNPO": TNPO(1.0),
     "WTNPO": WTNPO(1.0, 1.0),
+    "UNDIAL": UNDIAL(1.0),
+    "CEU": CEU(),
 }
 
 
@@ -48,6 +66,17 @@ def kl(model, original, batch):
     return (ref.exp() * (ref - logp)).sum(-1)[batch["labels"][:, 1:] != -100].mean()
 
 
+def soft(name, model, original, batch):
+    """UNDIAL's and CE-U's cross-entropy, mean over the tokens that labels score."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    labels, logits = batch["labels"][:, 1:], model(**inputs).logits[:, :-1].double()
+    label = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
+    with torch.no_grad():
+        target = (original if name == "UNDIAL" else model)(**inputs).logits[:, :-1].double()
+        target = torch.where(label, target - 1.0 if name == "UNDIAL" else -torch.inf, target).softmax(-1)
+    return -(target * logits.log_softmax(-1)).sum(-1)[labels != -100].mean()
+
+
 def three_steps(name, trainer, start, alpha, retain="NLL"):
     """Losses of three steps of plain SGD and the first gradient, in fp64; each epoch is one step over all the data."""
     model, original = copied(start).double(), copied(start).double()
@@ -58,8 +87,11 @@ def three_steps(name, trainer, start, alpha, retain="NLL"):
             trainer.data_collator.collator(items(data)) if trainer.references else trainer.data_collator(items(data))
         )
         objective = CLASSES[name]
-        loss = literal(objective, model, [batch["forget"]], original if objective.needs else None)
-        if name != "GradAscent":
+        if name in ("UNDIAL", "CEU"):
+            loss = soft(name, model, original, batch["forget"])
+        else:
+            loss = literal(objective, model, [batch["forget"]], original if objective.needs else None)
+        if name not in ("GradAscent", "CEU"):
             side = batch["retain"]
             loss = loss + alpha * (literal(NLL(), model, [side]) if retain == "NLL" else kl(model, original, side))
         model.zero_grad()
@@ -91,6 +123,15 @@ def test_three_steps_are_those_of_fp64(tmp_path, name):
         losses, first = three_steps(name, trainer, tiny_model(), alpha)
         assert logged(trainer) == pytest.approx(losses, rel=1e-4, abs=LOGGED)
         assert_same(trainer.first.found, first)
+
+
+def test_ceu_leaves_out_the_first_labels_of_forget_answers(tmp_path):
+    whole, cut = (ou.trained(name, tmp_path, tiny_model(), train=False).train_dataset for name in ("GradDiff", "CEU"))
+    for index in range(len(whole)):
+        labels, kept = whole[index]["forget"]["labels"], cut[index]["forget"]["labels"]
+        first = int((labels != -100).nonzero()[0])
+        assert kept[first] == -100 and torch.equal(kept[first + 1 :], labels[first + 1 :])
+        assert torch.equal(whole[index]["retain"]["labels"], cut[index]["retain"]["labels"])
 
 
 @pytest.mark.parametrize("name", ["GradDiff", "NPO"])
@@ -256,7 +297,7 @@ def test_the_command_runs_a_script_as_it_is(tmp_path):
 
 
 @pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")
-@pytest.mark.parametrize("name", ["GradAscent", "GradDiff", "NPO", "DPO", "SimNPO", "WGA", "SatImp"])
+@pytest.mark.parametrize("name", ["GradAscent", "GradDiff", "NPO", "DPO", "SimNPO", "WGA", "SatImp", "CEU"])
 def test_a_batch_costs_what_it_costs_in_open_unlearning(tmp_path, name):
     """Four rows with labels at once, where nothing of theirs goes wrong: their loss and gradient, and ours."""
     start = tiny_model(seed=1)

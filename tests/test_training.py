@@ -237,7 +237,7 @@ def test_config_refuses_what_cannot_be_meant(tmp_path):
         ({"objective": "GAA"}, "no objective is called"),
         ({"objective_args": ["alpha"]}, "should read name=number"),
         ({"objective": "WGA", "objective_args": ["beta=1"]}, "no parameter beta"),
-        ({"retain_term": "ce"}, "choose one of none, nll, kl, rr"),
+        ({"retain_term": "ce"}, "choose one of none, nll, kl, jsd, rr"),
         ({"retain_term": "rr"}, "use RMU"),
         ({"remove_unused_columns": True}, "must be False"),
         ({"geffect_every": -1}, "give 0 or more"),
