@@ -15,6 +15,7 @@ PRODUCTS = 1.15  # of bare matrix products
 MEMORY = 1.1
 READ = 0.85  # of the read bandwidth
 MEASUREMENT = 1.15  # of plain passes in the same place
+SOFT = 1.3  # of token_kl
 SCORING = 2.0  # times less time than open-unlearning's evaluator
 
 
@@ -27,6 +28,8 @@ class Law(NamedTuple):
 LAWS = {
     "logits": Law("`unlearn_loss`, forward + backward", "at most {} copies of the logits"),
     "kl": Law("`token_kl` on a GPU, forward + backward", "at most {} copies of as many bytes"),
+    "soft": Law("`soft_target_loss`, `linear_soft_target_loss`, forward + backward", "at most {} times `token_kl`"),
+    "soft_memory": Law("the same, peak memory", "at most {} times `token_kl`'s"),
     "eager": Law("`unlearn_loss` WGA bf16 against open-unlearning's way", "{} times less time", True),
     "compile": Law("`unlearn_loss` WGA bf16 against torch.compile", "{} times less time", True),
     "train": Law("`linear_unlearn_loss`, forward + backward", "at most {} times its bare matrix products"),
@@ -78,7 +81,7 @@ class Result:
     """A file of bench/results."""
 
     device: str
-    kind: str  # "losses", "geffect", "grad_dot", "overhead", "evaluate" or "profile"
+    kind: str  # "losses", "soft_targets", "geffect", "grad_dot", "overhead", "evaluate" or "profile"
     name: str
     data: Data
 
@@ -126,6 +129,12 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{data['settings']['config']}, {row['samples']} rows, {data['settings']['dtype']}"
             yield Check("scoring", case, row["less_time"], row["law"], row["law_met"])
+    elif kind == "soft_targets":
+        for row in (row for row in data["rows"] if "law" in row):
+            case = f"{row['provider']} {row['dtype']} {' x '.join(map(str, row['shape']))} ({row['head']}, {row['op']})"
+            yield Check("soft", case, row["ratio"], row["law"], row["law_met"])
+            if found := row.get("of_memory"):
+                yield Check("soft_memory", case, found["ratio"], found["law"], found["law_met"])
     elif kind == "geffect":
         yield from _effects(data)
         if not data.get("sweep"):

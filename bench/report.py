@@ -20,7 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs") / "performance.md"
 PICTURES = Path("docs") / "performance"
 # A result's name is one of them, or KIND_MORE. Laws are asked of the first five.
-KINDS = ("losses", "geffect", "grad_dot", "overhead", "evaluate", "profile", "counters", "tiles", "on_gpu")
+KINDS = (
+    "losses",
+    "soft_targets",
+    "geffect",
+    "grad_dot",
+    "overhead",
+    "evaluate",
+    "profile",
+    "counters",
+    "tiles",
+    "on_gpu",
+)
 DRAWN = {  # picture: its text
     "laws": "every measured case against its law",
     "losses": "time of the losses in floors",

@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, geffect, grad_dot, host, overhead, evaluate, tiles or counters. README.md says more.
+"""Runs a benchmark: losses, soft_targets, geffect, grad_dot, host, overhead, evaluate, tiles or counters; see README.md.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
@@ -9,6 +9,7 @@ python bench/run.py NAME --help
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,7 +42,9 @@ def integers(text: str) -> list[int]:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = top.add_subparsers(
-        dest="benchmark", required=True, metavar="losses|geffect|grad_dot|host|overhead|evaluate|tiles|counters"
+        dest="benchmark",
+        required=True,
+        metavar="losses|soft_targets|geffect|grad_dot|host|overhead|evaluate|tiles|counters",
     )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
@@ -73,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--batches", type=listed(cases.BATCHES), default="full", help=", ".join(cases.BATCHES))
     one.add_argument("--peer-budget", type=float, help="the budget of who is neither gfast nor a floor")
     measured(one, losses.PROVIDERS, ",", losses.SWEEPS, 20.0)
+
+    one = benchmark("soft_targets", run_soft_targets, repetitions=15)
+    one.add_argument("--ops", type=listed(("logits", "linear")), default="logits,linear")
+    one.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
+    one.add_argument("--rows", type=int, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
+    one.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
+    one.add_argument("--no-memory", action="store_true")
 
     one = benchmark("geffect", run_geffect, repetitions=9)
     one.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
@@ -141,6 +151,18 @@ def run_losses(args: argparse.Namespace) -> None:
         print("\n".join(line(row["provider"], row) for row in part), flush=True)
         rows += part
         write(args, sweep=args.sweep, rows=rows)
+
+
+def run_soft_targets(args: argparse.Namespace) -> None:
+    import soft_targets
+
+    rows: list[Row] = []
+    for op, head, dtype in itertools.product(args.ops, args.heads, args.dtypes):
+        print(f"\n{op}, {head}, {dtype}, {args.device}", flush=True)
+        part = soft_targets.bench(args, op, head, dtype)
+        print("\n".join(line(row["provider"], row) for row in part), flush=True)
+        rows += part
+        write(args, rows=rows)
 
 
 def profile_loss(args: argparse.Namespace, case: cases.Case, name: str) -> list[Row]:

@@ -33,7 +33,7 @@ COPY = 16.5  # bytes a clock and multiprocessor, read and written, that a copy r
 ISSUE = 128  # instructions: four schedulers, 32 lanes
 SPECIAL = 16  # exponentials, reciprocals, roots
 RECORDED = Path(__file__).resolve().parent / "results" / "static" / "sm_90.json"
-STREAMS = {"kl_rows": 2, "kl_rows_grad": 2}  # matrices read together; the others read one
+STREAMS = {"kl_rows": 2, "kl_rows_grad": 2, "soft_rows": 2}  # matrices read together; the others read one
 SM = 90
 
 
