@@ -30,7 +30,6 @@ from gfast.kernels.common import (
     exp_exact,
     is_column,
     launch,
-    log1p_positive,
     slope_factor,
     zero_row,
 )
@@ -152,11 +151,10 @@ def js_block(row, ref, start, V, y, by, top_p, log_p, top_q, log_q, apart, gap, 
     x = 0.5 * d
     x2 = x * x
     bend = x2 * (((x2 * (-17.0 / 2520.0) + 1.0 / 45.0) * x2 - 1.0 / 12.0) * x2 + 0.5)  # log cosh x
-    fall = log1p_positive(tl.exp2(-tl.abs(d) * 1.4426950408889634))
-    log_pm = tl.where(near, -x - bend, 0.6931471805599453 - (tl.where(d > 0.0, d, 0.0) + fall))
-    log_qm = 0.6931471805599453 - (tl.where(d > 0.0, 0.0, -d) + fall)
+    fall = tl.log(1.0 + tl.exp2(-tl.abs(d) * 1.4426950408889634))  # beside log 2: its absolute error counts
+    log_pm = tl.where(near, -x - bend, 0.6931471805599453 - (tl.maximum(d, 0.0) + fall))
     of_p = tl.where(p == 0.0, p, p * log_pm)
-    of_q = tl.where(q == 0.0, q, q * log_qm)
+    of_q = tl.where(q == 0.0, q, q * tl.where(p == 0.0, 0.6931471805599453, log_pm + d))
     delta = q * (d * (d * exp_tail(d)) - d)  # p - q
     term = tl.where(near, -delta * x - (p + q) * bend, of_p + of_q)
     if masked:
@@ -228,12 +226,10 @@ def kl_rows_kernel(logits, row_stride, ref_logits, ref_stride, labels, lowers, c
                    has_out: tl.constexpr, has_totals: tl.constexpr, lower: tl.constexpr, kind: tl.constexpr,
                    R: tl.constexpr, K: tl.constexpr):
     for i in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
-        y = tl.load(labels + i)
-        if y != -100:
-            y = y.to(tl.int32)
-            by = 0.0
-            if lower:
-                by = tl.load(lowers + i)
+        label = tl.load(labels + i)
+        if label != -100:
+            y = label.to(tl.int32)  # 64-bit column numbers would cost two registers each
+            by = tl.load(lowers + i) if lower else 0.0
             row = logits + i * row_stride
             ref = ref_logits + i * ref_stride
             policy: tl.constexpr = "evict_last"

@@ -221,6 +221,44 @@ def kl_rows_grad(r: Draw) -> Raw:
     return Raw("kl_rows_grad", [logits, ref, labels, totals, coef, *form, out], 9, check)
 
 
+def soft_rows(r: Draw) -> Raw:
+    case = kl_rows(r)
+    logits, ref, labels, coef, *form, out = case.args
+    lower = torch.tensor([r.choice((0.0, 1.0, 30.0, torch.inf)) for _ in range(len(logits))])
+    kind = r.randrange(3)
+
+    def check(before, result, out):
+        logits, ref, labels, lower, coef, kind, *form, _ = before
+        rows, q = Rows(logits, labels, *form[:2]), Rows(ref, labels, *form[2:])
+        if not rows.z.numel():
+            return
+        taken = torch.where(rows.valid, lower.double(), 0.0)[:, None]
+        z = q.z.scatter(1, rows.at, q.z.gather(1, rows.at) - taken)
+        log_p, log_q = rows.logp_all, z.log_softmax(1)
+        p, q_p = rows.p, log_q.exp()
+        d = torch.where(q_p > 0, log_q - log_p, 0.0)
+        delta = p - q_p
+        value = (q_p * d).sum(1)
+        if kind == 1:
+            value = -torch.where(q_p > 0, q_p * log_p, 0.0).sum(1)
+        if kind == 2:
+            log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+            of_p = torch.where(p > 0, p * (log_p - log_m), 0.0)
+            value = 0.5 * (of_p + torch.where(q_p > 0, q_p * (log_q - log_m), 0.0)).sum(1)
+            delta = 0.5 * (of_p - p * of_p.sum(1, keepdim=True))
+        value = torch.where(rows.valid, value, 0.0)
+        finite = [(x.isfinite() | (x == -torch.inf)).all(1) & (x > -torch.inf).any(1) for x in (rows.z, z)]
+        keep = (~rows.valid | (finite[0] & finite[1])) & value.isfinite()
+        rows.slack = 2 * (rows.slack + q.slack)
+        near(*_only(keep, result), *_only(keep, value), *_only(keep, rows.slack * (1 + value)), "value")
+        if out is not None:
+            rows.plain = keep
+            delta = torch.where(rows.valid[:, None], delta * rows.slope(form[1]) * form[0], 0.0)
+            _near_gradient(out, rows, coef.double() * delta, coef.expand(len(value)))
+
+    return Raw("soft_rows", [logits, ref, labels, lower, coef, kind, *form, out], 10, check)
+
+
 def fold_rows(r: Draw) -> Raw:
     n, vocab, dtype, scale, cap = _head(r)
     logits, labels = r.logits(n, vocab, dtype), r.labels(n, vocab).contiguous()
