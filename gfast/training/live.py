@@ -18,7 +18,7 @@ from gfast.geffect.data import OWN_DATA
 from gfast.geffect.groups import assign
 from gfast.geffect.live.surgery import Surgery
 from gfast.model import model_output, output_loss, with_reference
-from gfast.objectives import GA, KL, NLL, RMU, RR, Objective
+from gfast.objectives import GA, NLL, UNWEIGHTED, Objective
 from gfast.ops.reductions import LossOutput
 from gfast.packed import count
 from gfast.sides import SIDES
@@ -133,7 +133,7 @@ class LiveSteps:
         measures = last and monitor.unlearn and monitor.identity is None
         # FSDP frees what a second backward would need, and a risk over one micro-batch has a count of its own
         shares = measures and self._risk_counts and not trainer._own_loss_terms and not wrappers.has_fsdp(model)
-        shares = shares and not isinstance(mix.forget, (KL, RMU, RR))
+        shares = shares and not isinstance(mix.forget, UNWEIGHTED)
         found = self._compute(
             model, trainer._side_loss, batch, mix.forget, "forget", mix.gamma,
             *([self._risk_counts["forget"]] if shares else []),
