@@ -411,3 +411,102 @@ def test_training_takes_the_column(tmp_path):
         gfast.UnlearnTrainer(model, args, train_dataset=data, data_collator=collator()).train()
         moved[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(moved["column"], moved["factor"], rtol=1e-5, atol=1e-7)
+
+
+def test_retain_conflict_is_the_formula(setting):
+    from gfast.geffect import conflict_weights, retain_conflict
+
+    model, data, weighted = setting
+    parameters = list(model.parameters())
+
+    def gradients(batch):
+        """Of every label token's log p, in order."""
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        for value in logp_of(logits, labels)[labels != -100]:
+            some = torch.autograd.grad(value, parameters, retain_graph=True)
+            yield torch.cat([g.flatten() for g in some])
+
+    retain = torch.stack([g for batch in data["retain"] for g in gradients(batch)])
+    risk = -retain.mean(0)  # the gradient of R(D_r), a mean over all its tokens
+    effects = torch.stack([g @ risk for batch in data["forget"] for g in gradients(batch)])
+    expected = torch.exp(effects.clamp(max=0) / (0.7 * effects.square().mean().sqrt()))
+    found = retain_conflict(model, tau=0.7, **weighted)
+    assert [w.shape for w in found] == [batch["labels"].shape for batch in data["forget"]]
+    valid = [torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (1, 0)) for batch in data["forget"]]
+    picked = torch.cat([w[v] for w, v in zip(found, valid, strict=True)])
+    torch.testing.assert_close(picked.double(), expected, rtol=1e-5, atol=1e-6)
+    assert all((w[~v] == 1).all() for w, v in zip(found, valid, strict=True)) and 0 < float(picked.min()) < 0.9
+    assert conflict_weights([torch.zeros(3)])[0].tolist() == [1, 1, 1] and conflict_weights([]) == []
+    for wrong in (dict(tau=0.0), dict(effects=[torch.tensor([torch.nan])])):
+        with pytest.raises(ValueError, match="retain_conflict"):
+            conflict_weights(**{"effects": [torch.ones(2)], **wrong})
+
+
+def test_training_by_retain_conflict(tmp_path):
+    """Two steps with weights measured before each, and before the first only, against a loop written out."""
+    from helpers.training_tiny import config, copied, pairing, tiny_model
+
+    from gfast.geffect import retain_conflict
+
+    start = tiny_model()
+    data, collate = pairing()
+    given = dict(objective="WGA", retain_term="nll", weights="retain_conflict", weights_tau=0.5)
+    for every in (1, 2):
+        model, expected = copied(start), copied(start)
+        args = config(
+            tmp_path / str(every),
+            optim="sgd",
+            per_device_train_batch_size=len(data),
+            max_steps=2,
+            weights_every=every,
+            **given,
+        )
+        gfast.UnlearnTrainer(model, args, train_dataset=data, data_collator=collate).train()
+        for step in range(2):
+            data.set_epoch(step)
+            batch = collate([data[i] for i in range(len(data))])
+            if step % every == 0:
+                (weight,) = retain_conflict(expected, forget=batch["forget"], retain=batch["retain"], tau=0.5)
+            forget = gfast.model_loss(expected, batch["forget"], WGA(), weight=weight).loss
+            (forget + gfast.model_loss(expected, batch["retain"], NLL()).loss).backward()
+            with torch.no_grad():
+                for p in expected.parameters():
+                    p -= args.learning_rate * p.grad
+                    p.grad = None
+        for ours, right in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="weights='retain_conflict' is for objectives over the forget answers"):
+        gfast.UnlearnTrainer(model, config(tmp_path / "x", **given | dict(objective="PO")), train_dataset=data)
+    with pytest.raises(ValueError, match="train on gfast.data.ForgetRetain"):
+        args = config(tmp_path / "y", **given | dict(retain_term="none"))
+        gfast.UnlearnTrainer(model, args, train_dataset=data.forget, data_collator=collate.forget).train()
+
+
+def test_live_effects_are_of_the_weighted_objective(tmp_path):
+    """With weights GA is not minus the risk, and a weighted retain NLL is not the risk either."""
+    from helpers.training_tiny import config, copied, pairing, tiny_model
+
+    data, collate = pairing()
+    items = [data[i] for i in range(len(data))]
+    for number, item in enumerate(items):
+        for side in item.values():
+            side["weight"] = [0.1 * (number + k % 5) for k in range(len(side["labels"]))]
+    model = tiny_model()
+    batch = collate(items)
+    expected = gfast.g_effect(copied(model), GA(), forget=batch["forget"], retain=batch["retain"])
+    args = config(
+        tmp_path,
+        objective="GA",
+        retain_term="nll",
+        per_device_train_batch_size=len(items),
+        geffect_live=True,
+        geffect_live_unlearn=True,
+        max_steps=1,
+    )
+    trainer = gfast.UnlearnTrainer(model, args, train_dataset=items, data_collator=collate)
+    trainer.train()
+    latest = trainer.live.latest
+    assert latest["retain"] == pytest.approx(expected.total("retain"), rel=1e-3)
+    assert latest["nll/retain"] == pytest.approx(expected.risks["retain"], rel=1e-4)
+    assert latest["unlearn"] == pytest.approx(expected.total("unlearn"), rel=1e-3)

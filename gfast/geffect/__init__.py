@@ -1,6 +1,7 @@
 """Gradient effects: what a step on an unlearning objective does to the risk of forget and retain data, by layer."""
 
 from gfast.geffect.api import ENGINES, g_effect, gram_effect, pg_effect, risk_gradients, token_effect
+from gfast.geffect.conflict import conflict_weights, retain_conflict
 from gfast.geffect.directions import Directions
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.live.monitor import GEffectMonitor
@@ -20,9 +21,11 @@ __all__ = [
     "Surgery",
     "TokenEffect",
     "assign",
+    "conflict_weights",
     "g_effect",
     "gram_effect",
     "pg_effect",
+    "retain_conflict",
     "risk_gradients",
     "token_effect",
 ]

@@ -12,6 +12,7 @@ from gfast.geffect.live.surgery import Surgery
 from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import named, parse_parameters
+from gfast.training.conflict import WEIGHTS
 from gfast.training.options import COMPILATION, refuse_ignored_options
 from gfast.training.stop import parse_rules
 
@@ -91,6 +92,18 @@ class UnlearnConfig(TrainingArguments):
             "takes forwards only; a G-effect gives the NLL too."
         },
     )
+    weights: str = field(
+        default="none",
+        metadata={
+            "help": "Weights of the forget tokens beside the objective's own: none, or retain_conflict: tokens count "
+            "the less, the more their removal would harm the retain set (gfast.geffect.retain_conflict).",
+            "choices": WEIGHTS,
+        },
+    )
+    weights_every: int = field(default=50, metadata={"help": "Measure those weights anew every so many steps."})
+    weights_tau: float = field(
+        default=1.0, metadata={"help": "Their temperature: large values leave all tokens a weight of 1."}
+    )
     stop: list[str] | None = field(
         default=None,
         metadata={
@@ -143,6 +156,8 @@ class UnlearnConfig(TrainingArguments):
             self.label_names = ["labels"]
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; the data loader would only warn
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
         self.build_objective()
 
     def build_objective(self) -> Objective:

@@ -71,6 +71,7 @@ class LiveSteps:
                     "a live G-effect and surgery need a retain batch beside every forget batch, and the batches hold "
                     f"only {', '.join(found)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
+        self._weighted = {side for found in sides for side in found if self.trainer.weighs(found[side], side)}
         tokens = [[count(NLL(), found[side]) for found in sides] for side in ("forget", "retain")]
         forget, retain, first = self.trainer._over_processes([sum(tokens[0]), sum(tokens[1]), tokens[1][0]])
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
@@ -83,8 +84,10 @@ class LiveSteps:
 
         if self._monitor is None or self._monitor.model is not model:
             forget, scaler = self.trainer.objective.forget, getattr(self.trainer.accelerator, "scaler", None)
-            options = dict(objective=forget, surgery=self.surgery, scaler=scaler)
-            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or isinstance(forget, (GA, NLL)), **options)
+            free = isinstance(forget, (GA, NLL)) and "forget" not in self._weighted  # the forget loss is the risk's
+            label = str(forget) if "forget" in self._weighted else forget  # of which nothing follows
+            options = dict(objective=label, surgery=self.surgery, scaler=scaler)
+            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or free, **options)
         return self._monitor
 
     def training_step(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -119,7 +122,7 @@ class LiveSteps:
                 found.append(one.detach())
                 return one * self._processes
 
-            own = risk if first and mix.retain != NLL() else None
+            own = risk if first and (mix.retain != NLL() or "retain" in self._weighted) else None
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
             monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
             value = value + found[0]
@@ -148,6 +151,7 @@ class LiveSteps:
         from gfast.model import model_loss
 
         divisor = self._risk_counts.get(side)
+        batch = {**batch, "weight": None}  # never the risk's
         loss = self._compute(model, lambda module: model_loss(module, batch, NLL(), normalizer=divisor).loss)
         return loss if divisor is None else loss * self._processes
 
@@ -216,7 +220,7 @@ def loss_and_risk(
     def both(module: Any) -> tuple[LossOutput, Tensor]:
         given = with_reference(module, batch, objective, reference)
         output = model_output(module, given)
-        risk = output_loss(output, given, NLL(), normalizer=count).loss
+        risk = output_loss(output, {**given, "weight": None}, NLL(), normalizer=count).loss
         return output_loss(output, given, objective, normalizer=normalizer), risk
 
     return wrappers.inside(model, both)

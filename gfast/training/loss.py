@@ -140,6 +140,12 @@ class GFastLossMixin:
                     type(self).__name__,
                 )
 
+    token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
+
+    def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
+        """Whether the tokens of a batch have weights beside the objective's own."""
+        return batch.get("weight") is not None or (side == "forget" and self.token_weights is not None)
+
     def gfast_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch of the Trainer's collator as gfast takes it; the batch itself unless overridden. It is called for
         counting too, so it must be cheap, and must not run the model.
@@ -278,6 +284,8 @@ class GFastLossMixin:
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
             own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
+        if side == "forget" and self.token_weights is not None and model.training:
+            batch["weight"] = self.token_weights.of(batch)
         options = dict(normalizer=normalizer, reference=self._reference)
         risk = None
         if risk_count is None:

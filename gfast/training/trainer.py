@@ -14,6 +14,7 @@ from gfast.data import epoch_callback
 from gfast.locks import claimed
 from gfast.objectives import Objective
 from gfast.training.config import UnlearnConfig
+from gfast.training.conflict import ConflictWeights, check_conflict
 from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
 from gfast.training.processes import together
@@ -83,6 +84,10 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             **trainer_arguments,
         )
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
+        if args.weights != "none":
+            check_conflict(self.objective.forget, args.weights_tau, args.weights_every)
+            self.token_weights = ConflictWeights(self, args.weights_every, args.weights_tau)
+            self.add_callback(self.token_weights)
         if args.stop:
             self.add_callback(StopCallback(args.stop))
         if hasattr(self.train_dataset, "set_epoch"):

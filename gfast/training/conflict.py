@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of the forget tokens from their conflict with the retain set, measured anew every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gfast.model_state import gradients_kept, rng_kept
+from gfast.objectives import KL, RMU, RR, Objective
+
+WEIGHTS = ("none", "retain_conflict")
+
+
+class ConflictWeights(TrainerCallback):
+    """Measures `gfast.retain_conflict` of a trainer's own data before its first step and every `every` steps, and gives
+    each forget batch the weights of its samples.
+
+    All forget items are measured, against the retain items that the epoch pairs them with. Random states, gradients and
+    modes are as before. A run that is resumed measures anew where it goes on.
+    """
+
+    def __init__(self, trainer: Any, every: int, tau: float) -> None:
+        self.trainer, self.every, self.tau = trainer, every, tau
+        self.by_sample: dict[int, Tensor] | None = None  # of each sample's label tokens in order, fp32
+        self.step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.by_sample = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        due = state.global_step % self.every == 0 and state.global_step != self.step
+        if self.by_sample is None or due:
+            self.step = state.global_step
+            with rng_kept(), gradients_kept(model):
+                self.measure(model)
+
+    def measure(self, model: Any) -> None:
+        from gfast.geffect import retain_conflict
+
+        data, size = self.trainer.train_dataset, self.trainer.args.per_device_train_batch_size
+        made = [
+            self.trainer._sides(
+                self.trainer.data_collator([data[i] for i in range(start, min(start + size, len(data)))])
+            )
+            for start in range(0, len(data), size)
+        ]
+        for found in made:
+            if "retain" not in found or "sample_id" not in found["forget"]:
+                raise ValueError(
+                    "weights='retain_conflict' measures forget items against retain items, by the sample_id of the "
+                    "former: train on gfast.data.ForgetRetain with ForgetRetainCollator"
+                )
+        forget, retain = ([found[side] for found in made] for side in ("forget", "retain"))
+        processes = "all" if self.trainer.accelerator.num_processes > 1 else "auto"
+        weights = retain_conflict(model, forget=forget, retain=retain, tau=self.tau, processes=processes)
+        self.by_sample = {}
+        for batch, weight in zip(forget, weights, strict=True):
+            for sample, labels, row in zip(batch["sample_id"].tolist(), batch["labels"].cpu(), weight, strict=True):
+                self.by_sample[sample] = row[1:][labels[1:] != -100]
+
+    def of(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B, T] of a forget batch, on its device."""
+        if batch.get("weight") is not None:
+            raise ValueError("weights='retain_conflict' gives the tokens weights, and the data has a 'weight' too")
+        labels, found = batch["labels"], self.by_sample
+        samples = batch["sample_id"].tolist()
+        missing = [sample for sample in samples if found is None or sample not in found]
+        if missing:
+            raise ValueError(f"weights='retain_conflict' has not measured sample {missing[0]} of the forget data")
+        valid = labels != -100
+        valid[:, 0] = False
+        values = torch.cat([found[sample] for sample in samples]).to(labels.device)
+        if len(values) != int(valid.sum()):
+            raise ValueError("weights='retain_conflict': a sample has other labels than when it was measured")
+        return torch.ones(labels.shape, device=labels.device).masked_scatter(valid, values)
+
+
+def check_conflict(objective: Objective, tau: float, every: int) -> None:
+    """ValueError for an objective whose tokens have no weights, or not those of the forget answers."""
+    if isinstance(objective, (KL, RMU, RR)) or objective.needs & {"preferred", "refusal", "weight"}:
+        raise ValueError(
+            f"weights='retain_conflict' is for objectives over the forget answers' own tokens, and {objective} is none"
+        )
+    if every < 1 or not tau > 0:
+        raise ValueError(f"weights_every is {every} and weights_tau {tau}; give 1 or more, and a positive number")
