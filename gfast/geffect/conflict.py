@@ -1,4 +1,4 @@
-"""Token weights from retain conflict: a forget token counts the less, the more removing it would harm the retain set."""
+"""Token weights from retain conflict: a forget token counts the less, the more its removal harms the retain set."""
 
 from __future__ import annotations
 
