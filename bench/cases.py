@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfast.objectives import NLL, NPO, TNPO, WGA
+from gfast.objectives import ETW, MASC, NLL, NPO, PDU, TNPO, WGA
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +28,8 @@ HEADS = {  # name: (D, V)
     "llama-3.1-8b": (4096, 128256),
 }
 OBJECTIVES = {"wga": WGA(alpha=1.0), "tnpo": TNPO(beta=1.0), "npo": NPO(beta=0.1), "nll": NLL()}
+MARGINS = {"etw": ETW(), "pdu": PDU(), "masc": MASC(rho=0.5, eta=10.0)}  # measured by the time that WGA takes
+OBJECTIVES |= MARGINS
 MATRICES = {"logits": 1, "kl": 2}  # of logits that an op reads
 MODES = ("train", "forward", "frozen", "nograd")  # "frozen" is a head without gradient: the linear path alone has it
 BATCHES = ("full", "tofu", "long")  # where labels are -100, and how long the sequences are
@@ -114,10 +117,28 @@ def objective_of_nll(objective: str, nll: Tensor, labels: Tensor, ref_logp: Tens
 def plain_loss(objective: str, logits: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
     """The objective in plain PyTorch; logits [B, T, V]."""
     flat = logits.reshape(-1, logits.shape[-1])
+    if objective in ("pdu", "masc"):
+        return plain_margins(objective, flat, labels.reshape(-1)).sum() / (labels != -100).sum()
     if objective == "nll":
         return F.cross_entropy(flat, labels.reshape(-1))
     nll = F.cross_entropy(flat, labels.reshape(-1), reduction="none").reshape(labels.shape)
+    if objective == "etw":
+        p = torch.softmax(logits.detach(), -1)
+        entropy = torch.where(labels != -100, torch.special.entr(p).sum(-1), 0.0)  # [B, T]
+        weight = entropy * (labels != -100).sum(1, keepdim=True) / entropy.sum(1, keepdim=True)
+        return -(weight * nll).sum() / (labels != -100).sum()
     return objective_of_nll(objective, nll, labels, ref_logp)
+
+
+def plain_margins(objective: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Values of PDU or MASC, 0 at ignored labels; logits [N, V]."""
+    if objective == "pdu":
+        return torch.where(labels != -100, (logits.amax(-1) - logits.mean(-1)) ** 2, 0.0)
+    masc, target = MARGINS["masc"], labels.clamp(min=0)[:, None]
+    rivals = logits.scatter(1, target, -torch.inf).topk(masc.k, -1).values
+    margin = logits.gather(1, target)[:, 0] - torch.logsumexp(rivals, -1)
+    tau = math.log(masc.rho / (1 - masc.rho))
+    return torch.where(labels != -100, torch.relu(margin - (tau - masc.eta)) / masc.eta, 0.0)
 
 
 def plain_kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 Data = dict[str, Any]
 COPIES = {"cpu": 2.0, "cuda": 1 / 0.85}  # of the logits
 PRODUCTS = 1.15  # of bare matrix products
+LIKE_WGA = 1.15  # of the time that WGA takes, of objectives of a row's statistics
 # For what is measured beyond the tensors of a call: on a GPU the allocator rounds each up to 512 bytes; on a CPU it is
 # the resident memory of the process, in pages, with a MiB or so of interpreter, thread stacks and heap. What a matrix
 # library takes anew in every call is no part of this: where it weighs more, the law is missed.
@@ -42,6 +43,7 @@ LAWS = {
         "`linear_unlearn_loss`, `linear_token_logp`, no gradient, peak memory",
         "at most {} times their outputs and the logits folded at a time",
     ),
+    "margins": Law("ETW, PDU and MASC against WGA", "at most {} times its time"),
     "grad_dot": Law("`grad_dot`", "at least {} of the read bandwidth", True),
     "g_effect": Law("`g_effect`", "at most {} times the plain passes it needs"),
     "pg_effect": Law("`pg_effect`", "at most {} times 3 plain passes + 1 forward"),
@@ -117,6 +119,7 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in data["rows"]:
             yield from _loss(row)
         yield from _against_peers(data)
+        yield from _against_wga(data)
     elif kind == "grad_dot":
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{row['case']}, {row['directions']} direction{'s' * (row['directions'] > 1)}"
@@ -162,6 +165,18 @@ def _against_peers(data: Data) -> Iterator[Check]:
             if (own["shape"], own["batch"]) == (row["shape"], row["batch"]):
                 less, shape = row["median_ms"] / own["median_ms"], " x ".join(map(str, row["shape"]))
                 yield Check(law, f"{shape} ({row['head']}, {row['batch']})", less, least, less >= least)
+
+
+def _against_wga(data: Data) -> Iterator[Check]:
+    """ETW, PDU and MASC, each with WGA on the same case."""
+    rows = [row for row in data["rows"] if row["provider"] == "gfast" and "median_ms" in row]
+    same = ("op", "shape", "dtype", "mode", "batch", "device")
+    wga = {tuple(map(str, map(row.get, same))): row for row in rows if row["objective"] == "wga"}
+    for row in (row for row in rows if row["objective"] in ("etw", "pdu", "masc")):
+        if (other := wga.get(tuple(map(str, map(row.get, same))))) is not None:
+            ratio, shape = row["median_ms"] / other["median_ms"], " x ".join(map(str, row["shape"]))
+            case = f"{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row['batch']}), {row['mode']}"
+            yield Check("margins", f"{case}, from {row['op']}", ratio, LIKE_WGA, ratio <= LIKE_WGA)
 
 
 def _effects(data: Data) -> Iterator[Check]:

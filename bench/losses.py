@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, replace
 
 import torch
-from cases import DTYPES, HEADS, Case, Inputs, Step, bytes_moved, flops, make_inputs
+from cases import DTYPES, HEADS, MARGINS, Case, Inputs, Step, bytes_moved, flops, make_inputs
 from harness import Row, give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason, synchronize
 from laws import COPIES, PRODUCTS, verdict
 from memory import allowed_bytes, of_memory
@@ -37,7 +37,7 @@ RANGES = {  # of a profile: what is wrapped in which name
 
 def law(case: Case, provider: str) -> float | None:
     """How many floors gfast may take; None where nothing is demanded."""
-    if not PROVIDERS[provider].ours or case.mode == "forward":
+    if not PROVIDERS[provider].ours or case.mode == "forward" or case.objective in MARGINS:
         return None
     if case.op == "linear":
         return PRODUCTS

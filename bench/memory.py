@@ -11,6 +11,7 @@ from gfast.ops.dispatch import select
 from gfast.ops.head import _TILE_BYTES, ChunkedHead, _grad_dtype, _mixes, _wide_rows, sum_parts
 from gfast.ops.linear_inputs import local_head
 from gfast.ops.reductions import sequence_layout
+from gfast.ops.stat_spec import stat_spec_of
 from gfast.ops.weights import spec_of
 
 
@@ -41,7 +42,8 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
     if scored:
         order, chunk = valid_rows(labels), given.chunk_rows[0]
     else:
-        level, (ids, count) = spec_of(OBJECTIVES[case.objective]).level, sequence_layout("memory", inputs.labels, None)
+        objective, (ids, count) = OBJECTIVES[case.objective], sequence_layout("memory", inputs.labels, None)
+        level = (stat_spec_of(objective) or spec_of(objective)).level
         length = sequence_length(inputs.labels, None)
         order, chunk, _ = plan_chunks(level, labels, ids, count, length, given.chunk_rows)
     head = ChunkedHead(given.hidden, weight, None, labels, chunk, order)

@@ -88,7 +88,7 @@ def facts(spec: Any, sass: str, report: Any) -> dict[str, Any]:
         "stores_128": all(one.count("STG") == one.count(r"STG\S*\.128") for one in hot),
         "matrix": dict(Counter(m[0] for m in re.findall(r"\b((HGMMA|HMMA|IMMA|DMMA)\b)", sass))),
     }
-    if name in ("row_dot", "label_factor"):  # not a walk over rows
+    if name in ("row_dot", "label_factor", "stat_rows", "stat_rows_grad"):  # no one or two walks over rows
         return known
     dtype = next(word for word in words if word in aot.ITEMSIZE)
     itemsize, streams = aot.ITEMSIZE[dtype], STREAMS.get(name, 1)

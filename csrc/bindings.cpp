@@ -41,6 +41,12 @@ TORCH_LIBRARY(gfast, m) {
   m.def(
       "soft_rows(Tensor logits, Tensor ref_logits, Tensor labels, Tensor lower, Tensor coef_scale, int kind, "
       "float scale, float softcap, float ref_scale, float ref_softcap, Tensor(a!)? out) -> Tensor value");
+  m.def(
+      "stat_rows(Tensor logits, Tensor labels, int top, float sharpness, bool soft, float scale, float softcap) -> "
+      "(Tensor stats, Tensor values, Tensor ids)");
+  m.def(
+      "stat_rows_grad(Tensor logits, Tensor labels, Tensor stats, Tensor dense, Tensor columns, Tensor adds, "
+      "bool soft, float scale, float softcap, Tensor(a!) out) -> ()");
   m.def("fold_rows(Tensor logits, Tensor labels, int first, float scale, float softcap, Tensor(a!) state) -> ()");
   m.def("mixed_mm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("head_grad_hidden(Tensor grad_logits, Tensor weight, int most, Tensor(a!) out) -> ()");
@@ -122,8 +128,9 @@ pybind11::dict build_info() {
 
 TORCH_LIBRARY_IMPL(gfast, Autograd, m) {
   for (const char* name :
-       {"logp_rows", "logp_rows_grad", "weighted_rows", "kl_rows", "kl_parts", "kl_rows_grad", "soft_rows", "fold_rows",
-        "mixed_mm", "head_grad_hidden", "head_grad_weight", "accumulate", "pair_dots", "pair_sums", "row_dots", "scale_",
+       {"logp_rows", "logp_rows_grad", "weighted_rows", "kl_rows", "kl_parts", "kl_rows_grad", "soft_rows", "stat_rows",
+        "stat_rows_grad", "fold_rows", "mixed_mm", "head_grad_hidden", "head_grad_weight", "accumulate", "pair_dots",
+        "pair_sums", "row_dots", "scale_",
         "grad_dots"})  // not used_rows and fresh: booleans and new memory have no derivative to miss
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_derivative>());
   for (const char* name : {"label_factor", "fresh"})  // without this they pass a fallback of torch's, which takes longer

@@ -15,6 +15,9 @@ _EXPORTS = {
     "linear_token_logp": "gfast.ops.linear_token_logp",
     "unlearn_loss": "gfast.ops.unlearn_loss",
     "linear_unlearn_loss": "gfast.ops.linear_unlearn_loss",
+    "token_stats": "gfast.ops.token_stats",
+    "linear_token_stats": "gfast.ops.linear_token_stats",
+    "TokenStats": "gfast.ops.token_stats",
     "token_kl": "gfast.ops.token_kl",
     "linear_token_kl": "gfast.ops.linear_token_kl",
     "soft_target_loss": "gfast.ops.soft_target_loss",
@@ -64,12 +67,14 @@ if TYPE_CHECKING:
     from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
     from gfast.ops.linear_token_kl import linear_token_kl
     from gfast.ops.linear_token_logp import linear_token_logp
+    from gfast.ops.linear_token_stats import linear_token_stats
     from gfast.ops.linear_unlearn_loss import linear_unlearn_loss
     from gfast.ops.memory import empty_cache
     from gfast.ops.reductions import LossOutput
     from gfast.ops.soft_target_loss import soft_target_loss
     from gfast.ops.token_kl import token_kl
     from gfast.ops.token_logp import token_logp
+    from gfast.ops.token_stats import TokenStats, token_stats
     from gfast.ops.unlearn_loss import unlearn_loss
     from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer
 

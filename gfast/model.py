@@ -274,7 +274,8 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
         head, of = output.head, (target, objective)
         out = head.over(value, lambda hidden: linear_unlearn_loss(hidden, head.weight, *of, **options, **head.form))
     back = _back if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
-    return LossOutput(back(out.loss) if out.loss.shape == target.shape else out.loss, back(out.logp), back(out.weight))
+    loss = back(out.loss) if out.loss.shape == target.shape else out.loss
+    return LossOutput(loss, *(None if x is None else back(x) for x in (out.logp, out.weight)))
 
 
 def check_weighs(objective, name: str) -> None:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gfast.kernels import head as output_head
-from gfast.kernels import kl, labels, row_dot, rows, scale
+from gfast.kernels import kl, labels, row_dot, rows, scale, stats
 from gfast.kernels.common import COMPILER, tile
 
 TARGETS = (80, 90, 100)
@@ -111,6 +111,20 @@ def specs() -> Iterator[Spec]:
     types = "logits:*$ row_stride:i32 labels:*i64 first:i32 state:*fp64 N:i32 V:i32"
     for dtype, form in [("bf16", plain), ("fp16", capped), ("fp32", plain)]:
         yield _row_spec("fold_rows", output_head.fold_rows_kernel, dtype, 4096, types, **form)
+    told = head + "stats:*fp32 values:*fp32 ids:*i64 N:i32 V:i32"
+    grad = head + ("stats:*fp32 dense:*fp32 entries:*i64 adds:*fp32 out:*$ out_stride:i32 N:i32 V:i32")
+    for dtype, vocab, form, top, soft in [("bf16", LLAMA3, plain, 2, True), ("bf16", LLAMA3, plain, 11, False),
+                                          ("fp32", GPT2, capped, 11, True)]:
+        spec = _row_spec("stat_rows", stats.stat_rows_kernel, dtype, vocab, told, **form, top=top, soft=soft,
+                         sharpness=1.0 if dtype == "bf16" else 0.5)
+        options = stats.half_full({**spec.options, "R": spec.constants["R"]})
+        constants = {**spec.constants, "R": options.pop("R")}
+        constants["B"] = triton.next_power_of_2(triton.cdiv(vocab, constants["R"] * constants["K"]))
+        label = f"{spec.label} top {top}{'' if soft else ' hard'}"
+        yield spec._replace(label=label, constants=constants, options=options)
+        spec = _row_spec("stat_rows_grad", stats.stat_rows_grad_kernel, dtype, vocab, grad, **form, count=top + 1,
+                         soft=soft, C=triton.next_power_of_2(top + 2))
+        yield spec._replace(label=f"{spec.label} top {top}{'' if soft else ' hard'}")
 
 
 def first_of_each(every: Iterable[Spec], aligned: bool | None = None) -> list[Spec]:

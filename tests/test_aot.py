@@ -35,12 +35,12 @@ def said(other: bool, *arguments: str) -> str:
 
 def test_compiles_ahead_of_time():
     """Every kernel compiles for real GPUs, from a process in which Triton is not interpreted."""
-    assert "all 18 compiled" in said(False, "-m", "gfast.kernels.aot", "--quick", "80", "90")
+    assert "all 22 compiled" in said(False, "-m", "gfast.kernels.aot", "--quick", "80", "90")
 
 
 def test_machine_code_is_no_worse_than_recorded():
     """Instructions an element, 128-bit loads and stores, matrix instructions, spills: of each kernel's first case."""
-    assert "all 9 as recorded" in said(False, str(STATIC), "--check", "--quick")
+    assert "all 11 as recorded" in said(False, str(STATIC), "--check", "--quick")
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_the_record():
         assert one["local_in_loops"] == 0 and one["local_memory"] <= 32, label
         name, *words = label.split()
         assert bool(one["matrix"]) == (name == "row_dot" and words[0] != "fp32"), label
-        if name in ("row_dot", "label_factor"):
+        if name in ("row_dot", "label_factor", "stat_rows", "stat_rows_grad"):
             continue
         aligned = not label.endswith("V=50257")
         assert (one["loads_128"], one["stores_128"]) == (aligned, aligned or one["bytes"] == 2), label

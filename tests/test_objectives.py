@@ -240,6 +240,7 @@ def test_registry_and_names():
     assert from_name("WGA", alpha=0.5) == WGA(alpha=0.5)
     names = "ga wga satimp tnpo wtnpo npo simnpo dpo po nll kl rmu rr simsat simimp baldro baldrog hardmask softmask "
     names += "undial ceu shred unilogit jensun jsd"
+    names += " etw pdu masc tpo"
     for name in names.split():
         assert REGISTRY[name].key == name == REGISTRY[name].__name__.lower()
     with pytest.raises(ValueError, match="choose one of"):

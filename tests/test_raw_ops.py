@@ -81,6 +81,9 @@ def overlaps() -> dict:
         add("logp_rows_grad", place, [logits, labels, logp, stats, logp.clone(), 1.0, 0.0, torch.zeros(3, 5)], 7)
     for place in (1, 2, 7):
         add("weighted_rows", place, [logits, labels, logp, *numbers, logp.clone(), 1.0, 0.0, torch.zeros(3, 5)], 10)
+    told = [logits, labels, torch.zeros(3, 6), stats.new_zeros(3, 3), labels[:, None].clone(), torch.zeros(3, 1)]
+    for place in (1, 2, 3, 4, 5):
+        add("stat_rows_grad", place, [*told, True, 1.0, 0.0, torch.zeros(3, 5)], 9)
     kl = (1.0, 0.0, 1.0, 0.0, torch.zeros(3, 5))
     for place in (1, 2):
         add("kl_rows", place, [logits, logits.clone(), labels, one, *kl], 8)

@@ -1,5 +1,5 @@
-// CPU implementations of logp_rows, logp_rows_grad, weighted_rows and the KL ops: checks, then the kernels over
-// rows.
+// CPU implementations of logp_rows, logp_rows_grad, weighted_rows, the KL ops and the statistics of rows: checks, then the
+// kernels over rows.
 #include "cpu/kernels/rows.h"
 
 #include <ATen/ops/empty.h>
@@ -18,6 +18,8 @@ GFAST_DECLARE_KERNEL(void, logp_rows_grad, (const GradArgs&, int64_t, int64_t, f
 GFAST_DECLARE_KERNEL(void, weighted_rows, (const WeightedArgs&, int64_t, int64_t, float*))
 GFAST_DECLARE_KERNEL(void, scale_values, (void*, Dtype, int64_t, int64_t, float))
 GFAST_DECLARE_KERNEL(void, kl_rows, (const KlArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, stat_rows, (const StatsArgs&, int64_t, int64_t, float*))
+GFAST_DECLARE_KERNEL(void, stat_rows_grad, (const StatsGradArgs&, int64_t, int64_t, float*))
 
 namespace {
 
@@ -203,6 +205,63 @@ Tensor soft_rows_cpu(const Tensor& logits, const Tensor& ref_logits, const Tenso
   return value;
 }
 
+std::tuple<Tensor, Tensor, Tensor> stat_rows_cpu(const Tensor& logits, const Tensor& labels, int64_t top,
+                                                 double sharpness, bool soft, double scale, double softcap) {
+  const char* op = "stat_rows";
+  StatsArgs args{};
+  args.logits = check_matrix(op, "logits", logits, scale, softcap);
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  const Tensor y = check_labels(op, labels, rows, args.vocab);
+  args.labels = y.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(top >= 1 && top <= kMostTop && (top <= args.vocab || rows == 0), "gfast: ", op,
+                    ": top must be 1 to ", std::min<int64_t>(kMostTop, args.vocab), ", not ", top);
+  args.top = top;
+  args.sharpness = check_number(op, "sharpness", sharpness);
+  TORCH_CHECK_VALUE(sharpness > 0, "gfast: ", op, ": sharpness must be positive, it is ", sharpness);
+  args.soft = soft;
+  Tensor stats = at::empty({rows, kStats}, at::kFloat), values = at::empty({rows, top}, at::kFloat);
+  Tensor ids = at::empty({rows, top}, at::kLong);
+  args.stats = stats.mutable_data_ptr<float>();
+  args.values = values.mutable_data_ptr<float>();
+  args.ids = ids.mutable_data_ptr<int64_t>();
+  run(GFAST_KERNEL(stat_rows), args, rows);
+  return {stats, values, ids};
+}
+
+void stat_rows_grad_cpu(const Tensor& logits, const Tensor& labels, const Tensor& stats, const Tensor& dense,
+                        const Tensor& columns, const Tensor& adds, bool soft, double scale, double softcap,
+                        Tensor out) {
+  const char* op = "stat_rows_grad";
+  StatsGradArgs args{};
+  args.logits = check_matrix(op, "logits", logits, scale, softcap);
+  args.vocab = logits.size(1);
+  const int64_t rows = logits.size(0);
+  check_memory(op, "columns", columns);
+  TORCH_CHECK_VALUE(columns.dim() == 2 && columns.size(0) == rows && columns.size(1) >= 1 &&
+                        columns.size(1) <= kMostTop + 1,
+                    "gfast: ", op, ": columns must be [", rows, ", 1 to ", kMostTop + 1, "], not ", columns.sizes());
+  TORCH_CHECK_TYPE(columns.scalar_type() == at::kLong, "gfast: ", op, ": columns must be int64, not ",
+                   columns.scalar_type());
+  args.count = columns.size(1);
+  args.soft = soft;
+  const Tensor y = check_labels(op, labels, rows, args.vocab), c = columns.contiguous(),
+               s = check_values(op, "stats", stats, rows, kStats), d = check_values(op, "dense", dense, rows, 3),
+               more = check_values(op, "adds", adds, rows, args.count);
+  args.labels = y.const_data_ptr<int64_t>();
+  args.stats = s.const_data_ptr<float>();
+  args.dense = d.const_data_ptr<float>();
+  args.columns = c.const_data_ptr<int64_t>();
+  args.adds = more.const_data_ptr<float>();
+  for (int64_t k = 0; k < c.numel(); ++k)
+    TORCH_CHECK_VALUE(args.columns[k] >= 0 && args.columns[k] < args.vocab, "gfast: ", op, ": column ",
+                      args.columns[k], " is outside the vocabulary [0, ", args.vocab, ")");
+  set_out(op, args, out, logits,
+          {{"labels", labels}, {"stats", stats}, {"dense", dense}, {"columns", columns}, {"adds", adds}});
+  args.stream = streams(out, logits);
+  run(GFAST_KERNEL(stat_rows_grad), args, rows);
+}
+
 // torch's own x.mul_() takes three times as long for bfloat16.
 void scale_cpu(Tensor x, const Tensor& factor) {
   check_memory("scale_", "x", x);
@@ -225,6 +284,8 @@ TORCH_LIBRARY_IMPL(gfast, CPU, m) {
   m.impl("kl_parts", &kl_parts_cpu);
   m.impl("kl_rows_grad", &kl_rows_grad_cpu);
   m.impl("soft_rows", &soft_rows_cpu);
+  m.impl("stat_rows", &stat_rows_cpu);
+  m.impl("stat_rows_grad", &stat_rows_grad_cpu);
   m.impl("scale_", &scale_cpu);
 }
 

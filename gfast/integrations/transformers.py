@@ -14,7 +14,7 @@ from transformers import Trainer
 from gfast.objectives import UNWEIGHTED, Mix
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.unlearn_loss import unlearn_loss
-from gfast.ops.weights import spec_of
+from gfast.ops.weights import default_reduction, kernel_spec
 from gfast.training.loss import GFastLossMixin
 
 __all__ = ["GFastLossMixin", "gfast_loss_func"]
@@ -29,7 +29,8 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
     objective.
 
     Args:
-        objective: GA, WGA, SatImp, NLL or PO, or a callable ``(logp, ref_logp, sequence_id) -> weights``. PO as NLL of
+        objective: GA, WGA, SatImp, ETW, PDU, MASC, NLL or PO, or a callable ``(logp, ref_logp, sequence_id) ->
+        weights``. PO as NLL of
             the batch's labels, which must be those of a refusal.
         args: the Trainer's arguments; needed in several processes, where average_tokens_across_devices decides what
             num_items_in_batch counts.
@@ -56,8 +57,8 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         raise ValueError(
             f"gfast: {objective} needs more than the logits of one batch, all that a loss func sees; {instead}"
         )
-    spec = spec_of(objective)
-    if spec is not None and spec.level != "token":
+    spec = kernel_spec(objective)
+    if default_reduction(objective) != "token_mean" or (spec is not None and spec.level != "token"):
         raise ValueError(
             f"gfast: {objective} is a mean over sequences, and the num_items_in_batch that Trainer hands a loss func "
             f"counts tokens; {instead}"

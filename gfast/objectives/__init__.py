@@ -8,6 +8,7 @@ from __future__ import annotations
 from gfast.objectives.base import Objective, Weights, as_objective
 from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
+from gfast.objectives.logits import ETW, MASC, PDU, TPO
 from gfast.objectives.mix import Mix
 from gfast.objectives.registry import REGISTRY, from_name
 from gfast.objectives.samples import BalDRO, BalDROG
@@ -23,15 +24,18 @@ __all__ = [
     "BalDROG",
     "CEU",
     "DPO",
+    "ETW",
     "GA",
     "HardMask",
     "JSD",
     "JensUn",
     "KL",
+    "MASC",
     "Mix",
     "NLL",
     "NPO",
     "Objective",
+    "PDU",
     "PO",
     "REGISTRY",
     "RMU",
@@ -43,6 +47,7 @@ __all__ = [
     "SimSat",
     "SoftMask",
     "TNPO",
+    "TPO",
     "UNDIAL",
     "Unilogit",
     "WGA",

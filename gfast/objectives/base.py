@@ -36,6 +36,8 @@ class Objective:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type in ("float", "int"):
+                self._require(isinstance(value, (int, float)), f"{field.name} must be a number.")
             if isinstance(value, float):
                 self._require(math.isfinite(value), f"{field.name} must be a finite number.")
 

@@ -11,6 +11,7 @@ from typing import Any
 from gfast.objectives.base import Objective
 from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
+from gfast.objectives.logits import ETW, MASC, PDU, TPO
 from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
 from gfast.objectives.soft import CEU, JSD, SHRED, UNDIAL, JensUn, Unilogit
@@ -35,6 +36,10 @@ REGISTRY: dict[str, type[Objective]] = {
         BalDROG,
         DPO,
         PO,
+        ETW,
+        PDU,
+        MASC,
+        TPO,
         NLL,
         KL,
         RMU,
@@ -112,7 +117,8 @@ def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> 
         try:
             if not equals or not name.isidentifier():
                 raise ValueError
-            found[name] = ast.literal_eval(value)
+            word = value.isidentifier() and value not in ("True", "False", "None")  # dual_update_upon=epoch
+            found[name] = value if word else ast.literal_eval(value)
         except (ValueError, SyntaxError):
             raise ValueError(f"objective_args {entry!r} should read name=number, for instance alpha=0.5") from None
     return found

@@ -27,6 +27,8 @@ OPS = {  # and the CPU kernel that a build must hold to serve each
     "linear_token_kl": "kl_rows",
     "soft_target_loss": "soft_rows",
     "linear_soft_target_loss": "soft_rows",
+    "token_stats": "stat_rows",
+    "linear_token_stats": "stat_rows",
     "grad_dot": "grad_dots",
     "linear_row_dot": "row_dots",
 }
@@ -34,6 +36,7 @@ _STEPS = {"sharded_token_kl": "kl_parts", "scale": "scale_"}  # of several ops
 # Kernels that Triton has by the same name and with the same arguments, and the modules they are in.
 _TRITON_MODULES = {"fold_rows": "head", "kl_rows": "kl", "soft_rows": "kl"}
 _TRITON_MODULES |= dict.fromkeys(("logp_rows", "logp_rows_grad", "weighted_rows"), "rows")
+_TRITON_MODULES |= dict.fromkeys(("stat_rows", "stat_rows_grad"), "stats")
 # Ops with CUDA kernels of their own, and the compute capability that those need: 9.0 has clusters.
 _CUDA_KERNELS = {"grad_dot": ("grad_dots", (0, 0)), "unlearn_loss": ("weighted_rows", (9, 0))}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfast.ops import checks
+from gfast.ops import checks, stat_loss
 from gfast.ops.checks import IGNORE_INDEX, raise_if_not_finite
 from gfast.ops.chunks import plan_chunks, row_chunks, sequence_length
 from gfast.ops.derivatives import wants_literal
@@ -20,6 +20,7 @@ from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import flat_logp, linear_token_logp_reference, literal_of_head
 from gfast.ops.reductions import LossOutput
 from gfast.ops.registration import python_op
+from gfast.ops.stat_spec import stat_spec_of
 from gfast.ops.token_logp import stats_dtype
 from gfast.ops.unlearn_loss import by_row, loss_from_logp, weighted_rows
 from gfast.ops.weights import Terms, WeightSpec, sequence_weights, weigh
@@ -220,7 +221,7 @@ def linear_unlearn_loss(
         check_finite: raise on NaN or infinite log-probs (waits for the device).
 
     Returns:
-        LossOutput(loss, logp, weight).
+        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC and TPO, which have no token weights.
 
     Raises:
         ValueError, TypeError: as ``unlearn_loss``, and a head that does not match hidden.
@@ -239,7 +240,9 @@ def linear_unlearn_loss(
     local = local_head(name, hidden, head, bias, labels, chunk_rows)
     terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer, weight)
     form = check_map(name, logit_scale, softcap)
-    if wants_literal(name, impl, *local.inputs, ref_logp):
+    if (stat := stat_spec_of(objective)) is not None:
+        out = stat_loss.head_loss(terms, stat, local, form, impl)
+    elif wants_literal(name, impl, *local.inputs, ref_logp):
         out = loss_from_logp(terms, literal_of_head(name, local, form), impl == "reference")
     elif terms.reduction == "none" or not any(local.wanted()):
         # scoring is enough, and needs no logits where they can be folded
@@ -247,5 +250,5 @@ def linear_unlearn_loss(
     else:
         out = _scalar_loss(terms, local, form, impl)
     if check_finite:
-        raise_if_not_finite(name, out.logp)
+        raise_if_not_finite(name, out.loss if out.logp is None else out.logp)
     return out

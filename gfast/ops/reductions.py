@@ -16,12 +16,13 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: 0-dim; with reduction "none" one value a token (shape of labels) or a sequence [S].
         logp: log-prob of each label, shape of labels, fp32, detached, 0 where ignored.
-        weight: the weight each token's log-prob gradient got, shape of labels, detached, 0 where ignored.
+        weight: the weight each token's log-prob gradient got, shape of labels, detached, 0 where ignored. Both are None
+            of an objective whose gradient is no weighted sum of log-probs' (PDU, MASC, TPO, KL, RMU, RR).
     """
 
     loss: Tensor
-    logp: Tensor
-    weight: Tensor
+    logp: Tensor | None
+    weight: Tensor | None
 
 
 def sequence_layout(name: str, labels: Tensor, sequence_id: Tensor | None) -> tuple[Tensor, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gfast.ops import stat_loss
 from gfast.ops.checks import IGNORE_INDEX, check_rows, raise_if_not_finite
 from gfast.ops.derivatives import check_literal_labels, wants_literal
 from gfast.ops.dispatch import kernel, select
@@ -15,6 +16,7 @@ from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
 from gfast.ops.reductions import LossOutput
 from gfast.ops.registration import python_op
+from gfast.ops.stat_spec import stat_spec_of
 from gfast.ops.token_logp import (
     _logp_rows_grad_reference,
     _logp_rows_reference,
@@ -240,7 +242,7 @@ def unlearn_loss(
             under torch.compile, which plans memory itself, the logits are left alone.
 
     Returns:
-        LossOutput(loss, logp, weight).
+        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC and TPO, which have no token weights.
 
     Raises:
         ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, a weight that is
@@ -261,18 +263,17 @@ def unlearn_loss(
     name = "unlearn_loss"
     check_rows(name, logits, labels)
     terms = Terms.of(name, objective, labels, ref_logp, reduction, sequence_id, normalizer, weight)
-    if wants_literal(name, impl, logits, ref_logp):
+    if (spec := stat_spec_of(objective)) is not None:
+        out = stat_loss.logits_loss(terms, spec, logits, impl, inplace)
+    elif wants_literal(name, impl, logits, ref_logp):
         check_literal_labels(name, labels, logits.shape[-1])
         out = loss_from_logp(terms, token_logp_reference(logits, labels), impl == "reference")
     elif terms.reduction != "none":
         out = _scalar_loss(terms, logits, impl, inplace)
     elif inplace:
-        raise ValueError(
-            f"gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is only "
-            f"known in the backward."
-        )
+        raise ValueError(stat_loss.NOT_ONE_NUMBER.format(name=name))
     else:
         out = loss_from_logp(terms, token_logp(logits, labels, impl=impl), impl == "reference")
     if check_finite:
-        raise_if_not_finite(name, out.logp)
+        raise_if_not_finite(name, out.loss if out.logp is None else out.logp)
     return out

@@ -28,6 +28,7 @@ from gfast.ops.checks import (
     runs_now,
 )
 from gfast.ops.reductions import LossOutput, Tokens
+from gfast.ops.stat_spec import stat_spec_of
 
 
 class WeightSpec(NamedTuple):
@@ -120,8 +121,13 @@ def spec_of(objective) -> WeightSpec | None:
     return None
 
 
+def kernel_spec(objective) -> WeightSpec | None:
+    """``spec_of``; None also for a loss of the statistics of rows, which has numbers of its own."""
+    return spec_of(objective) if stat_spec_of(objective) is None else None
+
+
 def is_pair(objective) -> bool:
-    spec = spec_of(objective)
+    spec = kernel_spec(objective)
     return spec is not None and spec.level == "pair"
 
 
@@ -151,7 +157,7 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple
 
 def check_reference(name: str, objective, ref_logp: Tensor | None, labels: Tensor) -> None:
     """An objective that needs a reference has one, of the right shape."""
-    spec = spec_of(objective)
+    spec = kernel_spec(objective)
     uses_ref = "ref_logp" in getattr(objective, "needs", ()) if spec is None else spec.uses_ref
     if uses_ref and ref_logp is None:
         raise ValueError(
@@ -193,7 +199,7 @@ class Terms(NamedTuple):
 
     Attributes:
         name: of the public op, for messages.
-        spec: of the objective; None for a callable, which may look at all tokens.
+        spec: of the objective; None for a callable, which may look at all tokens, and where there is a StatSpec.
         labels: [...]. sequence_id: [...] or None. ref_logp: [N] or None.
         tokens: the labels, flat, and their sequences where something depends on those.
         given: [N], weights beside the objective's own, 0 where ignored; or None.
@@ -213,14 +219,15 @@ class Terms(NamedTuple):
     @classmethod
     def of(cls, name, objective, labels, ref_logp, reduction, sequence_id=None, normalizer=None, weight=None) -> Terms:
         """Of a loss's arguments, after checks."""
-        spec = spec_of(objective)
+        spec, stat = kernel_spec(objective), stat_spec_of(objective)
         if ref_logp is not None or spec is None or spec.uses_ref:
             check_reference(name, objective, ref_logp, labels)
         if weight is not None or spec is None or getattr(objective, "needs", None):
             check_given(name, objective, weight, labels)
         reduction = reduction or default_reduction(objective)
         check_reduction(name, reduction)
-        tokens = Tokens.of(name, labels, sequence_id, "any" if spec is None else spec.level, reduction)
+        level = stat.level if stat else "any" if spec is None else spec.level
+        tokens = Tokens.of(name, labels, sequence_id, level, reduction)
         ref = None if ref_logp is None else ref_logp.reshape(-1)
         given = None if weight is None else torch.where(tokens.valid, weight.detach().reshape(-1), 0)
         return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer, given)

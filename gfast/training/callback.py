@@ -13,6 +13,7 @@ from torch import nn
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import Objective, as_objective
 from gfast.sides import SIDES
+from gfast.training.dual import moves
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.records import run_name, write_record
 from gfast.training.trajectory import Batches, Trajectory, calling_trainer, log_beside
@@ -71,6 +72,12 @@ class GEffectCallback(Trajectory):
         self.objectives = [as_objective(one) for one in (objectives if several else [objectives])]
         if not self.objectives:
             raise ValueError("give at least one objective to measure the G-effect of")
+        moving = next((one for one in self.objectives if moves(one)), None)
+        if moving is not None:
+            raise ValueError(
+                f"the factors of {moving} change along a run, and a G-effect is measured with fixed ones: measure its "
+                f"terms apart, such as [PDU(), NLL()]"
+            )
         self.groups = groups
         if label is not None and len(self.objectives) > 1:
             raise ValueError("label names a single objective; leave it out for several")

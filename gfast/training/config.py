@@ -13,6 +13,7 @@ from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import named, parse_parameters
 from gfast.training.conflict import WEIGHTS
+from gfast.training.dual import check_dual, moves
 from gfast.training.options import COMPILATION, refuse_ignored_options
 from gfast.training.stop import parse_rules
 
@@ -158,12 +159,18 @@ class UnlearnConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # nothing to pin for; the data loader would only warn
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
-        self.build_objective()
+        measures = self.geffect_every or self.geffect_live or self.geffect_live_unlearn or self.surgery
+        if moves(self.build_objective()) and measures:
+            raise ValueError(
+                "geffect_every, geffect_live and surgery work with fixed factors, and PDU's dual variable moves one: "
+                "leave them out and measure checkpoints with gfast geffect, or give primal_dual=False"
+            )
 
     def build_objective(self) -> Objective:
         """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""
         forget = named(self.objective, parse_parameters(self.objective_args))
         if self.retain_term == "none":
+            check_dual(forget)
             return forget if self.gamma == 1.0 else Mix(forget, gamma=self.gamma)
         if self.retain_term == "rr":
             if getattr(forget, "layer", None) is None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from gfast import wrappers
 from gfast.hf import OWN_KEYS
 from gfast.model_state import evaluating
-from gfast.objectives import RMU, RR, Mix, Objective, as_objective
+from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
+from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import REFUSED, refuse_compiled, refuse_ignored_arguments, refuse_ignored_options
@@ -37,7 +38,8 @@ class GFastLossMixin:
     optimizer step and all processes, so gradient accumulation and data parallelism give the gradient of one big batch,
     whatever ``average_tokens_across_devices`` is. Logs hold ``loss`` and, per term, ``forget_loss``, ``retain_loss``,
     ``mean_weight`` (of the forget tokens' log-prob gradients) and ``mean_inverse_confidence`` (of 1/p over the forget
-    tokens). Evaluation gives the token-mean NLL.
+    tokens). Evaluation gives the token-mean NLL. With PDU(primal_dual=True) alpha is where the factor of the retain
+    loss starts, and ``dual`` what it has come to.
 
     Args (besides the Trainer's, by keyword):
         objective: an objective, a function of weights, or a Mix; without it the class's own `objective` is taken.
@@ -119,8 +121,17 @@ class GFastLossMixin:
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.terms = StepTerms()
+        check_dual(self.objective)
+        self.dual = DualVariable(self) if moves(self.objective) else None
+        if self.dual is not None:
+            self.add_callback(self.dual)
         self.live = None
         if geffect_live or geffect_live_unlearn or surgery is not None:
+            if self.dual is not None:
+                raise ValueError(
+                    f"live effects and surgery work with fixed factors, and the dual variable of "
+                    f"{self.objective.forget} moves one: leave geffect_live and surgery out, or give primal_dual=False"
+                )
             self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery)
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         self._normalizers: dict[str, float] = {}
@@ -170,7 +181,8 @@ class GFastLossMixin:
     def _parts(self) -> list[tuple[str, Objective, float]]:
         parts = [("forget", self.objective.forget, self.objective.gamma)]
         if self.objective.retain is not None:
-            parts.append(("retain", self.objective.retain, self.objective.alpha))
+            alpha = self.objective.alpha if self.dual is None else self.dual.value
+            parts.append(("retain", self.objective.retain, alpha))
         return parts
 
     def _sides(self, batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -253,7 +265,7 @@ class GFastLossMixin:
             for side, objective, factor in self._parts:
                 loss = factor * self._side_loss(module, found[side], objective, side, factor)
                 total = loss if total is None else total + loss
-            return total
+            return total - self._constant()
 
         # What follows the model's own forward, which carries Accelerate's autocast, has it too.
         with wrappers.autocast_of(self.accelerator):
@@ -261,6 +273,17 @@ class GFastLossMixin:
         self.terms.add({"loss": loss})
         # Data parallelism averages gradients over processes; the terms are already divided by the global count.
         return loss * self.accelerator.num_processes
+
+    def _constant(self) -> float:
+        """This micro-batch's share of what PDU takes off the retain loss, which has no gradient."""
+        shares = self._micro_batches * self.accelerator.num_processes
+        if self.dual is not None:
+            self.terms.add(
+                {"dual": torch.tensor(self.dual.value / shares, dtype=torch.float64, device=self.args.device)}
+            )
+        if not isinstance(self.objective.forget, PDU) or self.objective.retain is None:
+            return 0.0
+        return self._parts[1][2] * self.objective.forget.retain_loss_eps / shares
 
     def _side_loss(
         self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float,

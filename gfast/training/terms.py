@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from gfast.training.records import run_name, write_record
 
-RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence")
+RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence", "dual")
 
 
 class StepTerms:

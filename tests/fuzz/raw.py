@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from draw import NARROW, Draw, Raw
 from near import EPS, near
-from softmax_rows import fold_rows, kl_parts, kl_rows, kl_rows_grad, logp_rows, logp_rows_grad, soft_rows, weighted_rows
+from softmax_rows import (
+    fold_rows,
+    kl_parts,
+    kl_rows,
+    kl_rows_grad,
+    logp_rows,
+    logp_rows_grad,
+    soft_rows,
+    stat_rows,
+    stat_rows_grad,
+    weighted_rows,
+)
 from torch import Tensor
 
 
@@ -175,6 +186,8 @@ OPS = (
     logp_rows,
     logp_rows_grad,
     weighted_rows,
+    stat_rows,
+    stat_rows_grad,
     kl_rows,
     kl_parts,
     kl_rows_grad,

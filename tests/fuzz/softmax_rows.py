@@ -150,6 +150,71 @@ def weighted_rows(r: Draw) -> Raw:
     return Raw("weighted_rows", [logits, labels, ref, *numbers, coef, scale, cap, out], 10, check)
 
 
+def _entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p).sum(1)
+
+
+def stat_rows(r: Draw) -> Raw:
+    n, vocab, dtype, scale, cap = _head(r)
+    logits, labels = r.logits(n, vocab, dtype), r.labels(n, vocab)
+    top = min(r.choice((1, 2, 5, 128)), vocab)
+
+    def check(before, result, _):
+        logits, labels, top, sharpness, soft, scale, cap = before
+        rows, (stats, values, ids) = Rows(logits, labels, scale, cap), result
+        if not rows.z.numel():
+            return
+        keep = rows.plain & rows.valid & ~rows.z.isnan().any(1)
+        size = rows.z.abs().masked_fill(~rows.z.isfinite(), 0.0)
+        slack = 8 * EPS * (1 + size.amax(1))
+        expected = rows.z.topk(top, 1).values
+        near(values[keep], expected[keep], slack[keep, None].expand(-1, top) + 1e-30, "values")
+        near(values[keep], rows.z.gather(1, ids)[keep], slack[keep, None].expand(-1, top) + 1e-30, "ids")
+        keep &= rows.z.isfinite().all(1)
+        near(stats[keep, 3], rows.z.mean(1)[keep], slack[keep], "mean")
+        if soft:
+            sharp = torch.softmax(rows.z * sharpness, 1)
+            wide = (1 + sharpness) * rows.slack * (2 + torch.log(torch.tensor(float(vocab + 1))))
+            near(stats[keep, 5], _entropy(sharp)[keep], wide[keep], "entropy")
+            near(stats[keep, 0] + stats[keep, 1], rows.z.logsumexp(1)[keep], rows.slack[keep], "log sum")
+        assert (stats[~rows.valid] == 0).all() and (values[~rows.valid] == 0).all() and (ids[~rows.valid] == 0).all()
+
+    return Raw("stat_rows", [logits, labels, top, r.choice((1.0, 1.0, 0.5)), r.maybe(0.8), scale, cap], None, check)
+
+
+def stat_rows_grad(r: Draw) -> Raw:
+    n, vocab, dtype, scale, cap = _head(r)
+    logits, labels = r.logits(n, vocab, dtype), r.labels(n, vocab)
+    given = [torch.zeros(n, 6), torch.zeros(n, 1)]
+    if n and vocab and torch.isfinite(logits.float()).all():
+        with torch.no_grad():
+            given = torch.ops.gfast.stat_rows(logits.contiguous(), labels, 1, 1.0, True, scale, cap)[:2]
+    count = r.choice((1, 2, 5))
+    columns = torch.randint(0, vocab, (n, count), generator=r.torch)
+    dense, soft = r.normal(n, 3), r.maybe(0.7)
+    args = [logits, labels, given[0], dense, columns, r.normal(n, count), soft, scale, cap, _out(r, logits)]
+
+    def check(before, result, out):
+        logits, labels, _, dense, columns, adds, soft, scale, cap, _ = before
+        rows = Rows(logits, labels, scale, cap)
+        rows.plain = rows.plain & torch.isfinite(logits.float()).all() & rows.z.isfinite().all(1)
+        if not rows.z.numel():
+            return
+        logp, entropy, mean = dense.double()[:, :, None].unbind(1)
+        grad = (mean / rows.z.shape[1]).expand_as(rows.z)
+        if soft:
+            one = torch.zeros_like(rows.z).scatter(1, rows.at, 1.0)
+            own = _entropy(rows.p)[:, None]
+            grad = grad + logp * (one - rows.p)
+            grad = grad - entropy * torch.where(rows.p > 0, rows.p * (rows.logp_all + own), 0.0)
+        grad = grad.scatter_add(1, columns, adds.double()) * rows.slope(cap) * scale
+        expected = torch.where(rows.valid[:, None], grad, 0.0)
+        size = dense.double().abs().sum(1) + adds.double().abs().sum(1)
+        _near_gradient(out, rows, expected, size, 24 * rows.slack[:, None])
+
+    return Raw("stat_rows_grad", args, 9, check)
+
+
 def _kl(before, totals=None):
     logits, ref, labels, (scale, cap, ref_scale, ref_cap) = before
     p, q = Rows(logits, labels, scale, cap), Rows(ref, labels, ref_scale, ref_cap)

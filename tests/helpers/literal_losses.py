@@ -74,7 +74,11 @@ def literal(objective, model, batches, original=None):
         if original is not None:
             with torch.no_grad():
                 ref, _ = label_logp(original, batch)
-        one, n = LITERAL[str(objective)](logp, ref, valid)
+        if type(objective).__name__ == "PDU":
+            z = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][valid]
+            one, n = ((z.double().amax(-1) - z.double().mean(-1)) ** 2).sum(), len(z)
+        else:
+            one, n = LITERAL[str(objective)](logp, ref, valid)
         total, count = total + one, count + n
     return total / max(count, 1)
 

@@ -62,6 +62,34 @@ struct KlArgs {
   Divergence kind;
 };
 
+// What `stat_rows` tells of a row, in this order: max z', log(sum exp(z' - max)), the mean of max - z' under the softmax,
+// the plain mean of z', z' of the label, and the entropy of softmax(sharpness z').
+enum Stat { kTop, kLogTotal, kGap, kMean, kLabel, kEntropy, kStats };
+
+constexpr int64_t kMostTop = 128;  // entries of a row that are told one by one
+
+struct StatsArgs {
+  Matrix logits;
+  int64_t vocab;
+  const int64_t* labels;
+  int64_t top;  // 1 to kMostTop and to vocab
+  float sharpness;
+  bool soft;      // whether what takes exps is wanted; 0 where not
+  float* stats;   // [N, kStats]
+  float* values;  // [N, top]: the largest z', of equal ones the first column first
+  int64_t* ids;   // [N, top]: their columns
+};
+
+// The gradient of what `stat_rows` tells, each output times a factor of its own.
+struct StatsGradArgs : RowsArgs {
+  const float* stats;      // [N, kStats], of sharpness 1
+  const float* dense;      // [N, 3]: factors of logp, entropy and mean
+  const int64_t* columns;  // [N, count]: entries that get more; one may come more than once
+  const float* adds;       // [N, count]
+  int64_t count;           // 1 to kMostTop + 1
+  bool soft;               // whether the first two factors count
+};
+
 constexpr int64_t kBlock = 2048;
 
 // Scratch for a row in whole vectors or for a value a block, and what a thread needs for any row kernel.

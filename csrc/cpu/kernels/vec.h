@@ -52,6 +52,18 @@ GFAST_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b)
 GFAST_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 #endif
 
+// Whether a lane of a comparison's result is set.
+GFAST_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  uint64_t words[W / 2], found = 0;
+  memcpy(words, &mask, sizeof(words));
+  for (uint64_t word : words) found |= word;
+  return found != 0;
+#endif
+}
+
 GFAST_INLINE vi lane_index() {
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;

@@ -30,6 +30,7 @@ from gfast.ops.chunks import default_chunk_rows, row_chunks, valid_rows
 from gfast.ops.head import ChunkedHead
 from gfast.ops.linear_inputs import check_map, prepare_head
 from gfast.ops.reductions import sequence_layout
+from gfast.ops.stat_spec import stat_spec_of
 from gfast.ops.token_logp import logp_rows, logp_rows_grad
 from gfast.ops.weights import WeightSpec, check_reference, is_pair, spec_of, token_weights, weigh
 from gfast.packed import pair_ids, sequence_ids
@@ -60,9 +61,11 @@ def check_weighted(term: Term, engine: str) -> None:
     try:
         spec_of(term.objective)
     except TypeError:
+        spec = stat_spec_of(term.objective)
+        lacks = "weights by entropy, not log-prob" if spec is not None and spec.weighted else "no token weights"
         raise ValueError(
-            f"gfast: {term.objective} has no token weights, and the {engine} engine measures only objectives that "
-            f"have: use engine='stream'"
+            f"gfast: {term.objective} has {lacks}, and the {engine} engine measures only objectives that have weights "
+            f"by log-probs: use engine='stream'"
         ) from None
 
 

@@ -17,7 +17,7 @@ from gfast.geffect.data import OWN_DATA
 from gfast.geffect.results.base import Effect, Norms, standard_error
 from gfast.geffect.results.g_effect import GEffect
 from gfast.objectives import Objective
-from gfast.ops.weights import WeightSpec, default_reduction, spec_of
+from gfast.ops.weights import WeightSpec, default_reduction, kernel_spec
 from gfast.sides import SIDES
 
 
@@ -31,7 +31,7 @@ def spec_on_forget(objective: Objective) -> WeightSpec | None:
     spec = getattr(objective, "spec", None)
     if not callable(spec) or objective.needs & OWN_DATA:
         return None
-    spec_found = spec_of(objective)
+    spec_found = kernel_spec(objective)
     return None if spec_found.level == "pair" else spec_found
 
 

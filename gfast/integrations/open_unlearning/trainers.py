@@ -23,6 +23,7 @@ from gfast.objectives import (
     KL,
     NLL,
     NPO,
+    PDU,
     TNPO,
     UNDIAL,
     WGA,
@@ -45,7 +46,7 @@ RETAIN = {"NLL": NLL, "KL": KL}
 _FIRST = "ignore_first_n_answer_tokens"  # of CEU: labels of the forget items that do not count
 _ALONE = ("GradAscent", "CEU")  # without a retain loss
 # Name -> what makes the forget objective, and the defaults of open-unlearning's class (gfast's where it has none).
-METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
+METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "GradAscent": (lambda: GA(), {}),
     "GradDiff": (lambda: GA(), {}),
     "NPO": (lambda beta: NPO(beta), {"beta": 1.0}),
@@ -57,6 +58,16 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
     "SimImp": (lambda beta: SimImp(beta), {"beta": 5.0}),
     "DrNPO": (lambda beta, beta_dv_forget: BalDRO(beta, beta_dv_forget), {"beta": 1.0, "beta_dv_forget": 1.0}),
     "GroupNPO": (lambda beta, sampling_ratio: BalDROG(beta, sampling_ratio), {"beta": 1.0, "sampling_ratio": 0.5}),
+    "PDU": (
+        PDU,
+        {
+            "retain_loss_eps": 0.0,
+            "primal_dual": False,
+            "dual_step_size": 1.0,
+            "dual_update_upon": "step",
+            "dual_warmup_epochs": 0,
+        },
+    ),
     "TNPO": (lambda beta: TNPO(beta), {"beta": 1.0}),
     "WTNPO": (lambda beta, wga_beta: WTNPO(wga_beta, beta), {"beta": 1.0, "wga_beta": 1.0}),
     "UNDIAL": (lambda beta: UNDIAL(beta), {"beta": 1.0}),
@@ -65,7 +76,6 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, float]]] = {
 # What open-unlearning has and this adapter has not, and why.
 LACKING = {
     "RMU": "its EMBED_DIFF retain loss needs hidden states of the original at every step; use gfast unlearn with RMU",
-    "PDU": "its dual updates are no objective of gfast's",
 }
 REFERENCES = ("auto", "cache", "adapters_off", "adapter:NAME")
 _OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geffect_live", "surgery")
@@ -182,7 +192,7 @@ def _objective(name: str, make: Callable[..., Objective], known: Mapping[str, An
         raise ValueError(
             f"retain_loss_type is {kind!r}; GFast{name} has {' and '.join(RETAIN)} (EMBED_DIFF is a loss of RMU's)"
         )
-    forget = make(**{key: float(value) for key, value in values.items()})
+    forget = make(**{key: float(value) if type(known[key]) is float else value for key, value in values.items()})
     return Mix(forget, RETAIN[kind]() if alpha else None, gamma=gamma, alpha=alpha if alpha else 1.0)
 
 
