@@ -4,8 +4,10 @@
 
 Same model, rows, order and optimizer. Each training runs in a process of its own; memory is the most that the process
 held beyond what it had after its imports: weights, gradients, a reference model or cached values, logits, and the pool
-that gfast keeps freed gradients in. Steps after the first are timed. KL is another number in open-unlearning (a mean
-over prompts and padding too), so its curves are shown and not compared.
+that gfast keeps freed gradients in; "lean" is gfast without that pool (GFAST_POOL_MIB=0). Whoever trains so holds
+parameters, gradients and the optimizer's state: the floor, which is given beside, with the ratio of what is above it.
+Steps after the first are timed. KL is another number in open-unlearning (a mean over prompts and padding too), so its
+curves are shown and not compared.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 LAW, SAME = 0.6, 1e-5
+WAYS = ("open-unlearning", "gfast", "lean")
 METHODS = {"NPO": {"beta": 0.1}, "GradDiff": {"retain_loss_type": "KL"}}
 
 
@@ -89,7 +92,7 @@ def one(way: str, method: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         training = TrainingArguments(folder, use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **options)
-        if way == "gfast":
+        if way in ("gfast", "lean"):
             from types import SimpleNamespace
 
             data = SimpleNamespace(forget=forget, retain=retain, anchor="forget")
@@ -111,7 +114,22 @@ def one(way: str, method: str, args: argparse.Namespace) -> dict:
         made.train()
     losses = [log["loss"] for log in made.state.log_history if "loss" in log]
     median = statistics.median(Clock.seconds[1:])
-    return {"way": way, "step_s": median, "setup_s": setup, "memory_mb": (highest() - before) / 2**20, "losses": losses}
+    return {
+        "way": way,
+        "step_s": median,
+        "setup_s": setup,
+        "memory_mb": (highest() - before) / 2**20,
+        "losses": losses,
+        "floor_mb": floor(made) / 2**20,
+    }
+
+
+def floor(made) -> int:
+    """Bytes of parameters, of their gradients, and of what the optimizer keeps (nothing, for SGD)."""
+    parameters = [p for p in made.model.parameters() if p.requires_grad]
+    kept = [value for state in made.optimizer.state.values() for value in state.values()]
+    held = [p for p in made.model.parameters()] + parameters + [x for x in kept if hasattr(x, "nbytes")]
+    return sum(tensor.nbytes for tensor in held)
 
 
 def without_counts(compute_loss):
@@ -128,7 +146,7 @@ def main() -> None:
     for name, value in dict(vocab=128256, hidden=1024, layers=2, batch=4, tokens=64, steps=4, repeats=1).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--way", choices=("open-unlearning", "gfast"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "GFAST_OPEN_UNLEARNING" not in os.environ:
         sys.exit("set GFAST_OPEN_UNLEARNING to a clone of github.com/locuslab/open-unlearning")
@@ -139,13 +157,14 @@ def main() -> None:
 
     cases = []
     for method in args.methods:
-        found: dict[str, list[dict]] = {"open-unlearning": [], "gfast": []}
+        found: dict[str, list[dict]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
             for way, runs in found.items():
                 command = [sys.executable, __file__, "--way", way, "--methods", method]
                 for name in ("vocab", "hidden", "layers", "batch", "tokens", "steps"):
                     command += [f"--{name}", str(getattr(args, name))]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                own = os.environ | ({"GFAST_POOL_MIB": "0"} if way == "lean" else {})
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
                 runs.append(json.loads(out.splitlines()[-1]))
         cases.append(compared(method, found))
         print(json.dumps(cases[-1]))
@@ -156,17 +175,21 @@ def main() -> None:
 
 
 def compared(method: str, found: dict[str, list[dict]]) -> dict:
-    """Medians of both ways, their ratios, and how far apart the loss curves are."""
-    row: dict = {"method": method, "law": LAW}
+    """Medians of all ways, the ratios of gfast's two to the other, and how far apart the loss curves are."""
+    row: dict = {"method": method, "law": LAW, "floor_mb": round(found["gfast"][0]["floor_mb"], 1)}
     for key in ("step_s", "memory_mb", "setup_s"):
-        theirs, ours = (statistics.median(run[key] for run in runs) for runs in found.values())
-        row |= {f"open_unlearning_{key}": round(theirs, 3), f"gfast_{key}": round(ours, 3)}
-        if key != "setup_s":
-            row[f"{key.split('_')[0]}_ratio"] = round(ours / theirs, 3)
+        values = {way: statistics.median(run[key] for run in runs) for way, runs in found.items()}
+        row |= {f"{way.replace('-', '_')}_{key}": round(value, 3) for way, value in values.items()}
+        for way, name in (("gfast", ""), ("lean", "lean_")):
+            if key != "setup_s":
+                row[f"{name}{key.split('_')[0]}_ratio"] = round(values[way] / values["open-unlearning"], 3)
+            if key == "memory_mb":
+                above = [values[each] - row["floor_mb"] for each in (way, "open-unlearning")]
+                row[f"{name}above_floor_ratio"] = round(above[0] / above[1], 3)
     curves = [runs[0]["losses"] for runs in found.values()]
-    row["losses"] = dict(zip(("open_unlearning", "gfast"), curves, strict=True))
+    row["losses"] = dict(zip(("open_unlearning", "gfast", "lean"), curves, strict=True))
     if method == "NPO":
-        apart = max(abs(a - b) / max(abs(a), abs(b)) for a, b in zip(*curves, strict=True))
+        apart = max(abs(a - b) / max(abs(a), abs(b)) for a, b in zip(*curves[:2], strict=True))
         row["losses_apart"] = apart
         if apart > SAME:
             raise SystemExit(f"{method}: the loss curves are {apart:.2e} apart, so that nothing is compared: {curves}")

@@ -18,6 +18,7 @@ import gfast
 import gfast.integrations.open_unlearning as integration
 from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
+from gfast.integrations.open_unlearning.trainers import make_trainers
 from gfast.objectives import (
     CEU,
     DPO,
@@ -259,6 +260,27 @@ def test_adapters_are_their_own_original_and_the_effect_is_measured(tmp_path):
     assert "geffect_live/step/retain" in live.state.log_history[0]
     pairs = ou.trained("DPO", tmp_path, tiny_model(), method={"geffect_every": 3, "geffect_samples": 2})
     assert any(key.startswith("geffect/DPO") for key in pairs.state.log_history[0])
+
+
+def test_a_base_that_computes_its_loss_by_another_method(tmp_path, caplog):
+    """One layout of open-unlearning's trainers has compute_loss call compute_unlearn_loss while it trains."""
+
+    class Base(ou.FinetuneTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self.compute_unlearn_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        def compute_unlearn_loss(self, *_):
+            raise AssertionError("the loss is gfast's")
+
+    registry, found = ou.registered(), {}
+    for kind, made in (("plain", registry["GFastNPO"]), ("hook", make_trainers(Base)["NPO"])):
+        options = dict(train_dataset=ou.data(), tokenizer=TOKENIZER, args=ou.arguments(tmp_path / kind, max_steps=2))
+        trainer = made(model=tiny_model(seed=1), **options)
+        trainer.train()
+        found[kind] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert found["plain"] == found["hook"] and len(found["hook"]) == 2
+    said = [record.message for record in caplog.records if "is not called" in record.message]
+    assert len(said) == 1 and "compute_loss of Base" in said[0]
 
 
 def test_configs_name_trainers_and_arguments_that_there_are():
