@@ -148,7 +148,7 @@ def test_what_nothing_measures_is_refused_before_any_work(tmp_path, capsys):
     with pytest.raises(ValueError, match="--nll_every or --geffect_every"):
         trainer(tmp_path, "retain_nll>2").train()
     several = GEffectCallback(1, FORGET, RETAIN, [GA(), WGA()])
-    with pytest.raises(ValueError, match=r"one of the objectives that are recorded: GA\(\), WGA\(alpha=1.0\)"):
+    with pytest.raises(ValueError, match=r"that retain_effect is recorded for: GA\(\), WGA\(alpha=1.0\)"):
         trainer(tmp_path, None, several, StopCallback("retain_effect<0")).train()
     with pytest.raises(ValueError, match="did you mean forget_nll"):
         UnlearnConfig(output_dir=str(tmp_path), use_cpu=True, stop="forge_nll>1")
@@ -161,6 +161,29 @@ def test_what_nothing_measures_is_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "rules.yaml").write_text("stop: retain_effect < -0.5*unlearn_effect for 3\n")
     assert cli.main([*arguments, "--config", str(tmp_path / "rules.yaml")]) == 2
     assert "stop rule 'retain_effect < -0.5*unlearn_effect for 3' needs" in capsys.readouterr().err
+
+
+def test_rules_about_live_effects(tmp_path):
+    live = {"geffect_live": True}
+    rules = ["unlearn_effect<0 for 3", "forget_nll>1000x", "retain_effect>1e9"]
+    one = trainer(tmp_path / "live", rules, NLLCallback(2, FORGET, RETAIN), **live)
+    one.train()
+    assert one.state.global_step == 3 and last_checkpoint(tmp_path / "live").name == "checkpoint-3"
+    frame = read_records(tmp_path / "live")
+    stops = frame[frame["quantity"] == "stop"]
+    assert set(zip(stops["objective"], stops["group"], strict=True)) == {
+        ("GA() + NLL() (live)", rules[0]), ("GA() + NLL()", rules[1]), ("GA() + NLL() (live)", rules[2])}  # fmt: skip
+    assert dict(stops[stops["group"] == rules[0]][["step", "value"]].values) == {0: 1, 1: 2, 2: 3}
+    assert sorted(stops[stops["group"] == rules[1]]["step"]) == [0, 2]
+    # What a step measures by the way gives way to a callback, in whose name effects are recorded too.
+    both = trainer(tmp_path / "both", "unlearn_effect<0 for 2", effects(), **live)
+    both.train()
+    assert both.state.global_step == 2 and counts(tmp_path / "both") == {"unlearn_effect<0 for 2": {0: 1, 2: 2}}
+    again = trainer(tmp_path / "live", rules, NLLCallback(2, FORGET, RETAIN), **live)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    with pytest.raises(ValueError, match="needs unlearn_effect.*--geffect_live_unlearn"):
+        trainer(tmp_path / "wga", "unlearn_effect<0", objective="WGA", **live).train()
 
 
 def test_in_a_plain_trainer(tmp_path):

@@ -38,6 +38,7 @@ from gfast.training.batches import needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
 from gfast.training.fingerprints import model_fingerprint
+from gfast.training.live import measured_live
 from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
@@ -105,12 +106,13 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
 def _train(
     model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str], folder: Path
 ) -> int:
-    nll = {name for name in QUANTITIES if name.endswith("_nll")}
-    measured = QUANTITIES if config.geffect_every else nll if config.nll_every else ()
-    require_measured(parse_rules(config.stop), measured)
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
     live = config.geffect_live or config.geffect_live_unlearn or config.surgery is not None
+    nll = {name for name in QUANTITIES if name.endswith("_nll")}
+    measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
+    measured |= measured_live(both.forget, config.geffect_live_unlearn) if live and config.record_every else set()
+    require_measured(parse_rules(config.stop), measured)
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, config, rows, argv)

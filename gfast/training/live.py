@@ -196,6 +196,12 @@ class LiveSteps:
         return rows
 
 
+def measured_live(forget: Objective, unlearn: bool) -> frozenset[str]:
+    """What a live effect of this forget objective measures, as rules of gfast.training.stop call it."""
+    sides = ("retain", "unlearn") if unlearn or isinstance(forget, (GA, NLL)) else ("retain",)
+    return frozenset({f"{side}_{name}" for side in sides for name in ("effect", "cosine", "norm")} | {"objective_norm"})
+
+
 class RecordLive(TrainerCallback):
     """Writes the live effect of every `every`-th step to the records of the step that it was measured at: as
     `GEffectCallback`, at the weights before the update. Its objective's name ends with " (live)".
@@ -203,10 +209,23 @@ class RecordLive(TrainerCallback):
 
     def __init__(self, live: LiveSteps, every: int) -> None:
         self.live, self.every = live, every
+        self.measures = measured_live(live.trainer.objective.forget, live.unlearn) if every else frozenset()
+
+    def names(self) -> set[str]:
+        """Objectives in whose name values are recorded."""
+        return {self.live.label}
+
+    def step_of(self, state: Any) -> int:
+        """The step that a measurement at the end of this step is recorded at: that of the weights before it."""
+        return state.global_step - 1
+
+    def measures_at(self, state: Any) -> bool:
+        """Whether there is a measurement at the end of this step."""
+        return bool(self.every) and self.step_of(state) % self.every == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step - 1
-        if not self.every or step % self.every or not state.is_world_process_zero:
+        step = self.step_of(state)
+        if not self.measures_at(state) or not state.is_world_process_zero:
             return
         common = {"run": run_name(args.output_dir), "objective": self.live.label, "step": step, "epoch": state.epoch}
         write_record(args.output_dir, [{**common, **row} for row in self.live.rows()])

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from gfast.training.live import LIVE, RecordLive
 from gfast.training.processes import together
 from gfast.training.records import read_step, recorded_steps, run_name, write_record
 from gfast.training.trajectory import Trajectory, callbacks_of, calling_trainer
@@ -22,8 +23,9 @@ from gfast.words import did_you_mean
 logger = logging.getLogger("gfast")
 
 _NLL = "the NLL of both sets: --nll_every or --geffect_every; in Python an NLLCallback or GEffectCallback"
-_EFFECT = "G-effects: --geffect_every; in Python a GEffectCallback"
-_NORM = "norms and cosines: --geffect_every; in Python GEffectCallback(..., norms=True)"
+_LIVE = "or, of the batches of each step, --geffect_live (--geffect_live_unlearn)"
+_EFFECT = f"G-effects: --geffect_every, {_LIVE}; in Python a GEffectCallback"
+_NORM = f"norms and cosines: --geffect_every, {_LIVE}; in Python GEffectCallback(..., norms=True)"
 # Quantity of a rule -> its quantity, side and group in the records, and what measures it.
 QUANTITIES = {
     "forget_nll": ("risk", "unlearn", "", _NLL),
@@ -252,49 +254,64 @@ class StopCallback(TrainerCallback):
             raise ValueError("gfast: give StopCallback a rule, such as retain_nll>1.1x")
         self.run_folder, self.objective = run_folder, objective
         self.reason: str | None = None
-        self._course: list[tuple[int, dict[str, float]]] = []
-        self._sources: list[Trajectory] = []
-        self._name = ""
+        self._course: dict[int, dict[str, float]] = {}
+        self._sources: dict[
+            str, tuple[str, Any]
+        ] = {}  # quantity -> the objective it is recorded for, and what measures it
 
     def check(self, trainer: Any) -> None:
         """Whether everything that the rules are about is measured by the Trainer's callbacks."""
         callbacks = callbacks_of(trainer)
-        self._sources = [one for one in callbacks if isinstance(one, Trajectory)]
-        needed = frozenset().union(*(rule.needs for rule in self.rules))
-        self._sources = [one for one in self._sources if one.measures & needed]
-        require_measured(self.rules, frozenset().union(*(one.measures for one in self._sources)))
-        for source in self._sources:
-            if self in callbacks and callbacks.index(source) > callbacks.index(self):
+        measuring = [one for one in callbacks if isinstance(one, Trajectory | RecordLive)]
+        require_measured(self.rules, frozenset().union(*(one.measures for one in measuring)))
+        for quantity in sorted(frozenset().union(*(rule.needs for rule in self.rules))):
+            able = [one for one in measuring if quantity in one.measures]
+            name = self._name(quantity, able, str(getattr(trainer, "objective", "")))
+            self._sources[quantity] = name, [one for one in able if name in one.names()]
+            late = [one for one in able if self in callbacks and callbacks.index(one) > callbacks.index(self)]
+            if late:
                 raise ValueError(
-                    f"gfast: {type(source).__name__} measures after StopCallback has looked: give StopCallback after it"
+                    f"gfast: {type(late[0]).__name__} measures after StopCallback has looked: give StopCallback after it"
                 )
-        names = set().union(*(one.names() for one in self._sources))
-        own = str(getattr(trainer, "objective", ""))
-        wanted = self.objective or (own if own in names else None)
-        if (wanted is None and len(names) > 1) or (wanted is not None and wanted not in names):
+
+    def _name(self, quantity: str, able: Sequence[Any], own: str) -> str:
+        """The objective that a quantity is read from: the Trainer's own before others, and what callbacks measure on
+        whole sets before what a step does on its batches.
+        """
+        live = set().union(*(one.names() for one in able if isinstance(one, RecordLive)))
+        names = set().union(*(one.names() for one in able)) - live
+        if self.objective is None:
+            chosen = [own] if own in names else [*(names or live)]
+        else:
+            chosen = [name for name in (self.objective, f"{self.objective}{LIVE}") if name in names | live][:1]
+        if len(chosen) != 1:
             raise ValueError(
-                f"gfast: StopCallback(objective=...) must be one of the objectives that are recorded: "
-                f"{', '.join(sorted(names))}"
+                f"gfast: StopCallback(objective=...) must be one of the objectives that {quantity} is recorded for: "
+                f"{', '.join(sorted(names | live))}"
             )
-        self._name = wanted or names.pop()
+        return chosen[0]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.check(calling_trainer())
-        self.reason, self._course = None, []
+        self.reason, self._course = None, {}
         self._look(args, state, control, range(state.global_step + 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any(source.measures_at(state) for source in self._sources):
-            self._look(args, state, control, [state.global_step])
+        sources = [one for _, several in self._sources.values() for one in several]
+        measured = {one.step_of(state) for one in sources if one.measures_at(state)}
+        if measured:
+            self._look(args, state, control, measured)
 
     def _look(self, args: Any, state: Any, control: Any, steps: Collection[int]) -> None:
-        """Take in the measurements of these steps and see whether a rule holds at the present one."""
+        """Take in the measurements of these steps, and see whether a rule holds at the last of its own."""
         folder = Path(args.output_dir if self.run_folder is None else self.run_folder)
         found: list[str | None] = [None]
 
         def decide() -> None:
-            self._course += [(step, self._values(folder, step)) for step in recorded_steps(folder) if step in steps]
-            found[0] = self._decide(folder, args, state)
+            for step in recorded_steps(folder):
+                if step in steps:
+                    self._course[step] = self._values(folder, step, state)
+            found[0] = self._decide(folder, state, {step for step in steps if step >= state.global_step - 1})
 
         together(decide if state.is_world_process_zero else None, args.world_size)
         if args.world_size > 1:
@@ -306,25 +323,27 @@ class StopCallback(TrainerCallback):
             logger.warning("gfast: training ends: %s", self.reason)
             control.should_training_stop = control.should_save = True
 
-    def _values(self, folder: Path, step: int) -> dict[str, float]:
-        names = {where[:3]: name for name, where in QUANTITIES.items()}
-        rows = [row for row in read_step(folder, step) if row["objective"] == self._name]
-        keys = [(row["quantity"], row["side"], row["group"]) for row in rows]
-        return {names[key]: row["value"] for key, row in zip(keys, rows, strict=True) if key in names}
+    def _values(self, folder: Path, step: int, state: Any) -> dict[str, float]:
+        values = {}
+        for row in read_step(folder, step):
+            for quantity, (name, sources) in self._sources.items():
+                key = (row["objective"], row["quantity"], row["side"], row["group"])
+                last = max(one.step_of(state) for one in sources)  # beyond are the rows of a run that was killed
+                if key == (name, *QUANTITIES[quantity][:3]) and step <= last:
+                    values[quantity] = row["value"]
+        return values
 
-    def _decide(self, folder: Path, args: Any, state: Any) -> str | None:
-        step, values = self._course[-1] if self._course else (None, {})
-        rules = [rule for rule in self.rules if step == state.global_step and rule.needs <= values.keys()]
-        if not rules:
-            return None
-        held = {rule: len(rule.held(self._course)) for rule in rules}
-        common = {
-            "run": run_name(str(folder)),
-            "objective": self._name,
-            "step": step,
-            "epoch": state.epoch,
-            "quantity": "stop",
-        }
-        write_record(folder, [{**common, "group": rule.text, "value": count} for rule, count in held.items()])
-        reasons = [rule.reason(self._course) for rule, count in held.items() if count >= rule.times]
+    def _decide(self, folder: Path, state: Any, now: Collection[int]) -> str | None:
+        """The reason to end, if there is one; a record of every rule with a new measurement."""
+        course, reasons = sorted(self._course.items()), []
+        for rule in self.rules:
+            step = max((step for step, values in course if rule.needs <= values.keys()), default=None)
+            if step not in now:
+                continue
+            held = len(rule.held(course))
+            row = {"run": run_name(str(folder)), "objective": self._sources[rule.quantity][0], "step": step}
+            row |= {"epoch": state.epoch, "quantity": "stop", "group": rule.text, "value": held}
+            write_record(folder, [row])
+            if held >= rule.times:
+                reasons.append(rule.reason(course))
         return "; ".join(reasons) or None

@@ -69,6 +69,10 @@ class Trajectory(TrainerCallback):
         """Whether there is a measurement at the end of this step."""
         return self._on_grid(state.global_step) or state.global_step >= state.max_steps
 
+    def step_of(self, state: Any) -> int:
+        """The step that a measurement at the end of this step is recorded at."""
+        return state.global_step
+
     def _on_grid(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
