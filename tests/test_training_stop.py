@@ -202,5 +202,5 @@ def test_in_a_plain_trainer(tmp_path):
     ended = plain(NLLCallback(1, FORGET, RETAIN, **where), stop)
     ended.train()
     assert ended.state.global_step == 2 and "forget_nll" in stop.reason
-    with pytest.raises(ValueError, match="give StopCallback after it"):
+    with pytest.raises(ValueError, match="give that after it"):
         plain(StopCallback("forget_nll<0"), NLLCallback(1, FORGET, RETAIN)).train()

@@ -271,7 +271,7 @@ class StopCallback(TrainerCallback):
             late = [one for one in able if self in callbacks and callbacks.index(one) > callbacks.index(self)]
             if late:
                 raise ValueError(
-                    f"gfast: {type(late[0]).__name__} measures after StopCallback has looked: give StopCallback after it"
+                    f"gfast: {type(late[0]).__name__} measures after StopCallback has looked: give that after it"
                 )
 
     def _name(self, quantity: str, able: Sequence[Any], own: str) -> str:
