@@ -53,7 +53,8 @@ def allowed_bytes(case: Case, inputs: Inputs) -> int:
     logits = head.chunk * case.vocab * product
     tile, mixes = _wide_rows(row, case.vocab) * row, _mixes(head.dtype, weight)
     if scored:
-        if select("linear_token_logp", "auto", hidden.device, hidden.dtype) != "reference":
+        folds = stat_spec_of(OBJECTIVES[case.objective]) is None  # the others take whole rows
+        if folds and select("linear_token_logp", "auto", hidden.device, hidden.dtype) != "reference":
             logits = min(head.fold_sizes()[1], head.rows * case.vocab * product)
         converts = head.dtype != weight.dtype and not mixes
         return case.rows * 3 * (4 + 8) + taken + logits + converts * tile

@@ -44,8 +44,23 @@ def test_the_effect_by_stream_is_that_of_two_gradients(objective):
         assert effect.total(side) == pytest.approx(float(dot), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("engine", ["sample", "gram"])
+def test_weights_by_entropy_in_the_engines_by_rows(engine, kind):
+    model, retain = tiny(kind), batch_of(seed=1)
+    forget = batch_of()
+    forget["weight"] = torch.rand(forget["labels"].shape, generator=torch.Generator().manual_seed(3))
+    options = dict(forget=forget, retain=retain)
+    truth = gfast.g_effect(model, ETW(), direction_dtype=torch.float64, **options)
+    found = gfast.g_effect(model, ETW(), engine=engine, **options)
+    for side in ("unlearn", "retain"):
+        assert found.total(side) == pytest.approx(truth.total(side), rel=1e-5)
+
+
 @pytest.mark.parametrize("engine", ["sample", "token", "gram"])
 def test_engines_of_token_weights_refuse_by_name(engine):
-    for objective, why in zip(OBJECTIVES, ("weights by entropy", *["no token weights"] * 3), strict=True):
+    refused = [(one, "no token weights") for one in OBJECTIVES[1:]]
+    refused += [(ETW(), "weights by entropy")] * (engine == "token")
+    for objective, why in refused:
         with pytest.raises(ValueError, match=f"{type(objective).__name__}.*{why}.*{engine} engine.*engine='stream'"):
             gfast.g_effect(tiny("llama"), objective, forget=batch_of(), retain=batch_of(seed=1), engine=engine)

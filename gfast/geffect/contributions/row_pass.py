@@ -23,7 +23,7 @@ from gfast.geffect.contributions.coverage import check_graph, repeatable
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSum, Sites, Watch
 from gfast.geffect.data import Term
-from gfast.model import ModelOutput, model_output, output_logp, shifted
+from gfast.model import ModelOutput, model_output, output_logp, output_loss, shifted
 from gfast.model_state import uncompiled
 from gfast.ops.checks import IGNORE_INDEX, check_label_range
 from gfast.ops.chunks import default_chunk_rows, row_chunks, valid_rows
@@ -57,11 +57,13 @@ class Seeds(NamedTuple):
 
 
 def check_weighted(term: Term, engine: str) -> None:
-    """ValueError for an objective that is no weighted sum of token log-probs."""
+    """ValueError for an objective that is no weighted sum of token log-probs by weights that the engine can know."""
+    spec = stat_spec_of(term.objective)
+    if spec is not None and spec.weighted and engine != "token":
+        return
     try:
         spec_of(term.objective)
     except TypeError:
-        spec = stat_spec_of(term.objective)
         lacks = "weights by entropy, not log-prob" if spec is not None and spec.weighted else "no token weights"
         raise ValueError(
             f"gfast: {term.objective} has {lacks}, and the {engine} engine measures only objectives that have weights "
@@ -227,6 +229,10 @@ class RowPass:
         )
         if times is not None:
             times = torch.where(forward.labels != IGNORE_INDEX, times, 0)
+        if stat_spec_of(objective) is not None:  # by entropy; the batch's own weights are in them already
+            with torch.no_grad():
+                found = output_loss(ModelOutput(forward.head, forward.output.detach()), batch, objective).weight
+            return Seeds(given=nn.functional.pad(found[:, 1:], (0, 1)))
         spec = spec_of(objective)
         if spec is not None and spec.level == "token":
             return Seeds(spec, None, ref if spec.uses_ref else None, times)
