@@ -13,7 +13,7 @@ from test_report import GA_COURSE, MIX_COURSE, Page, write_run
 
 from gfast import cli
 from gfast.files import read_json
-from gfast.report.audit import Criteria
+from gfast.report.audit import Criteria, audit
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import read_records, read_run_info, write_record
 
@@ -102,6 +102,21 @@ def test_what_cannot_be_judged(tmp_path, capsys):
     shutil.copytree(run, tmp_path / "damaged")
     next((tmp_path / "damaged" / "records").iterdir()).write_bytes(b"PAR1")
     fails("is damaged", tmp_path / "damaged")
+
+
+def test_effects_that_steps_measured(tmp_path):
+    run = write_run(tmp_path / "run", "GA() + NLL()", {0: (-1.0, 1.0, 0.1, 0.1), 4: (-1.0, 1.0, 0.2, 0.1)})
+    for step in range(4):
+        common = {"run": "run", "objective": "GA() + NLL() (live)", "step": step, "epoch": 0.0, "group": "total"}
+        rows = [{"quantity": "g_effect", "side": "unlearn", "value": -1.0}]
+        rows += [{"quantity": "g_effect", "side": "retain", "value": -1.0}] if step else []
+        rows += [{"quantity": "step_effect", "side": "retain", "value": 0.5}] if step > 1 else []
+        write_record(run, [common | row for row in rows])
+    assert [one["update"] for one in audit(run)[1]["updates"]] == [1]  # those of the whole sets
+    page, found = audit(run, objective="GA() + NLL() (live)")
+    assert [one["faults"] for one in found["updates"]] == [
+        ["retain effect not recorded"], ["did not spare: retain effect negative"], [], []]  # fmt: skip
+    assert "on each step's own batches" in page.read_text()
 
 
 def test_from_the_command_that_stops_to_the_page_that_is_signed(tmp_path, capsys):

@@ -27,7 +27,8 @@ from gfast.report.style import Theme, signed_axis, steps_axis, zero_line
 from gfast.report.tables import FLAT_COSINE, cells, number, summarize
 from gfast.sides import SIDES
 
-_HOW = "Train with --geffect_every, or with a GEffectCallback"
+LIVE = " (live)"  # what the names of effects end with that training steps measured (gfast.training.live)
+_HOW = "Train with --geffect_every or --geffect_live_unlearn, or with a GEffectCallback"
 _WEIGHTS = re.compile(r"^(?!training_args).*\.(safetensors|bin)$")
 
 
@@ -176,6 +177,7 @@ def _page(run: Run, found: dict[str, Any], failed: list[dict[str, Any]], summari
         "audit.html.j2",
         title=f"Audit of {run.name}",
         found=found,
+        live=run.objective.endswith(LIVE),
         failed=failed,
         number=number,
         run=run,
@@ -217,7 +219,10 @@ def _chosen(runs: list[Run], objective: str | None) -> Run:
     if not measured:
         raise ValueError(f"gfast: {runs[0].folder} has no recorded G-effect to judge updates by. {_HOW}")
     names = [run.objective for run in measured]
-    wanted = objective if objective is not None else runs[0].info.get("objective") if len(measured) > 1 else names[0]
+    wanted = objective
+    if objective is None:  # effects of whole sets before those of a step's batches
+        whole = [name for name in names if not name.endswith(LIVE)] or names
+        wanted = whole[0] if len(whole) == 1 else runs[0].info.get("objective")
     if wanted not in names:
         raise ValueError(f"gfast: say with --objective which of the recorded ones is meant: {', '.join(sorted(names))}")
     return measured[names.index(wanted)]
@@ -229,6 +234,10 @@ def _update(run: Run, step: int, criteria: Criteria) -> dict[str, Any]:
         for side in SIDES
         for quantity, suffix in (("g_effect", ""), ("cosine", "_cosine"))
     }
+    for side in SIDES:  # of the step that was taken, where surgery has changed it
+        taken = _at(run, "step_effect", side, "total", step)
+        if taken is not None:
+            values |= {side: taken, f"{side}_cosine": None}
     nll = {f"{side}_nll": _at(run, "risk", side, "", step) for side in SIDES}
     by_group = {group: _at(run, "g_effect", "retain", group, step) for group in run.groups}
     harmed = {group: value for group, value in by_group.items() if value is not None and value < 0}
