@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 import gfast
+import gfast.objectives
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -56,3 +58,16 @@ def test_readme_is_short():
 
 def test_version_is_said_once():
     assert f"version: {gfast.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_table_of_objectives_is_current():
+    """`python docs/site/objectives.py` writes it, and the figure below it."""
+    spec = importlib.util.spec_from_file_location("objectives_page", ROOT / "docs" / "site" / "objectives.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.PAGE.read_text() == page.page(), "run python docs/site/objectives.py"
+    rows = page.table().splitlines()[2:]
+    assert len(rows) == len(gfast.objectives.REGISTRY) and all(
+        re.sub(r"\$.*?\$", "", row).count("|") == 7 for row in rows
+    )
+    assert all("|" not in formula for row in rows for formula in re.findall(r"\$.*?\$", row)) and page.FIGURE.exists()

@@ -25,6 +25,7 @@ class KL(Objective):
     """
 
     key: ClassVar[str] = "kl"
+    gradient: ClassVar[str] = "of logits: softmax(z) - p_o"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_hidden", "ref_head"})
 
 
@@ -50,6 +51,7 @@ class RMU(Objective):
     c: float = 5.0
     seed: int = 0
     key: ClassVar[str] = "rmu"
+    gradient: ClassVar[str] = "of hidden states"
 
     def direction(self, size: int) -> Tensor:
         """u in [0, 1)^D, fp32 on the CPU."""
@@ -82,6 +84,7 @@ class RR(Objective):
 
     layer: int
     key: ClassVar[str] = "rr"
+    gradient: ClassVar[str] = "of hidden states"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_layer_hidden"})
 
     def value(

@@ -55,7 +55,7 @@ class BalDRO(_Balanced):
     Attributes:
         beta: > 0, NPO's. tau: not 0, temperature (the code's ``beta_dv_forget``); far from 0 it is NPO.
 
-    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO (DrNPO; its NPO has beta 1).
+    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO. Its code: DrNPO (over an NPO of beta 1).
 
     Example:
         >>> BalDRO(beta=1.0, tau=-2.0)
@@ -83,7 +83,7 @@ class BalDROG(_Balanced):
     Attributes:
         beta: > 0, NPO's. share: in (0, 1], the code's ``sampling_ratio``.
 
-    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO (GroupNPO, which thins the retain batch too).
+    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO. Its code: GroupNPO (which thins the retain batch too).
 
     Example:
         >>> BalDROG().share

@@ -25,7 +25,7 @@ class NPO(WeightedObjective):
     Attributes:
         beta: > 0, inverse temperature.
 
-    Source: arXiv 2404.05868; arXiv 2502.19301, section 3. open-unlearning: NPO.
+    Source: arXiv 2404.05868; arXiv 2502.19301, section 3. Its code: npo. open-unlearning: NPO.
 
     Example:
         >>> NPO(beta=0.1).default_reduction

@@ -51,6 +51,7 @@ class SoftTarget(Objective):
 
     kind: ClassVar[str] = "cross_entropy"
     own: ClassVar[bool] = False
+    gradient: ClassVar[str] = "of logits, against targets q"
 
     def lowering(self, labels: Tensor, ref_logp: Tensor | None, sequence_id: Tensor | None) -> float | Tensor:
         """beta, one number or one a label.
@@ -179,6 +180,8 @@ class JSD(SoftTarget):
 @dataclass(frozen=True)
 class OfLabel(Objective):
     """Base of objectives that are the mean of a function of the log-prob of one token a position."""
+
+    gradient: ClassVar[str] = "of a function of log p"
 
     def target(self, labels: Tensor, sequence_id: Tensor | None) -> Tensor:
         """The token of each position [B, T], -100 where ignored; see ``SoftTarget.lowering``."""

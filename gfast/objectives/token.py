@@ -16,7 +16,7 @@ from gfast.ops.weights import WeightSpec
 class GA(WeightedObjective):
     r"""Gradient ascent: :math:`L = \frac1N \sum_i \log p_i`, weight 1.
 
-    Source: arXiv 2502.19301, equation 2 (and Jang et al., 2023). open-unlearning: GradAscent.
+    Source: arXiv 2502.19301, equation 2 (and Jang et al., 2023). Its code: ga. open-unlearning: GradAscent.
 
     Example:
         >>> GA().spec().sign
@@ -36,7 +36,7 @@ class WGA(WeightedObjective):
     Attributes:
         alpha: >= 0; 0 is GA. Larger values spare tokens that are already forgotten.
 
-    Source: arXiv 2502.19301, section 4. open-unlearning: WGA (its ``beta`` is this alpha).
+    Source: arXiv 2502.19301, section 4. Its code: wga. open-unlearning: WGA (its ``beta`` is this alpha).
 
     Example:
         >>> WGA(alpha=0.5)
@@ -90,7 +90,7 @@ class SimSat(WeightedObjective):
     Attributes:
         beta: >= 0.
 
-    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp (simsat_gd).
+    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp. Its code: simsat_gd.
 
     Example:
         >>> SimSat(beta=2.0).spec() == WGA(alpha=2.0).spec()
@@ -115,7 +115,7 @@ class SimImp(WeightedObjective):
     Attributes:
         beta: >= 0.
 
-    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp (simimp_ga).
+    Source: arXiv 2505.11953 and its code, github.com/tmlr-group/SatImp. Its code: simimp_ga.
 
     Example:
         >>> SimImp().spec().q_pow
@@ -144,7 +144,7 @@ class TNPO(WeightedObjective):
     Attributes:
         beta: > 0, inverse temperature.
 
-    Source: arXiv 2502.19301, section 4.
+    Source: arXiv 2502.19301, section 4. Its code: tnpo, ins_npo.
 
     Example:
         >>> sorted(TNPO(beta=1.0).needs)
@@ -170,7 +170,7 @@ class WTNPO(WeightedObjective):
     Attributes:
         alpha: >= 0. beta: > 0.
 
-    Source: arXiv 2502.19301, section 4 and appendix.
+    Source: arXiv 2502.19301, section 4 and appendix. Its code: wtnpo, w_ins_npo.
 
     Example:
         >>> WTNPO(alpha=0.5, beta=1.0).spec().p_pow
@@ -195,7 +195,7 @@ class WTNPO(WeightedObjective):
 class NLL(WeightedObjective):
     r"""Negative log-likelihood: :math:`L = -\frac1N \sum_i \log p_i`, weight -1: the risk R, and the retain term of GD.
 
-    Source: arXiv 2502.19301, section 2. open-unlearning: the retain loss "NLL" of GradDiff.
+    Source: arXiv 2502.19301, section 2. Its code: gd. open-unlearning: the retain loss "NLL" of GradDiff.
 
     Example:
         >>> NLL().spec().sign
@@ -214,7 +214,7 @@ class PO(WeightedObjective):
 
     The labels of the batch must be those of the refusal; ``gfast.data.RefusalDataset`` makes such batches.
 
-    Source: Maini et al., arXiv 2401.06121 (IDK); arXiv 2502.19301, section 3.
+    Source: Maini et al., arXiv 2401.06121 (IDK); arXiv 2502.19301, section 3. Its code: idk.
 
     Example:
         >>> sorted(PO().needs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gfast.model_state import gradients_kept, rng_kept
-from gfast.objectives import KL, RMU, RR, Objective
+from gfast.objectives import UNWEIGHTED, Objective
 
 WEIGHTS = ("none", "retain_conflict")
 
@@ -82,7 +82,7 @@ class ConflictWeights(TrainerCallback):
 
 def check_conflict(objective: Objective, tau: float, every: int) -> None:
     """ValueError for an objective whose tokens have no weights, or not those of the forget answers."""
-    if isinstance(objective, (KL, RMU, RR)) or objective.needs & {"preferred", "refusal", "weight"}:
+    if isinstance(objective, UNWEIGHTED) or objective.needs & {"preferred", "refusal", "weight"}:
         raise ValueError(
             f"weights='retain_conflict' is for objectives over the forget answers' own tokens, and {objective} is none"
         )
