@@ -88,7 +88,7 @@ def figure() -> None:
     p = torch.linspace(1e-4, 1 - 1e-4, 800, dtype=torch.float64)
     drawn: dict[WeightSpec, list[str]] = {}
     for cls in REGISTRY.values():
-        if _level(cls) == "token":
+        if _level(cls) == "token" and "weight" not in cls.needs:
             spec = spec_of(cls())
             drawn.setdefault(spec, []).append(_signature(cls))
     fig, ax = plt.subplots(figsize=(7, 4.2))

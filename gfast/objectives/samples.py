@@ -83,7 +83,9 @@ class BalDROG(_Balanced):
     Attributes:
         beta: > 0, NPO's. share: in (0, 1], the code's ``sampling_ratio``.
 
-    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO. Its code: GroupNPO (which thins the retain batch too).
+    The code thins the retain batch as well.
+
+    Source: arXiv 2601.09172 and its code, github.com/nxZhai/BalDRO. Its code: GroupNPO.
 
     Example:
         >>> BalDROG().share
