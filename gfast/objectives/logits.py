@@ -18,6 +18,8 @@ from gfast.ops.token_stats import MOST_TOP
 class StatObjective(Objective):
     """An objective of the statistics of a row of logits."""
 
+    gradient: ClassVar[str] = "of logits, by their statistics"
+
     def stat_spec(self) -> StatSpec:
         """The numbers that ops take: see ``gfast.ops.stat_loss``."""
         raise TypeError(f"gfast: {type(self).__name__} defines no statistics.")
@@ -48,6 +50,7 @@ class ETW(StatObjective):
 
     temperature: float = 1.0
     key: ClassVar[str] = "etw"
+    gradient: ClassVar[str] = "one weight a token, from its sequence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
