@@ -224,7 +224,8 @@ def stat_rows_grad_kernel(logits, row_stride, labels, stats, dense, entries, add
             column = tl.where(c < count, column, y)
             add = tl.load(adds + i * count + c, mask=c < count, other=0.0)
             value = tl.sum(tl.where(column[:, None] == column[None, :], add[None, :], 0.0), 1) + from_mean
-            raw = tl.load(row + column).to(tl.float32)
+            known = (column >= 0) & (column < V)  # a label that is none is found out later: no stray read or write
+            raw = tl.load(row + column, mask=known, other=float("nan")).to(tl.float32)
             if soft:
                 x = cap_scale(raw, scale, softcap) - m
                 p = exp_exact(x - log_total)
@@ -240,7 +241,7 @@ def stat_rows_grad_kernel(logits, row_stride, labels, stats, dense, entries, add
                 stat_gradient_block(row, to, (blocks - 1 - b) * block, V, m, log_total, gap, from_logp, from_entropy,
                                     from_mean, False, soft, scale, softcap, R, K)
             tl.debug_barrier()
-            tl.store(to + column, value.to(out.dtype.element_ty))  # the same number where a column comes twice
+            tl.store(to + column, value.to(out.dtype.element_ty), mask=known)  # twice the same where twice given
         else:
             zero_row(to, V, R, K)
 

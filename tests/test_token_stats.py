@@ -266,6 +266,19 @@ def test_rows_that_are_hard(impl):
     assert grads[0].tolist() == [-1.0, 0, 1.0, 0, 0, 0, 0, 0, 0] and grads[6].abs().max() == 0
 
 
+def test_a_label_that_is_none_reads_and_writes_nothing_on_triton():
+    """On a GPU its assertion comes after the kernels."""
+    need("token_stats", "triton", "cpu", torch.float32)
+    kernels = pytest.importorskip("gfast.kernels.stats")
+    around = torch.zeros(5, 8)
+    z, labels = around[2:3], torch.tensor([9])
+    stats, values, ids = kernels.stat_rows(z, labels, 2, 1.0, True)
+    assert stats[0, ops.LABEL].isnan() and values.tolist() == [[0.0, 0.0]]
+    dense, adds = torch.ones(1, 3), torch.ones(1, 2)
+    kernels.stat_rows_grad(z, labels, stats, dense, ids, adds, True, 1.0, 0.0, z)
+    assert (around[[0, 1, 3, 4]] == 0).all()
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpp"])
 def test_nothing_to_look_at(impl):
     hidden, weight, _, labels, _ = problem(dtype=torch.float32)
