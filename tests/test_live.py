@@ -276,3 +276,51 @@ def test_a_step_that_is_not_finite_is_dropped_and_said_so(caplog):
     monitor.forget(loss(model, FORGET, GA()))
     monitor.retain(loss(model, RETAIN, NLL()))
     assert monitor.dropped is None and math.isfinite(monitor.effect().total("retain"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+def test_the_last_updates_effect_is_that_of_the_weights_difference(kind):
+    model = tiny("tied_llama")
+    make = {
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=3e-3, weight_decay=0.1),
+        "adam": lambda ps: torch.optim.Adam(ps, lr=3e-3, weight_decay=0.1),
+        "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    }[kind]
+    optimizer = make(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=WGA(0.7), optimizer=optimizer)
+    skipped = model.model.layers[1].mlp.up_proj.weight
+    before: dict = {}
+    for step in range(4):
+        now = {name: p.detach().clone() for name, p in model.named_parameters()}
+        risks = [plain(model, lambda b=b: loss(model, b, NLL()).loss) for b in (FORGET, RETAIN)]
+        monitor.forget(0.5 * loss(model, FORGET, WGA(0.7)).loss, risk=loss(model, FORGET, NLL()), factor=0.5)
+        monitor.retain(2.0 * loss(model, RETAIN, NLL()).loss, factor=2.0)
+        found = monitor.update_effect()
+        if step == 0:
+            assert found is None
+        else:
+            for side, risk in zip(("unlearn", "retain"), risks, strict=True):
+                right = sum(float((risk[n] * (now[n] - before[n])).sum()) for n in now)
+                assert found.total(side) == pytest.approx(right, rel=1e-8)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if step == 1:
+            skipped.grad = None  # an expert that no token reached
+        before = now
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def test_optimizers_whose_update_is_not_in_their_state_are_refused():
+    model = tiny("llama")
+    for optimizer, why in (
+        (torch.optim.SGD(model.parameters(), lr=0.1), "without momentum keeps nothing"),
+        (torch.optim.AdamW(model.parameters(), amsgrad=True), "amsgrad"),
+        (torch.optim.Adagrad(model.parameters()), "Adagrad"),
+        (torch.optim.AdamW([next(model.parameters())]), "does not have the parameter"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            gfast.GEffectMonitor(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="needs GEffectMonitor"):
+        gfast.GEffectMonitor(model).update_effect()

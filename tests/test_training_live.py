@@ -91,7 +91,7 @@ def test_live_and_measured_effects_are_on_one_page(tmp_path):
 
     forget, retain = (next(iter(torch.utils.data.DataLoader(d, 4, collate_fn=collator()))) for d in datasets())
     callback = GEffectCallback(1, [forget], [retain], Mix(GA(), NLL()), norms=True)
-    options = dict(max_steps=3, retain_term="nll", geffect_live=True, surgery="pcgrad:group")
+    options = dict(max_steps=3, retain_term="nll", geffect_live_update=True, surgery="pcgrad:group")
     trained(tmp_path / "run", tiny_model(), [callback], **options)
     runs = load_runs([tmp_path / "run"])
     assert {run.objective for run in runs} == {"GA() + NLL()", "GA() + NLL() (live)"}
@@ -99,6 +99,7 @@ def test_live_and_measured_effects_are_on_one_page(tmp_path):
     history = EffectHistory.from_records(live.records)
     assert history.steps == [0, 1, 2] and history.unlearn["lm"][0] < 0
     assert len(rows(tmp_path / "run", "step_effect")) == 3
+    assert rows(tmp_path / "run", "update_effect").keys() == {1, 2}  # before the first there is none
     from gfast.commands.report import main
 
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "page")]) in (0, None)

@@ -49,7 +49,7 @@ from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
 DECISIVE = (
     "objective objective_args retain_term gamma alpha groups geffect_every geffect_samples nll_every stop "
-    "geffect_live geffect_live_unlearn surgery record_every learning_rate "
+    "geffect_live geffect_live_unlearn geffect_live_update surgery record_every learning_rate "
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim optim_args max_grad_norm num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16 gradient_checkpointing "
@@ -108,7 +108,7 @@ def _train(
 ) -> int:
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
-    live = config.geffect_live or config.geffect_live_unlearn or config.surgery is not None
+    live = config.live
     nll = {name for name in QUANTITIES if name.endswith("_nll")}
     measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
     measured |= measured_live(both.forget, config.geffect_live_unlearn) if live and config.record_every else set()
@@ -140,7 +140,7 @@ def _train(
     references = _references(model, both, sides, data_arguments, config, folder)
     data = sides.of(both.forget)
     collator: Any = sides.collator
-    if both.retain is not None or live:
+    if both.retain is not None or config.live:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
     trainer = UnlearnTrainer(
         model,
@@ -182,7 +182,7 @@ def describe(
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
     unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None}
-    unused |= {"geffect_live": False, "geffect_live_unlearn": False, "surgery": None}
+    unused |= {"geffect_live": False, "geffect_live_unlearn": False, "geffect_live_update": False, "surgery": None}
     settings = {
         name: value
         for name, value in config.to_dict().items()

@@ -79,6 +79,10 @@ class UnlearnConfig(TrainingArguments):
         default=False,
         metadata={"help": "The same on the unlearn side too: one backward more for objectives other than GA."},
     )
+    geffect_live_update: bool = field(
+        default=False,
+        metadata={"help": "Record what each optimizer step did to the risk, to first order (AdamW, SGD momentum)."},
+    )
     surgery: str | None = field(
         default=None,
         metadata={
@@ -165,6 +169,11 @@ class UnlearnConfig(TrainingArguments):
                 "geffect_every, geffect_live and surgery work with fixed factors, and PDU's dual variable moves one: "
                 "leave them out and measure checkpoints with gfast geffect, or give primal_dual=False"
             )
+
+    @property
+    def live(self) -> bool:
+        """Whether steps are measured by their own gradients: they need retain batches then."""
+        return self.geffect_live or self.geffect_live_unlearn or self.geffect_live_update or self.surgery is not None
 
     def build_objective(self) -> Objective:
         """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""

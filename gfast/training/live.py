@@ -40,7 +40,7 @@ class LiveSteps:
     The forget backwards of all micro-batches of a step come first, then the retain backwards.
     """
 
-    def __init__(self, trainer: GFastLossMixin, groups: Any, unlearn: bool, surgery: str | None) -> None:
+    def __init__(self, trainer: GFastLossMixin, groups: Any, unlearn: bool, surgery: str | None, update: bool) -> None:
         self.trainer, self.groups = trainer, groups
         forget, retain = trainer.objective.forget, trainer.objective.retain
         own = forget.needs & OWN_DATA
@@ -52,12 +52,13 @@ class LiveSteps:
         if surgery is not None:
             surgery = str(Surgery.parse(surgery))
         assign(wrappers.measured(trainer.model), groups)  # refused here, not at the first step
-        self.unlearn, self.surgery = unlearn, surgery
+        self.unlearn, self.surgery, self.update = unlearn, surgery, update
         self.label = str(trainer.objective if retain is not None or trainer.objective.gamma != 1.0 else forget) + LIVE
         self.batches: Sequence[Mapping[str, Any]] = []
         self._at = 0
         self._monitor: GEffectMonitor | None = None
         self.effect: GEffect | None = None
+        self.moved: GEffect | None = None
         self.latest: dict[str, float] = {}
 
     def begin(self, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -87,6 +88,7 @@ class LiveSteps:
             free = isinstance(forget, (GA, NLL)) and "forget" not in self._weighted  # the forget loss is the risk's
             label = str(forget) if "forget" in self._weighted else forget  # of which nothing follows
             options = dict(objective=label, surgery=self.surgery, scaler=scaler)
+            options["optimizer"] = self.trainer.optimizer if self.update else None
             self._monitor = GEffectMonitor(model, self.groups, self.unlearn or free, **options)
         return self._monitor
 
@@ -180,6 +182,10 @@ class LiveSteps:
             step = monitor.effect(of="step")
             self.latest |= {f"step/{side}": step.total(side) for side in step.sides}
 
+        self.moved = monitor.update_effect() if self.update else None
+        if self.moved is not None:
+            self.latest |= {f"update/{side}": self.moved.total(side) for side in self.moved.sides}
+
     def rows(self) -> list[dict[str, Any]]:
         """Of the last step, as records have them."""
         latest = self.latest
@@ -193,6 +199,9 @@ class LiveSteps:
                 rows.append(
                     {"quantity": "step_effect", "side": side, "group": "total", "value": latest[f"step/{side}"]}
                 )
+        for row in [] if self.moved is None else self.moved.rows():
+            if row["quantity"] == "g_effect":
+                rows.append({**row, "quantity": "update_effect"})
         return rows
 
 

@@ -52,6 +52,7 @@ class GFastLossMixin:
             gfast.GEffectMonitor``), on the unlearn side too: recorded in the run folder under the objective's name and
             " (live)", and logged as "geffect_live/retain", "geffect_live/cosine/retain", ... Batches have a retain side
             then.
+        geffect_live_update: and what each step of Adam, AdamW or SGD with momentum did to the risk.
         surgery: what becomes of gradients that pull against each other, such as "pcgrad:group"
             (``gfast.geffect.Surgery``); it measures as geffect_live does.
         groups: of the live effect, "paper", "layer" or a function.
@@ -87,6 +88,7 @@ class GFastLossMixin:
         own_loss_terms: bool = False,
         geffect_live: bool = False,
         geffect_live_unlearn: bool = False,
+        geffect_live_update: bool = False,
         surgery: str | None = None,
         groups: Any = "paper",
         **trainer_arguments: Any,
@@ -126,13 +128,13 @@ class GFastLossMixin:
         if self.dual is not None:
             self.add_callback(self.dual)
         self.live = None
-        if geffect_live or geffect_live_unlearn or surgery is not None:
+        if geffect_live or geffect_live_unlearn or geffect_live_update or surgery is not None:
             if self.dual is not None:
                 raise ValueError(
                     f"live effects and surgery work with fixed factors, and the dual variable of "
                     f"{self.objective.forget} moves one: leave geffect_live and surgery out, or give primal_dual=False"
                 )
-            self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery)
+            self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery, geffect_live_update)
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1

@@ -79,6 +79,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             own_loss_terms=args.own_loss_terms,
             geffect_live=args.geffect_live,
             geffect_live_unlearn=args.geffect_live_unlearn,
+            geffect_live_update=args.geffect_live_update,
             surgery=args.surgery,
             groups=args.groups,
             **trainer_arguments,

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from gfast.geffect.directions import GATHERED
 from gfast.geffect.live.processes import Processes, here
 from gfast.geffect.live.surgery import Surgery, average, combined, sign_aligned, units_of
+from gfast.geffect.live.updates import Updates
 from gfast.ops.grad_dot import grad_dots
 
-# Columns of a parameter's row: dots of its forget (u), new (r) and merged (m) gradients.
-UR, RR, UU, RM, MM = range(5)
+# Columns of a parameter's row: dots of its forget (u), new (r) and merged (m) gradients, and with the last update (d).
+UR, RR, UU, RM, MM, RD, UD = range(7)
+COLUMNS = 7
 Rows = dict[int, Tensor]
 
 
@@ -42,6 +44,7 @@ class Gradients:
         self.torn: set[int] = set()
         self._parts: set[int] = set()  # parameters whose gradient comes in parts: re-entrant checkpointing
         self._averages: dict[int, Tensor] = {}  # of gru
+        self.updates: Updates | None = None  # where the last update is dotted with the new gradients
         self._limit = GATHERED * max(_bytes(here(p)) for p in parameters)
         # Units are complete only at the end where another process has the rest of them, or of the gradient.
         self._late = surgery is not None and (
@@ -187,7 +190,7 @@ class Gradients:
             ms, rs = [here(m) for m in merged.values()], [here(r) for r, _ in pairs.values()]
             if ms:
                 for index, values in zip(pairs, grad_dots(ms, [rs], range(len(ms)), len(ms)), strict=True):
-                    found[index][RM:] = values
+                    found[index][RM : MM + 1] = values
         rows.update(found)
         for index, m in merged.items():
             parameter = self.parameters[index]
@@ -218,13 +221,21 @@ class Gradients:
         }
 
     def _dots(self, gradients: dict[int, Tensor]) -> Rows:
-        return _rows(gradients, {i: self.aside.get(i) for i in gradients})
+        us = {i: self.aside.get(i) for i in gradients}
+        rows = _rows(gradients, us)
+        if self.updates is not None:
+            for index, row in rows.items():
+                u = [] if us[index] is None else [us[index]]
+                row[RD : RD + 1 + len(u)] = self.updates.dots(index, [gradients[index], *u])
+        return rows
 
     def _rest(self, rows: Rows) -> None:
         """Rows of forget gradients that the other backward did not reach."""
         rest = {i: u for i, u in self.aside.items() if i not in rows}
         for index, row in _rows(rest, rest).items():
             row[[UR, RR, RM, MM]] = 0.0
+            if self.updates is not None:
+                row[UD] = self.updates.dots(index, [rest[index]])[0]
             rows[index] = row
 
 
@@ -246,11 +257,11 @@ def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
         r, u = [here(rs[i]) for i in both], [here(us[i]) for i in both]
         found = grad_dots(r + u, [u + u], range(2 * len(both)), 2 * len(both))  # [2n, 2]: (ru, rr), then (uu, uu)
         n = len(both)
-        table = torch.cat([found[:n], found[n:, 1:], found.new_zeros(n, 2)], 1)
+        table = torch.cat([found[:n], found[n:, 1:], found.new_zeros(n, COLUMNS - 3)], 1)
         out |= dict(zip(both, table, strict=True))
     if alone:
         r = [here(rs[i]) for i in alone]
-        table = r[0].new_zeros(len(alone), 5, dtype=torch.float64)
+        table = r[0].new_zeros(len(alone), COLUMNS, dtype=torch.float64)
         table[:, RR] = grad_dots(r, [], range(len(r)), len(r))[:, 0]
         out |= dict(zip(alone, table, strict=True))
     return out

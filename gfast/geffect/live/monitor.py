@@ -17,6 +17,7 @@ from gfast.geffect.live.merging import Gradients
 from gfast.geffect.live.processes import Processes, here
 from gfast.geffect.live.step import LiveStep
 from gfast.geffect.live.surgery import Surgery
+from gfast.geffect.live.updates import Updates
 from gfast.geffect.results import GEffect
 from gfast.objectives import NLL, Objective
 
@@ -49,6 +50,7 @@ class GEffectMonitor:
             of them, holding one more gradient. The result's `measured` says which.
         surgery: what is done where the gradients pull against each other: "pcgrad:group", "retain", "gru", "sago" ...;
             see ``gfast.geffect.Surgery``. None adds them up.
+        optimizer: measure also what its steps do, for `update_effect`: Adam, AdamW, or SGD with momentum.
         scaler: the GradScaler of a loop in fp16; losses are scaled by it and effects are of the losses themselves.
 
     Raises:
@@ -85,6 +87,7 @@ class GEffectMonitor:
         accumulate: str = "first",
         surgery: str | Surgery | None = None,
         scaler: Any = None,
+        optimizer: Any = None,
     ) -> None:
         if accumulate not in ACCUMULATE:
             raise ValueError(f'gfast: accumulate must be "first" or "exact", not {accumulate!r}')
@@ -102,6 +105,7 @@ class GEffectMonitor:
         self.processes = Processes(model, names, parameters)
         self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward)
         self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
+        self._updates = None if optimizer is None else Updates(optimizer, names, parameters)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
         self._step = LiveStep()
@@ -136,6 +140,8 @@ class GEffectMonitor:
                     f"set_to_none=True, its default) before forget()"
                 )
             step.weights = self._weights()
+            step.updated = self._updates is not None and self._updates.begin()
+            gradients.updates = self._updates if step.updated else None
         self._check_unchanged()
         loss = _value(loss, "forget loss")
         shared = risk is not None and not _is_function(risk)
@@ -220,6 +226,8 @@ class GEffectMonitor:
         if self.held and first:
             gradients.set_aside()
         if measures and (self.surgery is not None or not step.own_risk):
+            if step.own_risk:
+                gradients.updates = None  # of the risk, which was measured
             gradients.merge(loss, {} if step.own_risk else step.rows)
             if not step.own_risk:
                 step.merged, step.retain_factor = True, factor
@@ -254,6 +262,25 @@ class GEffectMonitor:
                 f"(re-entrant checkpointing). The step's gradients are right, and the next step is measured"
             )
         return self._finished.result(self, max_norm, of)
+
+    def update_effect(self) -> GEffect | None:
+        r"""What the optimizer's last step did to the risk: < grad R(D), theta_after - theta_before > by group.
+
+        It is the first-order change of R on the batches of the last finished step, by the optimizer's step before it,
+        with the gradient at its end: momentum moves weights on when an objective's gradient has vanished, and the
+        G-effect does not see that. The update is computed from the optimizer's state.
+
+        Returns:
+            GEffect without norms, its unlearn side NaN where `effect` has none; above zero R has risen. None before
+            the optimizer's first step, and where it made none since the step before.
+
+        Raises:
+            ValueError: a monitor without `optimizer=`, and as `effect`.
+        """
+        if self._updates is None:
+            _refuse("the update's effect needs GEffectMonitor(..., optimizer=...)")
+        self.effect()
+        return self._finished.update(self) if self._finished.updated else None
 
     def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
@@ -298,6 +325,8 @@ class GEffectMonitor:
         step, gradients = self._step, self.gradients
         step.finish(self)
         gradients.learn_parts()
+        if self._updates is not None:
+            self._updates.end()
         self._step = LiveStep()
         self.dropped, self._finished = None, step
         if step.bad is None:

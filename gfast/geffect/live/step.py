@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gfast.geffect.live.merging import MM, RM, RR, UR, UU, Rows, merged_squares
+from gfast.geffect.live.merging import COLUMNS, MM, RD, RM, RR, UD, UR, UU, Rows, merged_squares
 from gfast.geffect.results import GEffect
 
 if TYPE_CHECKING:
     from gfast.geffect.live.monitor import GEffectMonitor
 
-# Columns of the finished table beside those of a row: dots of the forget risk's gradient with u, and its square.
-UNLEARN_UR, UNLEARN_RR = 5, 6
+# Columns of the finished table beside those of a row: of the forget risk's gradient.
+UNLEARN_UR, UNLEARN_RR, UNLEARN_RD = COLUMNS, COLUMNS + 1, COLUMNS + 2
 # Under DDP the retain gradient's norm follows from the merged one's; below this share of it, it is lost to rounding.
 LOST = 1e-3
 
@@ -35,6 +35,7 @@ class LiveStep:
         self.own_risk = False  # the retain side was measured by a backward of the risk
         self.merged = False  # the measured gradients are the merged ones
         self.bad: str | None = None  # a parameter whose gradient is not finite
+        self.updated = False  # the optimizer's last update was dotted too
         self.torn: str | None = None  # one whose gradient came in parts
 
     def add(self, name: str, loss: Tensor) -> None:
@@ -45,10 +46,10 @@ class LiveStep:
         gradients, processes, surgery = monitor.gradients, monitor.processes, monitor.surgery
         parameters, ddp = gradients.parameters, processes.replicated is not None
         device = parameters[0].device
-        zero = torch.zeros(5, dtype=torch.float64, device=device)
+        zero = torch.zeros(COLUMNS, dtype=torch.float64, device=device)
         rows = torch.stack([self.rows.get(i, zero).to(device) for i in range(len(parameters))])
         unlearn = torch.stack([self.unlearn_rows.get(i, zero).to(device) for i in range(len(parameters))])
-        table = torch.cat([rows, unlearn[:, [UR, RR]]], 1)  # [P, 7]
+        table = torch.cat([rows, unlearn[:, [UR, RR, RD]]], 1)  # [P, COLUMNS + 3]
         whole = self.merged and (self.retains == 1 or monitor.held)  # what was measured is what the optimizer gets
         from_dots = surgery is None and not ddp and (whole or not self.retain_loss)
         adds = float(self.retain_loss)
@@ -68,7 +69,8 @@ class LiveStep:
                 )
             if surgery is None or self.own_risk:
                 table[:, UR] = processes.mean(table[:, UR].contiguous())
-            table[:, UNLEARN_UR] = processes.mean(table[:, UNLEARN_UR].contiguous())
+            of_one = [RD, UNLEARN_UR, UNLEARN_RD]  # gradients of this process alone, or alike in all
+            table[:, of_one] = processes.mean(table[:, of_one].contiguous())
         names = list(self.values)
         values = torch.stack([self.values[name].double().reshape(()).to(device) for name in names])
         numbers = processes.mean(values).tolist()
@@ -78,7 +80,7 @@ class LiveStep:
         self.bad = gradients.names[int(bad[0])] if len(bad) else None
         self.torn = gradients.names[min(gradients.torn)] if gradients.torn else None
         groups = torch.zeros(len(monitor.groups.names), table.shape[1], dtype=torch.float64, device="cpu")
-        self.sums = groups.index_add_(0, monitor.group_of, table)  # [G, 7]
+        self.sums = groups.index_add_(0, monitor.group_of, table)  # [G, COLUMNS + 3]
         self.whole = whole or (not self.retain_loss and not (self.own_risk and surgery is not None))
         self.scale = 1.0 if monitor.scaler is None else float(monitor.scaler.get_scale())
         if ddp and self.derived:
@@ -90,6 +92,32 @@ class LiveStep:
             self.sums[:, RR] = math.nan  # of this process alone
         if ddp:
             self.sums[:, UNLEARN_RR] = math.nan
+
+    def update(self, monitor: GEffectMonitor) -> GEffect:
+        """<grad R, update> of the optimizer's step before this one."""
+        names, sums = monitor.groups.names, self.sums
+        own_pass = self.own_risk or not self.retain_loss
+        retain = sums[:, RD] / ((1.0 if own_pass else self.retain_factor) * self.scale)
+        unlearn = torch.full_like(retain, math.nan)
+        if monitor.unlearn and monitor.identity is not None:
+            unlearn = sums[:, UD] / (monitor.identity * self.forget_factor * self.scale)
+        elif monitor.unlearn and self.unlearn_rows:
+            unlearn = sums[:, UNLEARN_RD] / self.scale
+        sides = {
+            side: dict(zip(names, values.tolist(), strict=True))
+            for side, values in (("unlearn", unlearn), ("retain", retain))
+        }
+        return GEffect("last update", **sides, norms={}, risk=str(monitor.risk), risks=self.risks(monitor))
+
+    def risks(self, monitor: GEffectMonitor) -> dict[str, float]:
+        """What is known of R on the batches of the step."""
+        own_pass = self.own_risk or not self.retain_loss
+        risks = {"retain": self.values["retain"] / (1.0 if own_pass else self.retain_factor)}
+        if monitor.identity is not None:
+            risks["unlearn"] = self.values["forget"] / (monitor.identity * self.forget_factor)
+        elif "unlearn" in self.values:
+            risks["unlearn"] = self.values["unlearn"]
+        return risks
 
     def result(self, monitor: GEffectMonitor, max_norm: float | None, of: str) -> GEffect:
         """The effect on the scale of the losses themselves."""
@@ -125,11 +153,6 @@ class LiveStep:
         norms["objective"] = own
         if monitor.surgery is not None:
             how["surgery"] = str(monitor.surgery)
-        risks = {"retain": self.values["retain"] / (1.0 if own_pass else self.retain_factor)}
-        if monitor.identity is not None:
-            risks["unlearn"] = self.values["forget"] / (monitor.identity * self.forget_factor)
-        elif "unlearn" in self.values:
-            risks["unlearn"] = self.values["unlearn"]
 
         def named(values: Tensor) -> dict[str, float]:
             return dict(zip(names, values.tolist(), strict=True))
@@ -139,4 +162,4 @@ class LiveStep:
         norms["objective"] = clip * norms["objective"]
         known = {side: named(values) for side, values in norms.items() if not bool(values.isnan().any())}
         how |= {"step_norm": step_norm, "clip": clip}
-        return GEffect(label, **scaled, norms=known, risk=str(monitor.risk), risks=risks, measured=how)
+        return GEffect(label, **scaled, norms=known, risk=str(monitor.risk), risks=self.risks(monitor), measured=how)

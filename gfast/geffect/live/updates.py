@@ -1,0 +1,110 @@
+"""What the optimizer's last step did to each parameter, from the state it left: no copy of the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast.geffect.live.processes import here
+from gfast.ops.grad_dot import grad_dots
+
+CHUNK = 1 << 18  # numbers at a time: what is made of the state stays in the cache
+
+
+class Updates:
+    r"""theta_after - theta_before of the last step of Adam, AdamW, or SGD with momentum.
+
+        Adam:   A = - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+        AdamW:  A - lr wd (theta_after - A) / (1 - lr wd)
+        SGD:    - lr momentum_buffer
+
+    with the rates that the step was taken with. It is what the optimizer added; weights of 16 bits round it.
+    """
+
+    def __init__(self, optimizer: Any, names: list[str], parameters: list[nn.Parameter]) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        self.optimizer, self.parameters = optimizer, parameters
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in zip(names, parameters, strict=True) if id(p) not in groups]
+        kind = type(optimizer)
+        if kind not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+            why = f"it is {kind.__module__}.{kind.__name__}"
+        elif missing:
+            why = f"it does not have the parameter {missing[0]!r}"
+        elif any(group.get("amsgrad") or group.get("nesterov") for group in optimizer.param_groups):
+            why = "amsgrad and nesterov steps use what is not kept"
+        elif kind is torch.optim.SGD and not all(group["momentum"] for group in optimizer.param_groups):
+            why = "SGD without momentum keeps nothing: its update is -lr times effect(of='step')"
+        else:
+            why = None
+        if why is not None:
+            raise ValueError(
+                f"gfast: the update's effect needs an optimizer of Adam, AdamW or SGD with momentum whose state holds "
+                f"its last update: {why}"
+            )
+        self._groups = [groups[id(p)] for p in parameters]
+        self._taken: list[tuple[float, ...] | None] | None = None  # rates of the last step; None: was not in it
+        self._counts: dict[int, float] = {}
+        self._hook = optimizer.register_step_pre_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        """Before the optimizer's step: the rates it is taken with, which a scheduler changes after it."""
+        self._taken = [
+            None if p.grad is None else (float(group["lr"]), float(group["weight_decay"]))
+            for p, group in zip(self.parameters, self._groups, strict=True)
+        ]
+
+    def begin(self) -> bool:
+        """Whether there was a step since the last time; its step counts are read, all at once."""
+        if self._taken is None:
+            return False
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        counts = [i for i, state in enumerate(states) if isinstance(state.get("step"), Tensor)]
+        found = torch.stack([here(states[i]["step"]).float().reshape(()) for i in counts]).tolist() if counts else []
+        now = dict(zip(counts, found, strict=True))
+        for index, count in now.items():  # a fused optimizer that found infinities has taken no step
+            if count == self._counts.get(index, 0.0):
+                self._taken[index] = None
+        self._counts = now
+        return True
+
+    def end(self) -> None:
+        self._taken = None
+
+    @torch.no_grad()
+    def dots(self, index: int, gradients: list[Tensor]) -> Tensor:
+        """<gradient, update> of a parameter for each of some gradients, fp64, of this process's shard."""
+        taken, parameter = self._taken[index], self.parameters[index]
+        out = torch.zeros(len(gradients), dtype=torch.float64, device=here(parameter).device)
+        state = self.optimizer.state.get(parameter, {})
+        if taken is None or not state or not gradients:
+            return out
+        group, (rate, decay) = self._groups[index], taken
+        flat = [here(g).reshape(-1) for g in gradients]
+        weights = here(parameter.detach()).reshape(-1)
+        momentum = here(state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"]).reshape(-1)
+        square = here(state["exp_avg_sq"]).reshape(-1) if "exp_avg_sq" in state else None
+        sign = -1.0 if group.get("maximize") else 1.0
+        if square is not None:
+            (beta1, beta2), count = group["betas"], self._counts[index]
+            size = rate / (1.0 - beta1**count) * sign
+            root, eps = 1.0 / math.sqrt(1.0 - beta2**count), group["eps"]
+            decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+            shrink = rate * decay if decoupled else 0.0
+        scratch = torch.empty(min(CHUNK, len(momentum)), dtype=momentum.dtype, device=momentum.device)
+        for start in range(0, len(momentum), CHUNK):
+            at = slice(start, start + CHUNK)
+            update = scratch[: len(momentum[at])]
+            if square is None:
+                torch.mul(momentum[at], -rate * sign, out=update)
+            else:
+                torch.sqrt(square[at], out=update)
+                update.mul_(-root / size).sub_(eps / size)
+                torch.div(momentum[at], update, out=update)
+                if shrink:
+                    update.mul_(1.0 / (1.0 - shrink)).sub_(weights[at], alpha=shrink / (1.0 - shrink))
+            out += grad_dots([update], [[g[at]] for g in flat], [0], 1)[0, : len(flat)]
+        return out
