@@ -17,6 +17,7 @@ MEMORY = 1.1
 READ = 0.85  # of the read bandwidth
 MEASUREMENT = 1.15  # of plain passes in the same place
 SOFT = 1.3  # of token_kl
+LIVE = {"retain side": 1.05, "retain side, update": 1.05, "both sides": 1.25}  # of the plain step; of the retain side
 SCORING = 2.0  # times less time than open-unlearning's evaluator
 
 
@@ -52,6 +53,10 @@ LAWS = {
     "gram_effect": Law("`gram_effect`, `g_effect` by gram", "at most {} times a training step on both batches"),
     "gram_passes": Law("`gram_effect` alone", "at most {} times two passes without gradients of weights"),
     "overhead": Law("a measurement by `GEffectCallback`", "at most {} times 3 plain passes made in the same place"),
+    "live": Law("`GEffectMonitor`, retain side at every step", "at most {} times the plain step"),
+    "live_update": Law("`GEffectMonitor`, the update's effect on top", "at most {} times the step without it"),
+    "live_both": Law("`GEffectMonitor`, both sides at every step", "at most {} times the plain step"),
+    "live_memory": Law("`GEffectMonitor`, retain side, memory beside the plain step's", "at most {} largest gradients"),
     "less_time": Law("`g_effect` against the published way, time", "{} times less", True),
     "less_memory": Law("`g_effect` against the published way, memory", "{} times less", True),
     "ahead_time": Law("`g_effect` against the published way unpadded, time", "ahead", True),
@@ -83,7 +88,7 @@ class Result:
     """A file of bench/results."""
 
     device: str
-    kind: str  # "losses", "soft_targets", "geffect", "grad_dot", "overhead", "evaluate" or "profile"
+    kind: str  # "losses", "soft_targets", "geffect", "grad_dot", "overhead", "live", "evaluate" or "profile"
     name: str
     data: Data
 
@@ -128,6 +133,8 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in (row for row in data["rows"] if "law" in row and "loop_floor_ms" in row):  # else of another floor
             every = f"{row['shape']}, every {row['every']} steps"
             yield Check("overhead", every, row["ratio"], row["law"], row["law_met"])
+    elif kind == "live":
+        yield from _live(data)
     elif kind == "evaluate":
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{data['settings']['config']}, {row['samples']} rows, {data['settings']['dtype']}"
@@ -154,6 +161,16 @@ def _loss(row: Data) -> Iterator[Check]:
     if found := row.get("of_memory"):
         law, of = ("memory_nograd", "") if mode == "nograd" else ("memory", f", {mode}")
         yield Check(law, case + of, found["ratio"], found["law"], found["law_met"])
+
+
+def _live(data: Data) -> Iterator[Check]:
+    used = data["settings"]
+    case = f"{used['objective'].upper()}, {model_name(used)}, {batch_name(used)}"
+    laws = dict(zip(LIVE, ("live", "live_update", "live_both"), strict=True))
+    for row in (row for row in data["rows"] if "law" in row):
+        yield Check(laws[row["name"]], case, row["ratio"], row["law"], row["law_met"])
+        if found := row.get("of_memory"):
+            yield Check("live_memory", case, found["ratio"], found["law"], found["law_met"])
 
 
 def _against_peers(data: Data) -> Iterator[Check]:

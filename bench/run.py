@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, soft_targets, geffect, grad_dot, host, overhead, evaluate, tiles, counters. See README.md.
+"""Runs a benchmark: losses, soft_targets, geffect, grad_dot, host, overhead, live, evaluate, tiles, counters. See README.md.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     benchmarks = top.add_subparsers(
         dest="benchmark",
         required=True,
-        metavar="losses|soft_targets|geffect|grad_dot|host|overhead|evaluate|tiles|counters",
+        metavar="losses|soft_targets|geffect|grad_dot|host|overhead|live|evaluate|tiles|counters",
     )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
@@ -106,6 +106,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
     one.add_argument("--steps", type=int, default=10, help="optimizer steps a run, a multiple of 10")
     one.add_argument("--rounds", type=int, default=2, help="runs of each kind")
+
+    one = benchmark("live", run_live, repetitions=15)
+    one.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
+    one.add_argument("--layers", type=int, help="cut the model to this depth")
+    one.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
+    one.add_argument("--objective", choices=("ga", "wga", "tnpo"), default="wga")
+    one.add_argument("--batch", type=int, default=4, help="samples a batch")
+    one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
+    one.add_argument("--budget", type=float, default=60.0, help="seconds a way")
+    one.add_argument("--no-memory", action="store_true")
 
     one = benchmark("evaluate", run_evaluate)
     one.add_argument("--model", required=True, help="folder of a model with its tokenizer, such as SmolLM2-135M's")
@@ -252,6 +262,17 @@ def run_overhead(args: argparse.Namespace) -> None:
         print("\n".join(line(every.get(row["every"], f"every {row['every']} steps"), row) for row in part), flush=True)
         rows += part
         write(args, settings=settings, rows=rows)
+
+
+def run_live(args: argparse.Namespace) -> None:
+    import live
+
+    settings = {key: getattr(args, key) for key in ("dtype", "objective", "batch", "tokens", "layers", "device")}
+    settings = {"shape": args.model, **settings}
+    print(f"\n{args.model}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}", flush=True)
+    rows = live.bench(settings, args)
+    print("\n".join(line(row["name"], row) for row in rows), flush=True)
+    write(args, settings=settings, rows=rows)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

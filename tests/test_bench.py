@@ -78,6 +78,7 @@ def made(tmp_path_factory) -> tuple[Path, str]:
             *providers,
             *to("geffect_sweep_length.json"),
         ],
+        ["live", "--model", "tiny", "--repetitions", "2", "--batch", "2", "--tokens", "10", *to("live.json")],
         ["overhead", "--models", "tiny", "--rounds", "1", "--batch", "2", "--tokens", "10", *to("overhead.json")],
         [
             *["losses", "--profile", "--heads", "tiny", "--rows", "64", "--objectives", "wga", "--dtypes", "bf16"],
@@ -318,3 +319,10 @@ def test_overhead_of_measuring(made):
     assert [row["every"] for row in rows] == [None, 10, 5, 1]
     assert all(row["step_ms"] > 0 for row in rows) and rows[0]["of_plain_step"] == 1.0
     assert rows[3]["step_ms"] > rows[0]["step_ms"] and rows[3]["loop_floor_ms"] > 0
+
+
+def test_live_effects_are_judged_by_the_plain_step(made):
+    rows = {row["name"]: row for row in read(made[0], "live.json")["rows"]}
+    assert rows["retain side"]["law"] == 1.05 and rows["both sides"]["law"] == 1.25 and "law" not in rows["plain step"]
+    assert rows["retain side, update"]["floor"] == "retain side" and rows["retain side"]["of_memory"]["law"] == 1.0
+    assert all(row["median_ms"] > 0 for row in rows.values())
