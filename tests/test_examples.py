@@ -55,3 +55,10 @@ def test_open_unlearning(tmp_path):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_at_most_six_lines_change(path):
     assert len(re.findall(r"  # \d", path.read_text())) <= 6
+
+
+def test_live_effects(tmp_path):
+    module = example("live_geffect")
+    assert all(math.isfinite(effect.total("retain")) for effect in module.plain_loop())
+    logs = [log for log in module.transformers_trainer(str(tmp_path)).state.log_history if "loss" in log]
+    assert len(logs) == 3 and all(math.isfinite(log["geffect_live/step/retain"]) for log in logs)
