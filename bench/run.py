@@ -1,4 +1,4 @@
-"""Runs a benchmark: losses, soft_targets, geffect, grad_dot, host, overhead, live, evaluate, tiles, counters: README.md.
+"""Runs one of the benchmarks; README.md says more of each.
 
 python bench/run.py losses --heads llama-3.2-1b --rows 1024 --dtypes bf16 --json losses_large.json
 python bench/run.py geffect --model tiny

@@ -13,7 +13,7 @@ STOREYS = (
     ("results", "groups", "storage", "data", "processes"),
     ("contributions", "backward", "directions", "request", "combine"),
     ("engines",),
-    ("api", "live"),
+    ("api", "live", "conflict"),
 )
 
 
