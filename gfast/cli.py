@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `gfast demo | unlearn | geffect | evaluate | reproduce | audit | report | bench | doctor`."""
+"""The command line, `gfast COMMAND`: demo, unlearn, geffect, evaluate, reproduce, audit, report, bench, plan, doctor."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": ("gfast.commands.audit", "did each update remove what it should? one page to sign"),
     "report": ("gfast.commands.report", "figures, tables and one HTML page from run folders"),
     "bench": ("gfast.commands.bench", "run the benchmarks of a source checkout"),
+    "plan": ("gfast.commands.plan", "memory and time of a training and its measurements on a machine, and what fits"),
     "doctor": ("gfast.doctor", "say what will run where, and what to do to get more"),
 }
 
