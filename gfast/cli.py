@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, `gfast COMMAND`: demo, unlearn, geffect, evaluate, reproduce, audit, report, bench, plan, doctor."""
+"""The command line: `gfast COMMAND`, one of `COMMANDS`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ be allocated is counted, operation by operation. The head is gfast's: gradients 
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from collections.abc import Mapping
@@ -172,27 +173,49 @@ class _Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.highest = 0
+        self.now = self.highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage() not in self.known:
-                self.alive[x.untyped_storage()] = x.untyped_storage().nbytes()
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes()).atexit = False
         self.highest = max(self.highest, self.now)
         return out
 
-    @property
-    def now(self) -> int:
-        return sum(self.alive.values())
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
 
 
 def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str = "cuda") -> int:
     """The most that a forward and backward of gfast's losses hold beside weights and optimizer states: activations,
     the head's chunk, gradients (as they come and go, or kept).
+
+    Of a deep model with blocks that are alike it is measured with 4 and with 6 of them. Memory is highest in the
+    first or in the second half of the backward, and each half's highest is linear in the number of blocks.
     """
+    text = config.get_text_config()
+    layers, kinds = text.num_hidden_layers, set(getattr(text, "layer_types", None) or ())
+    if layers <= 8 or len(kinds) > 1:
+        return max(_halves(config, work, keep_gradients, device))
+    few, more = (_halves(_with_blocks(config, count), work, keep_gradients, device) for count in (4, 6))
+    return max(y + (y - x) * (layers - 6) // 2 for x, y in zip(few, more, strict=True))
+
+
+def _with_blocks(config: Any, count: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return config
+
+
+def _halves(config: Any, work: Work, keep_gradients: bool, device: str) -> tuple[int, int]:
+    """The highest of the forward and the backward of the upper half of the blocks, and of that of the lower half."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -200,21 +223,34 @@ def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str
         if work.checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
-        head = hf.output_layer(model).weight
+        head, blocks = hf.output_layer(model).weight, hf.structure.blocks(hf.unwrap(model))
         if not keep_gradients:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         ids = torch.zeros(work.rows, work.length, dtype=torch.int64)
+        upper: list[int] = []
         with _Counted() as counted:
             for parameter in (*model.parameters(), *model.buffers()):
                 counted.known.add(parameter.untyped_storage())
+
+            def half(_: Tensor) -> None:
+                upper.append(counted.highest)
+                counted.highest = counted.now
+
+            def watch(_: nn.Module, __: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                if not upper and states.requires_grad:
+                    states.register_hook(half)
+
+            watched = blocks[len(blocks) // 2].register_forward_hook(watch)
             hidden = hf.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+            watched.remove()
             grad, own = _head_step(hidden, head, device)
             if keep_gradients:
                 head.grad = own if head.grad is None else head.grad
             del own
             hidden.backward(grad)
-    return counted.highest
+    return (upper[0] if upper else 0, counted.highest)
 
 
 def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,11 @@ def test_live_effects(tmp_path):
     assert all(math.isfinite(effect.total("retain")) for effect in module.plain_loop())
     logs = [log for log in module.transformers_trainer(str(tmp_path)).state.log_history if "loss" in log]
     assert len(logs) == 3 and all(math.isfinite(log["geffect_live/step/retain"]) for log in logs)
+
+
+@pytest.mark.slow
+def test_a_sharded_loop_by_torchrun():
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", FOLDER / "sharded_loop.py"]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step ") == 3

@@ -1,0 +1,141 @@
+"""gfast plan: memory as it is allocated, recipes that fit, and a machine's own profile."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.marks import slow_when
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gfast
+from gfast import plan, plan_measure
+from gfast.cli import main
+from gfast.objectives import WGA
+from gfast.ops import memory
+
+
+def llama(**sizes):
+    given = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    return given | dict(num_attention_heads=32, num_key_value_heads=8) | sizes
+
+
+def allocated(function) -> int:
+    """The highest number of bytes that the CPU's allocator has given out at a time, above what it had."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+@slow_when(lambda p: p.checkpoints and p.size[0] > 128)
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("size", plan_measure.SIZES, ids=lambda size: str(size[0]))
+def test_memory_is_what_a_step_allocates(size, checkpoints, monkeypatch):
+    monkeypatch.setattr(memory, "compiled", lambda name: False)  # what a step frees is not kept for the next
+    *sizes, rows, length = size
+    config, work = plan_measure.config_of(*sizes), plan.Work(rows, length, torch.float32, checkpoints)
+    model = LlamaForCausalLM(config).train()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, config.vocab_size, (rows, length))
+    batch = {"input_ids": ids, "labels": ids}
+
+    def step():
+        gfast.model_loss(model, batch, WGA()).loss.backward()
+
+    step()
+    for keeps in (True, False):
+        model.zero_grad()
+        hooks = [] if keeps else [
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for parameter in model.parameters()
+        ]  # fmt: skip
+        found = allocated(step)
+        expected = plan.step_bytes(config, work, keeps, "cpu")
+        assert expected == pytest.approx(found, rel=0.1)
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_deep_model_is_measured_with_few_blocks(checkpoints):
+    config, work = plan_measure.config_of(64, 10, 512), plan.Work(2, 32, torch.float32, checkpoints)
+    for keeps in (True, False):
+        whole = max(plan._halves(config, work, keeps, "cpu"))
+        assert plan.step_bytes(config, work, keeps, "cpu") == pytest.approx(whole, rel=0.01)
+
+
+def test_numbers_of_a_model_are_those_of_the_model():
+    for tied in (False, True):
+        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=50, num_attention_heads=4)
+        config = LlamaConfig(**llama(**sizes, num_key_value_heads=2), tie_word_embeddings=tied)
+        model, found = LlamaForCausalLM(config), plan.facts(config)
+        assert found.parameters == sum(p.numel() for p in model.parameters())
+        linear = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        assert found.matrices == sum(w.numel() for w in linear)
+        assert found.linear_rims == sum(w.shape[0] + w.shape[1] for w in linear)
+        assert (found.layers, found.hidden, found.vocab, found.attention) == (3, 64, 50, 64)
+
+
+def planned(tmp_path, capsys, sizes, *words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(llama(**sizes)))
+    assert main(["plan", "--model", str(path), "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_8b_on_one_card_of_40_gb_and_70b_on_eight_of_80(tmp_path, capsys):
+    found = planned(tmp_path, capsys, {}, "--machine", "A100-40")
+    fits = {row["name"]: row["fits"] for row in found["training"]}
+    assert not fits["all weights, 8-bit AdamW, checkpoints"] and fits["LoRA of rank 16, AdamW, checkpoints"]
+    assert found["recipe"].startswith("LoRA")
+    weights = found["parameters"] * 2 / 1e9
+    assert found["training"][0]["gb"]["weights"] == pytest.approx(weights)
+    assert found["training"][0]["gb"]["optimizer"] == pytest.approx(2 * weights)
+    large = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    found = planned(tmp_path, capsys, large, "--gpus", "8", "--tokens", "1024")
+    assert found["recipe"] == "all weights, 8-bit AdamW, checkpoints" and found["sharing"] == "fsdp2"
+    assert found["step_seconds"] >= 6 * 70e9 * 1024 / 989e12  # each device has tokens of its own
+    refused = [row for row in found["others"] if row["fits"] is None]
+    assert {row["name"] for row in refused} == {f"g_effect, {name}" for name in ("sample", "token", "gram")}
+
+
+def test_a_plan_in_words_and_what_it_refuses(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(llama(num_hidden_layers=2)))
+    profile = tmp_path / "machine.json"
+    profile.write_text(json.dumps(dict(name="CPU", source="measured", flops={"float32": 1e11}, bandwidth=1e10,
+                                       memory=64e9, overhead=1.2, errors=[0.1, -0.05])))  # fmt: skip
+    words = ["plan", "--model", str(path), "--machine", str(profile), "--steps", "100", "--tokens", "64"]
+    assert main([*words, "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "It fits with: all weights, AdamW;" in said and "off by +10%, -5%" in said and "100 steps of it" in said
+    assert main([*words, "--dtype", "float32", "--memory", "0.1"]) == 0
+    assert "No way to train fits" in capsys.readouterr().out
+    for wrong, word in (
+        (words, "no rate of bfloat16"),
+        (["plan"], "--model is needed"),
+        (["plan", "--model", "./nothing.json"], "no file or folder"),
+        (["plan", "--model", str(path), "--machine", "H1000"], "neither a file nor one of"),
+        (["plan", "--model", str(path), "--machine", str(path)], "no machine profile"),
+        (["plan", "--model", str(profile)], "no model_type"),
+        (["plan", "--model", str(path), "--gpus", "0"], "--gpus must be at least 1"),
+    ):
+        assert main(wrong) == 2
+        assert word in capsys.readouterr().err, word
+
+
+@pytest.mark.slow
+def test_a_measured_profile_is_one_that_plan_takes(tmp_path, capsys):
+    path = tmp_path / "machine.json"
+    assert main(["plan", "--measure", str(path)]) == 0
+    machine = plan.Machine.load(path)
+    assert machine.flops["float32"] > 0 and machine.overhead > 0 and len(machine.errors) == len(plan_measure.SIZES)
