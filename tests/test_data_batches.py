@@ -231,3 +231,18 @@ def test_a_mask_of_the_highest_scores():
     for wrong in (dict(share=0.0), dict(scores=scores[:1]), dict(scores=scores * torch.nan)):
         with pytest.raises(ValueError, match="top_tokens"):
             top_tokens(**{"scores": scores, "labels": labels, **wrong})
+
+
+def test_pairs_with_answers_of_another_field():
+    rows = [{"question": f"Who is {name}?", "answer": name, "alternate": f"Not {name}"} for name in ("Ann", "Bob")]
+    pairs = PreferenceDataset(rows, demo_tokenizer(), preferred="alternate", id_offset=5)
+    assert [pairs[i]["sample_id"] for i in (0, 1)] == [5, 6]
+    assert [pairs[i]["preferred_sample_id"] for i in (0, 1)] == [7, 8]
+    for index, row in enumerate(rows):
+        for prefix, field in (("", "answer"), ("preferred_", "alternate")):
+            labels = pairs[index][f"{prefix}labels"]
+            assert row[field] in demo_tokenizer().decode(labels[labels != -100])
+    with pytest.raises(ValueError, match="refusals would have no effect beside preferred"):
+        PreferenceDataset(rows, demo_tokenizer(), preferred="alternate", refusals=["No."])
+    with pytest.raises(ValueError, match="row 1: .*other"):
+        PreferenceDataset(rows, demo_tokenizer(), preferred="other")

@@ -161,11 +161,20 @@ class RefusalDataset(QADataset):
 
 
 class PreferenceDataset(Dataset):
-    """Pairs for DPO: the row's own answer is rejected, a refusal of the same question is preferred.
+    """Pairs for DPO: the row's own answer is rejected, a refusal of the same question is preferred (IdkDPO), or an answer
+    of another field of the row (AltPO: plausible other answers, made beforehand; a row for each of several).
 
-    Item i holds the forget answer as `input_ids`, `labels`, `sample_id` (as in `QADataset`) and the refusal as
+    Item i holds the forget answer as `input_ids`, `labels`, `sample_id` (as in `QADataset`) and the preferred one as
     `preferred_input_ids`, `preferred_labels`, `preferred_sample_id` = i + len(rows) + id_offset: 2 len(rows) distinct
-    ids, so that reference values can be cached for both halves. Arguments as in `RefusalDataset`.
+    ids, so that reference values can be cached for both halves. Arguments as in `RefusalDataset`, and
+
+    Args:
+        preferred: the field of the preferred answers; None: refusals.
+
+    Raises:
+        ValueError: as `QADataset`; refusals beside preferred answers.
+
+    Source: Maini et al., arXiv 2401.06121 (refusals); arXiv 2409.13474 (AltPO).
 
     Example:
         >>> from gfast.data import Collator, PreferenceDataset, bundled_authors, demo_tokenizer
@@ -183,13 +192,20 @@ class PreferenceDataset(Dataset):
         refusals: Sequence[str] | None = None,
         seed: int = 0,
         id_offset: int = 0,
+        preferred: str | None = None,
         **options,
     ):
         rows = as_rows(rows)
         self.rejected = QADataset(rows, tokenizer, id_offset=id_offset, **options)
-        self.preferred = RefusalDataset(
-            rows, tokenizer, refusals=refusals, seed=seed, id_offset=id_offset + len(rows), **options
-        )
+        options["id_offset"] = id_offset + len(rows)
+        if preferred is None:
+            self.preferred = RefusalDataset(rows, tokenizer, refusals=refusals, seed=seed, **options)
+        elif refusals is not None:
+            raise ValueError(
+                "gfast: refusals would have no effect beside preferred, the field of the preferred answers"
+            )
+        else:
+            self.preferred = QADataset(rows, tokenizer, **options | {"answer": preferred})
 
     def __len__(self) -> int:
         return len(self.rejected)
