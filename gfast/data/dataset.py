@@ -161,8 +161,8 @@ class RefusalDataset(QADataset):
 
 
 class PreferenceDataset(Dataset):
-    """Pairs for DPO: the row's own answer is rejected, a refusal of the same question is preferred (IdkDPO), or an answer
-    of another field of the row (AltPO: plausible other answers, made beforehand; a row for each of several).
+    """Pairs for DPO: the row's own answer is rejected; a refusal of the same question is preferred (IdkDPO), or the
+    answer in another field of the row (AltPO: plausible other answers, made beforehand; a row for each of several).
 
     Item i holds the forget answer as `input_ids`, `labels`, `sample_id` (as in `QADataset`) and the preferred one as
     `preferred_input_ids`, `preferred_labels`, `preferred_sample_id` = i + len(rows) + id_offset: 2 len(rows) distinct
