@@ -56,11 +56,12 @@ def step(case: Case, inputs: Inputs, reference: tuple[Tensor, ...], name: str) -
 
 
 def plain(case: Case, inputs: Inputs, reference: tuple[Tensor, ...], name: str, dtype: torch.dtype) -> Step:
-    """By torch's own functions, in a dtype."""
+    """By torch's own functions, logits of a dtype widened to fp32 at least."""
     wide = Inputs(tuple(t.to(dtype) for t in inputs.tensors), inputs.labels, inputs.ref_logp)
 
     def logits(tensors: tuple[Tensor, ...]) -> Tensor:
-        return torch.nn.functional.linear(*tensors) if len(tensors) > 1 else tensors[0]
+        z = torch.nn.functional.linear(*tensors) if len(tensors) > 1 else tensors[0]
+        return z if z.dtype == torch.float64 else z.float()
 
     def loss(*leaves: Tensor) -> Tensor:
         z = logits(leaves)
@@ -79,12 +80,12 @@ def plain(case: Case, inputs: Inputs, reference: tuple[Tensor, ...], name: str, 
 
 
 def error(case: Case, name: str) -> tuple[float, float]:
-    """Largest relative error of loss and gradients on a few rows, and what is allowed: twice plain PyTorch's and one
-    rounding."""
+    """Largest relative error of loss and gradients on a few rows, and what is allowed: twice plain PyTorch's of that
+    dtype and one rounding."""
     few = case_of("linear" if case.op == "linear" else "logits", case.head, CHECK_ROWS, case.dtype, case.device)
     inputs, reference = inputs_of(few)
     truth = plain(few, inputs, reference, name, torch.float64)()
-    theirs = plain(few, inputs, reference, name, torch.float32)()
+    theirs = plain(few, inputs, reference, name, DTYPES[case.dtype])()
 
     def worst(found: tuple[Tensor, ...]) -> float:
         return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))

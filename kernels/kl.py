@@ -151,12 +151,12 @@ def js_block(row, ref, start, V, y, by, top_p, log_p, top_q, log_q, apart, gap, 
     x = 0.5 * d
     x2 = x * x
     bend = x2 * (((x2 * (-17.0 / 2520.0) + 1.0 / 45.0) * x2 - 1.0 / 12.0) * x2 + 0.5)  # log cosh x
+    both = x2 * (((x2 * (-17.0 / 360.0) + 1.0 / 9.0) * x2 - 0.25) * x2 + 0.5)  # x tanh x - log cosh x
     fall = tl.log(1.0 + tl.exp2(-tl.abs(d) * 1.4426950408889634))  # beside log 2: its absolute error counts
     log_pm = tl.where(near, -x - bend, 0.6931471805599453 - (tl.maximum(d, 0.0) + fall))
     of_p = tl.where(p == 0.0, p, p * log_pm)
     of_q = tl.where(q == 0.0, q, q * tl.where(p == 0.0, 0.6931471805599453, log_pm + d))
-    delta = q * (d * (d * exp_tail(d)) - d)  # p - q
-    term = tl.where(near, -delta * x - (p + q) * bend, of_p + of_q)
+    term = tl.where(near, (p + q) * both, of_p + of_q)  # where p is close to q, not by subtracting them
     if masked:
         p = tl.where(at < V, p, 0.0)
         of_p = tl.where(at < V, of_p, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_help_is_fast_and_lists_the_commands():
     assert done.stdout.strip().endswith("False"), "help must not import torch"
     assert cli.main([]) == 0
     assert cli.main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("objective, given", [("SHRED", []), ("JensUn", ["target_ids=(3,4)"])])
+def test_unlearn_to_a_target_over_the_vocabulary(objective, given, original, tmp_path):
+    settings = {"objective": objective, "objective_args": given or None, "retain_term": "jsd", "geffect_every": 1}
+    assert cli.main(["unlearn", *flags(original, tmp_path, **settings, geffect_samples=2)]) == 0
+    frame = read_records(tmp_path)
+    assert {"g_effect", "loss", "forget_loss", "retain_loss"} <= set(frame["quantity"])
+    kept = frame[(frame["quantity"] == "retain_loss") & (frame["step"] == 1)]["value"]
+    assert 0 <= kept.iloc[0] < math.log(2)
 
 
 def test_unlearn_help_shows_our_flags_before_the_trainers(capsys):

@@ -111,6 +111,35 @@ def test_what_is_left_of_a_memorised_label(vocab, place, impl):
     torch.testing.assert_close(z.grad.double(), exact, rtol=3e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
+def test_a_jensen_shannon_divergence_keeps_its_digits_near_zero_and_at_its_top(size, impl):
+    need("soft_target_loss", impl, "cpu", torch.float32)
+    rng = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(3, 301, generator=rng) + 50
+    z = (x + size * torch.randn(3, 301, generator=rng)).requires_grad_()
+    z.data[0, :5] = -INF  # masked by the model
+    x[0, 3:8] = -INF  # and by the original
+    labels = torch.tensor([9, -100, 0])
+    wide = z.detach().double().requires_grad_()
+    log_p, log_q = wide.log_softmax(-1), x.double().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    p, q = log_p.exp(), log_q.exp()
+    terms = torch.where(p > 0, p * (log_p - log_m), 0.0) + torch.where(q > 0, q * (log_q - log_m), 0.0)
+    exact = 0.5 * terms[[0, 2]].sum() / 2
+    with torch.no_grad():
+        h = torch.where(p > 0, 0.5 * (log_p - log_m), 0.0)
+        gradient = p * (h - (p * h).sum(-1, keepdim=True)) / 2
+        gradient[1] = 0
+    loss = gfast.soft_target_loss(z, x, labels, kind="js", impl=impl)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4) and loss.item() <= math.log(2)
+    alone = gfast.soft_target_loss(z, x, torch.tensor([-100, -100, 0]), kind="js", impl=impl).item()  # without masks
+    assert alone == pytest.approx(0.5 * terms[2].sum().item(), rel=1e-4)
+    for found, true in zip(z.grad, gradient, strict=True):
+        assert (found.double() - true).norm() <= 1e-4 * true.norm() + 1e-9
+
+
 @pytest.mark.parametrize("impl", ["cpp", "triton"])
 @pytest.mark.parametrize("kind", [1, 2])
 def test_the_kernel_writes_all_of_its_output_and_may_overwrite_its_input(kind, impl):

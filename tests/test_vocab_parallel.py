@@ -62,6 +62,9 @@ def test_other_layouts_are_refused(mesh):
         gfast.linear_token_kl(hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)]), labels)
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 37\)"):
         gfast.linear_token_logp(hidden, head, labels + 37)
+    for pair in ((head, head), (head, None)):
+        with pytest.raises(ValueError, match="sharded over the vocabulary.*full_tensor"):
+            gfast.linear_soft_target_loss(hidden, pair[0], None if pair[1] is None else hidden, pair[1], labels)
     alone = gfast.linear_token_logp(hidden, head, labels)
     torch.testing.assert_close(alone, gfast.linear_token_logp(hidden, weight, labels))
 
