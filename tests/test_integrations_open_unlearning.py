@@ -327,7 +327,8 @@ def test_a_batch_costs_what_it_costs_in_open_unlearning(tmp_path, name):
     start = tiny_model(seed=1)
     ours = ou.trained(name, tmp_path, copied(start), max_steps=1)
     model = copied(start)
-    theirs = ou.registered()[name](model=model, args=ou.arguments(tmp_path), processing_class=TOKENIZER)
+    left = {"ignore_first_n_answer_tokens": 0} if name == "CEU" else {}  # our items have lost that label already
+    theirs = ou.registered()[name](model=model, args=ou.arguments(tmp_path), processing_class=TOKENIZER, **left)
     ours.train_dataset.set_epoch(0)
     batch = getattr(ours.data_collator, "collator", ours.data_collator)(items(ours.train_dataset))
     for side in batch.values():
