@@ -271,7 +271,8 @@ def _verdict(updates: list[dict[str, Any]], failed: list[dict[str, Any]], total:
             f"Not passed: of the {measured}, {len(failed)} did not do what an update should ({said}), the first of "
             f"them update {failed[0]['update']}{end}."
         )
-    did = f"each of the {measured} removed what it should and spared the rest, to first order"
+    each = "the only update" if total == 1 else f"each of the {measured}" if len(updates) > 1 else f"the {measured}"
+    did = f"{each} removed what it should and spared the rest, to first order"
     return f"Not passed: {' and '.join(outcome)}, although {did}." if outcome else f"Passed: {did}."
 
 
