@@ -110,13 +110,15 @@ def test_effects_that_steps_measured(tmp_path):
         common = {"run": "run", "objective": "GA() + NLL() (live)", "step": step, "epoch": 0.0, "group": "total"}
         rows = [{"quantity": "g_effect", "side": "unlearn", "value": -1.0}]
         rows += [{"quantity": "g_effect", "side": "retain", "value": -1.0}] if step else []
+        rows += [{"quantity": "risk", "side": "retain", "group": "", "value": 9.0**step}]  # of a batch: no rise
         rows += [{"quantity": "step_effect", "side": "retain", "value": 0.5}] if step > 1 else []
         write_record(run, [common | row for row in rows])
     assert [one["update"] for one in audit(run)[1]["updates"]] == [1]  # those of the whole sets
     page, found = audit(run, objective="GA() + NLL() (live)")
     assert [one["faults"] for one in found["updates"]] == [
         ["retain effect not recorded"], ["did not spare: retain effect negative"], [], []]  # fmt: skip
-    assert "on each step's own batches" in page.read_text()
+    assert "on each step's own batches" in page.read_text() and found["outcome_faults"] == []
+    assert found["nll"]["forget"]["after"] == 0.2 and found["nll"]["retain"]["after"] == 0.1
 
 
 def test_from_the_command_that_stops_to_the_page_that_is_signed(tmp_path, capsys):

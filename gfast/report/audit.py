@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def audit(
     folder = Path(run_folder)
     runs = load_runs([folder, *(Path(other) for other in beside)])
     own = [one for one in runs if one.folder == folder]
-    run = _chosen(own, objective)
+    run = _with_nll_of_sets(_chosen(own, objective), own)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
     total = result.get("steps") or max(int(one.steps[-1]) for one in own)
     updates = [_update(run, step, criteria) for step in _measured(run) if step < total]
@@ -226,6 +226,19 @@ def _chosen(runs: list[Run], objective: str | None) -> Run:
     if wanted not in names:
         raise ValueError(f"gfast: say with --objective which of the recorded ones is meant: {', '.join(sorted(names))}")
     return measured[names.index(wanted)]
+
+
+def _with_nll_of_sets(run: Run, own: list[Run]) -> Run:
+    """A run of live effects with the NLL of whole sets that was recorded beside it: that of a step's batch is another
+    batch's at every step, and says nothing of a rise.
+    """
+    if not run.objective.endswith(LIVE):
+        return run
+    beside = next((one for one in own if one.objective == run.objective.removesuffix(LIVE)), None)
+    records = [run.records[run.records["quantity"] != "risk"]]
+    if beside is not None:
+        records.append(beside.records[beside.records["quantity"] == "risk"])
+    return replace(run, records=pd.concat(records, ignore_index=True))
 
 
 def _update(run: Run, step: int, criteria: Criteria) -> dict[str, Any]:
