@@ -294,6 +294,10 @@ def test_the_last_updates_effect_is_that_of_the_weights_difference(kind):
     for step in range(4):
         now = {name: p.detach().clone() for name, p in model.named_parameters()}
         risks = [plain(model, lambda b=b: loss(model, b, NLL()).loss) for b in (FORGET, RETAIN)]
+        with pytest.raises(ValueError, match="has no graph"):  # a refused call, and a step given up, change nothing
+            monitor.forget(torch.zeros(()))
+        monitor.forget(loss(model, FORGET, GA()), risk=loss(model, FORGET, NLL()))
+        monitor.reset()
         monitor.forget(0.5 * loss(model, FORGET, WGA(0.7)).loss, risk=loss(model, FORGET, NLL()), factor=0.5)
         monitor.retain(2.0 * loss(model, RETAIN, NLL()).loss, factor=2.0)
         found = monitor.update_effect()

@@ -25,6 +25,9 @@ logger = logging.getLogger("gfast")
 
 Loss = Any  # a scalar tensor, something with a .loss, or a function that returns one of them
 ACCUMULATE = ("first", "exact")
+_FREED = (
+    "FSDP2 frees the gathered weights of a forward after its first backward: give risk= as a function that computes it"
+)
 
 
 class GEffectMonitor:
@@ -143,8 +146,10 @@ class GEffectMonitor:
             step.updated = self._updates is not None and self._updates.begin()
             gradients.updates = self._updates if step.updated else None
         self._check_unchanged()
-        loss = _value(loss, "forget loss")
         shared = risk is not None and not _is_function(risk)
+        if shared and self.processes.sharded:
+            _refuse(_FREED)
+        loss = _value(loss, "forget loss")
         with self._undone():
             ddp = self.processes.replicated
             step.local |= ddp is not None and not ddp.require_backward_grad_sync
@@ -172,7 +177,7 @@ class GEffectMonitor:
         Args:
             loss: as for ``forget``: `factor` times the risk R of the retain batch. None: the step has no retain loss.
             risk: R of the retain batch where `loss` is something else (KL, or none): one more backward measures the
-                effect. It may share the loss's forward; under DDP both must be functions that compute them.
+                effect. It may share the loss's forward; a function that computes it under FSDP2, as both are under DDP.
             factor: what the risk is multiplied by in `loss`. With accumulate="first" and losses of micro-batches that
                 are divided by the count of all, times the first one's share of it.
             last: more retain micro-batches follow unless True.
@@ -187,6 +192,8 @@ class GEffectMonitor:
         if loss is None and (risk is None or step.retains or not last):
             _refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
         shared = risk is not None and not _is_function(risk)
+        if shared and self.processes.sharded:
+            _refuse(_FREED)
         if self.processes.replicated is not None and risk is not None:
             if shared or not (loss is None or _is_function(loss)):
                 _refuse(

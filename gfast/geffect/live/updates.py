@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -48,10 +49,14 @@ class Updates:
         self._groups = [groups[id(p)] for p in parameters]
         self._taken: list[tuple[float, ...] | None] | None = None  # rates of the last step; None: was not in it
         self._counts: dict[int, float] = {}
-        self._hook = optimizer.register_step_pre_hook(self._note)
+        self._fresh = False  # the counts are still those before that step
+        note = weakref.WeakMethod(self._note)  # the optimizer outlives its monitors
+        hook = optimizer.register_step_pre_hook(lambda *_: None if note() is None else note()())
+        weakref.finalize(self, hook.remove)
 
     def _note(self, *_: Any) -> None:
         """Before the optimizer's step: the rates it is taken with, which a scheduler changes after it."""
+        self._fresh = True
         self._taken = [
             None if p.grad is None else (float(group["lr"]), float(group["weight_decay"]))
             for p, group in zip(self.parameters, self._groups, strict=True)
@@ -59,8 +64,9 @@ class Updates:
 
     def begin(self) -> bool:
         """Whether there was a step since the last time; its step counts are read, all at once."""
-        if self._taken is None:
-            return False
+        if self._taken is None or not self._fresh:
+            return self._taken is not None
+        self._fresh = False
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         counts = [i for i, state in enumerate(states) if isinstance(state.get("step"), Tensor)]
         found = torch.stack([here(states[i]["step"]).float().reshape(()) for i in counts]).tolist() if counts else []
