@@ -67,12 +67,12 @@ def test_the_record():
             continue
         aligned = not label.endswith("V=50257")
         assert (one["loads_128"], one["stores_128"]) == (aligned, aligned or one["bytes"] == 2), label
-        if not aligned or "forward" in words:
+        if not aligned or "forward" in words or "js" in words:  # a Jensen-Shannon divergence reads a row once more
             continue
         if one["softcap"]:  # not bound by memory: docs/performance.md says why
-            assert one["share_of_copy"] > (0.3 if name == "kl_rows" else 0.5), label
+            assert one["share_of_copy"] > (0.3 if name in ("kl_rows", "soft_rows") else 0.5), label
         else:
-            assert one["share_of_copy"] == 1 or (name == "kl_rows" and one["share_of_copy"] > 0.9), label
+            assert one["share_of_copy"] == 1 or (name in ("kl_rows", "soft_rows") and one["share_of_copy"] > 0.9), label
 
 
 def test_a_worse_kernel_is_seen(tmp_path):
