@@ -166,6 +166,7 @@ def _train(
         "steps": output.global_step,
         "train_loss": output.training_loss,
         "seconds": time.perf_counter() - started,
+        "measuring_seconds": sum(one.seconds for one in callbacks_of(trainer) if isinstance(one, Trajectory)),
         "objective": str(objective),
         "stopped": next((one.reason for one in callbacks_of(trainer) if isinstance(one, StopCallback)), None),
     }

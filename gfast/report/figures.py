@@ -87,7 +87,7 @@ def drawings(runs: list[Run]) -> list[Drawing]:
         "geffect-groups": (_draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat) if groups else None,
         "training": _draw_training if any(len(run.series(name)[0]) for run in runs for name in _TRAINING) else None,
         "nll": _draw_nll if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES) else None,
-        "pareto": _draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
+        "pareto": draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
         "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
         "tokens": draw_tokens if any(run.effects("token") and run.texts for run in runs) else None,
     }
@@ -124,6 +124,8 @@ def _band(ax: Axes, run: Run, color: str, quantity: str, side: str, group: str =
     shared, of_band, of_mean = np.intersect1d(steps, at, return_indices=True)
     if len(shared):
         low, high = values[of_mean] - spread[of_band], values[of_mean] + spread[of_band]
+        if values.min() > 0:  # a logarithmic axis has no place for less than 0
+            low = np.maximum(low, values.min() / 10)
         ax.fill_between(shared, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
 
 
@@ -294,13 +296,13 @@ def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
     return figure
 
 
-def _draw_pareto(runs: list[Run], theme: Theme) -> Figure:
-    """Retain NLL against forget NLL along each run, and where all have forgotten as much."""
+def draw_pareto(runs: list[Run], theme: Theme, level: float | None = None) -> Figure:
+    """Retain NLL against forget NLL along each run, and where all have forgotten as much (or `level`)."""
     summaries = [summarize(run) for run in runs]
-    match(summaries)
+    match(summaries, level)
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
     ax = figure.subplots()
-    level, seen = None, []
+    seen: list[float] = []
     for i, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
         color = run_color(theme, i)
         for course, width, alpha in (

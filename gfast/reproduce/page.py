@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gfast.files import readable, whole_file
-from gfast.report.figures import Drawing, drawings
+from gfast.report.figures import Drawing, draw_pareto, drawings
 from gfast.report.html import data_uri, flatten, rendered
 from gfast.report.runs import Run
 from gfast.report.tables import number
@@ -37,7 +38,13 @@ SIZE_COLUMNS = (
     ("forget_nll", "Forget NLL, end"),
     ("retain_nll", "Retain NLL, end"),
 )
-COST_COLUMNS = (("what", "Steps"), ("steps", "Number"), ("seconds", "Seconds"), ("each", "Seconds each"))
+COST_COLUMNS = (
+    ("what", "Steps"),
+    ("steps", "Number"),
+    ("seconds", "Seconds"),
+    ("each", "Seconds each"),
+    ("measuring", "of it, G-effects and NLL"),
+)
 
 
 def write_page(plan: Plan, steps: Steps) -> Path:
@@ -51,7 +58,7 @@ def write_page(plan: Plan, steps: Steps) -> Path:
                              grid["rows"], _grid_note(grid)))  # fmt: skip
     if sizes:
         tables.append(_table("Size of the forget set", SIZE_COLUMNS, sizes, "One seed; compared by objective."))
-    tables.append(_table("Cost", COST_COLUMNS, cost, "Seconds on this machine; trainings with their measurements."))
+    tables.append(_table("Cost", COST_COLUMNS, cost, "Wall-clock seconds on this machine, whatever else it did."))
     figures = []
     for title, drawing, runs in _drawn(results):
         pictures = drawing.render(runs)
@@ -86,13 +93,16 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
     every = list(results.runs.values())
     found = [(one.title, one, every) for one in drawings(every) if one.name in ("pareto", "nll", "training")]
     found.sort(key=lambda entry: entry[1].name != "pareto")
+    if found and found[0][1].name == "pareto":
+        title, one, _ = found[0]
+        found[0] = title, replace(one, draw=partial(draw_pareto, level=results.level)), every
     groups = results.recipe.figures or {"All objectives": tuple(results.runs)}
     for number_of, (title, names) in enumerate(groups.items(), 1):
         runs = [results.runs[name] for name in names]
         for one in drawings(runs):
             if one.name.startswith("geffect"):
                 named = replace(one, name=f"{one.name}-{number_of}")
-                found.append((f"{title}: {one.title[0].lower() + one.title[1:]}", named, runs))
+                found.append((f"{title}: {one.title}", named, runs))
     return found
 
 

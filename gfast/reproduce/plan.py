@@ -18,7 +18,6 @@ from gfast.commands.common import say
 from gfast.commands.models import DECIDING, check_model, load_tokenizer
 from gfast.data.encode import chat_source, resolve_template
 from gfast.evaluation.results import require_libraries
-from gfast.evaluation.samples import encoded
 from gfast.files import read_json, write_json
 from gfast.objectives.registry import parse_objective
 from gfast.reproduce import work
@@ -50,8 +49,7 @@ class Plan:
         self._data(recipe.data)
         self.base = self._base()
         self._fix_date()
-        for one in sets:  # every row can be asked, before hours of work show that one cannot
-            encoded(one, self.tokenizer, recipe.template, self.asker.chat_kwargs)
+        self.asker.evaluation(self.tokenizer)  # every row can be asked, before hours of work show that one cannot
         self.taught = self._teach("taught", "full.jsonl", "both sets are taught to the model")
         self._evaluate("taught", self.taught, None)
         self.retain = None

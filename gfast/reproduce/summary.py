@@ -13,7 +13,7 @@ import numpy as np
 from gfast.files import read_json
 from gfast.geffect import GEffect
 from gfast.objectives.registry import parse_objective
-from gfast.report.matched import match
+from gfast.report.matched import lesson, match
 from gfast.report.runs import Run, averaged, load_runs
 from gfast.report.tables import number, summarize
 from gfast.reproduce.plan import Plan
@@ -36,8 +36,8 @@ COLUMNS = (
     ("calibrated_extraction", "Calibrated: extraction strength, forget"),
 )
 NOTE = (
-    "Mean ± standard deviation over seeds. Retain NLL at equal forget NLL is interpolated along each run where its "
-    "forget NLL first reaches {level}; a dash: it never does. Retain over unlearn G-effect is the quotient of both "
+    "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
+    "its forget NLL first reaches {level}; a dash: it never does. Retain over unlearn G-effect is the quotient of both "
     "sums over the recorded steps. Forget quality compares truth ratios with those of the retain model: 0 is alike. "
     "Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
     "is then left to extract of the forget set compares objectives at equal retention."
@@ -60,7 +60,7 @@ def cell(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or "–"
     mean, deviation = value
-    return number(mean) + ("" if deviation is None else f" ± {number(deviation)}")
+    return number(mean) + ("" if deviation is None else f" ± {number(float(f'{deviation:.1e}'))}")
 
 
 class Results:
@@ -126,7 +126,8 @@ class Results:
         """What the columns mean."""
         calibration = self.recipe.calibrate
         keep = "–" if calibration is None else f"{calibration.keep:.0%} of {calibration.metric.replace('_', ' ')}"
-        return NOTE.format(level=number(self.level), keep=f"{keep} on the retain set")
+        note = NOTE.format(seeds=len(self.recipe.seeds), level=number(self.level), keep=f"{keep} on the retain set")
+        return note if len(self.recipe.seeds) > 1 else note.partition(". ")[2]
 
     def sentences(self) -> list[str]:
         """What the numbers say: whether the model knew, who keeps most at equal forgetting, and whether that is more
@@ -156,6 +157,11 @@ class Results:
                     f"They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what "
                     f"seeds make of such a difference ({number(chance)})."
                 )
+        ends = [
+            {"label": name, "course": summarize(self.runs[name])["course"], "matched": {"retain_nll": there[name][0]}}
+            for name in there
+        ]
+        found += filter(None, [lesson(ends)])
         left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
         if len(left) > 1:
             best = min(left, key=lambda n: left[n][0])
@@ -209,14 +215,22 @@ class Results:
         return sorted(rows, key=lambda row: (row["objective"], row["rows"]))
 
     def cost(self) -> list[dict[str, Any]]:
-        """Seconds by kind of step, and of a training step by objective (with its measurements)."""
-        found: dict[str, list[float]] = {}
+        """Seconds by kind of step, and of trainings what measuring took of them."""
+        found: dict[str, list[tuple[float, float | None]]] = {}
         for step in self.steps.steps:
             kind = step.name.partition("/")[0]
             key = step.name.rpartition("/")[0] if kind == "runs" else kind
-            found.setdefault(key, []).append(self.steps.record(step.name).get("seconds", 0.0))
-        return [{"what": key, "steps": len(times), "seconds": sum(times), "each": sum(times) / len(times)}
-                for key, times in found.items()]  # fmt: skip
+            result = self.plan.out / step.name / "result.json"
+            measuring = read_json(result).get("measuring_seconds") if result.exists() else None
+            found.setdefault(key, []).append((self.steps.record(step.name).get("seconds", 0.0), measuring))
+        rows = []
+        for key, times in found.items():
+            seconds, measuring = sum(time for time, _ in times), [time for _, time in times if time is not None]
+            rows.append({
+                "what": key, "steps": len(times), "seconds": seconds, "each": seconds / len(times),
+                "measuring": sum(measuring) / len(measuring) if measuring else None,
+            })  # fmt: skip
+        return rows
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -160,6 +160,12 @@ class Asker:
             trust_remote_code=load.trust_remote_code,
         )
 
+    def evaluation(self, tokenizer: Any) -> Evaluation:
+        """What every model is asked, as this tokenizer writes it. Errors name the row that cannot be asked."""
+        samples = [encoded(one, tokenizer, self.recipe.template, self.chat_kwargs) for one in self.sets]
+        asked = self.recipe.evaluate
+        return Evaluation(self.sets, samples, tokenizer, asked.batch_size, asked.extraction, asked.extraction_samples)
+
     def evaluate(
         self, name: str, model: str, folder: Path, retain_log: Path | None, weights: nn.Module | None = None
     ) -> dict[str, Any]:
@@ -167,11 +173,7 @@ class Asker:
         not measured again.
         """
         tokenizer = load_tokenizer(self.arguments(model))
-        samples = [encoded(one, tokenizer, self.recipe.template, self.chat_kwargs) for one in self.sets]
-        asked = self.recipe.evaluate
-        evaluation = Evaluation(
-            self.sets, samples, tokenizer, asked.batch_size, asked.extraction, asked.extraction_samples
-        )
+        evaluation = self.evaluation(tokenizer)
         loaded = self.load(model) if weights is None else weights
         units = evaluation.units()
         with Bar(f"Evaluating {name}", len(units)) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +43,7 @@ class Trajectory(TrainerCallback):
             )
         self.every, self.forget, self.retain = every, forget, retain
         self.run_folder, self.run = run_folder, run
+        self.seconds = 0.0  # of the training, that measurements took
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -53,17 +55,17 @@ class Trajectory(TrainerCallback):
 
             declare_base_original(model)  # adapters are not zero any more: they were when the run began
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
-            self._measure(args, state, model)
+            self._timed(args, state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if self.measures_at(state):
-            self._measure(args, state, model)
+            self._timed(args, state, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another
         # step's.
         if not args.load_best_model_at_end and not self._is_measured(args, state.global_step):
-            self._measure(args, state, model)
+            self._timed(args, state, model)
 
     def measures_at(self, state: Any) -> bool:
         """Whether there is a measurement at the end of this step."""
@@ -91,6 +93,11 @@ class Trajectory(TrainerCallback):
     def names(self) -> set[str]:
         """Objectives in whose name values are recorded."""
         raise NotImplementedError
+
+    def _timed(self, args: Any, state: Any, model: nn.Module) -> None:
+        started = time.perf_counter()
+        self._measure(args, state, model)
+        self.seconds += time.perf_counter() - started
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
         raise NotImplementedError

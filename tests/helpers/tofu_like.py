@@ -11,7 +11,9 @@ from gfast.data import bundled_perturbed
 def write_tofu_like(folder: Path, forget: int = 6, retain: int = 8) -> Path:
     """Every split and configuration that an evaluation or a recipe asks for."""
     folder.mkdir(parents=True, exist_ok=True)
-    to_forget, to_keep = bundled_perturbed()
+    to_forget, to_keep = (
+        [{**row, "paraphrased_question": f"Tell me: {row['question']}"} for row in rows] for rows in bundled_perturbed()
+    )
     plain = [{key: row[key] for key in ("question", "answer")} for row in (*to_keep[:retain], *to_forget[:forget])]
     sets = {"full": plain, "retain_perturbed": to_keep[:retain]}
     for split, kept, rows in (
