@@ -279,12 +279,16 @@ def test_the_papers_settings(paper, name, rate, tmp_path):
     assert load_recipe("paper").title == load_recipe("llama2-7b-tofu").title
 
 
+# A minute or two each: 22 objectives on 32 blocks.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama2-7b-tofu", "phi-tofu"])
 def test_every_step_of_the_papers_recipes(paper, name, tmp_path):
     _, changes = paper
-    few = "unlearn.bf16=false teach.bf16=false unlearn.max_steps=2 teach.max_steps=2 unlearn.epochs=null "
-    few += "teach.epochs=null unlearn.learning_rate=1e-3 unlearn.geffect_every=1 grid.step=1 evaluate.rows=3"
+    few = "unlearn.bf16=false teach.bf16=false unlearn.max_steps=1 teach.max_steps=1 unlearn.epochs=null "
+    few += "teach.epochs=null unlearn.learning_rate=1e-3 unlearn.geffect_every=1 grid.step=1 evaluate.rows=2 "
+    few += (
+        "calibrate.resolution=0.5 evaluate.extraction_samples=1 sizes.objectives=[ga] grid.objectives=[WGA,NPO:beta=1]"
+    )
     few = [*changes, *few.split()]
     assert reproduce(name, *few, "--out", tmp_path) == 0
     plan = Plan(load_recipe(name, few), tmp_path)
@@ -295,7 +299,7 @@ def test_every_step_of_the_papers_recipes(paper, name, tmp_path):
     assert len(rows) == 2 + len(plan.recipe.objectives)
     assert all(row["model_utility"] is not None and row["forget_quality"] is not None for row in rows.values()
                if row["name"] not in ("taught", "retain-model"))  # fmt: skip
-    assert len(values["grid"]["rows"]) == 12 and len(values["sizes"]) == 15
+    assert len(values["grid"]["rows"]) == 2 and [row["rows"] for row in values["sizes"]] == [2, 4, 6]
     # keep_models is false: a run's weights go, what was measured of it stays
     assert not list(tmp_path.glob("runs/*/*/model.safetensors")) and list(tmp_path.glob("runs/*/*/records/*.parquet"))
     assert (tmp_path / "taught" / "model.safetensors").exists()
