@@ -146,6 +146,10 @@ def test_nothing_runs_twice_and_a_step_with_other_inputs_is_named(finished, monk
     recipe, out = finished
     before = files_of(out)
     monkeypatch.setattr(work, "train", lambda *a, **k: pytest.fail("trained again"))
+    # a part that is left out is not on the page, though an earlier study left it in the folder
+    assert reproduce(recipe, "--out", out, "calibrate=null") == 0
+    assert {row.get("share") for row in read_json(out / "tables.json")["objectives"]} == {None}
+    assert "Calibrated" not in (out / "tables.md").read_text()
     assert reproduce(recipe, "--out", out) == 0
     assert cli.main(["reproduce", str(recipe), "--out", str(out), "unlearn.learning_rate=0.02"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -38,8 +38,10 @@ COLUMNS = (
 NOTE = (
     "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
     "its forget NLL first reaches {level}; a dash: it never does. Retain over unlearn G-effect is the quotient of both "
-    "sums over the recorded steps. Forget quality compares truth ratios with those of the retain model: 0 is alike. "
-    "Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
+    "sums over the recorded steps. Forget quality compares truth ratios with those of the retain model: 0 is alike."
+)
+CALIBRATED = (
+    " Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
     "is then left to extract of the forget set compares objectives at equal retention."
 )
 
@@ -82,8 +84,11 @@ class Results:
         return [replace(run, name=label, label=label) for run in found]
 
     def _evaluation(self, name: str) -> dict[str, Any]:
-        path = self.plan.out / "evaluations" / name / "summary.json"
-        return read_json(path) if path.exists() else {}
+        return self._of(f"evaluations/{name}", "summary.json")
+
+    def _of(self, step: str, file: str) -> dict[str, Any]:
+        """What a step of this study left; {} where it has no such step, whatever an earlier one left in the folder."""
+        return read_json(self.plan.out / step / file) if step in self.steps.by_name else {}
 
     def _asked(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
         """What evaluations say, over seeds."""
@@ -107,8 +112,7 @@ class Results:
     def _row(self, name: str) -> dict[str, Any]:
         summaries, seeds = self.summaries[name], self.recipe.seeds
         objective = self.by_seed[name][0].objective.replace("()", "")
-        mixed = [self.plan.out / "calibrated" / name / f"seed{seed}" / "calibration.json" for seed in seeds]
-        calibrated = [read_json(path) if path.exists() else {} for path in mixed]
+        calibrated = [self._of(f"calibrated/{name}/seed{seed}", "calibration.json") for seed in seeds]
         left = [one.get("sets", {}).get("forget", {}).get("extraction_strength") for one in calibrated]
         return {
             "name": name,
@@ -125,8 +129,11 @@ class Results:
     def note(self) -> str:
         """What the columns mean."""
         calibration = self.recipe.calibrate
-        keep = "–" if calibration is None else f"{calibration.keep:.0%} of {calibration.metric.replace('_', ' ')}"
-        note = NOTE.format(seeds=len(self.recipe.seeds), level=number(self.level), keep=f"{keep} on the retain set")
+        note = NOTE.format(seeds=len(self.recipe.seeds), level=number(self.level))
+        if calibration is not None:
+            note += CALIBRATED.format(
+                keep=f"{calibration.keep:.0%} of {calibration.metric.replace('_', ' ')} of retain"
+            )
         return note if len(self.recipe.seeds) > 1 else note.partition(". ")[2]
 
     def sentences(self) -> list[str]:
