@@ -161,7 +161,7 @@ def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     ids = sequence_ids(batch) if objective.default_reduction == "sequence_mean" else None
     if ids is None:
         return objective.count(labels[..., start:])
-    each = torch.full((int(ids.max()) + 1, 1), IGNORE_INDEX)  # a row a text: those that are here are all scored
+    each = ids.new_full((int(ids.max()) + 1, 1), IGNORE_INDEX)  # a row a text: those that are here are all scored
     return objective.count(each.fill_(0))
 
 

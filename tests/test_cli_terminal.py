@@ -153,7 +153,7 @@ YAML = (
     ("lora_targets: {a: 1}", "lora_targets takes a list, and not the mapping"),
     ("max_steps:", "max_steps has no value"),
     ("use_cpu: perhaps", "Truthy value expected"),
-    ("retain_term: kll", "choose one of none, nll, kl, rr"),
+    ("retain_term: kll", "choose one of none, nll, kl, jsd, rr"),
 )
 
 

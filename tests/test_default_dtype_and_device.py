@@ -9,7 +9,8 @@ from helpers.losses import ALL, problem, squared
 from helpers.training_tiny import collator, datasets, tiny_model
 
 import gfast
-from gfast.objectives import RMU, RR, WGA
+from gfast.geffect.conflict import retain_conflict
+from gfast.objectives import CEU, ETW, MASC, NLL, PDU, RMU, RR, TPO, WGA, JensUn, Unilogit
 from gfast.ops.row_dot import linear_row_dot
 from gfast.training.reference import ReferenceCache
 
@@ -76,6 +77,39 @@ def effects(model, forget, retain):
     return [*found, samples.unlearn, samples.retain, rows.matrix, tokens.unlearn, tokens.retain]
 
 
+def of_vocabulary(impl, inputs):
+    """Soft targets and statistics of whole rows, and the objectives made of them."""
+    hidden, weight, _, labels, _ = inputs
+    results = []
+    for kind in ("cross_entropy", "kl", "js"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = gfast.linear_soft_target_loss(h, w, hidden * 0.5, weight, labels, beta=2.0, kind=kind, impl=impl)
+        from_logits = gfast.soft_target_loss(h @ w.t(), hidden @ weight.t() * 0.5, labels, kind=kind, impl=impl)
+        (loss + from_logits).backward()
+        results += [loss, from_logits, h.grad, w.grad]
+    for objective in (ETW(), PDU(), MASC(rho=0.5, eta=1.0, k=2), TPO(floor=0.0)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = gfast.linear_unlearn_loss(h, w, labels, objective, impl=impl)
+        from_logits = gfast.unlearn_loss(h @ w.t(), labels, objective, impl=impl)
+        (out.loss + from_logits.loss).backward()
+        results += [*out, *from_logits, h.grad, w.grad]
+    return [*results, *gfast.token_stats(hidden @ weight.t(), labels, impl=impl)]
+
+
+def live(model, forget, retain):
+    weights = retain_conflict(model, forget=forget, retain=retain)
+    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=WGA(0.7))
+    monitor.forget(gfast.model_loss(model, forget[0], WGA(0.7)), risk=gfast.model_loss(model, forget[0], NLL()))
+    monitor.retain(gfast.model_loss(model, retain[0], NLL()))
+    effect = monitor.effect()
+    results = [*weights, effect.unlearn, effect.retain]
+    for objective in (CEU(), Unilogit(), JensUn(target_ids=(2, 3))):
+        results.append(gfast.model_loss(model, forget[0], objective).loss)
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return [*results, *gradients]
+
+
 def from_data(model):
     (forget, _), collate = datasets(), collator()
     cache = ReferenceCache.build(model, forget, collate)
@@ -89,8 +123,11 @@ CASES = {  # name: the call, and what makes its arguments
     "bf16": (losses, lambda: ("auto", problem(dtype=torch.bfloat16))),
     "fp16": (losses, lambda: ("auto", problem(dtype=torch.float16))),
     "fp64": (losses, lambda: ("auto", problem(dtype=torch.float64))),
+    "vocabulary": (of_vocabulary, lambda: ("auto", problem(dtype=torch.float32))),
+    "vocabulary, reference": (of_vocabulary, lambda: ("reference", problem(dtype=torch.float32))),
     "others": (others, lambda: (problem(dtype=torch.float32),)),
     "effects": (effects, lambda: (tiny("llama", 2, torch.float32).eval(), batches(1), batches(2, 4, (1, 3)))),
+    "live": (live, lambda: (tiny("llama", 2, torch.float32).eval(), batches(1), batches(2, 4, (1, 3)))),
     "data": (from_data, lambda: (tiny_model().eval(),)),
 }
 

@@ -213,7 +213,6 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path):
         ("GradAscent", {"method": {"alpha": 1.0}}, "GFastGradAscent has no argument alpha"),
         ("GradDiff", {"method": {"retain_loss_type": "EMBED_DIFF"}}, "EMBED_DIFF.*has NLL and KL"),
         ("RMU", {}, "gfast has no RMU for open-unlearning"),
-        ("PDU", {}, "no PDU"),
         ("CEU", {"method": {"alpha": 1.0}}, "GFastCEU has no argument alpha; its method_args are ignore_first"),
         ("NPO", {"method": {"reference": "none"}}, "it can be auto, cache, adapters_off, adapter:NAME"),
         ("NPO", {"method": {"reference": "adapters_off"}}, "the model has no adapters; use cache"),

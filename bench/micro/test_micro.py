@@ -130,6 +130,36 @@ def test_kl(benchmark, data, dtype, op):
     close(found[0], each[labels != -100].mean(), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("op", ["soft_target_loss", "linear_soft_target_loss"])
+def test_soft_targets(benchmark, data, dtype, op):
+    """UNDIAL's: the target is softmax of the reference's logits with 10 taken from the label's."""
+    benchmark.group = "soft targets, forward and backward"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
+    ref = [t.detach() for t in leaves_of(op, (data[0], data[1].flip(1).contiguous()), dtype)]
+    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels, beta=10.0), *leaves)))
+    mine, other = (wide_logits(tensors)[1].detach() for tensors in (leaves, ref))
+    valid = labels != -100
+    target = other - 10 * F.one_hot(labels.clamp(min=0), V)
+    each = -(target.softmax(-1) * mine.log_softmax(-1)).sum(-1)
+    close(found[0], each[valid].mean(), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["token_stats", "linear_token_stats"])
+def test_stats(benchmark, data, dtype, op):
+    benchmark.group = "statistics, forward and backward"
+    leaves, labels = leaves_of(op, data, dtype), data[2]
+
+    def step():
+        stats = getattr(gfast, op)(*leaves, labels)
+        return backward(stats.entropy.sum() + stats.top.sum(), *leaves)
+
+    mine, valid = wide_logits(leaves)[1].detach(), labels != -100
+    logp = mine.log_softmax(-1)
+    close(benchmark(waited(step))[0], (mine.amax(-1) - (logp.exp() * logp).sum(-1))[valid].sum(), dtype)
+
+
 @pytest.mark.benchmark(group="grad_dot")
 @DTYPES
 @pytest.mark.parametrize("tensors", [1, 64, 512])

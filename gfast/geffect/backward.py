@@ -130,10 +130,8 @@ class Passes:
         for item, value in zip(work, values, strict=True):
             if item.factor or self.processes.size == 1:
                 found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
-        sums = torch.tensor(
-            [[sum(found[t].values()), 1.0] if t in found else [0.0, 0.0] for t in self._terms], dtype=torch.float64
-        )
-        sums = self.processes.sum(sums.to(self.device)).tolist()
+        each = [[sum(found[t].values()), 1.0] if t in found else [0.0, 0.0] for t in self._terms]
+        sums = self.processes.sum(torch.tensor(each, dtype=torch.float64, device=self.device)).tolist()
         for term, (total, ran) in zip(self._terms, sums, strict=True):
             if not math.isfinite(total):
                 bad = [index for index, value in found.get(term, {}).items() if not math.isfinite(value)]

@@ -41,7 +41,7 @@ def conflict_weights(effects: Sequence[Tensor], tau: float = 1.0) -> list[Tensor
     """
     if not 0 < tau < math.inf:
         raise ValueError(f"gfast: retain_conflict: tau must be positive and finite, not {tau}")
-    flat = torch.cat([one.reshape(-1).double() for one in effects]) if len(effects) else torch.zeros(0)
+    flat = torch.cat([one.reshape(-1).double() for one in effects]) if len(effects) else torch.zeros(0, device="cpu")
     if not bool(torch.isfinite(flat).all()):
         raise ValueError("gfast: retain_conflict: a token's effect is not finite")
     scale = float(flat.square().mean().sqrt()) if len(flat) else 0.0
@@ -93,6 +93,6 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
         valid = batch["labels"].cpu() != IGNORE_INDEX
         valid[:, 0] = False  # nothing scores the first
         stop = start + int(valid.sum())
-        weights.append(torch.ones(valid.shape).masked_scatter(valid, values[start:stop]))
+        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, values[start:stop]))
         start = stop
     return weights

@@ -153,7 +153,7 @@ class SHRED(SoftTarget):
         texts = _texts(labels, sequence_id)
         rank, size = _places(texts, ref_logp.float().reshape(-1).argsort(stable=True))
         chosen = (rank < torch.ceil(self.share * size.double() - 1e-9)) & (texts < labels.numel())
-        return torch.where(chosen, math.inf, 0.0).view(labels.shape)
+        return ref_logp.new_zeros(labels.numel()).masked_fill_(chosen, math.inf).view(labels.shape)
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Unilogit(OfLabel):
 
     Example:
         >>> import torch
-        >>> Unilogit().value(torch.tensor([0.25]).log(), 4).tolist()
-        [0.0]
+        >>> round(Unilogit().value(torch.tensor(0.5).log(), 4).item(), 4)
+        0.1438
     """
 
     key: ClassVar[str] = "unilogit"

@@ -92,7 +92,7 @@ def _stat_rows_reference(logits, labels, top, sharpness, soft, scale, softcap) -
     valid = (labels != IGNORE_INDEX)[:, None]
     values, ids = torch.sort(z, dim=-1, descending=True, stable=True)
     values, ids = values[:, :top], ids[:, :top]
-    bad = torch.where(z.isnan().any(-1, keepdim=True), torch.nan, 0.0)
+    bad = torch.zeros_like(z[:, :1]).masked_fill_(z.isnan().any(-1, keepdim=True), torch.nan)
 
     def softmax_sums(x: Tensor) -> tuple[Tensor, Tensor]:  # of x <= 0, the maximum's 0 left out
         e = torch.exp(x).scatter(1, ids[:, :1], 0.0)

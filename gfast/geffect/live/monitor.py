@@ -111,6 +111,7 @@ class GEffectMonitor:
         self._updates = None if optimizer is None else Updates(optimizer, names, parameters)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
+        self._said = False  # that the forget risk is lacking
         self._step = LiveStep()
 
     def reset(self) -> None:
@@ -208,6 +209,8 @@ class GEffectMonitor:
         with self._undone():
             if not step.retains:
                 self._reduce_forget()
+                if self.unlearn and self.identity is None and "unlearn" not in step.values:
+                    self._lacks_risk()
             if risk is not None and step.retains == 0 and not (loss is None and self.surgery is not None):
                 with self._no_sync():
                     risk = _value(risk, "retain risk")
@@ -222,6 +225,15 @@ class GEffectMonitor:
             step.retains += 1
             if last:
                 self._finish()
+
+    def _lacks_risk(self) -> None:
+        if not self._said:
+            logger.warning(
+                "gfast: GEffectMonitor(unlearn=True) of %s got no risk of the forget batch, so e(D_u) of this step is "
+                "NaN: give forget(..., risk=), or objective= if the loss is GA or NLL",
+                self.objective,
+            )
+        self._said = True
 
     def _retain_loss(self, loss: Tensor, factor: float, last: bool) -> None:
         step, gradients = self._step, self.gradients

@@ -85,8 +85,8 @@ class LiveStep:
         self.scale = 1.0 if monitor.scaler is None else float(monitor.scaler.get_scale())
         if ddp and self.derived:
             rr = self.sums[:, MM] - self.sums[:, UU] - 2 * self.sums[:, UR]
-            lost = (rr <= LOST * self.sums[:, MM]) | torch.tensor(not self.whole or self.local_retain)
-            self.sums[:, RR] = torch.where(lost, math.nan, rr)
+            lost = rr <= LOST * self.sums[:, MM]
+            self.sums[:, RR] = math.nan if not self.whole or self.local_retain else torch.where(lost, math.nan, rr)
             self.sums[:, RM] = self.sums[:, UR] + self.sums[:, RR]
         elif ddp and surgery is None:
             self.sums[:, RR] = math.nan  # of this process alone
@@ -125,7 +125,7 @@ class LiveStep:
         f, q = self.forget_factor * self.scale, self.retain_factor * self.scale
         step_norm = math.sqrt(max(float(sums[:, MM].sum()), 0.0)) / self.scale
         clip = 1.0 if max_norm is None else min(1.0, max_norm / (step_norm + 1e-6))
-        nothing = torch.full((len(names),), math.nan, dtype=torch.float64)
+        nothing = torch.full((len(names),), math.nan, dtype=torch.float64, device="cpu")
         if of == "forget":
             retain, own = sums[:, UR] / (f * q), sums[:, UU].sqrt() / f
         else:
