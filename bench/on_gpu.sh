@@ -40,4 +40,5 @@
 #  530  overhead                training with GEffectCallback
 # plan:end
 set -euo pipefail
+export GFAST_HELD_ROWS="${GFAST_HELD_ROWS:-1}"  # the CUDA row kernel is measured here; "auto" takes Triton's elsewhere
 exec "${PYTHON:-python3}" "$(dirname "$0")/on_gpu.py" "$@"

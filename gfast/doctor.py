@@ -27,7 +27,14 @@ PACKAGES = (
     "pyarrow",
     "matplotlib",
 )
-SETTINGS = ("GFAST_CPU_ISA", "GFAST_POOL_MIB", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+SETTINGS = (
+    "GFAST_CPU_ISA",
+    "GFAST_HELD_ROWS",
+    "GFAST_POOL_MIB",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 def _versions() -> list[str]:

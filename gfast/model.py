@@ -155,7 +155,7 @@ def model_loss(
         objective: any of ``gfast.objectives`` but Mix, whose two terms see different batches; or a callable of weights.
         ref_logp, sequence_id, weight: override the batch's.
         reduction, normalizer, impl: as ``linear_unlearn_loss``; objectives without token weights (KL, RMU, RR, those of
-            ``gfast.objectives.soft``) know only their mean over positions.
+            ``gfast.objectives.soft``) know only their mean over positions and refuse another reduction.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
             else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
@@ -201,6 +201,8 @@ def model_loss(
     if lacking and not wrappers.is_adapted(model):
         _refuse_lack(objective, lacking[0])
     if isinstance(objective, UNWEIGHTED):
+        if reduction not in (None, known := objective.default_reduction):
+            raise ValueError(f"gfast: model_loss: {objective} knows only reduction={known!r}, not {reduction!r}")
         if "ref_logp" in objective.needs and batch.get("ref_logp") is not None:
             check_like_labels("model_loss", "ref_logp", batch["ref_logp"], labels)
     else:

@@ -12,7 +12,7 @@ from helpers.losses import need, problem
 
 import gfast
 from gfast.objectives import TNPO
-from gfast.ops import held_rows
+from gfast.ops import dispatch, held_rows
 from gfast.ops.dispatch import kernel
 from gfast.ops.held_rows import MAX_BLOCKS, PART_BYTES, select_rows, why_not_held
 
@@ -60,18 +60,14 @@ def test_what_it_does_not_take_goes_to_triton_or_raises(monkeypatch):
         select_rows("unlearn_loss", "cuda", logits, logits, 30.0)
 
 
-def test_it_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(held_rows, "select", lambda op, impl, device, dtype: "cuda" if impl == "auto" else impl)
-    monkeypatch.setattr(held_rows, "why_not", lambda *_: "")
-    monkeypatch.setenv("GFAST_HELD_ROWS", "0")
-    held_rows._switched_off.cache_clear()
-    try:
-        logits = torch.empty(2, 1000)
-        assert select_rows("unlearn_loss", "auto", logits, logits, 0.0) == "triton"
-        with pytest.raises(ValueError, match="GFAST_HELD_ROWS=0"):
-            select_rows("unlearn_loss", "cuda", logits, logits, 0.0)
-    finally:
-        held_rows._switched_off.cache_clear()
+def test_auto_takes_it_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: "")
+    monkeypatch.delenv("GFAST_HELD_ROWS", raising=False)
+    auto = dispatch._auto.__wrapped__  # each process decides once
+    assert auto("unlearn_loss", "cuda", None) == "triton" and auto("grad_dot", "cuda", None) == "cuda"
+    monkeypatch.setenv("GFAST_HELD_ROWS", "1")
+    assert auto("unlearn_loss", "cuda", None) == "cuda"
+    assert dispatch.select("unlearn_loss", "cuda", "cuda") == "cuda"
 
 
 def test_losses_hand_it_their_rows(monkeypatch):

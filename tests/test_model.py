@@ -7,7 +7,7 @@ from helpers.small_models import batch_of, gradients, tiny
 
 import gfast
 from gfast.model import shifted
-from gfast.objectives import DPO, GA, KL, NPO, RMU, RR, WGA, Mix
+from gfast.objectives import CEU, DPO, GA, KL, NPO, RMU, RR, UNDIAL, WGA, Mix, Unilogit
 from gfast.ops.token_kl import token_kl_reference
 from gfast.ops.unlearn_loss import unlearn_loss_reference
 
@@ -116,6 +116,15 @@ def test_errors_come_before_the_forward_pass():
         gfast.model_loss(model, {**batch, "labels": batch["labels"][:, 1:]}, WGA())
     with pytest.raises(TypeError, match="once a term"):
         gfast.model_loss(model, batch, Mix(WGA()))
+
+
+@pytest.mark.parametrize("objective", [KL(), RMU(layer=1), RR(layer=1), UNDIAL(), CEU(), Unilogit()], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none", "sequence_mean"])
+def test_a_reduction_that_an_objective_does_not_know_is_refused(objective, reduction):
+    """KL with reduction="sum" was its mean, without a word."""
+    given = {key: torch.zeros(1) for key in objective.needs}
+    with pytest.raises(ValueError, match=f"knows only reduction='token_mean', not '{reduction}'"):
+        gfast.model_loss(tiny("llama"), {**batch_of(), **given}, objective, reduction=reduction)
 
 
 def test_a_real_model(shared):

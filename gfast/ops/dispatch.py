@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,8 @@ _TRITON_MODULES |= dict.fromkeys(("logp_rows", "logp_rows_grad", "weighted_rows"
 _TRITON_MODULES |= dict.fromkeys(("stat_rows", "stat_rows_grad"), "stats")
 # Ops with CUDA kernels of their own, and the compute capability that those need: 9.0 has clusters.
 _CUDA_KERNELS = {"grad_dot": ("grad_dots", (0, 0)), "unlearn_loss": ("weighted_rows", (9, 0))}
+# The variable with which "auto" takes a CUDA kernel that no GPU has run yet, where Triton has one as well.
+OPT_IN = {"unlearn_loss": "GFAST_HELD_ROWS"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -172,7 +175,10 @@ def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
     order = ("cpp",) if kind == "cpu" else ("cuda", "triton")
     reasons = []
     for impl in order:
-        if not (reason := why_not(op, impl, kind, dtype)):
+        reason = why_not(op, impl, kind, dtype)
+        if not reason and impl == "cuda" and op in OPT_IN and os.environ.get(OPT_IN[op]) != "1":
+            reason = f"it has not run on a GPU yet; {OPT_IN[op]}=1 takes it"
+        if not reason:
             logger.info("gfast: %s on %s uses impl=%r", op, kind, impl)
             return impl
         reasons.append(f"{impl}: {reason}")

@@ -1,14 +1,11 @@
 """Which backend computes a loss from logits and their gradient, row by row.
 
 The CUDA kernel (csrc/cuda/rows_kernel.cu) holds a row on the chip, in a cluster of up to eight blocks: it is read once
-and its gradient written once. What does not fit goes to Triton's, whose second read hopes for the L2 cache; so does
-everything where the environment has GFAST_HELD_ROWS=0, for a GPU on which the CUDA kernel fails.
+and its gradient written once. What does not fit goes to Triton's, whose second read hopes for the L2 cache. "auto"
+takes it only where the environment has GFAST_HELD_ROWS=1, until it has been measured on a GPU.
 """
 
 from __future__ import annotations
-
-import functools
-import os
 
 from torch import Tensor
 
@@ -38,8 +35,6 @@ def select_rows(name: str, impl: str, logits: Tensor, out: Tensor | None, softca
 def why_not_held(logits: Tensor, out: Tensor | None, softcap: float) -> str:
     """Empty when the CUDA kernel takes these rows, else the reason."""
     rows, vocab = logits.shape
-    if _switched_off():
-        return "GFAST_HELD_ROWS=0 switches it off"
     if softcap:
         return "the kernel has no soft cap"
     aligned = logits.data_ptr() % 16 == 0 and _row_bytes(logits) % 16 == 0
@@ -53,11 +48,6 @@ def why_not_held(logits: Tensor, out: Tensor | None, softcap: float) -> str:
         return ""
     apart = (out.data_ptr() - logits.data_ptr()) % 16, (_row_bytes(out) - _row_bytes(logits)) % 16
     return "rows of the gradient begin at other addresses modulo 16 than those of the logits" if any(apart) else ""
-
-
-@functools.cache
-def _switched_off() -> bool:
-    return os.environ.get("GFAST_HELD_ROWS") == "0"
 
 
 def _row_bytes(x: Tensor) -> int:
