@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -49,6 +50,19 @@ def pytest_runtest_call(item) -> None:
 def precision_of_its_own(monkeypatch) -> None:
     """TrainingArguments(bf16=True) of transformers 4 sets it for all trainers that follow in the process."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    """A Trainer collects garbage whenever it trains, and goes through all modules and thousands of tests: half the time
+    of its tests. What was there before a file, and what its first test imports, is left out.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's bindings report at the end that they leak
 
 
 @pytest.hookimpl(optionalhook=True)

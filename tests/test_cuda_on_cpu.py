@@ -43,6 +43,7 @@ def test_they_stay_within_their_memory(kernel, tmp_path):
     assert_right(run(build(kernel, tmp_path, *ADDRESSES), "cases"))
 
 
+@slow_when(lambda p: p.name != "grad_dots")
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_thread_reads_what_another_may_be_writing(name, threads):
     assert_right(run(threads[name], "orders"))

@@ -31,6 +31,7 @@ def step(unlearn, linear_unlearn, labels, ref, logits, hidden, weight, bias):
     return torch.stack([2 * direct.loss, 3 * linear.loss])
 
 
+@pytest.mark.slow
 def test_both_losses_by_the_law():
     need_a_compiler()
     from torch._inductor import config, metrics

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.linear_head import Inside, rows_problem
 from helpers.losses import DEVICES, assert_law, need, problem, run
+from helpers.marks import slow_when
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfast
@@ -59,6 +60,7 @@ def test_the_fold_takes_masked_logits():
     assert gfast.linear_token_logp(hidden, weight, labels, bias=bias, impl="cpp").isnan().all()
 
 
+@slow_when(lambda p: p.V == 700 and p.form[1] is None)
 @pytest.mark.parametrize("form", [(1.0, None), (0.5, 3.0)], ids=str)
 @pytest.mark.parametrize("n, D, V", [(1, 16, 1), (7, 24, 33), (40, 70, 700)])
 def test_the_fold_by_triton_by_the_law(n, D, V, form, monkeypatch):

@@ -179,6 +179,7 @@ def test_what_a_step_took_is_watched(finished, tmp_path, no_figures):
     assert {**old, "cost": 0} == {**new, "cost": 0}
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
     recipe, out = finished
     real, calls = work.train, []

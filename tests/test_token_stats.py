@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.losses import DEVICES, DRAWS, assert_law_of_draws, need, problem, run
+from helpers.marks import slow_when
 
 import gfast
 from gfast.objectives import ETW, GA, MASC, PDU, TPO
@@ -178,6 +179,7 @@ def test_reductions_add_up(objective, reduction):
             torch.testing.assert_close(x, whole * own / count, rtol=1e-10, atol=1e-12)
 
 
+@slow_when(lambda p: p.impl == "triton" and p.dtype != torch.bfloat16)  # interpreted
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES[1:], ids=str)

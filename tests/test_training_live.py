@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers.marks import slow_when  # noqa: E402
 from helpers.training_tiny import collator, config, copied, datasets, pairing, parameters, tiny_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
@@ -39,6 +40,7 @@ def rows(folder, quantity, side="retain", group="total", label=" (live)"):
     return dict(zip(found["step"].tolist(), found["value"].tolist(), strict=True))
 
 
+@slow_when(lambda p: (p.options["retain_term"], p.accumulation) not in (("nll", 3), ("kl", 1)))
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(
     "options",

@@ -254,6 +254,7 @@ def test_checkpointing_gives_the_same_step(tmp_path, name):
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_tried_again_and_leaves_no_trace(tmp_path):
     pairs, collate = pairing()
     data, logs = [pairs[0]] * 4, []  # every batch has the same mean
@@ -288,6 +289,7 @@ def test_terms_of_a_step_that_failed_are_forgotten():
     assert terms.of_step() == {"forget_loss": 3.0}
 
 
+@pytest.mark.slow
 def test_optimizers_of_ones_own(tmp_path):
     steps = {}
     for how in ("named", "class", "instance", "model_init"):

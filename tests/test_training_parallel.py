@@ -82,6 +82,7 @@ def expected_losses(kind, samples):
     return found | ({f"{side}_loss": float(nll) / n for side, (nll, n) in sums.items()} if kind == "nested" else {})
 
 
+@pytest.mark.slow
 def test_every_sample_is_evaluated_once_by_any_number_of_processes(tmp_path):
     runs = {world: tmp_path / str(world) for world in (1, 2, 3)}
     together(training_parallel.evaluate, runs)
