@@ -282,7 +282,10 @@ def run(r: Draw, case: Public, spoiled: bool) -> None:
             x.detach().abs().max() for k, x in wide.items() if x.is_floating_point() and x.numel() and k != "ref_logp"
         ]
         size = float(upstream.abs().max()) if upstream.numel() else 0.0
-        size *= max(1.0, *map(float, rest)) if "hidden" in wide else 1.0
+        if "hidden" in wide:
+            size *= max(1.0, *map(float, rest))
+        elif "times" in wide and wide["times"].numel():  # entries are as large as the weights that are given
+            size *= max(1.0, float(wide["times"].abs().max()))
         size *= max(1.0, leaves["labels"].numel() ** 0.5) if found.dim() and name != "logits" else 1.0
         near(
             leaves[name].grad,
