@@ -16,13 +16,11 @@ from gfast.ops.weights import WeightSpec
 class HardMask(WeightedObjective):
     r"""Gradient ascent on chosen tokens: :math:`L = \frac1N \sum_i v_i \log p_i`, :math:`v_i \in \{0, 1\}`.
 
-    Which tokens are chosen is the method: those whose log-prob falls most when the knowledge is masked from the prompt,
-    or of the highest entropy (TokenUnlearn); those on which two assistant models differ (selective unlearning); those
-    that carry what is to be forgotten (direct token optimisation). `gfast.data.top_tokens` makes a mask of scores. N
-    counts all labels, chosen or not; where a method divides by the chosen ones, its factor is N over their number. The
-    papers' own scores are not computed here.
+    Which tokens are chosen is a method's own affair: `gfast.data.top_tokens` makes a mask of any scores of tokens. N
+    counts all labels, chosen or not; where a method divides by the chosen ones, its factor is N over their number.
 
-    Source: arXiv 2605.00364 (hard selection), arXiv 2506.00876, arXiv 2510.00125.
+    Source: the form alone of arXiv 2605.00364 (hard selection), arXiv 2506.00876 and arXiv 2510.00125, of which only
+    the abstracts were read: how they choose is not computed here.
 
     Example:
         >>> sorted(HardMask().needs)
@@ -44,7 +42,8 @@ class SoftMask(WeightedObjective):
 
     v is any score of the tokens in [0, 1]: an importance, or what a scorer learns beside the model.
 
-    Source: arXiv 2605.00364 (soft weighting).
+    Source: the form alone of arXiv 2605.00364 (soft weighting), of which only the abstract was read: its scores are not
+    computed here.
 
     Example:
         >>> SoftMask().weight_range
