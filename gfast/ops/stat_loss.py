@@ -259,9 +259,16 @@ class StatTerms(NamedTuple):
     def literal(self, stats: RowStats) -> LossOutput:
         """From differentiable statistics."""
         terms, tokens = self.terms, self.terms.tokens
-        value, weight = values(self.spec, stats, tokens.labels, tokens.ids, tokens.count)
-        if terms.given is not None:
-            value, weight = value * terms.given, weight * terms.given
+        of = self.spec, stats, tokens.labels, tokens.ids, tokens.count
+        value, weight = values(*of)
+        if (given := terms.given_as(value.dtype)) is not None:
+            if self.spec.kind == "logit":  # as of NPO: the mean times the value, v_i times its token's gradient
+                mean, slope = tokens.mean(given)[tokens.ids], parts(*of).adds[:, 0].detach()
+                carried = value.detach() + slope * (stats.label - stats.label.detach())
+                value = mean * value + (given - mean) * carried
+            else:
+                value = value * given
+            weight = weight * given
         if terms.reduction == "none":
             return self.finished(value.reshape(terms.labels.shape), stats.logp, weight)
         return self.finished(value.sum() * terms.factor(value.dtype), stats.logp, weight)

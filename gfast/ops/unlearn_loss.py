@@ -227,8 +227,8 @@ def unlearn_loss(
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
         weight: [...], constants v_i of any real dtype that the objective's own weights are multiplied by: the gradient
             is that of sum v_i w_i logp_i, ``out.weight`` is v_i w_i, and with GA v_i is the weight. The count that the
-            loss is divided by stays that of the labels. The value of a sequence (NPO, SimNPO, DPO) is multiplied by the
-            mean of v over its tokens, so that one v for all of them is a weight of the sequence's loss.
+            loss is divided by stays that of the labels. The value of a sequence (NPO, SimNPO, DPO, TPO) is multiplied
+            by the mean of v over its tokens, so that one v for all of them is a weight of the sequence's loss.
         impl: "auto", "reference", "cpp", "triton" or, for token-level objectives on GPUs with clusters (sm_90 and
             later) and rows that eight blocks of 64 KiB hold, "cuda". Second derivatives, forward mode and torch.func's
             transforms take "reference"; elsewhere they raise RuntimeError. They are those of the value where the
