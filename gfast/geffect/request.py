@@ -82,6 +82,7 @@ class Request:
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
         processes.check_alike(data.batches)
         data.batches |= {source: processes.divided(data.batches[source]) for source in SETS}
+        _check_whole(used, data)
         if processes.sharded and options.storage not in ("device", "host"):
             raise ValueError(
                 "gfast: direction_storage: each process has a shard of the directions of a model that FSDP2 shards, "
@@ -181,3 +182,15 @@ class Request:
                     f"gfast: these directions were measured on other {source} data: it had as many labels, but not "
                     f"these tokens; {again}"
                 )
+
+
+def _check_whole(used: Iterable[Term], data: Data) -> None:
+    """ValueError for objectives that weigh the sequences of a batch against each other, and data in several."""
+    for term in used:
+        batches = data.batches[term.source]
+        if term.objective.of_batch and len(batches) > 1:
+            raise ValueError(
+                f"gfast: {term.objective} weighs the sequences of a batch against each other, and the {term.source} "
+                f"data is cut into {len(batches)} batches: give the one of a training step (processes='own' where "
+                f"several processes would divide it)"
+            )

@@ -24,6 +24,8 @@ class Objective:
         default_reduction: "token_mean" or "sequence_mean".
         weight_range: what a batch's ``weight`` may be, from, to; None: any number. whole_weights: whole numbers only.
         gradient: its form in words, where it does not follow from ``spec``.
+        of_batch: whether the sequences of a batch are weighed against each other, so that cutting data into other
+            batches gives another loss.
     """
 
     key: ClassVar[str] = ""
@@ -32,6 +34,7 @@ class Objective:
     weight_range: ClassVar[tuple[float, float] | None] = None
     whole_weights: ClassVar[bool] = False
     gradient: ClassVar[str] = ""
+    of_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

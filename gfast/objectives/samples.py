@@ -2,6 +2,10 @@
 
 Symbols: S_s = sum of the token log-probs of sequence s, S_o,s the same under the original model, B their number,
 :math:`l_s = \\frac{2}{\\beta} \\log(1 + e^{\\beta (S_s - S_{o,s})})` NPO's value of it.
+
+The batch is what one call of a loss sees: in a training a micro-batch of one process, as in the published code. Four
+micro-batches of one text are therefore not one of four (they are NPO): trainers say so, and `gfast.g_effect` takes
+one batch.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ class _Balanced(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
     default_reduction: ClassVar[str] = "sequence_mean"
     gradient: ClassVar[str] = "one weight a sequence, from all of the batch"
+    of_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

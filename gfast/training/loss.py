@@ -36,7 +36,8 @@ class GFastLossMixin:
     The model runs by the call of its own outermost wrapper (DDP, FSDP, DeepSpeed); logits are not made where they need
     not be. Each term is divided by its own count (valid tokens, sequences or pairs) over all micro-batches of an
     optimizer step and all processes, so gradient accumulation and data parallelism give the gradient of one big batch,
-    whatever ``average_tokens_across_devices`` is. Logs hold ``loss`` and, per term, ``forget_loss``, ``retain_loss``,
+    whatever ``average_tokens_across_devices`` is; but not of BalDRO, which weighs the texts of a micro-batch against
+    each other: a warning says so. Logs hold ``loss`` and, per term, ``forget_loss``, ``retain_loss``,
     ``mean_weight`` (of the forget tokens' log-prob gradients) and ``mean_inverse_confidence`` (of 1/p over the forget
     tokens). Evaluation gives the token-mean NLL. With PDU(primal_dual=True) alpha is where the factor of the retain
     loss starts, and ``dual`` what it has come to.
@@ -138,6 +139,22 @@ class GFastLossMixin:
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
+        self._say_what_a_batch_is()
+
+    def _say_what_a_batch_is(self) -> None:
+        """A warning where an objective weighs sequences against each other, and a step's are in several batches."""
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        for objective in (self.objective.forget, self.objective.retain):
+            if getattr(objective, "of_batch", False) and (parts > 1 or self.args.per_device_train_batch_size == 1):
+                logger.warning(
+                    "gfast: %s weighs the texts of each micro-batch of each process against each other, as its "
+                    "published code does, and a step has %d of %d rows: this is not the loss of one batch of %d, and "
+                    "of a single text it is NPO. A larger per_device_train_batch_size comes closer",
+                    objective,
+                    parts,
+                    self.args.per_device_train_batch_size,
+                    parts * self.args.per_device_train_batch_size,
+                )
 
     def _say_what_is_not_called(self) -> None:
         """A warning for a base with a loss of its own, in whose place gfast's stands. Libraries' are meant to go."""
