@@ -179,6 +179,24 @@ def test_what_a_step_took_is_watched(finished, tmp_path, no_figures):
     assert {**old, "cost": 0} == {**new, "cost": 0}
 
 
+def test_without_evaluations_runs_are_compared_by_their_nll(finished, tmp_path, no_figures, monkeypatch):
+    recipe, out = finished
+    null = ["evaluate=null", "calibrate=null", "sizes=null", "grid=null", "objectives=[npo-kl]"]
+    with pytest.raises(ValueError, match="evaluate is null, and retain_model: true takes evaluations"):
+        load_recipe(str(recipe), null)
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    names = [step.name for step in Plan(load_recipe(str(recipe), ["retain_model=false", *null]), copy).steps]
+    monkeypatch.setattr(work, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert names == ["data/4-authors", "taught", "runs/npo-kl/seed0", "runs/npo-kl/seed1"]
+    assert reproduce(recipe, "--out", copy, "retain_model=false", *null) == 0
+    (row,), (other, *_) = (
+        [row for row in read_json(folder / "tables.json")["objectives"] if row["name"] == "npo-kl"]
+        for folder in (copy, out)
+    )
+    assert row["forget_nll"] == other["forget_nll"] and row["forget_extraction"] is None
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
     recipe, out = finished

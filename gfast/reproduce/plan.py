@@ -21,7 +21,7 @@ from gfast.evaluation.results import require_libraries
 from gfast.files import read_json, write_json
 from gfast.objectives.registry import parse_objective
 from gfast.reproduce import work
-from gfast.reproduce.recipe import Data, Recipe, objective_flags
+from gfast.reproduce.recipe import Data, Evaluated, Recipe, objective_flags
 from gfast.reproduce.steps import Checksums, Step
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
@@ -42,14 +42,17 @@ class Plan:
         self.steps: list[Step] = []
         self.sizes: dict[str, tuple[int, int]] = {}  # name of data -> rows to forget, to retain
         first = recipe.seeds[0]
-        require_libraries(retain_log=True)
-        sets = work.evaluation_sets(recipe.data, recipe.evaluate)
+        sets = []
+        if recipe.evaluate is not None:
+            require_libraries(retain_log=True)
+            sets = work.evaluation_sets(recipe.data, recipe.evaluate)
         self.scored = any(one.name == "forget" and one.perturbed for one in sets)
         self.asker = work.Asker(recipe, sets, recipe.chat_kwargs)
         self._data(recipe.data)
         self.base = self._base()
         self._fix_date()
-        self.asker.evaluation(self.tokenizer)  # every row can be asked, before hours of work show that one cannot
+        if sets:
+            self.asker.evaluation(self.tokenizer)  # every row can be asked, before hours of work show that one cannot
         self.taught = self._teach("taught", "full.jsonl", "both sets are taught to the model")
         self._evaluate("taught", self.taught, None)
         self.retain = None
@@ -175,8 +178,10 @@ class Plan:
         return "evaluations/retain-model" if self.retain and self.scored else None
 
     def _evaluate(self, name: str, model: str, retain_log: str | None) -> None:
-        where, needs, decides = self._model(model)
         recipe = self.recipe
+        if recipe.evaluate is None:
+            return
+        where, needs, decides = self._model(model)
         inputs = {
             "asked": asdict(recipe.evaluate), "template": recipe.template, "chat_kwargs": self.asker.chat_kwargs,
             "rows": {one.name: one.checksum() for one in self.asker.sets}, **decides,
@@ -211,7 +216,7 @@ class Plan:
         samples = recipe.unlearn.get("geffect_samples", 0)
         flags = {"per": "token", "objectives": list(grid.objectives), "max_forget": samples, "max_retain": samples,
                  "template": recipe.template, "chat_kwargs": self.asker.chat_kwargs or None, "step": grid.step,
-                 "batch_size": recipe.evaluate.batch_size, "dtype": recipe.load.dtype}  # fmt: skip
+                 "batch_size": (recipe.evaluate or Evaluated()).batch_size, "dtype": recipe.load.dtype}  # fmt: skip
         if recipe.unlearn.get("use_cpu"):
             flags["device"] = "cpu"
         places = {"model": self.out / source / f"checkpoint-{grid.step}", "reference_model": taught, "data": "jsonl",

@@ -30,6 +30,8 @@ _OWN_FLAGS = {
     "output_dir": "--out",
     "objective_args": "objectives, as in WGA:alpha=0.5",
 }
+# Null says that there is none, not that it is left as it is.
+_NULLABLE = ("teach", "evaluate")
 # Of a training, what a recipe has beside the flags: both in passes over the forget set (or what is taught).
 _EPOCHS = ("epochs", "warmup_epochs")
 
@@ -149,7 +151,8 @@ class Recipe:
     teach: flags of `gfast unlearn` for teaching both sets to the model, null: it knows them. retain_model: the same on
     the retain set alone, for forget quality. unlearn: flags for every run. objectives: name -> "NPO:beta=0.5" or flags
     with `objective`. figures: title -> names of objectives; without them one figure of all. match_at: the forget NLL at
-    which runs are compared; without it the largest that all runs reach. keep_models: false deletes the weights of a run
+    which runs are compared; without it the largest that all runs reach. evaluate: what every model is asked, null: runs
+    are compared by their NLL alone. keep_models: false deletes the weights of a run
     once it is evaluated. launch: words in front of `gfast unlearn`'s module, to run it in several processes.
     """
 
@@ -166,7 +169,7 @@ class Recipe:
     teach: dict[str, Any] | None = field(default_factory=dict)
     retain_model: bool = True
     unlearn: dict[str, Any] = field(default_factory=dict)
-    evaluate: Evaluated = Evaluated()
+    evaluate: Evaluated | None = Evaluated()
     calibrate: Calibration | None = None
     grid: Grid | None = None
     sizes: Sizes | None = None
@@ -182,6 +185,9 @@ class Recipe:
             raise ValueError(f"seeds are {list(self.seeds)}; give at least one, each once")
         if not (self.unlearn.get("nll_every") or self.unlearn.get("geffect_every")):
             raise ValueError("unlearn: give nll_every or geffect_every; runs are compared along their NLL")
+        if self.evaluate is None and (self.calibrate or (self.retain_model and self.teach is not None)):
+            part = "calibrate" if self.calibrate else "retain_model: true"
+            raise ValueError(f"evaluate is null, and {part} takes evaluations: leave one of them out")
         named = {f"figures.{title}": names for title, names in self.figures.items()}
         named["grid.run"] = [self.grid.run] if self.grid else []
         named["sizes.objectives"] = self.sizes.objectives if self.sizes else []
@@ -253,12 +259,12 @@ def build(values: Mapping[str, Any]) -> Recipe:
     for key, kind in parts.items():
         if values.get(key) is not None:
             values[key] = _built(kind, values[key], key)
-        else:
+        elif key not in _NULLABLE:
             values.pop(key, None)
     for key in ("teach", "unlearn"):
         if values.get(key) is not None:
             _check_flags(values[key], key)
-        elif key != "teach" or key not in values:
+        elif key not in _NULLABLE:
             values.pop(key, None)
     if "objectives" in values:
         values["objectives"] = {
@@ -267,7 +273,7 @@ def build(values: Mapping[str, Any]) -> Recipe:
         }
     if values.get("figures"):
         values["figures"] = {title: tuple(names) for title, names in _mapping(values, "figures").items()}
-    return _built(Recipe, {key: value for key, value in values.items() if value is not None or key == "teach"}, "")
+    return _built(Recipe, {key: value for key, value in values.items() if value is not None or key in _NULLABLE}, "")
 
 
 def objective_flags(entry: Any, where: str) -> dict[str, Any]:
