@@ -28,7 +28,7 @@ class Updates:
     def __init__(self, optimizer: Any, names: list[str], parameters: list[nn.Parameter]) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.optimizer, self.parameters = optimizer, parameters
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = self._groups()
         missing = [name for name, p in zip(names, parameters, strict=True) if id(p) not in groups]
         kind = type(optimizer)
         if kind not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
@@ -38,7 +38,10 @@ class Updates:
         elif any(group.get("amsgrad") or group.get("nesterov") for group in optimizer.param_groups):
             why = "amsgrad and nesterov steps use what is not kept"
         elif kind is torch.optim.SGD and not all(group["momentum"] for group in optimizer.param_groups):
-            why = "SGD without momentum keeps nothing: its update is -lr times effect(of='step')"
+            why = (
+                "SGD without momentum keeps nothing of its last update, which is -lr times the gradient after clipping "
+                "and weight decay: effect(of='step') is the effect of that gradient"
+            )
         else:
             why = None
         if why is not None:
@@ -46,21 +49,23 @@ class Updates:
                 f"gfast: the update's effect needs an optimizer of Adam, AdamW or SGD with momentum whose state holds "
                 f"its last update: {why}"
             )
-        self._groups = [groups[id(p)] for p in parameters]
-        self._taken: list[tuple[float, ...] | None] | None = None  # rates of the last step; None: was not in it
+        # Rates of the last step, and the group that has its other settings; None: was not in it.
+        self._taken: list[tuple[float, float, dict[str, Any]] | None] | None = None
         self._counts: dict[int, float] = {}
         self._fresh = False  # the counts are still those before that step
         note = weakref.WeakMethod(self._note)  # the optimizer outlives its monitors
         hook = optimizer.register_step_pre_hook(lambda *_: None if note() is None else note()())
         weakref.finalize(self, hook.remove)
 
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        """id of a parameter -> its group, as they are now: load_state_dict makes new ones."""
+        return {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+
     def _note(self, *_: Any) -> None:
         """Before the optimizer's step: the rates it is taken with, which a scheduler changes after it."""
-        self._fresh = True
-        self._taken = [
-            None if p.grad is None else (float(group["lr"]), float(group["weight_decay"]))
-            for p, group in zip(self.parameters, self._groups, strict=True)
-        ]
+        self._fresh, groups = True, self._groups()
+        rates = {id(group): (float(group["lr"]), float(group["weight_decay"]), group) for group in groups.values()}
+        self._taken = [None if p.grad is None else rates[id(groups[id(p)])] for p in self.parameters]
 
     def begin(self) -> bool:
         """Whether there was a step since the last time; its step counts are read, all at once."""
@@ -88,15 +93,14 @@ class Updates:
         state = self.optimizer.state.get(parameter, {})
         if taken is None or not state or not gradients:
             return out
-        group, (rate, decay) = self._groups[index], taken
+        rate, decay, group = taken
         flat = [here(g).reshape(-1) for g in gradients]
         weights = here(parameter.detach()).reshape(-1)
         momentum = here(state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"]).reshape(-1)
         square = here(state["exp_avg_sq"]).reshape(-1) if "exp_avg_sq" in state else None
-        sign = -1.0 if group.get("maximize") else 1.0
         if square is not None:
             (beta1, beta2), count = group["betas"], self._counts[index]
-            size = rate / (1.0 - beta1**count) * sign
+            size = rate / (1.0 - beta1**count)
             root, eps = 1.0 / math.sqrt(1.0 - beta2**count), group["eps"]
             decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
             shrink = rate * decay if decoupled else 0.0
@@ -105,7 +109,7 @@ class Updates:
             at = slice(start, start + CHUNK)
             update = scratch[: len(momentum[at])]
             if square is None:
-                torch.mul(momentum[at], -rate * sign, out=update)
+                torch.mul(momentum[at], -rate, out=update)
             else:
                 torch.sqrt(square[at], out=update)
                 update.mul_(-root / size).sub_(eps / size)

@@ -1,0 +1,120 @@
+"""The effect of an optimizer's last update against the difference of the weights, in fp64."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers.geffect_models import batches, tiny  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.objectives import GA, NLL, WGA  # noqa: E402
+
+FORGET, RETAIN = batches(1, rows=2, sizes=(2,))[0], batches(2, rows=3, sizes=(3,))[0]
+
+
+def loss(model, batch, objective):
+    return gfast.model_loss(model, batch, objective)
+
+
+def risk_gradient(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss(model, batch, NLL()).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def two_groups(model):
+    """A rate and a decay of their own for the embedding."""
+    first, *rest = model.parameters()
+    return [{"params": [first], "lr": 1e-4, "weight_decay": 0.3}, {"params": rest}]
+
+
+OPTIMIZERS = {
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1),
+    "adamw, groups": lambda model: torch.optim.AdamW(two_groups(model), lr=3e-3, weight_decay=0.1, betas=(0.5, 0.9)),
+    "adamw, maximize": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, maximize=True),
+    "adamw, fused": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True),
+    "adamw, foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=True),
+    "adamw, tensor rate": lambda model: torch.optim.AdamW(model.parameters(), lr=torch.tensor(3e-3).double()),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=0.1),
+    "adam, decoupled": lambda model: torch.optim.Adam(
+        model.parameters(), lr=3e-3, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "sgd, decay": lambda model: torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1
+    ),
+    "sgd, maximize": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, maximize=True),
+    "sgd, fused": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_last_updates_effect_is_that_of_the_weights_difference(kind):
+    model = tiny("tied_llama")
+    optimizer = OPTIMIZERS[kind](model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=WGA(0.7), optimizer=optimizer)
+    skipped = model.model.layers[1].mlp.up_proj.weight
+    before: dict = {}
+    for step in range(4):
+        now = {name: p.detach().clone() for name, p in model.named_parameters()}
+        risks = [risk_gradient(model, batch) for batch in (FORGET, RETAIN)]
+        with pytest.raises(ValueError, match="has no graph"):  # a refused call, and a step given up, change nothing
+            monitor.forget(torch.zeros(()))
+        monitor.forget(loss(model, FORGET, GA()), risk=loss(model, FORGET, NLL()))
+        monitor.reset()
+        monitor.forget(0.5 * loss(model, FORGET, WGA(0.7)).loss, risk=loss(model, FORGET, NLL()), factor=0.5)
+        monitor.retain(2.0 * loss(model, RETAIN, NLL()).loss, factor=2.0)
+        found = monitor.update_effect()
+        if step == 0:
+            assert found is None
+        else:
+            for side, risk in zip(("unlearn", "retain"), risks, strict=True):
+                right = sum(float((risk[n] * (now[n] - before[n])).sum()) for n in now)
+                assert found.total(side) == pytest.approx(right, rel=1e-8)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if step == 1:
+            skipped.grad = None  # an expert that no token reached
+            optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
+        before = now
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def test_optimizers_whose_update_is_not_in_their_state_are_refused():
+    model = tiny("llama")
+
+    class Own(torch.optim.AdamW):
+        pass
+
+    for optimizer, why in (
+        (torch.optim.SGD(model.parameters(), lr=0.1), "without momentum keeps nothing"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True), "nesterov"),
+        (torch.optim.AdamW(model.parameters(), amsgrad=True), "amsgrad"),
+        (torch.optim.Adagrad(model.parameters()), "Adagrad"),
+        (torch.optim.Adafactor(model.parameters()), "Adafactor"),
+        (Own(model.parameters()), "Own"),
+        (torch.optim.AdamW([next(model.parameters())]), "does not have the parameter"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            gfast.GEffectMonitor(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="needs GEffectMonitor"):
+        gfast.GEffectMonitor(model).update_effect()
+
+
+def test_the_optimizer_keeps_nothing_of_a_monitor_that_is_gone():
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    monitor = gfast.GEffectMonitor(model, optimizer=optimizer)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    del monitor
+    gc.collect()
+    assert not optimizer._optimizer_step_pre_hooks
