@@ -278,53 +278,77 @@ def test_a_step_that_is_not_finite_is_dropped_and_said_so(caplog):
     assert monitor.dropped is None and math.isfinite(monitor.effect().total("retain"))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
-def test_the_last_updates_effect_is_that_of_the_weights_difference(kind):
-    model = tiny("tied_llama")
-    make = {
-        "adamw": lambda ps: torch.optim.AdamW(ps, lr=3e-3, weight_decay=0.1),
-        "adam": lambda ps: torch.optim.Adam(ps, lr=3e-3, weight_decay=0.1),
-        "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
-    }[kind]
-    optimizer = make(model.parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
-    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=WGA(0.7), optimizer=optimizer)
-    skipped = model.model.layers[1].mlp.up_proj.weight
-    before: dict = {}
-    for step in range(4):
-        now = {name: p.detach().clone() for name, p in model.named_parameters()}
-        risks = [plain(model, lambda b=b: loss(model, b, NLL()).loss) for b in (FORGET, RETAIN)]
-        with pytest.raises(ValueError, match="has no graph"):  # a refused call, and a step given up, change nothing
-            monitor.forget(torch.zeros(()))
-        monitor.forget(loss(model, FORGET, GA()), risk=loss(model, FORGET, NLL()))
-        monitor.reset()
-        monitor.forget(0.5 * loss(model, FORGET, WGA(0.7)).loss, risk=loss(model, FORGET, NLL()), factor=0.5)
-        monitor.retain(2.0 * loss(model, RETAIN, NLL()).loss, factor=2.0)
-        found = monitor.update_effect()
-        if step == 0:
-            assert found is None
-        else:
-            for side, risk in zip(("unlearn", "retain"), risks, strict=True):
-                right = sum(float((risk[n] * (now[n] - before[n])).sum()) for n in now)
-                assert found.total(side) == pytest.approx(right, rel=1e-8)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        if step == 1:
-            skipped.grad = None  # an expert that no token reached
-        before = now
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def test_optimizers_whose_update_is_not_in_their_state_are_refused():
+def test_every_retain_micro_batch_counts_whatever_parameters_it_reaches():
+    """An expert that the last one sends no token to, a loss that ends at a layer."""
     model = tiny("llama")
-    for optimizer, why in (
-        (torch.optim.SGD(model.parameters(), lr=0.1), "without momentum keeps nothing"),
-        (torch.optim.AdamW(model.parameters(), amsgrad=True), "amsgrad"),
-        (torch.optim.Adagrad(model.parameters()), "Adagrad"),
-        (torch.optim.AdamW([next(model.parameters())]), "does not have the parameter"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            gfast.GEffectMonitor(model, optimizer=optimizer)
-    with pytest.raises(ValueError, match="needs GEffectMonitor"):
-        gfast.GEffectMonitor(model).update_effect()
+    truth = gfast.g_effect(model, WGA(0.7), forget=FORGET, retain=RETAIN, norms=True)
+    monitor = gfast.GEffectMonitor(model, objective=WGA(0.7), accumulate="exact")
+    monitor.forget(loss(model, FORGET, WGA(0.7)))
+    monitor.retain(loss(model, RETAIN, NLL()), last=False)
+    monitor.retain(0.0 * model.model.embed_tokens.weight.sum())
+    found = monitor.effect()
+    assert found.retain == pytest.approx(truth.retain, rel=1e-10)
+    assert found.norms["retain"] == pytest.approx(truth.norms["retain"], rel=1e-10)
+
+
+@pytest.mark.parametrize("accumulate", ["first", "exact"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_retain_micro_batch_that_is_not_finite_drops_the_step(accumulate, which):
+    model = tiny("llama")
+    monitor = gfast.GEffectMonitor(model, accumulate=accumulate)
+    monitor.forget(loss(model, FORGET, GA()))
+    for index in range(2):
+        monitor.retain(loss(model, RETAIN, NLL()).loss * (math.nan if index == which else 1.0), last=index == 1)
+    assert "is not finite" in monitor.dropped and all(p.grad is None for p in model.parameters())
+
+
+def test_a_retain_loss_that_is_not_finite_drops_the_step_where_a_risk_was_measured():
+    model = tiny("llama")
+    monitor = gfast.GEffectMonitor(model)
+    monitor.forget(loss(model, FORGET, GA()))
+    monitor.retain(loss(model, RETAIN, WGA()).loss * math.inf, risk=loss(model, RETAIN, NLL()))
+    assert "is not finite" in monitor.dropped and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["frozen", "trained", "replaced", "added"])
+def test_a_monitor_of_other_parameters_than_the_models_is_refused(change):
+    model = tiny("llama")
+    head = model.lm_head
+    head.requires_grad_(change != "trained")
+    monitor = gfast.GEffectMonitor(model)
+    if change == "replaced":
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    elif change == "added":
+        head.bias = torch.nn.Parameter(head.weight.new_zeros(len(head.weight)))
+    else:
+        head.requires_grad_(change == "trained")
+    with pytest.raises(ValueError, match="'lm_head.*since the GEffectMonitor was made: make a new one"):
+        monitor.forget(loss(model, FORGET, GA()))
+
+
+def test_factors_may_be_negative_and_not_zero():
+    model = tiny("llama")
+    truth = gfast.g_effect(model, GA(), forget=FORGET, retain=RETAIN, norms=True)
+    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=GA())
+    monitor.forget(-0.5 * loss(model, FORGET, GA()).loss, factor=-0.5)
+    monitor.retain(-2.0 * loss(model, RETAIN, NLL()).loss, factor=-2.0)
+    assert_effect(monitor.effect(), truth)
+    model.zero_grad()
+    for call in (lambda: monitor.forget(loss(model, FORGET, GA()), factor=0.0), lambda: monitor.retain(None, factor=0)):
+        with pytest.raises(ValueError, match="factor=0|before forget"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_in_any_dtype_the_gradients_are_the_plain_steps_to_the_bit(dtype):
+    model = tiny("tied_llama", dtype=dtype)
+    losses = [lambda: loss(model, FORGET, WGA(0.7)).loss, lambda: loss(model, RETAIN, NLL()).loss]
+    expected = plain(model, *losses)
+    for _ in range(2):  # two monitors on one model, one after the other
+        monitor = gfast.GEffectMonitor(model, objective=WGA(0.7))
+        monitor.forget(losses[0]())
+        monitor.retain(losses[1]())
+        assert_same_step(model, expected)
+        truth = gfast.g_effect(model, WGA(0.7), forget=FORGET, retain=RETAIN)
+        assert monitor.effect().retain == pytest.approx(truth.retain, rel=1e-5, abs=1e-6)
+        model.zero_grad()

@@ -137,3 +137,123 @@ def test_surgery_works_on_the_retain_loss_and_on_all_its_micro_batches():
 def test_an_unknown_rule_is_refused_with_those_there_are(text):
     with pytest.raises(ValueError, match="surgery .*there is pcgrad, retain, gru, sago|surgery .*must be in"):
         gfast.GEffectMonitor(tiny("llama"), surgery=text)
+
+
+def reached(model, batch, objective, layer):
+    """A loss that does not reach what follows a layer."""
+    if layer is None:
+        return gfast.model_loss(model, batch, objective).loss
+    return model(**batch, output_hidden_states=True).hidden_states[layer].square().sum() * 3.0
+
+
+@pytest.mark.parametrize("sides", [(None, 2), (2, None), (1, 3)], ids=str)
+@pytest.mark.parametrize("rule", RULES + ["sago"])
+def test_a_gradient_that_a_parameter_does_not_get_is_zero(rule, sides):
+    model = tiny("llama", LAYERS)
+    surgery = Surgery.parse(rule)
+    for sign in (1.0, -1.0):  # units that conflict, and units that do not
+        averages: dict = {}
+        monitor = gfast.GEffectMonitor(model, surgery=rule)
+        for step, (forget, retain) in enumerate(DATA):
+            # in the second step retain reaches less than in the first, which the averages remember
+            layers = (sides[0], 1 if step and sides[1] else sides[1])
+            losses = [
+                lambda: sign * reached(model, forget, GA(), layers[0]),  # noqa: B023
+                lambda: reached(model, retain, NLL(), layers[1]),  # noqa: B023
+            ]
+            found = []
+            for one in losses:
+                model.zero_grad()
+                one().backward()
+                grads = ((n, p, p.grad) for n, p in model.named_parameters())
+                found.append({n: torch.zeros_like(p) if g is None else g for n, p, g in grads})
+            model.zero_grad()
+            expected = literal(surgery.kind, surgery.scope, *found, averages, surgery.moving)
+            monitor.forget(losses[0]())
+            monitor.retain(losses[1]())
+            for name, p in model.named_parameters():
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-13)
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_parallel_gradients(rule):
+    """u = -r: the forget gradient is removed whole, both are under pcgrad; u = r: they add up."""
+    model = tiny("llama", LAYERS, dtype=torch.float32)
+    _, retain = DATA[0]
+    _, rs = parts(model, retain, retain, NLL(), NLL())
+    for objective, share in ((GA(), 0.0 if rule.startswith("pcgrad") else 1.0), (NLL(), 2.0)):
+        monitor = gfast.GEffectMonitor(model, surgery=rule)
+        monitor.forget(gfast.model_loss(model, retain, objective))
+        monitor.retain(gfast.model_loss(model, retain, NLL()))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, share * rs[name], rtol=1e-5, atol=1e-5 * float(rs[name].abs().max()))
+        model.zero_grad()
+
+
+def gru_steps(model, monitor, factors):
+    """What gru makes of a forget loss that pulls against the retain losses; the retain batches take turns."""
+    out = []
+    for index, factor in factors:
+        monitor.forget(gfast.model_loss(model, DATA[0][1], GA()))
+        monitor.retain(gfast.model_loss(model, DATA[index][1], NLL()).loss * factor)
+        out.append({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+        model.zero_grad()
+    return out
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group", "global"])
+def test_a_step_that_is_dropped_or_broken_off_leaves_grus_average_as_it_was(scope):
+    model = tiny("llama", LAYERS)
+    monitor = gfast.GEffectMonitor(model, surgery=f"gru:{scope}")
+    *_, expected = gru_steps(model, monitor, [(0, 1.0), (1, 1.0)])
+    monitor = gfast.GEffectMonitor(model, surgery=f"gru:{scope}")
+    gru_steps(model, monitor, [(0, 1.0), (0, math.nan), (1, math.inf)])
+    assert monitor.dropped is not None
+    monitor.forget(gfast.model_loss(model, DATA[0][1], GA()))
+    broken = gfast.model_loss(model, DATA[1][1], NLL()).loss
+    handle = model.model.embed_tokens.weight.register_hook(lambda grad: 1 / 0)  # after all others
+    with pytest.raises(ZeroDivisionError):
+        monitor.retain(broken)
+    handle.remove()
+    assert same(gru_steps(model, monitor, [(1, 1.0)])[0], expected)
+
+
+def test_grus_average_does_not_see_the_loss_scale():
+    model = tiny("llama", LAYERS, dtype=torch.float32)
+    steps = [(0, 1.0), (1, 1.0), (0, 0.5)]
+    expected = gru_steps(model, gfast.GEffectMonitor(model, surgery="gru"), steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.ones(()))  # it is set up at its first loss
+    monitor = gfast.GEffectMonitor(model, surgery="gru", scaler=scaler)
+    for exponent, step, right in zip((10, 3, 16), steps, expected, strict=True):
+        scaler.update(2.0**exponent)
+        (found,) = gru_steps(model, monitor, [step])
+        for name, value in right.items():
+            torch.testing.assert_close(found[name] / 2.0**exponent, value, rtol=1e-5, atol=1e-6)
+
+
+def test_grus_state_goes_on_in_another_monitor():
+    model = tiny("llama", LAYERS)
+    (fresh,) = gru_steps(model, gfast.GEffectMonitor(model, surgery="gru:group"), [(1, 1.0)])
+    monitor = gfast.GEffectMonitor(model, surgery="gru:group")
+    assert monitor.state_dict() == {}
+    gru_steps(model, monitor, [(0, 1.0)])
+    state = {name: value.clone() for name, value in monitor.state_dict().items()}
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    (expected,) = gru_steps(model, monitor, [(1, 1.0)])
+    again = gfast.GEffectMonitor(model, surgery="gru:group")
+    again.load_state_dict(state)
+    assert same(gru_steps(model, again, [(1, 1.0)])[0], expected) and not same(fresh, expected)
+    for surgery, wrong, words in (
+        ("pcgrad", state, "averages of gru, and the monitor's surgery is pcgrad:global"),
+        ("gru", {"model.none": torch.zeros(2)}, "'model.none' \\(2,\\), which is no parameter"),
+        ("gru", {"lm_head.weight": torch.zeros(2)}, "'lm_head.weight' \\(2,\\), which is no parameter"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            gfast.GEffectMonitor(model, surgery=surgery).load_state_dict(wrong)

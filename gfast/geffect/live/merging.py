@@ -7,7 +7,7 @@ one call, or of a unit of surgery.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Gradients:
 
     def __init__(
         self, names: list[str], parameters: list[nn.Parameter], processes: Processes, surgery: Surgery | None,
-        group_of: list[int], backward: Callable[..., None],
+        group_of: list[int], backward: Callable[..., None], held: bool,
     ) -> None:  # fmt: skip
         self.names, self.parameters, self.processes, self.surgery = names, parameters, processes, surgery
         self.backward = backward
@@ -43,20 +43,31 @@ class Gradients:
         self.aside: dict[int, Tensor] = {}
         self.torn: set[int] = set()
         self._parts: set[int] = set()  # parameters whose gradient comes in parts: re-entrant checkpointing
-        self._averages: dict[int, Tensor] = {}  # of gru
+        self.averages: dict[int, Tensor] = {}  # of gru, without a GradScaler's scale
+        self.scale = 1.0  # a GradScaler's in this step
+        self._newest: dict[int, Tensor] = {}  # what they become if the step is not dropped
         self.updates: Updates | None = None  # where the last update is dotted with the new gradients
         self._limit = GATHERED * max(_bytes(here(p)) for p in parameters)
-        # Units are complete only at the end where another process has the rest of them, or of the gradient.
-        self._late = surgery is not None and (
-            surgery.scope == "global" or processes.sharded or processes.replicated is not None
-        )
+        # Gradients or units are complete only at the end: those of all processes, or of all parameters.
+        whole = surgery is not None and (surgery.scope == "global" or processes.sharded)
+        self.late = whole or (held and processes.replicated is not None)
 
     def drop(self) -> None:
         """No gradients, and nothing set aside."""
         self.aside.clear()
         self.torn.clear()
+        self.forget_averages()
         for parameter in self.parameters:
             parameter.grad = None
+
+    def keep_averages(self) -> None:
+        """The step is good: gru's averages are those that it made."""
+        self.averages |= self._newest
+        self.forget_averages()
+
+    def forget_averages(self) -> None:
+        """The step is not: they stay what they were before it."""
+        self._newest = {}
 
     def none(self) -> bool:
         return all(parameter.grad is None for parameter in self.parameters)
@@ -134,9 +145,10 @@ class Gradients:
         """
         if not self.aside:
             self.set_aside()
-        if self._late:
+        if self.late:
             self.backward(loss)
-            self._take({i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}, rows, adds)
+            found = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+            self._take(self._with_zeros(found, range(len(self.parameters))), rows, adds)
         else:
             self._merge_on_the_way(loss, rows, adds)
         if self.torn and self.surgery is not None:
@@ -147,11 +159,16 @@ class Gradients:
         self._rest(rows)
         self.put_back()
 
+    def _with_zeros(self, gradients: dict[int, Tensor], among: Iterable[int]) -> dict[int, Tensor]:
+        """For surgery: a parameter that the retain loss does not reach has a gradient of zeros."""
+        zeros = [i for i in among if i not in gradients and (i in self.aside or i in self.averages)]
+        return {**gradients, **{i: torch.zeros_like(self.parameters[i]) for i in zeros if self.surgery is not None}}
+
     def _merge_on_the_way(self, loss: Tensor, rows: Rows, adds: bool) -> None:
         waiting: dict[int, Tensor] = {}
         at_once = self.processes.replicated is not None  # DDP takes what the hook leaves
         left = [self.units.count(unit) for unit in range(max(self.units, default=-1) + 1)]
-        size = 0
+        size, taken = 0, set()
 
         def flush(unit: int | None) -> None:
             nonlocal size
@@ -164,6 +181,7 @@ class Gradients:
             if index in self.torn:  # a second part: the sum is right, its norm is not known
                 return
             parameter = self.parameters[index]
+            taken.add(index)
             waiting[index], parameter.grad = parameter.grad, None
             if self.units:
                 unit = self.units[index]
@@ -176,6 +194,10 @@ class Gradients:
                 flush(None)
 
         self.sweep(loss, take)
+        for index, parameter in enumerate(self.parameters):  # of micro-batches before this one alone
+            if index not in taken and parameter.grad is not None:
+                waiting[index], parameter.grad = parameter.grad, None
+        waiting |= self._with_zeros({}, [i for i in range(len(self.units)) if i not in taken and i not in waiting])
         for unit in sorted({self.units[i] for i in waiting}) if self.units else [None] * bool(waiting):
             flush(unit)
 
@@ -206,9 +228,9 @@ class Gradients:
             }  # fmt: skip
         others = {i: r for i, (r, _) in pairs.items()}
         if self.surgery.kind == "gru":
-            for i, r in others.items():
-                self._averages[i] = average(self._averages.get(i), r, self.surgery.moving)
-            others = {i: self._averages[i] for i in pairs}
+            moving, scale = self.surgery.moving, self.scale
+            others = {i: average(self.averages.get(i), r, moving, scale) for i, r in others.items()}
+            self._newest |= others
             rows = _rows(others, {i: u for i, (_, u) in pairs.items()})
         dots = self.processes.sums_of(torch.stack([rows[i] for i in pairs]), list(pairs))
         units = sorted({self.units[i] for i in pairs})

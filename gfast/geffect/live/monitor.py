@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -14,12 +14,13 @@ from gfast import wrappers
 from gfast.geffect.data import Term, identity_factor
 from gfast.geffect.groups import assign
 from gfast.geffect.live.merging import Gradients
-from gfast.geffect.live.processes import Processes, here
+from gfast.geffect.live.processes import Processes, here, like
 from gfast.geffect.live.step import LiveStep
 from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.live.updates import Updates
 from gfast.geffect.results import GEffect
 from gfast.objectives import NLL, Objective
+from gfast.wrappers import unwrap_name
 
 logger = logging.getLogger("gfast")
 
@@ -50,7 +51,8 @@ class GEffectMonitor:
         objective: what loss_u is, for the result's label and for that; an objective, or a label.
         risk: R, for the label.
         accumulate: with several retain micro-batches, "first": the effect on the first of them, free. "exact": on all
-            of them, holding one more gradient. The result's `measured` says which.
+            of them, holding one more gradient, and under DDP the retain norm whatever its size. The
+            result's `measured` says which.
         surgery: what is done where the gradients pull against each other: "pcgrad:group", "retain", "gru", "sago" ...;
             see ``gfast.geffect.Surgery``. None adds them up.
         optimizer: measure also what its steps do, for `update_effect`: Adam, AdamW, or SGD with momentum.
@@ -106,13 +108,35 @@ class GEffectMonitor:
         group_of = list(self.groups.index.values())
         self.group_of = torch.tensor(group_of, device="cpu")
         self.processes = Processes(model, names, parameters)
-        self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward)
+        self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward, self.held)
         self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
         self._updates = None if optimizer is None else Updates(optimizer, names, parameters)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
         self._said = False  # that the forget risk is lacking
         self._step = LiveStep()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What goes on from step to step, for a checkpoint: gru's averages, by parameter; nothing of other surgery."""
+        names = self.gradients.names
+        return {unwrap_name(names[index]): value for index, value in self.gradients.averages.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`; of DTensors it may hold what this process has of them.
+
+        Raises:
+            ValueError: it is of other parameters, or of another surgery; nothing of it is taken.
+        """
+        places = {unwrap_name(name): index for index, name in enumerate(self.gradients.names)}
+        found: dict[int, Tensor] = {}
+        for name, value in state.items():
+            if self.surgery is None or self.surgery.kind != "gru":
+                _refuse(f"the state holds averages of gru, and the monitor's surgery is {self.surgery}")
+            parameter = self.gradients.parameters[places[name]] if name in places else None
+            if parameter is None or here(value).shape != here(parameter).shape:
+                _refuse(f"the state holds an average of {name!r} {tuple(value.shape)}, which is no parameter here")
+            found[places[name]] = like(parameter, value)
+        self.gradients.averages = found
 
     def reset(self) -> None:
         """Give up a step that was begun: no gradients, and the next call starts a new one."""
@@ -143,10 +167,12 @@ class GEffectMonitor:
                     f"{present[0]!r} has a gradient before the step begins: call optimizer.zero_grad() (with "
                     f"set_to_none=True, its default) before forget()"
                 )
+            self._check_parameters()
             step.weights = self._weights()
             step.updated = self._updates is not None and self._updates.begin()
             gradients.updates = self._updates if step.updated else None
         self._check_unchanged()
+        _check_factor(factor)
         shared = risk is not None and not _is_function(risk)
         if shared and self.processes.sharded:
             _refuse(_FREED)
@@ -201,11 +227,17 @@ class GEffectMonitor:
                     "DDP reduces the first backward after a forward, which here is the risk's: give both the loss and "
                     "risk= as functions that compute them"
                 )
+        _check_factor(factor)
         self._check_unchanged()
         ddp = self.processes.replicated
         step.local_retain = ddp is not None and not ddp.require_backward_grad_sync
-        if step.local_retain and last and self.surgery is not None:
-            _refuse("surgery works on the gradients of all processes: leave DDP.no_sync() for the last retain loss")
+        if step.local_retain and last and self.held:
+            _refuse(
+                "surgery and accumulate='exact' work on the gradients of all processes: leave DDP.no_sync() for the "
+                "last retain loss"
+            )
+        if self.scaler is not None and self.surgery is not None:
+            gradients.scale = float(self.scaler.get_scale())
         with self._undone():
             if not step.retains:
                 self._reduce_forget()
@@ -304,6 +336,21 @@ class GEffectMonitor:
     def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
 
+    def _check_parameters(self) -> None:
+        """That the parameters that are trained are still those that the monitor was made with."""
+        now = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        before = dict(zip(self.gradients.names, self.gradients.parameters, strict=True))
+        changed = [name for name in {**before, **now} if name not in now or name not in before]
+        if not self.processes.sharded:  # FSDP2 has others in their place between a forward and its backward
+            changed += [name for name in before if now.get(name) is not before[name]]
+        if changed:
+            what = "another one" if changed[0] in now and changed[0] in before else "trained"
+            what = "not trained any more, or gone" if changed[0] not in now else what
+            _refuse(
+                f"{changed[0]!r} is {what} since the GEffectMonitor was made: make a new one after parameters are "
+                f"frozen, added or replaced"
+            )
+
     def _weights(self) -> list[tuple[int, bool]]:
         return [(here(p)._version, p.requires_grad) for p in self.gradients.parameters]
 
@@ -349,9 +396,11 @@ class GEffectMonitor:
         self._step = LiveStep()
         self.dropped, self._finished = None, step
         if step.bad is None:
+            gradients.keep_averages()
             return
         self._finished = None
         self.dropped = f"the step was dropped, because the gradient of {step.bad!r} is not finite"
+        gradients.forget_averages()
         if self.scaler is None:  # which looks for itself, and wants to see them
             gradients.drop()
         logger.warning("gfast: %s: check the losses, the learning rate and, in float16, the loss scale", self.dropped)
@@ -359,6 +408,11 @@ class GEffectMonitor:
 
 def _refuse(message: str) -> NoReturn:
     raise ValueError(f"gfast: {message}")
+
+
+def _check_factor(factor: float) -> None:
+    if factor == 0.0:
+        _refuse("factor=0: nothing follows for an objective from a loss that is 0 times it; leave its term out")
 
 
 def _is_function(loss: Loss) -> bool:

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+NO_ZERO = (
+    "its engine runs the backward, and reduces and frees gradients (ZeRO), by itself, so that the two of a step cannot "
+    "be kept apart. Use DDP, or shard the model with fully_shard (FSDP2; in a Trainer fsdp='full_shard' with "
+    "fsdp_config={'fsdp_version': 2})"
+)
+
 
 class Processes:
     """How gradients of a model are spread over processes, and what sums over all of them take.
@@ -25,10 +31,7 @@ class Processes:
                     "(FullyShardedDataParallel) has them in flat pieces: shard the model with fully_shard (FSDP2)"
                 )
             if kind == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
-                raise ValueError(
-                    "gfast: a GEffectMonitor cannot run DeepSpeed's backward (ZeRO), which reduces and frees gradients "
-                    "by itself: use DDP, or shard the model with fully_shard (FSDP2)"
-                )
+                raise ValueError(f"gfast: a GEffectMonitor cannot run with DeepSpeed: {NO_ZERO}")
         self.replicated = next(
             (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) and _several(m)), None
         )
@@ -97,3 +100,14 @@ def here(gradient: Tensor) -> Tensor:
     """What this process holds of a gradient, dense."""
     local = getattr(gradient, "_local_tensor", gradient)
     return local if local.layout == torch.strided else local.to_dense()
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A tensor where a parameter is, spread over processes as it is; `value` is whole, or this process's shard."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -27,6 +27,7 @@ class LiveStep:
         self.forgets = self.retains = 0
         self.weights: list[tuple[int, bool]] = []  # versions of the parameters at its beginning
         self.local = self.local_retain = False  # gradients are those of this process alone, under DDP.no_sync()
+        self.derived = False  # the retain norm is, from the merged gradient's
         self.rows: Rows = {}
         self.unlearn_rows: Rows = {}
         self.values: dict[str, Any] = {}
@@ -51,7 +52,8 @@ class LiveStep:
         unlearn = torch.stack([self.unlearn_rows.get(i, zero).to(device) for i in range(len(parameters))])
         table = torch.cat([rows, unlearn[:, [UR, RR, RD]]], 1)  # [P, COLUMNS + 3]
         whole = self.merged and (self.retains == 1 or monitor.held)  # what was measured is what the optimizer gets
-        from_dots = surgery is None and not ddp and (whole or not self.retain_loss)
+        alone = ddp and (self.own_risk or not gradients.late)  # the new gradients were those of this process
+        from_dots = surgery is None and not alone and (whole or not self.retain_loss)
         adds = float(self.retain_loss)
         if surgery is None:
             table[:, RM] = table[:, UR] + adds * table[:, RR]
@@ -60,14 +62,14 @@ class LiveStep:
         elif surgery is None or not whole:
             table[:, MM] = merged_squares(parameters)
         table = processes.sums(table)
-        self.derived = ddp and surgery is None and self.merged  # rr was of this process alone
+        self.derived = alone and self.merged
         if ddp:
             if processes.differ(table[:, UU]):
                 raise ValueError(
                     "gfast: the forget gradients differ between the processes, so that DDP has not reduced them: give "
                     "GEffectMonitor the DDP model, and compute losses by calling it"
                 )
-            if surgery is None or self.own_risk:
+            if alone:
                 table[:, UR] = processes.mean(table[:, UR].contiguous())
             of_one = [RD, UNLEARN_UR, UNLEARN_RD]  # gradients of this process alone, or alike in all
             table[:, of_one] = processes.mean(table[:, of_one].contiguous())
@@ -76,20 +78,20 @@ class LiveStep:
         numbers = processes.mean(values).tolist()
         self.values = dict(zip(names, numbers, strict=True))
         table = table.cpu()
-        bad = (~torch.isfinite(table[:, [UR, RR, UU, UNLEARN_UR]])).any(1).nonzero()
+        bad = (~torch.isfinite(table[:, [UR, RR, UU, MM, UNLEARN_UR]])).any(1).nonzero()
         self.bad = gradients.names[int(bad[0])] if len(bad) else None
         self.torn = gradients.names[min(gradients.torn)] if gradients.torn else None
         groups = torch.zeros(len(monitor.groups.names), table.shape[1], dtype=torch.float64, device="cpu")
         self.sums = groups.index_add_(0, monitor.group_of, table)  # [G, COLUMNS + 3]
         self.whole = whole or (not self.retain_loss and not (self.own_risk and surgery is not None))
         self.scale = 1.0 if monitor.scaler is None else float(monitor.scaler.get_scale())
-        if ddp and self.derived:
+        if self.derived:
             rr = self.sums[:, MM] - self.sums[:, UU] - 2 * self.sums[:, UR]
             lost = rr <= LOST * self.sums[:, MM]
             self.sums[:, RR] = math.nan if not self.whole or self.local_retain else torch.where(lost, math.nan, rr)
             self.sums[:, RM] = self.sums[:, UR] + self.sums[:, RR]
-        elif ddp and surgery is None:
-            self.sums[:, RR] = math.nan  # of this process alone
+        elif alone:
+            self.sums[:, RR] = math.nan
         if ddp:
             self.sums[:, UNLEARN_RR] = math.nan
 
@@ -127,7 +129,7 @@ class LiveStep:
         clip = 1.0 if max_norm is None else min(1.0, max_norm / (step_norm + 1e-6))
         nothing = torch.full((len(names),), math.nan, dtype=torch.float64, device="cpu")
         if of == "forget":
-            retain, own = sums[:, UR] / (f * q), sums[:, UU].sqrt() / f
+            retain, own = sums[:, UR] / (f * q), sums[:, UU].sqrt() / abs(f)
         else:
             retain = sums[:, RM] / (self.scale * q) if self.whole else nothing
             own = sums[:, MM].clamp(min=0.0).sqrt() / self.scale
@@ -149,7 +151,7 @@ class LiveStep:
         if self.retains > 1:
             which = "all" if monitor.held and not self.own_risk else "the first"
             how["retain"] += f", on {which} of {self.retains} micro-batches"
-        norms["retain"] = sums[:, RR].sqrt() / q
+        norms["retain"] = sums[:, RR].sqrt() / abs(q)
         norms["objective"] = own
         if monitor.surgery is not None:
             how["surgery"] = str(monitor.surgery)

@@ -81,14 +81,15 @@ class Surgery:
         return one, one, -harm
 
 
-def average(before: Tensor | None, newest: Tensor, moving: float) -> Tensor:
-    """moving * newest + (1 - moving) * before, in place where there is a before."""
-    return newest * moving if before is None else before.mul_(1.0 - moving).add_(newest, alpha=moving)
+def average(before: Tensor | None, newest: Tensor, moving: float, scale: float = 1.0) -> Tensor:
+    """moving / scale * newest + (1 - moving) * before."""
+    share = moving / scale
+    return newest * share if before is None else (before * (1.0 - moving)).add_(newest, alpha=share)
 
 
 def sign_aligned(u: Tensor, r: Tensor, adds: bool) -> Tensor:
     """Sago: r (0 without `adds`) where the signs of u and r are opposite, else u. Signs: small products underflow."""
-    return torch.where(u.sign() * r.sign() < 0, r if adds else torch.zeros_like(r), u)
+    return _into(u, torch.where(u.sign() * r.sign() < 0, r if adds else torch.zeros_like(r), u))
 
 
 def combined(u: Tensor | None, r: Tensor, v: Tensor, factors: tuple[Tensor, Tensor, Tensor], adds: bool) -> Tensor:
@@ -107,7 +108,12 @@ def combined(u: Tensor | None, r: Tensor, v: Tensor, factors: tuple[Tensor, Tens
         out += u.to(wide) * a
     if v is not None:
         out += v.to(wide) * c
-    return out.to(r.dtype)
+    return out.to(r.dtype) if u is None else _into(u, out)
+
+
+def _into(u: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory of u, which nobody needs any more: a global unit holds two gradients and not three."""
+    return u.copy_(out) if u.layout == torch.strided else out.to(u.dtype)
 
 
 def units_of(surgery: Surgery, group_of: list[int]) -> list[int]:
