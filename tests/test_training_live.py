@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import gfast  # noqa: E402
 from gfast.geffect import EffectHistory  # noqa: E402
 from gfast.objectives import GA, NLL, WGA, Mix  # noqa: E402
 from gfast.training.callback import GEffectCallback  # noqa: E402
+from gfast.training.live import LiveSteps  # noqa: E402
 from gfast.training.loss import GFastLossMixin  # noqa: E402
 from gfast.training.records import read_records  # noqa: E402
 from gfast.training.reference import ReferenceCache  # noqa: E402
@@ -136,3 +138,43 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path):
     trained(tmp_path / "run", model, geffect_live=True, retain_term="nll", optim="sgd")
     assert all(torch.equal(before[name], value) for name, value in parameters(model).items())
     assert rows(tmp_path / "run", "dropped", side="", group="") == {0: 1.0}
+
+
+@pytest.mark.parametrize("surgery", ["gru", "gru:tensor:0.3"])
+def test_a_run_with_gru_goes_on_from_a_checkpoint_as_if_it_had_not_ended(surgery, tmp_path):
+    def run(folder, steps, start=None, **options):
+        data, collate = pairing()
+        args = config(folder, retain_term="nll", max_steps=steps, save_strategy="steps", save_steps=2, **options)
+        trainer = UnlearnTrainer(tiny_model(attention_dropout=0.2), args, train_dataset=data, data_collator=collate)
+        trainer.train(resume_from_checkpoint=start)
+        return trainer
+
+    whole = run(tmp_path / "whole", 5, surgery=surgery)
+    run(tmp_path / "parts", 2, surgery=surgery)
+    resumed = run(tmp_path / "parts", 5, True, surgery=surgery)
+    for name, value in parameters(whole.model).items():
+        assert torch.equal(value, resumed.model.get_parameter(name)), name
+    assert rows(tmp_path / "parts", "step_effect") == rows(tmp_path / "whole", "step_effect")
+    averages = [one.live.monitor(one.live._monitor.model).state_dict() for one in (whole, resumed)]
+    assert averages[0] and all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    with pytest.raises(ValueError, match="is of a run with surgery 'gru.*', and this one has 'gru:group:0.8'"):
+        run(tmp_path / "other", 5, str(checkpoint), surgery="gru:group")
+    run(tmp_path / "other", 2, surgery="pcgrad")
+    with pytest.raises(ValueError, match="has no gru_average.safetensors, the averages of surgery 'gru"):
+        run(tmp_path / "other", 5, True, surgery=surgery)
+    weights = parameters(whole.model)  # a second training of the same Trainer begins anew
+    torch.manual_seed(0)
+    whole.train()
+    assert whole.live._checkpoint is None and not all(
+        torch.equal(value, whole.model.get_parameter(name)) for name, value in weights.items()
+    )
+
+
+def test_factors_of_zero_and_deepspeed_are_refused_before_any_work(tmp_path):
+    for options in (dict(gamma=0.0, retain_term="nll"), dict(alpha=0.0, retain_term="nll")):
+        with pytest.raises(ValueError, match="gamma or alpha is 0"):
+            trained(tmp_path / "run", tiny_model(), geffect_live=True, **options)
+    zero = SimpleNamespace(objective=Mix(GA(), NLL()), is_deepspeed_enabled=True)
+    with pytest.raises(ValueError, match="cannot run with DeepSpeed.*Use DDP"):
+        LiveSteps(zero, "paper", False, None, False)

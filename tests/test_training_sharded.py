@@ -48,3 +48,12 @@ def test_a_run_goes_on_under_another_number_of_processes(tmp_path):
     one = run(tmp_path / "one", (4, "none", 1))
     same(run(tmp_path / "more", (2, "fsdp2", 2), (4, "fsdp2", 4)), one)
     same(run(tmp_path / "fewer", (3, "ddp", 4), (4, "ddp", 2)), one)
+
+
+@pytest.mark.slow
+def test_gru_under_fsdp2_goes_on_from_a_checkpoint(tmp_path):
+    one = run(tmp_path / "one", (3, "none+gru:tensor", 1))
+    two = run(tmp_path / "two", (1, "fsdp2+gru:tensor", 2), (3, "fsdp2+gru:tensor", 2))
+    same(two, one)
+    checkpoint = tmp_path / "two" / "checkpoint-1"
+    assert {f"gru_average-{rank}-of-2.safetensors" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}

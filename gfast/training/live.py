@@ -6,8 +6,10 @@ Trainer.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,12 +18,14 @@ from transformers import TrainerCallback
 from gfast import wrappers
 from gfast.geffect.data import OWN_DATA
 from gfast.geffect.groups import assign
+from gfast.geffect.live.processes import NO_ZERO, here
 from gfast.geffect.live.surgery import Surgery
 from gfast.model import model_output, output_loss, with_reference
 from gfast.objectives import GA, NLL, UNWEIGHTED, Objective
 from gfast.ops.reductions import LossOutput
 from gfast.packed import count
 from gfast.sides import SIDES
+from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.records import run_name, write_record
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gfast")
 
+AVERAGES = "gru_average{shard}.safetensors"  # in a checkpoint; of several processes that shard parameters, one each
 LIVE = " (live)"  # what the objective's name ends with in the records of live effects
 
 
@@ -51,12 +56,20 @@ class LiveSteps:
             )
         if surgery is not None:
             surgery = str(Surgery.parse(surgery))
+        if getattr(trainer, "is_deepspeed_enabled", False):
+            raise ValueError(f"live effects and surgery cannot run with DeepSpeed: {NO_ZERO}")
+        if trainer.objective.gamma == 0.0 or (retain is not None and trainer.objective.alpha == 0.0):
+            raise ValueError(
+                "live effects and surgery need the gradients of both terms, and gamma or alpha is 0: leave a retain "
+                "term of 0 out, and without a forget term geffect_live and surgery"
+            )
         assign(wrappers.measured(trainer.model), groups)  # refused here, not at the first step
         self.unlearn, self.surgery, self.update = unlearn, surgery, update
         self.label = str(trainer.objective if retain is not None or trainer.objective.gamma != 1.0 else forget) + LIVE
         self.batches: Sequence[Mapping[str, Any]] = []
         self._at = 0
         self._monitor: GEffectMonitor | None = None
+        self._checkpoint: TensorFile | None = None  # whose averages the monitor goes on with
         self.effect: GEffect | None = None
         self.moved: GEffect | None = None
         self.latest: dict[str, float] = {}
@@ -90,7 +103,43 @@ class LiveSteps:
             options = dict(objective=label, surgery=self.surgery, scaler=scaler)
             options["optimizer"] = self.trainer.optimizer if self.update else None
             self._monitor = GEffectMonitor(model, self.groups, self.unlearn or free, **options)
+            if self._checkpoint is not None:
+                self._monitor.load_state_dict({name: self._checkpoint.get(name) for name in self._checkpoint.names})
+                self._checkpoint = None
         return self._monitor
+
+    def _averages(self, folder: str) -> Path:
+        args = self.trainer.args
+        sharded = args.world_size > 1 and any(hasattr(p, "device_mesh") for p in self.trainer.model.parameters())
+        return Path(folder) / AVERAGES.format(shard=f"-{args.process_index}-of-{args.world_size}" if sharded else "")
+
+    def save(self, folder: str) -> None:
+        """Into a checkpoint: what gru goes on with, without which a resumed run is another one."""
+        path = self._averages(folder)
+        if self._monitor is None or not (self.surgery or "").startswith("gru"):
+            return
+        if "-of-" in path.name or self.trainer.args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = {name: here(value) for name, value in self._monitor.state_dict().items()}
+            write_tensors(path, state, self.surgery)
+
+    def load(self, folder: str | None) -> None:
+        """From a checkpoint, or from None: a training that begins."""
+        self._monitor = self._checkpoint = None
+        if folder is None or not (self.surgery or "").startswith("gru"):
+            return
+        path = self._averages(folder)
+        if not path.exists():
+            raise ValueError(
+                f"the checkpoint {folder} has no {path.name}, the averages of surgery {self.surgery!r} that the run "
+                f"goes on with: it is one of another surgery, or of another number of processes; start a run of its own"
+            )
+        self._checkpoint = TensorFile(path, "go on from the checkpoint before it")
+        if self._checkpoint.description != self.surgery:
+            raise ValueError(
+                f"the checkpoint {folder} is of a run with surgery {self._checkpoint.description!r}, and this one has "
+                f"{self.surgery!r}: give that, or start a run of its own"
+            )
 
     def training_step(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """In place of Trainer's, for the next micro-batch."""
@@ -126,6 +175,7 @@ class LiveSteps:
 
             own = risk if first and (mix.retain != NLL() or "retain" in self._weighted) else None
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
+            share = share or math.nan  # of no labels there is no effect
             monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
             value = value + found[0]
         trainer.terms.add({"loss": value})

@@ -255,6 +255,17 @@ class GFastLossMixin:
             return super().training_step(model, inputs, *args, **kwargs)
         return self.live.training_step(model, inputs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.live is not None:
+            self.live.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, at the beginning of every training; None: it does not go on from a checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.live is not None:
+            self.live.load(checkpoint)
+
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")

@@ -42,8 +42,9 @@ def real_fsdp2() -> None:
 
 
 def check(folder: str, steps: int, engine: str, rank: int, world: int, port: int) -> None:
-    """Train up to a step, from the newest checkpoint if there is one."""
+    """Train up to a step, from the newest checkpoint if there is one. `engine` may have +SURGERY."""
     join(rank, world, port)
+    engine, _, surgery = engine.partition("+")
     if engine == "fsdp2":
         real_fsdp2()
     model = tiny_model()
@@ -60,6 +61,7 @@ def check(folder: str, steps: int, engine: str, rank: int, world: int, port: int
         save_strategy="steps",
         save_steps=1,
         max_grad_norm=0.0,
+        surgery=surgery or None,
         ddp_backend="gloo" if world > 1 else None,
     )
     items = [collate([data[row] for row in rows]) for rows in ((0, 1), (2, 3, 4))]
