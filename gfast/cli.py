@@ -16,7 +16,7 @@ from gfast.words import did_you_mean
 # Command -> module with main(argv) and a line of help. Modules load when their command runs: `gfast --help` loads none.
 COMMANDS = {
     "demo": (
-        "gfast.demo",
+        "gfast.commands.demo",
         "learn, forget and measure on a small model; ends with an HTML report (no download, no GPU)",
     ),
     "unlearn": ("gfast.commands.unlearn", "train a model to forget, with any objective, recording what happens"),

@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 import gfast
-from gfast.commands.parser import Parser
+from gfast.commands.demo import Plan
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
-from gfast.files import check_manifest, read_json, require_writable, write_json, write_manifest
-from gfast.locks import RUN_LOCK, claimed
+from gfast.files import check_manifest, read_json, write_json, write_manifest
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.progress import Bar
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
@@ -39,28 +37,6 @@ OBJECTIVES: dict[str, Objective] = {
     "tnpo": TNPO(beta=1.0),
     "npo-kl": Mix(NPO(beta=0.1), KL()),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the demo does: the same plan gives the same numbers on the same machine."""
-
-    seed: int = 0
-    steps: int = 30
-    every: int = 3
-    learning_rate: float = 2.5e-4
-    batch_size: int = 8
-    hidden: int = 128
-    layers: int = 6
-    forget_rows: int = 40
-    retain_rows: int = 160
-    learning_batch_size: int = 20
-    learning_epochs: int = 40
-    learned_below: float = 0.05
-
-
-SMALL = dict(hidden=64, layers=3, forget_rows=10, retain_rows=20, learning_batch_size=6, learned_below=0.2)
-QUICK = SMALL | dict(steps=6, every=3, learning_rate=5e-4)
 
 
 class Study:
@@ -258,42 +234,7 @@ def sentences(summaries: list[dict[str, Any]]) -> list[str]:
     return [text for text in (matched_sentence(summaries), lesson(summaries)) if text]
 
 
-def begin(out: Path, plan: Plan) -> None:
-    """Take an empty folder, or one with a demo of the same plan; ValueError for a folder that holds anything else."""
-    marker, wanted = out / "demo.json", asdict(plan)
-    if marker.exists():
-        there = read_json(marker)
-        differ = [f"{k} is {there.get(k)} there and {v} here" for k, v in wanted.items() if there.get(k) != v]
-        if differ:
-            raise ValueError(f"{out} holds a demo with other settings: {', '.join(differ)}. Give another --out")
-    elif any(path.name != RUN_LOCK for path in out.iterdir()):
-        raise ValueError(f"{out} holds something else than a demo. Give another --out, or an empty folder")
-    else:
-        write_json(marker, wanted)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="gfast demo", description="Learn, unlearn and measure; ends with report.html.")
-    parser.add_argument("--out", type=Path, default=Path("gfast-demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=Plan.seed, help="seed of everything (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of a run (default: {Plan.steps})")
-    parser.add_argument("--learning_rate", type=float, help=f"of every run (default: {Plan.learning_rate:g})")
-    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer questions and steps: a smoke test")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
-    options = parser.parse_args(argv)
-    given = {
-        name: value for name in ("seed", "steps", "learning_rate") if (value := getattr(options, name)) is not None
-    }
-    plan = Plan(**(QUICK if options.quick else {}) | given)
-    if plan.steps < 1 or not plan.learning_rate > 0:
-        parser.error("--steps and --learning_rate must be positive")
-    require_writable(options.out)
-    with claimed(options.out):
-        return run(plan, options.out, options.cpu)
-
-
 def run(plan: Plan, out: Path, cpu: bool) -> int:
-    begin(out, plan)
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     try:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from gfast import demo
+from gfast.commands.demo import main
 from gfast.training import read_records
 
 
@@ -14,7 +15,7 @@ from gfast.training import read_records
 def quick(tmp_path_factory):
     """A finished quick demo."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    assert demo.main(["--quick", "--cpu", "--out", str(out)]) == 0
+    assert main(["--quick", "--cpu", "--out", str(out)]) == 0
     return out
 
 
@@ -83,7 +84,7 @@ def test_a_second_call_keeps_finished_runs_and_redoes_the_others(quick, capsys):
     # As after Ctrl-C in the second run: records up to some step, no result.
     (quick / "runs" / "wga" / "result.json").unlink()
     (quick / "runs" / "wga" / "records" / "step-00000006.parquet").unlink()
-    assert demo.main(["--quick", "--cpu", "--out", str(quick)]) == 0
+    assert main(["--quick", "--cpu", "--out", str(quick)]) == 0
     assert capsys.readouterr().out.count("finished in an earlier call") == len(demo.OBJECTIVES) - 1
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     # The run that was stopped comes out as it did the first time.
@@ -92,20 +93,20 @@ def test_a_second_call_keeps_finished_runs_and_redoes_the_others(quick, capsys):
 
 def test_folders_of_something_else_are_refused(quick, tmp_path):
     with pytest.raises(ValueError, match="other settings: seed is 0 there and 1 here"):
-        demo.main(["--quick", "--seed", "1", "--out", str(quick)])
+        main(["--quick", "--seed", "1", "--out", str(quick)])
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="something else"):
-        demo.main(["--quick", "--out", str(tmp_path)])
+        main(["--quick", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OSError, match="is a file"):
-        demo.main(["--quick", "--out", str(tmp_path / "thesis.tex")])
+        main(["--quick", "--out", str(tmp_path / "thesis.tex")])
     with pytest.raises(ValueError, match="must be positive"):
-        demo.main(["--steps", "0", "--out", str(tmp_path / "new")])
+        main(["--steps", "0", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.Study, "learn", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-        demo.main(["--quick", "--cpu", "--out", str(tmp_path / "out")])
+        main(["--quick", "--cpu", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "demo.json").exists()

@@ -43,7 +43,6 @@ from gfast.training.processes import together
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
-from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
@@ -142,6 +141,8 @@ def _train(
     collator: Any = sides.collator
     if both.retain is not None or config.live:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
+    from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
+
     trainer = UnlearnTrainer(
         model,
         config,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import Trainer
 
 _NO_PREDICTIONS = "logits are never made, so there are no predictions"
 _INSTEAD = (
@@ -125,6 +124,8 @@ def refuse_ignored_with_data(args: Any, dataset: Any) -> None:
             "have none of their own (pairs of a forget and a retain sample, or a stream). Leave it out"
         )
     # transformers 5 has a method that counts tokens, which UnlearnTrainer calls for each side.
+    from transformers import Trainer  # not before there are data: flags are read without it
+
     uncounted = ["include_tokens_per_second"]
     if not hasattr(Trainer, "_track_num_input_tokens"):
         uncounted.append("include_num_input_tokens_seen")

@@ -8,16 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import distributed, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from gfast import wrappers
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
 from gfast.training.records import read_step, run_name, write_record
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger("gfast")
 
@@ -209,6 +212,8 @@ def calling_trainer() -> Trainer | None:
     """The Trainer whose callback is running: it hands callbacks everything but itself, and nothing but its `log`
     reaches all that it reports to.
     """
+    from transformers import Trainer  # where one is running it is loaded; flags are read without
+
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
