@@ -42,16 +42,24 @@ def test_a_loop_of_ones_own():
 
 def test_lightning(tmp_path):
     pytest.importorskip("pytorch_lightning")
-    module = example("lightning").main(None, str(tmp_path))
+    module = example("lightning_module").main(None, str(tmp_path))
     assert len(module.losses) == 4 and module.losses[-1] < module.losses[0]
 
 
 def test_open_unlearning(tmp_path):
     registered()  # its registry, or one laid out as its own
-    trainer = example("open_unlearning").main(None, str(tmp_path))
+    trainer = example("open_unlearning_trainer").main(None, str(tmp_path))
     logs = trainer.state.log_history
     assert [log["forget_loss"] for log in logs if "forget_loss" in log][0] == pytest.approx(13.863, rel=1e-3)
     assert sum("geffect/nll/retain" in log for log in logs) == 3
+
+
+def test_no_example_hides_a_package():
+    """`python examples/NAME.py` puts the folder first on the path: a file named as a package would be found for it."""
+    files = sorted(FOLDER.glob("*.py"))
+    imported = {name for path in files for name in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.M)}
+    assert {path.stem for path in files} & {*imported, *sys.stdlib_module_names, "lightning", "open_unlearning"} == set()
+    assert [path.stem for path in files if importlib.util.find_spec(path.stem)] == []
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -28,11 +28,14 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 def on_page_content(content: str, page, config, files) -> str:
-    """Formulas as MathML, which browsers draw by themselves: no script, no other server."""
+    """Formulas as MathML, which browsers draw by themselves: no script, no other server. A flag, a name or a file stays
+    on one line: browsers break after any hyphen, `--` of a flag included, and the theme inside words.
+    """
 
     def formula(match: re.Match) -> str:
         return convert(html.unescape(match[2]), display="block" if match[1] == "[" else "inline")
 
+    content = re.sub(r"<code>(?=(?:--[^<]{1,26}|[^<\s]{1,28})</code>)", '<code class="short">', content)
     return re.sub(
         r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', formula, content, flags=re.S
     )

@@ -1,14 +1,14 @@
 """A LightningModule that unlearns: its training_step returns gfast's loss. What gfast adds is marked.
 
     pip install lightning
-    python examples/lightning.py [MODEL]
+    python examples/lightning_module.py [MODEL]
 
 Without a model a small random one is trained on the bundled authors.
 """
 
 import sys
 
-import pytorch_lightning as pl  # what `pip install lightning` brings; `lightning` would be this file
+import pytorch_lightning as pl  # `pip install lightning` brings it; lightning.pytorch is the same
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

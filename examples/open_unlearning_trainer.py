@@ -1,6 +1,6 @@
 """A trainer of open-unlearning with gfast's losses, built as its src/train.py builds one. What gfast adds is marked.
 
-    PYTHONPATH=CLONE/src python examples/open_unlearning.py [MODEL]
+    PYTHONPATH=CLONE/src python examples/open_unlearning_trainer.py [MODEL]
 
 CLONE is a clone of github.com/locuslab/open-unlearning. Its own script needs no change at all:
 python -m gfast.integrations.open_unlearning src/train.py ... trainer=GFastNPO. Without a model a small random one is
