@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -352,3 +353,37 @@ def test_in_any_dtype_the_gradients_are_the_plain_steps_to_the_bit(dtype):
         truth = gfast.g_effect(model, WGA(0.7), forget=FORGET, retain=RETAIN)
         assert monitor.effect().retain == pytest.approx(truth.retain, rel=1e-5, abs=1e-6)
         model.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", ["first", "exact"])
+@pytest.mark.parametrize("after", ["forget", "retain"])
+@pytest.mark.parametrize("change", ["zero", "none", "again", "other", "clip", "more"])
+def test_gradients_that_change_within_a_step_are_refused(change, after, accumulate):
+    model = tiny("llama")
+    monitor = gfast.GEffectMonitor(model, accumulate=accumulate)
+    monitor.forget(loss(model, FORGET, GA()))
+    if after == "retain":
+        monitor.retain(loss(model, RETAIN, NLL()), last=False)
+    kept = [p.grad for p in model.parameters()] if change == "other" else []  # noqa: F841
+    if change in ("none", "again", "other", "zero"):
+        model.zero_grad(set_to_none=change != "zero")
+    if change in ("again", "other", "more"):
+        loss(model, RETAIN, NLL()).loss.backward()
+    if change == "clip":
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(ValueError, match="the gradient of 'model.embed_tokens.weight' was changed after forget"):
+        monitor.retain(loss(model, RETAIN, NLL()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_leaves_the_gradients_alone_may_come_between():
+    model = tiny("llama")
+    truth = gfast.g_effect(model, GA(), forget=FORGET, retain=RETAIN)
+    one, other = gfast.GEffectMonitor(model), gfast.GEffectMonitor(model)
+    one.forget(loss(model, FORGET, GA()))
+    gc.collect()
+    assert gfast.g_effect(model, GA(), forget=FORGET, retain=RETAIN).retain == truth.retain
+    with pytest.raises(ValueError, match="has a gradient before the step begins"):
+        other.forget(loss(model, FORGET, GA()))
+    one.retain(loss(model, RETAIN, NLL()))
+    assert one.effect().retain == pytest.approx(truth.retain, rel=1e-10)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from gfast.geffect.directions import GATHERED
 from gfast.geffect.live.processes import Processes, here
@@ -71,6 +72,11 @@ class Gradients:
 
     def none(self) -> bool:
         return all(parameter.grad is None for parameter in self.parameters)
+
+    def marks(self) -> list[tuple[WeakIdRef, int] | None]:
+        """What is another one once somebody else has changed a gradient."""
+        grads = [getattr(p.grad, "_local_tensor", p.grad) for p in self.parameters]
+        return [None if g is None else (WeakIdRef(g), g._version) for g in grads]
 
     def sweep(self, loss: Tensor, take: Callable[[int], Any], retain_graph: bool = False) -> None:
         """A backward with `take` called for every parameter once its gradient is complete."""

@@ -195,6 +195,7 @@ class GEffectMonitor:
                     risk = _value(risk, "forget risk")
                     gradients.measure(risk, step.unlearn_rows)
                 step.values["unlearn"] = risk.detach()
+            step.gradients = gradients.marks()
 
     def retain(
         self, loss: Loss | None, *, risk: Loss | None = None, factor: float = 1.0, last: bool = True
@@ -255,6 +256,7 @@ class GEffectMonitor:
                 gradients.merge(risk, step.rows, adds=False)
                 step.values["retain"] = risk.detach()
             step.retains += 1
+            step.gradients = gradients.marks()
             if last:
                 self._finish()
 
@@ -355,12 +357,16 @@ class GEffectMonitor:
         return [(here(p)._version, p.requires_grad) for p in self.gradients.parameters]
 
     def _check_unchanged(self) -> None:
-        for name, before, now in zip(self.gradients.names, self._step.weights, self._weights(), strict=True):
-            if before != now:
+        step, gradients = self._step, self.gradients
+        now = self._weights(), gradients.marks()
+        for what, found, before in zip(("", "the gradient of "), now, (step.weights, step.gradients), strict=True):
+            changed = [name for name, x, y in zip(gradients.names, found, before, strict=False) if x != y]
+            if changed:
                 self.reset()
                 _refuse(
-                    f"{name!r} was changed after forget(): both gradients of a step must be of the same weights. The "
-                    f"step was given up, its gradients are gone"
+                    f"{what}{changed[0]!r} was changed after forget(): both gradients of a step must be of the same "
+                    f"weights, and nothing else may add to them, clip them or set them to zero before the last "
+                    f"retain(). The step was given up, its gradients are gone"
                 )
 
     def _no_sync(self) -> Any:

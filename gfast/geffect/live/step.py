@@ -26,6 +26,7 @@ class LiveStep:
     def __init__(self) -> None:
         self.forgets = self.retains = 0
         self.weights: list[tuple[int, bool]] = []  # versions of the parameters at its beginning
+        self.gradients: list[Any] = []  # by what those that its last call left are known again
         self.local = self.local_retain = False  # gradients are those of this process alone, under DDP.no_sync()
         self.derived = False  # the retain norm is, from the merged gradient's
         self.rows: Rows = {}
