@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import gfast  # noqa: E402
 from gfast.geffect import EffectHistory  # noqa: E402
-from gfast.objectives import GA, NLL, WGA, Mix  # noqa: E402
+from gfast.objectives import GA, NLL, PDU, WGA, Mix  # noqa: E402
 from gfast.training.callback import GEffectCallback  # noqa: E402
 from gfast.training.live import LiveSteps  # noqa: E402
 from gfast.training.loss import GFastLossMixin  # noqa: E402
@@ -25,11 +25,17 @@ from gfast.training.reference import ReferenceCache  # noqa: E402
 from gfast.training.trainer import UnlearnTrainer  # noqa: E402
 
 
-def trained(folder, model, callbacks=(), references=None, **options):
+def trained(folder, model, callbacks=(), references=None, mix=None, **options):
     data, collate = pairing()
     args = config(folder, **options)
     trainer = UnlearnTrainer(
-        model, args, train_dataset=data, data_collator=collate, callbacks=list(callbacks), references=references
+        model,
+        args,
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=list(callbacks),
+        references=references,
+        objective=mix,
     )
     trainer.train()
     return trainer
@@ -88,6 +94,16 @@ def test_trains_as_without_it_and_measures_each_step(options, accumulation, tmp_
     assert rows(tmp_path / "live", "risk", group="")[0] == pytest.approx(truth.risks["retain"], rel=1e-4)
     if options["objective"] == "GA" or accumulation == 1:
         assert rows(tmp_path / "live", "g_effect", "unlearn")[0] == pytest.approx(truth.total("unlearn"), rel=1e-3)
+
+
+def test_a_loss_with_a_constant_is_logged_as_without(tmp_path):
+    mix = Mix(PDU(retain_loss_eps=0.5), NLL(), alpha=2.0)
+    logged = [
+        trained(tmp_path / name, tiny_model(), mix=mix, gradient_accumulation_steps=2, geffect_live=name == "live")
+        for name in ("plain", "live")
+    ]
+    one, two = (trainer.state.log_history[0]["loss"] for trainer in logged)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_live_and_measured_effects_are_on_one_page(tmp_path):

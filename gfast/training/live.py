@@ -177,7 +177,7 @@ class LiveSteps:
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
             share = share or math.nan  # of no labels there is no effect
             monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
-            value = value + found[0]
+            value = value + found[0] - trainer._constant()
         trainer.terms.add({"loss": value})
         if last:
             self._finished(monitor)

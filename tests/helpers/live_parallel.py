@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from torch import distributed
 
@@ -60,6 +61,10 @@ def check(name: str, rank: int, world: int, port: int) -> None:
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     make, wrap = WRAPPERS[name]
     single, model = make().eval(), wrap(make().eval())
+    if name == "ddp":
+        with pytest.raises(ValueError, match="is inside a DistributedDataParallel"):
+            gfast.GEffectMonitor(model.module).forget(gfast.model_loss(model, batch_of(rank), NLL()))
+        model.zero_grad()
     batches = [(batch_of(rank), batch_of(10 + rank)) for rank in range(world)]
     forget, retain = (joined(list(some)) for some in zip(*batches, strict=True))
     for case in CASES:

@@ -14,7 +14,7 @@ from gfast import wrappers
 from gfast.geffect.data import Term, identity_factor
 from gfast.geffect.groups import assign
 from gfast.geffect.live.merging import Gradients
-from gfast.geffect.live.processes import Processes, here, like
+from gfast.geffect.live.processes import Processes, here, like, refuse_inner
 from gfast.geffect.live.step import LiveStep
 from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.live.updates import Updates
@@ -167,6 +167,8 @@ class GEffectMonitor:
                     f"{present[0]!r} has a gradient before the step begins: call optimizer.zero_grad() (with "
                     f"set_to_none=True, its default) before forget()"
                 )
+            if self._finished is None:  # once: DDP may be put around a model after its monitor is made
+                refuse_inner(self.model)
             self._check_parameters()
             step.weights = self._weights()
             step.updated = self._updates is not None and self._updates.begin()

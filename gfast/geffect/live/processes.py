@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,21 @@ class Processes:
         both = torch.stack([values, -values])
         distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=self.replicated.process_group)
         return bool((both[0] + both[1] > 1e-6 * values.abs()).any())
+
+
+def refuse_inner(model: nn.Module) -> None:
+    """ValueError for the model inside a DistributedDataParallel that was given without it: its gradients are reduced
+    behind the back of whoever reads them.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    kind, own = nn.parallel.DistributedDataParallel, {id(module) for module in model.modules()}
+    wrappers = [one for one in gc.get_objects() if type(one) is kind and id(one) not in own]
+    if any(module is model for one in wrappers for module in one.modules()):
+        raise ValueError(
+            "gfast: this model is inside a DistributedDataParallel, which reduces its gradients: give GEffectMonitor "
+            "that one, and compute losses by calling it"
+        )
 
 
 def _several(wrapper: nn.Module) -> bool:
