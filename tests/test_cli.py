@@ -13,7 +13,9 @@ import torch
 from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 from safetensors.torch import load_file
 
+import gfast
 from gfast import cli
+from gfast.data import Collator, QADataset
 from gfast.files import read_json
 from gfast.training.records import read_records, read_run_info, recorded_steps
 
@@ -80,6 +82,29 @@ def test_unlearn_to_a_target_over_the_vocabulary(objective, given, original, tmp
     assert {"g_effect", "loss", "forget_loss", "retain_loss"} <= set(frame["quantity"])
     kept = frame[(frame["quantity"] == "retain_loss") & (frame["step"] == 1)]["value"]
     assert 0 <= kept.iloc[0] < math.log(2)
+
+
+def test_the_weights_of_rows_reach_the_loss(original, tmp_path, capsys):
+    """HardMask by a field "weight" of the rows: as GA over the rows that have 1, of all rows' tokens."""
+    rows = [{**row, "weight": index % 2} for index, row in enumerate(FORGET_ROWS)]
+    path = tmp_path / "masked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = dict(optim="sgd", max_grad_norm=0, max_steps=1, per_device_train_batch_size=6, learning_rate=1e-2)
+    start, found = load_file(original / "model.safetensors"), tmp_path / "run"
+    assert cli.main(["unlearn", *flags(original, found, objective="HardMask", forget=path, **options)]) == 0
+    model = tiny_model()
+    batch = Collator(TOKENIZER)([{**item, "weight": i % 2} for i, item in enumerate(QADataset(FORGET_ROWS, TOKENIZER))])
+    logp = gfast.model_logp(model, batch)
+    ((logp * batch["weight"]).sum() / (batch["labels"][:, 1:] != -100).sum()).backward()
+    after = load_file(found / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(after[name] - start[name], -1e-2 * parameter.grad, rtol=1e-3, atol=1e-7)
+    fails(
+        capsys,
+        "UNDIAL(beta=10.0) has no token weights",
+        "unlearn",
+        *flags(original, tmp_path / "no", objective="UNDIAL", forget=path),
+    )
 
 
 def test_unlearn_help_shows_our_flags_before_the_trainers(capsys):

@@ -223,3 +223,16 @@ def test_a_cut_answer_keeps_a_label():
                 ValueError, match=rf"row 2: the prompt alone has {least} tokens, so max_length={length}"
             ):
                 QADataset(rows, tokenizer, max_length=length)
+
+
+def test_a_weight_of_each_row_goes_into_its_item():
+    rows = [{**row, "weight": 0.5 * index} for index, row in enumerate(ROWS)]
+    items = QADataset(rows, demo_tokenizer())
+    assert [items[index]["weight"] for index in range(len(rows))] == [row["weight"] for row in rows]
+    assert RefusalDataset(rows, demo_tokenizer())[1]["weight"] == 0.5
+    pair = PreferenceDataset(rows, demo_tokenizer())[1]
+    assert (pair["weight"], pair["preferred_weight"]) == (0.5, 0.5)
+    assert "weight" not in QADataset(ROWS, demo_tokenizer())[0]
+    for wrong in ("heavy", [1, 0], None, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match='row 2.*"weight"'):
+            QADataset([rows[0], {**rows[1], "weight": wrong}], demo_tokenizer())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,14 +43,16 @@ class QADataset(Dataset):
         max_length: longer rows lose the end of their answer, with one warning that counts them; a row that would lose
             its whole answer is an error. None: no limit.
         id_offset: added to the row index to give the sample id; use it to keep the ids of several data sets apart.
-        question, answer: the fields to read (for instance `answer="paraphrased_answer"`).
+        question, answer: the fields to read (for instance `answer="paraphrased_answer"`). A third is read where rows
+            have it: `weight`, a number for all tokens of the text, which the item then has too.
         chat_kwargs: further arguments for the chat template, such as `{"enable_thinking": False}` or a fixed
             `date_string`. `{"strftime_now": "2026-03-01"}` stops the clock of a template that writes today's date;
             `{"chat_template": "name"}` chooses one of several named templates.
 
     Raises:
         TypeError: rows that are no dicts, or a container that holds no rows, such as a path or one dict.
-        ValueError: no rows, a missing, empty or non-text field, half a character (a lone surrogate), an answer that
+        ValueError: no rows, a missing, empty or non-text field, a weight that is no finite number or that only some
+            rows have, half a character (a lone surrogate), an answer that
             does not fit, a tokenizer without EOS, markup in a text that the tokenizer reads as one of the special
             tokens around it, or a chat template under which the answer's tokens are unknown. The message names the
             row, counted from 1.
@@ -79,6 +83,7 @@ class QADataset(Dataset):
         self.template = resolve_template(tokenizer, template)
         self.id_offset = id_offset
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._weights = _weights(rows)
         encode = make_encoder(tokenizer, self.template, chat_kwargs)
         cut: list[tuple[int, int]] = []
         for number, row in enumerate(rows, start=1):
@@ -115,7 +120,24 @@ class QADataset(Dataset):
         input_ids, labels = self._items[index]
         if index < 0:
             index += len(self)
-        return {"input_ids": input_ids, "labels": labels, "sample_id": index + self.id_offset}
+        item = {"input_ids": input_ids, "labels": labels, "sample_id": index + self.id_offset}
+        return item if self._weights is None else {**item, "weight": self._weights[index]}
+
+
+def _weights(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The weight of each row; None where there is none."""
+    if not any("weight" in row for row in rows):
+        return None
+    for number, row in enumerate(rows, start=1):
+        value = row.get("weight")
+        if value is None:
+            raise ValueError(f'gfast: row {number} has no "weight", and others have one: give all or none')
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(
+                f'gfast: row {number}: field "weight" must be a finite number, by which the loss of the text\'s tokens '
+                f"is multiplied, got {value!r:.60}; rename the field if it is something else"
+            )
+    return [float(row["weight"]) for row in rows]
 
 
 def refused(
