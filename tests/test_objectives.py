@@ -11,8 +11,10 @@ from gfast.objectives import (
     DPO,
     GA,
     KL,
+    MASC,
     NLL,
     NPO,
+    PDU,
     PO,
     REGISTRY,
     RMU,
@@ -23,6 +25,7 @@ from gfast.objectives import (
     BalDRO,
     BalDROG,
     HardMask,
+    JensUn,
     Mix,
     SatImp,
     SimImp,
@@ -31,6 +34,7 @@ from gfast.objectives import (
     SoftMask,
     from_name,
 )
+from gfast.objectives.registry import parse_objective
 
 B, T, V = 4, 6, 11
 
@@ -270,11 +274,25 @@ def test_mix():
         lambda: BalDRO(tau=0),
         lambda: BalDRO(beta=0),
         lambda: BalDROG(share=0),
+        lambda: MASC(k=2.5),
+        lambda: RMU(layer=1.5),
+        lambda: RMU(layer=True),
+        lambda: BalDRO(beta=True),
+        lambda: JensUn((3, True)),
+        lambda: PDU(primal_dual="false"),
+        lambda: PDU(primal_dual=1),
+        lambda: parse_objective("PDU:primal_dual=no"),
     ],
 )
 def test_bad_parameters(bad):
     with pytest.raises(ValueError, match="must (not )?be"):
         bad()
+
+
+def test_words_of_yes_and_no():
+    for word in ("false", "False", "FALSE"):
+        assert parse_objective(f"PDU:primal_dual={word}") == PDU()
+    assert parse_objective("PDU:primal_dual=true").primal_dual is True
 
 
 def test_objectives_that_are_no_weights(data):

@@ -40,9 +40,14 @@ class Objective:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("float", "int"):
-                self._require(isinstance(value, (int, float)), f"{field.name} must be a number.")
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                self._require(number, f"{field.name} must be a number.")
             if isinstance(value, float):
                 self._require(math.isfinite(value), f"{field.name} must be a finite number.")
+            if field.type == "int":
+                self._require(value == int(value), f"{field.name} must be a whole number.")
+            if field.type == "bool":
+                self._require(isinstance(value, bool), f"{field.name} must be True or False.")
 
     def count(self, labels: Tensor) -> int:
         """What the default reduction divides by: valid tokens, sequences with a valid token, or pairs.

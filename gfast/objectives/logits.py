@@ -145,7 +145,7 @@ class MASC(StatObjective):
         super().__post_init__()
         self._require(0 < self.rho < 1, "rho must be between 0 and 1.")
         self._require(self.eta > 0, "eta must be > 0.")
-        self._require(self.k == int(self.k) and 1 <= self.k < MOST_TOP, f"k must be 1 to {MOST_TOP - 1}.")
+        self._require(1 <= self.k < MOST_TOP, f"k must be 1 to {MOST_TOP - 1}.")
         self._require(self.beta > 0, "beta must be > 0.")
 
     def stat_spec(self) -> StatSpec:

@@ -117,6 +117,7 @@ def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> 
         try:
             if not equals or not name.isidentifier():
                 raise ValueError
+            value = value.capitalize() if value.lower() in ("true", "false") else value  # as YAML writes them
             word = value.isidentifier() and value not in ("True", "False", "None")  # dual_update_upon=epoch
             found[name] = value if word else ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -248,7 +248,9 @@ class JensUn(OfLabel):
         given = self.target_ids
         object.__setattr__(self, "target_ids", (given,) if isinstance(given, int) else tuple(given))
         super().__post_init__()
-        fine = self.target_ids and all(isinstance(one, int) and one >= 0 for one in self.target_ids)
+        fine = self.target_ids and all(
+            isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in self.target_ids
+        )
         self._require(bool(fine), "target_ids must be token ids (whole numbers >= 0), at least one.")
 
     def target(self, labels: Tensor, sequence_id: Tensor | None) -> Tensor:
