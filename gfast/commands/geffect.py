@@ -4,7 +4,7 @@
     gfast geffect --model MODEL --forget forget01 --retain retain99 --objectives GA WGA:alpha=0.5 NPO:beta=0.1 \
         --reference_model ORIGINAL --output_dir effects
 
-    gfast geffect --per token ...          # every token of every forget answer; or sample: every answer
+    gfast geffect --model MODEL --per token ...   # every token of every forget answer; or sample: every answer
 
 Objectives that compare with the original model read it from `--reference_model`; without it the model is its own
 reference, as at the first step of an unlearning run.
