@@ -59,6 +59,7 @@ TORCH_LIBRARY(gfast, m) {
   m.def("pair_sums(Tensor x, Tensor y, int[] rows, int[] columns) -> Tensor");
   m.def("row_dots(Tensor a, Tensor b, Tensor direction) -> Tensor");
   m.def("fresh(int[] size, ScalarType dtype) -> Tensor");
+  m.def("unpooled(int[] size, ScalarType dtype) -> Tensor");
   m.def("empty_cache() -> int");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("grad_dots(Tensor[] xs, Tensor[] ys, int[] groups, int num_groups, int num_dirs) -> Tensor");
@@ -131,9 +132,10 @@ TORCH_LIBRARY_IMPL(gfast, Autograd, m) {
        {"logp_rows", "logp_rows_grad", "weighted_rows", "kl_rows", "kl_parts", "kl_rows_grad", "soft_rows", "stat_rows",
         "stat_rows_grad", "fold_rows", "mixed_mm", "head_grad_hidden", "head_grad_weight", "accumulate", "pair_dots",
         "pair_sums", "row_dots", "scale_",
-        "grad_dots"})  // not used_rows and fresh: booleans and new memory have no derivative to miss
+        "grad_dots"})  // not used_rows, fresh, unpooled: booleans and new memory have no derivative to miss
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_derivative>());
-  for (const char* name : {"label_factor", "fresh"})  // without this they pass a fallback of torch's, which takes longer
+  // without this they pass a fallback of torch's, which takes longer
+  for (const char* name : {"label_factor", "fresh", "unpooled"})
     m.impl(name, torch::CppFunction::makeFallthrough());
 }
 

@@ -43,11 +43,12 @@ def test_sums_and_products_of_sizes_do_not_wrap():
     for count, dirs in ((4, 2**62), (2, LARGE), (1, 1)):
         with pytest.raises(ValueError, match="got 0 direction tensors"):
             ops.grad_dots([x] * count, [], [0] * count, 1, dirs)
-    for size in ([2**40, 2**40], [2**62, 4], [-1], [LARGE]):
-        with pytest.raises((ValueError, RuntimeError), match="more than any memory|negative|no memory"):
-            ops.fresh(size, torch.float32)
-    with pytest.raises(TypeError, match="floating point"):
-        ops.fresh([3], torch.complex64)
+    for make in (ops.fresh, ops.unpooled):
+        for size in ([2**40, 2**40], [2**62, 4], [-1], [LARGE]):
+            with pytest.raises((ValueError, RuntimeError), match="more than any memory|negative|no memory"):
+                make(size, torch.float32)
+        with pytest.raises(TypeError, match="floating point"):
+            make([3], torch.complex64)
 
 
 def test_empty_tensors_of_any_width():

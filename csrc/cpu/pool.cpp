@@ -40,6 +40,15 @@ size_t setting(const char* name, size_t otherwise, size_t most) {
   return value;
 }
 
+Block fresh_block(size_t bytes) {
+  constexpr size_t page = size_t{2} << 20;
+  const size_t whole = (bytes + page - 1) / page * page;  // no overflow: bytes fit in 63 bits
+  void* data = nullptr;
+  TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, page, whole) == 0, "gfast: no memory for a gradient of ",
+                   bytes, " bytes");
+  return {data, whole};
+}
+
 class Pool {
  public:
   // A kept block of at least `bytes` and at most a quarter more, else new memory.
@@ -56,12 +65,7 @@ class Pool {
         return found;
       }
     }
-    constexpr size_t page = size_t{2} << 20;
-    const size_t whole = (bytes + page - 1) / page * page;  // no overflow: bytes fit in 63 bits
-    void* data = nullptr;
-    TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, page, whole) == 0, "gfast: no memory for a gradient of ",
-                     bytes, " bytes");
-    return {data, whole};
+    return fresh_block(bytes);
   }
 
   // Keeps the block, and the newest of the others, within the limit and for a while.
@@ -127,24 +131,39 @@ Pool& pool = *new Pool;
 
 int64_t empty_cache() { return static_cast<int64_t>(pool.empty()); }
 
-at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "gfast: fresh: a gradient is of floating point numbers, not ", dtype);
+size_t bytes_of(const char* op, at::IntArrayRef size, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "gfast: ", op, ": a gradient is of floating point numbers, not ", dtype);
   for (const int64_t one : size)
-    TORCH_CHECK_VALUE(one >= 0, "gfast: fresh: a size cannot be negative: ", size);
+    TORCH_CHECK_VALUE(one >= 0, "gfast: ", op, ": a size cannot be negative: ", size);
   int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
   for (const int64_t one : size)
-    TORCH_CHECK_VALUE(!__builtin_mul_overflow(bytes, one, &bytes), "gfast: fresh: ", size, " is more than any memory");
-  const Block block = pool.take(bytes);
+    TORCH_CHECK_VALUE(!__builtin_mul_overflow(bytes, one, &bytes), "gfast: ", op, ": ", size, " is more than any memory");
+  return static_cast<size_t>(bytes);
+}
+
+template <typename Free>
+at::Tensor tensor_of(Block block, at::IntArrayRef size, at::ScalarType dtype, Free free) {
   at::Tensor out = at::from_blob(
-      block.data, size, [block](void*) { pool.give(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
+      block.data, size, [block, free](void*) { free(block); }, at::TensorOptions().dtype(dtype).device(at::kCPU));
   advise_huge_pages(out);
   return out;
+}
+
+at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) {
+  return tensor_of(pool.take(bytes_of("fresh", size, dtype)), size, dtype, [](Block block) { pool.give(block); });
+}
+
+// New memory, which the system has back as soon as it is freed.
+at::Tensor unpooled(at::IntArrayRef size, at::ScalarType dtype) {
+  return tensor_of(fresh_block(bytes_of("unpooled", size, dtype)), size, dtype,
+                   [](Block block) { std::free(block.data); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gfast, CompositeExplicitAutograd, m) {
   m.impl("fresh", &fresh);
+  m.impl("unpooled", &unpooled);
   m.impl("empty_cache", &empty_cache);
 }
 

@@ -193,7 +193,8 @@ class ChunkedHead:
                 # A chunk that holds all rows is summed in fp32 inside the product: one rounding, no wide copy.
                 finished, wide = _grad_dtype(self._weight.dtype), stats_dtype(self.dtype)
                 only = stop - start == self.rows and self.dtype in (finished, wide)
-                self._total = fresh(tuple(self._weight.shape), finished if only else wide, self._weight.device)
+                kind = finished if only else wide
+                self._total = fresh(tuple(self._weight.shape), kind, self._weight.device, pooled=kind != finished)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
@@ -218,7 +219,7 @@ class ChunkedHead:
             if grad_weight is None:
                 grad_weight = torch.zeros_like(self._weight, dtype=dtype)
             elif grad_weight.dtype != dtype:
-                grad_weight = fresh(tuple(grad_weight.shape), dtype, grad_weight.device).copy_(grad_weight)
+                grad_weight = fresh(tuple(grad_weight.shape), dtype, grad_weight.device, pooled=False).copy_(grad_weight)
         grad_hidden = self.hidden.new_empty(0)
         if self.grad_hidden is not None:
             grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))

@@ -179,7 +179,7 @@ def fresh(r: Draw) -> Raw:
         if result.numel() < 1 << 20:  # more may be promised than there is
             result.fill_(1)
 
-    return Raw("fresh", [size, r.choice((torch.float32, torch.float64, *NARROW))], None, check)
+    return Raw(r.choice(("fresh", "unpooled")), [size, r.choice((torch.float32, torch.float64, *NARROW))], None, check)
 
 
 OPS = (
