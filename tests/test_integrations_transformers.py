@@ -11,6 +11,7 @@ from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients
 from helpers.training_tiny import collator, copied, datasets, tiny_model
 from test_training_parallel import together
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import gfast
 from gfast import hf
@@ -166,6 +167,11 @@ def test_a_loss_func_without_labels_or_logits_says_so():
         func({"loss": torch.zeros(())}, torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="DataParallel"):
         func({"logits": torch.zeros(1, 2, 3)}, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]))
+    for kind in (MaskedLMOutput, Seq2SeqLMOutput):
+        with pytest.raises(ValueError, match=f"{kind.__name__} is not of a causal"):
+            func(kind(logits=torch.zeros(1, 2, 3)), torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning"):
+        gfast_loss_func(GA(), arguments("unused", label_smoothing_factor=0.1))
 
 
 def test_two_processes_are_one_whatever_is_averaged(tmp_path):

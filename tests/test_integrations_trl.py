@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
 from helpers.literal_losses import FirstGradient, assert_same, gradients, literal
 from helpers.training_tiny import TOKENIZER, copied, tiny_model
+from transformers import TrainingArguments
 
 import gfast
 from gfast.integrations.trl import GFastLossMixin, dpo_batch
@@ -89,6 +92,46 @@ def test_what_is_no_batch_of_preferences_is_refused():
     row["completion_mask"][0, :5] = 0
     with pytest.raises(ValueError, match="the chosen answer 0 of a batch has no tokens"):
         dpo_batch(row)
+
+
+@dataclasses.dataclass
+class Preferences(TrainingArguments):
+    """As DPOConfig has them; DPOConfig itself where TRL is installed."""
+
+    loss_type: list[str] = dataclasses.field(default_factory=lambda: ["sigmoid"])
+    label_smoothing: float = 0.0
+    beta: float = 0.1
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False  # has its effect
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.5}, {"loss_type": "sigmoid"}, {"sync_ref_model": True}], ids=str)
+def test_options_of_the_loss_may_be_as_they_are(tmp_path, options):
+    with_options(tmp_path, objective=DPO(0.5) if options else DPO(0.2), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": ["ipo"]}, {"label_smoothing": 0.1}, {"beta": 0.4}, {"precompute_ref_log_probs": True}],
+    ids=str,
+)
+def test_options_of_a_loss_that_is_not_computed_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}=.* cannot be used with .*DPO\(beta=0.2\) stands"):
+        with_options(tmp_path, objective=DPO(0.2), **options)
+
+
+def with_options(folder, objective, **options):
+    from transformers import Trainer
+
+    class Mine(GFastLossMixin, Trainer):
+        pass
+
+    try:
+        from trl import DPOConfig
+    except ImportError:
+        Preferences.__module__, DPOConfig = "trl.trainer.dpo_config", Preferences
+    args = DPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none", **options)
+    return Mine(tiny_model(), args=args, objective=objective)
 
 
 def test_an_adapter_of_its_own_is_the_original():

@@ -41,8 +41,9 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
 
     Raises:
         ValueError: here, for an objective over sequences (its mean is not over num_items_in_batch) or one that needs
-            values of the original model, which a loss function never sees; at the first batch, in several processes
-            whose counts are not summed, for DataParallel, and for labels of first tokens where Trainer counts them.
+            values of the original model, which a loss function never sees, and for label smoothing in the arguments; at
+            the first batch, for a model that is not causal, in several processes whose counts are not summed, for
+            DataParallel, and for labels of first tokens where Trainer counts them.
 
     Source: arXiv 2502.19301.
 
@@ -67,7 +68,12 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
     if lacking:
         raise ValueError(f"gfast: {objective} needs {lacking[0]}, which Trainer does not hand a loss func; {instead}")
 
+    if getattr(args, "label_smoothing_factor", 0):
+        raise ValueError("gfast: label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
+
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        if (kind := type(outputs).__name__).startswith(_NOT_CAUSAL):
+            raise ValueError(f"gfast: the model's {kind} is not of a causal language model, whose labels are shifted")
         logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
         if labels is None or logits is None:
             lacking = "labels" if labels is None else "logits (a fused loss such as Liger's took their place)"
@@ -103,6 +109,8 @@ def _check_count(labels: Tensor, count: Any, args: Any, instead: str) -> None:
             f"num_items_in_batch: let the collator set labels[:, 0] = -100, or {instead}"
         )
 
+
+_NOT_CAUSAL = ("MaskedLM", "Seq2Seq")  # by the beginning of the name of an output's class
 
 # transformers 5 counts labels[..., 1:] of causal models
 _COUNTS_FIRST = "1:]" not in inspect.getsource(getattr(Trainer, "_get_num_items_in_batch", Trainer.get_batch_samples))

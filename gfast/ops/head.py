@@ -219,7 +219,8 @@ class ChunkedHead:
             if grad_weight is None:
                 grad_weight = torch.zeros_like(self._weight, dtype=dtype)
             elif grad_weight.dtype != dtype:
-                grad_weight = fresh(tuple(grad_weight.shape), dtype, grad_weight.device, pooled=False).copy_(grad_weight)
+                narrow = fresh(tuple(grad_weight.shape), dtype, grad_weight.device, pooled=False)
+                grad_weight = narrow.copy_(grad_weight)
         grad_hidden = self.hidden.new_empty(0)
         if self.grad_hidden is not None:
             grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))

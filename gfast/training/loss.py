@@ -20,7 +20,13 @@ from gfast.training import batches
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import EvaluationNLL, OwnBatches
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
-from gfast.training.options import REFUSED, refuse_compiled, refuse_ignored_arguments, refuse_ignored_options
+from gfast.training.options import (
+    REFUSED,
+    refuse_another_loss,
+    refuse_compiled,
+    refuse_ignored_arguments,
+    refuse_ignored_options,
+)
 from gfast.training.reference import ReferenceCache
 from gfast.training.terms import StepTerms
 
@@ -112,6 +118,7 @@ class GFastLossMixin:
                 f"GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
             )
         self.objective = objective if isinstance(objective, Mix) else Mix(objective)
+        refuse_another_loss(self.args, self.objective.forget, type(self).__name__)
         self.references = dict(references or {})
         unknown = set(self.references) - set(SETS)
         if unknown:

@@ -9,6 +9,7 @@ instead; all others are Trainer's own work and mean what they always mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -88,6 +89,34 @@ def refuse_ignored_options(args: Any, names: Iterable[str] = tuple(REFUSED), tra
         value = getattr(args, name, None)
         if hasattr(args, name) and refused(value, args):
             raise ValueError(f"{name}={value!r} cannot be used with {trainer}: {reason}")
+
+
+# What the configurations of TRL's trainers say about losses of their own, and of log-probs summed ahead for them.
+_OF_THEIR_LOSS = (
+    "loss_type loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting "
+    "discopop_tau rpo_alpha reference_free router_aux_loss_coef precompute_ref_log_probs beta"
+).split()
+
+
+def refuse_another_loss(args: Any, objective: Any, trainer: str) -> None:
+    """ValueError that names an option of TRL's which shapes a loss that the objective takes the place of, unless it is
+    as it was, or a beta that is the objective's own.
+    """
+    for name in _OF_THEIR_LOSS:
+        owner = next((cls for cls in type(args).__mro__ if name in vars(cls).get("__annotations__", ())), None)
+        if owner is None or owner.__module__.partition(".")[0] != "trl":
+            continue
+        field, value = owner.__dataclass_fields__[name], getattr(args, name)
+        usual = field.default if field.default is not MISSING else field.default_factory()
+        if value == usual or (isinstance(usual, list) and [value] == usual):
+            continue
+        if name == "beta" and value == getattr(objective, "beta", None):
+            continue
+        raise ValueError(
+            f"{name}={value!r} of {owner.__name__} cannot be used with {trainer}: it is of a loss in whose place that "
+            f"of {objective} stands; leave it {usual!r}, and say in objective= what is to be optimised"
+            + ("; own_loss_terms=True adds the balance of experts" if name == "router_aux_loss_coef" else "")
+        )
 
 
 def refuse_ignored_arguments(
