@@ -148,6 +148,8 @@ def facts(config: Any) -> Facts:
     """The numbers of a model that is never made."""
     with torch.device("meta"):
         model = _model(config, torch.bfloat16)
+    if any(hf.is_routed(name) for name, _ in model.named_modules()):
+        raise ValueError("it is a mixture of experts, and which of them a text takes is not known before it is there")
     head = hf.output_layer(model).weight
     inner = hf.structure.blocks(hf.unwrap(model))
     matrices = [p for block in inner for p in block.parameters() if p.dim() >= 2]
@@ -306,8 +308,15 @@ class Planner:
     ) -> None:
         self.config, self.work, self.machine, self.devices = config, work, machine, devices
         self.sharded = devices > 1 if sharded is None else sharded and devices > 1
-        self.facts = facts(config)
         self._steps: dict[tuple[bool, bool], int] = {}
+        try:
+            self.facts = facts(config)
+            self._step(False, not self.sharded)
+        except Exception as error:  # transformers', PyTorch's or the model's own, where a part of a model is not known
+            raise ValueError(
+                f"gfast plan knows decoders of text that transformers' AutoModelForCausalLM makes, and can not count "
+                f"{config.model_type!r}: {str(error).splitlines()[0][:200] or type(error).__name__}"
+            ) from error
 
     def training(self, recipe: Recipe, checkpoints: bool) -> Estimate:
         """A step of an objective that needs the original (from a cache): one forward and backward over the tokens."""

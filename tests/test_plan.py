@@ -128,9 +128,30 @@ def test_a_plan_in_words_and_what_it_refuses(tmp_path, capsys):
         (["plan", "--model", str(path), "--machine", str(path)], "no machine profile"),
         (["plan", "--model", str(profile)], "no model_type"),
         (["plan", "--model", str(path), "--gpus", "0"], "--gpus must be at least 1"),
+        (["plan", "--model", str(path), "--steps", "0"], "--steps must be at least 1"),
+        (["plan", "--model", str(path), "--memory", "0"], "--memory must be a number of GB above 0"),
+        (["plan", "--model", str(path), "--memory", "nan"], "--memory must be a number of GB above 0"),
     ):
         assert main(wrong) == 2
         assert word in capsys.readouterr().err, word
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (llama(hidden_size=64, num_hidden_layers=0), "cannot find the decoder blocks"),
+        (dict(model_type="t5", d_model=64), "Unrecognized configuration class"),
+        (dict(model_type="mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100), "num_attention_heads"),
+        (llama(model_type="mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=2), "mixture of experts"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_model_that_is_not_known_is_refused_by_its_name(tmp_path, capsys, config, word):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert main(["plan", "--model", str(path), "--tokens", "64"]) == 2
+    said = capsys.readouterr().err
+    assert f"can not count {config['model_type']!r}" in said and word in said
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.model is None:
         raise ValueError("--model is needed: a folder, a config.json, or a name on the hub")
-    for name in ("tokens", "length", "gpus", "samples"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for name in ("tokens", "length", "gpus", "samples", "steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise ValueError(f"--memory must be a number of GB above 0, not {options.memory}")
     plan = _plan(options)
     print(json.dumps(plan, indent=1) if options.json else _text(plan))
     return 0
