@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 import gfast
 from gfast import hf
 from gfast.integrations.transformers import GFastLossMixin, gfast_loss_func
-from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
+from gfast.objectives import DPO, GA, KL, NLL, NPO, PDU, RMU, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
 
 RATE = 1e-2
 TOKENS = [GA(), NLL(), WGA(alpha=1.0), SatImp(5.0, 1.0)]
@@ -157,6 +157,11 @@ def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
 def test_a_loss_func_refuses_what_tokens_alone_do_not_give(objective):
     with pytest.raises(ValueError, match="GFastLossMixin"):
         gfast_loss_func(objective)
+
+
+def test_a_loss_func_has_no_dual_variable():
+    with pytest.raises(ValueError, match="dual variable.*retain loss, and there is none"):
+        gfast_loss_func(PDU(primal_dual=True))
 
 
 def test_a_loss_func_without_labels_or_logits_says_so():

@@ -164,6 +164,11 @@ def test_probabilities_and_empty_input():
     truth = -(q * logits.log_softmax(-1))[counted].sum() / counted.sum()
     found = gfast.soft_target_loss(logits, q, labels, probabilities=True)
     assert found.item() == pytest.approx(truth.item(), rel=1e-12)
+    narrow = q.float()  # its logarithm has the digits of the logits
+    exact = narrow.double() / narrow.double().sum(-1, keepdim=True)
+    truth_of_it = -(exact * logits.log_softmax(-1))[counted].sum() / counted.sum()
+    found = gfast.soft_target_loss(logits, narrow, labels, probabilities=True)
+    assert found.item() == pytest.approx(truth_of_it.item(), rel=1e-13)
     q[1] = 5.0  # what lies where no label counts is nobody's target
     assert gfast.soft_target_loss(logits.float(), q, labels, probabilities=True).item() == pytest.approx(truth.item())
     z = torch.empty(0, 9, requires_grad=True)

@@ -191,6 +191,6 @@ def _check_whole(used: Iterable[Term], data: Data) -> None:
         if term.objective.of_batch and len(batches) > 1:
             raise ValueError(
                 f"gfast: {term.objective} weighs the sequences of a batch against each other, and the {term.source} "
-                f"data is cut into {len(batches)} batches: give the one of a training step (processes='own' where "
-                f"several processes would divide it)"
+                f"data is cut into {len(batches)} batches: give one, as of a training step (a larger batch size; "
+                f"processes='own' where several processes would divide it)"
             )

@@ -15,6 +15,7 @@ from gfast.objectives import UNWEIGHTED, Mix
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.weights import default_reduction, kernel_spec
+from gfast.training.dual import check_dual
 from gfast.training.loss import GFastLossMixin
 
 __all__ = ["GFastLossMixin", "gfast_loss_func"]
@@ -29,9 +30,9 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
     objective.
 
     Args:
-        objective: GA, WGA, SatImp, ETW, PDU, MASC, NLL or PO, or a callable ``(logp, ref_logp, sequence_id) ->
-        weights``. PO as NLL of
-            the batch's labels, which must be those of a refusal.
+        objective: GA, WGA, SatImp, SimSat, SimImp, ETW, PDU (without a dual variable), MASC, NLL or PO, or a callable
+            ``(logp, ref_logp, sequence_id) -> weights``. PO as NLL of the batch's labels, which must be those of a
+            refusal.
         args: the Trainer's arguments; needed in several processes, where average_tokens_across_devices decides what
             num_items_in_batch counts.
 
@@ -58,6 +59,7 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         raise ValueError(
             f"gfast: {objective} needs more than the logits of one batch, all that a loss func sees; {instead}"
         )
+    check_dual(objective)
     spec = kernel_spec(objective)
     if default_reduction(objective) != "token_mean" or (spec is not None and spec.level != "token"):
         raise ValueError(

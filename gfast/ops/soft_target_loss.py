@@ -144,7 +144,7 @@ def log_of_probabilities(name: str, q: Tensor, labels: Tensor, dtype: torch.dtyp
                 f"{float(least.reshape(-1)[where]):.3g}; pass q / q.sum(-1, keepdim=True), or logits with "
                 f"probabilities=False."
             )
-    return q.to(stats_dtype(q.dtype)).log().to(dtype)
+    return q.to(torch.promote_types(stats_dtype(q.dtype), dtype)).log().to(dtype)
 
 
 def soft_target_loss(
