@@ -104,6 +104,20 @@ def test_what_cannot_be_judged(tmp_path, capsys):
     fails("is damaged", tmp_path / "damaged")
 
 
+@pytest.mark.parametrize("end", ["killed", "nan", "late"])
+def test_the_nll_in_the_end_is_that_after_the_last_update(tmp_path, capsys, end):
+    steps = {"killed": (0, 4), "nan": (0, 4, 8), "late": (2, 4, 8)}[end]
+    course = {step: (-1.0, 1.0, 0.1 + step, math.nan if end == "nan" and step == 8 else 0.1) for step in steps}
+    run = write_run(tmp_path / "run", "GA()", course)
+    row = {"run": "run", "objective": "GA()", "step": 8, "epoch": 0.0, "quantity": "loss", "side": "", "group": ""}
+    write_record(run, [row | {"value": 1.0}])
+    assert cli.main(["audit", str(run)]) == 1
+    first, last = (2, 8) if end == "late" else (0, 4)
+    assert (
+        f"the NLL was measured from step {first} to {last}, and the run is one of 8 updates" in capsys.readouterr().out
+    )
+
+
 def test_effects_that_steps_measured(tmp_path):
     run = write_run(tmp_path / "run", "GA() + NLL()", {0: (-1.0, 1.0, 0.1, 0.1), 4: (-1.0, 1.0, 0.2, 0.1)})
     for step in range(4):

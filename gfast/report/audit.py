@@ -56,9 +56,14 @@ class Criteria:
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"gfast: {name} is {getattr(self, name):g}; give {words}")
 
-    def outcome(self, forget: Mapping[str, float] | None, retain: Mapping[str, float] | None) -> list[str]:
-        """What is wrong with the NLL in the end, in words; empty where nothing is, or none was recorded."""
+    def outcome(self, forget: Mapping[str, float] | None, retain: Mapping[str, float] | None, total: int) -> list[str]:
+        """What is wrong with the NLL after all updates, in words; empty where nothing is, or none was recorded."""
         found = []
+        for nll in [one for one in (forget, retain) if one and (one["first_step"], one["last_step"]) != (0, total)][:1]:
+            found.append(
+                f"the NLL was measured from step {nll['first_step']} to {nll['last_step']}, and the run is one of "
+                f"{total} updates"
+            )
         if forget and not forget["after"] > forget["before"]:
             found.append(f"the forget NLL did not rise ({number(forget['before'])} to {number(forget['after'])})")
         if retain and not retain["after"] <= self.rise * retain["before"]:
@@ -138,7 +143,7 @@ def audit(
     summaries = [summarize(run), *(summarize(one) for one in runs if one.folder != folder)]
     match(summaries)
     forget, retain = summaries[0]["forget_nll"], summaries[0]["retain_nll"]
-    outcome = criteria.outcome(forget, retain)
+    outcome = criteria.outcome(forget, retain, total)
     found = {
         "passed": not failed and not outcome,
         "verdict": _verdict(updates, failed, total, outcome),
