@@ -387,3 +387,22 @@ def test_what_leaves_the_gradients_alone_may_come_between():
         other.forget(loss(model, FORGET, GA()))
     one.retain(loss(model, RETAIN, NLL()))
     assert one.effect().retain == pytest.approx(truth.retain, rel=1e-10)
+
+
+@pytest.mark.parametrize("surgery", [None, "pcgrad:tensor", "gru"])
+def test_a_loss_of_another_model_is_refused(surgery):
+    model, other = tiny("llama"), tiny("llama")
+    monitor = gfast.GEffectMonitor(model, unlearn=True, objective=WGA(), surgery=surgery)
+    calls = (
+        lambda: monitor.forget(loss(other, FORGET, WGA())),
+        lambda: monitor.forget(loss(model, FORGET, WGA()), risk=loss(other, FORGET, NLL())),
+        lambda: monitor.retain(loss(other, RETAIN, NLL())),
+        lambda: monitor.retain(loss(model, RETAIN, WGA()), risk=loss(other, RETAIN, NLL())),
+        lambda: monitor.retain(None, risk=loss(other, RETAIN, NLL())),
+    )
+    for index, call in enumerate(calls):
+        if index > 1:
+            monitor.forget(loss(model, FORGET, WGA()))
+        with pytest.raises(ValueError, match="the loss is of another model than the monitor's"):
+            call()
+        assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())

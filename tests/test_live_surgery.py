@@ -257,3 +257,32 @@ def test_grus_state_goes_on_in_another_monitor():
     ):
         with pytest.raises(ValueError, match=words):
             gfast.GEffectMonitor(model, surgery=surgery).load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "sago"])
+def test_sparse_gradients(rule):
+    """Those of torch.nn.Embedding(sparse=True), on either side: what the optimizer gets is dense."""
+    torch.manual_seed(0)
+    table, head = torch.nn.Embedding(9, 4, sparse=True).double(), torch.nn.Linear(4, 1).double()
+    model = torch.nn.ModuleDict({"table": table, "head": head})
+    losses = [
+        lambda: -head(table(torch.tensor([1, 2]))).exp().sum(),
+        lambda: head(table(torch.tensor([2, 3]))).exp().sum(),
+    ]
+    found = []
+    for one in losses:
+        model.zero_grad()
+        one().backward()
+        found.append({n: p.grad.to_dense() for n, p in model.named_parameters()})
+    model.zero_grad()
+    surgery = Surgery.parse(rule)
+    monitor = gfast.GEffectMonitor(model, lambda name: "all", surgery=surgery)
+    monitor.forget(losses[0]())
+    monitor.retain(losses[1]())
+    scope = "tensor" if surgery.scope == "tensor" else "global"
+    expected = literal(surgery.kind, scope, *found, {}, surgery.moving)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-14)
+    assert monitor.effect().total("retain") == pytest.approx(
+        sum(float((found[0][n] * g).sum()) for n, g in found[1].items())
+    )

@@ -24,6 +24,10 @@ from gfast.ops.grad_dot import grad_dots
 UR, RR, UU, RM, MM, RD, UD = range(7)
 COLUMNS = 7
 Rows = dict[int, Tensor]
+_UNREACHED = (
+    "gfast: no parameter has a gradient after the backward: the loss is of another model than the monitor's, or the "
+    "model is sharded by FSDP2, where every backward must reduce: leave set_requires_gradient_sync(True)"
+)
 
 
 class Gradients:
@@ -99,9 +103,11 @@ class Gradients:
         finally:
             for handle in handles:
                 handle.remove()
-        for index in sorted(self._parts):
-            if self.parameters[index].grad is not None:
-                take(index)
+        parts = [index for index in sorted(self._parts) if self.parameters[index].grad is not None]
+        if not came and not parts:
+            raise ValueError(_UNREACHED)
+        for index in parts:
+            take(index)
 
     def learn_parts(self) -> None:
         """What came in parts in a backward whose gradients nobody has looked at yet is known from now on."""
@@ -154,6 +160,8 @@ class Gradients:
         if self.late:
             self.backward(loss)
             found = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+            if not found:
+                raise ValueError(_UNREACHED)
             self._take(self._with_zeros(found, range(len(self.parameters))), rows, adds)
         else:
             self._merge_on_the_way(loss, rows, adds)
@@ -228,6 +236,7 @@ class Gradients:
 
     def _operated(self, pairs: dict[int, tuple[Tensor, Tensor | None]], rows: Rows, adds: bool) -> dict[int, Tensor]:
         """Gradients after surgery, of whole units."""
+        pairs = {i: (_dense(r), None if u is None else _dense(u)) for i, (r, u) in pairs.items()}
         if self.surgery.kind == "sago":
             return {
                 i: sign_aligned(torch.zeros_like(r) if u is None else u, r, adds) for i, (r, u) in pairs.items()
@@ -298,6 +307,10 @@ def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
 def _added(x: Tensor, y: Tensor) -> Tensor:
     """x + y, in x's memory where it can be."""
     return x.add_(y) if x.layout == y.layout == torch.strided else x + y
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
 
 
 def _bytes(x: Tensor) -> int:

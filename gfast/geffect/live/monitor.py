@@ -184,11 +184,6 @@ class GEffectMonitor:
             step.local |= ddp is not None and not ddp.require_backward_grad_sync
             gradients.sweep(loss, lambda index: None, retain_graph=shared)
             gradients.learn_parts()
-            if gradients.none():
-                _refuse(
-                    "no parameter has a gradient after the backward of the forget loss. Under FSDP2 every backward "
-                    "must reduce: leave set_requires_gradient_sync(True)"
-                )
             step.forgets, step.forget_factor = step.forgets + 1, factor
             step.add("forget", loss)
             if risk is not None:
