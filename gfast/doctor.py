@@ -121,7 +121,8 @@ def _table() -> list[str]:
     chosen = {(row["op"], row["device"]): row["impl"] for row in dispatch.status() if row["auto"]}
     kinds = list(dict.fromkeys(kind for _, kind in chosen))
     rows = [["op", *kinds], *([op, *(chosen[op, kind] for kind in kinds)] for op in dispatch.OPS)]
-    return ["  ".join(f"{text:<19}" for text in row).rstrip() for row in rows]
+    width = max(len(text) for row in rows for text in row)
+    return ["  ".join(f"{text:<{width}}" for text in row).rstrip() for row in rows]
 
 
 def _advice() -> str:
