@@ -160,35 +160,6 @@ def test_weights_that_are_given_multiply(objective):
             torch.testing.assert_close(x, exact, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_weights_that_are_given_to_tpo(reduction, impl):
-    """The mean over a sequence times its value; the gradient of each label's logit times its own."""
-    hidden, weight, bias, labels, _ = problem()
-    given, objective = torch.randn(4, 7, generator=torch.Generator().manual_seed(2)).double(), TPO(beta=0.5, floor=1.0)
-    valid, safe = labels != -100, labels.clamp(min=0)
-
-    def truth(h, w, b):
-        own = torch.where(valid, linear_of(h, w, b).gather(-1, safe[..., None])[..., 0], 0.0)
-        size = valid.sum(1)
-        x = 0.5 * (1.0 - own.sum(1) / size)
-        value = ((given * valid).sum(1) / size * (2 / 0.5) * torch.log1p(torch.exp(-x))).sum()
-        surrogate = ((2 * torch.sigmoid(-x) / size).detach()[:, None] * given * own).sum()
-        return value.detach() + surrogate - surrogate.detach()
-
-    options = dict(weight=given, reduction=reduction, impl=impl)
-    rows = lambda h, w, b: gfast.unlearn_loss(linear_of(h, w, b), labels, objective, **options).loss.sum()  # noqa: E731
-    head = lambda h, w, b: gfast.linear_unlearn_loss(h, w, labels, objective, bias=b, **options).loss.sum()  # noqa: E731
-    inputs = hidden, weight, bias
-    for fn in (rows, head):
-        for x, exact in zip(run(fn, inputs), run(truth, inputs), strict=True):
-            torch.testing.assert_close(x, exact, rtol=1e-10, atol=1e-12)
-        if impl == "reference":
-            found = torch.func.grad(fn, (0, 1, 2))(*inputs)
-            for x, exact in zip(found, torch.func.grad(truth, (0, 1, 2))(*inputs), strict=True):
-                torch.testing.assert_close(x, exact, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("reduction", ["sequence_mean", "sum", "none"])
 @pytest.mark.parametrize("objective", OBJECTIVES[::2], ids=str)
 def test_reductions_add_up(objective, reduction):

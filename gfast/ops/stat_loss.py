@@ -39,8 +39,6 @@ NOT_ONE_NUMBER = (
     "gfast: {name}: inplace=True needs a loss that is one number: with reduction 'none' the gradient is only known in "
     "the backward."
 )
-# fp16 gradients are kept near the top of the range: factors of a row are expected to stay below this
-_LARGEST_FACTOR = 256.0
 
 
 class Parts(NamedTuple):
@@ -159,20 +157,32 @@ class _Rows:
 def _fake_logits(logits, labels, per_row, factor, kind, numbers, count, with_grad, impl):
     dtype, (rows, vocab) = stats_dtype(logits.dtype), logits.shape
     per_row = [logits.new_empty(rows, dtype=dtype) for _ in range(3)]
-    return *per_row, logits.new_empty(rows if with_grad else 0, vocab)
+    return *per_row, logits.new_empty(rows if with_grad else 0, vocab), logits.new_empty((), dtype=dtype)
+
+
+def _room(found: Parts, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a gradient of ``dtype`` at ``factor`` is multiplied by to stay within the range, 0-dim: a power of two, 1
+    unless a row's factors are beyond what was expected."""
+    if dtype != torch.float16 or not found.adds.numel():
+        return torch.ones_like(factor)
+    rows = torch.cat([x.reshape(-1) for x in (found.mean, found.weight, found.adds)]).abs()
+    top = factor * rows.nan_to_num(0.0, posinf=0.0).amax()
+    return torch.exp2((15.0 - torch.log2(top).ceil()).clamp(-100.0, 0.0))
 
 
 def _into(logits, labels, per_row, factor, spec: StatSpec, count: int, out, impl: str):
-    """Values, log-probs and weights [N] of logits [N, V]; ``out`` (None: unwanted, or the logits) gets factor times the
-    gradient of the values' sum. ``per_row``: ids of sequences and weights that were given, [N] or None."""
+    """Values, log-probs and weights [N] of logits [N, V], and r of ``_room``; ``out`` (None: unwanted, or the logits)
+    gets r times factor times the gradient of the values' sum. ``per_row``: ids of sequences and weights that were
+    given, [N] or None."""
     rows, every = _Rows(spec, logits.shape[1], logits.shape[0], logits, impl), slice(None)
     rows.read(every, logits, labels, (1.0, 0.0))
     stats = rows.of(every)
     ids, given = per_row
     found = times_given(parts(spec, stats, labels, ids, count), given)
+    room = torch.ones_like(factor) if out is None else _room(found, factor, out.dtype)
     if out is not None:
-        rows.write(every, every, logits, labels, found, factor, (1.0, 0.0), out)
-    return found.value, stats.logp.clone(), found.weight
+        rows.write(every, every, logits, labels, found, factor * room, (1.0, 0.0), out)
+    return found.value, stats.logp.clone(), found.weight, room
 
 
 @python_op("stat_loss", _fake_logits)
@@ -186,12 +196,13 @@ def _stat_logits(
     count: int,
     with_grad: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chosen = select("token_stats", impl, logits.device, logits.dtype)
     label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), chosen)
     out = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
     spec, rows = StatSpec(kind, tuple(numbers)), unit_stride(logits)
-    return *_into(rows, labels, per_row, factor, spec, count, out if with_grad else None, chosen), out
+    *found, room = _into(rows, labels, per_row, factor, spec, count, out if with_grad else None, chosen)
+    return *found, out, room
 
 
 def _fake_head(head, labels, per_row, factor, *rest):
@@ -278,9 +289,13 @@ class StatTerms(NamedTuple):
         weight = weight.detach()
         return self.finished((weight * logp).reshape(self.terms.labels.shape), logp, weight)
 
-    def kept(self, factor: Tensor) -> tuple[Tensor | None, float]:
-        """What ``kept_scale`` takes beside a factor and a dtype: how large a row's weight may be."""
-        given, times = self.terms.given_as(factor.dtype), 2.0 if self.spec.weighted else _LARGEST_FACTOR
+    def kept(self, factor: Tensor, summed: bool = False) -> tuple[Tensor | None, float]:
+        """What ``kept_scale`` takes beside a factor and a dtype: how large a row's factors may be. ``summed``: the
+        scale is that of all rows of a head, before their entropies are known; elsewhere ``_room`` makes room."""
+        given, times = self.terms.given_as(factor.dtype), self.spec.largest
+        if summed and self.spec.weighted:  # a weight is at most the number of labels of its sequence
+            labels, several = self.terms.labels, self.terms.sequence_id is not None
+            times = max(times, float(labels.numel() if several or labels.dim() < 2 else labels.shape[-1]))
         return (factor.new_ones(1) if given is None and times > 2 else given), times
 
     def per_row(self, dtype: torch.dtype) -> list[Tensor | None]:
@@ -316,9 +331,13 @@ def logits_loss(terms: Terms, spec: StatSpec, logits: Tensor, impl: str, inplace
         label_factor(terms.name, tokens.labels, vocab, dtype, chosen)  # before the logits are touched
         memory = Overwritten(terms.name, logits)
         memory.start()
-        value, logp, weight = _into(rows, tokens.labels, own.per_row(dtype), inner, spec, tokens.count, rows, chosen)
+        of = rows, tokens.labels, own.per_row(dtype), inner, spec, tokens.count, rows, chosen
+        value, logp, weight, room = _into(*of)
+        late = None if late is None else late / room
         return own.finished(memory.finished(value.sum() * factor, late), logp, weight)
-    value, logp, weight, gradient = _stat_logits(rows, tokens.labels, own.per_row(dtype), inner, *options, wanted, impl)
+    of = rows, tokens.labels, own.per_row(dtype), inner, *options, wanted, impl
+    value, logp, weight, gradient, room = _stat_logits(*of)
+    late = None if late is None else late / room
     total = value.sum()
     if not wanted:
         return own.finished(total * factor, logp, weight)
@@ -346,7 +365,7 @@ def head_loss(terms: Terms, spec: StatSpec, head: LocalHead, form: tuple[float, 
     factor, need, none = terms.factor(stats_dtype(head.hidden.dtype)), head.wanted(), terms.reduction == "none"
     if none and not spec.weighted:
         return own.literal(head_row_stats(head, top, form, impl))
-    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), *own.kept(factor))
+    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), *own.kept(factor, summed=True))
     sequences = [tokens.count, sequence_length(terms.labels, terms.sequence_id)]
     given = head.detached(), head.labels, own.per_row(factor.dtype), inner, spec.kind, list(spec.numbers), sequences
     wanted = [False] * 3 if none else need

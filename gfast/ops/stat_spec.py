@@ -30,6 +30,14 @@ class StatSpec(NamedTuple):
     def temperature(self) -> float:
         return self.numbers[0] if self.weighted else 1.0
 
+    @property
+    def largest(self) -> float:
+        """What factors of a row's gradient stay below; of entropies and flat ones, what is expected of them."""
+        if self.kind == "margin":
+            _, _, eta, beta = self.numbers
+            return beta / eta
+        return 256.0 if self.kind == "flat" else 2.0
+
     def top(self, vocab: int) -> int:
         """How many of the largest logits it looks at."""
         return min(vocab, int(self.numbers[0]) + 1 if self.kind == "margin" else 1)
