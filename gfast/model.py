@@ -434,12 +434,14 @@ def _of_label(output: ModelOutput, batch: Mapping[str, Any], objective: OfLabel,
     labels = shifted(_labels(batch))
     target, head = objective.target(labels, sequence_ids(batch)), output.head
     if head is None:
-        logp, vocab = token_logp(output.value, target, impl=impl), output.value.shape[-1]
+        objective.check(vocab := output.value.shape[-1])
+        logp = token_logp(output.value, target, impl=impl)
     else:
         rows = []  # of the weight, which may be here only while the head is called
 
         def of_head(hidden: Tensor) -> Tensor:
             rows.append(head.weight.shape[0])
+            objective.check(rows[-1])
             return linear_token_logp(hidden, head.weight, target, impl=impl, **head.form)
 
         logp, vocab = head.over(output.value, of_head), rows[-1]

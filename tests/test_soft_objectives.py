@@ -167,5 +167,10 @@ def test_tokens_of_a_target_cross_the_command_line():
     assert str(Mix(GA(), JSD())) == "GA() + JSD()"
     with pytest.raises(ValueError, match="JensUn needs a value for target_ids"):
         parse_objective("jensun")
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        gfast.model_loss(tiny("llama"), batch_of(), JensUn((10**6,)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj_like"])
+def test_the_tokens_of_a_refusal_are_the_models(kind):
+    for ids in ((61,), (3,) * 20 + (70,)):  # also those that no text is long enough for
+        with pytest.raises(ValueError, match=r"JensUn\(.*target_ids must be token ids of the model, below 61"):
+            gfast.model_loss(tiny(kind), batch_of(), JensUn(ids))

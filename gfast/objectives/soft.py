@@ -187,6 +187,9 @@ class OfLabel(Objective):
         """The token of each position [B, T], -100 where ignored; see ``SoftTarget.lowering``."""
         return labels
 
+    def check(self, vocab: int) -> None:
+        """ValueError for tokens that a vocabulary does not have."""
+
     def value(self, logp: Tensor, vocab: int) -> Tensor:
         """L_i, differentiable, of log-probs in at least fp32; finite and without NaN in its gradient at logp = 0."""
         raise TypeError(f"gfast: {type(self).__name__} defines no value.")
@@ -252,6 +255,9 @@ class JensUn(OfLabel):
             isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in self.target_ids
         )
         self._require(bool(fine), "target_ids must be token ids (whole numbers >= 0), at least one.")
+
+    def check(self, vocab: int) -> None:
+        self._require(max(self.target_ids) < vocab, f"target_ids must be token ids of the model, below {vocab}.")
 
     def target(self, labels: Tensor, sequence_id: Tensor | None) -> Tensor:
         texts = _texts(labels, sequence_id)
