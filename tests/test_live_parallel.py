@@ -9,7 +9,9 @@ from helpers.training_tiny import in_processes
 
 
 @slow_when(lambda p: p.name not in ("ddp", "fsdp2"))
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "ddp, tied", "fsdp2, tied", "ddp, adapters", "fsdp2, adapters"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", "ddp, tied", "fsdp2, tied", "ddp, adapters", "fsdp2, adapters", "ddp, views"]
+)
 def test_two_processes_measure_the_step_of_both(name):
     if "adapters" in name:
         pytest.importorskip("peft")

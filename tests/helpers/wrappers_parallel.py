@@ -82,6 +82,7 @@ WRAPPERS = {
     "ddp, tied": (lambda: tiny("tied_llama"), DistributedDataParallel),
     "ddp, unused": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, find_unused_parameters=True)),
     "ddp, static": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, static_graph=True)),
+    "ddp, views": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, gradient_as_bucket_view=True)),
     "ddp, adapters": (lambda: with_adapters(tiny("llama")), DistributedDataParallel),
     "fsdp2": (lambda: tiny("llama"), fsdp),
     "fsdp2, tied": (lambda: tiny("tied_llama"), fsdp),

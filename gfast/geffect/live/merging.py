@@ -56,6 +56,7 @@ class Gradients:
         # Gradients or units are complete only at the end: those of all processes, or of all parameters.
         whole = surgery is not None and (surgery.scope == "global" or processes.sharded)
         self.late = whole or (held and processes.replicated is not None)
+        self._views = getattr(processes.replicated, "gradient_as_bucket_view", False)  # DDP writes into gradients
 
     def drop(self) -> None:
         """No gradients, and nothing set aside."""
@@ -78,7 +79,9 @@ class Gradients:
         return all(parameter.grad is None for parameter in self.parameters)
 
     def marks(self) -> list[tuple[WeakIdRef, int] | None]:
-        """What is another one once somebody else has changed a gradient."""
+        """What is another one once somebody else has changed a gradient; nothing of views, which DDP renews itself."""
+        if self._views:
+            return []
         grads = [getattr(p.grad, "_local_tensor", p.grad) for p in self.parameters]
         return [None if g is None else (WeakIdRef(g), g._version) for g in grads]
 
@@ -115,11 +118,9 @@ class Gradients:
         self.torn.clear()
 
     def set_aside(self) -> None:
-        ddp = self.processes.replicated
-        views = ddp is not None and getattr(ddp, "gradient_as_bucket_view", False)  # DDP would write into them
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
-                self.aside[index] = parameter.grad.clone() if views else parameter.grad
+                self.aside[index] = parameter.grad.clone() if self._views else parameter.grad
                 parameter.grad = None
 
     def put_back(self) -> None:
