@@ -15,7 +15,7 @@ from gfast import cli
 from gfast.files import read_json
 from gfast.report.audit import Criteria, audit
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.records import read_records, read_run_info, write_record
+from gfast.training.records import read_records, read_run_info, write_record, write_run_info
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,17 @@ def test_the_nll_in_the_end_is_that_after_the_last_update(tmp_path, capsys, end)
     assert (
         f"the NLL was measured from step {first} to {last}, and the run is one of 8 updates" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("info", [None, {}, {"objective": "GA()", "config": {"surgery": "gru"}}])
+def test_a_run_of_python_that_recorded_no_model(tmp_path, info):
+    made = write_run(tmp_path / "made", "GA()", {0: (-1.0, 1.0, 0.1, 0.1), 5: (-1.0, 1.0, 0.2, 0.1)})
+    run = tmp_path / "run"
+    if info is not None:
+        write_run_info(run, info)
+    shutil.copytree(made / "records", run / "records")
+    page, found = audit(run)
+    assert found["passed"] and "not recorded" in page.read_text()
 
 
 def test_effects_that_steps_measured(tmp_path):
