@@ -77,7 +77,7 @@ def test_live_effects(tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_loop_by_torchrun():
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", FOLDER / "sharded_loop.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FOLDER / "sharded_loop.py"]
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step ") == 3
