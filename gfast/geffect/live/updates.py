@@ -97,24 +97,23 @@ class Updates:
         flat = [here(g).reshape(-1) for g in gradients]
         weights = here(parameter.detach()).reshape(-1)
         momentum = here(state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"]).reshape(-1)
-        square = here(state["exp_avg_sq"]).reshape(-1) if "exp_avg_sq" in state else None
-        if square is not None:
-            (beta1, beta2), count = group["betas"], self._counts[index]
-            size = rate / (1.0 - beta1**count)
-            root, eps = 1.0 / math.sqrt(1.0 - beta2**count), group["eps"]
-            decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-            shrink = rate * decay if decoupled else 0.0
+        if "exp_avg_sq" not in state:
+            return -rate * grad_dots([momentum], [[g] for g in flat], [0], 1)[0, : len(flat)]
+        square = here(state["exp_avg_sq"]).reshape(-1)
+        (beta1, beta2), count = group["betas"], self._counts[index]
+        size, root = rate / (1.0 - beta1**count), math.sqrt(1.0 - beta2**count)
+        decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+        shrink = rate * decay if decoupled else 0.0
+        xs = 2 if shrink else 1  # direction, weights
         scratch = torch.empty(min(CHUNK, len(momentum)), dtype=momentum.dtype, device=momentum.device)
+        sums = torch.zeros(xs, len(flat), dtype=torch.float64, device=out.device)
         for start in range(0, len(momentum), CHUNK):
             at = slice(start, start + CHUNK)
-            update = scratch[: len(momentum[at])]
-            if square is None:
-                torch.mul(momentum[at], -rate, out=update)
-            else:
-                torch.sqrt(square[at], out=update)
-                update.mul_(-root / size).sub_(eps / size)
-                torch.div(momentum[at], update, out=update)
-                if shrink:
-                    update.mul_(1.0 / (1.0 - shrink)).sub_(weights[at], alpha=shrink / (1.0 - shrink))
-            out += grad_dots([update], [[g[at]] for g in flat], [0], 1)[0, : len(flat)]
+            direction = scratch[: len(momentum[at])]
+            torch.sqrt(square[at], out=direction)
+            torch.div(momentum[at], direction.add_(group["eps"] * root), out=direction)
+            sums += grad_dots([direction, weights[at]][:xs], [[g[at]] * xs for g in flat], range(xs), xs)[:, : len(flat)]
+        out += sums[0] * (-size * root / (1.0 - shrink))
+        if shrink:
+            out -= sums[1] * (shrink / (1.0 - shrink))
         return out
