@@ -130,12 +130,17 @@ def plain_loss(objective: str, logits: Tensor, labels: Tensor, ref_logp: Tensor)
     return objective_of_nll(objective, nll, labels, ref_logp)
 
 
+def largest(logits: Tensor, count: int) -> Tensor:
+    """[N, count]; of equal ones, which 16 bits have often, the first: amax would share its gradient among them."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).values[:, :count]
+
+
 def plain_margins(objective: str, logits: Tensor, labels: Tensor) -> Tensor:
     """Values of PDU or MASC, 0 at ignored labels; logits [N, V]."""
     if objective == "pdu":
-        return torch.where(labels != -100, (logits.amax(-1) - logits.mean(-1)) ** 2, 0.0)
+        return torch.where(labels != -100, (largest(logits, 1)[:, 0] - logits.mean(-1)) ** 2, 0.0)
     masc, target = MARGINS["masc"], labels.clamp(min=0)[:, None]
-    rivals = logits.scatter(1, target, -torch.inf).topk(masc.k, -1).values
+    rivals = largest(logits.scatter(1, target, -torch.inf), masc.k)
     margin = logits.gather(1, target)[:, 0] - torch.logsumexp(rivals, -1)
     tau = math.log(masc.rho / (1 - masc.rho))
     return torch.where(labels != -100, torch.relu(margin - (tau - masc.eta)) / masc.eta, 0.0)
