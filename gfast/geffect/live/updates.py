@@ -112,7 +112,8 @@ class Updates:
             direction = scratch[: len(momentum[at])]
             torch.sqrt(square[at], out=direction)
             torch.div(momentum[at], direction.add_(group["eps"] * root), out=direction)
-            sums += grad_dots([direction, weights[at]][:xs], [[g[at]] * xs for g in flat], range(xs), xs)[:, : len(flat)]
+            both, ys = [direction, weights[at]][:xs], [[g[at]] * xs for g in flat]
+            sums += grad_dots(both, ys, range(xs), xs)[:, : len(flat)]
         out += sums[0] * (-size * root / (1.0 - shrink))
         if shrink:
             out -= sums[1] * (shrink / (1.0 - shrink))
