@@ -77,7 +77,8 @@ def test_everything_is_there(finished):
     assert [row["setting"] for row in values["grid"]["rows"]] == ["GA", "WGA:alpha=0.5", "WGA:alpha=2"]
     assert [row["rows"] for row in values["sizes"]] == [3, 6]
     assert {row["what"] for row in values["cost"]} >= {"taught", "runs/ga", "evaluations", "calibrated", "grid"}
-    assert (out / "figures" / "pareto.png").exists() and "| before unlearning |" in (out / "tables.md").read_text()
+    assert all((out / "figures" / f"{name}.png").exists() for name in ("pareto", "matched"))
+    assert "| before unlearning |" in (out / "tables.md").read_text()
     assert (out / "runs" / "ga" / "seed0" / "checkpoint-2").is_dir()  # the grid's, and no other
     assert not (out / "runs" / "ga" / "seed0" / "checkpoint-4").exists()
 

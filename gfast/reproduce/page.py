@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from gfast.files import readable, whole_file
 from gfast.report.figures import Drawing, draw_pareto, drawings
 from gfast.report.html import data_uri, flatten, rendered
 from gfast.report.runs import Run
+from gfast.report.style import Theme, run_color
 from gfast.report.tables import number
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.steps import Steps
@@ -44,6 +47,12 @@ COST_COLUMNS = (
     ("seconds", "Seconds"),
     ("each", "Seconds each"),
     ("measuring", "of it, G-effects and NLL"),
+)
+
+
+MATCHED = (
+    "Retain NLL at equal forgetting",
+    "Of each objective, where its runs have forgotten as much as all the others. A bar is one deviation over seeds.",
 )
 
 
@@ -97,6 +106,10 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
         title, one, _ = found[0]
         found[0] = title, replace(one, draw=partial(draw_pareto, level=results.level)), every
     groups = results.recipe.figures or {"All objectives": tuple(results.runs)}
+    if sum(bool(row.get("matched")) for row in results.rows) > 1:
+        title, caption = MATCHED
+        draw = partial(_draw_matched, results=results, groups=groups)
+        found.insert(1, (title, Drawing("matched", title, caption, draw), every))
     for number_of, (title, names) in enumerate(groups.items(), 1):
         runs = [results.runs[name] for name in names]
         for one in drawings(runs):
@@ -104,6 +117,24 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
                 named = replace(one, name=f"{one.name}-{number_of}")
                 found.append((f"{title}: {one.title}", named, runs))
     return found
+
+
+def _draw_matched(_: list[Run], theme: Theme, results: Results, groups: Mapping[str, Sequence[str]]) -> Figure:
+    kept = {row["name"]: row["matched"] for row in results.rows if row.get("matched")}
+    shown = [[name for name in names if name in kept] for names in groups.values()]
+    figure = Figure(figsize=(7.6, 1.0 + 0.27 * sum(map(len, shown)) + 0.16 * len(shown)), layout="constrained")
+    ax, place, places = figure.subplots(), 0.0, {}
+    for at, names in enumerate(shown):
+        for name in names:
+            mean, deviation = kept[name]
+            ax.errorbar(mean, place, xerr=deviation, color=run_color(theme, at), marker="D", markersize=5, capsize=3)
+            places[place] = name
+            place += 1.0
+        place += 0.6  # between groups
+    ax.set_yticks(list(places), list(places.values()))
+    ax.invert_yaxis()
+    ax.set_xlabel(f"retain NLL at a forget NLL of {number(results.level)} (right: damage)")
+    return figure
 
 
 def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]], note: str) -> dict:
