@@ -107,7 +107,8 @@ def test_a_loss_with_a_constant_is_logged_as_without(tmp_path):
 
 
 def test_live_and_measured_effects_are_on_one_page(tmp_path):
-    from gfast.report.runs import load_runs
+    from gfast.report.runs import load_runs, measured_runs
+    from gfast.report.tables import summarize
 
     forget, retain = (next(iter(torch.utils.data.DataLoader(d, 4, collate_fn=collator()))) for d in datasets())
     callback = GEffectCallback(1, [forget], [retain], Mix(GA(), NLL()), norms=True)
@@ -116,6 +117,10 @@ def test_live_and_measured_effects_are_on_one_page(tmp_path):
     runs = load_runs([tmp_path / "run"])
     assert {run.objective for run in runs} == {"GA() + NLL()", "GA() + NLL() (live)"}
     (live,) = [run for run in runs if run.objective.endswith("(live)")]
+    # the NLL of a step's batch is no course of the run, and does not count among those of whole sets
+    assert summarize(live)["course"] == [] and summarize(live)["forget_nll"] is None
+    (whole,) = measured_runs([tmp_path / "run"])
+    assert whole.objective == "GA() + NLL()" and len(summarize(whole)["course"]) == 4
     history = EffectHistory.from_records(live.records)
     assert history.steps == [0, 1, 2] and history.unlearn["lm"][0] < 0
     assert len(rows(tmp_path / "run", "step_effect")) == 3

@@ -22,12 +22,11 @@ from gfast.files import MANIFEST, check_manifest, file_checksum, read_json, whol
 from gfast.report.figures import Drawing
 from gfast.report.html import data_uri, flatten, rendered
 from gfast.report.matched import match, matched_sentence
-from gfast.report.runs import Run, load_runs
+from gfast.report.runs import LIVE, Run, load_runs
 from gfast.report.style import Theme, signed_axis, steps_axis, zero_line
 from gfast.report.tables import FLAT_COSINE, cells, number, summarize
 from gfast.sides import SIDES
 
-LIVE = " (live)"  # what the names of effects end with that training steps measured (gfast.training.live)
 _HOW = "Train with --geffect_every or --geffect_live_unlearn, or with a GEffectCallback"
 _WEIGHTS = re.compile(r"^(?!training_args).*\.(safetensors|bin)$")
 
@@ -237,13 +236,13 @@ def _with_nll_of_sets(run: Run, own: list[Run]) -> Run:
     """A run of live effects with the NLL of whole sets that was recorded beside it: that of a step's batch is another
     batch's at every step, and says nothing of a rise.
     """
-    if not run.objective.endswith(LIVE):
+    if not run.of_batches:
         return run
     beside = next((one for one in own if one.objective == run.objective.removesuffix(LIVE)), None)
     records = [run.records[run.records["quantity"] != "risk"]]
     if beside is not None:
         records.append(beside.records[beside.records["quantity"] == "risk"])
-    return replace(run, records=pd.concat(records, ignore_index=True))
+    return replace(run, records=pd.concat(records, ignore_index=True), of_batches=False)
 
 
 def _update(run: Run, step: int, criteria: Criteria) -> dict[str, Any]:

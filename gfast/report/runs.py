@@ -17,6 +17,8 @@ from gfast.geffect.groups import depth
 # Titles and captions of the figures, formulas of the objectives.
 TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
 
+LIVE = " (live)"  # what the names of effects end with that training steps measured (gfast.training.live)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,6 +31,7 @@ class Run:
     info: dict[str, Any]
     records: pd.DataFrame
     seeds: tuple[Run, ...] = ()  # of the mean of several runs: those runs
+    of_batches: bool = False  # measured by training steps: its NLL is that of each step's batches, not of whole sets
 
     def series(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one recorded quantity, ordered by step; both empty where it was not recorded.
@@ -112,9 +115,20 @@ def load_runs(folders: list[Path]) -> list[Run]:
     labels = [_short(objective) for _, objective, _, _ in read]
     names = distinct_names(folders)
     return [
-        Run(folder, names[folder], label if labels.count(label) == 1 else f"{label} · {names[folder]}", *rest)
+        Run(
+            folder,
+            names[folder],
+            label if labels.count(label) == 1 else f"{label} · {names[folder]}",
+            *rest,
+            of_batches=rest[0].endswith(LIVE),
+        )
         for label, (folder, *rest) in zip(labels, read, strict=True)
     ]
+
+
+def measured_runs(folders: list[Path]) -> list[Run]:
+    """One run a folder: what was measured on fixed sets along it, not on the batches of its steps."""
+    return [run for run in load_runs(folders) if not run.of_batches]
 
 
 def averaged(runs: list[Run], label: str) -> Run:

@@ -37,6 +37,7 @@ def summarize(run: Run) -> dict[str, Any]:
     `unlearn_peak` and `retain_damage` are the lowest totals with their steps (`retain_damage` is None where the retain
     G-effect was never below zero). `damage_ratio` is the sum of the negative retain totals over the sum of the negative
     unlearn totals, over the recorded steps. `nonfinite` counts recorded values that are not finite: they are left out.
+    Live effects have no NLL and no course here: theirs are of batches, those of other runs of whole sets.
     """
     unlearn_steps, unlearn, bad_unlearn = _clean(run, "g_effect", "unlearn", "total")
     retain_steps, retain, bad_retain = _clean(run, "g_effect", "retain", "total")
@@ -49,8 +50,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "objective": run.objective,
         "recorded_steps": len(run.steps),
         "last_step": int(run.steps[-1]) if len(run.steps) else None,
-        "forget_nll": _ends(run, "unlearn"),
-        "retain_nll": _ends(run, "retain"),
+        "forget_nll": None if run.of_batches else _ends(run, "unlearn"),
+        "retain_nll": None if run.of_batches else _ends(run, "retain"),
         "unlearn_peak": _lowest(unlearn_steps, unlearn),
         "unlearn_negative": {"steps": int((unlearn < 0).sum()), "of": len(unlearn)} if len(unlearn) else None,
         "retain_damage": _lowest(retain_steps, retain),
@@ -60,7 +61,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "unlearn_total": float(unlearn.sum()) if len(unlearn) else None,
         "retain_total": float(retain.sum()) if len(retain) else None,
         "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
-        "course": _course(run),
+        "course": [] if run.of_batches else _course(run),
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES

@@ -14,7 +14,7 @@ from gfast.files import read_json
 from gfast.geffect import GEffect
 from gfast.objectives.registry import parse_objective
 from gfast.report.matched import lesson, match
-from gfast.report.runs import Run, averaged, load_runs
+from gfast.report.runs import Run, averaged, measured_runs
 from gfast.report.tables import number, summarize
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.steps import Steps
@@ -80,7 +80,7 @@ class Results:
         self.rows += [self._row(name) for name in self.recipe.objectives]
 
     def _runs(self, pattern: str, label: str) -> list[Run]:
-        found = load_runs([self.plan.out / pattern.format(seed) for seed in self.recipe.seeds])
+        found = measured_runs([self.plan.out / pattern.format(seed) for seed in self.recipe.seeds])
         return [replace(run, name=label, label=label) for run in found]
 
     def _evaluation(self, name: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Results:
             return None
         effects = read_json(out / "grid" / "effects" / "geffect.json")["effects"]
         predicted = {one.objective: one for one in map(GEffect.from_dict, effects)}
-        runs = {text: load_runs([out / folder])[0] for text, folder in self.plan.grid_runs().items()}
+        runs = {text: measured_runs([out / folder])[0] for text, folder in self.plan.grid_runs().items()}
         summaries = {text: summarize(run) for text, run in runs.items()}
         match(list(summaries.values()), self.recipe.match_at)
         rows = []
@@ -209,7 +209,7 @@ class Results:
         for name in recipe.sizes.objectives if recipe.sizes else ():
             places = {recipe.data.name: f"runs/{name}/seed{first}"}
             places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
-            summaries = [summarize(load_runs([self.plan.out / place])[0]) for place in places.values()]
+            summaries = [summarize(measured_runs([self.plan.out / place])[0]) for place in places.values()]
             match(summaries, recipe.match_at)
             for data, one in zip(places, summaries, strict=True):
                 rows.append({
