@@ -122,10 +122,9 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
 def _draw_matched(_: list[Run], theme: Theme, results: Results, groups: Mapping[str, Sequence[str]]) -> Figure:
     kept = {row["name"]: row["matched"] for row in results.rows if row.get("matched")}
     grouped = {name for names in groups.values() for name in names}
-    rows = [
-        [name for name in names if name in kept] for names in (*groups.values(), [n for n in kept if n not in grouped])
-    ]
-    figure = Figure(figsize=(7.6, 1.0 + 0.27 * len(kept) + 0.16 * len(rows)), layout="constrained")
+    every = *groups.values(), [name for name in kept if name not in grouped]
+    rows = [some for names in every if (some := [name for name in names if name in kept])]
+    figure = Figure(figsize=(7.6, 1.0 + 0.27 * sum(map(len, rows)) + 0.16 * len(rows)), layout="constrained")
     ax, place, places = figure.subplots(), 0.0, {}
     for at, names in enumerate(rows):
         for name in names:
