@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
+    if argv is None and {"-h", "--help", "--help_all"} & set(arguments):
+        # transformers' TrainingArguments import peft where it is installed, which takes as long as all else. This
+        # process prints flags and ends, so it may do without.
+        sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
     with _printable():
         try:
             return _run(arguments)

@@ -60,6 +60,18 @@ def test_help_loads_no_trainer(command, tmp_path):
     assert loaded(code, tmp_path) <= MODULES[cli.COMMANDS[command][0]]
 
 
+def test_help_of_a_training_leaves_peft_alone(tmp_path):
+    pytest.importorskip("peft")
+    code = """
+import sys
+from gfast import cli
+sys.argv = ["gfast", "unlearn", "--help"]
+assert cli.main() == 0
+del sys.modules["peft"]
+"""
+    assert loaded(code, tmp_path) <= FLAGS
+
+
 def test_the_flags_of_a_training_load_no_more_than_transformers_own(tmp_path):
     bare = loaded("from transformers import TrainingArguments", tmp_path)
     assert loaded("import gfast.commands.unlearn", tmp_path) <= bare
