@@ -1,9 +1,10 @@
 // What a row of logits is like: its largest entries, its mean, the entropy of its softmax; and the gradient of all of it.
 //
-// A row is read from memory once. What takes exps comes in a second walk over what the cache then holds, when the maximum
-// is known: nothing is rescaled, and without the maximum's own exp, which is 1, the sum of the others keeps its digits.
+// A row is read block by block: first for the largest entries and the mean, then, while the cache holds the block, for what
+// takes exps. These are relative to the maximum so far; sums are brought to a greater one as a whole.
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/kernels/map.h"
 
@@ -40,88 +41,100 @@ struct Largest {
   }
 };
 
-// The mean of z' over a row; its largest entries; and z' in `values`, unless that is the row itself.
+// The sum of z' over a block of a row, whose largest entries are seen. Entries are read two vectors at a time, in whatever
+// order that gives them, and again in the order of columns where one of them is among the largest.
 template <typename T, Map map>
-double read_row(const T* row, int64_t vocab, const Mapping& f, float* values, Largest& largest) {
-  const bool copies = (const void*)values != (const void*)row;
-  double total = 0;
-  for (int64_t start = 0; start < vocab; start += kBlock) {
-    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    vf sum[4]{};
-    int64_t j = 0;
-    for (; j + kGroup <= n; j += kGroup) {
-      vf z[4];
-      for (int k = 0; k < 4; ++k) {
-        z[k] = f.apply<map>(load(row + start + j + k * W)).value;
-        if (copies) store(values + start + j + k * W, z[k]);
-        sum[k] += z[k];
-      }
-      const int64_t at = start + j;
-      if (at < largest.count || any(max(max(z[0], z[1]), max(z[2], z[3])) > splat(largest.least()))) {
-        for (int k = 0; k < 4; ++k) {
-          if (at >= largest.count && !any(z[k] > splat(largest.least()))) continue;
-          float entries[W];
-          store(entries, z[k]);
-          for (int h = 0; h < W; ++h) largest.see(entries[h], at + k * W + h);
-        }
+double read_block(const T* row, int64_t start, int64_t end, const Mapping& f, Largest& largest) {
+  vf sum[4]{};
+  int64_t j = start;
+  for (; j + kGroup <= end; j += kGroup) {
+    prefetch_pair(row + j);
+    prefetch_pair(row + j + 2 * W);
+    const Pair first = load_pair(row + j), second = load_pair(row + j + 2 * W);
+    vf z[4]{first.a, first.b, second.a, second.b};
+    for (int k = 0; k < 4; ++k) {
+      z[k] = f.apply<map>(z[k]).value;
+      sum[k] += z[k];
+    }
+    const bool filling = j < largest.count;
+    if (!filling && !any(max(max(z[0], z[1]), max(z[2], z[3])) > splat(largest.least()))) continue;
+    for (int k = 0; k < 4; ++k) {
+      const vf ordered = f.apply<map>(load(row + j + k * W)).value;
+      uint32_t found = filling ? (1u << (W - 1) << 1) - 1 : lanes(ordered > splat(largest.least()));
+      for (; found != 0; found &= found - 1) {
+        const int h = __builtin_ctz(found);
+        largest.see(ordered[h], j + k * W + h);
       }
     }
-    for (; j < n; j += W) {
-      const int64_t real = n - j < W ? n - j : W;
-      const vf z = f.apply<map>(load_part(row + start + j, real, 0.0f)).value;
-      if (copies) store(values + start + j, z);
-      sum[0] += select(lane_index() < (int32_t)real, z, vf{});
-      for (int64_t h = 0; h < real; ++h) largest.see(z[h], start + j + h);
-    }
-    total += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  return total / vocab;
+  for (; j < end; j += W) {
+    const int64_t real = end - j < W ? end - j : W;
+    const vf z = f.apply<map>(load_part(row + j, real, 0.0f)).value;
+    sum[0] += select(lane_index() < (int32_t)real, z, vf{});
+    for (int64_t h = 0; h < real; ++h) largest.see(z[h], j + h);
+  }
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// Sums over the entries of a row so far, x = sharpness (z' - top), without the maximum's own: exp(0) = 1 would cost small
+// ones their digits.
 struct Sums {
-  double exps = 0;      // of exp(x), x = sharpness (z' - top) <= 0
+  float sharpness, top = -kInf;
+  double exps = 0;      // of exp(x)
   double weighted = 0;  // of x exp(x)
 
-  double log_total() const { return log1p(exps); }                 // with the maximum's own exp
-  double gap() const { return -weighted / (1 + exps); }            // mean of -x under the softmax
+  double log_total() const { return log1p(exps); }       // with the maximum's own exp
+  double gap() const { return -weighted / (1 + exps); }  // mean of -x under the softmax
+
+  // What was the maximum becomes one of the others.
+  void raise(float next) {
+    if (next == top) return;
+    const double down = sharpness * ((double)top - (double)next), factor = std::exp(down);
+    weighted = factor == 0 ? 0 : factor * (weighted + down * (exps + 1));
+    exps = factor == 0 ? 0 : factor * (exps + 1);
+    top = next;
+  }
+
+  template <typename T, Map map>
+  void add(const T* row, int64_t begin, int64_t end, const Mapping& f) {
+    const vf shift = splat(top), times = splat(sharpness);
+    vf e0{}, e1{}, xe0{}, xe1{};
+    int64_t j = begin;
+    for (; j + 2 * W <= end; j += 2 * W) {
+      prefetch_pair(row + j);  // the next block
+      const Pair z = load_pair(row + j);
+      const vf x0 = (f.apply<map>(z.a).value - shift) * times, x1 = (f.apply<map>(z.b).value - shift) * times;
+      const vf y0 = exp(x0), y1 = exp(x1);
+      e0 += y0;
+      e1 += y1;
+      xe0 += select(y0 == 0.0f, vf{}, y0 * x0);  // x may be -inf
+      xe1 += select(y1 == 0.0f, vf{}, y1 * x1);
+    }
+    for (; j < end; j += W) {
+      const int64_t real = end - j < W ? end - j : W;
+      const vf x = (f.apply<map>(load_part(row + j, real, 0.0f)).value - shift) * times;
+      const vf y = select(lane_index() < (int32_t)real, exp(x), vf{});
+      e0 += y;
+      xe0 += select(y == 0.0f, vf{}, y * x);
+    }
+    exps += reduce_add(e0 + e1);
+    weighted += reduce_add(xe0 + xe1);
+  }
+
+  // The entries from start to end, which have been seen.
+  template <typename T, Map map>
+  void add_block(const T* row, int64_t start, int64_t end, const Mapping& f, const Largest& largest) {
+    raise(largest.values[0]);
+    if (top == -kInf) return;  // all masked so far: nothing to add, and no maximum to subtract
+    const int64_t first = largest.ids[0];
+    if (first < start) return add<T, map>(row, start, end, f);
+    add<T, map>(row, start, first, f);
+    add<T, map>(row, first + 1, end, f);
+  }
 };
 
-// Adds the entries from `begin` to `end`.
-void add_exps(const float* z, int64_t begin, int64_t end, float top, float sharpness, Sums& sums) {
-  const vf shift = splat(top);
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t stop = end - start < kBlock ? end : start + kBlock;
-    vf exps[2]{}, weighted[2]{};
-    const auto one = [&](vf entry, int64_t real, int k) {
-      const vf x = (entry - shift) * sharpness;
-      vf e = exp(x);
-      if (real < W) e = select(lane_index() < (int32_t)real, e, vf{});
-      exps[k] += e;
-      weighted[k] += select(e == 0.0f, vf{}, e * x);  // x may be -inf
-    };
-    int64_t j = start;
-    for (; j + 2 * W <= stop; j += 2 * W) {
-      one(load(z + j), W, 0);
-      one(load(z + j + W), W, 1);
-    }
-    for (; j < stop; j += W) {
-      const int64_t real = stop - j < W ? stop - j : W;
-      one(load_part(z + j, real, 0.0f), real, 0);
-    }
-    sums.exps += reduce_add(exps[0] + exps[1]);
-    sums.weighted += reduce_add(weighted[0] + weighted[1]);
-  }
-}
-
-Sums sums_of(const float* z, int64_t vocab, int64_t first, float top, float sharpness) {
-  Sums sums;
-  add_exps(z, 0, first, top, sharpness, sums);
-  add_exps(z, first + 1, vocab, top, sharpness, sums);
-  return sums;
-}
-
 template <typename T, Map map>
-void stat_rows_impl(const StatsArgs& a, int64_t begin, int64_t end, float* scratch) {
+void stat_rows_impl(const StatsArgs& a, int64_t begin, int64_t end, float*) {
   const Mapping f(a.logits);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t y = a.labels[i];
@@ -133,24 +146,27 @@ void stat_rows_impl(const StatsArgs& a, int64_t begin, int64_t end, float* scrat
       continue;
     }
     const T* row = (const T*)a.logits.data + i * a.logits.stride;
-    float* values = scratch;
-    if constexpr (sizeof(T) == sizeof(float) && map == Map::identity) values = const_cast<T*>(row);  // is not written to
-    const double mean = read_row<T, map>(row, a.vocab, f, values, largest);
-    const float top = largest.values[0];
-    Sums sums, sharpened;
-    if (a.soft) {
-      sums = sums_of(values, a.vocab, largest.ids[0], top, 1.0f);
-      sharpened = a.sharpness == 1.0f ? sums : sums_of(values, a.vocab, largest.ids[0], top, a.sharpness);
+    Sums sums{1.0f}, sharpened{a.sharpness};
+    double total = 0;
+    for (int64_t start = 0; start < a.vocab; start += kBlock) {
+      const int64_t end = a.vocab - start < kBlock ? a.vocab : start + kBlock;
+      total += read_block<T, map>(row, start, end, f, largest);
+      if (a.soft) sums.add_block<T, map>(row, start, end, f, largest);
+      if (a.soft && a.sharpness != 1.0f) sharpened.add_block<T, map>(row, start, end, f, largest);
     }
+    if (a.sharpness == 1.0f) sharpened = sums;
+    const float top = largest.values[0];
+    if (top == -kInf) sums.exps = sharpened.exps = std::nan("");  // no softmax
+    const double mean = total / a.vocab;
     stats[kTop] = top;
     stats[kLogTotal] = a.soft ? (float)sums.log_total() : 0.0f;
     stats[kGap] = a.soft ? (float)sums.gap() : 0.0f;
     stats[kMean] = (float)mean;
-    stats[kLabel] = values[y];
+    stats[kLabel] = f.apply<map>(splat(load_one(row + y))).value[0];
     stats[kEntropy] = a.soft ? (float)(sharpened.log_total() + sharpened.gap()) : 0.0f;
     bool bad = false;  // a NaN, which no comparison sees, makes the mean one, as inf - inf does
     if (std::isnan(mean))
-      for (int64_t j = 0; j < a.vocab && !bad; ++j) bad = std::isnan(values[j]);
+      for (int64_t j = 0; j < a.vocab && !bad; ++j) bad = std::isnan(f.apply<map>(splat(load_one(row + j))).value[0]);
     if (bad) {
       for (int k = 0; k < kStats; ++k) stats[k] = std::numeric_limits<float>::quiet_NaN();
       for (int64_t k = 0; k < a.top; ++k) largest.values[k] = std::numeric_limits<float>::quiet_NaN();
@@ -183,8 +199,10 @@ struct Factors {
     return logp * from_logp - (p == 0 ? 0 : entropy * p * (x + gap)) + mean;
   }
 
+  template <bool with_entropy>
   GFAST_INLINE vf at(vf value) const {
     const vf x = value - top, p = exp(x - log_total);
+    if constexpr (!with_entropy) return mean - p * logp;
     return select(p == 0.0f, splat(mean), mean - p * (logp + entropy * (x + gap)));
   }
 };
@@ -223,21 +241,27 @@ void stat_rows_grad_impl(const StatsGradArgs& a, int64_t begin, int64_t end, flo
     if (map != Map::capped && !factors.soft) {
       fill(out, a.vocab, factors.mean * f.scale, stream);
     } else {
-      const auto entry = [&](vf z) {
-        const Mapped mapped = f.apply<map>(z);
-        const vf g = factors.soft ? factors.at(mapped.value) : splat(factors.mean);
-        return g * f.scale * mapped.slope;
+      const auto all = [&](auto entropy) {
+        const auto entry = [&](vf z) {
+          const Mapped mapped = f.apply<map>(z);
+          const vf g = factors.soft ? factors.at<entropy.value>(mapped.value) : splat(factors.mean);
+          return g * f.scale * mapped.slope;
+        };
+        int64_t j = 0;
+        for (; j + 2 * W <= a.vocab; j += 2 * W) {
+          prefetch_pair(row + j);
+          const Pair z = load_pair(row + j), g{entry(z.a), entry(z.b)};
+          stream ? stream_pair(out + j, g) : store_pair(out + j, g);
+        }
+        if (j < a.vocab) {
+          const Pair z = load_pair_part(row + j, a.vocab - j);
+          store_pair_part(out + j, a.vocab - j, {entry(z.a), entry(z.b)});
+        }
       };
-      int64_t j = 0;
-      for (; j + 2 * W <= a.vocab; j += 2 * W) {
-        prefetch_pair(row + j);
-        const Pair z = load_pair(row + j), g{entry(z.a), entry(z.b)};
-        stream ? stream_pair(out + j, g) : store_pair(out + j, g);
-      }
-      if (j < a.vocab) {
-        const Pair z = load_pair_part(row + j, a.vocab - j);
-        store_pair_part(out + j, a.vocab - j, {entry(z.a), entry(z.b)});
-      }
+      if (factors.entropy == 0)
+        all(std::false_type{});
+      else
+        all(std::true_type{});
     }
     for (int64_t k = 0; k <= a.count; ++k)
       store_part(out + (k < a.count ? a.columns[a.count * i + k] : y), 1, splat(entries[k]));

@@ -52,10 +52,23 @@ GFAST_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b)
 GFAST_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 #endif
 
+// Bit h: whether lane h of a comparison's result is set.
+GFAST_INLINE uint32_t lanes(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t found = 0;
+  for (int h = 0; h < W; ++h) found |= (uint32_t)(mask[h] & 1) << h;
+  return found;
+#endif
+}
+
 // Whether a lane of a comparison's result is set.
 GFAST_INLINE bool any(vi mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#if defined(__AVX2__)
+  return lanes(mask) != 0;
 #else
   uint64_t words[W / 2], found = 0;
   memcpy(words, &mask, sizeof(words));
