@@ -206,12 +206,19 @@ THIRD: list[Stage] = [
         *("sweep_vocab", 60, "over the vocabulary"),
         f"losses --sweep vocab --heads llama-3.2-1b --rows 4096 --dtypes bf16 --objectives wga --budget 1 {LINES}",
     ),
-    *(
-        bench(
-            *(f"sweep_{sweep}", 50, f"effects over the {sweep}"),
-            f"geffect --sweep {sweep} --model smollm2-135m --dtype bf16 --budget 1 --repetitions 5",
-        )
-        for sweep in ("batch", "length", "depth")
+    bench(
+        *("sweep_length", 50, "effects over the length"),
+        "geffect --sweep length --model smollm2-135m --dtype bf16 --budget 1 --repetitions 5",
+    ),
+    bench(
+        *("live", 50, "the G-effect of every step"),
+        "live --model smollm2-135m --dtype bf16 --objective wga --batch 8 --tokens 256 --budget 2",
+    ),
+    bench("soft_targets", 30, "objectives with soft targets", "soft_targets --heads small --dtypes bf16"),
+    bench(
+        *("margins", 20, "ETW, PDU and MASC"),
+        "losses --heads small --dtypes bf16 --rows 4096 --objectives wga,etw,pdu,masc --budget 1 "
+        "--providers gfast,floor",
     ),
     bench(
         *("profile_losses", 25, "a profile of the losses"),

@@ -3,7 +3,7 @@
 #
 #   bench/on_gpu.sh OUT               the first call; OUT/all.tar.gz and OUT/summary.txt, whole after every step
 #   bench/on_gpu.sh OUT --second      the rest: all tests, everyone at more shapes, the memory and race checkers
-#   bench/on_gpu.sh OUT --third       sweeps, other heads, profiles
+#   bench/on_gpu.sh OUT --third       other heads, sweeps, live effects, soft targets and margins, profiles
 #   bench/on_gpu.sh OUT --dry         on any machine: the same order, archive and limits with stubs for the steps
 #
 # What a step finds out is in the archive within seconds, so a call may be cut at any moment. A step that fails, hangs
