@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch.utils.data import ConcatDataset, Subset
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, set_seed
 
 import gfast
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
@@ -28,6 +28,7 @@ from gfast.files import check_manifest, read_json, write_json, write_manifest
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.progress import Bar
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
+from gfast.training.progress import Progress
 
 if TYPE_CHECKING:
     from gfast.commands.demo import Plan
@@ -206,27 +207,6 @@ class Study:
         seconds = ", ".join(f"{label} {result['seconds']:.0f} s" for label, result in results.items())
         title = "Unlearning fictitious authors: the G-effect of five objectives"
         return build_report(folders, self.out, title, samples, settings={"time": seconds})
-
-
-class Progress(TrainerCallback):
-    """A progress bar with a name and the last logged loss; ends training once that is below a value."""
-
-    def __init__(self, name: str, stop_below: float = float("-inf")) -> None:
-        self.name, self.stop_below = name, stop_below
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = Bar(self.name, state.max_steps, "step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.bar.note(loss=f"{logs['loss']:.3f}")
-            control.should_training_stop |= logs["loss"] < self.stop_below
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
 
 
 def sentences(summaries: list[dict[str, Any]]) -> list[str]:

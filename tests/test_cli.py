@@ -120,7 +120,8 @@ def test_unlearn_writes_model_and_records(original, tmp_path, capsys):
     out = tmp_path / "run"
     settings = {"objective_args": ["alpha=0.5"], "retain_term": "kl", "geffect_every": 1, "geffect_samples": 3}
     assert cli.main(["unlearn", *flags(original, out, **settings)]) == 0
-    assert "gfast report" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "gfast report" in said and "WGA(alpha=0.5) + KL(): 2 of 2 (step), 0:0" in said
     frame = read_records(out)
     assert recorded_steps(out) == [0, 1, 2]
     assert set(frame["objective"]) == {"WGA(alpha=0.5) + KL()"} and set(frame["run"]) == {"run"}
@@ -308,7 +309,8 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     assert "Interrupted after step 3" in text and "checkpoint-2" in text and "goes on from there" in text
     assert recorded_steps(out) == [0, 1, 2, 3]
     assert cli.main(["unlearn", *words]) == 0
-    assert "Resuming from" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Resuming from" in said and "4 of 4 (step)" in said
     whole = tmp_path / "whole" / "run"
     assert cli.main(["unlearn", *flags(original, whole, **settings)]) == 0
     found, expected = read_records(out), read_records(whole)

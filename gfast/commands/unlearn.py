@@ -40,6 +40,7 @@ from gfast.training.config import UnlearnConfig
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.live import measured_live
 from gfast.training.processes import together
+from gfast.training.progress import Progress
 from gfast.training.records import check_run_folder, write_run_info
 from gfast.training.resume import last_checkpoint
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
@@ -143,6 +144,9 @@ def _train(
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
+    callbacks: list[Any] = list(_measurements(objective, both, sides, references, config))
+    if not sys.stderr.isatty():  # where transformers' bar would be one endless line
+        callbacks.append(Progress(str(objective)))
     trainer = UnlearnTrainer(
         model,
         config,
@@ -151,7 +155,7 @@ def _train(
         train_dataset=data,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=_measurements(objective, both, sides, references, config),
+        callbacks=callbacks,
     )
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}")

@@ -26,7 +26,7 @@ from gfast.reproduce.steps import Checksums, Step
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
 # What a run of a study has no use for, unless its recipe says otherwise.
-QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 # Of the flags of a training, what changes nothing but what is seen of it.
 SHOWN_ONLY = ("disable_tqdm", "report_to", "logging_strategy", "logging_steps")
 
