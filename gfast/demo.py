@@ -26,7 +26,6 @@ import gfast
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
 from gfast.files import check_manifest, read_json, write_json, write_manifest
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
-from gfast.progress import Bar
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
 from gfast.training.progress import Progress
 
