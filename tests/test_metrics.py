@@ -251,6 +251,9 @@ def test_membership_and_the_test_of_two_samples():
     found = metrics.same_distribution([0.2, 0.5, 0.6, 0.9], [0.7, 0.95, 1.1, 1.3])
     assert found == pytest.approx((0.2285714, 0.75, math.log10(0.2285714)), rel=1e-6)
     assert metrics.same_distribution([1, 2, 3], [3, 2, 1]) == (1, 0, 0)
+    # D = 1/n: SciPy's exact sum fails for n = 7, 13 ..., and its approximation is 0.9999
+    for size in range(2, 31):
+        assert metrics.same_distribution(np.arange(size), np.arange(size) + 0.5)[::2] == pytest.approx((1, 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 17, 40])
@@ -305,6 +308,14 @@ def test_numbers_that_cannot_be():
         (lambda: metrics.min_k_plus_plus([[0.0, 1.0]], 0.4, labels=[2]), "vocabulary"),
         (lambda: metrics.min_k_plus_plus([[0.0, 1.0]], 0.4, labels=[0, 1]), "labels"),
         (lambda: metrics.min_k_plus_plus(([-1.0], [-1.0, 2.0], [1.0]), 0.4), "same tokens"),
+        # three rows of logits whose labels were forgotten are no statistics, and these have labels already
+        (lambda: metrics.min_k_plus_plus([[1.0, 2.0], [0.0, 1.0], [3.0, 0.5]], 0.4), "at most 0"),
+        (lambda: metrics.min_k_plus_plus([[-1.0, -2.0], [-3.0, -1.0], [-1.0, -2.0]], 0.4), "variance"),
+        (lambda: metrics.min_k_plus_plus(metrics.token_statistics(np.eye(3), [0, 1, 2]), 0.4, [0, 1, 2]), "give one"),
+        (lambda: metrics.token_statistics([[0.0, 1.0]], [0.5]), "no token id"),
+        (lambda: metrics.aggregate([], "true_better"), "one number a sample"),
+        (lambda: metrics.aggregate([0.5, math.nan], "closer_to_1_better"), "none NaN"),
+        (lambda: metrics.extraction_strength(True), "one sample"),
         (lambda: metrics.mia_auc([], [1.0]), "empty"),
         (lambda: metrics.mia_auc([1.0], [math.inf]), "finite"),
         (lambda: metrics.privleak(75), "between 0 and 1"),

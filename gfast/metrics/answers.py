@@ -76,9 +76,9 @@ def truth_ratio(
     found = {}
     for name, one in log.sets.items():
         if name in (*UTILITY_SETS, "forget") or "average_perturb_loss" in one.values:
-            ratios = ratios_of(one, mean, convention)
+            ratios = _from_logs(ratios_of(one, mean, convention))
             kind = "closer_to_1_better" if name == "forget" else "true_better"
-            found[name] = np.exp(ratios) if per_sample else aggregate(np.exp(ratios), kind, convention)
+            found[name] = ratios if per_sample else aggregate(ratios, kind, convention)
     if not found:
         raise ValueError(f"gfast: truth_ratio needs perturbed answers, and no set of {log.path or 'the log'} has any")
     return found
@@ -155,7 +155,7 @@ def truth_ratios(right: Any, wrong: Any, mean: str = "geometric", convention: st
     >>> truth_ratios([0.5, 2.0], [[1, 2], [1, 1.5]]).round(5), truth_ratios([0.5], [[1, 2]], "arithmetic").round(5)
     (array([0.36788, 2.117  ]), array([0.41483]))
     """
-    return np.exp(log_ratios(right, wrong, mean, convention))
+    return _from_logs(log_ratios(right, wrong, mean, convention))
 
 
 def log_ratios(right: Any, wrong: Any, mean: str, convention: str) -> np.ndarray:
@@ -169,6 +169,11 @@ def log_ratios(right: Any, wrong: Any, mean: str, convention: str) -> np.ndarray
         over = np.logaddexp.reduce(-wrong, axis=1) - np.log(wrong.shape[1])
     epsilon = EPSILON[convention]
     return over - (np.logaddexp(-right, np.log(epsilon)) if epsilon else -right)
+
+
+def _from_logs(ratios: np.ndarray) -> np.ndarray:
+    # Of a model whose losses exploded a ratio may be too large for a float: the largest there is, not infinity.
+    return np.exp(np.minimum(ratios, 709))
 
 
 def ratios_of(one: LogSet, mean: str, convention: str) -> np.ndarray:
@@ -192,6 +197,8 @@ def aggregate(ratios: Any, kind: str, convention: str = "tofu") -> float:
     chosen("kind", kind, AGGREGATES)
     chosen("convention", convention, EPSILON)
     ratios = np.asarray(ratios, dtype=np.float64)
+    if not ratios.size or np.isnan(ratios).any():
+        raise ValueError(f"gfast: truth ratios must be one number a sample, and none NaN, got {ratios!r:.80}")
     if kind == "true_better":
         return float(np.maximum(0, 1 - ratios).mean())
     with np.errstate(divide="ignore"):

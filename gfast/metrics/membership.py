@@ -7,6 +7,7 @@ Every score grows with the loss: high says that the answer was not trained on.
 from __future__ import annotations
 
 import zlib
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +62,13 @@ def min_k_plus_plus(given: Any, k: float, labels: Any = None) -> float:
     >>> round(min_k_plus_plus(np.log(p), 0.7, labels=[2, 0, 1]), 6)
     -0.087753
     """
-    statistics = token_statistics(given, labels) if labels is not None else _statistics(given)
+    if labels is not None and (isinstance(given, TokenStatistics) or hasattr(given, "keys")):
+        raise ValueError("gfast: labels choose from logits [N, V], and statistics are of the labels already: give one")
+    statistics = _statistics(given) if labels is None else token_statistics(given, labels)
     logp, mu, var = (numbers(name, x) for name, x in zip(statistics._fields, statistics, strict=True))
+    log_probabilities("logp", logp)
+    if var.min() < -1e-6:
+        raise ValueError(f"gfast: var[{int(var.argmin())}] is {var.min():g}, and a variance is at least 0")
     if not logp.shape == mu.shape == var.shape:
         raise ValueError(f"gfast: logp, mu and var must be of the same tokens, got {logp.size}, {mu.size} and "
                          f"{var.size}")  # fmt: skip
@@ -76,7 +82,10 @@ def token_statistics(logits: Any, labels: Any) -> TokenStatistics:
     array([-0.6931])
     """
     rows = numbers("logits", logits, 2)
-    at = numbers("labels", labels).astype(np.int64)
+    given = numbers("labels", labels)
+    at = given.astype(np.int64)
+    if (at != given).any():
+        raise ValueError(f"gfast: labels[{int((at != given).argmax())}] is no token id, which is a whole number")
     if at.size != len(rows):
         raise ValueError(f"gfast: {len(rows)} rows of logits score {len(rows)} labels, got {at.size}")
     if at.min() < 0 or at.max() >= rows.shape[1]:
@@ -100,7 +109,7 @@ def _statistics(given: Any) -> TokenStatistics:
 
 
 def _lowest(values: np.ndarray, k: float) -> float:
-    if not (isinstance(k, (int, float)) and 0 < k <= 1):
+    if not (isinstance(k, Real) and 0 < k <= 1):
         raise ValueError(f"gfast: k is {k!r}; give the share of the tokens, above 0 and at most 1")
     return float(-np.sort(values)[: max(1, int(values.size * k))].mean())
 

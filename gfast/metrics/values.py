@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +70,7 @@ def right_or_wrong(name: str, values: Any) -> np.ndarray:
     """bool [N]; ValueError for anything but True and False (or 1 and 0)."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
-    found = np.asarray(values if hasattr(values, "__len__") else list(values))
+    found = np.asarray(list(values) if isinstance(values, Iterator) else values)
     if found.ndim != 1:
         raise ValueError(
             f"gfast: {name} must be of one sample: a list [N] of right (1) or wrong (0), got {values!r:.80}"
