@@ -109,6 +109,9 @@ def test_ones_own_lines(model, tmp_path, capsys):
     assert "average_perturb_loss" not in log.sets["retain"].values and len(log.sets["forget"]) == 3
     with pytest.raises(ValueError, match="perturbed answers were not measured"):
         log.sets["retain"].column("average_perturb_loss", "the truth ratio")
+    own |= {"forget": "retain.jsonl", "retain_log": tmp_path / "out"}
+    fails(capsys, "the retain log has no use here", flags(model, tmp_path / "x", **own))
+    assert not (tmp_path / "x" / "parts").exists()
 
 
 def test_muse_from_a_folder(model, tmp_path, capsys):
@@ -133,6 +136,21 @@ def test_muse_from_a_folder(model, tmp_path, capsys):
     # whole texts: every token but the first is scored
     count = len(TOKENIZER(texts[0]["text"]).input_ids) - 1
     assert log.sets["forget"].values["num_token_gt"][0] == count
+    # its log is the retain log of another evaluation, for PrivLeak alone
+    value = json.loads((tmp_path / "out" / "log.json").read_text())
+    del value["gfast_checksum"]
+    value["sets"]["holdout"]["min_k"] = [99.0, 99.0, 99.0, 0.0]
+    (tmp_path / "retain.json").write_text(json.dumps(value))
+    own = {"data": "muse", "data_path": folder, "retain_log": tmp_path / "retain.json"}
+    assert cli.main(flags(model, tmp_path / "second", **own)) == 0
+    reference = 0.75
+    leak = {"value": pytest.approx(metrics.privleak(0.5, reference)), "auc_retain": reference}
+    summary = read_json(tmp_path / "second" / "summary.json")
+    assert summary["privleak"] == leak and "forget_quality" not in summary
+    del value["sets"]["holdout"]["min_k"]
+    (tmp_path / "retain.json").write_text(json.dumps(value))
+    fails(capsys, "PrivLeak needs min_k of the set holdout", flags(model, tmp_path / "x", **own))
+    fails(capsys, "cannot be compared: they are of 3 and 4 rows", flags(model, tmp_path / "x", **{**own, "ds_size": 3}))
     (folder / "privleak/holdout.jsonl").unlink()
     fails(capsys, "privleak/holdout.jsonl", flags(model, tmp_path / "x", data="muse", data_path=folder))
 

@@ -13,8 +13,9 @@ from test_training_parallel import together
 import gfast
 from gfast import metrics
 from gfast.data import bundled_perturbed
-from gfast.evaluation import EvaluationSet, sources
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.files import read_json
+from gfast.metrics.log import parse_log
 
 
 def trained(folder, callbacks=(), **options):
@@ -60,5 +61,11 @@ def test_what_cannot_be_evaluated_is_said_before_training():
     one = EvaluationSet("forget", "mine", rows, paraphrase="paraphrased_answer", perturbed="perturbed_answer")
     with pytest.raises(ValueError, match="row 0: .*perturbed answers"):
         gfast.EvaluateCallback(1, [one], TOKENIZER)
+    sets = sources.bundled(3)
+    some = [encoded(one, TOKENIZER) for one in sets]
+    work = Evaluation(sets, some, TOKENIZER)
+    retain_log = parse_log(work.log(work.run(tiny_model()), "three rows", {}))
+    with pytest.raises(ValueError, match="they are of 2 and 3 rows"):
+        gfast.EvaluateCallback(1, sources.bundled(2), TOKENIZER, retain_log=retain_log)
     with pytest.raises(ValueError, match="every is -1"):
         gfast.EvaluateCallback(-1, sources.bundled(2), TOKENIZER)

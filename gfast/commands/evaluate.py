@@ -41,13 +41,21 @@ from gfast.evaluation.attacks import (
     require_quantizer,
     split,
 )
-from gfast.evaluation.results import SET_COLUMNS, require_libraries, shown, summarize, table, wholes, write_results
+from gfast.evaluation.results import (
+    SET_COLUMNS,
+    check_retain_log,
+    require_libraries,
+    shown,
+    summarize,
+    table,
+    wholes,
+    write_results,
+)
 from gfast.evaluation.run import EXTRACTIONS
 from gfast.files import read_json, require_writable, whole_file, write_json
 from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
-from gfast.metrics.log import LogSet, parse_log
-from gfast.metrics.quality import check_comparable
+from gfast.metrics.log import parse_log
 from gfast.metrics.values import required
 from gfast.progress import Bar
 from gfast.training.fingerprints import model_fingerprint
@@ -217,7 +225,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
                 "fixes it")  # fmt: skip
     samples = [encoded(one, tokenizer, arguments.template, options, arguments.max_length) for one in sets]
     if retain_log is not None:
-        _check_retain_log(sets, samples, retain_log)
+        check_retain_log(sets, samples, retain_log)
     plan, related = _plan(arguments, sets)
     if arguments.quantize is not None:
         require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
@@ -368,30 +376,6 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
 
         sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
     return sets
-
-
-def _check_retain_log(sets: list[EvaluationSet], samples: list[list[Sample]], retain_log: EvaluationLog) -> None:
-    """ValueError, before any pass, where the retain log is of other rows, another split or another tokenizer."""
-    for one, some in zip(sets, samples, strict=True):
-        if one.name != "forget":
-            continue
-        there = retain_log.of("forget", "forget quality")
-        config = retain_log.config_of("forget")
-        if config not in (None, one.config):
-            raise ValueError(
-                f"the retain log {retain_log.path} is of {config}, and this evaluation of {one.config}: p-values of "
-                "different splits do not compare"
-            )
-        values = {}
-        if one.perturbed is not None:
-            import numpy as np
-
-            for name, key in (("paraphrased", "num_token_paraphrased"), ("perturb", "num_token_perturb")):
-                counts = [sample.counts(name) for sample in some]
-                values[key] = np.array(counts if name == "perturb" else [c[0] for c in counts], dtype=np.float64)
-        texts = [{"index": sample.index, "ground_truth": sample.truth} for sample in some]
-        here = LogSet("forget", tuple(sample.index for sample in some), values, texts)
-        check_comparable(here, there, "this evaluation", retain_log.path)
 
 
 def _fit(

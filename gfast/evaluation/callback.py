@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfast import wrappers
-from gfast.evaluation.results import require_libraries, summarize, wholes
+from gfast.evaluation.results import check_retain_log, require_libraries, summarize, wholes
 from gfast.evaluation.run import Evaluation
 from gfast.evaluation.samples import EvaluationSet, encoded
 from gfast.files import write_json
@@ -41,7 +41,8 @@ class EvaluateCallback(TrainerCallback):
         batch_size, extraction: as `gfast evaluate` has them. template, chat_kwargs: the prompt's.
         folder: where logs go; None: `<output_dir>/evaluations`.
 
-    Errors: ValueError for rows that cannot be evaluated, before training; for a negative `every`.
+    Errors: ValueError for rows that cannot be evaluated and a retain log that does not compare, before training; for a
+    negative `every`.
 
     >>> from gfast.evaluation import EvaluateCallback, sources
     >>> callback = EvaluateCallback(10, sources.bundled(), tokenizer)           # doctest: +SKIP
@@ -66,6 +67,8 @@ class EvaluateCallback(TrainerCallback):
         require_libraries(retain_log, any(one.name == "holdout" for one in sets))
         self.every, self.retain_log, self.folder = every, retain_log, folder
         samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]
+        if retain_log is not None:
+            check_retain_log(sets, samples, retain_log)
         self.evaluation = Evaluation(sets, samples, tokenizer, batch_size, extraction)
         self.summaries: dict[int, dict[str, Any]] = {}
 

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gfast import metrics
+from gfast.evaluation.samples import EvaluationSet, Sample
 from gfast.files import whole_file, write_json
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
-from gfast.metrics.log import LOG_FILE
+from gfast.metrics.log import LOG_FILE, LogSet
+from gfast.metrics.quality import check_comparable
 from gfast.metrics.values import required
 
 # Of a set: name in the summary, heading of the table, and a plain mean of a field of the log where it is one.
@@ -29,6 +31,9 @@ SET_COLUMNS = (
     ("accuracy", "Accuracy", "right_choice"),
     ("generations_cut", "Generations cut", None),
 )
+
+# What PrivLeak compares.
+LEAK = {"forget", "holdout"}
 
 
 def require_libraries(retain_log: Any = None, holdout: Any = None) -> None:
@@ -48,20 +53,65 @@ def summarize(log: EvaluationLog, retain_log: EvaluationLog | None = None) -> di
     found: dict[str, Any] = {"run": log.run, "sets": {name: _of_set(log, name) for name in log.sets}}
     if all(name in log.sets and _is_complete(log, name) for name in UTILITY_SETS):
         found["model_utility"] = {mean: metrics.model_utility(log, mean) for mean in MEANS}
+    pair = LEAK <= log.sets.keys()
     if retain_log is not None:
         found["retain_log"] = retain_log.run
-        found["forget_quality"] = {mean: metrics.forget_quality(log, retain_log, mean)._asdict() for mean in MEANS}
-    if {"forget", "holdout"} <= log.sets.keys():
+        if not pair or "average_perturb_loss" in log.sets["forget"].values:
+            found["forget_quality"] = {mean: metrics.forget_quality(log, retain_log, mean)._asdict() for mean in MEANS}
+    if pair:
         scores = [{"loss": s.values["avg_gt_loss"], "min_k": s.values.get("min_k")} for s in _pair(log)]
         aucs = {key: metrics.mia_auc(scores[0][key], scores[1][key]) for key in scores[0] if scores[0][key] is not None
                 and scores[1][key] is not None}  # fmt: skip
         reference = 0.5
-        if retain_log is not None and {"forget", "holdout"} <= retain_log.sets.keys():
+        if retain_log is not None and LEAK <= retain_log.sets.keys():
+            for one, other in zip(_pair(log), _pair(retain_log), strict=True):
+                check_comparable(one, other, log.path or "the log", retain_log.path or "the retain log")
             reference = metrics.mia_auc(*(s.column("min_k", "privleak") for s in _pair(retain_log)))
         found["mia_auc"] = aucs
         if "min_k" in aucs:
             found["privleak"] = {"value": metrics.privleak(aucs["min_k"], reference), "auc_retain": reference}
     return found
+
+
+def check_retain_log(
+    sets: Sequence[EvaluationSet], samples: Sequence[Sequence[Sample]], retain_log: EvaluationLog
+) -> None:
+    """ValueError, before any pass, where the retain log is of other rows, another split or another tokenizer, or lacks
+    what it is given for.
+    """
+    asked = {one.name: (one, some) for one, some in zip(sets, samples, strict=True)}
+    quality = "forget" in asked and asked["forget"][0].perturbed is not None
+    if not quality and not LEAK <= asked.keys():
+        raise ValueError(
+            "the retain log has no use here: forget quality needs perturbed answers of a set forget, and PrivLeak the "
+            f"sets forget and holdout. This evaluation is of {', '.join(asked)}"
+        )
+    if quality:
+        for name in ("avg_paraphrased_loss", "average_perturb_loss"):
+            retain_log.of("forget", "forget quality").column(name, "forget quality")
+        _check_set(*asked["forget"], retain_log)
+    if LEAK <= asked.keys() and (not quality or LEAK <= retain_log.sets.keys()):
+        for name in sorted(LEAK):
+            retain_log.of(name, "PrivLeak").column("min_k", "PrivLeak")
+            _check_set(*asked[name], retain_log)
+
+
+def _check_set(one: EvaluationSet, samples: Sequence[Sample], retain_log: EvaluationLog) -> None:
+    there, config = retain_log.sets[one.name], retain_log.config_of(one.name)
+    if config not in (None, one.config):
+        raise ValueError(
+            f"the set {one.name} of the retain log {retain_log.path} is of {config}, and that of this evaluation of "
+            f"{one.config}: different splits do not compare"
+        )
+    values = {}
+    for name in samples[0].fields:
+        counts = [sample.counts(name) for sample in samples]
+        values[f"num_token_{name}"] = np.array(
+            counts if name == "perturb" else [c[0] for c in counts], dtype=np.float64
+        )
+    texts = [{"index": sample.index, "ground_truth": sample.truth} for sample in samples]
+    here = LogSet(one.name, tuple(sample.index for sample in samples), values, texts)
+    check_comparable(here, there, "this evaluation", retain_log.path or "the retain log")
 
 
 def _pair(log: EvaluationLog) -> list[Any]:
