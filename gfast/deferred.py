@@ -357,6 +357,10 @@ def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
         return "the head runs inside compiled code or in a replica of the model"
     if sharded.is_zero3(linear) and (_autocasts() or sharded.foreign_hooks(linear)):
         return "ZeRO-3 shards the head, and autocast or a hook on the head is to see what it computes"
+    if set(linear._parameters) - {"weight", "bias"}:
+        return "the head's weight is made of other parameters before each call (pruning, weight normalisation)"
+    if wrappers.watches_backward(model, linear):
+        return "a backward hook on the head is to see the gradient of its logits"
     if "forward" in vars(linear) and not wrappers.is_vocab_parallel(model, linear):
         return "something has put a forward of its own in the place of the head's (offloading, another library)"
     return None

@@ -79,6 +79,7 @@ def plain_head(module: nn.Module) -> bool:
     """Whether the head of a model of its own kind is a linear map that nobody has put anything around."""
     head = module.head
     touched = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    touched = touched or wrappers.watches_backward(module, head)
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not touched
     return plain and wrappers.is_whole(head.weight)
 

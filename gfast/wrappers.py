@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 T = TypeVar("T")
 
@@ -125,6 +126,17 @@ def runs_as_written(model: nn.Module, module: nn.Module) -> bool:
         if (compiled or replicated) and any(child is module for child in parent.modules()):
             return False
     return True
+
+
+def backward_hooks(module: nn.Module) -> bool:
+    """Whether hooks on a module, or on all there are, are to see the gradients of its calls in a backward."""
+    everywhere = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
+    return any((module._backward_hooks, module._backward_pre_hooks, *everywhere))
+
+
+def watches_backward(model: nn.Module, head: nn.Module) -> bool:
+    """Whether a backward hook belongs to the head or to what is put around it (a copy that PEFT keeps, the model)."""
+    return any(backward_hooks(one) and any(part is head for part in one.modules()) for one in model.modules())
 
 
 def stops_safely(model: nn.Module) -> bool:

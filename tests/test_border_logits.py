@@ -95,6 +95,37 @@ def test_changed_logits_count_in_losses_and_in_every_engine(kind, name, way):
         assert effect.unlearn == pytest.approx(right, rel=1e-8, abs=1e-12), engine
 
 
+def doubled(module, grads, *_):
+    return tuple(grad if grad is None else 2 * grad for grad in grads)
+
+
+@pytest.mark.parametrize("where", ["head", "gradient of the logits", "copy of PEFT", "every module"])
+def test_backward_hooks_of_the_head_change_gradients(where):
+    model = tiny("llama").eval()
+    if where == "copy of PEFT":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model = model.double()
+    head, handle = model.get_output_embeddings(), None
+    if where == "every module":
+        handle = torch.nn.modules.module.register_module_full_backward_hook(
+            lambda module, *grads: doubled(module, *grads) if module is head else None
+        )
+    elif where == "gradient of the logits":
+        head.register_full_backward_pre_hook(doubled)
+    else:
+        head.register_full_backward_hook(doubled)
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    try:
+        expected, out = literal_nll(model, batch), gfast.model_loss(model, batch, NLL())
+        torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12)
+        for found, right in zip(gradient(model, out.loss).values(), gradient(model, expected).values(), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 @pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])
 def test_a_model_that_answers_with_a_tuple(engine):
     class Tuple(transformers.LlamaForCausalLM):

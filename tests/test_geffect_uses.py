@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,10 +107,54 @@ def scaled_backward(model):
     linear.register_full_backward_pre_hook(lambda module, grads: tuple(2 * grad for grad in grads))
 
 
+def hooked_tensor(model):
+    def hook(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: 2 * grad)
+
+    model.model.layers[2].mlp.up_proj.register_forward_hook(hook)
+
+
+def masked_gradient(model):
+    model.get_parameter(UP).register_hook(lambda grad: 0.5 * grad)
+
+
+def scaled_backward_of_the_head(model):
+    model.lm_head.register_full_backward_hook(lambda module, grads, _: tuple(2 * grad for grad in grads))
+
+
+def pruned_head(model):
+    prune.random_unstructured(model.lm_head, "weight", 0.5)
+
+
 def without_a_gradient(model):
     adds(model, lambda mlp, x: F.linear(x.to(mlp.up_proj.weight.dtype), mlp.up_proj.weight.detach()))
     with torch.no_grad():
         adds(model, lambda mlp, x: x[..., :1] * mlp.up_proj.weight.data.norm())
+
+
+class Watched(torch.autograd.Function):
+    """What it was given; `called` sees its backward, and no hook is needed that engines could refuse."""
+
+    @staticmethod
+    def forward(x, called):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.called = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.called(grad), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.clone()
+
+
+def in_a_backward_of(module, called) -> None:
+    module.register_forward_hook(lambda module, args, output: Watched.apply(output, called))
 
 
 def compiled_part(model):
@@ -130,7 +175,11 @@ REFUSED = {
     replaced_lookup: (BY_ROWS, r"'model.embed_tokens.weight'.*forward was replaced"),
     replaced_by_the_same: ((), ""),
     scaled_by_a_hook: ((), ""),
-    scaled_backward: ((), ""),
+    scaled_backward: (("token",), r"backward hook on the module 'model.layers.2.mlp.up_proj' .*engine='stream'"),
+    scaled_backward_of_the_head: (("token",), r"backward hook on the module 'lm_head' "),
+    hooked_tensor: (("token",), r"'model.layers.2.mlp.up_proj' .*register_hook.*engine='stream'"),
+    masked_gradient: ((*BY_ROWS, "token"), rf"gradient hook on the parameter '{UP}'.*engine='stream'"),
+    pruned_head: (BY_ROWS, "'lm_head.weight_orig': MulBackward0 reads it outside the call"),
     without_a_gradient: ((), ""),
     compiled_part: ((), ""),
 }
@@ -139,8 +188,6 @@ REFUSED = {
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
 def test_unusual_uses_are_right_or_refused_by_name(change, engine):
-    if change is scaled_backward and engine == "token":
-        pytest.skip("forward mode has no backward that a hook could change, as token_effect says")
     model = tiny("llama").eval()
     change(model)
     engines, message = REFUSED[change]
@@ -184,12 +231,13 @@ def test_model_is_left_as_found_when_the_model_itself_fails(engine, error, where
         calls.append(1)
         if len(calls) == fails_at[0]:
             raise error("stop")
+        return args[0] if where == "backward" else None
 
     mlp = model.model.layers[2].mlp
     if where == "forward":
         mlp.register_forward_pre_hook(count)
     else:
-        mlp.register_full_backward_hook(count)
+        in_a_backward_of(mlp, count)
     before = snapshot(model)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
     gfast.g_effect(model, WGA(), engine=engine, **data())
@@ -213,7 +261,7 @@ def test_model_is_left_as_found_when_the_model_itself_fails(engine, error, where
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_that_are_not_finite_are_named_by_every_engine(engine):
     model = tiny("llama").eval()
-    model.model.layers[1].mlp.register_full_backward_hook(lambda module, grads, _: (grads[0] * torch.nan,))
+    in_a_backward_of(model.model.layers[1].mlp, lambda grad: grad * torch.nan)
     said = r"gradient of .* is not finite in \d+ of \d+ parameters, first in 'model\..*': check the model's weights"
     with pytest.raises(ValueError, match=said):
         gfast.g_effect(model, WGA(), engine=engine, **data())

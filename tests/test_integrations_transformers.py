@@ -102,6 +102,11 @@ def test_columns_that_gfast_reads_are_kept_and_a_mix_takes_both_sides(tmp_path):
     cache = gfast.ReferenceCache.build(tiny_model(), data, collator())
     trained(tiny_model(), tmp_path, table, TNPO(), collate=collate, references={"forget": cache})
     assert seen[0] == {"input_ids", "labels", "sample_id"}
+    pairs = [{"forget": one, "retain": other} for one, other in zip(columns(data), columns(retain), strict=False)]
+    sides = {"forget": collator(), "retain": collator()}
+    nested = lambda items: {side: own([item[side] for item in items]) for side, own in sides.items()}  # noqa: E731
+    run = trained(tiny_model(), tmp_path, pairs, Mix(GA(), NLL()), collate=nested)
+    assert run.state.log_history[0]["retain_loss"] > 0
     with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):
         trained(tiny_model(), tmp_path, columns(data), Mix(GA(), NLL()))
 

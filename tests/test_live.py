@@ -406,3 +406,12 @@ def test_a_loss_of_another_model_is_refused(surgery):
         with pytest.raises(ValueError, match="the loss is of another model than the monitor's"):
             call()
         assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_an_optimizer_that_steps_within_the_backward_is_refused():
+    model = tiny("llama")
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    monitor = gfast.GEffectMonitor(model, objective=GA())
+    with pytest.raises(ValueError, match=r"a hook has taken the gradient of 'lm_head.weight' within the backward"):
+        monitor.forget(loss(model, FORGET, GA()))
+    assert all(p.grad is None for p in model.parameters())

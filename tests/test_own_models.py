@@ -52,13 +52,15 @@ def by_name(name):
     return "head" if name.startswith("head") else "body"
 
 
-@pytest.mark.parametrize("head", ["linear", "sequential", "hooked"])
+@pytest.mark.parametrize("head", ["linear", "sequential", "hooked", "hooked backward"])
 def test_a_loss_is_that_of_its_own_logits(head, caplog):
     torch.manual_seed(0)
     hf._log_materialised.cache_clear()
     model = Decoder(nn.Sequential(nn.Linear(D, V), nn.Tanh()) if head == "sequential" else None)
     if head == "hooked":
         model.head.register_forward_hook(lambda module, args, out: out * 2)
+    if head == "hooked backward":
+        model.head.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],))
     with caplog.at_level(logging.WARNING, "gfast"):
         loss = gfast.model_loss(model, batch(), WGA(1.0)).loss
     assert bool(caplog.records) == (head != "linear")

@@ -255,9 +255,9 @@ def token_effect(
     Two passes with gradients give the directions grad R(D); then one forward pass over the forget set carries their
     derivatives along, by group and side, and keeps no activations. Its cost is one forward, and for each side one more
     and one for every group that is alive in a layer: about 9 for the groups of the paper, L + 6 for groups="layer".
-    Every kind of module is covered as long as it is made of PyTorch operations; what backward hooks do to gradients is
-    not, because there is no backward. The model is measured in evaluation
-    mode and left as found, also after an error.
+    Every kind of module is covered as long as it is made of PyTorch operations; hooks on gradients are refused by name,
+    because there is no backward that they could change. The model is measured in evaluation mode and left as found,
+    also after an error.
 
     Args:
         model: a Hugging Face causal language model, possibly wrapped by PEFT, DDP or torch.compile. Attention kernels

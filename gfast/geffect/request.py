@@ -13,6 +13,7 @@ from torch import nn
 
 from gfast import hf, packed, wrappers
 from gfast.geffect.backward import Passes
+from gfast.geffect.contributions.coverage import refuse_gradient_hooks
 from gfast.geffect.data import Data, Term, risk_terms, to_device
 from gfast.geffect.directions import DTYPES, Directions, collect, risk_counts
 from gfast.geffect.groups import GroupMap, assign
@@ -90,6 +91,8 @@ class Request:
             )
         hf.check_causal(wrappers.measured(model), to_device(data.batches["forget"][0], next(model.parameters()).device))
         request = cls(model, data, assign(model, options.groups), options, processes)
+        if options.engine in ("sample", "token", "gram"):
+            refuse_gradient_hooks(model, request.groups.index, options.engine)
         if options.directions is not None:
             request._check_given(options.directions)
         return request

@@ -1,4 +1,4 @@
-"""Uses of parameters that no hook sees: an error that names the parameter, never a gap.
+"""What an engine cannot see of a parameter's gradient: an error that names the parameter, never a gap.
 
 While a module with parameters of its own is called, constants stand in their place (`layers.Watch`): its hooks tell
 what they get. So the graph that a forward leaves leads to a parameter only by another use, be it a product outside of
@@ -7,11 +7,13 @@ the module's call or a view that was made before the pass, and what autograd tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+
+from gfast import wrappers
 
 
 def _nodes(output: Tensor) -> Iterator[Any]:
@@ -47,3 +49,20 @@ def check_graph(output: Tensor, names: Mapping[int, str], engine: str) -> None:
                     f"pass, where no hook sees what that adds to its gradient. Freeze it with requires_grad_(False), "
                     f"or use engine='stream' or 'token', which see every use in the pass"
                 )
+
+
+def refuse_gradient_hooks(model: nn.Module, names: Collection[str], engine: str) -> None:
+    """ValueError for hooks that may change a gradient which the engine never has; names: of trainable parameters."""
+    instead = "Remove it, or use engine='stream', whose gradients are those of a backward, hooks and all"
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks and name in names:
+            raise ValueError(
+                f"gfast: a gradient hook on the parameter {name!r} (register_hook; a mask?) may change its gradient, "
+                f"and the {engine} engine never has that. {instead}"
+            )
+    for path, module in model.named_modules() if engine == "token" else ():
+        if wrappers.backward_hooks(module):
+            raise ValueError(
+                f"gfast: a backward hook on the module {path!r} ({type(module).__name__}) may change gradients, and "
+                f"the token engine has no backward. {instead}"
+            )

@@ -277,10 +277,15 @@ class Watch:
             start.register_post_accumulate_grad_hook(_drop_grad)
             output = result = start.clone()
         # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
-        output.register_hook(partial(self._backward, site, [kept, kept._version, scale]))
+        call = [kept, kept._version, scale]
+        # of its node, and so after the hooks on the tensor itself, which may change its gradient
+        output.grad_fn.register_prehook(partial(self._backward, site, call, output.output_nr))
         return result
 
-    def _backward(self, site: Site, call: list[Any], grad: Tensor) -> None:
+    def _backward(self, site: Site, call: list[Any], place: int, grads: tuple[Tensor | None, ...]) -> None:
+        grad = grads[place]
+        if grad is None:
+            return
         kept, version, scale = call
         if not self.again:
             call.clear()  # the input is not needed any longer

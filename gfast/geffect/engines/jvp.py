@@ -167,6 +167,11 @@ class Tangents(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "requires_grad_" or name == "__set__" and func.__self__.__name__ == "requires_grad":
             return args[0] if name == "requires_grad_" else None  # it would record a graph: checkpoints ask for that
+        if name == "register_hook":
+            raise ForwardModeError("register_hook() is to change a gradient, and there is no backward")
+        if name == "__get__" and func.__self__.__name__ == "requires_grad":
+            # as where a backward will follow: a model may register a hook on what requires a gradient
+            return func(*args, **kwargs) or _moves(args)
         if name == "__get__" and func.__self__.__name__ not in _LINEAR_GETTERS or name in _ABOUT:
             return func(*args, **kwargs)
         given = tuple(_mapped(value, self._read) for value in args)

@@ -28,6 +28,11 @@ _UNREACHED = (
     "gfast: no parameter has a gradient after the backward: the loss is of another model than the monitor's, or the "
     "model is sharded by FSDP2, where every backward must reduce: leave set_requires_gradient_sync(True)"
 )
+_TAKEN = (
+    "gfast: a hook has taken the gradient of {!r} within the backward (register_post_accumulate_grad_hook: an "
+    "optimizer that steps there?), so that the two gradients of a step are never there together: step after the last "
+    "retain()"
+)
 
 
 class Gradients:
@@ -96,6 +101,8 @@ class Gradients:
                 if index in came:
                     self.torn.add(index)
                 came.add(index)
+                if parameter.grad is None:
+                    raise ValueError(_TAKEN.format(self.names[index]))
                 take(index)
 
             return run
