@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import numpy
+import pyarrow.parquet
 import pytest
 import torch
 from helpers.training_tiny import TOKENIZER, saved_tiny, tiny_model
 
 from gfast import cli, metrics
 from gfast.data import bundled_perturbed
+from gfast.evaluation import sources
 from gfast.files import read_json
 
 
@@ -151,6 +154,9 @@ def test_muse_from_a_folder(model, tmp_path, capsys):
     (tmp_path / "retain.json").write_text(json.dumps(value))
     fails(capsys, "PrivLeak needs min_k of the set holdout", flags(model, tmp_path / "x", **own))
     fails(capsys, "cannot be compared: they are of 3 and 4 rows", flags(model, tmp_path / "x", **{**own, "ds_size": 3}))
+    (folder / "knowmem/forget_qa_icl.jsonl").write_text(json.dumps(qa[3]) + "\n")
+    fails(capsys, "the set knowmem_forget as token ids", flags(model, tmp_path / "out", data="muse", data_path=folder))
+    (folder / "privleak.jsonl").write_text((folder / "privleak/forget.jsonl").read_text())  # no split of it
     (folder / "privleak/holdout.jsonl").unlink()
     fails(capsys, "privleak/holdout.jsonl", flags(model, tmp_path / "x", data="muse", data_path=folder))
 
@@ -166,6 +172,7 @@ def test_multiple_choice_from_a_folder(model, tmp_path, capsys):
     assert cli.main(words) == 0
     assert "| Accuracy |" in capsys.readouterr().out
     values = metrics.load_log(tmp_path / "out").sets["wmdp-bio"].values
+    assert "extraction_strength" not in values  # of one token, which ends the answer
     # by hand: the letter after the prompt, from the model's own logits
     network = tiny_model(max_position_embeddings=256).eval()
     letters = [TOKENIZER(f" {letter}", add_special_tokens=False).input_ids for letter in "ABCD"]
@@ -211,6 +218,13 @@ def test_a_folder_of_another_evaluation(model, tmp_path, capsys):
     tiny_model(seed=1).save_pretrained(other)
     TOKENIZER.save_pretrained(other)
     fails(capsys, "weights is", flags(other, tmp_path / "out", ds_size=1))
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}" + (
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    words = flags(model, tmp_path / "out", ds_size=1, tokenizer=tmp_path / "chat")
+    fails(capsys, "the set forget as token ids (tokenizer, template, questions in front) are not those", words)
 
 
 def test_wrong_words(model, tmp_path, capsys, monkeypatch):
@@ -240,6 +254,19 @@ def test_wrong_words(model, tmp_path, capsys, monkeypatch):
     TOKENIZER.save_pretrained(short)
     fails(capsys, "the model takes 16", flags(short, tmp_path / "x"))
     assert not (tmp_path / "x" / "log.json").exists()
+
+
+def test_parts_of_a_file_are_all_read(tmp_path):
+    (tmp_path / "all").mkdir()
+    for part in range(2):
+        rows = [{"question": f"Which {part} {n}?", "choices": ["a", "b"], "answer": 0} for n in range(3)]
+        path = tmp_path / "all" / f"test-0000{part}-of-00002.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    asked = sources.choices("mmlu", "cais/mmlu", "all", tmp_path, TOKENIZER).rows
+    assert len(asked) == 6 and "Which 1 2?" in asked[5]["question"]
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="one of 00002 files of all test, and 1 of them"):
+        sources.choices("mmlu", "cais/mmlu", "all", tmp_path, TOKENIZER)
 
 
 @pytest.mark.slow  # a model is taught: half a minute

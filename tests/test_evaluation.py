@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -13,7 +14,7 @@ from helpers.training_tiny import TOKENIZER, tiny_model
 from gfast import metrics
 from gfast.data import bundled_perturbed
 from gfast.deferred import DeferredLogits
-from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, run, sources
 from gfast.evaluation.generation import generate
 from gfast.evaluation.results import summarize
 from gfast.evaluation.run import columns
@@ -203,6 +204,16 @@ def test_what_ends_a_generation():
     work = Evaluation(chosen, [encoded(one, TOKENIZER) for one in chosen], TOKENIZER)
     assert work.samples[2][0].right[1][-1] != TOKENIZER.eos_token_id
     assert work.ends == (TOKENIZER.eos_token_id,)  # not the last word of a text
+    # and what the model's own settings end at, if the tokenizer knows it as a special token
+    model = tiny_model()
+    for named in (TOKENIZER.bos_token_id, [TOKENIZER.bos_token_id, 77], None, 77):
+        model.generation_config.eos_token_id = named
+        more = [] if named in (None, 77) else [TOKENIZER.bos_token_id]
+        assert work.ends_for(model) == tuple(sorted([TOKENIZER.eos_token_id, *more]))
+    endless = copy.deepcopy(TOKENIZER)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token"):
+        sources.Continuation(endless)("Who?", "Nobody.")
 
 
 def test_perturbed_extraction_asks_in_other_words():
@@ -263,6 +274,39 @@ def test_generations_that_never_end_are_cut_and_counted():
         assert list(log.sets[name].values["generated_tokens"]) == [4, 4, 4]
 
 
+def test_losses_that_exploded_are_still_a_log():
+    model, one = tiny_model(), evaluation(rows=4, generate=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e4)
+    log = parse_log(json.loads(json.dumps(one.log(one.run(model), "exploded", {}))))
+    values = log.sets["retain"].values
+    assert (values["avg_paraphrased_loss"] - values["average_perturb_loss"].mean(1)).max() > 709
+    assert 0 <= summarize(log, log)["sets"]["forget"]["truth_ratio"] <= 1
+
+
+def test_what_a_model_does_not_take_is_said_before_any_pass():
+    one = evaluation(extraction=("exact",))
+    sample = max((s for some in one.samples for s in some), key=lambda s: max(len(ids) for ids, _ in s.answers))
+    length = max(len(ids) for ids, _ in sample.answers)
+    with pytest.raises(ValueError, match=f"{length} tokens, and the model takes {length - 1}"):
+        one.check_model(tiny_model(max_position_embeddings=length - 1))
+    one.check_model(tiny_model(max_position_embeddings=length))
+    with pytest.raises(ValueError, match=f"300 may be generated .* takes {length} .* max_new_tokens of "):
+        evaluation(generate=300).check_model(tiny_model(max_position_embeddings=length))
+    with pytest.raises(ValueError, match="row 0 of the set retain"):
+        one.check_model(tiny_model(vocab_size=20))
+
+
+def test_prompts_of_unlike_lengths_are_tried_with_a_cache(monkeypatch):
+    """Left padding is what a cache may not bear: two prompts of one length would not show it."""
+    tried = []
+    monkeypatch.setattr(run, "can_share", lambda model, probe, pad: tried.append({len(s.prompt) for s in probe}))
+    one = evaluation()
+    one.run(tiny_model())
+    prompts = [{len(sample.prompt) for sample in some} for some in one.samples]
+    assert tried == [{min(lengths), max(lengths)} for lengths in prompts] and all(len(pair) == 2 for pair in tried)
+
+
 @pytest.mark.parametrize("fields, message", [
     ({"perturbed_answer": None}, 'row 1: field "perturbed_answer" should list perturbed answers, got None'),
     ({"perturbed_answer": []}, "should list perturbed answers"),
@@ -286,7 +330,7 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
         encoded(sets()[0], TOKENIZER, max_length=12)
 
 
-def test_names_and_numbers_of_an_evaluation():
+def test_names_and_numbers_of_an_evaluation(caplog):
     one = sets()[0]
     samples = encoded(one, TOKENIZER)
     for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction")):
@@ -294,5 +338,8 @@ def test_names_and_numbers_of_an_evaluation():
             Evaluation([one], [samples], TOKENIZER, **options)
     with pytest.raises(ValueError, match="one name"):
         Evaluation([one, one], [samples, samples], TOKENIZER)
+    with caplog.at_level("WARNING", logger="gfast"):
+        assert columns([4, 7], [{"a": 1}, {"a": 2, "min_k": 3}], "forget") == {"index": [4, 7], "a": [1, 2]}
+    assert "min_k of the set forget is not in the log: row 4 has none" in caplog.text
     partial = columns([0, 1], [{"a": 1, "ps_exact": 0.5}, {"a": 2}])
     assert partial == {"index": [0, 1], "a": [1, 2], "extraction": {"ps_exact": [0.5]}}

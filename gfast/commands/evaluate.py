@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gfast import metrics
@@ -27,10 +26,9 @@ from gfast.commands.arguments import CommandParser, ModelArguments, parse_option
 from gfast.commands.common import as_text, device_name, say, show_log, versions
 from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
-from gfast.data import check_vocabulary, load_jsonl
+from gfast.data import load_jsonl
 from gfast.data.encode import chat_source, resolve_template
-from gfast.data.ids import vocabulary_sizes
-from gfast.evaluation import Evaluation, EvaluationSet, Sample, encoded, harness, sources
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, harness, sources
 from gfast.evaluation.attacks import (
     BITS,
     QUANTIZERS,
@@ -52,6 +50,7 @@ from gfast.evaluation.results import (
     write_results,
 )
 from gfast.evaluation.run import EXTRACTIONS
+from gfast.evaluation.samples import tokens_checksum
 from gfast.files import read_json, require_writable, whole_file, write_json
 from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
@@ -232,7 +231,9 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     if arguments.lm_eval:
         harness.require_tasks(arguments.lm_eval)
     model = load_model(model_arguments).to(device)
-    _fit(model, sets, samples, tokenizer, arguments)
+    kinds = arguments.extraction or ()
+    evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
+    evaluation.check_model(model)
     # A relearning comes after the evaluation, and says by itself how it was done.
     elsewhere = (
         "data_path",
@@ -244,7 +245,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     )
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
-    settings |= {"chat_kwargs": options, **of_model}
+    settings |= {"chat_kwargs": options, "ends": evaluation.ends_for(model), **of_model}
     if arguments.quantize is not None:
         model = quantize(model, arguments.quantize, arguments.quantize_by)
     info = as_text(
@@ -252,7 +253,11 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
             "model": model_arguments.model,
             "data": f"{arguments.data}: {', '.join(one.config for one in sets)}",
             "samples": {one.name: len(some) for one, some in zip(sets, samples, strict=True)},
-            "data_sha256": {f"the set {one.name} ({one.config})": one.checksum() for one in sets},
+            "data_sha256": {f"the set {one.name} ({one.config})": one.checksum() for one in sets}
+            | {
+                f"the set {one.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(some)
+                for one, some in zip(sets, samples, strict=True)
+            },
             "argv": ["gfast", "evaluate", *argv],
             "versions": versions(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -261,8 +266,6 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     )
     check_run_folder(folder, info)
     write_run_info(folder, info | {"device": device_name(device)})
-    kinds = arguments.extraction or ()
-    evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
     results = _run(evaluation, model, folder)
     source = {
         "model": info["model"],
@@ -376,29 +379,6 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
 
         sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
     return sets
-
-
-def _fit(
-    model: nn.Module,
-    sets: list[EvaluationSet],
-    samples: list[list[Sample]],
-    tokenizer: Any,
-    arguments: EvaluateArguments,
-) -> None:
-    """ValueError where the model does not know a token, or does not take a sample as long as it is."""
-    sizes = vocabulary_sizes(model)
-    takes = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for one, some in zip(sets, samples, strict=True):
-        items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for sample in some
-                 for ids, labels in sample.answers]  # fmt: skip
-        check_vocabulary(sizes, items, tokenizer, f"the set {one.name}")
-        longest = max(some, key=lambda sample: max(len(ids) for ids, _ in sample.answers))
-        length = max(len(ids) for ids, _ in longest.answers)
-        if takes is not None and length > takes:
-            raise ValueError(
-                f"row {longest.index} of the set {one.name} has {length} tokens, and the model takes {takes} "
-                "(max_position_embeddings): leave such rows out"
-            )
 
 
 def _first_day(folder: Path) -> str:

@@ -64,17 +64,16 @@ def find_adapter(arguments: ModelArguments, name: str | None = None) -> Adapter 
     return Adapter(name, base, None if arguments.base_model else config.get("revision"))
 
 
-def check_model(arguments: ModelArguments, name: str | None = None) -> None:
-    """Fail before any work when the configuration of the model, or of an adapter's base, cannot be found, or one of
-    them is a run's and not as the run left it.
+def check_model(arguments: ModelArguments, name: str | None = None) -> Any:
+    """The configuration of the model, or of an adapter's base; None where a GGUF file has it. Fail before any work when
+    it cannot be found, or one of them is a run's and not as the run left it.
     """
     adapter = find_adapter(arguments, name)
     for folder in (name or arguments.model, None if adapter is None else adapter.base):
         if folder is not None and Path(folder).is_dir():
             edited = f"or, if you changed it on purpose, delete {Path(folder) / MANIFEST}"
             check_manifest(folder, f"restore it from a copy, {edited}", only=DECIDING)
-    if not arguments.gguf_file:
-        _config(arguments, name or arguments.model, adapter)
+    return None if arguments.gguf_file else _config(arguments, name or arguments.model, adapter)
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:

@@ -18,6 +18,9 @@ TEMPLATES = ("auto", "chat", "plain")
 IGNORE = -100
 # What `apply_chat_template` takes and gfast gives itself.
 OWN_OPTIONS = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")
+NO_END = (
+    "gfast: the tokenizer has no EOS token, so the end of an answer cannot be marked; set tokenizer.eos_token first"
+)
 ADVICE = 'use template="plain", or chat_kwargs= to pass options to the chat template'
 
 
@@ -166,7 +169,7 @@ class Chat:
     @cached_property
     def _markers(self) -> dict[str, int]:
         """The tokens that can end a turn. Some vocabularies add plain white space, which does not."""
-        found = {**self.tokenizer.get_added_vocab(), **_special(self.tokenizer)}
+        found = {**self.tokenizer.get_added_vocab(), **special_tokens(self.tokenizer)}
         return {token: index for token, index in found.items() if token.strip()}
 
     @cached_property
@@ -257,14 +260,12 @@ def _join(tokenizer: Any, context: str, rest: str, movable: int = 0) -> tuple[li
 
 def _end_id(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "gfast: the tokenizer has no EOS token, so the end of an answer cannot be marked; "
-            "set tokenizer.eos_token first"
-        )
+        raise ValueError(NO_END)
     return tokenizer.eos_token_id
 
 
-def _special(tokenizer: Any) -> dict[str, int]:
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Its special tokens and their ids, those that were added later too."""
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {**named, **{str(token): index for index, token in added.items() if getattr(token, "special", False)}}
@@ -276,7 +277,7 @@ def _control(tokenizer: Any, written: Iterable[str]) -> dict[str, int]:
     names = ("bos_token", "eos_token", "sep_token", "cls_token", "pad_token")
     named = {str(getattr(tokenizer, name, None)) for name in names}
     frame = "\0".join([str(getattr(tokenizer, "chat_template", None) or ""), *written])
-    return {t: i for t, i in _special(tokenizer).items() if t.strip() and (t in named or t in frame)}
+    return {t: i for t, i in special_tokens(tokenizer).items() if t.strip() and (t in named or t in frame)}
 
 
 def _refuse_markup(control: Mapping[str, int], question: str, answer: str) -> None:

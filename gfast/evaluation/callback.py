@@ -41,8 +41,8 @@ class EvaluateCallback(TrainerCallback):
         batch_size, extraction: as `gfast evaluate` has them. template, chat_kwargs: the prompt's.
         folder: where logs go; None: `<output_dir>/evaluations`.
 
-    Errors: ValueError for rows that cannot be evaluated and a retain log that does not compare, before training; for a
-    negative `every`.
+    Errors: ValueError for rows that cannot be evaluated, or are too long for the model, and a retain log that does not
+    compare, before training; for a negative `every`.
 
     >>> from gfast.evaluation import EvaluateCallback, sources
     >>> callback = EvaluateCallback(10, sources.bundled(), tokenizer)           # doctest: +SKIP
@@ -73,6 +73,7 @@ class EvaluateCallback(TrainerCallback):
         self.summaries: dict[int, dict[str, Any]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+        self.evaluation.check_model(wrappers.measured(model))
         if state.global_step == 0:
             self._evaluate(args, state, model)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from gfast import metrics
+from gfast import metrics, wrappers
+from gfast.data import check_vocabulary
+from gfast.data.encode import special_tokens
+from gfast.data.ids import vocabulary_sizes
 from gfast.evaluation.generation import generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
 from gfast.evaluation.scoring import Scored, can_share, score
@@ -22,6 +27,8 @@ from gfast.metrics.answers import OPTION_SETS
 from gfast.metrics.log import FORMAT
 from gfast.metrics.values import chosen
 from gfast.model_state import evaluating
+
+logger = logging.getLogger("gfast")
 
 PARTS = "parts"
 # Min-K% of the log: open-unlearning's k for TOFU and MUSE.
@@ -80,6 +87,50 @@ class Evaluation:
         pairs = zip(self.sets, self.samples, strict=True)
         found = {sample.right[1][-1] for one, some in pairs if one.generate for sample in some}
         return tuple(sorted(found | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
+
+    def ends_for(self, model: nn.Module) -> tuple[int, ...]:
+        """`ends`, and those at which the model itself would stop: of its generation settings (a chat model's name
+        several) what the tokenizer knows as special tokens. Those of a model made for another vocabulary name words.
+        """
+        own = getattr(getattr(wrappers.measured(model), "generation_config", None), "eos_token_id", None)
+        special = set(special_tokens(self.tokenizer).values())
+        named = [own] if isinstance(own, int) else own or ()
+        return tuple(sorted({*self.ends, *(int(token) for token in named if int(token) in special)}))
+
+    def check_model(self, model: nn.Module) -> None:
+        """ValueError, naming the row, for a token that the model does not know, or what `check_lengths` finds."""
+        sizes = vocabulary_sizes(model)
+        for one, samples in zip(self.sets, self.samples, strict=True):
+            for sample in samples:
+                items = [
+                    {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for ids, labels in _asked(sample)
+                ]
+                check_vocabulary(
+                    sizes, items, self.tokenizer, f"the answers of row {sample.index} of the set {one.name}"
+                )
+        self.check_lengths(getattr(model, "config", None))
+
+    def check_lengths(self, config: Any) -> None:
+        """ValueError, naming the row, where a sample, or a prompt with what may be generated after it, has more
+        positions than a model of this configuration takes.
+        """
+        takes = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if takes is None:
+            return
+        for one, samples in zip(self.sets, self.samples, strict=True):
+            for sample in samples:
+                longest, prompt = max(len(ids) for ids, _ in _asked(sample)), len(sample.prompt)
+                if longest > takes:
+                    raise ValueError(
+                        f"row {sample.index} of the set {one.name} has {longest} tokens, and the model takes {takes} "
+                        "(max_position_embeddings): leave such rows out"
+                    )
+                if one.generate and prompt + one.generate > takes:
+                    raise ValueError(
+                        f"the prompt of row {sample.index} of the set {one.name} has {prompt} tokens, {one.generate} "
+                        f"may be generated after it, and the model takes {takes} (max_position_embeddings): give "
+                        f"max_new_tokens of {takes - prompt} or less"
+                    )
 
     def units(self) -> list[Unit]:
         """All there is to do: the same in every process and after every start."""
@@ -144,12 +195,15 @@ class Evaluation:
         if of not in self._shared:
             samples = self.samples[of]
             several = any(len(sample.answers) > 1 for sample in samples)
-            probe = sorted(samples, key=lambda sample: (-len(sample.answers), sample.index))[:2]
+            # Of unlike lengths, so that the shorter one's prompt is padded.
+            most = max(len(sample.answers) for sample in samples)
+            probe = sorted((s for s in samples if len(s.answers) == most), key=lambda s: (len(s.prompt), s.index))
+            probe = probe if len(probe) < 3 else [probe[0], probe[-1]]
             self._shared[of] = several and can_share(model, probe, self.pad_id)
         return self._shared[of]
 
     def _generations(self, model: nn.Module, one: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
-        said = generate(model, [sample.prompt for sample in samples], one.generate, self.ends, self.pad_id)
+        said = generate(model, [sample.prompt for sample in samples], one.generate, self.ends_for(model), self.pad_id)
         found = []
         for sample, generated in zip(samples, said, strict=True):
             text = text_of(self.tokenizer, generated.ids, one.stops)
@@ -164,12 +218,13 @@ class Evaluation:
         asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
         answers = [ids[first_label(labels) : -1] or ids[-1:] for ids, labels in asked_as]  # without the ending token
+        ends = self.ends_for(model)
         match = "similar" if kind == "similar" else "exact"
 
         def matches(asked: Mapping[int, int]) -> dict[int, bool]:
             given = [[*prompts[at], *answers[at][:prefix]] for at, prefix in asked.items()]
             limit = max(len(answers[at]) - prefix for at, prefix in asked.items())
-            said = generate(model, given, limit, self.ends, self.pad_id)
+            said = generate(model, given, limit, ends, self.pad_id)
             return {
                 at: metrics.continuation_matches(generated.ids, answers[at][prefix:], match)
                 for (at, prefix), generated in zip(asked.items(), said, strict=True)
@@ -186,9 +241,13 @@ class Evaluation:
                 if unit.of == of:
                     for at, values in zip(unit.places, results[unit.name], strict=True):
                         rows[at].update(values)
-            sets[one.name] = columns([sample.index for sample in self.samples[of]], rows)
+            sets[one.name] = columns([sample.index for sample in self.samples[of]], rows, one.name)
             described[one.name] = {"config": one.config, "rows": len(rows), "sha256": one.checksum()}
         return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
+
+
+def _asked(sample: Sample) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [*sample.answers, *([sample.reworded] if sample.reworded else [])]
 
 
 def _kept(path: Path, rows: list[int]) -> list[dict[str, Any]]:
@@ -222,7 +281,8 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     right = scored[sample.fields["gt"][0]]
     # open-unlearning's convention: the token that ends an answer is no part of it here
     correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
-    found["extraction_strength"] = metrics.extraction_strength(correct)
+    if not one.choices:  # nothing is left of a letter
+        found["extraction_strength"] = metrics.extraction_strength(correct)
     if correct:
         found["exact_memorization"] = metrics.exact_memorization(correct)
         found["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
@@ -238,9 +298,19 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     return found
 
 
-def columns(index: list[int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows as lists parallel to `index`; a value that not every row has is left out, but for texts."""
-    common = [key for key in sorted(rows[0]) if key != "text" and all(key in row for row in rows)]
+def columns(index: list[int], rows: Sequence[Mapping[str, Any]], name: str = "") -> dict[str, Any]:
+    """Rows as lists parallel to `index`; a value that not every row has is left out, but for texts, and said of the
+    set `name`.
+    """
+    keys = sorted({key for row in rows for key in row} - {"text"})
+    common = [key for key in keys if all(key in row for row in rows)]
+    for key in keys:
+        if key not in common and not key.startswith("ps_"):
+            lacks = [number for number, row in zip(index, rows, strict=True) if key not in row]
+            logger.warning(
+                "%s of the set %s is not in the log: row %d has none, as its answer has no token but the one that ends "
+                "it (%d of %d rows)", key, name, lacks[0], len(lacks), len(rows),
+            )  # fmt: skip
     found: dict[str, Any] = {"index": index, **{key: [row[key] for row in rows] for key in common}}
     texts = [{"index": number, **row["text"]} for number, row in zip(index, rows, strict=True) if "text" in row]
     partial = {key for row in rows for key in row if key.startswith("ps_") and key not in common}

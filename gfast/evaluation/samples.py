@@ -80,6 +80,13 @@ class Sample:
         return [sum(label != IGNORE for label in self.answers[at][1][1:]) for at in self.fields[name]]
 
 
+def tokens_checksum(samples: Sequence[Sample]) -> str:
+    """SHA-256 of what a model is given: the same rows are other tokens under another tokenizer or template."""
+    return hashlib.sha256(
+        repr([(one.index, one.answers, one.fields, one.reworded) for one in samples]).encode()
+    ).hexdigest()
+
+
 def first_label(labels: Sequence[int]) -> int:
     """Where the answer begins."""
     return next(at for at, label in enumerate(labels) if label != IGNORE)

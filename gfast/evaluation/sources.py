@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gfast.data import bundled_perturbed, iter_jsonl, load_jsonl, load_tofu
-from gfast.data.encode import IGNORE
+from gfast.data.encode import IGNORE, NO_END
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.log import EvaluationLog
 from gfast.words import did_you_mean
@@ -74,7 +74,7 @@ def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) ->
     """MUSE: knowledge (questions after a few answered ones), verbatim memory (how a text goes on) and, for PrivLeak,
     whole texts of the forget and the holdout set.
 
-    hub: muse-bench/MUSE-News or -Books; path: a folder with their files instead, as `<config>/<split>*` or
+    hub: muse-bench/MUSE-News or -Books; path: a folder with their files instead, as `<config>/<split>.jsonl` or
     `<config>_<split>.jsonl`.
     """
     found = []
@@ -140,6 +140,8 @@ class Continuation:
 
     def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         prompt = f"{self.before}{question}" if not self.before else f"{self.before}Question: {question}\nAnswer:"
+        if self.ends and self.tokenizer.eos_token_id is None:
+            raise ValueError(NO_END)
         head = list(self.tokenizer(prompt).input_ids)
         if head and head[-1] == self.tokenizer.eos_token_id:
             head = head[:-1]
@@ -148,7 +150,7 @@ class Continuation:
             whole = whole[:-1]
         # Where the vocabulary merges across the boundary, the prompt stays as generation would see it.
         rest = whole[len(head) :] if whole[: len(head)] == head else self._alone(f" {answer}")
-        rest += [self.tokenizer.eos_token_id] if self.ends and self.tokenizer.eos_token_id is not None else []
+        rest += [self.tokenizer.eos_token_id] if self.ends else []
         return head + rest, [IGNORE] * len(head) + rest
 
     def _alone(self, text: str) -> list[int]:
@@ -171,8 +173,8 @@ def _shots(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stored(hub: str, config: str, split: str, path: str | Path | None, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a data set on the hub, or of a folder that has its files: `<config>/<split>*.parquet`, .jsonl or .json
-    (JSON lines), `<config>_<split>.*`, `<config>.*`.
+    """Rows of a data set on the hub, or of a folder that has its files: `<config>/<split>.parquet`, .jsonl or .json
+    (JSON lines), or its parts `<config>/<split>-00000-of-00002.*`; `<config>_<split>.*`; of `test` `<config>.*`.
 
     Errors: FileNotFoundError, naming what was looked for; ValueError for a row without one of `fields`, as text.
     """
@@ -180,8 +182,8 @@ def stored(hub: str, config: str, split: str, path: str | Path | None, fields: S
         rows = _from_hub(hub, config, split)
         where = f"{hub}, {config} {split}"
     else:
-        file = _file(Path(path), config, split)
-        rows, where = _read(file, fields), str(file)
+        files = _files(Path(path), config, split)
+        rows, where = [row for file in files for row in _read(file, fields)], str(files[0])
     for number, row in enumerate(rows):
         for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
@@ -191,12 +193,23 @@ def stored(hub: str, config: str, split: str, path: str | Path | None, fields: S
     return rows
 
 
-def _file(folder: Path, config: str, split: str) -> Path:
-    names = [f"{config}/{split}", f"{config}_{split}", f"{config}/{split}-*", f"{config}-{split}", config]
+def _files(folder: Path, config: str, split: str) -> list[Path]:
+    """The file of a split, or all of its parts, as the hub has them: `<split>-00000-of-00002.parquet`."""
+    names = [f"{config}/{split}", f"{config}_{split}", f"{config}-{split}", f"{config}/{split}-*-of-*"]
+    if split == "test":  # of data with other splits it would be taken for each of them
+        names.append(config)
     for name in names:
         for kind in ("jsonl", "json", "parquet"):
-            for file in sorted(folder.glob(f"{name}.{kind}")):
-                return file
+            files = sorted(folder.glob(f"{name}.{kind}"))
+            if files and "*" in name:
+                count = files[0].stem.rpartition("-")[2]
+                if str(len(files)) != count.lstrip("0"):
+                    raise FileNotFoundError(
+                        f"gfast: {files[0]} is one of {count} files of {config} {split}, and {len(files)} of them are "
+                        f"in {files[0].parent}: copy the others there too"
+                    )
+            if files:
+                return files
     raise FileNotFoundError(
         f"gfast: {folder} has no file for {config} {split}: it should be {config}/{split}.jsonl (or .json, .parquet)"
     )

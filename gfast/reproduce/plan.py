@@ -52,7 +52,8 @@ class Plan:
         self.base = self._base()
         self._fix_date()
         if sets:
-            self.asker.evaluation(self.tokenizer)  # every row can be asked, before hours of work show that one cannot
+            # every row can be asked, before hours of work show that one cannot
+            self.asker.evaluation(self.tokenizer).check_lengths(self.config)
         self.taught = self._teach("taught", "full.jsonl", "both sets are taught to the model")
         self._evaluate("taught", self.taught, None)
         self.retain = None
@@ -92,12 +93,12 @@ class Plan:
         if isinstance(recipe.model, dict):
             from gfast.data import demo_tokenizer
 
-            self.tokenizer = demo_tokenizer()
+            self.tokenizer, self.config = demo_tokenizer(), work.fresh_config(recipe.model)
             run = partial(work.fresh_model, recipe.model, recipe.seeds[0])
             inputs = {"sizes": recipe.model, "seed": recipe.seeds[0]}
             return self._add(Step("model", "a small Llama with random weights", inputs, (), WEIGHTS, run))
         arguments = self.asker.arguments(recipe.model)
-        check_model(arguments)
+        self.config = check_model(arguments)
         self.tokenizer = load_tokenizer(arguments)
         return recipe.model
 

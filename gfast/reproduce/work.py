@@ -71,18 +71,27 @@ def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:
     return found
 
 
-def fresh_model(sizes: Mapping[str, Any], seed: int, folder: Path) -> None:
-    """A Llama of these sizes with random weights, and the bundled tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def fresh_config(sizes: Mapping[str, Any]) -> Any:
+    """Of a Llama of these sizes with the bundled tokenizer."""
+    from transformers import LlamaConfig
 
     from gfast.data import demo_tokenizer
 
     tokenizer = demo_tokenizer()
     tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return LlamaConfig(vocab_size=len(tokenizer), **tokens, **sizes)
+
+
+def fresh_model(sizes: Mapping[str, Any], seed: int, folder: Path) -> None:
+    """A Llama of these sizes with random weights, and the bundled tokenizer."""
+    from transformers import LlamaForCausalLM
+
+    from gfast.data import demo_tokenizer
+
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **tokens, **sizes))
+    model = LlamaForCausalLM(fresh_config(sizes))
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    demo_tokenizer().save_pretrained(folder)
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:
@@ -175,6 +184,7 @@ class Asker:
         tokenizer = load_tokenizer(self.arguments(model))
         evaluation = self.evaluation(tokenizer)
         loaded = self.load(model) if weights is None else weights
+        evaluation.check_model(loaded)
         units = evaluation.units()
         with Bar(f"Evaluating {name}", len(units)) as bar:
             results = evaluation.run(loaded, folder, units, lambda unit: bar.update())
