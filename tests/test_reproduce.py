@@ -189,7 +189,7 @@ def test_without_evaluations_runs_are_compared_by_their_nll(finished, tmp_path, 
     shutil.copytree(out, copy)
     names = [step.name for step in Plan(load_recipe(str(recipe), ["retain_model=false", *null]), copy).steps]
     monkeypatch.setattr(work, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert names == ["data/4-authors", "taught", "runs/npo-kl/seed0", "runs/npo-kl/seed1"]
+    assert names == ["data/4-authors-first-6", "taught", "runs/npo-kl/seed0", "runs/npo-kl/seed1"]
     assert reproduce(recipe, "--out", copy, "retain_model=false", *null) == 0
     tables = [read_json(folder / "tables.json")["objectives"] for folder in (copy, out)]
     row, other = (next(one for one in rows if one["name"] == "npo-kl") for rows in tables)
@@ -238,6 +238,9 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         ("seeds=1", "seeds should be a list"),
         ("data.source=tofuu", "data.source is 'tofuu'; did you mean tofu?"),
         ("sizes.data=[{forget_author: 1}]", "sizes.data.forget_author; did you mean forget_authors?"),
+        ("sizes.data=[{max_retain: 4}]", "{'max_retain': 4} is called 4-authors-first-6, as the recipe's own data is"),
+        ("sizes.data=[{max_forget: 3}, {max_forget: 3, max_retain: 2}]", "as {'max_forget': 3} is"),
+        ("launch=accelerate launch", "does not say how many processes train, and the epochs of teach"),
         ("unlearn={max_steps: 2}", "give nll_every or geffect_every"),
         ("nonsense", "should read key=value"),
     ],
@@ -247,6 +250,30 @@ def test_what_a_recipe_cannot_say(change, words, tmp_path, capsys):
     assert cli.main(["reproduce", str(recipe), change, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_decides_a_step(finished, tmp_path):
+    """Sizes that differ by their number of rows have data of their own; epochs are steps of all processes; how models
+    are loaded is an input of what is asked of them."""
+    recipe, _ = finished
+    changes = [
+        "sizes.data=[{max_forget: 3}, {max_forget: 4}]",
+        "launch=torchrun --nproc-per-node=2",
+        "load.dtype=bfloat16",
+    ]
+    plan = Plan(load_recipe(str(recipe), changes), tmp_path)
+    steps = {step.name: step for step in plan.steps}
+    for rows in (3, 4):
+        step = steps[f"sizes/4-authors-first-{rows}/ga"]
+        assert (
+            step.needs[-1] == f"data/4-authors-first-{rows}" and f"{rows} rows to forget" in steps[step.needs[-1]].what
+        )
+        assert f"data/4-authors-first-{rows}" in step.command
+    assert steps["taught"].inputs["flags"]["max_steps"] == 12 * 14 // (4 * 2)
+    assert steps["evaluations/taught"].inputs["load"]["dtype"] == "bfloat16"
+    long = ["evaluate.max_new_tokens=3000"]
+    with pytest.raises(ValueError, match="3000 may be generated after it, and the model takes 2048"):
+        Plan(load_recipe(str(recipe), long), tmp_path)
 
 
 def test_flags_are_checked_before_any_work(finished, tmp_path, capsys):

@@ -21,7 +21,7 @@ from gfast.evaluation.results import require_libraries
 from gfast.files import read_json, write_json
 from gfast.objectives.registry import parse_objective
 from gfast.reproduce import work
-from gfast.reproduce.recipe import Data, Evaluated, Recipe, objective_flags
+from gfast.reproduce.recipe import Data, Evaluated, Load, Recipe, objective_flags, processes_of
 from gfast.reproduce.steps import Checksums, Step
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
@@ -136,7 +136,12 @@ class Plan:
         own = {key: load[key] for key in ("tokenizer", "gguf_file", "attn_implementation", "dtype") if key in load}
         if load["trust_remote_code"]:
             own["trust_remote_code"] = True
-        settings = {**QUIET, **steps_of(dict(flags), count), **own, "template": recipe.template}
+        settings = {
+            **QUIET,
+            **steps_of(dict(flags), count, processes_of(recipe.launch) or 1),
+            **own,
+            "template": recipe.template,
+        }
         settings["chat_kwargs"] = self.asker.chat_kwargs or None
         settings = {key: value for key, value in settings.items() if value is not None}
         folder = self.out / "data" / data.name
@@ -185,7 +190,7 @@ class Plan:
         where, needs, decides = self._model(model)
         inputs = {
             "asked": asdict(recipe.evaluate), "template": recipe.template, "chat_kwargs": self.asker.chat_kwargs,
-            "rows": {one.name: one.checksum() for one in self.asker.sets}, **decides,
+            "rows": {one.name: one.checksum() for one in self.asker.sets}, **self._load(), **decides,
         }  # fmt: skip
         needs += (retain_log,) if retain_log else ()
         log = self.out / retain_log if retain_log else None
@@ -195,11 +200,17 @@ class Plan:
 
         self._add(Step(f"evaluations/{name}", "evaluate", inputs, needs, ("log.json",), run))
 
+    def _load(self) -> dict[str, Any]:
+        """How models are loaded and asked, where it is not the usual way: it decides the numbers too."""
+        recipe = self.recipe
+        found = {"load": asdict(recipe.load)} if recipe.load != Load() else {}
+        return found | ({"tokenizer": recipe.tokenizer} if recipe.tokenizer else {})
+
     def _calibrate(self, name: str, unlearned: str) -> None:
         taught, needs, decides = self._model(self.taught)
         plan, log = self.recipe.calibrate, self._retain_log()
         inputs = {**asdict(plan), "asked": asdict(self.recipe.evaluate), "template": self.recipe.template, **decides,
-                  "rows": {one.name: one.checksum() for one in self.asker.sets}}  # fmt: skip
+                  "rows": {one.name: one.checksum() for one in self.asker.sets}, **self._load()}  # fmt: skip
 
         def run(folder: Path) -> None:
             self.asker.calibrate(name, taught, str(self.out / unlearned), plan, folder, self.out / log if log else None)
@@ -248,9 +259,10 @@ class Plan:
         return found
 
 
-def steps_of(flags: dict[str, Any], rows: int) -> dict[str, Any]:
+def steps_of(flags: dict[str, Any], rows: int, processes: int = 1) -> dict[str, Any]:
     """`epochs` and `warmup_epochs` as max_steps and warmup_steps: whole optimizer steps, as the published code counts
-    them (arXiv 2401.06121, 2502.19301): what is left of the last pass over the data is dropped.
+    them (arXiv 2401.06121, 2502.19301): what is left of the last pass over the data is dropped. A step takes a batch of
+    each process.
 
     >>> steps_of({"epochs": 5, "warmup_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     ...          | {"learning_rate": 1e-5}, 200) | {"per_device_train_batch_size": 4}
@@ -258,6 +270,7 @@ def steps_of(flags: dict[str, Any], rows: int) -> dict[str, Any]:
 'warmup_steps': 12}
     """
     batch = int(flags.get("per_device_train_batch_size", 8)) * int(flags.get("gradient_accumulation_steps", 1))
+    batch *= processes
     epochs, warmup = flags.pop("epochs", None), flags.pop("warmup_epochs", None)
     if epochs is not None:
         flags["max_steps"] = max(1, int(epochs * rows) // batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -71,7 +72,8 @@ class Data:
     @property
     def name(self) -> str:
         """What its folder is called."""
-        return f"{self.forget_authors}-authors" if self.source == "bundled" else Path(self.forget).stem
+        name = f"{self.forget_authors}-authors" if self.source == "bundled" else Path(self.forget).stem
+        return name + (f"-first-{self.max_forget}" if self.max_forget else "")
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,45 @@ class Recipe:
                 _choose(where, name, self.objectives)
         if self.calibrate and any(flags.get("lora_r") for flags in (self.unlearn, *self.objectives.values())):
             raise ValueError("calibrate mixes whole weights, and lora_r trains adapters: leave one of them out")
-        for data in self.sizes.data if self.sizes else ():
-            self.with_size(data)
+        named = {self.data.name: "the recipe's own data"}
+        for changes in self.sizes.data if self.sizes else ():
+            name = self.with_size(changes).name
+            if name in named:
+                raise ValueError(
+                    f"sizes.data: {changes} is called {name}, as {named[name]} is: sizes differ by forget, "
+                    "max_forget or forget_authors"
+                )
+            named[name] = f"{changes}"
+        if self.launch and processes_of(self.launch) is None:
+            for where, flags in {"teach": self.teach, "unlearn": self.unlearn, **self.objectives}.items():
+                if any(name in (flags or {}) for name in _EPOCHS):
+                    raise ValueError(
+                        f"launch ({self.launch}) does not say how many processes train, and the epochs of {where} are "
+                        "steps of them all: give --nproc_per_node (torchrun), --num_processes (accelerate) or "
+                        "--num_gpus (deepspeed) as a number, or max_steps and warmup_steps"
+                    )
         if self.match_at is not None and not (isinstance(self.match_at, (int, float)) and math.isfinite(self.match_at)):
             raise ValueError(f"match_at is {self.match_at!r}; give a forget NLL")
 
     def with_size(self, changes: Mapping[str, Any]) -> Data:
         """The data with another forget set."""
         return _built(Data, {**{f.name: getattr(self.data, f.name) for f in fields(Data)}, **changes}, "sizes.data")
+
+
+def processes_of(launch: str | None) -> int | None:
+    """How many processes the words in front of a training start; None where they do not say.
+
+    >>> processes_of("torchrun --nnodes=2 --nproc_per_node 4"), processes_of("accelerate launch"), processes_of(None)
+    (8, None, 1)
+    """
+    if launch is None:
+        return 1
+    words = [word.replace("-", "_").lstrip("_") for entry in shlex.split(launch) for word in entry.split("=", 1)]
+    found = dict(zip(words, words[1:], strict=False))
+    of_node = next((found[key] for key in ("nproc_per_node", "num_processes", "num_gpus") if key in found), "")
+    # accelerate's number is that of all machines
+    nodes = "1" if "num_processes" in found else found.get("nnodes", found.get("num_nodes", "1"))
+    return int(of_node) * int(nodes) if of_node.isdecimal() and nodes.isdecimal() else None
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
