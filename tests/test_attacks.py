@@ -83,6 +83,8 @@ def test_relearning_from_the_command_line(model, tmp_path, capsys):
     assert other["settings"]["related_data"] and other["g_effect"] != result["g_effect"]
     fails(capsys, "leaves none", flags(model, tmp_path / "x", relearn=1, relearn_rows=4))
     fails(capsys, "no such forget set", flags(model, tmp_path / "x", relearn=1, data="wmdp"))
+    fails(capsys, "weights of bfloat16", flags(model, tmp_path / "x", relearn=1, dtype="bfloat16", ds_size=5))
+    assert not (tmp_path / "x" / "run.json").exists()
     fails(capsys, "one attack at a time", flags(model, tmp_path / "x", relearn=1, quantize="8bit"))
 
 

@@ -34,6 +34,10 @@ DAMAGE = {
     "a text": (lambda sets: sets["forget"]["rougeL_recall"].__setitem__(0, "1.0"), "no number"),
     "a truth": (lambda sets: sets["forget"]["rougeL_recall"].__setitem__(0, True), "no number"),
     "a negative loss": (lambda sets: sets["forget"]["avg_gt_loss"].__setitem__(0, -1.0), "cannot be below 0"),
+    "an integer that no float holds": (
+        lambda sets: sets["forget"]["perturb_loss"][0].__setitem__(0, 10**400),
+        "perturb_loss of row 0 is 1000",
+    ),
     "a recall in percent": (lambda sets: sets["retain"]["rougeL_recall"].__setitem__(1, 98.5), "at most 1"),
     "a short list": (lambda sets: sets["forget"]["avg_gt_loss"].pop(), "has 5 values for 6 rows"),
     "a row twice": (lambda sets: sets["forget"]["index"].__setitem__(1, 0), "row 0 is there twice"),
@@ -57,6 +61,8 @@ DAMAGE = {
     "no tokens": (lambda sets: sets["forget"]["num_token_gt"].__setitem__(0, 0), "at least one token"),
     "a set that is a list": (lambda sets: sets.__setitem__("forget", [1, 2]), "should map fields to lists"),
     "text of another row": (lambda sets: sets["forget"]["text"][0].__setitem__("index", 9999), "no index of a row"),
+    "text of no row": (lambda sets: sets["forget"]["text"][0].__setitem__("index", [0]), "no index of a row"),
+    "text that is a list": (lambda sets: sets["forget"]["text"].__setitem__(0, []), "no index of a row"),
 }
 
 
@@ -148,6 +154,7 @@ def test_the_order_of_rows_is_no_matter(tmp_path):
     def turned(sets):
         for key, column in sets["forget"].items():
             sets["forget"][key] = column[::-1]
+        del sets["forget"]["text"][0]["ground_truth"]  # nor what one of them does not say
 
     log, other = loaded(tmp_path, "log", RAW["full"]), loaded(tmp_path, "turned", changed(turned))
     retain = loaded(tmp_path, "retain", RAW["retain90"])

@@ -33,6 +33,7 @@ from gfast.evaluation.attacks import (
     BITS,
     QUANTIZERS,
     Relearning,
+    check_trainable,
     curve_table,
     quantize,
     relearn,
@@ -231,6 +232,8 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     if arguments.lm_eval:
         harness.require_tasks(arguments.lm_eval)
     model = load_model(model_arguments).to(device)
+    if plan is not None:
+        check_trainable(model, plan)
     kinds = arguments.extraction or ()
     evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
     evaluation.check_model(model)

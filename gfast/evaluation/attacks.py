@@ -70,6 +70,19 @@ def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, A
     ]
 
 
+def check_trainable(model: nn.Module, plan: Relearning) -> None:
+    """ValueError where all parameters would be trained and some have 16 bits: a step of a usual learning rate is less
+    than their rounding, most would stay as they are, and the attack would look weaker than it is.
+    """
+    coarse = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
+    if coarse is not None and not plan.lora_r:
+        raise ValueError(
+            f"gfast: relearning would train weights of {str(coarse).removeprefix('torch.')}, and a step of learning "
+            f"rate {plan.learning_rate:g} is lost in their rounding: load the model with --dtype float32, or give "
+            "--relearn_lora_r"
+        )
+
+
 def relearn(
     model: nn.Module,
     tokenizer: Any,
@@ -94,8 +107,9 @@ def relearn(
         that is descended, by layer group: a gradient step lowers the forget set's NLL by the learning rate times that,
         to first order. A model that is immune has 0 or less.
 
-    Errors: ValueError for rows that cannot be used; ImportError for LoRA without peft.
+    Errors: ValueError for rows that cannot be used, or 16-bit weights without LoRA; ImportError for LoRA without peft.
     """
+    check_trainable(model, plan)
     from transformers import PrinterCallback
 
     from gfast.geffect import g_effect

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ ROUGES = ("rouge1_recall", "rougeL_recall")
 NEEDED = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")
 # fp32 or bf16 sums and means of one loss differ by rounding; more is not the same loss.
 _ROUNDING = 1e-2
+_LARGEST = 1e300  # beyond it products of two values overflow, and no loss is as large
 _AT_LEAST_0 = {name for names in LOSSES for name in names} | set(ROUGES) | {"truth_ratio", "normalized_gt_loss"}
 
 
@@ -251,8 +251,8 @@ class _Reader:
     def _number(self, key: str, row: int, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(f"{key} of row {row} is {value!r:.40}, which is no number")
-        if not math.isfinite(value):
-            raise self.wrong(f"{key} of row {row} is {value}; a sample without a finite value cannot be compared")
+        if not abs(value) <= _LARGEST:  # nor NaN, nor an integer that no float holds
+            raise self.wrong(f"{key} of row {row} is {value!s:.40}; a sample without a finite value cannot be compared")
         if value < 0 and key in _AT_LEAST_0:
             raise self.wrong(f"{key} of row {row} is {value:g}, and it cannot be below 0")
         if value > 1 and key in ROUGES:
@@ -279,6 +279,7 @@ class _Reader:
         if not isinstance(texts, Sequence) or isinstance(texts, str):
             raise self.wrong(f"text should be a list, got {texts!r:.40}")
         for text in texts:
-            if not isinstance(text, Mapping) or text.get("index") not in rows:
+            index = text.get("index") if isinstance(text, Mapping) else None
+            if not isinstance(index, int) or index not in rows:
                 raise self.wrong(f"an entry of text has no index of a row: {text!r:.60}")
             yield text

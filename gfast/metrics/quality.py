@@ -120,7 +120,10 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
         )
     place = {row: at for at, row in enumerate(other.index)}
     order = [place[row] for row in one.index]
-    truths, others = ({text["index"]: text.get("ground_truth") for text in log.text} for log in (one, other))
+    truths, others = (
+        {text["index"]: text["ground_truth"] for text in log.text if text.get("ground_truth") is not None}
+        for log in (one, other)
+    )
     for row in sorted(truths.keys() & others.keys()):
         # Letters alone: decoding may move white space around marks.
         if re.findall(r"\w+", str(truths[row])) != re.findall(r"\w+", str(others[row])):
