@@ -9,10 +9,12 @@ import math
 import pytest
 import torch
 import transformers
+from helpers.data_chat import sentencepiece_tokenizer, wordpiece_tokenizer
 from helpers.training_tiny import TOKENIZER, tiny_model
 
 from gfast import metrics
 from gfast.data import bundled_perturbed
+from gfast.data.encode import make_encoder
 from gfast.deferred import DeferredLogits
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, run, sources
 from gfast.evaluation.generation import generate
@@ -214,6 +216,16 @@ def test_what_ends_a_generation():
     endless.eos_token = None
     with pytest.raises(ValueError, match="has no EOS token"):
         sources.Continuation(endless)("Who?", "Nobody.")
+
+
+def test_a_continuation_is_what_a_plain_prompt_is():
+    """Also where the vocabulary merges across the boundary, or the tokenizer puts something behind a text."""
+    for tokenizer in (TOKENIZER, sentencepiece_tokenizer()):
+        plain, going_on = make_encoder(tokenizer, "plain"), sources.Continuation(tokenizer)
+        for question, answer in (("Who?", "Nobody."), ("Who wrote the ", "the book"), ("N", "é")):
+            assert going_on(f"Question: {question}\nAnswer:", answer) == plain(question, answer)
+    ids, labels = sources.Continuation(wordpiece_tokenizer(), ends=False)("question?", "answer")
+    assert 3 not in ids and labels == [-100] * (len(ids) - 1) + ids[-1:]  # no [SEP] between them
 
 
 def test_perturbed_extraction_asks_in_other_words():

@@ -65,23 +65,14 @@ class Plain:
     def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         _refuse_markup(self._control, question, answer)
         prompt, completion = plain_text(question, answer)
-        ids, start = _join(self.tokenizer, prompt, completion)
+        ids, start = join(self.tokenizer, prompt, completion)
         head = self._leading
         end = _end_id(self.tokenizer)
         return head + ids + [end], [IGNORE] * (len(head) + start) + ids[start:] + [end]
 
     @cached_property
     def _leading(self) -> list[int]:
-        # Not only BOS: [gMASK]<sop>, [CLS], a language tag. What comes after the text ends it and is no prompt.
-        text = plain_text("Who?", "")[0]
-        whole, bare = list(self.tokenizer(text).input_ids), _ids(self.tokenizer, text)
-        for at in range(len(whole) - len(bare) + 1):
-            if whole[at : at + len(bare)] == bare:
-                return whole[:at]
-        raise ValueError(
-            "gfast: this tokenizer encodes a text differently with its special tokens and without, so what it puts in "
-            "front of a prompt is unknown; use a chat template"
-        )
+        return leading(self.tokenizer)
 
     @cached_property
     def _control(self) -> dict[str, int]:
@@ -126,16 +117,16 @@ class Chat:
         movable = len(written) - len(written.rstrip())
         end = _first_marker(self._markers, tail)
         if end is None:
-            ids, start = _join(self.tokenizer, context, answer + tail.rstrip(), movable)
+            ids, start = join(self.tokenizer, context, answer + tail.rstrip(), movable)
             ids = [*ids, _end_id(self.tokenizer)]
             return ids, [IGNORE] * start + ids[start:]
         at, token = end
-        ids, start = _join(self.tokenizer, context, answer + tail[:at] + token, movable)
+        ids, start = join(self.tokenizer, context, answer + tail[:at] + token, movable)
         if ids[-1] != self._markers[token]:
             raise ValueError(f"gfast: cannot find the end of the answer in the chat template's output; {ADVICE}")
         labels = [IGNORE] * start + ids[start:]
         if at:
-            through, _ = _join(self.tokenizer, context, answer, movable)
+            through, _ = join(self.tokenizer, context, answer, movable)
             if ids[: len(through)] == through:
                 labels[len(through) : -1] = [IGNORE] * (len(ids) - 1 - len(through))
         return ids, labels
@@ -242,7 +233,22 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _join(tokenizer: Any, context: str, rest: str, movable: int = 0) -> tuple[list[int], int]:
+def leading(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts in front of a text. Not only BOS: [gMASK]<sop>, [CLS], a language tag. What comes
+    after the text ends it and is no prompt.
+    """
+    text = plain_text("Who?", "")[0]
+    whole, bare = list(tokenizer(text).input_ids), _ids(tokenizer, text)
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at]
+    raise ValueError(
+        "gfast: this tokenizer encodes a text differently with its special tokens and without, so what it puts in "
+        "front of a prompt is unknown; use a chat template"
+    )
+
+
+def join(tokenizer: Any, context: str, rest: str, movable: int = 0) -> tuple[list[int], int]:
     """The ids of both texts and how many of them are the context's; of white space at its end the last `movable`
     characters go with the rest where they share a token with it."""
     whole = _ids(tokenizer, context + rest)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gfast.data import bundled_perturbed, iter_jsonl, load_jsonl, load_tofu
-from gfast.data.encode import IGNORE, NO_END
+from gfast.data.encode import IGNORE, NO_END, join, leading
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.log import EvaluationLog
 from gfast.words import did_you_mean
@@ -142,19 +143,14 @@ class Continuation:
         prompt = f"{self.before}{question}" if not self.before else f"{self.before}Question: {question}\nAnswer:"
         if self.ends and self.tokenizer.eos_token_id is None:
             raise ValueError(NO_END)
-        head = list(self.tokenizer(prompt).input_ids)
-        if head and head[-1] == self.tokenizer.eos_token_id:
-            head = head[:-1]
-        whole = list(self.tokenizer(f"{prompt} {answer}").input_ids)
-        if whole and whole[-1] == self.tokenizer.eos_token_id:
-            whole = whole[:-1]
-        # Where the vocabulary merges across the boundary, the prompt stays as generation would see it.
-        rest = whole[len(head) :] if whole[: len(head)] == head else self._alone(f" {answer}")
-        rest += [self.tokenizer.eos_token_id] if self.ends else []
+        ids, start = join(self.tokenizer, prompt, f" {answer}")
+        rest = ids[start:] + ([self.tokenizer.eos_token_id] if self.ends else [])
+        head = self._leading + ids[:start]
         return head + rest, [IGNORE] * len(head) + rest
 
-    def _alone(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    @cached_property
+    def _leading(self) -> list[int]:
+        return leading(self.tokenizer)
 
 
 class WholeText:

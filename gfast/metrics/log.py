@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,6 @@ ROUGES = ("rouge1_recall", "rougeL_recall")
 NEEDED = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")
 # fp32 or bf16 sums and means of one loss differ by rounding; more is not the same loss.
 _ROUNDING = 1e-2
-_LARGEST = 1e300  # beyond it products of two values overflow, and no loss is as large
 _AT_LEAST_0 = {name for names in LOSSES for name in names} | set(ROUGES) | {"truth_ratio", "normalized_gt_loss"}
 
 
@@ -251,7 +251,7 @@ class _Reader:
     def _number(self, key: str, row: int, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(f"{key} of row {row} is {value!r:.40}, which is no number")
-        if not abs(value) <= _LARGEST:  # nor NaN, nor an integer that no float holds
+        if not abs(value) <= sys.float_info.max:  # nor NaN, nor an integer that no float holds
             raise self.wrong(f"{key} of row {row} is {value!s:.40}; a sample without a finite value cannot be compared")
         if value < 0 and key in _AT_LEAST_0:
             raise self.wrong(f"{key} of row {row} is {value:g}, and it cannot be below 0")
@@ -267,7 +267,8 @@ class _Reader:
             a, b, n = values[average], values[total], values[count]
             if not a.shape == b.shape == n.shape:
                 raise self.wrong(f"{average}, {total} and {count} are of different numbers of perturbed answers")
-            apart = np.abs(a * n - b) > _ROUNDING * (np.abs(b) + 1)
+            with np.errstate(over="ignore"):
+                apart = np.abs(a * n - b) > _ROUNDING * (np.abs(b) + 1)
             if apart.any():
                 at = tuple(np.argwhere(apart)[0])
                 raise self.wrong(
