@@ -21,6 +21,7 @@ from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.recipe import load_recipe
 from gfast.reproduce.steps import Steps
+from gfast.reproduce.summary import Results
 from gfast.training.records import read_records
 
 TRAINING = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "use_cpu": True, "lr_scheduler_type": "constant"}
@@ -131,6 +132,21 @@ def test_calibration_is_the_largest_share_that_keeps_the_retain_set(finished):
     keeps = [share for share in (1.0, 0.75, 0.5, 0.25, 0.0) if probability(share) >= 0.9 * whole]
     assert found["share"] == keeps[0] and found["level"] == pytest.approx(0.9 * whole, rel=1e-5)
     assert found["curve"][-1][1] == pytest.approx(probability(keeps[0]), rel=1e-5)
+
+
+def test_sentences_say_what_the_numbers_do(finished):
+    recipe, out = finished
+    plan = Plan(load_recipe(str(recipe)), out)
+    results = Results(plan, Steps(plan.steps, plan.checksum))
+    assert results.level is not None and any("has the lowest retain NLL" in one for one in results.sentences())
+    sets = results._evaluation("taught")["sets"]
+    knew = {0: "it knew both.", 1: "it knew one of them badly", 2: "it knew both of them badly"}
+    badly = sum(sets[side]["nll"] >= 0.5 for side in ("forget", "retain"))
+    assert knew[badly] in results.sentences()[0]
+    for values, words in (((0.3, 0.3), "all leave as much"), ((0.3, 0.2), "npo-kl leaves least")):
+        for row, value in zip(results.rows[2:], values, strict=True):
+            row["calibrated_extraction"] = value, 0.0
+        assert any(f"At equal retention, {words} to extract" in one for one in results.sentences())
 
 
 def test_the_mixture_of_weights_is_exact_at_its_ends():

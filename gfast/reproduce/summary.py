@@ -144,8 +144,9 @@ class Results:
         taught = self._evaluation("taught").get("sets", {})
         if {"forget", "retain"} <= taught.keys():
             nlls = {side: taught[side]["nll"] for side in ("forget", "retain")}
-            well = max(nlls.values()) < 0.5
-            knew = "both" if well else "one of them badly, so there is little to forget or to damage: teach longer"
+            badly = sum(nll >= 0.5 for nll in nlls.values())
+            knew = "both of them" if badly == 2 else "one of them"
+            knew = f"{knew} badly, so there is little to forget or to damage: teach longer" if badly else "both"
             found.append(
                 f"Before unlearning the model had an NLL of {number(nlls['forget'])} per answer token on the forget "
                 f"set and of {number(nlls['retain'])} on the retain set: it knew {knew}."
@@ -171,10 +172,11 @@ class Results:
         found += filter(None, [lesson(ends)])
         left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
         if len(left) > 1:
-            best = min(left, key=lambda n: left[n][0])
+            best, alike = min(left, key=lambda n: left[n][0]), len({mean for mean, _ in left.values()}) == 1
+            who = "all leave as much" if alike else f"{best} leaves least"
             found.append(
-                f"At equal retention, {best} leaves least to extract of the forget set ({cell(left[best])}; before "
-                f"unlearning {cell(self.rows[0]['forget_extraction'])})."
+                f"At equal retention, {who} to extract of the forget set ({cell(left[best])}; before unlearning "
+                f"{cell(self.rows[0]['forget_extraction'])})."
             )
         return found
 
