@@ -215,6 +215,16 @@ def test_what_end_points_hide():
     assert lesson([there[0], {"label": "d", "course": [[0, 0, 0], [1, 3, 1]], "matched": {"retain_nll": 1}}]) == ""
 
 
+def test_runs_that_began_there_or_are_alike_are_not_compared():
+    began = {"label": "began", "course": [[0, 2.0, 0.3], [1, 1.0, 0.2], [2, 9, 8]]}
+    there = [began, *({"label": label, "course": [[0, 0, 0.1], [1, 4, 2.1]]} for label in "ab")]
+    match(there, 2.0)
+    assert [one["matched"] and one["matched"]["retain_nll"] for one in there] == [None, 1.1, 1.1]
+    assert matched_sentence(there) == "At a forget NLL of 2 all have one retain NLL (1.1)."
+    match(there, 2.5)
+    assert there[0]["matched"]["retain_nll"] == pytest.approx(0.2 + 1.5 / 8 * 7.8)
+
+
 def test_several_seeds_are_one_run_with_a_band(tmp_path):
     """Mean and deviation over the steps that all seeds have; a value that one seed lacks is none."""
     courses = [

@@ -9,7 +9,8 @@ from typing import Any
 
 def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> None:
     """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches `level`, interpolated
-    linearly between recorded steps; None where it never does, or fewer than two runs unlearned.
+    linearly between recorded steps; None where it never does, where it began there (what it kept then is of before
+    unlearning), or where fewer than two runs unlearned.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose take no
     part.
@@ -23,7 +24,8 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     if level is None and len(reached) > 1:
         level = min(reached.values())
     for at, one in enumerate(summaries):
-        one["matched"] = _at(one["course"], level) if level is not None and reached.get(at, -1.0) >= level else None
+        reaches = level is not None and at in reached and one["course"][0][1] < level <= reached[at]
+        one["matched"] = _at(one["course"], level) if reaches else None
 
 
 def _rises(summary: dict[str, Any]) -> bool:
@@ -33,8 +35,6 @@ def _rises(summary: dict[str, Any]) -> bool:
 
 def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
     first = next(at for at, (_, forget, _) in enumerate(course) if forget >= level)
-    if first == 0:
-        return {"forget_nll": level, "retain_nll": course[0][2], "step": float(course[0][0])}
     (step, forget, kept), (next_step, next_forget, next_kept) = course[first - 1], course[first]
     share = (level - forget) / (next_forget - forget)
     return {
@@ -53,6 +53,8 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
         return ""
     level = next(one["matched"]["forget_nll"] for one in summaries if one.get("matched"))
     least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
+    if kept[least] == kept[most]:
+        return f"At a forget NLL of {number(level)} all have one retain NLL ({number(kept[least])})."
     return (
         f"At a forget NLL of {number(level)}, which {'all' if len(kept) == len(summaries) else len(kept)} of them "
         f"reach, {least} has the lowest retain NLL ({number(kept[least])}) and {most} the highest "

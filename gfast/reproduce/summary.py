@@ -37,8 +37,9 @@ COLUMNS = (
 )
 NOTE = (
     "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
-    "its forget NLL first reaches {level}; a dash: it never does. Retain over unlearn G-effect is the quotient of both "
-    "sums over the recorded steps. Forget quality compares truth ratios with those of the retain model: 0 is alike."
+    "its forget NLL first reaches {level}; a dash: it never does, or began there. Retain over unlearn G-effect is the "
+    "quotient of both sums over the recorded steps. Forget quality compares truth ratios with those of the retain "
+    "model: 0 is alike."
 )
 CALIBRATED = (
     " Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
@@ -74,7 +75,7 @@ class Results:
         self.summaries = {name: [summarize(run) for run in runs] for name, runs in self.by_seed.items()}
         every = [one for summaries in self.summaries.values() for one in summaries]
         match(every, self.recipe.match_at)
-        self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), None)
+        self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), self.recipe.match_at)
         self.runs = {name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in self.by_seed.items()}
         self.rows = [self._before(name) for name in ("taught", "retain-model") if self._evaluation(name)]
         self.rows += [self._row(name) for name in self.recipe.objectives]
@@ -157,9 +158,11 @@ class Results:
             found.append(
                 f"At a forget NLL of {number(self.level)}, {best} has the lowest retain NLL ({cell(there[best])}) and "
                 f"{worst} the highest ({cell(there[worst])})."
+                if best != worst
+                else f"At a forget NLL of {number(self.level)} all have one retain NLL ({cell(there[best])})."
             )
             deviations = [there[name][1] for name in (best, worst) if there[name][1] is not None]
-            if len(deviations) == 2:
+            if len(deviations) == 2 and best != worst:
                 apart, chance = there[worst][0] - there[best][0], math.hypot(*deviations)
                 found.append(
                     f"They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what "
