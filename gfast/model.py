@@ -61,6 +61,12 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise ValueError(
+            f"gfast: labels must be a tensor [B, T], a row a text, and they are {found}: batches are what a collator "
+            f"makes of items"
+        )
     tokens = "inputs_embeds" if batch.get("input_ids") is None else "input_ids"
     if batch.get(tokens) is not None and labels.shape != hf.shape_of(batch):
         raise ValueError(

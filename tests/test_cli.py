@@ -258,6 +258,8 @@ def test_errors_are_one_line_that_says_what_to_do(original, tmp_path, capsys):
         ("cannot load the model", {"model": tmp_path / "nowhere"}),
         ("no objective is called", {"objective": "GAA"}),
         ("has no parameter beta", {"objective_args": ["beta=1"]}),
+        ("alpha is given twice", {"objective": "WGA:alpha=1", "objective_args": ["alpha=0.5"]}),
+        ("should read name=number", {"objective": "WGA:alpha"}),
         ("RMU needs a value for layer", {"objective": "RMU"}),
         ("use RMU", {"retain_term": "rr"}),
         ("does not exist", {"forget": "none.jsonl"}),

@@ -207,7 +207,7 @@ def test_unused_parameters_have_no_effect():
     assert effect.unlearn["rest"] < 0
 
 
-def test_data_without_labels_gives_zeros():
+def test_data_without_labels_gives_zeros_and_is_said(caplog):
     model = tiny("llama")
     empty = batches(2)
     for batch in empty:
@@ -215,6 +215,7 @@ def test_data_without_labels_gives_zeros():
     effect = gfast.g_effect(model, WGA(), forget=batches(1), retain=empty)
     assert set(effect.retain.values()) == {0.0} and effect.total("unlearn") < 0
     assert effect.counts["retain"] == 0
+    assert "no token of the retain data has a label" in caplog.text and "forget data" not in caplog.text
     effect = gfast.g_effect(model, [WGA(), GA()], forget=empty, retain=batches(1))[0]
     assert set(effect.unlearn.values()) | set(effect.retain.values()) == {0.0}
 

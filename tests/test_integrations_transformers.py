@@ -111,8 +111,12 @@ def test_columns_that_gfast_reads_are_kept_and_a_mix_takes_both_sides(tmp_path):
         trained(tiny_model(), tmp_path, columns(data), Mix(GA(), NLL()))
 
 
-def test_what_is_missing_or_without_effect_is_said_first(tmp_path):
+def test_what_is_missing_or_without_effect_is_said_first(tmp_path, caplog):
     items = columns(datasets()[0])
+    masked = [item | {"labels": torch.full_like(torch.as_tensor(item["labels"]), -100)} for item in items]
+    with caplog.at_level(logging.WARNING, "gfast"):
+        trained(tiny_model(), tmp_path, masked, GA(), 2, 2)
+    assert caplog.text.count("no token of the forget batches of step 1 has a label") == 1
     with pytest.raises(ValueError, match="Forget has no objective: give objective="):
         trained(tiny_model(), tmp_path, items)
     with pytest.raises(ValueError, match="compute_metrics cannot be used with Forget"):

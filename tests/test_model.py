@@ -114,6 +114,9 @@ def test_errors_come_before_the_forward_pass():
         gfast.model_loss(model, {"input_ids": batch["input_ids"]}, WGA())
     with pytest.raises(ValueError, match="same shape"):
         gfast.model_loss(model, {**batch, "labels": batch["labels"][:, 1:]}, WGA())
+    for wrong, found in ((batch["labels"].tolist(), "a list"), (batch["labels"][0], r"of shape \(\d+,\)")):
+        with pytest.raises(ValueError, match=rf"labels must be a tensor \[B, T\].* they are {found}"):
+            gfast.model_loss(model, {**batch, "labels": wrong}, WGA())
     with pytest.raises(TypeError, match="once a term"):
         gfast.model_loss(model, batch, Mix(WGA()))
 

@@ -3,7 +3,7 @@
 
 All flags of transformers' TrainingArguments work, and a YAML file with their names (`--config`), which flags override.
 
-    gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA --objective_args alpha=0.5 \
+    gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA:alpha=0.5 \
         --retain_term nll --geffect_every 10 --output_dir run
 
 A model that has never seen the data is first taught it: `--objective NLL --retain_term nll` minimises the negative

@@ -35,7 +35,7 @@ def load_tofu(config: str = "forget01", path: str | Path | None = None) -> list[
     """
     if path is not None:
         return _from_folder(config, Path(path))
-    advice = f"pass path= with a local folder that holds {config}.json (JSON lines, as on the hub)"
+    advice = f"pass path= (--data_path) with a local folder that holds {config}.json (JSON lines, as on the hub)"
     try:
         from datasets import load_dataset
     except ImportError as error:

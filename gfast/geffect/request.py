@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.progress import Bar
 from gfast.sides import SETS
+
+_log = logging.getLogger("gfast")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Request:
         adapters, fixed_width = wrappers.is_adapted(model), hf.depends_on_width(model)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
+        _say_what_has_no_label(data)
         processes.check_alike(data.batches)
         data.batches |= {source: processes.divided(data.batches[source]) for source in SETS}
         _check_whole(used, data)
@@ -185,6 +189,16 @@ class Request:
                     f"gfast: these directions were measured on other {source} data: it had as many labels, but not "
                     f"these tokens; {again}"
                 )
+
+
+def _say_what_has_no_label(data: Data) -> None:
+    for source in SETS:
+        if not any(bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()) for batch in data.batches[source]):
+            _log.warning(
+                "gfast: no token of the %s data has a label that is scored (all are -100: a mask that found no "
+                "answer?): its gradient is zero, and so is what is measured with it",
+                source,
+            )
 
 
 def _check_whole(used: Iterable[Term], data: Data) -> None:

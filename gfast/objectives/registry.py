@@ -78,17 +78,24 @@ def from_name(name: str, **parameters: float) -> Objective:
     return cls(**parameters)
 
 
-def parse_objective(text: str) -> Objective:
-    """An objective from its name and parameters in one word, as on a command line.
+def parse_objective(text: str, more: Mapping[str, Any] | list[str] | str | None = None) -> Objective:
+    """An objective from its name and parameters in one word, as on a command line; `more`: parameters beside the word.
 
     >>> parse_objective("WGA:alpha=0.5"), parse_objective("SatImp(beta1=5,beta2=1)"), parse_objective("ga")
     (WGA(alpha=0.5), SatImp(beta1=5, beta2=1), GA())
     >>> parse_objective("JensUn:target_ids=(2822,4623)")
     JensUn(target_ids=(2822, 4623))
+    >>> parse_objective("SatImp:beta1=5", ["beta2=1"])
+    SatImp(beta1=5, beta2=1)
     """
     name, opened, parameters = re.match(r"([^(:]*)([(:]?)(.*)", re.sub(r"\s", "", text)).groups()
     parameters = parameters.removesuffix(")") if opened == "(" else parameters
-    return named(name, parse_parameters(re.sub(r",(?![^(\[]*[)\]])", " ", parameters)))  # not those of a list
+    own = parse_parameters(re.sub(r",(?![^(\[]*[)\]])", " ", parameters))  # not those of a list
+    beside = parse_parameters(more)
+    twice = sorted(set(own) & set(beside))
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice, by {text!r} and by objective_args: leave one out")
+    return named(name, own | beside)
 
 
 def named(name: str, parameters: Mapping[str, Any]) -> Objective:
@@ -121,5 +128,8 @@ def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> 
             word = value.isidentifier() and value not in ("True", "False", "None")  # dual_update_upon=epoch
             found[name] = value if word else ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"objective_args {entry!r} should read name=number, for instance alpha=0.5") from None
+            raise ValueError(
+                f"objective_args {entry!r} should read name=number, for instance alpha=0.5; in one word WGA:alpha=0.5, "
+                "SatImp:beta1=5,beta2=1"
+            ) from None
     return found

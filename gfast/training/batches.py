@@ -79,7 +79,7 @@ def require_reference(batch: Mapping[str, Any], objective: Objective, side: str,
             "once: "
             f"cache = ReferenceCache.build(model, {side}_dataset, collator, "
             f"what={sorted(needed_from_cache(objective))}), "
-            f'and pass references={{"{side}": cache}} to UnlearnTrainer'
+            f'and pass references={{"{side}": cache}} to the trainer'
         )
 
 

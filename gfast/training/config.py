@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from gfast.geffect.live.surgery import Surgery
 from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
-from gfast.objectives.registry import named, parse_parameters
+from gfast.objectives.registry import parse_objective
 from gfast.training.conflict import WEIGHTS
 from gfast.training.dual import check_dual, moves
 from gfast.training.options import COMPILATION, refuse_ignored_options
@@ -41,7 +41,11 @@ class UnlearnConfig(TrainingArguments):
         default="unlearned", metadata={"help": "The run folder: records, checkpoints and the final model."}
     )
     objective: str = field(
-        default="NPO", metadata={"help": f"Forget objective: {', '.join(cls.__name__ for cls in REGISTRY.values())}."}
+        default="NPO",
+        metadata={
+            "help": f"Forget objective: {', '.join(cls.__name__ for cls in REGISTRY.values())}; with parameters: "
+            "WGA:alpha=0.5."
+        },
     )
     objective_args: list[str] | None = field(
         default=None,
@@ -177,7 +181,7 @@ class UnlearnConfig(TrainingArguments):
 
     def build_objective(self) -> Objective:
         """The forget objective alone, or a Mix with the retain term. ValueError when they do not fit together."""
-        forget = named(self.objective, parse_parameters(self.objective_args))
+        forget = parse_objective(self.objective, self.objective_args)
         if self.retain_term == "none":
             check_dual(forget)
             return forget if self.gamma == 1.0 else Mix(forget, gamma=self.gamma)

@@ -177,6 +177,7 @@ class GFastLossMixin:
                     type(self).__name__,
                 )
 
+    _said_empty = False
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
@@ -241,6 +242,15 @@ class GFastLossMixin:
                 for side, objective, _ in self._parts
             ]
         )
+        empty = [side for (side, _, _), count in zip(self._parts, counts, strict=True) if not count]
+        if empty and not self._said_empty:
+            self._said_empty = True
+            logger.warning(
+                "gfast: no token of the %s batches of step %d has a label that is scored (all are -100: a mask that "
+                "found no answer?), so that this term has no gradient there",
+                empty[0],
+                self.state.global_step + 1,
+            )
         self._normalizers = {
             side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
         }
