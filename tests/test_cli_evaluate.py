@@ -134,6 +134,9 @@ def test_muse_from_a_folder(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "PrivLeak: +0.00 %" in out and "| verbmem | 4 |" in out
     log = metrics.load_log(tmp_path / "out")
+    f1 = [metrics.rouge_scores(t["ground_truth"], t["generation"])["rougeL_f1"] for t in log.sets["verbmem"].text]
+    verbmem = read_json(tmp_path / "out" / "summary.json")["sets"]["verbmem"]
+    assert verbmem["rougeL_f1"] == pytest.approx(sum(f1) / 4) and "| ROUGE-L F1 |" in out
     prompt = log.sets["knowmem_forget"].text[2]["prompt"]
     assert prompt.count("Question:") == 2 and prompt.endswith("Answer:") and qa[0]["answer"] in prompt
     # whole texts: every token but the first is scored

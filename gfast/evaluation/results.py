@@ -25,6 +25,7 @@ SET_COLUMNS = (
     ("nll", "NLL per token", None),
     ("probability", "Probability", None),
     ("rougeL_recall", "ROUGE-L recall", "rougeL_recall"),
+    ("rougeL_f1", "ROUGE-L F1", "rougeL_f1"),
     ("truth_ratio", "Truth ratio", None),
     ("extraction_strength", "Extraction strength", "extraction_strength"),
     ("exact_memorization", "Exact memorization", "exact_memorization"),
