@@ -257,12 +257,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     if peft is None:
         yield
         return
-    # PEFT sets requires_grad of all adapters on the way back
+    # PEFT sets requires_grad of all adapters on the way back, and switches on those that were off before
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    off = [one for one in peft.modules() if _is_peft(one) and getattr(one, "disable_adapters", None) is True]
     try:
         with peft.disable_adapter():
             yield
     finally:
+        for one in off:
+            one.enable_adapters(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

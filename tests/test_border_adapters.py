@@ -161,3 +161,15 @@ def test_switching_adapters_off_and_on_leaves_them_as_they_were():
     with wrappers.adapters_off(model):
         pass
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_adapters_that_are_off_stay_off():
+    """In somebody's disable_adapter() the model is the base, and still is after the original has been asked."""
+    model, batch = adapted(), {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    start(model, 0.4)
+    with model.disable_adapter():
+        expected = gfast.model_logp(model, batch)
+        out = gfast.model_loss(model, batch, NPO(beta=0.5), reference="base")
+        torch.testing.assert_close(out.logp, expected)
+        torch.testing.assert_close(gfast.model_logp(model, batch), expected)
+    assert (gfast.model_logp(model, batch) - expected).abs().max() > 1e-3

@@ -109,6 +109,26 @@ def test_pairs_have_a_reference_for_both_halves():
     torch.testing.assert_close(batch["ref_logp"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_other_texts_and_labels_of_the_same_length_are_refused(tmp_path, stored):
+    model, ids = tiny_model(), torch.arange(3, 30).view(3, 9)
+    items = [
+        {"input_ids": row, "labels": torch.cat([torch.full((5,), -100), row[5:]]), "sample_id": index}
+        for index, row in enumerate(ids)
+    ]
+    cache = ReferenceCache.build(model, items, collator(), tmp_path / "reference.safetensors")
+    cache = ReferenceCache.load(tmp_path / "reference.safetensors") if stored else cache
+    exchanged = [{**one, "sample_id": index} for index, one in enumerate(items[1:])]
+    relabelled = [{**one, "labels": one["input_ids"]} for one in items]
+    fewer = [{**one, "labels": torch.cat([one["labels"][:-1], torch.tensor([-100])])} for one in items]
+    for join_to in (Collator(TOKENIZER, reference=cache), ReferenceJoin(collator(), {"forget": cache})):
+        assert join_to(items)["ref_logp"].any() and join_to(fewer)["ref_logp"].any()
+        with pytest.raises(ValueError, match="sample 0 is another text than .* give samples the sample_id"):
+            join_to(exchanged)
+        with pytest.raises(ValueError, match="sample 0 has a label at position 1 of which .* no log-prob"):
+            join_to(relabelled)
+
+
 def test_samples_that_are_unknown_or_have_changed():
     model, (data, _) = tiny_model(), datasets()
     cache = ReferenceCache.build(model, data, collator())

@@ -93,7 +93,10 @@ class Collator:
             sample_ids = [int(item["sample_id"]) for item in items]
             batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64, device="cpu")  # [B]
             if self.reference is not None:
-                batch.update(self.reference.join(sample_ids, lengths, padded))
+                found = self.reference.join(sample_ids, lengths, padded)
+                if hasattr(self.reference, "check_texts"):
+                    self.reference.check_texts(sample_ids, batch)
+                batch.update(found)
         elif any(with_ids) or self.reference is not None:
             raise ValueError("gfast: every item needs a sample_id to find its reference values, and some have none")
         return batch

@@ -55,7 +55,9 @@ def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     check_labels_attended(batch)
     if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("the batch is padded on the left; reference values are joined to right-padded batches")
-    return cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
+    found = cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
+    cache.check_texts(batch["sample_id"], batch)
+    return found
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -26,6 +26,8 @@ KNOWN_FORMATS = ("gfast-reference-1", FORMAT)
 REMEDY = "delete it and build it again with ReferenceCache.build"
 # What all samples share: the output head of the original model, and its scale and soft cap (0: none).
 HEAD_KEYS = ("ref_head", "ref_head_bias", "ref_head_form")
+# What the values are of, one entry a token; files of earlier versions have none.
+TEXT_KEYS = {"input_ids": "text_input_ids", "labels": "text_labels"}
 # What can be asked for -> the key in a batch.
 BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_layer_hidden"}
 
@@ -60,14 +62,16 @@ class ReferenceCache:
         layer: int | None = None,
         model_fingerprint: str = "",
         data_fingerprint: str = "",
+        texts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]; `head` holds
-        the batch entries that all samples share: `ref_head` [V, D] and, where there is one, `ref_head_bias` [V].
+        the batch entries that all samples share: `ref_head` [V, D] and, where there is one, `ref_head_bias` [V];
+        `texts` the input_ids and labels that the values are of, [sum of lengths], which batches are held to.
         """
         self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
         self.values = values
-        self.head = dict(head or {})
+        self.head, self.texts = dict(head or {}), dict(texts or {})
         self.layer = layer
         self.model_fingerprint = model_fingerprint
         self.data_fingerprint = data_fingerprint
@@ -133,6 +137,32 @@ class ReferenceCache:
                 joined[key][row, :length] = value
         return joined
 
+    def check_texts(self, sample_ids: Sequence[int] | Tensor, batch: Mapping[str, Tensor]) -> None:
+        """ValueError where a right-padded batch has other tokens than those that the values are of, or a label of
+        which there is no log-prob.
+        """
+        again = "build it again with ReferenceCache.build"
+        given = {key: batch[key].cpu() for key in self.texts if isinstance(batch.get(key), Tensor)}
+        for row, sample_id in enumerate(_ints(sample_ids)):
+            start, end = self._span[sample_id]
+            here = {key: value[row, : end - start] for key, value in given.items()}
+            differ = {key: value != self.texts[key][start:end] for key, value in here.items()}
+            if "input_ids" in differ and bool(differ["input_ids"].any()):
+                place = int(differ["input_ids"].nonzero()[0])
+                found, kept = int(here["input_ids"][place]), int(self.texts["input_ids"][start + place])
+                raise ValueError(
+                    f"sample {sample_id} is another text than the one of that sample_id in the reference cache (its "
+                    f"token {place} is {found}, not {kept}): give samples the sample_id that they had, or {again}"
+                )
+            if "labels" in differ and "ref_logp" in self.values:
+                bad = differ["labels"] & (here["labels"] != -100)
+                bad[:1] = False  # nothing scores the first
+                if bool(bad.any()):
+                    raise ValueError(
+                        f"sample {sample_id} has a label at position {int(bad.nonzero()[0])} of which the reference "
+                        f"cache has no log-prob: it was built with other labels; {again}, by the training's collator"
+                    )
+
     @classmethod
     def build(
         cls,
@@ -194,12 +224,13 @@ class ReferenceCache:
         ids = sorted(parts)
         cache = cls(
             ids,
-            [next(iter(parts[i].values())).shape[0] for i in ids],
+            [len(next(iter(parts[i].values()))) for i in ids],
             {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
             head=head,
             layer=layer,
             model_fingerprint=model_fingerprint(model, adapters=adapted),
             data_fingerprint=dataset_fingerprint(dataset),
+            texts={key: torch.cat([parts[i][key] for i in ids]) for key in TEXT_KEYS if key in parts[ids[0]]},
         )
         if path is not None:
             cache.save(path)
@@ -208,6 +239,7 @@ class ReferenceCache:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file, whole or not at all. OSError, with the path, when that is not possible."""
         tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths, **self.values, **self.head}
+        tensors |= {TEXT_KEYS[key]: value for key, value in self.texts.items()}
         description = {
             "format": FORMAT,
             "what": sorted(self.what),
@@ -252,6 +284,7 @@ class ReferenceCache:
                 tensors.pop("sample_ids"),
                 tensors.pop("lengths"),
                 head={name: tensors.pop(name) for name in HEAD_KEYS if name in tensors},
+                texts={key: tensors.pop(name) for key, name in TEXT_KEYS.items() if name in tensors},
                 values=tensors,
                 layer=description["layer"],
                 model_fingerprint=description["model_fingerprint"],
@@ -369,7 +402,8 @@ def _keep(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: 
                 f"sample_id {sample_id} appears twice in the data set; give each data set its own id_offset"
             )
         # A copy: a view would keep the whole padded batch alive.
-        parts[sample_id] = {key: value[row].cpu()[mask[row].cpu()].clone() for key, value in found.items()}
+        texts = {key: batch[key].int() for key in TEXT_KEYS if isinstance(batch.get(key), Tensor)}
+        parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
 
 
 def check_labels_attended(batch: Mapping[str, Tensor]) -> None:
