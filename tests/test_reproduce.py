@@ -257,6 +257,15 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         ("sizes.data=[{max_retain: 4}]", "{'max_retain': 4} is called 4-authors-first-6, as the recipe's own data is"),
         ("sizes.data=[{max_forget: 3}, {max_forget: 3, max_retain: 2}]", "as {'max_forget': 3} is"),
         ("launch=accelerate launch", "does not say how many processes train, and the epochs of teach"),
+        ("match_at=true", "match_at is True, and should be a number or null"),
+        ("keep_models='no'", "keep_models is 'no', and should be true or false"),
+        ("seeds=[a]", "seeds[0] is 'a', and should be a whole number"),
+        ("seeds=[-1]", "each once, from 0 to"),
+        ("sizes.data=[3]", "sizes.data[0] is 3, and should be a mapping"),
+        ("model=3", "model is 3, and should be text or a mapping"),
+        ("teach.epochs=x", "teach.epochs is 'x', and should be a number"),
+        ("unlearn.epochs=0", "unlearn.epochs is 0; give passes"),
+        ("unlearn.stop=[a", "the value is not valid YAML"),
         ("unlearn={max_steps: 2}", "give nll_every or geffect_every"),
         ("nonsense", "should read key=value"),
     ],
@@ -299,6 +308,9 @@ def test_flags_are_checked_before_any_work(finished, tmp_path, capsys):
         ("objectives.ga={objective: GA, retain_term: rr}", "runs/ga/seed0: retain_term rr keeps"),
         ("unlearn.learning_rate=fast", "invalid float value: 'fast'"),
         (f"model={tmp_path}", "cannot load the model"),
+        ("model={hiden_size: 8}", "there is no size model.hiden_size; did you mean hidden_size?"),
+        ("model={hidden_size: a}", "model is no Llama: "),
+        ("grid.step=5", "grid.step is 5, and the runs of ga have 4 steps"),
         ("data={source: jsonl, forget: f.jsonl, retain: r.jsonl}", "f.jsonl"),
     ):
         assert cli.main(["reproduce", str(recipe), change, "--out", str(out)]) == 2
@@ -323,7 +335,7 @@ def paper(tmp_path_factory):
 @pytest.mark.parametrize(("name", "rate"), [("llama2-7b-tofu", "1e-05"), ("phi-tofu", "2e-05")])
 def test_the_papers_settings(paper, name, rate, tmp_path):
     _, changes = paper
-    recipe = load_recipe(name, changes)
+    recipe = load_recipe(name, [*changes, "grid.step=1"])
     plan = Plan(recipe, tmp_path)
     steps = {step.name: step for step in plan.steps}
     flags = {name: step.inputs["flags"] for name, step in steps.items() if name.startswith("runs/")}

@@ -74,7 +74,8 @@ def check_trainable(model: nn.Module, plan: Relearning) -> None:
     """ValueError where all parameters would be trained and some have 16 bits: a step of a usual learning rate is less
     than their rounding, most would stay as they are, and the attack would look weaker than it is.
     """
-    coarse = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
+    trained = [p.dtype for p in model.parameters() if p.requires_grad]
+    coarse = next((dtype for dtype in trained if dtype.itemsize < 4), None)
     if coarse is not None and not plan.lora_r:
         raise ValueError(
             f"gfast: relearning would train weights of {str(coarse).removeprefix('torch.')}, and a step of learning "

@@ -85,14 +85,15 @@ def truth_ratio(
 
 
 def rouge(log: EvaluationLog, kind: str = "rougeL_recall", *, per_sample: bool = False) -> dict[str, Any]:
-    """ROUGE recall of the generations as logged, "rougeL_recall" or "rouge1_recall": set -> mean over its samples.
+    """ROUGE of the generations as logged, "rougeL_recall", "rouge1_recall" or "rougeL_f1" (MUSE's, in logs of gfast):
+    set -> mean over its samples.
 
     Errors: ValueError for a set without it; another kind.
 
     >>> rouge(log)["forget"]  # doctest: +SKIP
     0.9854496939...
     """
-    chosen("kind", kind, ("rougeL_recall", "rouge1_recall"))
+    chosen("kind", kind, ("rougeL_recall", "rouge1_recall", "rougeL_f1"))
     return _given({name: one.column(kind, "rouge") for name, one in log.sets.items()}, per_sample)
 
 

@@ -176,6 +176,10 @@ class Plan:
         both = {**self.recipe.unlearn, **flags, "seed": seed}
         grid = self.recipe.grid
         if grid and step == f"runs/{grid.run}/seed{self.recipe.seeds[0]}":
+            count = self.sizes[data.name][0]
+            last = steps_of(dict(both), count, processes_of(self.recipe.launch) or 1).get("max_steps")
+            if last is not None and 0 < int(last) < grid.step:
+                raise ValueError(f"grid.step is {grid.step}, and the runs of {grid.run} have {last} steps")
             both |= {"save_strategy": "steps", "save_steps": grid.step, "save_only_model": True}
         shown = f"{name}: {_short(flags)}, seed {seed}" + ("" if data == self.recipe.data else f", {data.name}")
         return self._training(step, shown, self.taught, both, data, "forget.jsonl")
@@ -273,9 +277,9 @@ def steps_of(flags: dict[str, Any], rows: int, processes: int = 1) -> dict[str, 
     batch *= processes
     epochs, warmup = flags.pop("epochs", None), flags.pop("warmup_epochs", None)
     if epochs is not None:
-        flags["max_steps"] = max(1, int(epochs * rows) // batch)
+        flags["max_steps"] = max(1, int(float(epochs) * rows) // batch)
     if warmup is not None:
-        flags["warmup_steps"] = max(1, int(warmup * rows) // batch)
+        flags["warmup_steps"] = max(1, int(float(warmup) * rows) // batch)
     return flags
 
 

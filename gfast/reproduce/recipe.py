@@ -183,8 +183,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.objectives:
             raise ValueError("objectives: name at least one, as in objectives: {ga: GA}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds are {list(self.seeds)}; give at least one, each once")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
+            raise ValueError(f"seeds are {list(self.seeds)}; give at least one, each once, from 0 to 2^32 - 1")
         if not (self.unlearn.get("nll_every") or self.unlearn.get("geffect_every")):
             raise ValueError("unlearn: give nll_every or geffect_every; runs are compared along their NLL")
         if self.evaluate is None and (self.calibrate or (self.retain_model and self.teach is not None)):
@@ -231,7 +231,11 @@ def processes_of(launch: str | None) -> int | None:
     """
     if launch is None:
         return 1
-    words = [word.replace("-", "_").lstrip("_") for entry in shlex.split(launch) for word in entry.split("=", 1)]
+    try:
+        entries = shlex.split(launch)
+    except ValueError as error:
+        raise ValueError(f"launch is {launch!r}: {error}") from None
+    words = [word.replace("-", "_").lstrip("_") for entry in entries for word in entry.split("=", 1)]
     found = dict(zip(words, words[1:], strict=False))
     of_node = next((found[key] for key in ("nproc_per_node", "num_processes", "num_gpus") if key in found), "")
     # accelerate's number is that of all machines
@@ -264,7 +268,12 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"{change!r} should read key=value, as in seeds=[0,1] or unlearn.max_steps=10")
-        _change(values, key.split("."), yaml.safe_load(text))
+        try:
+            _change(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{change!r}: the value is not valid YAML ({' '.join(str(error).split())[:100]})"
+            ) from error
     try:
         return build(values)
     except ValueError as error:
@@ -328,6 +337,9 @@ def _check_flags(flags: Any, where: str) -> None:
     for name in flags:
         if name in _OWN_FLAGS or (name == "objective" and where in ("teach", "unlearn")):
             raise ValueError(f"{where}.{name} is said elsewhere: {_OWN_FLAGS.get(name, 'objectives')}")
+        if name in _EPOCHS and flags[name] is not None:
+            if not 0 < _number(str(flags[name]), f"{where}.{name}") < math.inf:
+                raise ValueError(f"{where}.{name} is {flags[name]!r}; give passes over the data, above 0")
         if name not in known and name not in _EPOCHS:
             meant = did_you_mean(str(name), [*known, *_EPOCHS])
             raise ValueError(f"there is no flag {where}.{name}{meant} (gfast unlearn --help_all lists them)")
@@ -353,8 +365,35 @@ def _built(kind: type, values: Any, where: str) -> Any:
             raise ValueError(f"{dot}{name} should be a list, got {value!r}")
         if str(known[name].type).partition(" ")[0] in ("int", "float") and isinstance(value, str):
             value = _number(value, f"{dot}{name}")  # YAML reads 1e-5 as text
+        _check_kind(str(known[name].type), value, f"{dot}{name}")
         made[name] = tuple(value) if several else value
     return kind(**made)
+
+
+# How a field's type is written -> what a value of it is, in YAML and in words.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+    "dict": ((dict,), "a mapping"),
+    "tuple": ((list, tuple), "a list"),
+    "None": ((type(None),), "null"),
+}
+
+
+def _check_kind(annotation: str, value: Any, where: str) -> None:
+    """ValueError for a value that is none of a field's type; parts of a recipe are checked by themselves."""
+    options = [option.partition("[") for option in annotation.split(" | ")]
+    if any(base not in _KINDS for base, *_ in options):
+        return
+    for base, _, inside in options:
+        if isinstance(value, _KINDS[base][0]) and (base == "bool" or not isinstance(value, bool)):
+            for at, entry in enumerate(value if base == "tuple" else ()):
+                _check_kind(inside.partition(",")[0].partition("[")[0], entry, f"{where}[{at}]")
+            return
+    expected = " or ".join(_KINDS[base][1] for base, *_ in options)
+    raise ValueError(f"{where} is {value!r:.80}, and should be {expected}")
 
 
 def _number(text: str, where: str) -> float:

@@ -28,6 +28,7 @@ from gfast.metrics import load_log
 from gfast.metrics.log import LOG_FILE, parse_log
 from gfast.progress import Bar
 from gfast.reproduce.recipe import Calibration, Data, Evaluated, Recipe
+from gfast.words import did_you_mean
 
 DATA_FILES = ("forget.jsonl", "retain.jsonl", "full.jsonl")
 
@@ -72,14 +73,21 @@ def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:
 
 
 def fresh_config(sizes: Mapping[str, Any]) -> Any:
-    """Of a Llama of these sizes with the bundled tokenizer."""
+    """Of a Llama of these sizes with the bundled tokenizer. ValueError for a size that it has not."""
     from transformers import LlamaConfig
 
     from gfast.data import demo_tokenizer
 
+    known = LlamaConfig().to_dict()
+    for name in sizes:
+        if name not in known:
+            raise ValueError(f"there is no size model.{name}{did_you_mean(str(name), known)} (LlamaConfig has them)")
     tokenizer = demo_tokenizer()
     tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return LlamaConfig(vocab_size=len(tokenizer), **tokens, **sizes)
+    try:
+        return LlamaConfig(**{"vocab_size": len(tokenizer), **tokens, **sizes})
+    except Exception as error:  # of libraries that check configurations
+        raise ValueError(f"model is no Llama: {' '.join(str(error).split())[:200]}") from error
 
 
 def fresh_model(sizes: Mapping[str, Any], seed: int, folder: Path) -> None:
