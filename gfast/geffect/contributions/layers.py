@@ -276,6 +276,9 @@ class Watch:
             # its gradient may lie where a kept contribution does, and a second backward would be added to it in place
             start.register_post_accumulate_grad_hook(_drop_grad)
             output = result = start.clone()
+        elif output._is_view():
+            # the same, but for autograd no view: of one that is changed in place the node leaves the graph
+            output = result = torch.ops.aten._unsafe_view(output, output.shape)
         # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
         call = [kept, kept._version, scale]
         # of its node, and so after the hooks on the tensor itself, which may change its gradient
