@@ -223,6 +223,10 @@ def test_runs_that_began_there_or_are_alike_are_not_compared():
     assert matched_sentence(there) == "At a forget NLL of 2 all have one retain NLL (1.1)."
     match(there, 2.5)
     assert there[0]["matched"]["retain_nll"] == pytest.approx(0.2 + 1.5 / 8 * 7.8)
+    # one that rose by rounding alone does not draw the level to where all began
+    there = [{"label": "still", "course": [[0, 0.1, 0.1], [1, 0.1 + 1e-6, 0.1]]}, *there[1:]]
+    match(there)
+    assert [one["matched"] and one["matched"]["forget_nll"] for one in there] == [None, 4, 4]
 
 
 def test_several_seeds_are_one_run_with_a_band(tmp_path):

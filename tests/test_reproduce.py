@@ -14,8 +14,9 @@ from helpers.tofu_like import write_tofu_like
 from helpers.training_tiny import saved_tiny
 from transformers import LlamaForCausalLM
 
-from gfast import cli
+from gfast import cli, metrics
 from gfast.evaluation import Evaluation, encoded
+from gfast.evaluation.results import summarize
 from gfast.files import read_json
 from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
@@ -147,6 +148,27 @@ def test_sentences_say_what_the_numbers_do(finished):
         for row, value in zip(results.rows[2:], values, strict=True):
             row["calibrated_extraction"] = value, 0.0
         assert any(f"At equal retention, {words} to extract" in one for one in results.sentences())
+
+
+def test_nothing_calibrates_to_nothing_and_a_step_that_fails_is_named(finished, tmp_path, monkeypatch, no_figures):
+    """A retain set that was at 0 is kept by every mixture: no share is the largest."""
+    recipe, out = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+
+    def nothing(log, retain_log=None):
+        found = summarize(log, retain_log)
+        found["sets"]["retain"]["probability"] = 0.0
+        return found
+
+    redo = [recipe, "--out", copy, "--redo", "calibrated/ga/seed0"]
+    monkeypatch.setattr(work, "summarize", nothing)
+    assert reproduce(*redo) == 0
+    row = next(row for row in read_json(copy / "tables.json")["objectives"] if row["name"] == "ga")
+    assert row["share"] is None and row["calibrated_extraction"] is None
+    monkeypatch.setattr(work, "summarize", lambda log: metrics.min_k([], 0.4))
+    with pytest.raises(ValueError, match="^calibrated/ga/seed0: logp is empty"):
+        reproduce(*redo)
 
 
 def test_the_mixture_of_weights_is_exact_at_its_ends():

@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# A rise of less, in nats or as a share of the NLL, is rounding: at that level all runs would be as they began.
+NOISE = 1e-3
+
 
 def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> None:
     """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches `level`, interpolated
     linearly between recorded steps; None where it never does, where it began there (what it kept then is of before
     unlearning), or where fewer than two runs unlearned.
 
-    Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose take no
-    part.
+    Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
+    more than rounding) take no part.
 
     >>> runs = [{"course": [[0, 0.0, 0.1], [10, 4.0, 2.1]]}, {"course": [[0, 0.0, 0.1], [10, 2.0, 0.3]]}]
     >>> match(runs)
@@ -30,7 +33,10 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
 
 def _rises(summary: dict[str, Any]) -> bool:
     course = summary["course"]
-    return len(course) > 1 and max(forget for _, forget, _ in course) > course[0][1]
+    if len(course) < 2:
+        return False
+    start = course[0][1]
+    return max(forget for _, forget, _ in course) > start + NOISE * max(1.0, abs(start))
 
 
 def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:

@@ -7,10 +7,11 @@ the checksums of what it made. A step whose inputs are others by now is named, w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ class Steps:
             record = {"inputs": _plain(step.inputs), "took": took, "finished": False}
             write_json(self._record_file(step.name), record)
             started = time.perf_counter()
-            step.run(self.out / step.name)
+            with _named(step):
+                step.run(self.out / step.name)
             seconds = time.perf_counter() - started
             write_json(self._record_file(step.name), record | {"finished": True, "made": self.made(step.name),
                                                                 "seconds": seconds})  # fmt: skip
@@ -176,6 +178,17 @@ class Steps:
             if path.endswith((".safetensors", ".bin")):
                 (self.out / name / path).unlink(missing_ok=True)
         say(f"{name}: weights deleted (keep_models: false)")
+
+
+@contextlib.contextmanager
+def _named(step: Step) -> Iterator[None]:
+    """What a step says of an error, with its name: there are many, and each has models and data."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if type(error) not in (ValueError, RuntimeError):
+            raise
+        raise type(error)(f"{step.name}: {str(error).removeprefix('gfast: ')}") from error
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:

@@ -43,7 +43,7 @@ NOTE = (
 )
 CALIBRATED = (
     " Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
-    "is then left to extract of the forget set compares objectives at equal retention."
+    "is then left to extract of the forget set compares objectives at equal retention; a dash: it was 0 before."
 )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gfast.commands.arguments import ModelArguments
+from gfast.commands.common import say
 from gfast.commands.models import load_model, load_tokenizer
 from gfast.data import bundled_authors, bundled_perturbed, load_jsonl, load_tofu
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
@@ -222,6 +223,13 @@ class Asker:
             return float(summarize(parse_log(log))["sets"]["retain"][plan.metric])
 
         whole = measured(0.0)
+        if not whole:
+            what = plan.metric.replace("_", " ")
+            say(f"{name}: {what} of the retain set is 0 before unlearning, which every mixture keeps: not calibrated. "
+                "Teach longer, or take another calibrate.metric")  # fmt: skip
+            values = {"share": None, "metric": plan.metric, "level": 0.0, "curve": [(0.0, whole)], "sets": {}}
+            write_json(folder / "calibration.json", values)
+            return
         curve: list[tuple[float, float]] = []
         for share in shares(plan.resolution):
             curve.append((share, measured(share) if share else whole))
