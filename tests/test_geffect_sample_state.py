@@ -31,19 +31,38 @@ def test_a_module_without_a_rule_is_refused_by_name(monkeypatch):
     pg_effect(own, **data())
 
 
+class OwnNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(16, dtype=torch.float64))
+
+    def forward(self, x):
+        _, length, size = x.shape
+        return self.times(x * torch.rsqrt(x.square().sum(-1, keepdim=True) / size))
+
+    def times(self, x):
+        return x * self.weight
+
+
 def test_a_norm_that_is_not_linear_in_its_weight_is_refused():
-    class SquaredNorm(torch.nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(size, dtype=torch.float64))
+    class SquaredNorm(OwnNorm):
+        def times(self, x):
+            return x * self.weight**2
 
-        def forward(self, x):
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * self.weight**2
+    class ParticularNorm(OwnNorm):
+        def times(self, x):
+            if len(x) == 1:
+                raise KeyError("a batch of one")
+            return x * self.weight
 
-    model = tiny("llama")
-    model.model.norm = SquaredNorm(16)
-    with pytest.raises(ValueError, match=r"'model\.norm\.weight'.*no rule for a SquaredNorm"):
-        pg_effect(model, **data())
+    for norm in (SquaredNorm, ParticularNorm):
+        model = tiny("llama")
+        model.model.norm = norm()
+        with pytest.raises(ValueError, match=rf"'model\.norm\.weight'.*no rule for a {norm.__name__}"):
+            pg_effect(model, **data())
+    model.model.norm = OwnNorm()
+    samples, tokens = (call(model, **data()).total("retain") for call in (pg_effect, gfast.token_effect))
+    torch.testing.assert_close(samples, torch.stack([one.sum() for one in tokens]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_module_that_is_not_called_is_refused():

@@ -391,7 +391,7 @@ def _norm_unit(module: nn.Module) -> float | None:
     if weight is None:
         return None
     drawn = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-    x = torch.randn(2, *weight.shape, **drawn).to(weight.device)
+    x = torch.randn(1, 2, *weight.shape, **drawn).to(weight.device)  # as a model's: some unpack their shape
     other = torch.randn(weight.shape, **drawn).to(weight.device)
 
     def output(fill: float | Tensor) -> Tensor:
@@ -407,6 +407,6 @@ def _norm_unit(module: nn.Module) -> float | None:
                 expected = x_hat * (other + 1.0 - unit)
                 if torch.allclose(output(other), expected, rtol=1e-4, atol=1e-5 * math.sqrt(weight.numel())):
                     return unit
-    except (RuntimeError, TypeError):
-        return None  # not a function of one tensor of the weight's width
+    except Exception:
+        return None  # not a function of one tensor of the weight's width: somebody's code, which may raise anything
     return None
