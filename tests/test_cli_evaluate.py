@@ -95,6 +95,16 @@ def test_tofu_from_a_folder(model, tmp_path, capsys):
     assert facts["normalized_gt_loss"] == pytest.approx(-numpy.log(p))
     assert 0 <= summary["mia_auc"]["min_k"] <= 1
     assert summary["privleak"]["value"] == pytest.approx(metrics.privleak(summary["mia_auc"]["min_k"]))
+    # with its log as the retain log every set has the rows that it has there, the larger and the smaller one
+    words = flags(model, tmp_path / "all", data="tofu", data_path=folder, forget="forget01", ds_size=0)
+    (folder / "forget01_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in forget[:3]))
+    assert cli.main(words) == 0
+    words = flags(model, tmp_path / "again", data="tofu", data_path=folder, forget="forget01", ds_size=None)
+    assert cli.main([*words, "--retain_log", str(tmp_path / "all")]) == 0
+    assert len(retain) > 3 and all(
+        read_json(tmp_path / "again" / "summary.json")[key] == read_json(tmp_path / "all" / "summary.json")[key]
+        for key in ("sets", "model_utility")
+    )
     fails(
         capsys, "did you mean forget10", flags(model, tmp_path / "x", data="tofu", data_path=folder, forget="forget11")
     )

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,12 +357,7 @@ def _run(evaluation: Evaluation, model: nn.Module, folder: Path) -> dict[str, li
 
 
 def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLog | None) -> list[EvaluationSet]:
-    size = arguments.ds_size
-    if size is None:
-        size = 0
-        if retain_log is not None and arguments.data in ("tofu", "jsonl", "bundled"):
-            size = sources.rows_of(retain_log)
-            say(f"The retain log is of the first {size} rows of the forget set: these are evaluated (--ds_size)")
+    size = arguments.ds_size or 0
     path = arguments.data_path
     if arguments.data == "tofu":
         sets = sources.tofu(arguments.forget, path, size, arguments.holdout)
@@ -377,9 +372,9 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
         hub, known = ("cais/wmdp", sources.WMDP) if arguments.data == "wmdp" else ("cais/mmlu", ("all",))
         names = arguments.subsets or known
         sets = [sources.choices(n, arguments.hub_name or hub, n, path, tokenizer, size) for n in names]
+    if arguments.ds_size is None and retain_log is not None:
+        sets = [sources.as_logged(one, retain_log) for one in sets]
     if arguments.max_new_tokens is not None:
-        from dataclasses import replace
-
         sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
     return sets
 

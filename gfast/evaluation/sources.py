@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from gfast.data.encode import IGNORE, NO_END, join, leading
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.log import EvaluationLog
 from gfast.words import did_you_mean
+
+logger = logging.getLogger("gfast")
 
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
 WMDP = ("wmdp-bio", "wmdp-chem", "wmdp-cyber")
@@ -232,12 +236,21 @@ def _from_hub(hub: str, config: str, split: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def rows_of(log: EvaluationLog) -> int:
-    """How many of the first rows a retain log's forget set is of; ValueError where it is of others."""
-    index = log.of("forget", "forget quality").index
+def as_logged(one: EvaluationSet, log: EvaluationLog) -> EvaluationSet:
+    """As many of the first rows of a set as a retain log has of the same set; ValueError where its forget set is of
+    others.
+    """
+    if one.name not in log.sets:
+        return one
+    index = log.sets[one.name].index
     if sorted(index) != list(range(len(index))):
-        raise ValueError(f"gfast: the forget set of {log.path} is of other rows than the first {len(index)}")
-    return len(index)
+        if one.name == "forget":
+            raise ValueError(f"gfast: the forget set of {log.path} is of other rows than the first {len(index)}")
+        return one
+    if len(index) < len(one.rows):
+        say = "The retain log is of the first %d rows of the %s set: these are evaluated (--ds_size)"
+        logger.info(say, len(index), one.name)
+    return replace(one, rows=one.rows[: len(index)])
 
 
 def _first(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
