@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,6 +92,8 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
     modules = [(module, module.training) for module in model.modules()]
     tables = [table for p in model.parameters() if (table := getattr(p, "_post_accumulate_grad_hooks", None))]
     hooks = [dict(table) for table in tables]
+    if any(_foreign(hook) for table in hooks for hook in table.values()):
+        _log_hooks(type(model).__name__)
     try:
         for module, training in modules:
             module.training = training and checkpoints and _checkpoints_without_dropout(module)
@@ -102,6 +107,19 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
             table.update(before)
         for module, training in modules:
             module.training = training
+
+
+def _foreign(hook: Any) -> bool:
+    return not (getattr(hook, "__module__", None) or "").startswith(("torch.", "gfast."))
+
+
+@functools.cache
+def _log_hooks(model: str) -> None:
+    logging.getLogger("gfast").warning(
+        "gfast: %s has hooks on accumulated gradients (an optimizer that steps in the backward, a mask), which are off "
+        "while effects are measured: those are of the losses' own gradients. A mask by register_hook counts",
+        model,
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E40
 from helpers.process_group import alone  # noqa: E402
 
 import gfast  # noqa: E402
+from gfast import model_state  # noqa: E402
 from gfast.geffect import backward  # noqa: E402
 from gfast.geffect import directions as directions_of  # noqa: E402
 from gfast.geffect.storage import Store  # noqa: E402
@@ -64,8 +65,9 @@ def test_measured_without_dropout_and_the_random_state_is_untouched():
     assert effect == gfast.g_effect(model.eval(), WGA(), **data())
 
 
-def test_optimizer_that_steps_in_the_backward_does_not_step():
+def test_optimizer_that_steps_in_the_backward_does_not_step(caplog):
     model = tiny("llama")
+    model_state._log_hooks.cache_clear()
     before = [p.detach().clone() for p in model.parameters()]
     steps = []
 
@@ -79,6 +81,7 @@ def test_optimizer_that_steps_in_the_backward_does_not_step():
     assert not steps and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     model.lm_head.weight.sum().backward()
     assert len(steps) == 1  # the user's hooks are back
+    assert "hooks on accumulated gradients" in caplog.text
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
