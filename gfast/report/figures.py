@@ -32,6 +32,7 @@ from gfast.report.style import (
     power,
     recolor,
     run_color,
+    run_line,
     run_marker,
     settings,
     signed_axis,
@@ -246,7 +247,7 @@ _TRAINING = {
 def _objective_lines(ax: Axes, runs: list[Run], theme: Theme, quantity: str, side: str = "") -> None:
     for i, run in enumerate(runs):
         steps, values = _finite(*run.series(quantity, side))
-        ax.plot(steps, values, color=run_color(theme, i), marker=run_marker(i))
+        ax.plot(steps, values, run_line(i), color=run_color(theme, i), marker=run_marker(i))
         _band(ax, run, run_color(theme, i), quantity, side)
     steps_axis(ax)
     ax.set_xlabel("optimizer step")
@@ -254,10 +255,12 @@ def _objective_lines(ax: Axes, runs: list[Run], theme: Theme, quantity: str, sid
 
 def _objective_legend(figure: Figure, runs: list[Run], theme: Theme) -> None:
     handles = [
-        Line2D([], [], color=run_color(theme, i), marker=run_marker(i), label=run.label) for i, run in enumerate(runs)
+        Line2D([], [], linestyle=run_line(i), color=run_color(theme, i), marker=run_marker(i), label=run.label)
+        for i, run in enumerate(runs)
     ]
-    longest = max(len(run.label) for run in runs)
-    figure.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(runs), 120 // (longest + 6))))
+    inches = 0.085 * max(len(run.label) for run in runs) + 0.65  # of an entry
+    columns = max(1, min(len(runs), int(figure.get_figwidth() / inches)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
 def _draw_training(runs: list[Run], theme: Theme) -> Figure:
@@ -312,7 +315,7 @@ def draw_pareto(runs: list[Run], theme: Theme, level: float | None = None) -> Fi
             if len(course) < 2:
                 continue
             _, forget, retain = np.array(course).T
-            ax.plot(forget, retain, color=color, linewidth=width, alpha=alpha, zorder=2 + width)
+            ax.plot(forget, retain, run_line(i), color=color, linewidth=width, alpha=alpha, zorder=2 + width)
             seen += [*forget, *retain]
         if summary["course"]:
             ax.plot(*summary["course"][-1][1:], color=color, marker=run_marker(i), markersize=7, zorder=5)

@@ -162,3 +162,8 @@ def run_color(theme: Theme, i: int) -> str:
 
 def run_marker(i: int) -> str:
     return MARKERS[i % len(MARKERS)]
+
+
+def run_line(i: int) -> str:
+    """Dashed where colours and markers come for the second time."""
+    return ("-", "--", ":")[i // len(MARKERS) % 3]

@@ -50,12 +50,15 @@ CALIBRATED = (
 def spread(values: Sequence[float | None]) -> Spread:
     """Mean and standard deviation (over n - 1) of what is there; None where a value is missing.
 
-    >>> spread([1.0, 3.0]), spread([2.0]), spread([1.0, None])
-    ((2.0, 1.4142135623730951), (2.0, None), None)
+    >>> spread([1.0, 3.0]), spread([2.0]), spread([0.1, 0.1, 0.1])[1], spread([1.0, None])
+    ((2.0, 1.4142135623730951), (2.0, None), 0.0, None)
     """
     if not values or any(value is None for value in values):
         return None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    if len(values) == 1:
+        return float(values[0]), None
+    alike = len(set(values)) == 1  # their mean is rounded, and so would the deviation be
+    return float(np.mean(values)), 0.0 if alike else float(np.std(values, ddof=1))
 
 
 def cell(value: Any) -> str:
