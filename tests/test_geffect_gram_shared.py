@@ -56,7 +56,7 @@ class Counts:
         monkeypatch.setattr(row_pass.RowPass, "_backward", backward)
 
     def forward(self, *args) -> None:
-        self.forwards += 1
+        self.forwards += torch.is_grad_enabled()  # not that of one sample by itself, which tells the order of rows
 
     def of(self, run) -> tuple[int, int]:
         self.forwards = self.backwards = 0

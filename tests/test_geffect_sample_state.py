@@ -90,6 +90,32 @@ def test_rows_that_belong_to_no_sample_are_refused():
         pg_effect(model, **data())
 
 
+def sequence_first(x, original):
+    return original(x.transpose(0, 1)).transpose(0, 1)
+
+
+def flattened_by_position(x, original):
+    turned = x.transpose(0, 1)
+    return original(turned.reshape(-1, x.shape[-1])).view(turned.shape).transpose(0, 1)
+
+
+@pytest.mark.parametrize("call", [pg_effect, gfast.gram_effect])
+@pytest.mark.parametrize("turned", [sequence_first, flattened_by_position])
+def test_rows_in_another_order_are_refused(turned, call):
+    """As many samples as tokens: no shape tells the order."""
+    model = tiny("llama").eval()
+    layer = model.model.layers[1].mlp
+    original = layer.forward
+    layer.forward = lambda x: turned(x, original)
+    ids = torch.randint(3, 50, (5, 5), generator=torch.Generator().manual_seed(0))
+    sides = dict(forget=[{"input_ids": ids, "labels": ids}], retain=[{"input_ids": ids + 1, "labels": ids + 1}])
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.(up|gate)_proj'.*one after the other.*'stream'"):
+        call(model, **sides)
+    del layer.forward
+    call(model, **sides)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_an_input_changed_in_place_is_refused():
     model = tiny("llama").eval()
     layer = model.model.layers[3].mlp

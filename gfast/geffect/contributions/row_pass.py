@@ -22,6 +22,7 @@ from gfast.deferred import Head
 from gfast.geffect.contributions.coverage import check_graph, repeatable
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSum, Sites, Watch
+from gfast.geffect.contributions.order import Order
 from gfast.geffect.data import Term
 from gfast.model import ModelOutput, model_output, output_logp, output_loss, shifted
 from gfast.model_state import uncompiled
@@ -110,7 +111,7 @@ class RowPass:
     ) -> None:
         self.model, self.sites = model, sites
         self.ran, self.loss_scale, self.whole_head = False, loss_scale, whole_head
-        self.watch = Watch(sites.modules, engine)
+        self.watch, self.order = Watch(sites.modules, engine), Order(sites.modules, engine)
         self.engine = engine
         self.stack = ExitStack()
 
@@ -155,9 +156,9 @@ class RowPass:
 
     def _forward(self, batch: Mapping[str, Any], heads: int) -> _Forward:
         labels = shifted(batch["labels"])
-        self.watch.start(*labels.shape)
+        with self.order.checked(batch, self._answer):
+            head, output, _ = self._answer(batch)
         self.ran = True
-        head, output, _ = model_output(self.model, batch)
         names = {} if head is None else self.sites.parameters_of(head.module)
         # the same tensor, but for autograd no view of another, which could not be detached in place
         output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -167,6 +168,10 @@ class RowPass:
         chunks, tiled = (None, False) if head is None else _head_of(head, output, labels.reshape(-1), heads, whole)
         check_label_range("labels", labels.reshape(-1), output.shape[-1] if chunks is None else chunks.vocab)
         return _Forward(batch, labels, output, head, names, chunks, tiled, repeats)
+
+    def _answer(self, batch: Mapping[str, Any]) -> ModelOutput:
+        self.watch.start(*batch["labels"].shape)
+        return model_output(self.model, batch)
 
     def _own_logits(self, forward: _Forward, term: Term | None) -> Tensor:
         seeds = _flat(self._seeds(forward, term))
