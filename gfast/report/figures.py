@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,9 +105,13 @@ def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[keep], values[keep]
 
 
-def _values(runs: Iterable[Run], keys: Iterable[tuple[str, str, str]]) -> np.ndarray:
-    keys = list(keys)
-    parts = [_finite(*run.series(*key))[1] for run in runs for key in keys]
+def _values(runs: Iterable[Run], keys: Collection[tuple[str, str, str]]) -> np.ndarray:
+    """Of the lines and of their bands."""
+    parts = []
+    for run in runs:
+        for key in keys:
+            steps, low, high = run.band(*key)
+            parts += [_finite(*run.series(*key))[1], _finite(steps, low)[1], _finite(steps, high)[1]]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
@@ -119,15 +123,10 @@ def _sides(ax: Axes, run: Run, theme: Theme, quantity: str, group: str) -> None:
 
 
 def _band(ax: Axes, run: Run, color: str, quantity: str, side: str, group: str = "") -> None:
-    """One standard deviation over seeds, where there are several."""
-    steps, spread = run.band(quantity, side, group)
-    at, values = run.series(quantity, side, group)
-    shared, of_band, of_mean = np.intersect1d(steps, at, return_indices=True)
-    if len(shared):
-        low, high = values[of_mean] - spread[of_band], values[of_mean] + spread[of_band]
-        if values.min() > 0:  # a logarithmic axis has no place for less than 0
-            low = np.maximum(low, values.min() / 10)
-        ax.fill_between(shared, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
+    """From the lowest seed to the highest, where there are several: a deviation would reach below 0 on a log axis."""
+    steps, low, high = run.band(quantity, side, group)
+    if len(steps):
+        ax.fill_between(steps, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
 
 
 def _side_legend(figure: Figure, theme: Theme) -> None:

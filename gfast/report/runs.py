@@ -43,14 +43,14 @@ class Run:
         rows = rows.sort_values("step", kind="stable")
         return rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64)
 
-    def band(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Steps, and the standard deviation over seeds there; both empty where there are not two of them."""
+    def band(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, and the lowest and the highest of the seeds there; all empty where there are not two of them."""
         if len(self.seeds) < 2:
-            return np.zeros(0, np.int64), np.zeros(0)
+            return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         series = [dict(zip(*map(list, run.series(quantity, side, group)), strict=True)) for run in self.seeds]
         steps = sorted(set.intersection(*(set(one) for one in series)))
         values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)  # [seeds, steps]
-        return np.array(steps, np.int64), values.std(axis=0, ddof=1) if len(steps) else np.zeros(0)
+        return np.array(steps, np.int64), values.min(axis=0), values.max(axis=0)
 
     @property
     def groups(self) -> list[str]:
