@@ -99,8 +99,12 @@ def flattened_by_position(x, original):
     return original(turned.reshape(-1, x.shape[-1])).view(turned.shape).transpose(0, 1)
 
 
+def called_by_name(x, original):
+    return sequence_first(x, lambda turned: original(x=turned))
+
+
 @pytest.mark.parametrize("call", [pg_effect, gfast.gram_effect])
-@pytest.mark.parametrize("turned", [sequence_first, flattened_by_position])
+@pytest.mark.parametrize("turned", [sequence_first, flattened_by_position, called_by_name])
 def test_rows_in_another_order_are_refused(turned, call):
     """As many samples as tokens: no shape tells the order."""
     model = tiny("llama").eval()
@@ -108,7 +112,11 @@ def test_rows_in_another_order_are_refused(turned, call):
     original = layer.forward
     layer.forward = lambda x: turned(x, original)
     ids = torch.randint(3, 50, (5, 5), generator=torch.Generator().manual_seed(0))
-    sides = dict(forget=[{"input_ids": ids, "labels": ids}], retain=[{"input_ids": ids + 1, "labels": ids + 1}])
+    shared = {"position_ids": torch.arange(5)[None]}  # one row for all samples
+    sides = dict(
+        forget=[{"input_ids": ids, "labels": ids, **shared}],
+        retain=[{"input_ids": ids + 1, "labels": ids + 1, **shared}],
+    )
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.(up|gate)_proj'.*one after the other.*'stream'"):
         call(model, **sides)
     del layer.forward

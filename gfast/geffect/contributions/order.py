@@ -40,15 +40,19 @@ class Order:
             return
         self.done = True
         alone: dict[str, list[Tensor]] = defaultdict(list)
+        rows = batch["labels"].shape[0]
+        one = {key: x[row : row + 1] if _length(x) == rows else x for key, x in batch.items()}
         with torch.no_grad(), self._reading(lambda site, x: alone[site.name].append(x.clone())):
-            answer({key: x[row : row + 1] if isinstance(x, Tensor) and x.dim() else x for key, x in batch.items()})
+            answer(one)
         with self._reading(partial(self._compare, alone, row, *batch["labels"].shape)):
             yield
 
     @contextmanager
     def _reading(self, told: Callable[[Site, Tensor], None]) -> Iterator[None]:
         def before(site: Site, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            read = hf.embedding_lookup(module, args, kwargs)[0] if site.kind == "embedding" else (*args, None)[0]
+            read = (*args, *kwargs.values(), None)[0]
+            if site.kind == "embedding":
+                read = hf.embedding_lookup(module, args, kwargs)[0]
             if isinstance(read, Tensor):
                 told(site, read.detach())
 
@@ -88,11 +92,16 @@ def _alike(own: Tensor, expected: Tensor) -> bool:
     return not (own.double() - expected.double()).norm() > limit * expected.double().norm()
 
 
+def _length(x: Any) -> int | None:
+    """Of a tensor's first dimension, if it has one."""
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else None
+
+
 def _whole_row(batch: Mapping[str, Any]) -> int | None:
-    """A sample that fills its row, of a batch of several; None where there is none, or not all tensors have a row a
-    sample."""
+    """A sample that fills its row, of a batch of several; None where there is none, or where a tensor has neither a row
+    a sample nor one for all."""
     rows = batch["labels"].shape[0]
-    if rows < 2 or any(x.shape[0] != rows for x in batch.values() if isinstance(x, Tensor) and x.dim()):
+    if rows < 2 or any(_length(x) not in (None, 1, rows) for x in batch.values()):
         return None
     mask = batch.get("attention_mask")
     if mask is None:
