@@ -145,12 +145,9 @@ GFAST_INLINE vf twice_atanh(vf t) {
 // The row's Jensen-Shannon divergence, with m = (p + q) / 2 and d = log q - log p:
 //     sum_v (p log(p/m) + q log(q/m)) / 2,   log(p/m) = -x - log cosh x,  log(q/m) = x - log cosh x,  x = d/2.
 // Where p is close to q, both terms together are (p + q) (x tanh x - log cosh x): no difference of p and q is formed.
-// Its gradient is p (h - mean) with h = log(p/m) / 2 and mean = sum(p h): zp and zq are overwritten with p h and p.
-struct JensenShannon {
-  double value, mean;
-};
-
-JensenShannon row_js(float* zp, float* zq, int64_t vocab, Softmax sp, Softmax sq) {
+// Its gradient is p (h - sum(p h)) with h = log(p/m) / 2; zp and zq are overwritten with p h and p on the way.
+double row_js(float* zp, float* zq, const float* slopes, int64_t vocab, Softmax sp, Softmax sq, float coef,
+              float* grad) {
   const vf top_p = splat(sp.top), top_q = splat(sq.top);
   const vf inverse_p = splat((float)(1 / sp.total)), inverse_q = splat((float)(1 / sq.total));
   const vf log_ratio = splat((float)log(sq.total / sp.total)), log2 = splat((float)M_LN2);
@@ -180,22 +177,14 @@ JensenShannon row_js(float* zp, float* zq, int64_t vocab, Softmax sp, Softmax sq
     value += 0.5 * reduce_add(sum);
     mean += 0.5 * reduce_add(weighted);
   }
-  return {value, mean};
-}
-
-// out = (ph - mean p) coef slope (no slopes: 1), at once in the gradient's dtype.
-template <typename T>
-void write_js(void* data, const float* ph, const float* p, const float* slopes, int64_t n, float mean, float coef) {
-  T* out = (T*)data;
-  const vf center = splat(mean);
-  for (int64_t j = 0; j < n; j += W) {  // the scratch is filled to whole vectors
-    vf g = (load(ph + j) - load(p + j) * center) * coef;
+  const vf center = splat((float)mean);
+  for (int64_t j = 0; grad != nullptr && j < vocab; j += W) {
+    vf g = (load(zp + j) - load(zq + j) * center) * coef;
     if (slopes != nullptr) g = g * load(slopes + j);
-    j + W <= n ? store(out + j, g) : store_part(out + j, n - j, g);
+    store(grad + j, g);
   }
+  return value;
 }
-
-using JsWriter = void (*)(void*, const float*, const float*, const float*, int64_t, float, float);
 
 }  // namespace
 
@@ -205,9 +194,6 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Writer write = a.logits.dtype == Dtype::f32    ? &write_row<float>
                        : a.logits.dtype == Dtype::bf16 ? &write_row<bf16>
                                                        : &write_row<f16>;
-  const JsWriter js_writer = a.logits.dtype == Dtype::f32    ? &write_js<float>
-                             : a.logits.dtype == Dtype::bf16 ? &write_js<bf16>
-                                                             : &write_js<f16>;
   const int64_t size = a.logits.dtype == Dtype::f32 ? 4 : 2, ref_size = a.ref.dtype == Dtype::f32 ? 4 : 2;
   const int64_t room = row_floats(a.vocab);
   float *zp = scratch, *zq = zp + room, *slopes = a.logits.softcap > 0 ? zq + room : nullptr;
@@ -231,16 +217,11 @@ void kl_rows(const KlArgs& a, int64_t begin, int64_t end, float* scratch) {
       sp = {(float)t[0], t[1]};
       sq = {(float)t[2], t[3]};
     }
-    const float coef = a.coef_scale * fp.scale;
-    if (a.kind == Divergence::js) {
-      const JensenShannon found = row_js(zp, zq, a.vocab, sp, sq);
-      if (a.kl != nullptr) a.kl[i] = (float)found.value;
-      if (a.out != nullptr) js_writer(out, zp, zq, slopes, a.vocab, (float)found.mean, coef);
-      continue;
-    }
     float* grad = a.out != nullptr ? zp : nullptr;
-    const auto row = a.kind == Divergence::kl ? &row_kl<false> : &row_kl<true>;
-    const double kl = row(zp, zq, slopes, a.vocab, sp, sq, coef, grad);
+    const auto row = a.kind == Divergence::js ? &row_js
+                     : a.kind == Divergence::kl ? &row_kl<false>
+                                                : &row_kl<true>;
+    const double kl = row(zp, zq, slopes, a.vocab, sp, sq, a.coef_scale * fp.scale, grad);
     if (a.kl != nullptr) a.kl[i] = (float)kl;
     if (a.out != nullptr) write(out, zp, a.vocab);
   }
