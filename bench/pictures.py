@@ -142,9 +142,9 @@ def loss_bars(data: list[Data]):
                     cases.setdefault(key, {})[row["provider"]] = row
         if cases:
             panels.append((op, *max(cases.items(), key=lambda case: (case[0][0] == "wga", len(case[1])))))
-    if not panels:
+    most = max((len(rows) for _, _, rows in panels), default=0)
+    if most < 3:  # gfast and its floor: nobody to compare with
         return None
-    most = max(len(rows) for _, _, rows in panels)
     figure, axes = grid(1, len(panels), 5.0 * len(panels), 0.27 * most + 1.5)
     for ax, (op, (objective, dtype, shape), rows) in zip(axes[0], panels, strict=True):
         names = sorted(rows, key=lambda name: rows[name]["times_floor"])
