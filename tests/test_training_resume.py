@@ -11,7 +11,7 @@ from gfast.objectives import GA, NPO, WGA
 from gfast.training.callback import GEffectCallback
 from gfast.training.evaluation import nll
 from gfast.training.records import read_records, recorded_steps
-from gfast.training.resume import last_checkpoint, saving
+from gfast.training.resume import checkpoint_to_resume, last_checkpoint, saving
 from gfast.training.trainer import UnlearnTrainer
 
 
@@ -153,3 +153,15 @@ def test_a_finished_run_takes_no_further_step(tmp_path):
             records.append(read_records(folder))
         assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
         assert records[0].equals(records[1])
+
+
+def test_weights_alone_are_not_gone_on_from(tmp_path, caplog):
+    """The optimizer would begin anew without a word."""
+    data, collate = pairing()
+    args = config(tmp_path, objective="WGA", max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
+    trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+    trainer.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2" and checkpoint_to_resume(tmp_path) is None
+    assert "checkpoint-2 holds weights alone (save_only_model): the run starts again from step 0" in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-1 holds weights alone .it was saved with save_only_model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

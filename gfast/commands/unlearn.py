@@ -42,7 +42,7 @@ from gfast.training.live import measured_live
 from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import check_run_folder, write_run_info
-from gfast.training.resume import last_checkpoint
+from gfast.training.resume import checkpoint_to_resume
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 
@@ -210,7 +210,7 @@ def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
     """The checkpoint to go on from: the one that was named, else the newest complete one of this run."""
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("true", "last", "auto", "1"):
-        return last_checkpoint(folder)
+        return checkpoint_to_resume(folder)
     if str(asked).lower() in ("false", "none", "0"):
         return None
     if not (Path(asked) / "trainer_state.json").is_file():
@@ -277,7 +277,7 @@ def _measurements(
 
 
 def _saved_so_far(folder: Path, step: int) -> str:
-    checkpoint = last_checkpoint(folder)
+    checkpoint = checkpoint_to_resume(folder)
     saved = f"checkpoint {checkpoint}" if checkpoint else "no checkpoint yet (see --save_steps)"
     start = "goes on from there" if checkpoint else "starts again from step 0"
     return (

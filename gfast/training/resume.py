@@ -15,6 +15,8 @@ from gfast.files import MANIFEST, DamagedFile, check_manifest, errno_of, read_js
 
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# What is saved beside the weights, by Trainer alone, with FSDP or DeepSpeed.
+_COURSE = ("rng_state*.pth", "scheduler.pt", "optimizer*", "global_step*")
 
 logger = logging.getLogger("gfast")
 
@@ -48,16 +50,37 @@ def _is_complete(checkpoint: Path, step: int) -> bool:
         return False
 
 
+def checkpoint_to_resume(run_folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint that training can go on from, or None: one with more than weights."""
+    found = last_checkpoint(run_folder)
+    if found is None or not _is_weights_alone(found):
+        return found
+    # What `save_only_model` writes: with one setting for a whole run, all of its checkpoints are like that.
+    logger.warning("%s holds weights alone (save_only_model): the run starts again from step 0", found)
+    return None
+
+
+def _is_weights_alone(checkpoint: Path) -> bool:
+    """Without the optimizer's state and all that Trainer saves with it, which would begin anew without a word."""
+    return not any(any(checkpoint.glob(name)) for name in _COURSE)
+
+
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """DamagedFile unless every file of a checkpoint is as it was saved; without a manifest that is only logged."""
+    """DamagedFile unless every file of a checkpoint is as it was saved; without a manifest that is only logged.
+    ValueError for one of weights alone.
+    """
     checkpoint = Path(checkpoint)
     remedy = f"delete the folder {checkpoint} to go on from the checkpoint before it, or restore it from a copy"
     if not check_manifest(checkpoint, remedy):
         logger.warning("%s has no %s: its files go unchecked", checkpoint, MANIFEST)
-        return
-    name = read_json(checkpoint / MANIFEST, remedy).get("folder")
-    if name != checkpoint.name and _NAME.fullmatch(checkpoint.name):
-        raise DamagedFile(checkpoint / MANIFEST, f"it is that of {name}", remedy)
+    elif (name := read_json(checkpoint / MANIFEST, remedy).get("folder")) != checkpoint.name:
+        if _NAME.fullmatch(checkpoint.name):
+            raise DamagedFile(checkpoint / MANIFEST, f"it is that of {name}", remedy)
+    if _is_weights_alone(checkpoint):
+        raise ValueError(
+            f"gfast: {checkpoint} holds weights alone (it was saved with save_only_model): the optimizer would begin "
+            "anew in the midst of the run. Give another checkpoint, or this one as the model of a new run"
+        )
 
 
 @contextlib.contextmanager

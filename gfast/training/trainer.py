@@ -19,7 +19,7 @@ from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
 from gfast.training.processes import together
 from gfast.training.reference import ReferenceCache
-from gfast.training.resume import check_checkpoint, last_checkpoint, saving
+from gfast.training.resume import check_checkpoint, checkpoint_to_resume, saving
 from gfast.training.stop import StopCallback
 from gfast.training.terms import RecordTerms
 from gfast.training.trajectory import callbacks_of
@@ -108,7 +108,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             main, processes = self.is_world_process_zero(), self.accelerator.num_processes
             together((lambda: stack.enter_context(claimed(self.args.output_dir))) if main else None, processes)
             if resume_from_checkpoint is True:
-                found = last_checkpoint(self.args.output_dir)
+                found = checkpoint_to_resume(self.args.output_dir)
                 resume_from_checkpoint = None if found is None else str(found)
             if resume_from_checkpoint:
                 # Once a machine: each sees its own disk.
