@@ -125,3 +125,24 @@ def test_hidden_states_of_no_width(impl):
         ):
             with pytest.raises(ValueError, match="width 0 make no logits"):
                 call()
+
+
+@pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss"])
+def test_numbers_of_sequences(op):
+    """Out of their range they are named; a pair's halves lie half the number of labels apart, and none is scored alone."""
+    logits, labels, rows = torch.randn(4, 3, 5), torch.zeros(4, 3, dtype=torch.long), torch.arange(4)[:, None]
+    given = (logits,) if op == "unlearn_loss" else (logits, torch.eye(5))
+    ids = rows.expand(4, 3)
+
+    def loss(objective, ids, labels=labels):
+        return getattr(gfast, op)(*given, labels, objective, ref_logp=torch.full((4, 3), -1.0), sequence_id=ids).loss
+
+    for wrong, held in ((ids - 1, "-1"), (ids + 9, "12")):
+        with pytest.raises(ValueError, match=rf"{op}: sequence_id must be in \[0, 12\).* holds {held}"):
+            loss(NPO(), wrong)
+    with pytest.raises(TypeError, match="sequence_id must be whole numbers"):
+        loss(NPO(), ids.float())
+    with pytest.raises(ValueError, match=r"forget answer s and its preferred answer s \+ 6 .* pair 0 one half"):
+        loss(DPO(), ids)  # was NPO of all four
+    plain = getattr(gfast, op)(*given, labels, DPO(), ref_logp=torch.full((4, 3), -1.0)).loss
+    assert loss(DPO(), torch.where(ids < 2, ids, ids + 4)).item() == pytest.approx(plain.item(), rel=1e-6)

@@ -120,11 +120,40 @@ def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
         raise ValueError(f"gfast: {name}: chunk_rows must be at least 1, not {min(chunk_rows)}.")
 
 
-def check_pairs(name: str, level: str, num_sequences: int) -> None:
-    if level == "pair" and num_sequences % 2:
+def check_sequence_range(name: str, sequence_id: Tensor) -> None:
+    """Numbers of sequences are whole and below the number of labels, which is how many sums are kept. On a GPU the range
+    is left to the device's own assertion."""
+    if sequence_id.is_floating_point():
+        raise TypeError(f"gfast: {name}: sequence_id must be whole numbers (int64), not {sequence_id.dtype}.")
+    if not (runs_now(sequence_id) and reads_are_free(sequence_id.device)) or not sequence_id.numel():
+        return
+    least, most = (int(x) for x in sequence_id.aminmax())
+    if least < 0 or most >= sequence_id.numel():
+        raise ValueError(
+            f"gfast: {name}: sequence_id must be in [0, {sequence_id.numel()}), the number of labels, and holds "
+            f"{least if least < 0 else most}: number the sequences 0, 1, ..."
+        )
+
+
+def check_pairs(name: str, level: str, num_sequences: int, labels: Tensor, sequence_id: Tensor | None) -> None:
+    """Sequences of a loss of pairs, which are s and s + S/2: an even number S and, where they are numbered by the
+    caller, no half without its other, which would be scored alone (looked at where that costs no waiting)."""
+    if level != "pair":
+        return
+    half = num_sequences // 2
+    if num_sequences % 2:
         raise ValueError(
             f"gfast: {name}: DPO needs pairs: an even number of sequences, the first half the forget answers, the "
             f"second half the preferred answers in the same order; got {num_sequences}."
+        )
+    if sequence_id is None or not (runs_now(sequence_id) and runs_now(labels) and reads_are_free(labels.device)):
+        return
+    present = torch.zeros(num_sequences, dtype=torch.bool).index_fill_(0, sequence_id[labels != IGNORE_INDEX], True)
+    alone = (present[:half] != present[half:]).nonzero()
+    if alone.numel():
+        raise ValueError(
+            f"gfast: {name}: DPO needs pairs: with sequence_id the forget answer s and its preferred answer "
+            f"s + {half} (half the number of labels) are one, and of pair {int(alone[0])} one half has no label."
         )
 
 

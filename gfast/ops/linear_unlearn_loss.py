@@ -209,7 +209,8 @@ def linear_unlearn_loss(
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
         ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
-        sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
+        sequence_id: [...], int64 in [0, labels.numel()), for packed rows; of DPO the preferred answer of s is
+            s + labels.numel() / 2.
         normalizer: replaces the token or sequence count.
         weight: [...], constants that the objective's own token weights are multiplied by, as in ``unlearn_loss``; the
             same on every process of a vocabulary-parallel head.

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfast.ops.checks import IGNORE_INDEX, check_like_labels, check_normalizer, check_pairs
+from gfast.ops.checks import (
+    IGNORE_INDEX,
+    check_like_labels,
+    check_normalizer,
+    check_pairs,
+    check_sequence_range,
+)
 
 
 class LossOutput(NamedTuple):
@@ -32,6 +38,7 @@ def sequence_layout(name: str, labels: Tensor, sequence_id: Tensor | None) -> tu
     """
     if sequence_id is not None:
         check_like_labels(name, "sequence_id", sequence_id, labels)
+        check_sequence_range(name, sequence_id)
         return sequence_id.reshape(-1).long(), labels.numel()
     if labels.dim() <= 1:
         return torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device), 1
@@ -63,7 +70,7 @@ class Tokens(NamedTuple):
         flat, ids, count = labels.reshape(-1).long(), None, 0
         if sequence_id is not None or level != "token" or reduction == "sequence_mean":
             ids, count = sequence_layout(name, labels, sequence_id)
-        check_pairs(name, level, count)
+        check_pairs(name, level, count, flat, None if sequence_id is None else ids)
         return cls(name, flat, ids, count, level == "pair")
 
     @property

@@ -223,7 +223,8 @@ def unlearn_loss(
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
         ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
-        sequence_id: [...], int64 in [0, labels.numel()), for packed rows.
+        sequence_id: [...], int64 in [0, labels.numel()), for packed rows; of DPO the preferred answer of s is
+            s + labels.numel() / 2.
         normalizer: replaces the token or sequence count (gradient accumulation, data-set-exact gradients).
         weight: [...], constants v_i of any real dtype that the objective's own weights are multiplied by: the gradient
             is that of sum v_i w_i logp_i, ``out.weight`` is v_i w_i, and with GA v_i is the weight. The count that the
