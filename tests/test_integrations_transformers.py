@@ -162,6 +162,27 @@ def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
         assert_same(run.first.found, gradients(twin))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loss_func_over_a_count_of_first_tokens_is_refused(tmp_path, known):
+    """Of a class whose name says nothing of its loss Trainer counts labels that nothing scores."""
+
+    class Own(type(tiny_model())):
+        pass
+
+    items, start = [{**item, "labels": item["input_ids"]} for item in columns(datasets()[0])], tiny_model()
+    model = start if known else Own(start.config)
+    shifts = getattr(Trainer(model, arguments(tmp_path)), "_loss_shifts_labels", False)
+    options = dict(trainer=Trainer, compute_loss_func=gfast_loss_func(GA()))
+    if not shifts:
+        with pytest.raises(ValueError, match="counts the labels of this model's first tokens"):
+            trained(model, tmp_path, items, **options)
+        return
+    twin = copied(start).double()
+    literal(GA(), twin, [collator()(items)]).backward()
+    assert known
+    assert_same(trained(model, tmp_path, items, **options).first.found, gradients(twin))
+
+
 @pytest.mark.parametrize("objective", [NPO(), SimNPO(), DPO(), TNPO(), WTNPO(), KL(), RMU(layer=1), Mix(GA())], ids=str)
 def test_a_loss_func_refuses_what_tokens_alone_do_not_give(objective):
     with pytest.raises(ValueError, match="GFastLossMixin"):

@@ -17,6 +17,7 @@ from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.weights import default_reduction, kernel_spec
 from gfast.training.dual import check_dual
 from gfast.training.loss import GFastLossMixin
+from gfast.training.trajectory import calling_trainer
 
 __all__ = ["GFastLossMixin", "gfast_loss_func"]
 
@@ -105,14 +106,23 @@ def _check_count(labels: Tensor, count: Any, args: Any, instead: str) -> None:
                 f"gfast: average_tokens_across_devices is off, so that each process divides by its own tokens and the "
                 f"mean over processes is not that of one big batch; turn it on, or {instead}"
             )
-    if _COUNTS_FIRST and bool((labels[:, 0] != IGNORE_INDEX).any()):
+    if bool((labels[:, 0] != IGNORE_INDEX).any()) and _counts_first():
         raise ValueError(
-            f"gfast: this version of Trainer counts the labels of first tokens, which nothing scores, among "
+            f"gfast: Trainer counts the labels of this model's first tokens, which nothing scores, among "
             f"num_items_in_batch: let the collator set labels[:, 0] = -100, or {instead}"
         )
 
 
 _NOT_CAUSAL = ("MaskedLM", "Seq2Seq")  # by the beginning of the name of an output's class
+
+
+def _counts_first() -> bool:
+    """Whether the Trainer that is running counts the labels of first tokens. Later versions do so only where they do
+    not know the model's loss, which they look up by the name of its class: of GPT2LMHeadModel, or of one's own.
+    """
+    shifts = getattr(calling_trainer(), "_loss_shifts_labels", None)
+    return _COUNTS_FIRST if shifts is None else not shifts
+
 
 # transformers 5 counts labels[..., 1:] of causal models
 _COUNTS_FIRST = "1:]" not in inspect.getsource(getattr(Trainer, "_get_num_items_in_batch", Trainer.get_batch_samples))
