@@ -129,7 +129,7 @@ def test_hidden_states_of_no_width(impl):
 
 @pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss"])
 def test_numbers_of_sequences(op):
-    """Out of their range they are named; a pair's halves lie half the number of labels apart, and none is scored alone."""
+    """Out of their range they are named; a pair's halves lie half the labels apart, and none is scored alone."""
     logits, labels, rows = torch.randn(4, 3, 5), torch.zeros(4, 3, dtype=torch.long), torch.arange(4)[:, None]
     given = (logits,) if op == "unlearn_loss" else (logits, torch.eye(5))
     ids = rows.expand(4, 3)

@@ -121,8 +121,8 @@ def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
 
 
 def check_sequence_range(name: str, sequence_id: Tensor) -> None:
-    """Numbers of sequences are whole and below the number of labels, which is how many sums are kept. On a GPU the range
-    is left to the device's own assertion."""
+    """Numbers of sequences are whole and below the number of labels, which is how many sums are kept. On a GPU the
+    range is left to the device's own assertion."""
     if sequence_id.is_floating_point():
         raise TypeError(f"gfast: {name}: sequence_id must be whole numbers (int64), not {sequence_id.dtype}.")
     if not (runs_now(sequence_id) and reads_are_free(sequence_id.device)) or not sequence_id.numel():
