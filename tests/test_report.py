@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gfast.evaluation.results import write_summaries
 from gfast.files import write_json
 from gfast.geffect import TokenEffect
 from gfast.report import build_report, figures
@@ -196,6 +197,22 @@ def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
     away = write_run(tmp_path / "nll", "NLL()", {0: (1.0, 1.0, 0.5, 0.5), 1: (1.0, 1.0, 0.1, 0.1)})
     build_report([away, built / "runs" / "ga"], tmp_path / "two")
     assert [one["matched"] for one in json.loads((tmp_path / "two" / "table.json").read_text())] == [None, None]
+
+
+def test_what_evaluations_say_at_equal_forgetting(tmp_path):
+    """Interpolated between the evaluated steps, which need not be those where the NLL was measured."""
+    courses = {"a": ("GA()", GA_COURSE), "b": ("NPO(beta=0.1)", MIX_COURSE)}
+    runs = [write_run(tmp_path / name, *course) for name, course in courses.items()]
+    utility = {0: 0.6, 6: 0.5, 10: 0.1}
+    write_summaries(runs[0] / "evaluations", {
+        step: {"model_utility": {"geometric": value}, "sets": {"retain": {"extraction_strength": value / 2}}}
+        for step, value in utility.items()})  # fmt: skip
+    build_report(runs, tmp_path / "page")
+    one, other = (row["matched"] for row in json.loads((tmp_path / "page" / "table.json").read_text()))
+    assert one["model_utility"] == pytest.approx(np.interp(one["step"], list(utility), list(utility.values())))
+    assert one["retain_extraction"] == pytest.approx(one["model_utility"] / 2) and "model_utility" not in other
+    table = (tmp_path / "page" / "table.md").read_text()
+    assert "Model utility at equal forget NLL | Retain extraction strength at equal forget NLL |" in table
 
 
 def test_what_end_points_hide():

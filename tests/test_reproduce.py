@@ -33,7 +33,7 @@ RECIPE = {
     "teach": {**TRAINING, "epochs": 12},
     "unlearn": {**TRAINING, "max_steps": 4, "max_grad_norm": 0, "geffect_every": 2, "nll_every": 1},
     "objectives": {"ga": "GA", "npo-kl": {"objective": "NPO:beta=0.5", "retain_term": "kl"}},
-    "evaluate": {"max_new_tokens": 4, "batch_size": 8},
+    "evaluate": {"max_new_tokens": 4, "batch_size": 8, "along": 1},
     "calibrate": {"metric": "probability", "keep": 0.9, "resolution": 0.25},
     "grid": {"run": "ga", "step": 2, "objectives": ["GA", "WGA:alpha=0.5", "WGA:alpha=2"]},
     "sizes": {"data": [{"forget_authors": 3, "max_forget": 3}], "objectives": ["ga"]},
@@ -109,6 +109,25 @@ def test_retain_nll_at_equal_forget_nll_over_seeds(finished):
         assert rows[name]["matched"] == pytest.approx([statistics.mean(kept), statistics.stdev(kept)])
         ends = [points[-1][0] for points in both]
         assert rows[name]["forget_nll"] == pytest.approx([statistics.mean(ends), statistics.stdev(ends)])
+
+
+def test_what_is_kept_at_equal_forgetting_by_evaluations_along_the_run(finished):
+    _, out = finished
+    values = read_json(out / "tables.json")["objectives"]
+    level = min(max(f for f, _ in course(out, f"{name}/seed{seed}")) for name in ("ga", "npo-kl") for seed in (0, 1))
+    strength = [read_json(out / "evaluations" / where / "summary.json")["sets"]["retain"]["extraction_strength"]
+                for where in ("taught", "ga/seed0", "ga/seed1")]  # fmt: skip
+    kept = []
+    for seed in (0, 1):
+        run = out / "runs" / "ga" / f"seed{seed}"
+        along = read_json(run / "evaluations" / "summaries.json")
+        assert sorted(along) == ["1", "2", "3"] and not (run / "checkpoint-1").exists()
+        values_of = [along[step]["sets"]["retain"]["extraction_strength"] for step in sorted(along)]
+        forget = [f for f, _ in course(out, f"ga/seed{seed}")]
+        kept.append(reached(list(zip(forget, [strength[0], *values_of, strength[1 + seed]], strict=True)), level))
+    (row,) = (row for row in values if row["name"] == "ga")
+    assert row["matched_retain_extraction"] == pytest.approx([statistics.mean(kept), statistics.stdev(kept)])
+    assert "| Retain extraction strength at equal forget NLL |" in (out / "tables.md").read_text()
 
 
 def test_calibration_is_the_largest_share_that_keeps_the_retain_set(finished):

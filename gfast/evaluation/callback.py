@@ -13,7 +13,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfast import wrappers
-from gfast.evaluation.results import check_retain_log, require_libraries, summarize, wholes
+from gfast.evaluation.results import (
+    check_retain_log,
+    read_summaries,
+    require_libraries,
+    summarize,
+    wholes,
+    write_summaries,
+)
 from gfast.evaluation.run import Evaluation
 from gfast.evaluation.samples import EvaluationSet, encoded
 from gfast.files import write_json
@@ -28,10 +35,11 @@ logger = logging.getLogger("gfast")
 class EvaluateCallback(TrainerCallback):
     """Evaluates the model before training, every `every` optimizer steps and after the last one.
 
-    Each evaluation is a log, `<output_dir>/evaluations/step-00000010.json`, as `gfast.metrics.load_log` reads it, and
-    its numbers are in `summaries[step]` of every process. Several processes share the samples and gather what they
-    found (with FSDP or ZeRO-3 each runs all of them, as their forwards must stay in step). Parameters, gradients, modes
-    and random states are as before an evaluation.
+    Each evaluation is a log, `<output_dir>/evaluations/step-00000010.json`, as `gfast.metrics.load_log` reads it. Its
+    numbers are in `summaries[step]` of every process, and of all steps in `<output_dir>/evaluations/summaries.json`,
+    where `gfast report` finds what the model keeps at equal forgetting. Several processes share the samples and gather
+    what they found (with FSDP or ZeRO-3 each runs all of them, as their forwards must stay in step). Parameters,
+    gradients, modes and random states are as before an evaluation.
 
     Args:
         every: optimizer steps between evaluations; 0: before and after training only.
@@ -74,6 +82,9 @@ class EvaluateCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
         self.evaluation.check_model(wrappers.measured(model))
+        # Of a run that is gone on with, what it found until then.
+        there = read_summaries(self._folder(args)) if state.global_step else {}
+        self.summaries = {step: one for step, one in there.items() if step <= state.global_step}
         if state.global_step == 0:
             self._evaluate(args, state, model)
 
@@ -95,15 +106,22 @@ class EvaluateCallback(TrainerCallback):
         log = self.evaluation.log(found, f"step {state.global_step}", {"step": state.global_step})
         summary = summarize(parse_log(log), self.retain_log)
         self.summaries[state.global_step] = summary
-        folder = Path(args.output_dir) / "evaluations" if self.folder is None else Path(self.folder)
-        path = folder / f"step-{state.global_step:08d}.json"
-        together((lambda: write_json(path, log)) if state.is_world_process_zero else None, world)
+        folder = self._folder(args)
+
+        def write() -> None:
+            write_json(folder / f"step-{state.global_step:08d}.json", log)
+            write_summaries(folder, self.summaries)
+
+        together(write if state.is_world_process_zero else None, world)
         if state.is_world_process_zero:
             sets = {
                 name: {key: round(value, 4) for key, value in one.items() if isinstance(value, float)}
                 for name, one in summary["sets"].items()
             }
             logger.info("step %d: %s %s", state.global_step, sets, " ".join(wholes(summary)))
+
+    def _folder(self, args: Any) -> Path:
+        return Path(args.output_dir) / "evaluations" if self.folder is None else Path(self.folder)
 
     def _own(self, model: nn.Module, own: Sequence[Any], world: int) -> dict[str, Any]:
         """The results of all units: those of this process's, and what the others found. All fail where one does."""

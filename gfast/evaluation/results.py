@@ -12,7 +12,7 @@ import numpy as np
 
 from gfast import metrics
 from gfast.evaluation.samples import EvaluationSet, Sample
-from gfast.files import whole_file, write_json
+from gfast.files import read_json, whole_file, write_json
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
 from gfast.metrics.log import LOG_FILE, LogSet
@@ -32,6 +32,8 @@ SET_COLUMNS = (
     ("accuracy", "Accuracy", "right_choice"),
     ("generations_cut", "Generations cut", None),
 )
+
+SUMMARIES = "summaries.json"
 
 # What PrivLeak compares.
 LEAK = {"forget", "holdout"}
@@ -195,6 +197,27 @@ def write_results(folder: str | os.PathLike[str], log: Mapping[str, Any], summar
     write_json(folder / "summary.json", summary)
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(table(summary), encoding="utf-8")
+
+
+def write_summaries(folder: str | os.PathLike[str], summaries: Mapping[int, Mapping[str, Any]]) -> None:
+    """summaries.json: the numbers of evaluations along a run, by step."""
+    write_json(Path(folder) / SUMMARIES, {str(step): summaries[step] for step in sorted(summaries)})
+
+
+def read_summaries(folder: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+    """What `write_summaries` wrote; {} where nothing was evaluated."""
+    path = Path(folder) / SUMMARIES
+    found = read_json(path, "delete it; the logs beside it have the same numbers") if path.exists() else {}
+    return {int(step): one for step, one in found.items() if step.isdecimal()}
+
+
+def retention(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation says of how much is kept: `model_utility` (truth ratio by geometric mean) where all of its
+    sets are there, and the retain set's `retain_extraction`.
+    """
+    utility, retain = summary.get("model_utility", {}), summary["sets"].get("retain", {})
+    found = {"model_utility": utility.get("geometric"), "retain_extraction": retain.get("extraction_strength")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def samples_table(log: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from gfast.report.figures import drawings
 from gfast.report.matched import lesson, match, matched_sentence
 from gfast.report.runs import TEXTS, Run, load_runs
-from gfast.report.tables import COLUMNS, HARM, cells, comparison, markdown, reading, summarize
+from gfast.report.tables import HARM, cells, columns_of, comparison, markdown, reading, summarize
 
 
 def build_report(
@@ -66,7 +66,7 @@ def build_report(
         "page.html.j2",
         title=title,
         runs=runs,
-        columns=COLUMNS,
+        columns=columns_of(summaries),
         rows=[(cells(summary), reading(summary)) for summary in summaries],
         comparison=" ".join(filter(None, (matched_sentence(summaries), lesson(summaries), comparison(summaries)))),
         limits=[limit for limit, _, _ in HARM[:-1]],

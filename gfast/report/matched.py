@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 # A rise of less, in nats or as a share of the NLL, is rounding: at that level all runs would be as they began.
 NOISE = 1e-3
 
@@ -14,6 +16,9 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     """Give each summary `matched`: retain NLL and step where the run's forget NLL first reaches `level`, interpolated
     linearly between recorded steps; None where it never does, where it began there (what it kept then is of before
     unlearning), or where fewer than two runs unlearned.
+
+    What evaluations along the run say of how much it keeps (`retention`) is there too, at that step, interpolated
+    linearly between the evaluated steps.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
     more than rounding) take no part.
@@ -29,6 +34,8 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     for at, one in enumerate(summaries):
         reaches = level is not None and at in reached and one["course"][0][1] < level <= reached[at]
         one["matched"] = _at(one["course"], level) if reaches else None
+        if one["matched"]:
+            one["matched"] |= _kept(one.get("retention", ()), one["matched"]["step"])
 
 
 def _rises(summary: dict[str, Any]) -> bool:
@@ -48,6 +55,15 @@ def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
         "retain_nll": kept + share * (next_kept - kept),
         "step": step + share * (next_step - step),
     }
+
+
+def _kept(retention: Sequence[tuple[int, dict[str, float]]], step: float) -> dict[str, float]:
+    found = {}
+    for name in sorted({name for _, values in retention for name in values}):
+        steps, kept = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
+        if steps[0] <= step <= steps[-1]:
+            found[name] = float(np.interp(step, steps, kept))
+    return found
 
 
 def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:

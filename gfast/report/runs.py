@@ -62,6 +62,13 @@ class Run:
     def steps(self) -> np.ndarray:
         return np.unique(self.records["step"].to_numpy(np.int64))
 
+    @property
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """The numbers of evaluations along the run, by step (`gfast.EvaluateCallback`)."""
+        from gfast.evaluation.results import read_summaries
+
+        return {} if self.seeds or self.of_batches else read_summaries(self.folder / "evaluations")
+
     def effects(self, kind: str) -> list[tuple[int, Any]]:
         """Steps and effects of samples or tokens (`kind`), ordered by step; empty where none were recorded."""
         from gfast.geffect import Effect

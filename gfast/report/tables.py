@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gfast.evaluation.results import retention
 from gfast.report.runs import Run
 from gfast.sides import SIDES
 
@@ -28,6 +29,11 @@ COLUMNS = (
     ("damage_ratio", "Retain harm per unlearning"),
     ("effect_ratio", "Retain over unlearn G-effect"),
     ("matched", "Retain NLL at equal forget NLL"),
+)
+# Of runs that were evaluated along the way; a table without such runs leaves them out.
+RETENTION = (
+    ("model_utility", "Model utility at equal forget NLL"),
+    ("retain_extraction", "Retain extraction strength at equal forget NLL"),
 )
 
 
@@ -62,6 +68,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "retain_total": float(retain.sum()) if len(retain) else None,
         "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
         "course": [] if run.of_batches else _course(run),
+        "retention": [[step, retention(one)] for step, one in sorted(run.evaluations.items())],
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES
@@ -121,7 +128,7 @@ def number(value: float | None) -> str:
 
 
 def cells(summary: dict[str, Any]) -> dict[str, str]:
-    """The summary as the texts of one table row, keyed as in `COLUMNS`."""
+    """The summary as the texts of one table row, keyed as in `COLUMNS` and `RETENTION`."""
     found = {"objective": summary["label"]}
     for key in ("forget_nll", "retain_nll"):
         ends = summary[key]
@@ -136,15 +143,24 @@ def cells(summary: dict[str, Any]) -> dict[str, str]:
     found["effect_ratio"] = number(summary["effect_ratio"])
     matched = summary.get("matched")
     found["matched"] = f"{number(matched['retain_nll'])} at {number(matched['forget_nll'])}" if matched else "–"
+    for key, _ in RETENTION:
+        found[key] = number((matched or {}).get(key))
     return found
+
+
+def columns_of(summaries: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Key and heading of the table's columns."""
+    there = {key for one in summaries for key in one.get("matched") or {}}
+    return *COLUMNS, *(column for column in RETENTION if column[0] in there)
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown; pipes, markup and line breaks in names are escaped."""
-    lines = ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    columns = columns_of(summaries)
+    lines = ["| " + " | ".join(title for _, title in columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for summary in summaries:
         row = cells(summary)
-        lines.append("| " + " | ".join(_escape(row[key]) for key, _ in COLUMNS) + " |")
+        lines.append("| " + " | ".join(_escape(row[key]) for key, _ in columns) + " |")
     note = (
         "Retain harm per unlearning is the sum of the negative retain G-effects divided by the sum of the negative "
         "unlearn G-effects over the recorded steps: 0 is no harm, 1 is as much harm as unlearning. Retain over unlearn "

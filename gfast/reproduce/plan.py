@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import time
@@ -27,8 +28,11 @@ from gfast.reproduce.steps import Checksums, Step
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
 # What a run of a study has no use for, unless its recipe says otherwise.
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
-# Of the flags of a training, what changes nothing but what is seen of it.
-SHOWN_ONLY = ("disable_tqdm", "report_to", "logging_strategy", "logging_steps")
+# Of the flags of a training, what changes nothing but what is seen or saved of it.
+SHOWN_ONLY = (
+    "disable_tqdm", "report_to", "logging_strategy", "logging_steps", "save_strategy", "save_steps", "save_only_model",
+    "save_total_limit",
+)  # fmt: skip
 
 
 class Plan:
@@ -126,8 +130,18 @@ class Plan:
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(DECIDING))
         return model, (), {"model": {path.name: self.checksum(path) for path in files}}
 
-    def _training(self, name: str, what: str, model: str, flags: Mapping[str, Any], data: Data, files: str) -> str:
-        """A step that is one `gfast unlearn`."""
+    def _training(
+        self,
+        name: str,
+        what: str,
+        model: str,
+        flags: Mapping[str, Any],
+        data: Data,
+        files: str,
+        keep: int | None = None,
+        along: int = 0,
+    ) -> str:
+        """A step that is one `gfast unlearn`. keep: step of a checkpoint that stays. along: evaluate every so many."""
         recipe = self.recipe
         where, needs, decides = self._model(model)
         rows = self.sizes[data.name]
@@ -151,8 +165,13 @@ class Plan:
         command = shlex.join(["gfast", "unlearn", *work.words(whole), "--output_dir", str(self.out / name)])
         deciding = {key: value for key, value in settings.items() if key not in SHOWN_ONLY}
         inputs = {"flags": {**deciding, "forget": files}, **decides}
-        checkpoint = f"checkpoint-{flags['save_steps']}" if "save_steps" in flags else ""
+        checkpoint = f"checkpoint-{keep}" if keep is not None else ""
         run = partial(work.train, whole, launch=recipe.launch, checkpoint=checkpoint)
+        if keep is not None:
+            inputs["keeps"] = checkpoint
+        if along:
+            inputs["evaluated"] = {"every": along, **self._asked()}
+            run = partial(run, along=partial(self.asker.along, name, along))
         makes = (*WEIGHTS, f"{checkpoint}/*.safetensors") if checkpoint else WEIGHTS
         return self._add(Step(name, what, inputs, (*needs, f"data/{data.name}"), makes, run, command))
 
@@ -174,15 +193,23 @@ class Plan:
 
     def _unlearn(self, step: str, name: str, flags: Mapping[str, Any], seed: int, data: Data) -> str:
         both = {**self.recipe.unlearn, **flags, "seed": seed}
-        grid = self.recipe.grid
+        grid, evaluated = self.recipe.grid, self.recipe.evaluate
+        along = evaluated.along if evaluated is not None and step.startswith("runs/") else 0
+        every, keep = along, None
         if grid and step == f"runs/{grid.run}/seed{self.recipe.seeds[0]}":
             count = self.sizes[data.name][0]
             last = steps_of(dict(both), count, processes_of(self.recipe.launch) or 1).get("max_steps")
             if last is not None and 0 < int(last) < grid.step:
                 raise ValueError(f"grid.step is {grid.step}, and the runs of {grid.run} have {last} steps")
-            both |= {"save_strategy": "steps", "save_steps": grid.step, "save_only_model": True}
+            every, keep = math.gcd(along, grid.step), grid.step
+        if every:
+            # A recipe that saves checkpoints to go on from keeps them whole.
+            whole = both.get("save_strategy") == "steps"
+            every = math.gcd(every, int(both.get("save_steps", 500))) if whole else every
+            both |= {"save_strategy": "steps", "save_steps": every, "save_only_model": not whole}
+            both["save_total_limit"] = None
         shown = f"{name}: {_short(flags)}, seed {seed}" + ("" if data == self.recipe.data else f", {data.name}")
-        return self._training(step, shown, self.taught, both, data, "forget.jsonl")
+        return self._training(step, shown, self.taught, both, data, "forget.jsonl", keep, along)
 
     def _retain_log(self) -> str | None:
         return "evaluations/retain-model" if self.retain and self.scored else None
@@ -192,10 +219,7 @@ class Plan:
         if recipe.evaluate is None:
             return
         where, needs, decides = self._model(model)
-        inputs = {
-            "asked": asdict(recipe.evaluate), "template": recipe.template, "chat_kwargs": self.asker.chat_kwargs,
-            "rows": {one.name: one.checksum() for one in self.asker.sets}, **self._load(), **decides,
-        }  # fmt: skip
+        inputs = {**self._asked(), **self._load(), **decides}
         needs += (retain_log,) if retain_log else ()
         log = self.out / retain_log if retain_log else None
 
@@ -203,6 +227,14 @@ class Plan:
             self.asker.evaluate(name, where, folder, log)
 
         self._add(Step(f"evaluations/{name}", "evaluate", inputs, needs, ("log.json",), run))
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides an evaluation, but for the model."""
+        asked = {key: value for key, value in asdict(self.recipe.evaluate).items() if key != "along"}
+        return {
+            "asked": asked, "template": self.recipe.template, "chat_kwargs": self.asker.chat_kwargs,
+            "rows": {one.name: one.checksum() for one in self.asker.sets},
+        }  # fmt: skip
 
     def _load(self) -> dict[str, Any]:
         """How models are loaded and asked, where it is not the usual way: it decides the numbers too."""
@@ -213,8 +245,7 @@ class Plan:
     def _calibrate(self, name: str, unlearned: str) -> None:
         taught, needs, decides = self._model(self.taught)
         plan, log = self.recipe.calibrate, self._retain_log()
-        inputs = {**asdict(plan), "asked": asdict(self.recipe.evaluate), "template": self.recipe.template, **decides,
-                  "rows": {one.name: one.checksum() for one in self.asker.sets}, **self._load()}  # fmt: skip
+        inputs = {**asdict(plan), **self._asked(), **self._load(), **decides}
 
         def run(folder: Path) -> None:
             self.asker.calibrate(name, taught, str(self.out / unlearned), plan, folder, self.out / log if log else None)

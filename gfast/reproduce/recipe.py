@@ -87,16 +87,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is asked of every model. rows: of each set the first so many, 0: all."""
+    """What is asked of every model. rows: of each set the first so many, 0: all. along: also every so many steps of a
+    run, for what it keeps at equal forgetting; 0: at its end only.
+    """
 
     rows: int = 0
+    along: int = 0
     max_new_tokens: int | None = None
     extraction: tuple[str, ...] = ()
     extraction_samples: int = 50
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        _at_least("evaluate", self, rows=0, extraction_samples=1, batch_size=1, max_new_tokens=1)
+        _at_least("evaluate", self, rows=0, along=0, extraction_samples=1, batch_size=1, max_new_tokens=1)
         for kind in self.extraction:
             _choose("evaluate.extraction", kind, EXTRACTIONS)
 

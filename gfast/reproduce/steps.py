@@ -21,6 +21,8 @@ from gfast.files import file_checksum, read_json, write_json
 from gfast.words import did_you_mean
 
 REDO_ALL = "changed"
+# Inputs of what a step makes beside: where a recipe asks for that no more, the step is what it was.
+BESIDE = ("evaluated",)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Steps:
             return "to do", ""
         if self._asked(step):
             return "changed", "--redo"
-        differ = difference(record["inputs"], _plain(step.inputs))
+        there = {key: value for key, value in record["inputs"].items() if key in step.inputs or key not in BESIDE}
+        differ = difference(there, _plain(step.inputs))
         for need in step.needs:
             # What a step took is known once it is done; a need that is not yet made changes nothing by itself.
             there, here = record.get("took", {}).get(need), self.made(need)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from gfast.evaluation.results import retention
 from gfast.files import read_json
 from gfast.geffect import GEffect
 from gfast.objectives.registry import parse_objective
 from gfast.report.matched import lesson, match
 from gfast.report.runs import Run, averaged, measured_runs
-from gfast.report.tables import number, summarize
+from gfast.report.tables import RETENTION, number, summarize
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.steps import Steps
 
@@ -25,6 +26,7 @@ Spread = tuple[float, float | None] | None  # mean, and standard deviation over 
 COLUMNS = (
     ("objective", "Objective"),
     ("matched", "Retain NLL at equal forget NLL"),
+    *((f"matched_{key}", heading) for key, heading in RETENTION),
     ("ratio", "Retain over unlearn G-effect"),
     ("forget_nll", "Forget NLL, end"),
     ("retain_nll", "Retain NLL, end"),
@@ -37,9 +39,9 @@ COLUMNS = (
 )
 NOTE = (
     "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
-    "its forget NLL first reaches {level}; a dash: it never does, or began there. Retain over unlearn G-effect is the "
-    "quotient of both sums over the recorded steps. Forget quality compares truth ratios with those of the retain "
-    "model: 0 is alike."
+    "its forget NLL first reaches {level}, and so is what evaluations along the run say, at that step; a dash: it "
+    "never does, or began there. Retain over unlearn G-effect is the quotient of both sums over the recorded steps. "
+    "Forget quality compares truth ratios with those of the retain model: 0 is alike."
 )
 CALIBRATED = (
     " Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
@@ -75,7 +77,9 @@ class Results:
     def __init__(self, plan: Plan, steps: Steps) -> None:
         self.plan, self.steps, self.recipe = plan, steps, plan.recipe
         self.by_seed = {name: self._runs(f"runs/{name}/seed{{}}", name) for name in self.recipe.objectives}
-        self.summaries = {name: [summarize(run) for run in runs] for name, runs in self.by_seed.items()}
+        self.summaries = {
+            name: list(map(self._summary, runs, self.recipe.seeds)) for name, runs in self.by_seed.items()
+        }
         every = [one for summaries in self.summaries.values() for one in summaries]
         match(every, self.recipe.match_at)
         self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), self.recipe.match_at)
@@ -86,6 +90,14 @@ class Results:
     def _runs(self, pattern: str, label: str) -> list[Run]:
         found = measured_runs([self.plan.out / pattern.format(seed) for seed in self.recipe.seeds])
         return [replace(run, name=label, label=label) for run in found]
+
+    def _summary(self, run: Run, seed: int) -> dict[str, Any]:
+        """Of a run, with its own evaluations between those of before and after it."""
+        found = summarize(run)
+        ends = ((0, self._evaluation("taught")), (found["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
+        kept = dict(found["retention"]) | {step: retention(one) for step, one in ends if one}
+        # Between the ends alone a line says nothing of the way.
+        return found | {"retention": sorted(kept.items()) if len(kept) > len(ends) else []}
 
     def _evaluation(self, name: str) -> dict[str, Any]:
         return self._of(f"evaluations/{name}", "summary.json")
@@ -115,13 +127,15 @@ class Results:
 
     def _row(self, name: str) -> dict[str, Any]:
         summaries, seeds = self.summaries[name], self.recipe.seeds
+        matched = [one["matched"] or {} for one in summaries]
         objective = self.by_seed[name][0].objective.replace("()", "")
         calibrated = [self._of(f"calibrated/{name}/seed{seed}", "calibration.json") for seed in seeds]
         left = [one.get("sets", {}).get("forget", {}).get("extraction_strength") for one in calibrated]
         return {
             "name": name,
             "objective": f"{name}: {objective}",
-            "matched": spread([one["matched"]["retain_nll"] if one["matched"] else None for one in summaries]),
+            "matched": spread([one.get("retain_nll") for one in matched]),
+            **{f"matched_{key}": spread([one.get(key) for one in matched]) for key, _ in RETENTION},
             "ratio": spread([one["effect_ratio"] for one in summaries]),
             **{f"{side}_nll": spread([one[f"{side}_nll"]["after"] if one[f"{side}_nll"] else None
                                       for one in summaries]) for side in ("forget", "retain")},
@@ -170,6 +184,15 @@ class Results:
                 found.append(
                     f"They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what "
                     f"seeds make of such a difference ({number(chance)})."
+                )
+        for key, heading in RETENTION:
+            kept = {row["name"]: row[f"matched_{key}"] for row in self.rows if row.get(f"matched_{key}")}
+            if len(kept) > 1:
+                most, least = max(kept, key=lambda n: kept[n][0]), min(kept, key=lambda n: kept[n][0])
+                what = heading[0].lower() + heading[1:].partition(" at ")[0]
+                found.append(
+                    f"There the {what} is highest with {most} ({cell(kept[most])}) and lowest with {least} "
+                    f"({cell(kept[least])})."
                 )
         ends = [
             {"label": name, "course": summarize(self.runs[name])["course"], "matched": {"retain_nll": there[name][0]}}

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from gfast.commands.common import say
 from gfast.commands.models import load_model, load_tokenizer
 from gfast.data import bundled_authors, bundled_perturbed, load_jsonl, load_tofu
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
-from gfast.evaluation.results import summarize, write_results
-from gfast.files import whole_file, write_json
+from gfast.evaluation.results import read_summaries, summarize, write_results, write_summaries
+from gfast.files import read_json, whole_file, write_json
 from gfast.metrics import load_log
 from gfast.metrics.log import LOG_FILE, parse_log
 from gfast.progress import Bar
@@ -118,8 +118,16 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def train(flags: Mapping[str, Any], folder: Path, launch: str | None, checkpoint: str) -> None:
-    """`gfast unlearn` with these flags; what it prints goes to a file. Of its checkpoints that of this name stays."""
+def train(
+    flags: Mapping[str, Any],
+    folder: Path,
+    launch: str | None,
+    checkpoint: str,
+    along: Callable[[Path], None] | None = None,
+) -> None:
+    """`gfast unlearn` with these flags; what it prints goes to a file. `along` is done with its checkpoints, of which
+    that of this name stays.
+    """
     argv = [*words(flags), "--output_dir", str(folder)]
     if launch:
         command = [*shlex.split(launch), "-m", "gfast.cli", "unlearn", *argv]
@@ -132,6 +140,9 @@ def train(flags: Mapping[str, Any], folder: Path, launch: str | None, checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "printed.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             unlearn.main(argv)
+    if along is not None:
+        free()
+        along(folder)
     # Large, and of use to this run only.
     for path in (folder / "reference", *folder.glob("checkpoint-*")):
         if path.name != checkpoint:
@@ -203,6 +214,20 @@ class Asker:
         del loaded
         free()
         return found
+
+    def along(self, name: str, every: int, folder: Path) -> None:
+        """Evaluate the checkpoints of a run that are before its end: numbers by step in `evaluations/summaries.json`,
+        where the report of a run looks for them.
+        """
+        there, end = folder / "evaluations", read_json(folder / "result.json")["steps"]
+        found = read_summaries(there)
+        for step in range(every, end, every):
+            if step not in found:
+                checkpoint = f"checkpoint-{step}"
+                found[step] = self.evaluate(
+                    f"{name} at step {step}", str(folder / checkpoint), there / checkpoint, None
+                )
+                write_summaries(there, found)
 
     def calibrate(
         self, name: str, taught: str, unlearned: str, plan: Calibration, folder: Path, retain_log: Path | None
