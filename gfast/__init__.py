@@ -26,7 +26,7 @@ _EXPORTS = {
     "empty_cache": "gfast.ops.memory",
     "LossOutput": "gfast.ops.reductions",
     "model_loss": "gfast.model",
-    "model_logp": "gfast.model",
+    "model_logp": "gfast.model_output",
     "g_effect": "gfast.geffect",
     "pg_effect": "gfast.geffect",
     "token_effect": "gfast.geffect",
@@ -62,7 +62,8 @@ if TYPE_CHECKING:
         risk_gradients,
         token_effect,
     )
-    from gfast.model import model_logp, model_loss
+    from gfast.model import model_loss
+    from gfast.model_output import model_logp
     from gfast.ops.grad_dot import grad_dot
     from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
     from gfast.ops.linear_token_kl import linear_token_kl

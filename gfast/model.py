@@ -1,22 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objectives over a Hugging Face model and a Hugging Face batch: the shift, the head and the reference happen here."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gfast import hf, sharded, wrappers
-from gfast.deferred import DeferredLogits, Head
+from gfast import wrappers
+from gfast.deferred import Head
 from gfast.hidden_states import layer_hidden
-from gfast.model_state import evaluating
+from gfast.model_output import ModelOutput, form_of, labels_of, logits_of, model_output, shifted, unshifted
 from gfast.objectives import KL, RMU, RR, UNWEIGHTED, Mix, OfLabel, SoftTarget
 from gfast.ops.checks import IGNORE_INDEX, check_like_labels
-from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
 from gfast.ops.linear_token_kl import linear_token_kl
 from gfast.ops.linear_token_logp import linear_token_logp
@@ -28,98 +26,8 @@ from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
 from gfast.ops.weights import check_given, check_reference, is_pair
+from gfast.original import REFERENCE_KEYS, with_reference
 from gfast.packed import pair_ids, sequence_ids
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """Labels moved to the positions that score them: [B, T] with -100 in the last column.
-
-    The labels are padded rather than the hidden states cut: a slice of those would be copied.
-    """
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _back(values: Tensor) -> Tensor:
-    """From scoring positions back to label positions [B, T], 0 in the first column."""
-    return nn.functional.pad(values[:, :-1], (1, 0))
-
-
-class ModelOutput(NamedTuple):
-    """What a model answers to a batch.
-
-    head: the linear map from `value` to logits, or None.
-    value: what the head reads [B, T, D], or the model's own logits [B, T, V] where there is no such map.
-    own_terms: what the model adds to its loss beside the cross-entropy, if it was asked for.
-    """
-
-    head: Head | None
-    value: Tensor
-    own_terms: Tensor | None = None
-
-
-def _labels(batch: Mapping[str, Any]) -> Tensor:
-    labels = batch.get("labels")
-    if labels is None:
-        raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
-        raise ValueError(
-            f"gfast: labels must be a tensor [B, T], a row a text, and they are {found}: batches are what a collator "
-            f"makes of items"
-        )
-    tokens = "inputs_embeds" if batch.get("input_ids") is None else "input_ids"
-    if batch.get(tokens) is not None and labels.shape != hf.shape_of(batch):
-        raise ValueError(
-            f"gfast: labels {tuple(labels.shape)} and {tokens} {tuple(hf.shape_of(batch))} must have the same shape; "
-            f"gfast shifts them itself."
-        )
-    return labels
-
-
-def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto") -> Tensor:
-    r"""Log-probability of every label of a batch: :math:`\log p(s_i \mid s_{<i}; \theta)`.
-
-    Args:
-        model: a causal language model of Hugging Face, possibly wrapped (PEFT, DDP, torch.compile). It runs by its own
-            call, with everything of the batch but labels.
-        batch: what the model takes (input_ids [B, T], attention_mask, pixel_values ...) and labels [B, T] (unshifted,
-            -100 ignored), on the model's device.
-        impl: as ``linear_token_logp``.
-
-    Returns:
-        [B, T], fp32, aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0.
-        Differentiable.
-
-    Raises:
-        ValueError: a batch without tokens or labels, labels outside the vocabulary, an input that the model does not
-            take, a model that is no causal language model; each by its name.
-
-    Source: arXiv 2502.19301, section 2.
-
-    Example:
-        >>> import torch, gfast
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> ids = torch.tensor([[1, 2, 3]])
-        >>> gfast.model_logp(LlamaForCausalLM(LlamaConfig(**sizes)), dict(input_ids=ids, labels=ids)).shape
-        torch.Size([1, 3])
-    """
-    labels = shifted(_labels(batch))
-
-    def logp(module: nn.Module) -> Tensor:
-        return _back(output_logp(model_output(module, batch), labels, impl=impl))
-
-    return wrappers.inside(model, logp)
-
-
-def output_logp(output: ModelOutput, labels: Tensor, *, impl: str = "auto") -> Tensor:
-    """log p [B, T] of shifted labels."""
-    if output.head is None:
-        return token_logp(output.value, labels, impl=impl)
-    head = output.head
-    return head.over(
-        output.value, lambda hidden: linear_token_logp(hidden, head.weight, labels, impl=impl, **head.form)
-    )
 
 
 def model_loss(
@@ -192,7 +100,7 @@ def model_loss(
         raise ValueError("gfast: own_terms needs a loss that is one number from the model's logits; compute them apart")
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
-    labels = _labels(batch)
+    labels = labels_of(batch)
     if ref_logp is not None:
         batch = {**batch, "ref_logp": ref_logp}
     if sequence_id is not None:
@@ -203,7 +111,8 @@ def model_loss(
         check_weighs(objective, "model_loss")
     check_given("model_loss", objective, batch.get("weight"), labels)
     # before the forward pass, not after it
-    lacking = [key for key in sorted(getattr(objective, "needs", ())) if key in _REFERENCE and batch.get(key) is None]
+    needs = REFERENCE_KEYS & set(getattr(objective, "needs", ()))
+    lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):
         _refuse_lack(objective, lacking[0])
     if isinstance(objective, UNWEIGHTED):
@@ -233,40 +142,11 @@ def model_loss(
     return wrappers.inside(model, loss)
 
 
-def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = False) -> ModelOutput:
-    """What the model answers to a batch, by its own call."""
-    own = hf.of_its_own_kind(model)
-    if own is not None:
-        return _own_output(own, batch, own_terms)
-    logits, terms = hf.answer(model, batch, own_terms=own_terms)
-    head = logits.head() if isinstance(logits, DeferredLogits) else None
-    if head is None:
-        return ModelOutput(None, logits.real() if isinstance(logits, DeferredLogits) else logits, terms)
-    if head.gathers is None and sharded.is_freed(head.weight):  # the model's own logits
-        hf.log_materialised(model, "FSDP1 frees the head's weight when the head's call ends; FSDP2 can have it again")
-        return ModelOutput(None, *hf.answer(model, batch, defer=False, own_terms=own_terms))
-    return ModelOutput(head, logits.hidden, terms)
-
-
-def _own_output(module: nn.Module, batch: Mapping[str, Any], own_terms: bool) -> ModelOutput:
-    """Of a model that is not transformers' (`hf.of_its_own_kind`)."""
-    if own_terms:
-        raise ValueError(
-            f"gfast: {type(module).__name__} computes no loss of its own that own_terms could be a part of"
-        )
-    hidden = hf.own_hidden(module, batch)  # [B, T, D]
-    if not hf.plain_head(module):
-        hf.log_materialised(module, f"its head is no plain nn.Linear but a {type(module.head).__name__} that is called")
-        return ModelOutput(None, module.head(hidden))
-    hidden, weight, bias = as_autocast(hidden, module.head.weight, module.head.bias)
-    return ModelOutput(Head(weight, bias, module=module.head), hidden)
-
-
 def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **options: Any) -> LossOutput:
     """`model_loss` of an objective with token weights, from what `model_output` gives; options of
     ``linear_unlearn_loss``.
     """
-    labels, reference, weight = _labels(batch), batch.get("ref_logp"), batch.get("weight")
+    labels, reference, weight = labels_of(batch), batch.get("ref_logp"), batch.get("weight")
     check_reference("model_loss", objective, reference, labels)
     value, target, ids = output.value, shifted(labels), sequence_ids(batch)
     ref, weight = (None if x is None else nn.functional.pad(x[:, 1:], (0, 1)) for x in (reference, weight))
@@ -281,7 +161,7 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
     else:
         head, of = output.head, (target, objective)
         out = head.over(value, lambda hidden: linear_unlearn_loss(hidden, head.weight, *of, **options, **head.form))
-    back = _back if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
+    back = unshifted if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
     loss = back(out.loss) if out.loss.shape == target.shape else out.loss
     return LossOutput(loss, *(None if x is None else back(x) for x in (out.logp, out.weight)))
 
@@ -295,102 +175,6 @@ def check_weighs(objective, name: str) -> None:
         )
 
 
-# The original model
-
-_REFERENCE = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hidden"})
-REFERENCES = ("auto", "base", "adapted")
-# Models whose adapters were zero when they were first seen, or whose base was said to be the original.
-_base_is_original: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def declare_base_original(model: nn.Module) -> None:
-    """From now on the base of this model with adapters is the original, although the adapters are not zero: as in a run
-    that goes on from a checkpoint.
-    """
-    _base_is_original.add(wrappers.measured(model))
-
-
-@contextmanager
-def original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> Iterator[None]:
-    """The model as it was before it was trained: with its adapters off, in evaluation mode, without gradients.
-
-    Raises ValueError where that is not provably the original: see `model_loss`. ``batch`` is what adapters are looked
-    at with, the first time.
-    """
-    check_original(model, batch, reference)
-    name = adapter_name(reference)
-    other = wrappers.adapters_off(model) if name is None else wrappers.other_adapter(model, name)
-    with torch.no_grad(), evaluating(model), other:
-        yield
-
-
-def check_reference_name(reference: str) -> None:
-    """ValueError for something that names no original model."""
-    if reference not in REFERENCES and adapter_name(reference) is None:
-        raise ValueError(
-            f"gfast: reference must be one of {', '.join(map(repr, REFERENCES))} or 'adapter:NAME', not {reference!r}"
-        )
-
-
-def adapter_name(reference: str) -> str | None:
-    """NAME of a reference "adapter:NAME"; None for any other."""
-    kind, _, name = str(reference).partition(":")
-    return name if kind == "adapter" and name else None
-
-
-def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> None:
-    """ValueError unless the model with its adapters off is the original, or a frozen adapter of its own makes it."""
-    if (name := adapter_name(reference)) is not None:
-        wrappers.check_frozen_adapter(model, name)
-        return
-    check_reference_name(reference)
-    if reference == "adapted":
-        raise ValueError(
-            "gfast: reference='adapted' is the model as it starts, adapters on: its values must be computed before "
-            "training. Build them with ReferenceCache.build(model, ..., reference='adapted') and give them with the "
-            "batches"
-        )
-    wrappers.check_base_is_original(model)
-    if reference == "base":
-        declare_base_original(model)
-    if wrappers.measured(model) in _base_is_original:
-        return
-    with torch.no_grad(), evaluating(model):
-        adapted = model_logp(model, batch)
-        with wrappers.adapters_off(model):
-            base = model_logp(model, batch)
-    # adapters that are zero add nothing, but for methods that divide by a norm: those round
-    narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
-    rounding = 2e-2 if narrowest < 4 else 1e-4 if narrowest == 4 else 1e-7
-    apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1))
-    if not apart <= rounding:
-        raise ValueError(
-            f"gfast: this model's adapters are not zero (its log-probs differ by {apart:.3g} a token from those of the "
-            f"base), so that it is not clear which is the original: the base, or the model with its adapters as they "
-            f"start. Say reference='base' (as for adapters that have been unlearning already), or build the values of "
-            f"the model as it starts with ReferenceCache.build(..., reference='adapted') and give them with the batches"
-        )
-    declare_base_original(model)
-
-
-def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, reference: str = "auto") -> dict[str, Any]:
-    """The batch with the values of the original model that the objective needs and the batch lacks, from the model
-    with its adapters off.
-    """
-    given = dict(batch)
-    lacking = {key for key in objective.needs & _REFERENCE if given.get(key) is None}
-    if not lacking:
-        return given
-    with original(model, batch, reference):
-        if "ref_logp" in lacking:
-            given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
-        if "ref_layer_hidden" in lacking:
-            given["ref_layer_hidden"] = layer_hidden(model, batch, objective.layer)  # [B, T, D]
-        if lacking & {"ref_hidden", "ref_head"}:
-            given["ref_output"] = model_output(model, batch)
-    return given
-
-
 def _refuse_lack(objective, key: str) -> None:
     if key == "ref_logp" and not isinstance(objective, UNWEIGHTED):
         check_reference("model_loss", objective, None, torch.zeros(0))
@@ -402,7 +186,7 @@ def _refuse_lack(objective, key: str) -> None:
 
 def _divergence(output: ModelOutput, batch: Mapping[str, Any], objective, normalizer, impl: str) -> Tensor:
     """KL, or the divergence from a soft target, whose logits are the original's or the model's own."""
-    target, head = shifted(_labels(batch)), output.head
+    target, head = shifted(labels_of(batch)), output.head
     options: dict[str, Any] = dict(normalizer=normalizer, impl=impl)
     whole, linear = token_kl, linear_token_kl
     if isinstance(objective, SoftTarget):
@@ -419,11 +203,11 @@ def _divergence(output: ModelOutput, batch: Mapping[str, Any], objective, normal
             )
     ref = batch.get("ref_output")
     if ref is None:
-        scale, softcap = batch.get("ref_head_form", _form_of(output))
+        scale, softcap = batch.get("ref_head_form", form_of(output))
         ref_head = Head(batch["ref_head"], batch.get("ref_head_bias"), float(scale), float(softcap) or None)
         ref = ModelOutput(ref_head, batch["ref_hidden"])
-    if head is None or ref.head is None or _form_of(output) != _form_of(ref):
-        return whole(_logits(output), _logits(ref).to(output.value.dtype), target, **options)
+    if head is None or ref.head is None or form_of(output) != form_of(ref):
+        return whole(logits_of(output), logits_of(ref).to(output.value.dtype), target, **options)
     ref_weight, ref_bias = ref.head.weight, ref.head.bias
     if is_sharded(head.weight):  # the batch holds the whole head on every process
         ref_weight, ref_bias = rows_like(ref_weight, head.weight), rows_like(ref_bias, head.weight)
@@ -437,7 +221,7 @@ def _divergence(output: ModelOutput, batch: Mapping[str, Any], objective, normal
 
 def _of_label(output: ModelOutput, batch: Mapping[str, Any], objective: OfLabel, normalizer, impl: str) -> Tensor:
     """The mean of a function of one token's log-prob a position."""
-    labels = shifted(_labels(batch))
+    labels = shifted(labels_of(batch))
     target, head = objective.target(labels, sequence_ids(batch)), output.head
     if head is None:
         objective.check(vocab := output.value.shape[-1])
@@ -453,17 +237,3 @@ def _of_label(output: ModelOutput, batch: Mapping[str, Any], objective: OfLabel,
         logp, vocab = head.over(output.value, of_head), rows[-1]
     values = torch.where(target == IGNORE_INDEX, 0.0, objective.value(logp, vocab))
     return values.sum() * kl_factor("model_loss", labels, "token_mean", normalizer, values.dtype)[1]
-
-
-def _form_of(output: ModelOutput) -> tuple[float, float]:
-    """Scale and soft cap of the logits, 0 for none."""
-    return (1.0, 0.0) if output.head is None else (output.head.logit_scale, output.head.softcap or 0.0)
-
-
-def _logits(output: ModelOutput) -> Tensor:
-    if output.head is None:
-        return output.value
-    head = output.head
-    z = head.over(output.value, lambda hidden: nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias))
-    z = z * head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

@@ -13,7 +13,7 @@ from helpers.geffect_models import gradient, tiny
 import gfast
 from gfast import model_state, wrappers
 from gfast.hidden_states import layer_hidden
-from gfast.model import model_output
+from gfast.model_output import model_output
 from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA
 
 

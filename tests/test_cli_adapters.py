@@ -18,7 +18,7 @@ from test_cli import fails, flags, original  # noqa: F401
 import gfast
 from gfast import cli
 from gfast.data import QADataset
-from gfast.model import model_logp
+from gfast.model_output import model_logp
 from gfast.objectives import GA, NPO
 from gfast.training.records import read_records, recorded_steps
 

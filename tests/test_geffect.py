@@ -14,6 +14,7 @@ from helpers.geffect_models import batches, collate, dots, exact_norms, gradient
 
 import gfast  # noqa: E402
 from gfast.geffect import GEffect, assign  # noqa: E402
+from gfast.model_output import model_output  # noqa: E402
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix  # noqa: E402
 
 MODELS = ["llama", "tied_llama", "gpt2", "qwen2", "gemma2"]
@@ -185,7 +186,7 @@ def test_kl_to_itself_has_no_effect_and_mix_of_two_passes_has_a_norm_on_request(
     model = tiny("llama", dtype=torch.float32).eval()
     forget, retain = batches(1, sizes=(5,)), batches(2, sizes=(5,))
     with torch.no_grad():
-        retain[0]["ref_hidden"] = gfast.model.model_output(model, retain[0]).value
+        retain[0]["ref_hidden"] = model_output(model, retain[0]).value
         retain[0]["ref_head"] = model.lm_head.weight.detach().clone()
     mix = Mix(WGA(), KL())
     plain, mixed = gfast.g_effect(model, [WGA(), mix], forget=forget, retain=retain)

@@ -13,6 +13,7 @@ from test_geffect_gram_shared import MODELS, OBJECTIVES, ONE, TWO, Saved, Spoils
 import gfast  # noqa: E402
 from gfast.geffect import backward, directions  # noqa: E402
 from gfast.hidden_states import layer_hidden  # noqa: E402
+from gfast.model_output import model_output  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
 from gfast.ops.grad_dot import grad_dots  # noqa: E402
 
@@ -94,7 +95,7 @@ def test_which_of_several_objectives_is_not_finite():
 def test_kl_goes_alone():
     model = tiny("llama").eval()
     with torch.no_grad():
-        forget = {**ONE["forget"][0], "ref_hidden": gfast.model.model_output(model, ONE["forget"][0]).value}
+        forget = {**ONE["forget"][0], "ref_hidden": model_output(model, ONE["forget"][0]).value}
     forget["ref_head"] = model.lm_head.weight.detach().clone()
     assert forwards(model, lambda: gfast.g_effect(model, KL(), forget=forget, retain=ONE["retain"])) == 3
 

@@ -11,7 +11,7 @@ from torch import nn
 import gfast
 from gfast import hf, wrappers
 from gfast.hidden_states import layer_hidden
-from gfast.model import model_output
+from gfast.model_output import model_output
 
 transformers = pytest.importorskip("transformers")
 

@@ -110,7 +110,8 @@ def test_matches_g_effect_and_leaves_the_plain_steps_gradients(kind, objective):
 
 
 def test_the_risk_shares_the_loss_forward_and_retain_losses_may_be_no_risk():
-    from gfast.model import model_output, output_loss
+    from gfast.model import output_loss
+    from gfast.model_output import model_output
 
     model = tiny("llama")
     own = {**RETAIN, "ref_hidden": torch.randn(3, RETAIN["labels"].shape[1], 16, dtype=torch.float64)}

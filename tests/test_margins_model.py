@@ -6,7 +6,7 @@ from helpers.small_models import batch_of, gradients, tiny
 from test_token_stats import plain_loss
 
 import gfast
-from gfast.model import shifted
+from gfast.model_output import shifted
 from gfast.objectives import ETW, MASC, NLL, PDU, TPO, Mix
 
 OBJECTIVES = [ETW(), PDU(), MASC(k=2, rho=0.2, eta=2.0), TPO(floor=2.0)]

@@ -7,7 +7,7 @@ from helpers.training_tiny import config, copied, pairing, tiny_model
 from test_token_stats import plain_loss
 
 import gfast
-from gfast.model import shifted
+from gfast.model_output import shifted
 from gfast.objectives import ETW, MASC, NLL, PDU, Mix
 from gfast.objectives.registry import parse_objective
 from gfast.training.callback import GEffectCallback

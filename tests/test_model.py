@@ -6,7 +6,7 @@ import transformers
 from helpers.small_models import batch_of, gradients, tiny
 
 import gfast
-from gfast.model import shifted
+from gfast.model_output import shifted
 from gfast.objectives import CEU, DPO, GA, KL, NPO, RMU, RR, UNDIAL, WGA, Mix, Unilogit
 from gfast.ops.token_kl import token_kl_reference
 from gfast.ops.unlearn_loss import unlearn_loss_reference

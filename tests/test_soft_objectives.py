@@ -7,7 +7,7 @@ import torch
 from helpers.small_models import batch_of, gradients, tiny
 
 import gfast
-from gfast.model import shifted
+from gfast.model_output import model_output, shifted
 from gfast.objectives import CEU, GA, JSD, SHRED, UNDIAL, JensUn, Mix, Unilogit
 from gfast.objectives.registry import parse_objective
 
@@ -86,7 +86,7 @@ def test_model_loss(objective, packed, kind):
     truth = formula(objective, logits_of(moved, batch), x, labels, texts)
     with torch.no_grad():
         ref_logp = gfast.model_logp(original, batch)
-        given = {"ref_logp": ref_logp, "ref_hidden": gfast.model.model_output(original, batch).value}
+        given = {"ref_logp": ref_logp, "ref_hidden": model_output(original, batch).value}
     given["ref_head"] = original.lm_head.weight.detach()
     out = gfast.model_loss(moved, {**batch, **{key: given[key] for key in objective.needs}}, objective)
     assert out.logp is None and out.weight is None
@@ -125,9 +125,7 @@ def test_gradients_are_those_of_one_label_where_they_are_said_to_be():
 def test_the_stream_engine_measures_them_and_the_others_refuse_by_name():
     model, batch = tiny("llama").eval(), batch_of()
     with torch.no_grad():
-        given = dict(
-            ref_logp=gfast.model_logp(model, batch) - 1, ref_hidden=gfast.model.model_output(model, batch).value
-        )
+        given = dict(ref_logp=gfast.model_logp(model, batch) - 1, ref_hidden=model_output(model, batch).value)
     batch = batch | given | {"ref_head": model.lm_head.weight.detach().clone()}
     effects = gfast.g_effect(model, OBJECTIVES, forget=batch, retain=batch, groups="layer")
     names = dict(model.named_parameters())

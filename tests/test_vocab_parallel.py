@@ -191,7 +191,7 @@ def test_a_head_under_fsdp_is_gathered_and_whole(mesh):
     from helpers.small_models import batch_of, tiny
     from torch.distributed.fsdp import fully_shard
 
-    from gfast.model import model_output
+    from gfast.model_output import model_output
 
     model, batch = tiny("llama"), batch_of()
     expected = gfast.model_logp(model, batch)

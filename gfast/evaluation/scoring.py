@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gfast import hf
 from gfast.data.encode import IGNORE
 from gfast.evaluation.samples import Sample, first_label
-from gfast.model import ModelOutput, model_output, output_logp, shifted
+from gfast.model_output import ModelOutput, model_output, output_logp, shifted
 
 logger = logging.getLogger("gfast")
 

@@ -15,7 +15,8 @@ from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.processes import Processes
 from gfast.geffect.storage import sum_dtype
-from gfast.model import model_loss, model_output, output_loss
+from gfast.model import model_loss, output_loss
+from gfast.model_output import model_output
 from gfast.objectives import UNWEIGHTED, Objective
 from gfast.progress import Bar
 from gfast.sides import SETS, SIDES

@@ -20,7 +20,7 @@ from gfast.geffect.directions import DTYPES, Directions, collect, risk_counts
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.processes import Processes
 from gfast.geffect.storage import check_storage
-from gfast.model import model_logp
+from gfast.model_output import model_logp
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX

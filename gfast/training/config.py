@@ -9,9 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from gfast.geffect.live.surgery import Surgery
-from gfast.model import REFERENCES, check_reference_name
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import parse_objective
+from gfast.original import REFERENCES, check_reference_name
 from gfast.training.conflict import WEIGHTS
 from gfast.training.dual import check_dual, moves
 from gfast.training.options import COMPILATION, refuse_ignored_options

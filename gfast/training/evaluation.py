@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from gfast.model import model_logp
+from gfast.model_output import model_logp
 from gfast.model_state import evaluating
 from gfast.objectives import NLL
 from gfast.training.batches import to_device

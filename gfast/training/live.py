@@ -20,9 +20,11 @@ from gfast.geffect.data import OWN_DATA
 from gfast.geffect.groups import assign
 from gfast.geffect.live.processes import NO_ZERO, here
 from gfast.geffect.live.surgery import Surgery
-from gfast.model import model_output, output_loss, with_reference
+from gfast.model import output_loss
+from gfast.model_output import model_output
 from gfast.objectives import GA, NLL, UNWEIGHTED, Objective
 from gfast.ops.reductions import LossOutput
+from gfast.original import with_reference
 from gfast.packed import count
 from gfast.sides import SIDES
 from gfast.tensor_files import TensorFile, write_tensors

@@ -337,7 +337,8 @@ class GFastLossMixin:
         risk_count: int | None = None,
     ) -> Any:  # fmt: skip
         """The loss of a side; with a risk_count also the NLL over that count, from the same forward."""
-        from gfast.model import model_logp, model_loss
+        from gfast.model import model_loss
+        from gfast.model_output import model_logp
 
         batch = dict(batch)
         device = batch["labels"].device
@@ -371,7 +372,7 @@ class GFastLossMixin:
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
-        from gfast.model import model_logp
+        from gfast.model_output import model_logp
 
         found = self._sides(self._prepare_inputs(inputs))
         sums = {}

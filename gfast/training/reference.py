@@ -196,7 +196,7 @@ class ReferenceCache:
         Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
         that is not the original.
         """
-        from gfast.model import adapter_name, check_reference_name, original
+        from gfast.original import adapter_name, check_reference_name, original
 
         what = _checked(what, layer)
         check_reference_name(reference)
@@ -364,7 +364,7 @@ def _forward(
     """What the model says of a batch; its output head goes into ``head`` with the first one."""
     from gfast import hf
     from gfast.hidden_states import layer_hidden
-    from gfast.model import model_logp, model_output
+    from gfast.model_output import model_logp, model_output
 
     found = {}
     if "hidden" in what:

@@ -54,7 +54,7 @@ class Trajectory(TrainerCallback):
         # A fresh start is always measured: what the folder holds for step 0 may be of another model.
         step = state.global_step
         if step > 0 and wrappers.is_adapted(model):
-            from gfast.model import declare_base_original
+            from gfast.original import declare_base_original
 
             declare_base_original(model)  # adapters are not zero any more: they were when the run began
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):

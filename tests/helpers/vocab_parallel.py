@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import gfast
-from gfast.model import model_output
+from gfast.model_output import model_output
 from gfast.objectives import DPO, KL, NLL, NPO, TNPO, WGA
 from gfast.ops.dispatch import why_not
 from gfast.ops.linear_unlearn_loss import linear_unlearn_loss_reference

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gfast
-from gfast.model import model_output
+from gfast.model_output import model_output
 from gfast.objectives import GA, KL, NPO, RMU, TNPO
 from gfast.wrappers import unwrap, unwrap_name
 from helpers.geffect_models import VOCAB, tiny

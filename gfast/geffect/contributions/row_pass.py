@@ -24,7 +24,8 @@ from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.contributions.layers import Contribution, OuterProduct, RowSum, Sites, Watch
 from gfast.geffect.contributions.order import Order
 from gfast.geffect.data import Term
-from gfast.model import ModelOutput, model_output, output_logp, output_loss, shifted
+from gfast.model import output_loss
+from gfast.model_output import ModelOutput, model_output, output_logp, shifted
 from gfast.model_state import uncompiled
 from gfast.ops.checks import IGNORE_INDEX, check_label_range
 from gfast.ops.chunks import default_chunk_rows, row_chunks, valid_rows

@@ -36,7 +36,7 @@ from gfast.geffect.engines.gram_products import InputProducts, own_products, pro
 from gfast.geffect.engines.gram_rows import Rows, Selected, rows_of
 from gfast.geffect.request import Request
 from gfast.geffect.results.gram_effect import GramEffect
-from gfast.model import shifted
+from gfast.model_output import shifted
 from gfast.model_state import measuring
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.progress import Bar

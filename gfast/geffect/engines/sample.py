@@ -23,7 +23,7 @@ from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
 from gfast.geffect.request import Request
 from gfast.geffect.results import SampleEffect
-from gfast.model import shifted
+from gfast.model_output import shifted
 from gfast.model_state import measuring
 from gfast.objectives import NLL
 from gfast.ops.checks import IGNORE_INDEX

@@ -31,7 +31,7 @@ from gfast.geffect.engines.jvp import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
 from gfast.geffect.results import TokenEffect
-from gfast.model import model_output, shifted
+from gfast.model_output import model_output, shifted
 from gfast.model_state import measuring, uncompiled
 from gfast.ops.checks import IGNORE_INDEX, check_label_range
 from gfast.ops.chunks import default_chunk_rows, row_chunks

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original model, which objectives compare with: the adapters off, where that is provably the original."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfast import wrappers
+from gfast.hidden_states import layer_hidden
+from gfast.model_output import model_logp, model_output
+from gfast.model_state import evaluating
+from gfast.ops.checks import IGNORE_INDEX
+
+# What a batch may hold of it.
+REFERENCE_KEYS = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hidden"})
+REFERENCES = ("auto", "base", "adapted")
+# Models whose adapters were zero when they were first seen, or whose base was said to be the original.
+_base_is_original: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def declare_base_original(model: nn.Module) -> None:
+    """From now on the base of this model with adapters is the original, although the adapters are not zero: as in a run
+    that goes on from a checkpoint.
+    """
+    _base_is_original.add(wrappers.measured(model))
+
+
+@contextmanager
+def original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> Iterator[None]:
+    """The model as it was before it was trained: with its adapters off, in evaluation mode, without gradients.
+
+    Raises ValueError where that is not provably the original: see `model_loss`. ``batch`` is what adapters are looked
+    at with, the first time.
+    """
+    check_original(model, batch, reference)
+    name = adapter_name(reference)
+    other = wrappers.adapters_off(model) if name is None else wrappers.other_adapter(model, name)
+    with torch.no_grad(), evaluating(model), other:
+        yield
+
+
+def check_reference_name(reference: str) -> None:
+    """ValueError for something that names no original model."""
+    if reference not in REFERENCES and adapter_name(reference) is None:
+        raise ValueError(
+            f"gfast: reference must be one of {', '.join(map(repr, REFERENCES))} or 'adapter:NAME', not {reference!r}"
+        )
+
+
+def adapter_name(reference: str) -> str | None:
+    """NAME of a reference "adapter:NAME"; None for any other."""
+    kind, _, name = str(reference).partition(":")
+    return name if kind == "adapter" and name else None
+
+
+def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> None:
+    """ValueError unless the model with its adapters off is the original, or a frozen adapter of its own makes it."""
+    if (name := adapter_name(reference)) is not None:
+        wrappers.check_frozen_adapter(model, name)
+        return
+    check_reference_name(reference)
+    if reference == "adapted":
+        raise ValueError(
+            "gfast: reference='adapted' is the model as it starts, adapters on: its values must be computed before "
+            "training. Build them with ReferenceCache.build(model, ..., reference='adapted') and give them with the "
+            "batches"
+        )
+    wrappers.check_base_is_original(model)
+    if reference == "base":
+        declare_base_original(model)
+    if wrappers.measured(model) in _base_is_original:
+        return
+    with torch.no_grad(), evaluating(model):
+        adapted = model_logp(model, batch)
+        with wrappers.adapters_off(model):
+            base = model_logp(model, batch)
+    # adapters that are zero add nothing, but for methods that divide by a norm: those round
+    narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
+    rounding = 2e-2 if narrowest < 4 else 1e-4 if narrowest == 4 else 1e-7
+    apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1))
+    if not apart <= rounding:
+        raise ValueError(
+            f"gfast: this model's adapters are not zero (its log-probs differ by {apart:.3g} a token from those of the "
+            f"base), so that it is not clear which is the original: the base, or the model with its adapters as they "
+            f"start. Say reference='base' (as for adapters that have been unlearning already), or build the values of "
+            f"the model as it starts with ReferenceCache.build(..., reference='adapted') and give them with the batches"
+        )
+    declare_base_original(model)
+
+
+def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, reference: str = "auto") -> dict[str, Any]:
+    """The batch with the values of the original model that the objective needs and the batch lacks, from the model
+    with its adapters off.
+    """
+    given = dict(batch)
+    lacking = {key for key in objective.needs & REFERENCE_KEYS if given.get(key) is None}
+    if not lacking:
+        return given
+    with original(model, batch, reference):
+        if "ref_logp" in lacking:
+            given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+        if "ref_layer_hidden" in lacking:
+            given["ref_layer_hidden"] = layer_hidden(model, batch, objective.layer)  # [B, T, D]
+        if lacking & {"ref_hidden", "ref_head"}:
+            given["ref_output"] = model_output(model, batch)
+    return given
