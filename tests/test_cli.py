@@ -214,6 +214,11 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
     assert cli.main([*command, "--output_dir", str(tmp_path / "third")]) == 0
     compared = json.loads((tmp_path / "third" / "geffect.json").read_text())["effects"][0]["unlearn"]
     assert compared != written["effects"][2]["unlearn"]
+    # RR of a model that is its own original has no gradient; a cache holds one layer, and pairs have one of their own
+    command = ["geffect", "--model", str(original), *data, "--reference_cache", str(tmp_path / "cache"), "--objectives"]
+    fails(capsys, "RR of the layers 0, 1: give one layer at a time", *command, "RR:layer=1", "RR:layer=0")
+    for _ in range(2):  # the second time from the files
+        assert cli.main([*command, "NPO", "DPO"]) == 0
 
 
 def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
@@ -242,6 +247,7 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     own = ["geffect", "--model", str(original), *data, "--objectives", "DPO", "--per", "token"]
     fails(capsys, "DPO and PO have data of their own", *own)
     fails(capsys, "choose objective, sample or token", *command, "--per", "word")
+    fails(capsys, "engine has no meaning with per sample", *command, "--per", "sample", "--engine", "gram")
     alone = tmp_path / "alone"  # the effects of answers alone make a report too
     assert cli.main([*command, "--per", "sample", "--output_dir", str(alone)]) == 0
     assert cli.main(["report", str(alone), "--out", str(tmp_path / "second")]) == 0

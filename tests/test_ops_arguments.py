@@ -7,7 +7,7 @@ import torch
 from helpers.losses import problem
 
 import gfast
-from gfast.objectives import DPO, GA, NPO, RMU, TNPO, WGA, WTNPO, SatImp, SimNPO
+from gfast.objectives import DPO, GA, NPO, RMU, RR, TNPO, WGA, WTNPO, SatImp, SimNPO
 
 INF, NAN = float("inf"), float("nan")
 LABELS = torch.zeros(3, dtype=torch.long)
@@ -125,6 +125,12 @@ def test_hidden_states_of_no_width(impl):
         ):
             with pytest.raises(ValueError, match="width 0 make no logits"):
                 call()
+
+
+@pytest.mark.parametrize("kind", [RMU, RR])
+def test_layers_are_counted_from_the_embeddings(kind):
+    with pytest.raises(ValueError, match="layer must be >= 0"):
+        kind(layer=-1)
 
 
 @pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss"])

@@ -147,6 +147,13 @@ def test_every_objective_trains(tmp_path, objective):
         assert abs(log["retain_loss"]) < 1e-5
 
 
+def test_hidden_states_of_another_layer_are_refused(tmp_path):
+    model, (_, retain) = tiny_model(), datasets()
+    cache = ReferenceCache.build(model, retain, collator(), what={"layer_hidden"}, layer=0)
+    with pytest.raises(ValueError, match="holds hidden states of layer 0, not 1"):  # was trained towards those
+        train(model, config(tmp_path), references={"retain": cache}, objective=Mix(RMU(layer=1), RR(layer=1)))
+
+
 def test_a_reference_that_is_needed_and_missing_is_said_before_any_work(tmp_path):
     model = tiny_model()
     before = parameters(model)

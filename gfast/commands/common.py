@@ -173,7 +173,11 @@ class Sides:
             return None
         data = self.retain if side == "retain" else self.of(objectives[0])
         layers = {objective.layer for objective in objectives if "layer_hidden" in needed_from_cache(objective)}
-        path = None if folder is None else folder / f"{side}-{'-'.join(sorted(what))}.safetensors"
+        if len(layers) > 1:  # a batch holds the hidden states of one
+            raise ValueError(f"RR of the layers {', '.join(map(str, sorted(layers)))}: give one layer at a time")
+        # pairs are other samples than the answers alone
+        name = f"{side}-pairs" if isinstance(data, PreferenceDataset) else side
+        path = None if folder is None else folder / f"{name}-{'-'.join(sorted(what))}.safetensors"
         found = path is not None and path.exists()
         say(f"Reference of the {side} set: {'checking ' + str(path) if found else f'computing {len(data)} samples'}")
         return ReferenceCache.build(

@@ -82,6 +82,8 @@ class GEffectArguments:
             raise ValueError(f"per is {self.per!r}; choose objective, sample or token")
         if self.norms and self.per != "objective":
             raise ValueError(f"norms has no meaning with per {self.per}: only whole objectives have a gradient norm")
+        if self.per != "objective" and self.engine not in ("auto", self.per):
+            raise ValueError(f"engine has no meaning with per {self.per}: the {self.per} engine measures it")
         if self.groups not in ("paper", "layer"):
             raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
         if self.step < 0:

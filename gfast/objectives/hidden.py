@@ -53,6 +53,10 @@ class RMU(Objective):
     key: ClassVar[str] = "rmu"
     gradient: ClassVar[str] = "of hidden states"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layer(self)
+
     def direction(self, size: int) -> Tensor:
         """u in [0, 1)^D, fp32 on the CPU."""
         return torch.rand(
@@ -87,11 +91,19 @@ class RR(Objective):
     gradient: ClassVar[str] = "of hidden states"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_layer_hidden"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layer(self)
+
     def value(
         self, hidden: Tensor, ref_hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None
     ) -> Tensor:
         """The loss from hidden states and the original's [B, T, D], and the bool mask of valid positions [B, T]."""
         return _mean_square(self, hidden.float() - ref_hidden.float(), valid, normalizer)
+
+
+def _check_layer(objective: RMU | RR) -> None:
+    objective._require(objective.layer >= 0, "layer must be >= 0: hidden states are counted from the embeddings.")
 
 
 def _mean_square(objective: Objective, difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast import packed, wrappers
-from gfast.objectives import RMU, RR, Objective
+from gfast.objectives import RMU, RR, Mix, Objective
 from gfast.sides import SETS
 from gfast.training.reference import ReferenceCache, check_labels_attended
 
@@ -101,3 +101,11 @@ def needed_from_cache(objective: Objective) -> set[str]:
     """
     names = {"ref_logp": "logp", "ref_hidden": "hidden", "ref_head": "hidden", "ref_layer_hidden": "layer_hidden"}
     return {names[need] for need in objective.needs if need in names}
+
+
+def check_layers(caches: Mapping[str, ReferenceCache], objective: Mix) -> None:
+    """ValueError for a cache of the hidden states of another layer than its side's objective has."""
+    for side, cache in caches.items():
+        term = getattr(objective, side)
+        if term is not None:
+            cache.check(what=needed_from_cache(term) & cache.what, layer=getattr(term, "layer", None))

@@ -125,6 +125,7 @@ class GFastLossMixin:
             raise ValueError(f"references has the keys {sorted(unknown)}; the keys are forget and retain")
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
+        batches.check_layers(self.references, self.objective)
         self._heads = {side: cache.head for side, cache in self.references.items()}
         self._original, self._own_loss_terms = reference, own_loss_terms
         # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
