@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cases import HEADS, Case, bytes_moved, make_inputs
-from harness import Row
+from machine import Row
 
 METRICS = {  # ncu's name: ours
     "dram__bytes_read.sum": "bytes_read",

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, peak_extra_bytes, peak_in_fresh_process, summary
+from harness import peak_extra_bytes, peak_in_fresh_process, summary
 from laws import SCORING, verdict
+from machine import Row
 from torch import nn
 
 from gfast.data import load_tofu

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from cases import batch_pair, random_model, rows_of
-from harness import Row, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason
+from harness import interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason
 from laws import verdict
+from machine import Row
 from peers_effects import PROVIDERS
 from truth import UNITS, Truth, error, off_by
 

@@ -7,8 +7,9 @@ import sys
 
 import torch
 from cases import DTYPES, MODELS
-from harness import Row, interleaved
+from harness import interleaved
 from laws import READ, verdict
+from machine import Row
 
 from gfast.ops.grad_dot import grad_dots
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from harness import Row, interleaved
+from harness import interleaved
+from machine import Row
 
 import gfast
 from gfast.objectives import WGA

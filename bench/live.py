@@ -8,8 +8,9 @@ import sys
 
 import torch
 from cases import batch_pair, random_model
-from harness import Row, give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process
+from harness import give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process
 from laws import LIVE, verdict
+from machine import Row
 
 import gfast
 from gfast.objectives import GA, NLL, TNPO, WGA

@@ -11,8 +11,9 @@ from dataclasses import asdict, replace
 
 import torch
 from cases import DTYPES, HEADS, MARGINS, Case, Inputs, Step, bytes_moved, flops, make_inputs
-from harness import Row, give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason, synchronize
+from harness import give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process, reason, synchronize
 from laws import COPIES, PRODUCTS, verdict
+from machine import Row
 from memory import allowed_bytes, of_memory
 from peers_losses import PROVIDERS, plain
 

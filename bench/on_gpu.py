@@ -211,7 +211,7 @@ def stop(process: subprocess.Popen) -> None:
 def probe(needs: list[str]) -> dict:
     """What is here, asked in a process of its own: this one must not hold the GPU."""
     import torch
-    from harness import environment
+    from machine import environment
 
     def missing(need: str) -> bool:
         module, _, attribute = need.partition(":")

@@ -12,8 +12,9 @@ import time
 
 import torch
 from cases import Batch, batch_pair, random_model
-from harness import Row, interleaved, synchronize
+from harness import interleaved, synchronize
 from laws import MEASUREMENT, verdict
+from machine import Row
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
 from truth import plain_pass

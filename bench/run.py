@@ -20,7 +20,8 @@ import cases
 import geffect
 import losses
 import torch
-from harness import Row, environment, line, write_json
+from harness import line
+from machine import Row, environment, write_json
 
 
 def listed(known: object, separator: str = ",") -> Callable[[str], list[str]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as multiprocessing
-from harness import environment
+from machine import environment
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile

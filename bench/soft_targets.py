@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 from cases import DTYPES, HEADS, Case, Inputs, Step, make_inputs, step_of
-from harness import Row, give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process
+from harness import give_back, interleaved, of_floor, peak_extra_bytes, peak_in_fresh_process
 from laws import MEMORY, SOFT, verdict
+from machine import Row
 from torch import Tensor
 
 import gfast

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from cases import HEADS, Case, bytes_moved, make_inputs
-from harness import Row, interleaved, reason
+from harness import interleaved, reason
+from machine import Row
 
 from gfast.kernels import common
 from gfast.kernels.rows import weighted_rows

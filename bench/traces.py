@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Row
+from machine import Row
 from torch.profiler import ProfilerActivity, profile, record_function
 
 TOP = 12  # ops shown

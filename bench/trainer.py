@@ -153,7 +153,7 @@ def main() -> None:
     if args.way:
         print(json.dumps(one(args.way, args.methods[0], args)))
         return
-    from harness import environment, write_json
+    from machine import environment, write_json
 
     cases = []
     for method in args.methods:

@@ -260,29 +260,29 @@ def test_missed_laws_are_named(made):
 
 def test_names_of_devices(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    import harness
+    import machine
 
     for model, name in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("Tesla T4", "t4")):
-        assert harness.gpu_name(model) == name
+        assert machine.gpu_name(model) == name
     for model, name in (("Intel(R) Xeon(R) Processor @ 2.80GHz", "xeon"), ("AMD EPYC 7B13", "epyc")):
-        assert harness.family(model) == name
-    assert re.fullmatch(r"cpu-[a-z0-9-]+", harness.device_name())
+        assert machine.family(model) == name
+    assert re.fullmatch(r"cpu-[a-z0-9-]+", machine.device_name())
     monkeypatch.setenv("GFAST_BENCH_DEVICE", "my-machine")
-    assert harness.device_name("cuda") == "my-machine"
+    assert machine.device_name("cuda") == "my-machine"
     monkeypatch.setenv("GFAST_BENCH_DEVICE", "../elsewhere")
     with pytest.raises(ValueError, match="names a folder"):
-        harness.device_name()
+        machine.device_name()
 
 
 def test_results_go_to_the_folder_of_the_device(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCH))
-    import harness
+    import machine
 
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    payload = {"environment": harness.environment()}
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    payload = {"environment": machine.environment()}
     name = payload["environment"]["name"]
-    assert harness.write_json("losses.json", payload) == tmp_path / name / "losses.json"
-    assert harness.write_json(str(tmp_path / "x" / "y.json"), payload) == tmp_path / "x" / "y.json"
+    assert machine.write_json("losses.json", payload) == tmp_path / name / "losses.json"
+    assert machine.write_json(str(tmp_path / "x" / "y.json"), payload) == tmp_path / "x" / "y.json"
 
 
 def test_pages_of_this_repository_are_rendered():

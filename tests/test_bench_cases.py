@@ -133,19 +133,19 @@ def test_memory_is_judged_where_it_was_measured(losses, monkeypatch):
 
 def test_results_say_which_peers_they_were_measured_with(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    import harness
+    import machine
 
     listed = {line for file in BENCH.glob("requirements*.txt") for line in file.read_text().splitlines()}
-    assert set(harness.PEERS) <= listed
+    assert set(machine.PEERS) <= listed
     versions = {"trl": "1.2.3", "triton": "4.5.6"}
 
     def version(name: str) -> str:
         if name not in versions:
-            raise harness.metadata.PackageNotFoundError(name)
+            raise machine.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(harness.metadata, "version", version)
-    found = harness.environment()
+    monkeypatch.setattr(machine.metadata, "version", version)
+    found = machine.environment()
     assert found["triton"] == "4.5.6" and found["peers"] == {"trl": "1.2.3"}
 
 
