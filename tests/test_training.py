@@ -248,6 +248,8 @@ def test_config_refuses_what_cannot_be_meant(tmp_path):
         ({"retain_term": "rr"}, "use RMU"),
         ({"remove_unused_columns": True}, "must be False"),
         ({"geffect_every": -1}, "give 0 or more"),
+        ({"objective": "WGA", "alpha": 0.5}, "alpha is 0.5, and has no effect without --retain_term.*WGA:alpha=0.5"),
+        ({"weights_tau": 0.5}, "weights_tau is 0.5, and has no effect without --weights"),
     ):
         with pytest.raises(ValueError, match=words):
             config(tmp_path, **options)

@@ -167,12 +167,24 @@ class UnlearnConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # nothing to pin for; the data loader would only warn
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
+        self._refuse_options_without_effect()
         measures = self.geffect_every or self.geffect_live or self.geffect_live_unlearn or self.surgery
         if moves(self.build_objective()) and measures:
             raise ValueError(
                 "geffect_every, geffect_live and surgery work with fixed factors, and PDU's dual variable moves one: "
                 "leave them out and measure checkpoints with gfast geffect, or give primal_dual=False"
             )
+
+    def _refuse_options_without_effect(self) -> None:
+        """What is said of a part that is not asked for, as where alpha is meant to be WGA's."""
+        parts = (
+            ("retain_term", ("alpha",), "; a parameter of the objective is given with it, as in WGA:alpha=0.5"),
+            ("weights", ("weights_every", "weights_tau"), ""),
+        )
+        for part, names, more in parts:
+            for name in names if getattr(self, part) == "none" else ():
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is {getattr(self, name)}, and has no effect without --{part}{more}")
 
     @property
     def live(self) -> bool:
