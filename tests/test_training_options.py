@@ -14,6 +14,8 @@ from helpers.training_tiny import collator, config, datasets, pairing, parameter
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from gfast.objectives import DPO, GA, KL, NLL, RMU
+from gfast.training.batches import as_dealt
 from gfast.training.options import refuse_ignored_options
 from gfast.training.trainer import UnlearnTrainer
 
@@ -332,3 +334,20 @@ def test_evaluation_in_half_precision(tmp_path):
         found = trainer_of(tmp_path, **options).evaluate()["eval_loss"]
         assert found == pytest.approx(exact, rel=0.02)
         assert (found != exact) == ("bf16_full_eval" in options)
+
+
+@pytest.mark.parametrize("dispatch, data", [(None, Stream([])), (True, [])])
+def test_batches_that_one_process_deals_out_to_all(dispatch, data):
+    """In slices of rows, which are not those of pairs and lose what one side has more than the other."""
+    accelerator = SimpleNamespace(num_processes=2, dispatch_batches=dispatch)
+    items, collate = pairing()
+    dealt = as_dealt(collate, [GA(), KL(), RMU(layer=1)], accelerator, data)
+    assert dealt([items[0]])["forget"]["labels"].equal(collate([items[0]])["forget"]["labels"])
+    more = as_dealt(lambda _: {"forget": {"labels": torch.ones(2, 3)}, "retain": {"labels": torch.ones(4, 3)}}, [GA()],
+                    accelerator, data)  # fmt: skip
+    with pytest.raises(ValueError, match="2 rows of forget's labels and 4 of retain's labels.*dispatch_batches"):
+        more([])
+    with pytest.raises(ValueError, match="DPO.*takes pairs.*dispatch_batches"):
+        as_dealt(collate, [DPO(), NLL()], accelerator, data)
+    for own in (SimpleNamespace(num_processes=1), SimpleNamespace(num_processes=2, dispatch_batches=False)):
+        assert as_dealt(collate, [DPO()], own, data) is collate

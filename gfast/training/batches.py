@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from gfast import packed, wrappers
-from gfast.objectives import RMU, RR, Mix, Objective
+from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
+from gfast.ops.weights import is_pair
 from gfast.sides import SETS
 from gfast.training.reference import ReferenceCache, check_labels_attended
 
@@ -43,6 +45,58 @@ class ReferenceJoin:
                 joined = join(cache, part)
                 part.update({key: value for key, value in joined.items() if key not in part})
         return batch
+
+
+class DealtByRows:
+    """A collator whose batches one process makes and deals out to all, tensor by tensor, in slices of as many rows as
+    the first tensor's: rows that another tensor has beyond those would be lost, or miss in other processes.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        batch = self.collator(items)
+        rows = {
+            f"{name}'s {key}" if isinstance(part, Mapping) else str(name): len(value)
+            for name, part in batch.items()
+            for key, value in (part if isinstance(part, Mapping) else {name: part}).items()
+            if isinstance(value, Tensor) and value.dim()
+        }
+        first = next(iter(rows), None)
+        for name, found in rows.items():
+            if found != rows[first]:
+                raise ValueError(
+                    f"a batch has {rows[first]} rows of {first} and {found} of {name}, and the main process deals out "
+                    f"to all as many of each: {_DEAL}"
+                )
+        return batch
+
+
+_DEAL = (
+    "let every process make its own batches: accelerator_config={'dispatch_batches': False}, with a stream "
+    "(IterableDataset) too"
+)
+
+
+def as_dealt(
+    collator: Callable[[list[Any]], dict[str, Any]], objectives: Sequence[Objective], accelerator: Any, dataset: Any
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """The collator, checked where the main process of several makes the batches, as Accelerate has it for streams.
+
+    Raises ValueError for pairs [2B, T], which slices of rows would tear apart.
+    """
+    dealt = getattr(accelerator, "dispatch_batches", None)
+    dealt = isinstance(dataset, IterableDataset) if dealt is None else dealt
+    if accelerator.num_processes == 1 or not dealt:
+        return collator
+    for objective in objectives:
+        if not isinstance(objective, UNWEIGHTED) and is_pair(objective):
+            raise ValueError(
+                f"{objective} takes pairs, one half of a batch and then the other, and the main process would deal "
+                f"out slices of rows to all: {_DEAL}"
+            )
+    return DealtByRows(collator)
 
 
 def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -126,6 +126,8 @@ class GFastLossMixin:
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
+        objectives = [one for one in (self.objective.forget, self.objective.retain) if one is not None]
+        self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
         self._heads = {side: cache.head for side, cache in self.references.items()}
         self._original, self._own_loss_terms = reference, own_loss_terms
         # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
