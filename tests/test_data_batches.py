@@ -228,6 +228,8 @@ def test_a_mask_of_the_highest_scores():
     assert top_tokens(scores, labels, 0.5).tolist() == [[0, 1, 0, 1, 0], [0] * 5, [1, 0, 0, 1, 0]]
     assert top_tokens(scores, labels, 0.3).sum(1).tolist() == [2, 0, 2] and top_tokens(scores, labels, 1.0).sum() == 8
     assert top_tokens(torch.arange(10.0), torch.arange(10), 0.3).sum() == 3
+    lowest = torch.tensor([9.0, -torch.inf, -torch.inf, -torch.inf, torch.nan])  # still before what is ignored
+    assert top_tokens(lowest, torch.tensor([-100, 5, 6, 7, -100]), 0.6).tolist() == [0, 1, 1, 0, 0]
     for wrong in (dict(share=0.0), dict(scores=scores[:1]), dict(scores=scores * torch.nan)):
         with pytest.raises(ValueError, match="top_tokens"):
             top_tokens(**{"scores": scores, "labels": labels, **wrong})

@@ -38,7 +38,9 @@ def top_tokens(scores: Tensor, labels: Tensor, share: float = 0.2) -> Tensor:
     valid = labels != IGNORE
     if bool((scores.isnan() & valid).any()):
         raise ValueError("gfast: top_tokens: a score is NaN")
-    rank = torch.where(valid, scores.double(), -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    order = scores.double().argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, valid.gather(-1, order).byte().argsort(dim=-1, descending=True, stable=True))  # labels first
+    rank = order.argsort(-1)
     # k of n exactly: 0.3 * 10 is a little more than 3
     kept = torch.ceil(share * valid.sum(-1, keepdim=True).double() - 1e-9)
     return ((rank < kept) & valid).float()
