@@ -11,7 +11,7 @@ import torch
 from gfast.files import DamagedFile
 from gfast.geffect import Effect, EffectHistory, GEffect, GramEffect, SampleEffect, TokenEffect
 from gfast.geffect.results import base, effect_history, sample_effect, standard_error
-from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, Mix, SimNPO
+from gfast.objectives import DPO, GA, KL, NLL, NPO, TNPO, WGA, HardMask, Mix, SimNPO
 
 SIZES = (3, 0, 2, 4)
 NORMS = {"unlearn": {"embed": 2.0, "deep": 1.5}, "retain": {"embed": 1.0, "deep": 0.25}}
@@ -137,7 +137,7 @@ def test_samples_give_objectives_with_one_weight_a_sequence(objective):
 
 
 def test_samples_refuse_what_they_cannot_weigh():
-    for objective in (WGA(0.7), TNPO(1.5), DPO(0.1), KL(), Mix(GA(), NLL())):
+    for objective in (WGA(0.7), TNPO(1.5), DPO(0.1), KL(), Mix(GA(), NLL()), HardMask()):
         with pytest.raises(ValueError, match="does not weigh whole samples.*token_effect"):
             samples().g_effect(objective)
     with pytest.raises(ValueError, match="needs ref_logp of the samples"):

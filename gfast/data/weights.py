@@ -39,7 +39,8 @@ def top_tokens(scores: Tensor, labels: Tensor, share: float = 0.2) -> Tensor:
     if bool((scores.isnan() & valid).any()):
         raise ValueError("gfast: top_tokens: a score is NaN")
     order = scores.double().argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, valid.gather(-1, order).byte().argsort(dim=-1, descending=True, stable=True))  # labels first
+    first = valid.gather(-1, order).byte().argsort(dim=-1, descending=True, stable=True)  # what is ignored comes last
+    order = order.gather(-1, first)
     rank = order.argsort(-1)
     # k of n exactly: 0.3 * 10 is a little more than 3
     kept = torch.ceil(share * valid.sum(-1, keepdim=True).double() - 1e-9)

@@ -116,7 +116,8 @@ class SampleEffect(Effect):
                 that needs logp or ref_logp, and they were not recorded.
         """
         spec = spec_on_forget(objective)
-        if spec is None or (spec.level == "token" and (spec.p_pow or spec.q_pow or spec.beta)):
+        by_token = spec is not None and spec.level == "token" and (spec.p_pow or spec.q_pow or spec.beta)
+        if spec is None or by_token or "weight" in objective.needs:
             raise ValueError(
                 f"gfast: {objective} does not weigh whole samples of the forget set: measure it with g_effect(...), or "
                 f"with token_effect(...) and its g_effect(objective)"
