@@ -92,6 +92,26 @@ def test_accumulation_equals_one_big_batch(tmp_path):
             assert other_log[key] == pytest.approx(log[key], rel=1e-5), key
 
 
+def test_a_step_without_dropout_is_the_same_step(tmp_path):
+    class WithoutDropout(UnlearnTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            model.eval()
+            return super().compute_loss(model, *args, **kwargs)
+
+    found = []
+    for trainer in (UnlearnTrainer, WithoutDropout):
+        args = config(tmp_path / trainer.__name__, optim="sgd", retain_term="nll", gradient_accumulation_steps=3)
+        data, collate = pairing()
+        run = trainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+        run.train()
+        found.append(run.state.log_history[0]["loss"])
+        # outside a training a loss is over its own count
+        item = collate([data[0]])
+        alone = (run.compute_loss(run.model.train(mode), item).item() for mode in (True, False))
+        assert len({round(value, 5) for value in alone}) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def cache_for(objective, side_data, model, **options):
     from gfast.training.batches import needed_from_cache
 

@@ -353,12 +353,14 @@ class GFastLossMixin:
         if reference_model is not None:
             with torch.no_grad(), evaluating(reference_model):
                 batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
-        normalizer = self._normalizers.get(side) if model.training else None
+        # Of the step that is being taken, whatever mode the model is in: some train with dropout off.
+        stepping = self.is_in_train and torch.is_grad_enabled()
+        normalizer = self._normalizers.get(side) if stepping else None
         # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
             own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
-        if side == "forget" and self.token_weights is not None and model.training:
+        if side == "forget" and self.token_weights is not None and stepping:
             batch["weight"] = self.token_weights.of(batch)
         options = dict(normalizer=normalizer, reference=self._reference)
         risk = None
