@@ -100,6 +100,7 @@ def test_a_series_of_measurements_keeps_its_date(folder, monkeypatch, capsys):
         f"it is {day}." in one.err for one, day in zip(found, ("2026-03-01", "2026-03-01", "2026-03-02"), strict=True)
     ] == [True] * 3
     assert found[0].out == found[1].out != found[2].out
+    assert "forget rows are in the retain set too, the first as its row 1: 'Who is Ana?'" in found[0].err
 
 
 def test_first_day(tmp_path):
@@ -172,6 +173,13 @@ def test_sides_keep_no_model(folder):
 
 def test_settings_without_options_are_those_of_older_runs():
     assert "chat_kwargs" not in DataArguments().settings() and "template" in DataArguments().settings()
+
+
+def test_the_retain_set_is_what_is_left_without_the_forget_set():
+    """TOFU's forget10 beside retain99, whatever is forgotten, had 360 of its 400 rows retained."""
+    for forget, retain in (("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")):
+        assert DataArguments(forget=forget).retain == DataArguments(forget=f"{forget}_perturbed").retain == retain
+    assert DataArguments().retain == "retain99" and DataArguments(forget="forget10", retain="mine").retain == "mine"
 
 
 def test_errors_name_set_file_and_row(folder, capsys):

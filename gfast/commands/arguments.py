@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from gfast.commands.parser import OneLineErrors, Parser
+from gfast.data.tofu import COMPLEMENTS
 from gfast.words import did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -83,7 +84,13 @@ class DataArguments:
         metadata={"help": "Local folder with the TOFU or JSON lines files; without it TOFU comes from the hub."},
     )
     forget: str = field(default="forget01", metadata={"help": "The forget set: TOFU configuration or JSON lines file."})
-    retain: str = field(default="retain99", metadata={"help": "The retain set: TOFU configuration or JSON lines file."})
+    retain: str | None = field(
+        default=None,
+        metadata={
+            "help": "The retain set: TOFU configuration (if not given, what is left without the forget set: retain99 "
+            "of forget01) or JSON lines file."
+        },
+    )
     max_forget: int = field(default=0, metadata={"help": "Use only the first so many forget rows; 0: all."})
     max_retain: int = field(default=0, metadata={"help": "Use only the first so many retain rows; 0: all."})
     max_length: int = field(default=512, metadata={"help": "Longest sample in tokens; longer answers are cut."})
@@ -109,6 +116,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data not in SOURCES:
             raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
+        if self.retain is None:
+            self.retain = COMPLEMENTS.get(self.forget.removesuffix("_perturbed"), COMPLEMENTS["forget01"])
         for name in ("max_forget", "max_retain"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of rows, or 0 for all")

@@ -32,6 +32,7 @@ from gfast.data import (
 )
 from gfast.data.encode import chat_source, resolve_template
 from gfast.data.ids import vocabulary_sizes
+from gfast.data.rows import in_both
 from gfast.files import readable
 from gfast.objectives import Objective
 from gfast.training.batches import ReferenceJoin, needed_from_cache
@@ -96,6 +97,8 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
     for name, rows, wanted in (("forget", forget, True), ("retain", retain, need_retain)):
         if wanted and not rows:
             raise ValueError(f"the {name} set ({getattr(arguments, name)}) is empty: it has no rows to train on")
+    if found := in_both(forget, retain, "retain"):
+        say(f"WARNING: {found}. What is said of the retain set is said of them as well")
     return Rows(forget, retain)
 
 

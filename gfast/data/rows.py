@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,25 @@ def as_rows(rows: Any) -> list[dict]:
                 f"{row!r:.60}"
             )
     return [dict(row) for row in found]
+
+
+def in_both(forget: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """A sentence about rows of the forget set, question and answer, that are among those of the set `name`; None where
+    there are none.
+
+    >>> in_both([{"question": "Who?", "answer": "Nobody."}], [{"question": "Who?", "answer": "Nobody."}], "retain")
+    "1 of 1 forget rows are in the retain set too, the first as its row 1: 'Who?'"
+    """
+
+    def text(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(field)).strip() for field in ("question", "answer"))
+
+    places = {text(row): number for number, row in reversed([*enumerate(other, start=1)])}
+    both = [text(row) for row in forget if text(row) in places]
+    if not both:
+        return None
+    count, first = f"{len(both)} of {len(forget)} forget rows are", both[0]
+    return f"{count} in the {name} set too, the first as its row {places[first]}: {first[0]!r:.60}"
 
 
 def _mapping(rows: Mapping) -> str:

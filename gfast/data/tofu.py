@@ -7,6 +7,8 @@ from pathlib import Path
 from gfast.data.jsonl import load_jsonl
 
 HUB_NAME = "locuslab/TOFU"
+# What is left of TOFU without a forget set.
+COMPLEMENTS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
 def load_tofu(config: str = "forget01", path: str | Path | None = None) -> list[dict]:
