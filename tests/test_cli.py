@@ -214,6 +214,10 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
     assert cli.main([*command, "--output_dir", str(tmp_path / "third")]) == 0
     compared = json.loads((tmp_path / "third" / "geffect.json").read_text())["effects"][0]["unlearn"]
     assert compared != written["effects"][2]["unlearn"]
+    # a step's measurements are of one model
+    command = ["geffect", "--model", str(taught), *data, "--output_dir", str(tmp_path / "before")]
+    fails(capsys, f"holds measurements of step 0 of another model ({original})", *command)
+    assert cli.main([*command, "--step", "20"]) == 0 and cli.main([*command, "--step", "20"]) == 0
     # RR of a model that is its own original has no gradient; a cache holds one layer, and pairs have one of their own
     command = ["geffect", "--model", str(original), *data, "--reference_cache", str(tmp_path / "cache"), "--objectives"]
     fails(capsys, "RR of the layers 0, 1: give one layer at a time", *command, "RR:layer=1", "RR:layer=0")

@@ -33,13 +33,16 @@ from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
 from gfast.training.batches import needed_from_cache
 from gfast.training.evaluation import nll_of_sides
+from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import (
     check_run_folder,
+    check_step_model,
     effect_file,
     run_name,
     token_texts_file,
     write_record,
     write_run_info,
+    write_step_model,
 )
 
 
@@ -123,6 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _require_reference(model_arguments, objectives)
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
+    measured = {"name": model_arguments.model, "fingerprint": ""}
+    if folder is not None:
+        measured = as_text(measured | {"fingerprint": model_fingerprint(model, adapters=True)})
+        check_step_model(folder, arguments.step, measured)
     one_by_one = None
     if arguments.per == "objective":
         effects = by_objective(model, objectives, batches, arguments)
@@ -137,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is not None:
         risks = nll_of_sides(effects, model, batches["forget"], batches["retain"])
         write_run_info(folder, info | {"device": device_name(device)})
+        write_step_model(folder, arguments.step, measured)
         if one_by_one is not None:
             one_by_one.to_parquet(effect_file(folder, arguments.per, arguments.step))
             write_json(token_texts_file(folder), {"samples": token_texts(sides, rows)})

@@ -32,6 +32,7 @@ SORT = ("step", "run", "objective", "quantity", "side", "group")
 NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device", "data_sha256"})
 # Held while a record is merged: between reading and writing it, another writer's rows would be lost.
 LOCK = ".gfast-records-lock"
+MODELS = "models.json"
 
 _TEXT = ("run", "objective", "quantity", "side", "group")
 _FILE = re.compile(r"step-(\d{8,})\.parquet")
@@ -90,6 +91,29 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
         ordered = sorted(merged.values(), key=lambda row: tuple(row[name] for name in SORT))
         table = pyarrow.Table.from_pylist(ordered, schema=_schema())
         return write_table(step_file(run_folder, steps[0]), table)
+
+
+def check_step_model(run_folder: str | os.PathLike[str], step: int, model: Mapping[str, str]) -> dict[str, Any]:
+    """Of the steps of a series, whose models are not those of one run, the model of each, with this one; ValueError
+    where the folder has another at this step, beside whose measurements its own would stand as if of one.
+
+    model: its `name` and `fingerprint`.
+    """
+    path = Path(run_folder) / MODELS
+    known = read_json(path, "delete it, and the records of the steps that are measured again") if path.exists() else {}
+    there = known.get(str(step), model)
+    if there["fingerprint"] != model["fingerprint"]:
+        raise ValueError(
+            f"{run_folder} holds measurements of step {step} of another model ({there['name']}): give this one a "
+            f"--step of its own, as in a series of models, or another --output_dir"
+        )
+    return {**known, str(step): dict(model)}
+
+
+def write_step_model(run_folder: str | os.PathLike[str], step: int, model: Mapping[str, str]) -> None:
+    """Say of which model a step's measurements are; see `check_step_model`."""
+    with _only_writer(run_folder):
+        write_json(Path(run_folder) / MODELS, check_step_model(run_folder, step, model))
 
 
 @contextlib.contextmanager
