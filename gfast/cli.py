@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from gfast.commands.parser import Parser
 from gfast.words import did_you_mean
@@ -51,6 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 after an audit that was not passed, 2 after an error (one line on
     stderr), 130 after Ctrl-C.
     """
+    code = _main(argv)
+    distributed = sys.modules.get("torch.distributed")
+    if argv is None and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        _end(code)
+    return code
+
+
+def _end(code: int) -> NoReturn:
+    """End this process, one of several, without taking Python down first: beside threads of the process group that
+    aborts at random (SIGABRT), and torchrun then kills the others, who may still be writing.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
     if argv is None and {"-h", "--help", "--help_all"} & set(arguments):

@@ -314,6 +314,7 @@ def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] 
     parallel, zero3 = wrappers.is_vocab_parallel(model, linear), sharded.is_zero3(linear)
     own, group = vars(linear).get("forward"), sharded.group_of(model, linear)
     reasons: list[str] = []
+    graded = torch.is_grad_enabled()
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
         if zero3:
@@ -323,6 +324,9 @@ def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] 
         here = parallel or zero3 or all(map(wrappers.is_whole, _present(weight, bias)))
         if torch.compiler.is_compiling() or not here:
             reasons.append("the head's weight is sharded, quantised or not here")
+            return F.linear(input, weight, bias)
+        if torch.is_grad_enabled() != graded:  # what the head reads has no graph, or a part of one
+            reasons.append("the head is called where gradients are off (re-entrant checkpointing, no_grad)")
             return F.linear(input, weight, bias)
         if not zero3:
             input, weight, bias = as_autocast(input, weight, bias)

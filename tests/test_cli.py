@@ -382,3 +382,22 @@ def test_a_damaged_model_of_a_run_is_not_taken(original, tmp_path, capsys):
     (out / "checkpoint-1" / "optimizer.pt").write_bytes(b"")  # which is not loaded
     data = ["--data", "bundled", "--max_forget", "2", "--max_retain", "2"]
     assert cli.main(["geffect", "--model", str(out / "checkpoint-1"), *data]) == 0
+
+
+def test_one_of_several_processes_ends_at_once():
+    """What was registered for the end runs and what was said is there, but threads see no Python taken down."""
+    code = """
+import atexit, sys
+import torch.distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from gfast import cli
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+atexit.register(print, "registered")
+sys.argv[1:] = ["no-such-command"]
+cli.main()
+print("taken down")
+"""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.split() == ["registered"] and "no-such-command" in done.stderr

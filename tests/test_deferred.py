@@ -251,3 +251,24 @@ def test_under_autocast_the_dtype_is_that_of_the_product(dtype):
         expected, out = model(hidden), run(model, hidden)
     assert out.computed is None and out.hidden.dtype == out.weight.dtype == dtype and out.dtype == torch.float32
     assert torch.equal(out.real(), expected)
+
+
+@pytest.mark.parametrize("off", ["re-entrant checkpoint", "no_grad"])
+def test_a_head_that_is_called_where_gradients_are_off(off):
+    """What it reads has no graph there: gradients are those of the real logits, or there are none."""
+
+    class Around(Model):
+        def forward(self, hidden):
+            if off == "no_grad":
+                with torch.no_grad():
+                    return super().forward(hidden)
+            return torch.utils.checkpoint.checkpoint(super().forward, hidden, use_reentrant=True)
+
+    model, hidden, expected = Around(), hidden_states(), hidden_states()
+    found, plain = run(model, hidden), model(expected)
+    assert found.requires_grad == plain.requires_grad and not isinstance(found, DeferredLogits)
+    if plain.requires_grad:
+        found.square().sum().backward()
+        weight, model.lm_head.weight.grad = model.lm_head.weight.grad, None
+        plain.square().sum().backward()
+        assert weight.equal(model.lm_head.weight.grad) and hidden.grad.equal(expected.grad)
