@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import torch
@@ -22,9 +23,9 @@ def _narrow(batch: dict) -> dict:
 
 def _engine(stage: int):
     import deepspeed
-    import deepspeed.comm.torch
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # shared memory between processes, to be compiled: gloo does
+    # Shared memory between processes, to be compiled: gloo does. By its name, which is also that of torch in there.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     model = tiny("llama").float().eval()
     config = {
         "train_micro_batch_size_per_gpu": 2,
