@@ -127,6 +127,19 @@ def test_hidden_states_of_no_width(impl):
                 call()
 
 
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(1), "3"])
+def test_a_normalizer_is_one_number(value):
+    logits = torch.randn(3, 7)
+    for call in (
+        lambda: gfast.unlearn_loss(logits, LABELS, GA(), normalizer=value),
+        lambda: gfast.unlearn_loss(logits, LABELS, GA(), normalizer=value, impl="reference"),
+        lambda: gfast.token_kl(logits, logits, LABELS, normalizer=value),
+        lambda: RMU(layer=1).value(torch.randn(1, 3, 4), LABELS[None] == 0, value),
+    ):
+        with pytest.raises(ValueError, match="normalizer must be one number"):
+            call()
+
+
 @pytest.mark.parametrize("kind", [RMU, RR])
 def test_layers_are_counted_from_the_embeddings(kind):
     with pytest.raises(ValueError, match="layer must be >= 0"):

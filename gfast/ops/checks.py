@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -108,7 +109,11 @@ def check_reduction(name: str, reduction: str) -> None:
 
 
 def check_normalizer(name: str, normalizer: float | Tensor) -> None:
-    """It divides: a positive number. A tensor is looked at where that costs no waiting."""
+    """It divides: one positive number. A tensor is looked at where that costs no waiting."""
+    shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
+    if shape or not isinstance(normalizer, (Tensor, Real)):
+        found = f"a tensor of shape {shape}" if shape else repr(normalizer)
+        raise ValueError(f"gfast: {name}: normalizer must be one number, as a 0-dim tensor is, not {found}.")
     if isinstance(normalizer, Tensor) and not (runs_now(normalizer) and reads_are_free(normalizer.device)):
         return
     if not 0 < float(normalizer) < math.inf:
