@@ -263,6 +263,7 @@ def test_config_refuses_what_cannot_be_meant(tmp_path):
     for options, words in (
         ({"objective": "GAA"}, "no objective is called"),
         ({"objective_args": ["alpha"]}, "should read name=number"),
+        ({"objective": "SatImp:beta1=5,beta1=1"}, "give beta1 twice, as 5 and as 1"),
         ({"objective": "WGA", "objective_args": ["beta=1"]}, "no parameter beta"),
         ({"retain_term": "ce"}, "choose one of none, nll, kl, jsd, rr"),
         ({"retain_term": "rr"}, "use RMU"),

@@ -46,6 +46,7 @@ class Objective:
                 self._require(math.isfinite(value), f"{field.name} must be a finite number.")
             if field.type == "int":
                 self._require(value == int(value), f"{field.name} must be a whole number.")
+                object.__setattr__(self, field.name, int(value))  # 2.0 is no place in a list
             if field.type == "bool":
                 self._require(isinstance(value, bool), f"{field.name} must be True or False.")
 

@@ -111,25 +111,29 @@ def named(name: str, parameters: Mapping[str, Any]) -> Objective:
 def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> dict[str, Any]:
     """Objective parameters from "name=value" strings (or a mapping, as YAML gives).
 
-    >>> parse_parameters(["beta1=5", "beta2=0.5"])
-    {'beta1': 5, 'beta2': 0.5}
+    >>> parse_parameters(["beta1=5", "beta2=0.5"]), parse_parameters({"beta1": "1e-1"})  # YAML reads 1e-1 as text
+    ({'beta1': 5, 'beta2': 0.5}, {'beta1': 0.1})
     """
-    if parameters is None:
-        return {}
     if isinstance(parameters, Mapping):
-        return dict(parameters)
-    found = {}
-    for entry in parameters.split() if isinstance(parameters, str) else parameters:
+        return {n: _value(f"{n}={v}", v) if isinstance(v, str) else v for n, v in parameters.items()}
+    found: dict[str, Any] = {}
+    for entry in parameters.split() if isinstance(parameters, str) else parameters or ():
         name, equals, value = str(entry).partition("=")
-        try:
-            if not equals or not name.isidentifier():
-                raise ValueError
-            value = value.capitalize() if value.lower() in ("true", "false") else value  # as YAML writes them
-            word = value.isidentifier() and value not in ("True", "False", "None")  # dual_update_upon=epoch
-            found[name] = value if word else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(
-                f"objective_args {entry!r} should read name=number, for instance alpha=0.5; in one word WGA:alpha=0.5, "
-                "SatImp:beta1=5,beta2=1"
-            ) from None
+        number = _value(entry, value if equals and name.isidentifier() else "")
+        if name in found:
+            raise ValueError(f"objective_args give {name} twice, as {found[name]} and as {number}: leave one out")
+        found[name] = number
     return found
+
+
+def _value(entry: str, text: str) -> Any:
+    """A number, a list, True or False (as YAML writes them too), or a word (dual_update_upon=epoch)."""
+    text = text.capitalize() if text.lower() in ("true", "false") else text
+    try:
+        word = text.isidentifier() and text not in ("True", "False", "None")
+        return text if word else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            f"objective_args {entry!r} should read name=number, for instance alpha=0.5; in one word WGA:alpha=0.5, "
+            "SatImp:beta1=5,beta2=1"
+        ) from None
