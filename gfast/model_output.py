@@ -45,6 +45,10 @@ class ModelOutput(NamedTuple):
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
     """Labels [B, T] of a batch; ValueError where it has none, or they are not like its tokens."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"gfast: a batch is a dict of tensors, what a collator makes of items, and this is a {type(batch).__name__}"
+        )
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")

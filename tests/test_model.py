@@ -119,6 +119,8 @@ def test_errors_come_before_the_forward_pass():
             gfast.model_loss(model, {**batch, "labels": wrong}, WGA())
     with pytest.raises(TypeError, match="once a term"):
         gfast.model_loss(model, batch, Mix(WGA()))
+    with pytest.raises(TypeError, match="a batch is a dict of tensors.*this is a list"):
+        gfast.model_loss(model, [batch], WGA())
 
 
 @pytest.mark.parametrize("objective", [KL(), RMU(layer=1), RR(layer=1), UNDIAL(), CEU(), Unilogit()], ids=str)

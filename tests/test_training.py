@@ -184,6 +184,11 @@ def test_a_reference_that_is_needed_and_missing_is_said_before_any_work(tmp_path
     assert all((value == before[name]).all() for name, value in parameters(model).items())
 
 
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no parameter of the model is trained"):
+        train(tiny_model().requires_grad_(False), config(tmp_path))
+
+
 def test_a_retain_term_without_retain_batches_is_refused(tmp_path):
     forget, _ = datasets()
     with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):

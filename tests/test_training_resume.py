@@ -165,3 +165,5 @@ def test_weights_alone_are_not_gone_on_from(tmp_path, caplog):
     assert "checkpoint-2 holds weights alone (save_only_model): the run starts again from step 0" in caplog.text
     with pytest.raises(ValueError, match="checkpoint-1 holds weights alone .it was saved with save_only_model"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ValueError, match="there is no checkpoint folder .*checkpoint-3"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -289,6 +289,11 @@ class GFastLossMixin:
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
+                "is_trainable=True, or frozen)"
+            )
         found = self._sides(batch)
         for side, objective, _ in self._parts:
             if side not in found:

@@ -67,9 +67,14 @@ def _is_weights_alone(checkpoint: Path) -> bool:
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """DamagedFile unless every file of a checkpoint is as it was saved; without a manifest that is only logged.
-    ValueError for one of weights alone.
+    ValueError for one of weights alone, and for none.
     """
     checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise ValueError(
+            f"gfast: there is no checkpoint folder {checkpoint}. Give one that there is (OUTPUT_DIR/checkpoint-STEP), "
+            "or True for the newest of the run"
+        )
     remedy = f"delete the folder {checkpoint} to go on from the checkpoint before it, or restore it from a copy"
     if not check_manifest(checkpoint, remedy):
         logger.warning("%s has no %s: its files go unchecked", checkpoint, MANIFEST)
