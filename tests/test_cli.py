@@ -14,7 +14,7 @@ from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_mode
 from safetensors.torch import load_file
 
 import gfast
-from gfast import cli
+from gfast import cli, metrics
 from gfast.data import Collator, QADataset
 from gfast.files import read_json
 from gfast.training.records import read_records, read_run_info, recorded_steps
@@ -72,6 +72,19 @@ def test_help_is_fast_and_lists_the_commands():
     assert done.stdout.strip().endswith("False"), "help must not import torch"
     assert cli.main([]) == 0
     assert cli.main(["--version"]) == 0
+
+
+def test_evaluations_along_a_run_and_what_they_say_at_equal_forgetting(original, tmp_path, capsys):
+    along = dict(evaluate_every=2, evaluate_rows=3, nll_every=1, max_steps=3, learning_rate=0.05)
+    runs = {name: tmp_path / name for name in ("GA", "WGA")}
+    for objective, folder in runs.items():
+        assert cli.main(["unlearn", *flags(original, folder, objective=objective, **along)]) == 0
+    log = metrics.load_log(runs["GA"] / "evaluations" / "step-00000002.json")
+    assert {name: len(one) for name, one in log.sets.items()} == {"retain": 3, "forget": 3}
+    assert cli.main(["report", *map(str, runs.values()), "--out", str(tmp_path / "report")]) == 0
+    matched = [run["matched"] for run in json.loads((tmp_path / "report" / "table.json").read_text())]
+    assert all(0 <= one["retain_extraction"] <= 1 for one in matched)
+    fails(capsys, "evaluate_rows is -1", "unlearn", *flags(original, tmp_path / "x", evaluate_rows=-1))
 
 
 @pytest.mark.parametrize("objective, given", [("SHRED", []), ("JensUn", ["target_ids=(3,4)"])])
@@ -390,7 +403,7 @@ def test_one_of_several_processes_ends_at_once():
 import atexit, sys
 import torch.distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from gfast import cli
+from gfast import cli, metrics
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 atexit.register(print, "registered")
 sys.argv[1:] = ["no-such-command"]

@@ -127,6 +127,7 @@ class Sides:
             if "strftime_now" in chat_source(tokenizer, options):
                 options["strftime_now"] = today
                 say(f"The chat template may write a date: it is {today}. --chat_kwargs strftime_now={today} fixes it")
+        self.chat_kwargs = options
         self._options = {"template": arguments.template, "max_length": arguments.max_length, "chat_kwargs": options}
         self.forget = self._encoded("forget", QADataset, rows.forget)
         self.retain = self._encoded("retain", QADataset, rows.retain, id_offset=RETAIN_IDS) if rows.retain else None

@@ -20,7 +20,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,38 @@ SHOWN = (
 WITHOUT_EVALUATION = "eval_strategy eval_on_start load_best_model_at_end do_eval do_predict".split()
 
 
+@dataclass
+class AlongArguments:
+    """What is asked of the model along the run."""
+
+    _argument_group_name = "evaluation"
+
+    evaluate_every: int = field(
+        default=0,
+        metadata={
+            "help": "Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
+            "report then has what the model keeps at equal forgetting."
+        },
+    )
+    evaluate_rows: int = field(
+        default=0, metadata={"help": "Of the forget and retain sets only the first so many rows; 0: all."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "evaluate_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number, or 0")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     return run(*parsed(argv), list(sys.argv[1:] if argv is None else argv))
 
 
-def parsed(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, UnlearnConfig]:
+def parsed(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, AlongArguments, UnlearnConfig]:
     """The flags; their errors come before any work."""
     hidden = [entry.name for entry in fields(TrainingArguments) if entry.name not in SHOWN]
     parser = CommandParser(
-        [ModelArguments, DataArguments, UnlearnConfig],
+        [ModelArguments, DataArguments, AlongArguments, UnlearnConfig],
         "gfast unlearn",
         "Train a model to forget, with any objective; every flag of transformers' TrainingArguments works too.",
         hidden=hidden,
@@ -85,14 +108,20 @@ def parsed(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, U
     return parser.parse(argv)
 
 
-def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str]) -> int:
+def run(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    along: AlongArguments,
+    config: UnlearnConfig,
+    argv: list[str],
+) -> int:
     show_log()
     for name in WITHOUT_EVALUATION:
         if getattr(config, name) not in (False, "no"):
             raise ValueError(
                 f"--{name} has no use here: gfast unlearn has no evaluation set. --nll_every records the NLL of both "
-                "sides along the run, --geffect_every their G-effect too; UnlearnTrainer in Python takes an "
-                "eval_dataset"
+                "sides along the run, --geffect_every their G-effect too, --evaluate_every asks what gfast evaluate "
+                "asks; UnlearnTrainer in Python takes an eval_dataset"
             )
     if getattr(config, "overwrite_output_dir", False):
         raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
@@ -100,11 +129,16 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, config: 
     with contextlib.ExitStack() as stack:
         main = config.process_index == 0
         together((lambda: stack.enter_context(claimed(folder))) if main else None, config.world_size)
-        return _train(model_arguments, data_arguments, config, argv, folder)
+        return _train(model_arguments, data_arguments, along, config, argv, folder)
 
 
 def _train(
-    model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, argv: list[str], folder: Path
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    along: AlongArguments,
+    config: UnlearnConfig,
+    argv: list[str],
+    folder: Path,
 ) -> int:
     objective = config.build_objective()
     both = objective if isinstance(objective, Mix) else Mix(objective)
@@ -127,6 +161,7 @@ def _train(
     _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
+    evaluations = _evaluations(along, data_arguments, sides, config)
     say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
     set_seed(config.seed)
     model = load_model(model_arguments).to(config.device)
@@ -144,7 +179,7 @@ def _train(
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
-    callbacks: list[Any] = list(_measurements(objective, both, sides, references, config))
+    callbacks: list[Any] = [*_measurements(objective, both, sides, references, config), *evaluations]
     if not sys.stderr.isatty():  # where transformers' bar would be one endless line
         callbacks.append(Progress(str(objective)))
     trainer = UnlearnTrainer(
@@ -274,6 +309,26 @@ def _measurements(
     if config.nll_every:
         found.append(NLLCallback(config.nll_every, forget, retain, label=str(objective)))
     return found
+
+
+def _evaluations(along: AlongArguments, data: DataArguments, sides: Sides, config: UnlearnConfig) -> list[Any]:
+    """The callback that evaluates along the run, if it is wanted; errors of its data come before any model."""
+    if not along.evaluate_every:
+        return []
+    from gfast.evaluation import EvaluateCallback, sources
+
+    limits = dict(max_forget=data.max_forget, max_retain=data.max_retain)
+    sets = sources.trained(data.data, data.forget, data.retain, data.data_path, along.evaluate_rows, **limits)
+    return [
+        EvaluateCallback(
+            along.evaluate_every,
+            sets,
+            sides.tokenizer,
+            batch_size=config.per_device_eval_batch_size,
+            template=data.template,
+            chat_kwargs=sides.chat_kwargs,
+        )
+    ]
 
 
 def _saved_so_far(folder: Path, step: int) -> str:

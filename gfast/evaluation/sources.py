@@ -75,6 +75,31 @@ def jsonl(files: Mapping[str, str], path: str | Path | None, ds_size: int = 0) -
     return found
 
 
+def trained(
+    source: str,
+    forget: str,
+    retain: str,
+    path: str | Path | None,
+    ds_size: int = 0,
+    *,
+    max_forget: int = 0,
+    max_retain: int = 0,
+    forget_authors: int = 4,
+) -> list[EvaluationSet]:
+    """What a model that is trained on these data (bundled, tofu or jsonl) is asked: of no more of their rows than it is
+    trained on, and of TOFU's other sets. forget_authors: of the bundled ones.
+    """
+    if source == "tofu":
+        found = tofu(forget, path, ds_size)
+    elif source == "jsonl":
+        found = jsonl({"forget": forget, "retain": retain}, path, ds_size)
+    else:
+        rows = dict(zip(("forget", "retain"), bundled_perturbed(forget_authors), strict=True))
+        found = [replace(one, rows=_first(rows[one.name], ds_size)) for one in bundled()]
+    limits = {"forget": max_forget, "retain": max_retain}
+    return [replace(one, rows=_first(one.rows, limits.get(one.name, 0))) for one in found]
+
+
 def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) -> list[EvaluationSet]:
     """MUSE: knowledge (questions after a few answered ones), verbatim memory (how a text goes on) and, for PrivLeak,
     whole texts of the forget and the holdout set.

@@ -21,7 +21,7 @@ from torch import nn
 from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.commands.models import load_model, load_tokenizer
-from gfast.data import bundled_authors, bundled_perturbed, load_jsonl, load_tofu
+from gfast.data import bundled_authors, load_jsonl, load_tofu
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.results import read_summaries, summarize, write_results, write_summaries
 from gfast.files import read_json, whole_file, write_json
@@ -59,15 +59,8 @@ def write_data(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str
 
 def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:
     """What every model is asked: of the rows that it was taught, and of TOFU's other sets."""
-    if data.source == "tofu":
-        found = sources.tofu(data.forget, data.path, options.rows)
-    elif data.source == "jsonl":
-        found = sources.jsonl({"forget": data.forget, "retain": data.retain}, data.path, options.rows)
-    else:
-        rows = dict(zip(("forget", "retain"), bundled_perturbed(data.forget_authors), strict=True))
-        found = [replace(one, rows=rows[one.name][: options.rows or None]) for one in sources.bundled()]
-    limits = {"forget": data.max_forget, "retain": data.max_retain}
-    found = [replace(one, rows=one.rows[: limits.get(one.name) or None]) for one in found]
+    places, limits = (data.forget, data.retain, data.path), dict(max_forget=data.max_forget, max_retain=data.max_retain)
+    found = sources.trained(data.source, *places, options.rows, **limits, forget_authors=data.forget_authors)
     if options.max_new_tokens is not None:
         found = [replace(one, generate=options.max_new_tokens) for one in found]
     return found
