@@ -20,6 +20,7 @@ from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
 from gfast.integrations.open_unlearning.trainers import make_trainers
 from gfast.objectives import (
+    BST,
     CEU,
     DPO,
     GA,
@@ -51,6 +52,7 @@ CLASSES = {
     "PDU": PDU(),
     "TNPO": TNPO(1.0),
     "WTNPO": WTNPO(1.0, 1.0),
+    "BST": BST(0.5, 20),
     "UNDIAL": UNDIAL(1.0),
     "CEU": CEU(),
 }
@@ -70,10 +72,14 @@ def kl(model, original, batch):
 
 
 def soft(name, model, original, batch):
-    """UNDIAL's and CE-U's cross-entropy, mean over the tokens that labels score."""
+    """The cross-entropy of UNDIAL and CE-U, or BS-T's ascent, mean over the tokens that labels score."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     labels, logits = batch["labels"][:, 1:], model(**inputs).logits[:, :-1].double()
     label = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
+    if name == "BST":  # half the label, half the softmax of the 20 largest logits
+        z = logits.detach()
+        believed = z.masked_fill(z < z.topk(20, -1).values[..., -1:], -torch.inf).softmax(-1)
+        return ((believed + label.double()) / 2 * logits.log_softmax(-1)).sum(-1)[labels != -100].mean()
     with torch.no_grad():
         target = (original if name == "UNDIAL" else model)(**inputs).logits[:, :-1].double()
         target = torch.where(label, target - 1.0 if name == "UNDIAL" else -torch.inf, target).softmax(-1)
@@ -90,7 +96,7 @@ def three_steps(name, trainer, start, alpha, retain="NLL"):
             trainer.data_collator.collator(items(data)) if trainer.references else trainer.data_collator(items(data))
         )
         objective = CLASSES[name]
-        if name in ("UNDIAL", "CEU"):
+        if name in ("UNDIAL", "CEU", "BST"):
             loss = soft(name, model, original, batch["forget"])
         else:
             loss = literal(objective, model, [batch["forget"]], original if objective.needs else None)

@@ -7,9 +7,9 @@ from test_token_stats import plain_loss
 
 import gfast
 from gfast.model_output import shifted
-from gfast.objectives import ETW, MASC, NLL, PDU, TPO, Mix
+from gfast.objectives import BST, ETW, MASC, NLL, PDU, TPO, Mix
 
-OBJECTIVES = [ETW(), PDU(), MASC(k=2, rho=0.2, eta=2.0), TPO(floor=2.0)]
+OBJECTIVES = [ETW(), PDU(), MASC(k=2, rho=0.2, eta=2.0), TPO(floor=2.0), BST(top_k=3)]
 
 
 def by_hand(model, batch, objective):

@@ -8,14 +8,14 @@ from helpers.losses import DEVICES, DRAWS, assert_law_of_draws, need, problem, r
 from helpers.marks import slow_when
 
 import gfast
-from gfast.objectives import ETW, GA, MASC, PDU, TPO
+from gfast.objectives import BST, ETW, GA, MASC, PDU, TPO
 from gfast.ops import linear_token_stats as linear
 from gfast.ops import stat_loss
 from gfast.ops import token_stats as ops
 
 IMPLS = ["reference", "cpp", "triton"]
 OBJECTIVES = [ETW(), ETW(temperature=2.5), PDU(), MASC(k=1, rho=0.2, eta=2.0), MASC(k=4, rho=0.1, eta=3.0, beta=0.5)]
-OBJECTIVES += [TPO(), TPO(beta=0.5, floor=1.0)]
+OBJECTIVES += [TPO(), TPO(beta=0.5, floor=1.0), BST(lambda_bst=0.4, top_k=3), BST(lambda_bst=0.7, top_k=1)]
 FIELDS = gfast.TokenStats._fields
 
 
@@ -52,7 +52,13 @@ def plain_loss(z, labels, objective):
             for (row, y), h in zip(rows, entropies, strict=True):
                 total = total + len(rows) * h / sum(entropies) * torch.log_softmax(row, 0)[y]
         for row, y in rows if not isinstance(objective, ETW) else ():
-            if isinstance(objective, PDU):
+            if isinstance(objective, BST):
+                believed = row.topk(objective.top_k)
+                target = torch.zeros_like(row).scatter(0, believed.indices, torch.softmax(believed.values, 0)).detach()
+                target = objective.lambda_bst * target
+                target[y] += 1 - objective.lambda_bst
+                total = total + (target * torch.log_softmax(row, 0)).sum()
+            elif isinstance(objective, PDU):
                 total = total + (row.max() - row.mean()) ** 2
             else:
                 rivals = torch.cat([row[:y], row[y + 1 :]]).topk(objective.k).values

@@ -31,9 +31,9 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
     objective.
 
     Args:
-        objective: GA, WGA, SatImp, SimSat, SimImp, ETW, PDU (without a dual variable), MASC, NLL or PO, or a callable
-            ``(logp, ref_logp, sequence_id) -> weights``. PO as NLL of the batch's labels, which must be those of a
-            refusal.
+        objective: GA, WGA, SatImp, SimSat, SimImp, ETW, PDU (without a dual variable), MASC, BST, NLL or PO, or a
+            callable ``(logp, ref_logp, sequence_id) -> weights``. PO as NLL of the batch's labels, which must be those
+            of a refusal.
         args: the Trainer's arguments; needed in several processes, where average_tokens_across_devices decides what
             num_items_in_batch counts.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gfast.objectives.base import Objective, Weights, as_objective
 from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
-from gfast.objectives.logits import ETW, MASC, PDU, TPO
+from gfast.objectives.logits import BST, ETW, MASC, PDU, TPO
 from gfast.objectives.mix import Mix
 from gfast.objectives.registry import REGISTRY, from_name
 from gfast.objectives.samples import BalDRO, BalDROG
@@ -20,6 +20,7 @@ from gfast.objectives.token import GA, NLL, PO, TNPO, WGA, WTNPO, SatImp, SimImp
 UNWEIGHTED = (KL, RMU, RR, SoftTarget, OfLabel)
 
 __all__ = [
+    "BST",
     "BalDRO",
     "BalDROG",
     "CEU",

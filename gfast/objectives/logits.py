@@ -1,4 +1,4 @@
-r"""Objectives that look at a whole row of logits: ETW, PDU, MASC and TPO.
+r"""Objectives that look at a whole row of logits: ETW, PDU, MASC, TPO and BST.
 
 Symbols: z_ij logits after scale and soft cap, p = softmax(z), y_i the label, N the label tokens, sg = stop-gradient.
 """
@@ -189,3 +189,39 @@ class TPO(StatObjective):
 
     def stat_spec(self) -> StatSpec:
         return StatSpec("logit", (float(self.beta), float(self.floor)))
+
+
+@dataclass(frozen=True)
+class BST(StatObjective):
+    r"""Bootstrapping by tokens (BS-T): :math:`L = \frac1N \sum_i \sum_j t_{ij} \log p_{ij}`, :math:`t_i = \lambda\,
+    \mathrm{sg}(q_i) + (1 - \lambda) e_{y_i}`.
+
+    :math:`q_i = \mathrm{softmax}(z_i)` over the k largest logits alone: what the model believes beside the label, where
+    the probability goes that ascent takes from it. :math:`\lambda = 0` is GA; with k = V the second term's gradient is
+    none. The paper sums over the tokens of an answer; its code takes the mean of each answer, then of the answers; here
+    it is the mean over the tokens, as for GA.
+
+    Attributes:
+        lambda_bst: :math:`\lambda`, in [0, 1). top_k: 1 to 128 logits.
+
+    Source: arXiv 2510.19422 (equations 6 and 7), as in its published code; the defaults are those of its configuration.
+
+    Example:
+        >>> import torch, gfast
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+        >>> gfast.unlearn_loss(logits, torch.tensor([1]), BST(lambda_bst=0.5, top_k=1)).loss.backward()
+        >>> [round(x, 3) for x in logits.grad[0].tolist()]    # t - p: both the label and the belief 0 go down
+        [-0.165, 0.255, -0.09]
+    """
+
+    lambda_bst: float = 0.2
+    top_k: int = 20
+    key: ClassVar[str] = "bst"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.lambda_bst < 1, "lambda_bst must be in [0, 1).")
+        self._require(1 <= self.top_k <= MOST_TOP, f"top_k must be 1 to {MOST_TOP}.")
+
+    def stat_spec(self) -> StatSpec:
+        return StatSpec("beliefs", (float(self.lambda_bst), float(self.top_k)))

@@ -11,7 +11,7 @@ from typing import Any
 from gfast.objectives.base import Objective
 from gfast.objectives.given import HardMask, SoftMask
 from gfast.objectives.hidden import KL, RMU, RR
-from gfast.objectives.logits import ETW, MASC, PDU, TPO
+from gfast.objectives.logits import BST, ETW, MASC, PDU, TPO
 from gfast.objectives.samples import BalDRO, BalDROG
 from gfast.objectives.sequence import DPO, NPO, SimNPO
 from gfast.objectives.soft import CEU, JSD, SHRED, UNDIAL, JensUn, Unilogit
@@ -40,6 +40,7 @@ REGISTRY: dict[str, type[Objective]] = {
         PDU,
         MASC,
         TPO,
+        BST,
         NLL,
         KL,
         RMU,

@@ -222,7 +222,8 @@ def linear_unlearn_loss(
         check_finite: raise on NaN or infinite log-probs (waits for the device).
 
     Returns:
-        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC and TPO, which have no token weights.
+        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC, TPO and BST: no token
+        weights.
 
     Raises:
         ValueError, TypeError: as ``unlearn_loss``, and a head that does not match hidden.

@@ -23,7 +23,7 @@ class LossOutput(NamedTuple):
         loss: 0-dim; with reduction "none" one value a token (shape of labels) or a sequence [S].
         logp: log-prob of each label, shape of labels, fp32, detached, 0 where ignored.
         weight: the weight each token's log-prob gradient got, shape of labels, detached, 0 where ignored. Both are None
-            of an objective whose gradient is no weighted sum of log-probs' (PDU, MASC, TPO, KL, RMU, RR).
+            of an objective whose gradient is no weighted sum of log-probs' (PDU, MASC, TPO, BST, KL, RMU, RR).
     """
 
     loss: Tensor

@@ -1,5 +1,5 @@
-"""Losses of what rows of logits are like: ETW, PDU, MASC, TPO. Values, detached weights and factors of the gradient in
-closed form from the statistics of ``token_stats``, so that a chunk of logits becomes its own gradient.
+"""Losses of what rows of logits are like: ETW, PDU, MASC, TPO, BST. Values, detached weights and factors of the
+gradient in closed form from the statistics of ``token_stats``, so that a chunk of logits becomes its own gradient.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def preference(
     return beta * (floor - sums / sizes)[ids], sizes.reciprocal()[ids]
 
 
+def belief(stats: RowStats) -> Tensor:
+    """The softmax of the largest logits alone [N, k], a constant."""
+    return torch.softmax(stats.values.detach(), 1)
+
+
 def values(spec: StatSpec, stats: RowStats, labels: Tensor, ids: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """The literal definition: values [N], whose sum is reduced, and detached weights [N]; differentiable in ``stats``.
 
@@ -78,6 +83,8 @@ def values(spec: StatSpec, stats: RowStats, labels: Tensor, ids: Tensor | None, 
     flat ():                    (max_j z_ij - mean_j z_ij)^2
     margin (k, tau, eta, beta): max(0, m_i - (tau - eta)) / eta, m_i = beta z_iy - log sum_{j in K_i} exp(beta z_ij),
                                 K_i the k largest logits but the label's
+    beliefs (lambda, k):        (1 - lambda) log p_iy + lambda sum_{j in K_i} q_ij log p_ij, q_i = sg softmax of the k
+                                largest logits K_i
     logit (beta, floor):        -(2 / beta) log sigmoid(x_s) / n_s, x as in ``preference``, n_s label tokens of s
     """
     valid = labels != IGNORE_INDEX
@@ -89,6 +96,12 @@ def values(spec: StatSpec, stats: RowStats, labels: Tensor, ids: Tensor | None, 
         beta, floor = spec.numbers
         x, share = preference(beta, floor, stats.label, valid, ids, count)
         value = ((2 / beta) * torch.nn.functional.softplus(-x) * share).to(stats.label.dtype)
+    elif spec.kind == "beliefs":
+        # log p_y + lambda (sum_j q_j z_j - z_y): q sums to one
+        q, z = belief(stats), stats.values
+        moved = torch.where(q == 0, 0.0, q * z).sum(1) - stats.label
+        value = stats.logp + torch.where(stats.label == -torch.inf, 0.0, spec.numbers[0] * moved)
+        weight = torch.where(valid, 1.0, weight)
     elif spec.kind == "flat":
         value = (stats.values[:, 0] - stats.mean) ** 2
     else:
@@ -109,6 +122,10 @@ def parts(spec: StatSpec, stats: RowStats, labels: Tensor, ids: Tensor | None, c
         x, share = preference(*spec.numbers, stats.label, valid, ids, count)
         slope = torch.where(valid, 2 * torch.sigmoid(-x) * share, 0.0).to(value.dtype)
         return Parts(value, weight, zero, labels.clamp(min=0)[:, None], slope[:, None])
+    if spec.kind == "beliefs":
+        share = torch.where(valid, zero + spec.numbers[0], 0.0)[:, None]
+        adds = torch.cat([-share, torch.where(share == 0, 0.0, share * belief(stats))], 1)
+        return Parts(value, weight, zero, torch.cat([labels.clamp(min=0)[:, None], stats.ids], 1), adds)
     if spec.kind == "flat":
         slope = torch.where(valid, 2 * (stats.values[:, 0] - stats.mean), 0.0)
         return Parts(value, weight, -slope, first, slope[:, None])
@@ -139,7 +156,7 @@ class _Rows:
 
     def read(self, part: slice, logits: Tensor, labels: Tensor, form) -> None:
         spec = self.spec
-        found = stat_rows(logits, labels, self.top, 1.0 / spec.temperature, spec.weighted, *form, self.impl)
+        found = stat_rows(logits, labels, self.top, 1.0 / spec.temperature, spec.soft, *form, self.impl)
         self.stats[part], self.values[part], self.ids[part] = found
 
     def of(self, part: slice) -> RowStats:
@@ -151,7 +168,7 @@ class _Rows:
         dense = torch.stack([found.weight[some], zero, found.mean[some]], 1) * factor
         adds = (found.adds[some] * factor).to(dense.dtype)
         given = self.stats[part], dense, found.columns[some].contiguous(), adds
-        stat_rows_grad(logits, labels, *given, self.spec.weighted, *form, out, self.impl)
+        stat_rows_grad(logits, labels, *given, self.spec.soft, *form, out, self.impl)
 
 
 def _fake_logits(logits, labels, per_row, factor, kind, numbers, count, with_grad, impl):
@@ -321,7 +338,7 @@ def logits_loss(terms: Terms, spec: StatSpec, logits: Tensor, impl: str, inplace
         if inplace:
             raise ValueError(NOT_ONE_NUMBER.format(name=terms.name))
         if not spec.weighted:
-            return own.literal(row_stats(flat, tokens.labels, top, False, impl))
+            return own.literal(row_stats(flat, tokens.labels, top, spec.soft, impl))
         weight = _stat_logits(rows, tokens.labels, own.per_row(dtype), factor, *options, False, impl)[2]
         return own.each(token_logp(flat, tokens.labels, impl=impl), weight)
     wanted = logits.requires_grad and torch.is_grad_enabled()

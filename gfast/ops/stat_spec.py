@@ -9,7 +9,7 @@ class StatSpec(NamedTuple):
     """A loss of this family.
 
     Attributes:
-        kind: "entropy" (ETW), "flat" (PDU), "margin" (MASC) or "logit" (TPO).
+        kind: "entropy" (ETW), "flat" (PDU), "margin" (MASC), "logit" (TPO) or "beliefs" (BST).
         numbers: its arguments, see ``stat_loss.values``.
     """
 
@@ -20,6 +20,11 @@ class StatSpec(NamedTuple):
     def weighted(self) -> bool:
         """Whether it is a sum of log-probs with detached weights."""
         return self.kind == "entropy"
+
+    @property
+    def soft(self) -> bool:
+        """Whether it takes exps: its gradient has log-probs' in it."""
+        return self.kind in ("entropy", "beliefs")
 
     @property
     def level(self) -> str:
@@ -40,7 +45,8 @@ class StatSpec(NamedTuple):
 
     def top(self, vocab: int) -> int:
         """How many of the largest logits it looks at."""
-        return min(vocab, int(self.numbers[0]) + 1 if self.kind == "margin" else 1)
+        counts = {"margin": lambda: int(self.numbers[0]) + 1, "beliefs": lambda: int(self.numbers[1])}
+        return min(vocab, counts.get(self.kind, lambda: 1)())
 
 
 def stat_spec_of(objective) -> StatSpec | None:

@@ -243,7 +243,8 @@ def unlearn_loss(
             under torch.compile, which plans memory itself, the logits are left alone.
 
     Returns:
-        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC and TPO, which have no token weights.
+        LossOutput(loss, logp, weight); logp and weight are None for PDU, MASC, TPO and BST: no token
+        weights.
 
     Raises:
         ValueError: a label outside the vocabulary, mismatched shapes or devices, a missing ref_logp, a weight that is

@@ -17,6 +17,7 @@ from gfast.data import batches
 from gfast.integrations.open_unlearning.arguments import unlearn_config
 from gfast.integrations.open_unlearning.data import Chosen, Items, PlainOrPairs, drawn, paired
 from gfast.objectives import (
+    BST,
     CEU,
     DPO,
     GA,
@@ -70,6 +71,7 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     ),
     "TNPO": (lambda beta: TNPO(beta), {"beta": 1.0}),
     "WTNPO": (lambda beta, wga_beta: WTNPO(wga_beta, beta), {"beta": 1.0, "wga_beta": 1.0}),
+    "BST": (lambda lambda_bst, top_k: BST(lambda_bst, top_k), {"lambda_bst": 0.5, "top_k": 20}),
     "UNDIAL": (lambda beta: UNDIAL(beta), {"beta": 1.0}),
     "CEU": (lambda: CEU(), {_FIRST: 1}),
 }
