@@ -14,7 +14,8 @@ from gfast import packed, wrappers
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
-from gfast.training.reference import ReferenceCache, check_labels_attended
+from gfast.training.reference import ReferenceCache
+from gfast.training.reference_values import check_labels_attended
 
 
 def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

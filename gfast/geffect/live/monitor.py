@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gfast import wrappers
 from gfast.geffect.data import Term, identity_factor
 from gfast.geffect.groups import assign
+from gfast.geffect.live.losses import FREED, Loss, check_factor, is_function, refuse, value_of
 from gfast.geffect.live.merging import Gradients
 from gfast.geffect.live.processes import Processes, here, like, refuse_inner
 from gfast.geffect.live.step import LiveStep
@@ -24,11 +25,7 @@ from gfast.wrappers import unwrap_name
 
 logger = logging.getLogger("gfast")
 
-Loss = Any  # a scalar tensor, something with a .loss, or a function that returns one of them
 ACCUMULATE = ("first", "exact")
-_FREED = (
-    "FSDP2 frees the gathered weights of a forward after its first backward: give risk= as a function that computes it"
-)
 
 
 class GEffectMonitor:
@@ -131,10 +128,10 @@ class GEffectMonitor:
         found: dict[int, Tensor] = {}
         for name, value in state.items():
             if self.surgery is None or self.surgery.kind != "gru":
-                _refuse(f"the state holds averages of gru, and the monitor's surgery is {self.surgery}")
+                refuse(f"the state holds averages of gru, and the monitor's surgery is {self.surgery}")
             parameter = self.gradients.parameters[places[name]] if name in places else None
             if parameter is None or here(value).shape != here(parameter).shape:
-                _refuse(f"the state holds an average of {name!r} {tuple(value.shape)}, which is no parameter here")
+                refuse(f"the state holds an average of {name!r} {tuple(value.shape)}, which is no parameter here")
             found[places[name]] = like(parameter, value)
         self.gradients.averages = found
 
@@ -157,13 +154,13 @@ class GEffectMonitor:
         if step.forgets and not step.retains and gradients.none() and not gradients.aside:
             step = self._step = LiveStep()  # given up by zero_grad()
         if step.retains:
-            _refuse("forget was called between the retain losses of a step: give all forget losses first")
+            refuse("forget was called between the retain losses of a step: give all forget losses first")
         if risk is not None and not (self.unlearn and self.identity is None):
-            _refuse("forget(risk=...) is for unlearn=True with an objective that is neither GA nor NLL")
+            refuse("forget(risk=...) is for unlearn=True with an objective that is neither GA nor NLL")
         if not step.forgets:
             present = [n for n, p in zip(gradients.names, gradients.parameters, strict=True) if p.grad is not None]
             if present:
-                _refuse(
+                refuse(
                     f"{present[0]!r} has a gradient before the step begins: call optimizer.zero_grad() (with "
                     f"set_to_none=True, its default) before forget()"
                 )
@@ -174,11 +171,11 @@ class GEffectMonitor:
             step.updated = self._updates is not None and self._updates.begin()
             gradients.updates = self._updates if step.updated else None
         self._check_unchanged()
-        _check_factor(factor)
-        shared = risk is not None and not _is_function(risk)
+        check_factor(factor)
+        shared = risk is not None and not is_function(risk)
         if shared and self.processes.sharded:
-            _refuse(_FREED)
-        loss = _value(loss, "forget loss")
+            refuse(FREED)
+        loss = value_of(loss, "forget loss")
         with self._undone():
             ddp = self.processes.replicated
             step.local |= ddp is not None and not ddp.require_backward_grad_sync
@@ -189,7 +186,7 @@ class GEffectMonitor:
             if risk is not None:
                 self._reduce_forget()
                 with self._no_sync():
-                    risk = _value(risk, "forget risk")
+                    risk = value_of(risk, "forget risk")
                     gradients.measure(risk, step.unlearn_rows)
                 step.values["unlearn"] = risk.detach()
             step.gradients = gradients.marks()
@@ -209,28 +206,28 @@ class GEffectMonitor:
         """
         step, gradients = self._step, self.gradients
         if not step.forgets:
-            _refuse(
+            refuse(
                 "a second retain in one step: give last=False with all but the last retain micro-batch"
                 if self._finished is not None and gradients.none() is False
                 else "retain was called before forget: a step is monitor.forget(loss_u), then monitor.retain(loss_r)"
             )
         if loss is None and (risk is None or step.retains or not last):
-            _refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
-        shared = risk is not None and not _is_function(risk)
+            refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
+        shared = risk is not None and not is_function(risk)
         if shared and self.processes.sharded:
-            _refuse(_FREED)
+            refuse(FREED)
         if self.processes.replicated is not None and risk is not None:
-            if shared or not (loss is None or _is_function(loss)):
-                _refuse(
+            if shared or not (loss is None or is_function(loss)):
+                refuse(
                     "DDP reduces the first backward after a forward, which here is the risk's: give both the loss and "
                     "risk= as functions that compute them"
                 )
-        _check_factor(factor)
+        check_factor(factor)
         self._check_unchanged()
         ddp = self.processes.replicated
         step.local_retain = ddp is not None and not ddp.require_backward_grad_sync
         if step.local_retain and last and self.held:
-            _refuse(
+            refuse(
                 "surgery and accumulate='exact' work on the gradients of all processes: leave DDP.no_sync() for the "
                 "last retain loss"
             )
@@ -243,13 +240,13 @@ class GEffectMonitor:
                     self._lacks_risk()
             if risk is not None and step.retains == 0 and not (loss is None and self.surgery is not None):
                 with self._no_sync():
-                    risk = _value(risk, "retain risk")
+                    risk = value_of(risk, "retain risk")
                     gradients.measure(risk, step.rows, retain_graph=shared and loss is not None)
                 step.values["retain"], step.own_risk = risk.detach(), True
             if loss is not None:
-                self._retain_loss(_value(loss, "retain loss"), factor, last)
+                self._retain_loss(value_of(loss, "retain loss"), factor, last)
             elif self.surgery is not None:
-                risk = _value(risk, "retain risk")
+                risk = value_of(risk, "retain risk")
                 gradients.merge(risk, step.rows, adds=False)
                 step.values["retain"] = risk.detach()
             step.retains += 1
@@ -303,11 +300,11 @@ class GEffectMonitor:
             ValueError: no finished step, one that was dropped, or one whose gradient came in parts.
         """
         if of not in ("forget", "step"):
-            _refuse(f'of must be "forget" or "step", not {of!r}')
+            refuse(f'of must be "forget" or "step", not {of!r}')
         if self._finished is None:
-            _refuse(f"there is no G-effect: {self.dropped or 'no step was finished'}")
+            refuse(f"there is no G-effect: {self.dropped or 'no step was finished'}")
         if self._finished.torn is not None:
-            _refuse(
+            refuse(
                 f"there is no G-effect of this step: the retain gradient of {self._finished.torn!r} came in parts "
                 f"(re-entrant checkpointing). The step's gradients are right, and the next step is measured"
             )
@@ -328,7 +325,7 @@ class GEffectMonitor:
             ValueError: a monitor without `optimizer=`, and as `effect`.
         """
         if self._updates is None:
-            _refuse("the update's effect needs GEffectMonitor(..., optimizer=...)")
+            refuse("the update's effect needs GEffectMonitor(..., optimizer=...)")
         self.effect()
         return self._finished.update(self) if self._finished.updated else None
 
@@ -345,7 +342,7 @@ class GEffectMonitor:
         if changed:
             what = "another one" if changed[0] in now and changed[0] in before else "trained"
             what = "not trained any more, or gone" if changed[0] not in now else what
-            _refuse(
+            refuse(
                 f"{changed[0]!r} is {what} since the GEffectMonitor was made: make a new one after parameters are "
                 f"frozen, added or replaced"
             )
@@ -360,7 +357,7 @@ class GEffectMonitor:
             changed = [name for name, x, y in zip(gradients.names, found, before, strict=False) if x != y]
             if changed:
                 self.reset()
-                _refuse(
+                refuse(
                     f"{what}{changed[0]!r} was changed after forget(): both gradients of a step must be of the same "
                     f"weights, and nothing else may add to them, clip them or set them to zero before the last "
                     f"retain(). The step was given up, its gradients are gone"
@@ -407,31 +404,3 @@ class GEffectMonitor:
         if self.scaler is None:  # which looks for itself, and wants to see them
             gradients.drop()
         logger.warning("gfast: %s: check the losses, the learning rate and, in float16, the loss scale", self.dropped)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"gfast: {message}")
-
-
-def _check_factor(factor: float) -> None:
-    if factor == 0.0:
-        _refuse("factor=0: nothing follows for an objective from a loss that is 0 times it; leave its term out")
-
-
-def _is_function(loss: Loss) -> bool:
-    return callable(loss) and not isinstance(loss, Tensor)
-
-
-def _value(loss: Loss, what: str) -> Tensor:
-    """The scalar of a loss, with a graph."""
-    loss = loss() if _is_function(loss) else loss
-    loss = getattr(loss, "loss", loss)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        _refuse(f"the {what} must be one number, and it is {found}")
-    if not loss.requires_grad:
-        _refuse(
-            f"the {what} has no graph, so there is no gradient: compute it with gradients on (not in torch.no_grad()), "
-            f"from parameters that are trained"
-        )
-    return loss

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model says of batches, and each sample's part of it: what a ReferenceCache is built of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfast.model_state import evaluating
+
+# What the values are of, one entry a token; files of earlier versions have none.
+TEXT_KEYS = {"input_ids": "text_input_ids", "labels": "text_labels"}
+# What can be asked for -> the key in a batch.
+BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_layer_hidden"}
+
+
+def checked(what: Collection[str], layer: int | None) -> frozenset[str]:
+    """The quantities that were asked for; ValueError for others, and for hidden states of no layer."""
+    what = frozenset([what] if isinstance(what, str) else what)
+    if not what or what - set(BATCH_KEY):
+        raise ValueError(f"what={sorted(what)} must be some of {sorted(BATCH_KEY)}")
+    if "layer_hidden" in what and layer is None:
+        raise ValueError('what="layer_hidden" needs layer=, counted as in hidden_states')
+    return what
+
+
+def to_model(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """The model with whatever adapters it has, in evaluation mode, without gradients."""
+    with torch.no_grad(), evaluating(model):
+        yield
+
+
+def values_of(
+    model: nn.Module, batch: dict[str, Any], what: frozenset[str], layer: int | None, head: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the model says of a batch; its output head goes into ``head`` with the first one."""
+    from gfast import hf
+    from gfast.hidden_states import layer_hidden
+    from gfast.model_output import model_logp, model_output
+
+    found = {}
+    if "hidden" in what:
+        output = model_output(model, batch)
+        if output.head is None:
+            raise ValueError(
+                f"KL from a cache needs a model whose logits are a linear map of hidden states (scaled or capped), and "
+                f"those of {type(hf.unwrap(model)).__name__} are not"
+            )
+        if not head:
+            own = {"ref_head": output.head.weight, "ref_head_bias": output.head.bias}
+            head |= output.head.over(output.value, lambda _: {n: _copied(x) for n, x in own.items() if x is not None})
+            form = (output.head.logit_scale, output.head.softcap or 0.0)
+            head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
+        found["ref_hidden"] = output.value  # [B, T, D]
+    if "logp" in what:
+        found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+    if "layer_hidden" in what:
+        found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
+    return found
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    """Each row of a batch without its padding, by its sample_id; with the texts that the values are of."""
+    ids, mask = batch.get("sample_id"), batch["attention_mask"].bool()
+    check_labels_attended(batch)
+    if ids is None or ids.numel() != mask.shape[0]:
+        raise ValueError("the collator's batch has no sample_id for each row; gfast.data.Collator makes such batches")
+    for row, sample_id in enumerate(ids.tolist()):
+        if sample_id in parts:
+            raise ValueError(
+                f"sample_id {sample_id} appears twice in the data set; give each data set its own id_offset"
+            )
+        # A copy: a view would keep the whole padded batch alive.
+        texts = {key: batch[key].int() for key in TEXT_KEYS if isinstance(batch.get(key), Tensor)}
+        parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
+
+
+def check_labels_attended(batch: Mapping[str, Tensor]) -> None:
+    """ValueError for a label whose attention mask is 0: values of the original are kept for tokens that the mask tells
+    from padding, so that this label would have none.
+    """
+    bad = (batch["labels"][:, 1:] != -100) & (batch["attention_mask"][:, 1:] == 0)  # [B, T - 1]
+    if bool(bad.any()):
+        row, column = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"row {row} of the batch has a label at position {column + 1}, where its attention_mask is 0: the collator "
+            "takes tokens of the text for padding (pad_token_id is a token that texts hold, such as EOS). Make the "
+            "mask from the lengths of the texts, as gfast.data.Collator does"
+        )
