@@ -20,7 +20,7 @@ from gfast.report.style import Theme, run_color
 from gfast.report.tables import number
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.steps import Steps
-from gfast.reproduce.summary import Results, shown, table
+from gfast.reproduce.summary import CALIBRATED_COLUMNS, Results, shown, table
 
 GRID_COLUMNS = (
     ("setting", "Setting"),
@@ -61,6 +61,10 @@ def write_page(plan: Plan, steps: Steps) -> Path:
     results, recipe, out = Results(plan, steps), plan.recipe, plan.out
     columns, rows = shown(results.rows)
     tables = [{"title": "Objectives", "columns": columns, "rows": rows, "note": results.note()}]
+    if recipe.calibrate:
+        columns, rows = shown([row for row in results.rows if "share" in row], CALIBRATED_COLUMNS)
+        note = results.calibrated_note()
+        tables.append({"title": "At equal retention", "columns": columns, "rows": rows, "note": note})
     grid, sizes, cost = results.grid(), results.sizes(), results.cost()
     if grid:
         tables.append(_table("Parameters, from one measurement of token effects beside real runs", GRID_COLUMNS,

@@ -34,8 +34,11 @@ COLUMNS = (
     ("model_utility", "Model utility"),
     ("forget_extraction", "Extraction strength, forget"),
     ("retain_extraction", "Extraction strength, retain"),
-    ("share", "Calibrated: share of the unlearned weights"),
-    ("calibrated_extraction", "Calibrated: extraction strength, forget"),
+)
+CALIBRATED_COLUMNS = (
+    ("objective", "Objective"),
+    ("share", "Share of the unlearned weights"),
+    ("calibrated_extraction", "Extraction strength, forget"),
 )
 NOTE = (
     "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
@@ -44,7 +47,7 @@ NOTE = (
     "Forget quality compares truth ratios with those of the retain model: 0 is alike."
 )
 CALIBRATED = (
-    " Calibrated: unlearned weights mixed with those before unlearning, with the largest share that keeps {keep}; what "
+    "Unlearned weights are mixed with those before unlearning, with the largest share that keeps {keep}; what "
     "is then left to extract of the forget set compares objectives at equal retention; a dash: it was 0 before."
 )
 
@@ -146,13 +149,13 @@ class Results:
 
     def note(self) -> str:
         """What the columns mean."""
-        calibration = self.recipe.calibrate
         note = NOTE.format(seeds=len(self.recipe.seeds), level=number(self.level))
-        if calibration is not None:
-            note += CALIBRATED.format(
-                keep=f"{calibration.keep:.0%} of {calibration.metric.replace('_', ' ')} of retain"
-            )
         return note if len(self.recipe.seeds) > 1 else note.partition(". ")[2]
+
+    def calibrated_note(self) -> str:
+        """What those of the calibrated mixtures mean."""
+        plan = self.recipe.calibrate
+        return CALIBRATED.format(keep=f"{plan.keep:.0%} of {plan.metric.replace('_', ' ')} of retain")
 
     def sentences(self) -> list[str]:
         """What the numbers say: whether the model knew, who keeps most at equal forgetting, and whether that is more
@@ -282,9 +285,11 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def shown(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
+def shown(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]] = COLUMNS
+) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
     """Columns that have a value, and the rows as texts."""
-    columns = [(key, name) for key, name in COLUMNS if any(row.get(key) is not None for row in rows)]
+    columns = [(key, name) for key, name in columns if any(row.get(key) is not None for row in rows)]
     return columns, [{key: cell(row.get(key)) for key, _ in columns} for row in rows]
 
 
