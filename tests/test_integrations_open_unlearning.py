@@ -12,6 +12,8 @@ import yaml
 from helpers import open_unlearning as ou
 from helpers.literal_losses import LOGGED, assert_same, gradients, label_logp, literal
 from helpers.training_tiny import TOKENIZER, copied, tiny_model
+from test_soft_objectives import formula
+from test_token_stats import plain_loss
 from test_training_parallel import together
 
 import gfast
@@ -19,24 +21,33 @@ import gfast.integrations.open_unlearning as integration
 from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
 from gfast.integrations.open_unlearning.trainers import make_trainers
+from gfast.model_output import shifted
 from gfast.objectives import (
     BST,
     CEU,
     DPO,
+    ETW,
     GA,
+    JSD,
+    MASC,
     NLL,
     NPO,
     PDU,
+    SHRED,
     TNPO,
     UNDIAL,
     WGA,
     WTNPO,
     BalDRO,
     BalDROG,
+    JensUn,
+    OfLabel,
     SatImp,
     SimImp,
     SimNPO,
     SimSat,
+    SoftTarget,
+    Unilogit,
 )
 
 CLASSES = {
@@ -55,6 +66,11 @@ CLASSES = {
     "BST": BST(0.5, 20),
     "UNDIAL": UNDIAL(1.0),
     "CEU": CEU(),
+    "JensUn": JensUn((3, 5)),
+    "ETW": ETW(),
+    "MASC": MASC(),
+    "SHRED": SHRED(),
+    "Unilogit": Unilogit(),
 }
 
 
@@ -71,19 +87,22 @@ def kl(model, original, batch):
     return (ref.exp() * (ref - logp)).sum(-1)[batch["labels"][:, 1:] != -100].mean()
 
 
-def soft(name, model, original, batch):
-    """The cross-entropy of UNDIAL and CE-U, or BS-T's ascent, mean over the tokens that labels score."""
+def of_logits(objective, model, original, batch):
+    """Losses of whole rows of logits, mean over the tokens that labels score, by the formulas of those tests."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    labels, logits = batch["labels"][:, 1:], model(**inputs).logits[:, :-1].double()
-    label = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
-    if name == "BST":  # half the label, half the softmax of the 20 largest logits
-        z = logits.detach()
-        believed = z.masked_fill(z < z.topk(20, -1).values[..., -1:], -torch.inf).softmax(-1)
-        return ((believed + label.double()) / 2 * logits.log_softmax(-1)).sum(-1)[labels != -100].mean()
-    with torch.no_grad():
-        target = (original if name == "UNDIAL" else model)(**inputs).logits[:, :-1].double()
-        target = torch.where(label, target - 1.0 if name == "UNDIAL" else -torch.inf, target).softmax(-1)
-    return -(target * logits.log_softmax(-1)).sum(-1)[labels != -100].mean()
+    labels, z = shifted(batch["labels"]), model(**inputs).logits.double()
+    if isinstance(objective, SoftTarget | OfLabel):
+        with torch.no_grad():
+            x = original(**inputs).logits.double()
+        return formula(objective, z, x, labels, torch.arange(len(labels))[:, None].expand(labels.shape))
+    return plain_loss(z, labels, objective)[0]
+
+
+def kept_by(kind, model, original, batch):
+    """The retain loss."""
+    if kind == "KL":
+        return kl(model, original, batch)
+    return literal(NLL(), model, [batch]) if kind == "NLL" else of_logits(JSD(), model, original, batch)
 
 
 def three_steps(name, trainer, start, alpha, retain="NLL"):
@@ -96,13 +115,13 @@ def three_steps(name, trainer, start, alpha, retain="NLL"):
             trainer.data_collator.collator(items(data)) if trainer.references else trainer.data_collator(items(data))
         )
         objective = CLASSES[name]
-        if name in ("UNDIAL", "CEU", "BST"):
-            loss = soft(name, model, original, batch["forget"])
+        if isinstance(objective, SoftTarget | OfLabel | BST | ETW | MASC):
+            loss = of_logits(objective, model, original, batch["forget"])
         else:
             loss = literal(objective, model, [batch["forget"]], original if objective.needs else None)
         if name not in ("GradAscent", "CEU"):
-            side = batch["retain"]
-            loss = loss + alpha * (literal(NLL(), model, [side]) if retain == "NLL" else kl(model, original, side))
+            kind = "JensUn" if name == "JensUn" else retain
+            loss = loss + alpha * kept_by(kind, model, original, batch["retain"])
         model.zero_grad()
         loss.backward()
         first = first or gradients(model)
@@ -128,7 +147,8 @@ def test_three_steps_are_those_of_fp64(tmp_path, name):
     for batch_size, accumulate in ((4, 1), (1, 4)):
         model = tiny_model()
         options = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate)
-        trainer = ou.trained(name, tmp_path, model, **options)
+        given = {"target_ids": [3, 5]} if name == "JensUn" else None
+        trainer = ou.trained(name, tmp_path, model, method=given, **options)
         losses, first = three_steps(name, trainer, tiny_model(), alpha)
         assert logged(trainer) == pytest.approx(losses, rel=1e-4, abs=LOGGED)
         assert_same(trainer.first.found, first)

@@ -20,33 +20,40 @@ from gfast.objectives import (
     BST,
     CEU,
     DPO,
+    ETW,
     GA,
+    JSD,
     KL,
+    MASC,
     NLL,
     NPO,
     PDU,
+    SHRED,
     TNPO,
     UNDIAL,
     WGA,
     WTNPO,
     BalDRO,
     BalDROG,
+    JensUn,
     Mix,
     Objective,
     SatImp,
     SimImp,
     SimNPO,
     SimSat,
+    Unilogit,
 )
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
-RETAIN = {"NLL": NLL, "KL": KL}
+RETAIN = {"NLL": NLL, "KL": KL, "JensUn": JSD}  # this one by the name in JensUn's fork
 _FIRST = "ignore_first_n_answer_tokens"  # of CEU: labels of the forget items that do not count
 _ALONE = ("GradAscent", "CEU")  # without a retain loss
-# Name -> what makes the forget objective, and the defaults of open-unlearning's class (gfast's where it has none).
+# Name -> what makes the forget objective, and the defaults of open-unlearning's class, or of the fork's that has one
+# (gfast's where there is none).
 METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "GradAscent": (lambda: GA(), {}),
     "GradDiff": (lambda: GA(), {}),
@@ -74,6 +81,11 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "BST": (lambda lambda_bst, top_k: BST(lambda_bst, top_k), {"lambda_bst": 0.5, "top_k": 20}),
     "UNDIAL": (lambda beta: UNDIAL(beta), {"beta": 1.0}),
     "CEU": (lambda: CEU(), {_FIRST: 1}),
+    "JensUn": (lambda target_ids: JensUn(target_ids or ()), {"target_ids": None, "retain_loss_type": "JensUn"}),
+    "ETW": (ETW, {"temperature": 1.0}),
+    "MASC": (MASC, {"rho": 0.7, "eta": 0.25, "k": 10, "beta": 1.0}),
+    "SHRED": (SHRED, {"share": 0.5}),
+    "Unilogit": (lambda: Unilogit(), {}),
 }
 # What open-unlearning has and this adapter has not, and why.
 LACKING = {
