@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfast.objectives import ETW, MASC, NLL, NPO, PDU, TNPO, WGA
+from gfast.objectives import BST, ETW, MASC, NLL, NPO, PDU, TNPO, WGA
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +28,7 @@ HEADS = {  # name: (D, V)
     "llama-3.1-8b": (4096, 128256),
 }
 OBJECTIVES = {"wga": WGA(alpha=1.0), "tnpo": TNPO(beta=1.0), "npo": NPO(beta=0.1), "nll": NLL()}
-MARGINS = {"etw": ETW(), "pdu": PDU(), "masc": MASC(rho=0.5, eta=10.0)}  # measured by the time that WGA takes
+MARGINS = {"etw": ETW(), "pdu": PDU(), "masc": MASC(rho=0.5, eta=10.0), "bst": BST()}  # in times of WGA
 OBJECTIVES |= MARGINS
 MATRICES = {"logits": 1, "kl": 2}  # of logits that an op reads
 MODES = ("train", "forward", "frozen", "nograd")  # "frozen" is a head without gradient: the linear path alone has it
@@ -117,7 +117,7 @@ def objective_of_nll(objective: str, nll: Tensor, labels: Tensor, ref_logp: Tens
 def plain_loss(objective: str, logits: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
     """The objective in plain PyTorch; logits [B, T, V]."""
     flat = logits.reshape(-1, logits.shape[-1])
-    if objective in ("pdu", "masc"):
+    if objective in ("pdu", "masc", "bst"):
         return plain_margins(objective, flat, labels.reshape(-1)).sum() / (labels != -100).sum()
     if objective == "nll":
         return F.cross_entropy(flat, labels.reshape(-1))
@@ -136,10 +136,16 @@ def largest(logits: Tensor, count: int) -> Tensor:
 
 
 def plain_margins(objective: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Values of PDU or MASC, 0 at ignored labels; logits [N, V]."""
+    """Values of PDU, MASC or BST, 0 at ignored labels; logits [N, V]."""
     if objective == "pdu":
         return torch.where(labels != -100, (largest(logits, 1)[:, 0] - logits.mean(-1)) ** 2, 0.0)
-    masc, target = MARGINS["masc"], labels.clamp(min=0)[:, None]
+    masc, bst, target = MARGINS["masc"], MARGINS["bst"], labels.clamp(min=0)[:, None]
+    if objective == "bst":
+        beliefs, ids = (x[:, : bst.top_k] for x in torch.sort(logits.detach(), dim=-1, descending=True, stable=True))
+        log_p = torch.log_softmax(logits, -1)
+        believed = (torch.softmax(beliefs, -1) * log_p.gather(1, ids)).sum(-1)
+        own = (1 - bst.lambda_bst) * log_p.gather(1, target)[:, 0]
+        return torch.where(labels != -100, own + bst.lambda_bst * believed, 0.0)
     rivals = largest(logits.scatter(1, target, -torch.inf), masc.k)
     margin = logits.gather(1, target)[:, 0] - torch.logsumexp(rivals, -1)
     tau = math.log(masc.rho / (1 - masc.rho))
