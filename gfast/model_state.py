@@ -133,6 +133,16 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether a model of transformers runs its blocks in re-entrant checkpoints, as its settings say."""
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    return any(getattr(one, "keywords", {}).get("use_reentrant", False) for one in functions)
+
+
 def _checkpoints_without_dropout(module: nn.Module) -> bool:
     if not getattr(module, "gradient_checkpointing", False):
         return False

@@ -421,3 +421,34 @@ def test_every_step_of_the_papers_recipes(paper, name, tmp_path):
     # keep_models is false: a run's weights go, what was measured of it stays
     assert not list(tmp_path.glob("runs/*/*/model.safetensors")) and list(tmp_path.glob("runs/*/*/records/*.parquet"))
     assert (tmp_path / "taught" / "model.safetensors").exists()
+
+
+DIVERGES = {  # what sees it -> changes of the recipe, the step, and what is said
+    "an effect": (["unlearn.nll_every=0"], 2, "NLL() is nan on batch 0 of the forget data"),
+    "the records": (["unlearn.geffect_every=0", "grid=null"], 1, "the NLL of the retain set is nan"),
+    "the evaluation": (["unlearn.geffect_every=0", "grid=null"], 4, "the NLL of answer 0 of row "),
+}
+
+
+@pytest.mark.parametrize("seen_by", DIVERGES)
+def test_a_run_that_diverges_is_an_outcome(seen_by, finished, tmp_path, no_figures, monkeypatch):
+    """Of one objective; the other one's numbers are there."""
+    recipe, out = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    changes, step, why = DIVERGES[seen_by]
+    changes = [*changes, "seeds=[0]", "evaluate.along=0", "objectives.ga={objective: GA, learning_rate: 1e30}"]
+    if seen_by == "the evaluation":
+        monkeypatch.setattr(work, "_not_finite", lambda folder: None)
+    assert reproduce(recipe, *changes, "--out", copy, "--redo", "changed") == 0
+    mark, values = read_json(copy / "runs/ga/seed0/diverged.json"), read_json(copy / "tables.json")
+    assert mark["step"] == step and mark["why"].startswith(why)
+    rows = {row["name"]: row for row in values["objectives"]}
+    assert not any(value for key, value in rows["ga"].items() if key not in ("name", "objective"))
+    assert rows["npo-kl"]["forget_extraction"] and rows["npo-kl"]["calibrated_extraction"]
+    assert any(f"runs/ga/seed0 at step {step} ({why}" in one for one in values["sentences"])
+    assert values["grid"] is None and not (copy / "calibrated/ga/seed0/log.json").exists()
+    if seen_by != "the evaluation":  # there is none of those
+        assert {row["forget_nll"] for row in values["sizes"]} == {None}
+    monkeypatch.setattr(work, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert reproduce(recipe, *changes, "--out", copy) == 0

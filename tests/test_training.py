@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
+from torch.utils.data import Subset
 
 from gfast.objectives import (
     CEU,
@@ -187,6 +188,37 @@ def test_a_reference_that_is_needed_and_missing_is_said_before_any_work(tmp_path
 def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no parameter of the model is trained"):
         train(tiny_model().requires_grad_(False), config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "words"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 0}, 4, "num_train_epochs is 0 and max_steps -1: no step would be taken"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 3}, 2, "the 2 rows .* fewer than the 3 that"),
+        ({}, 0, "the training data set is empty"),
+    ],
+)
+def test_a_training_without_a_step_is_refused(options, rows, words, tmp_path):
+    data, collate = pairing()
+    with pytest.raises(ValueError, match=words):
+        train(tiny_model(), config(tmp_path, **options), train_dataset=Subset(data, range(rows)))
+
+
+def test_a_loss_after_a_training_is_of_its_batch_alone(tmp_path):
+    """And so are the terms that the model adds to its own loss, whatever the last step's micro-batches were."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_local_experts=4)
+    options = dict(num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=0.7)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(TOKENIZER), **sizes, **options))
+    forget, _ = datasets()
+    own = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, own_loss_terms=True, objective="NLL")
+    trainer = train(model, config(tmp_path, **own), train_dataset=forget, data_collator=collator())
+    batch = collator()([forget[0], forget[1]])
+    del batch["sample_id"]
+    with torch.no_grad():
+        found, expected = trainer.compute_loss(model, batch), model.eval()(**batch).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_retain_term_without_retain_batches_is_refused(tmp_path):

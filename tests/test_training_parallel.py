@@ -9,14 +9,18 @@ import socket
 import pytest
 import torch
 from helpers import training_parallel
-from helpers.training_tiny import server, tiny_model
+from helpers.process_group import alone
+from helpers.training_tiny import in_processes, saved_tiny, server, tiny_model
 from safetensors.torch import load_file
 from test_training import plain_nll
+from torch.nn.parallel import DistributedDataParallel
 
 from gfast.files import MANIFEST, read_json
+from gfast.geffect import Effect
 from gfast.locks import claimed
 from gfast.training.evaluation import own_batches
-from gfast.training.records import read_records
+from gfast.training.options import refuse_reentrant
+from gfast.training.records import effect_file, read_records
 
 
 def together(target, runs):
@@ -113,3 +117,34 @@ def test_batches_are_dealt_out_once_and_evenly(samples, batch_size, processes):
     assert sorted(counted) == list(range(samples))
     assert len({len(batches) for batches, _ in dealt}) == 1
     assert all(0 < len(batch) <= batch_size for batches, _ in dealt for batch in batches)
+
+
+def test_the_command_of_effects_is_one_measurement_in_all_processes(tmp_path):
+    model = str(saved_tiny(tmp_path / "model"))
+    for world in (1, 2):
+        in_processes(training_parallel.measure, model, str(tmp_path / str(world)), world=world)
+    for name, rows in (("whole", 176), ("sample", 2), ("token", 38)):
+        one, two = (read_records(tmp_path / world / name) for world in "12")
+        keys = ["objective", "quantity", "side", "group"]
+        assert one[keys].equals(two[keys])
+        assert two["value"].to_numpy() == pytest.approx(one["value"].to_numpy(), rel=2e-4, abs=1e-7)
+        assert len(one) == rows
+    one, two = (Effect.from_parquet(effect_file(tmp_path / world / "sample", "sample", 0)) for world in "12")
+    torch.testing.assert_close(two.total("retain"), one.total("retain"), rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpoints_take_one_forward_a_backward(tmp_path):
+    """PyTorch says so in the midst of the first step, in many words that name no option."""
+    for options in ({"use_reentrant": True}, {"use_reentrant": False}):
+        model = tiny_model()
+        model.gradient_checkpointing_enable(options)
+        with alone():
+            wrapped = DistributedDataParallel(model)
+        if options["use_reentrant"]:
+            with pytest.raises(ValueError, match="gradient_checkpointing_kwargs={'use_reentrant': False}"):
+                refuse_reentrant(wrapped)
+        else:
+            refuse_reentrant(wrapped)
+        refuse_reentrant(model)  # one process
+        wrapped.static_graph = True
+        refuse_reentrant(wrapped)

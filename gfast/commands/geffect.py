@@ -11,11 +11,14 @@ reference, as at the first step of an unlearning run.
 
 A model may be a PEFT adapter, such as the run folder of `gfast unlearn --lora_r 4`: the effect is then over the
 adapter's parameters, as it was in training. What its original model is, `--reference_model` must say.
+
+Several processes (`torchrun --nproc_per_node 2 -m gfast.cli geffect ...`) measure together, each a share of the data.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ from gfast.objectives.registry import parse_objective
 from gfast.training.batches import needed_from_cache
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.fingerprints import model_fingerprint
+from gfast.training.processes import together
 from gfast.training.records import (
     check_run_folder,
     check_step_model,
@@ -105,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     objectives = [parse_objective(text) for text in arguments.objectives]
     if arguments.per != "objective" and any(_kind(one) != "plain" for one in objectives):
         raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
-    show_log()
-    device = usable_device(arguments.device)
+    device, rank, world = joined(arguments.device)
+    if rank == 0:
+        show_log()
     folder = None if arguments.output_dir is None else require_writable(arguments.output_dir)
     rows = load_rows(data_arguments)
     info = as_text(
@@ -136,12 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         one_by_one = by_part(model, batches, arguments)
         effects = [one_by_one.g_effect(one) for one in objectives] if arguments.per == "token" else []
-        print(in_words(one_by_one))
-    for effect in effects:
-        print(effect)
-        if arguments.norms:
-            print(cosines(effect))
-    if folder is not None:
+
+    def show_and_write() -> None:
+        print(in_words(one_by_one)) if one_by_one is not None else None
+        for effect in effects:
+            print(effect)
+            if arguments.norms:
+                print(cosines(effect))
+        if folder is None:
+            return
         risks = nll_of_sides(effects, model, batches["forget"], batches["retain"])
         write_run_info(folder, info | {"device": device_name(device)})
         write_step_model(folder, arguments.step, measured)
@@ -152,7 +160,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if effects:
             write_json(folder / "geffect.json", {"risk": risks, "effects": [effect.to_dict() for effect in effects]})
         say(f"Records and effects: {folder}")
+
+    together(show_and_write if rank == 0 else None, world)
     return 0
+
+
+def joined(device: str | None) -> tuple[torch.device, int, int]:
+    """The device, and which process of how many this is: torchrun starts several, which measure together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return usable_device(device), 0, 1
+    if device is not None and device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: each of several processes takes a GPU of its own; give cuda or cpu")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=usable_device(device).type == "cpu")
+    return state.device, state.process_index, state.num_processes
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -204,7 +226,10 @@ def by_objective(
     """The effects in the order of the objectives."""
     from gfast.geffect import g_effect
 
+    # What weighs the texts of a batch against each other needs all of it in one process.
+    shared = "own" if any(one.of_batch for one in objectives) else "all"
     options = {"groups": arguments.groups, "engine": arguments.engine, "norms": arguments.norms or None}
+    options["processes"] = shared
     found = {}
     for kind in ("plain", "dpo", "po"):
         members = [one for one in objectives if _kind(one) == kind]
@@ -222,7 +247,7 @@ def by_part(model: Any, batches: dict[str, list[dict[str, Any]]], arguments: GEf
     from gfast import geffect
 
     measure = geffect.pg_effect if arguments.per == "sample" else geffect.token_effect
-    options = {"groups": arguments.groups, "progress": True}
+    options = {"groups": arguments.groups, "progress": True, "processes": "all"}
     return measure(model, forget=batches["plain"], retain=batches["retain"], **options)
 
 

@@ -31,6 +31,7 @@ from gfast.commands.arguments import CommandParser, DataArguments, ModelArgument
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
 from gfast.data import ForgetRetain, ForgetRetainCollator
+from gfast.errors import NotFinite
 from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
 from gfast.locks import claimed
 from gfast.objectives import Mix
@@ -39,9 +40,10 @@ from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.live import measured_live
+from gfast.training.options import refuse_no_step
 from gfast.training.processes import together
 from gfast.training.progress import Progress
-from gfast.training.records import check_run_folder, write_run_info
+from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
 from gfast.training.resume import checkpoint_to_resume
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
@@ -161,6 +163,7 @@ def _train(
     _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
+    refuse_no_step(config, sides.forget)
     evaluations = _evaluations(along, data_arguments, sides, config)
     say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
     set_seed(config.seed)
@@ -199,8 +202,13 @@ def _train(
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
+    except NotFinite as error:
+        if main:
+            write_diverged(folder, trainer.state.global_step, str(error))
+        raise
     if trainer.is_world_process_zero():
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
+        (folder / DIVERGED).unlink(missing_ok=True)
     trainer.save_model()
     result = {
         "steps": output.global_step,

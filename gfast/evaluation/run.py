@@ -19,6 +19,7 @@ from gfast import metrics, wrappers
 from gfast.data import check_vocabulary
 from gfast.data.encode import special_tokens
 from gfast.data.ids import vocabulary_sizes
+from gfast.errors import NotFinite
 from gfast.evaluation.generation import generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
 from gfast.evaluation.scoring import Scored, can_share, score
@@ -261,13 +262,13 @@ def _kept(path: Path, rows: list[int]) -> list[dict[str, Any]]:
 def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict[str, Any]:
     """What the log holds of a sample's losses: nats, the token that ends an answer included.
 
-    Errors: ValueError, naming set and row, for a loss that is not finite.
+    Errors: NotFinite, naming set and row, for a loss that is not.
     """
     # log p is at most 0, but for rounding
     totals = [-float(part.logp.double().clamp(max=0).sum()) for part in scored]
     for at, total in enumerate(totals):
         if not math.isfinite(total):
-            raise ValueError(
+            raise NotFinite(
                 f"gfast: the NLL of answer {at} of row {sample.index} of the set {one.name} is {total}: the model "
                 "gives no finite log-probability there, and such a sample compares with none. Are the weights finite?"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast import sharded, wrappers
+from gfast.errors import NotFinite
 from gfast.geffect.contributions.coverage import repeatable
 from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
@@ -137,7 +138,7 @@ class Passes:
             if not math.isfinite(total):
                 bad = [index for index, value in found.get(term, {}).items() if not math.isfinite(value)]
                 where = f"{found[term][bad[0]]} on batch {bad[0]}" if bad else "not finite in another process on some"
-                raise ValueError(
+                raise NotFinite(
                     f"gfast: {term.objective} is {where} of the {term.source} data, so there is no gradient: check the "
                     f"model's weights and, in float16, its range"
                 )
@@ -222,14 +223,14 @@ class Passes:
         summed over the processes, or `alone` this one's.
 
         Raises:
-            ValueError: a gradient that is not finite, naming the first parameter.
+            NotFinite: a gradient that is not, naming the first parameter.
         """
         table = (table if alone else self.processes.sum(table)).cpu()
         bad = (~torch.isfinite(table)).any(-1)  # [..., P]
         bad = bad.reshape(-1, bad.shape[-1]).any(0).nonzero()
         if len(bad):
             scale = "" if self.loss_scale == 1.0 else f" (with a loss scale of {self.loss_scale:g}: try loss_scale=1.0)"
-            raise ValueError(
+            raise NotFinite(
                 f"gfast: the gradient of {label} is not finite in {len(bad)} of {table.shape[-2]} parameters, first in "
                 f"{self.names[int(bad[0])]!r}: check the model's weights and, in float16, its range{scale}"
             )

@@ -115,7 +115,7 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
         draw = partial(_draw_matched, results=results, groups=groups)
         found.insert(1, (title, Drawing("matched", title, caption, draw), every))
     for number_of, (title, names) in enumerate(groups.items(), 1):
-        runs = [results.runs[name] for name in names]
+        runs = [results.runs[name] for name in names if name in results.runs]
         for one in drawings(runs):
             if one.name.startswith("geffect"):
                 named = replace(one, name=f"{one.name}-{number_of}")

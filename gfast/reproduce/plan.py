@@ -25,6 +25,8 @@ from gfast.reproduce import work
 from gfast.reproduce.recipe import Data, Evaluated, Load, Recipe, objective_flags, processes_of
 from gfast.reproduce.steps import Checksums, Step
 
+# Folders of the trainings that are what a study is about: one that diverges is an outcome.
+RUNS = ("runs/", "sizes/", "grid/runs/")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
 # What a run of a study has no use for, unless its recipe says otherwise.
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
@@ -166,7 +168,8 @@ class Plan:
         deciding = {key: value for key, value in settings.items() if key not in SHOWN_ONLY}
         inputs = {"flags": {**deciding, "forget": files}, **decides}
         checkpoint = f"checkpoint-{keep}" if keep is not None else ""
-        run = partial(work.train, whole, launch=recipe.launch, checkpoint=checkpoint)
+        run = partial(work.train, whole, launch=recipe.launch, checkpoint=checkpoint,
+                      may_diverge=name.startswith(RUNS))  # fmt: skip
         if keep is not None:
             inputs["keeps"] = checkpoint
         if along:
@@ -224,7 +227,8 @@ class Plan:
         log = self.out / retain_log if retain_log else None
 
         def run(folder: Path) -> None:
-            self.asker.evaluate(name, where, folder, log)
+            ask = partial(self.asker.evaluate, name, where, folder, log)
+            work.unless_diverged(self.out / model, ask) if model.startswith(RUNS) else ask()
 
         self._add(Step(f"evaluations/{name}", "evaluate", inputs, needs, ("log.json",), run))
 
@@ -248,7 +252,9 @@ class Plan:
         inputs = {**asdict(plan), **self._asked(), **self._load(), **decides}
 
         def run(folder: Path) -> None:
-            self.asker.calibrate(name, taught, str(self.out / unlearned), plan, folder, self.out / log if log else None)
+            retain_log, other = self.out / log if log else None, self.out / unlearned
+            calibrate = partial(self.asker.calibrate, name, taught, str(other), plan, folder, retain_log)
+            work.unless_diverged(other, calibrate)
 
         needs += (unlearned, *((log,) if log else ()))
         makes = ("calibration.json", "log.json")
@@ -273,7 +279,10 @@ class Plan:
         command = shlex.join(["gfast", "geffect", *work.words(whole), "--output_dir", str(self.out / "grid/effects")])
         what = f"token effects at step {grid.step} of {grid.run}: {len(grid.objectives)} settings from one measurement"
         needs += (source, f"data/{recipe.data.name}")
-        run = partial(work.effects, whole)
+
+        def run(folder: Path) -> None:
+            work.unless_diverged(self.out / source, partial(work.effects, whole, folder))
+
         self._add(Step("grid/effects", what, {"flags": flags, **decides}, needs, ("geffect.json",), run, command))
         for text, run_of in self.grid_runs().items():
             if run_of.startswith("grid/"):

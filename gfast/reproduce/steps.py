@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gfast.commands.common import say
+from gfast.errors import NotFinite
 from gfast.files import file_checksum, read_json, write_json
 from gfast.words import did_you_mean
 
@@ -105,7 +106,8 @@ class Steps:
         for need in step.needs:
             # What a step took is known once it is done; a need that is not yet made changes nothing by itself.
             there, here = record.get("took", {}).get(need), self.made(need)
-            if there is not None and here and there != here:
+            nothing = self.record(need).get("made") == {}  # of a run that diverged
+            if there is not None and (here or nothing) and there != here:
                 differ.append(f"what it took from {need} is another by now")
         if differ:
             return "changed", "; ".join(differ)
@@ -189,7 +191,7 @@ def _named(step: Step) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if type(error) not in (ValueError, RuntimeError):
+        if type(error) not in (ValueError, RuntimeError, NotFinite):
             raise
         raise type(error)(f"{step.name}: {str(error).removeprefix('gfast: ')}") from error
 

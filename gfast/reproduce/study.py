@@ -13,7 +13,7 @@ import transformers
 from gfast.commands.common import say, show_log
 from gfast.files import require_writable
 from gfast.locks import claimed
-from gfast.reproduce.plan import Plan
+from gfast.reproduce.plan import RUNS, Plan
 from gfast.reproduce.recipe import load_recipe
 from gfast.reproduce.steps import Step, Steps
 
@@ -56,7 +56,7 @@ def _said(steps: Steps, plan: Plan) -> Any:
             say(f"[{number + 1}/{len(steps.steps)}] {step.name}: {step.what}")
         if not plan.recipe.keep_models:
             for earlier in steps.steps[:number]:
-                if earlier.name.startswith(("runs/", "sizes/", "grid/runs/")):
+                if earlier.name.startswith(RUNS):
                     steps.drop(earlier.name)
 
     return said

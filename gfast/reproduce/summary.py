@@ -17,8 +17,9 @@ from gfast.objectives.registry import parse_objective
 from gfast.report.matched import lesson, match
 from gfast.report.runs import Run, averaged, measured_runs
 from gfast.report.tables import RETENTION, number, summarize
-from gfast.reproduce.plan import Plan
+from gfast.reproduce.plan import RUNS, Plan
 from gfast.reproduce.steps import Steps
+from gfast.training.records import read_diverged
 
 Spread = tuple[float, float | None] | None  # mean, and standard deviation over seeds where there are two
 
@@ -79,24 +80,39 @@ class Results:
 
     def __init__(self, plan: Plan, steps: Steps) -> None:
         self.plan, self.steps, self.recipe = plan, steps, plan.recipe
-        self.by_seed = {name: self._runs(f"runs/{name}/seed{{}}", name) for name in self.recipe.objectives}
+        places = [step.name for step in steps.steps if step.name.startswith(RUNS)]
+        self.diverged = {place: mark for place in places if (mark := read_diverged(plan.out / place)) is not None}
+        self.by_seed = {name: self._runs(name) for name in self.recipe.objectives}
         self.summaries = {
             name: list(map(self._summary, runs, self.recipe.seeds)) for name, runs in self.by_seed.items()
         }
         every = [one for summaries in self.summaries.values() for one in summaries]
         match(every, self.recipe.match_at)
         self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), self.recipe.match_at)
-        self.runs = {name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in self.by_seed.items()}
+        # The mean of those that did not diverge, where there are any.
+        kept = {name: [run for run in runs if self._place(run) not in self.diverged]
+                for name, runs in self.by_seed.items()}  # fmt: skip
+        self.runs = {name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in kept.items() if runs}
         self.rows = [self._before(name) for name in ("taught", "retain-model") if self._evaluation(name)]
         self.rows += [self._row(name) for name in self.recipe.objectives]
 
-    def _runs(self, pattern: str, label: str) -> list[Run]:
-        found = measured_runs([self.plan.out / pattern.format(seed) for seed in self.recipe.seeds])
-        return [replace(run, name=label, label=label) for run in found]
+    def _runs(self, name: str) -> list[Run]:
+        found = measured_runs([self.plan.out / f"runs/{name}/seed{seed}" for seed in self.recipe.seeds])
+        return [replace(run, name=name, label=name) for run in found]
+
+    def _place(self, run: Run) -> str:
+        return run.folder.relative_to(self.plan.out).as_posix()
+
+    def _summarized(self, run: Run) -> dict[str, Any]:
+        """Of a run; of one that diverged nothing is known, whatever it was on its way there."""
+        gone = {"course": [], "retention": [], "effect_ratio": None, "forget_nll": None, "retain_nll": None}
+        return summarize(run) | (gone if self._place(run) in self.diverged else {})
 
     def _summary(self, run: Run, seed: int) -> dict[str, Any]:
         """Of a run, with its own evaluations between those of before and after it."""
-        found = summarize(run)
+        found = self._summarized(run)
+        if self._place(run) in self.diverged:
+            return found
         ends = ((0, self._evaluation("taught")), (found["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
         kept = dict(found["retention"]) | {step: retention(one) for step, one in ends if one}
         # Between the ends alone a line says nothing of the way.
@@ -108,6 +124,11 @@ class Results:
     def _of(self, step: str, file: str) -> dict[str, Any]:
         """What a step of this study left; {} where it has no such step, whatever an earlier one left in the folder."""
         return read_json(self.plan.out / step / file) if step in self.steps.by_name else {}
+
+    def _of_seeds(self, kind: str, name: str, file: str) -> list[dict[str, Any]]:
+        """What was made of the runs of an objective; {} of one that diverged."""
+        places = [f"{name}/seed{seed}" for seed in self.recipe.seeds]
+        return [{} if f"runs/{one}" in self.diverged else self._of(f"{kind}/{one}", file) for one in places]
 
     def _asked(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
         """What evaluations say, over seeds."""
@@ -129,10 +150,10 @@ class Results:
         return {"name": name, "objective": label, **ends, **self._asked([found])}
 
     def _row(self, name: str) -> dict[str, Any]:
-        summaries, seeds = self.summaries[name], self.recipe.seeds
+        summaries = self.summaries[name]
         matched = [one["matched"] or {} for one in summaries]
         objective = self.by_seed[name][0].objective.replace("()", "")
-        calibrated = [self._of(f"calibrated/{name}/seed{seed}", "calibration.json") for seed in seeds]
+        calibrated = self._of_seeds("calibrated", name, "calibration.json")
         left = [one.get("sets", {}).get("forget", {}).get("extraction_strength") for one in calibrated]
         return {
             "name": name,
@@ -140,9 +161,8 @@ class Results:
             "matched": spread([one.get("retain_nll") for one in matched]),
             **{f"matched_{key}": spread([one.get(key) for one in matched]) for key, _ in RETENTION},
             "ratio": spread([one["effect_ratio"] for one in summaries]),
-            **{f"{side}_nll": spread([one[f"{side}_nll"]["after"] if one[f"{side}_nll"] else None
-                                      for one in summaries]) for side in ("forget", "retain")},
-            **self._asked([self._evaluation(f"{name}/seed{seed}") for seed in seeds]),
+            **{f"{side}_nll": spread([_end(one, side) for one in summaries]) for side in ("forget", "retain")},
+            **self._asked(self._of_seeds("evaluations", name, "summary.json")),
             "share": spread([one.get("share") for one in calibrated]),
             "calibrated_extraction": spread(left),
         }  # fmt: skip
@@ -172,6 +192,9 @@ class Results:
                 f"Before unlearning the model had an NLL of {number(nlls['forget'])} per answer token on the forget "
                 f"set and of {number(nlls['retain'])} on the retain set: it knew {knew}."
             )
+        if self.diverged:
+            each = [f"{place} at step {mark['step']} ({mark['why']})" for place, mark in self.diverged.items()]
+            found.append(f"Diverged, and a dash where it counts: {'; '.join(each)}.")
         there = {row["name"]: row["matched"] for row in self.rows if row.get("matched")}
         if len(there) > 1:
             best, worst = min(there, key=lambda n: there[n][0]), max(there, key=lambda n: there[n][0])
@@ -217,10 +240,12 @@ class Results:
         grid, out = self.recipe.grid, self.plan.out
         if grid is None:
             return None
+        if f"runs/{grid.run}/seed{self.recipe.seeds[0]}" in self.diverged:
+            return None  # the run whose model was to be measured
         effects = read_json(out / "grid" / "effects" / "geffect.json")["effects"]
         predicted = {one.objective: one for one in map(GEffect.from_dict, effects)}
         runs = {text: measured_runs([out / folder])[0] for text, folder in self.plan.grid_runs().items()}
-        summaries = {text: summarize(run) for text, run in runs.items()}
+        summaries = {text: self._summarized(run) for text, run in runs.items()}
         match(list(summaries.values()), self.recipe.match_at)
         rows = []
         for text, summary in summaries.items():
@@ -231,7 +256,7 @@ class Results:
                 "predicted": retain / unlearn if unlearn else None,
                 "measured": summary["effect_ratio"],
                 "matched": matched["retain_nll"] if matched else None,
-                "forget_nll": summary["forget_nll"]["after"],
+                "forget_nll": _end(summary, "forget"),
             })  # fmt: skip
         level = next((one["matched"]["forget_nll"] for one in summaries.values() if one["matched"]), None)
         return {"rows": rows, "level": level, "rank": rank_correlation(rows), "run": grid.run, "step": grid.step}
@@ -243,15 +268,14 @@ class Results:
         for name in recipe.sizes.objectives if recipe.sizes else ():
             places = {recipe.data.name: f"runs/{name}/seed{first}"}
             places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
-            summaries = [summarize(measured_runs([self.plan.out / place])[0]) for place in places.values()]
+            summaries = [self._summarized(measured_runs([self.plan.out / place])[0]) for place in places.values()]
             match(summaries, recipe.match_at)
             for data, one in zip(places, summaries, strict=True):
                 rows.append({
                     "objective": name, "data": data, "rows": self.plan.sizes[data][0],
                     "matched": (one["matched"] or {}).get("retain_nll"),
                     "level": (one["matched"] or {}).get("forget_nll"),
-                    "ratio": one["effect_ratio"], "forget_nll": one["forget_nll"]["after"],
-                    "retain_nll": one["retain_nll"]["after"],
+                    "ratio": one["effect_ratio"], "forget_nll": _end(one, "forget"), "retain_nll": _end(one, "retain"),
                 })  # fmt: skip
         return sorted(rows, key=lambda row: (row["objective"], row["rows"]))
 
@@ -272,6 +296,12 @@ class Results:
                 "measuring": sum(measuring) / len(measuring) if measuring else None,
             })  # fmt: skip
         return rows
+
+
+def _end(summary: Mapping[str, Any], side: str) -> float | None:
+    """The NLL of a set after a run."""
+    ends = summary[f"{side}_nll"]
+    return ends["after"] if ends else None
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -12,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.commands.models import load_model, load_tokenizer
 from gfast.data import bundled_authors, load_jsonl, load_tofu
+from gfast.errors import NotFinite
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.results import read_summaries, summarize, write_results, write_summaries
 from gfast.files import read_json, whole_file, write_json
@@ -29,6 +32,8 @@ from gfast.metrics import load_log
 from gfast.metrics.log import LOG_FILE, parse_log
 from gfast.progress import Bar
 from gfast.reproduce.recipe import Calibration, Data, Evaluated, Recipe
+from gfast.sides import SETS, SIDES
+from gfast.training.records import DIVERGED, read_diverged, read_records, write_diverged
 from gfast.words import did_you_mean
 
 DATA_FILES = ("forget.jsonl", "retain.jsonl", "full.jsonl")
@@ -117,10 +122,31 @@ def train(
     launch: str | None,
     checkpoint: str,
     along: Callable[[Path], None] | None = None,
+    may_diverge: bool = False,
 ) -> None:
     """`gfast unlearn` with these flags; what it prints goes to a file. `along` is done with its checkpoints, of which
-    that of this name stays.
+    that of this name stays. may_diverge: a model that became one of NaN is what came out, and no error.
     """
+    (folder / DIVERGED).unlink(missing_ok=True)
+    try:
+        _unlearn(flags, folder, launch)
+    except (NotFinite, RuntimeError):  # the second of processes of their own
+        if not may_diverge or read_diverged(folder) is None:
+            raise
+    found = _not_finite(folder) if may_diverge else None
+    if found is not None:
+        write_diverged(folder, *found)
+    if along is not None:
+        free()
+        unless_diverged(folder, partial(along, folder))
+    # Large, and of use to this run only.
+    for path in (folder / "reference", *folder.glob("checkpoint-*")):
+        if path.name != checkpoint:
+            shutil.rmtree(path, ignore_errors=True)
+    free()
+
+
+def _unlearn(flags: Mapping[str, Any], folder: Path, launch: str | None) -> None:
     argv = [*words(flags), "--output_dir", str(folder)]
     if launch:
         command = [*shlex.split(launch), "-m", "gfast.cli", "unlearn", *argv]
@@ -133,14 +159,26 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "printed.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             unlearn.main(argv)
-    if along is not None:
-        free()
-        along(folder)
-    # Large, and of use to this run only.
-    for path in (folder / "reference", *folder.glob("checkpoint-*")):
-        if path.name != checkpoint:
-            shutil.rmtree(path, ignore_errors=True)
-    free()
+
+
+def _not_finite(folder: Path) -> tuple[int, str] | None:
+    """The first step at which an NLL of a run's records is not finite, and what it is; None where all are."""
+    records = read_records(folder)
+    risks = records[(records["quantity"] == "risk") & ~np.isfinite(records["value"])]
+    if not len(risks):
+        return None
+    first = risks.iloc[0]
+    of = dict(zip(SIDES, SETS, strict=True))[first["side"]]
+    return int(first["step"]), f"the NLL of the {of} set is {first['value']}"
+
+
+def unless_diverged(run: Path, measure: Callable[[], Any]) -> None:
+    """Measure what became of a run. Nothing of one that diverged; what gives no finite number shows that it did."""
+    if read_diverged(run) is None:
+        try:
+            measure()
+        except NotFinite as error:
+            write_diverged(run, read_json(run / "result.json")["steps"], str(error))
 
 
 def effects(flags: Mapping[str, Any], folder: Path) -> None:

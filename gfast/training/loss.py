@@ -26,6 +26,10 @@ from gfast.training.options import (
     refuse_compiled,
     refuse_ignored_arguments,
     refuse_ignored_options,
+    refuse_no_step,
+    refuse_reentrant,
+    say_what_a_batch_is,
+    say_what_is_not_called,
 )
 from gfast.training.reference import ReferenceCache
 from gfast.training.terms import StepTerms
@@ -108,7 +112,7 @@ class GFastLossMixin:
             )
         objective = as_objective(objective)
         refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
-        self._say_what_is_not_called()
+        say_what_is_not_called(type(self), GFastLossMixin)
         super().__init__(*trainer_positional, **trainer_arguments)
         refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
         refuse_compiled(self.accelerator)
@@ -149,36 +153,7 @@ class GFastLossMixin:
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
-        self._say_what_a_batch_is()
-
-    def _say_what_a_batch_is(self) -> None:
-        """A warning where an objective weighs sequences against each other, and a step's are in several batches."""
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        for objective in (self.objective.forget, self.objective.retain):
-            if getattr(objective, "of_batch", False) and (parts > 1 or self.args.per_device_train_batch_size == 1):
-                logger.warning(
-                    "gfast: %s weighs the texts of each micro-batch of each process against each other, as its "
-                    "published code does, and a step has %d of %d rows: this is not the loss of one batch of %d, and "
-                    "of a single text it is NPO. A larger per_device_train_batch_size comes closer",
-                    objective,
-                    parts,
-                    self.args.per_device_train_batch_size,
-                    parts * self.args.per_device_train_batch_size,
-                )
-
-    def _say_what_is_not_called(self) -> None:
-        """A warning for a base with a loss of its own, in whose place gfast's stands. Libraries' are meant to go."""
-        mro = type(self).__mro__
-        for base in mro[mro.index(GFastLossMixin) + 1 :]:
-            own = [name for name in ("compute_loss", "prediction_step", "get_batch_samples") if name in vars(base)]
-            if own and base.__module__.partition(".")[0] not in ("transformers", "trl", "gfast"):
-                logger.warning(
-                    "gfast: %s of %s is not called: the loss of %s is gfast's alone. What it adds goes into "
-                    "a compute_loss of a subclass, beside super().compute_loss(...)",
-                    ", ".join(own),
-                    base.__name__,
-                    type(self).__name__,
-                )
+        say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
     _said_empty = False
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
@@ -262,6 +237,11 @@ class GFastLossMixin:
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
         return batch_samples, int(sum(counts))
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, of data that make a step."""
+        refuse_no_step(self.args, self.train_dataset)
+        return super().get_train_dataloader()
+
     def _over_processes(self, counts: list[int]) -> list[int]:
         """Sums over all processes."""
         if self.accelerator.num_processes == 1:
@@ -294,6 +274,8 @@ class GFastLossMixin:
                 "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
                 "is_trainable=True, or frozen)"
             )
+        if len(self._parts) > 1 and self.live is None:  # both in one backward
+            refuse_reentrant(self.model_wrapped)
         found = self._sides(batch)
         for side, objective, _ in self._parts:
             if side not in found:
@@ -329,9 +311,21 @@ class GFastLossMixin:
         # Data parallelism averages gradients over processes; the terms are already divided by the global count.
         return loss * self.accelerator.num_processes
 
+    @property
+    def _stepping(self) -> bool:
+        """Whether a loss is part of a step that is being taken, whatever mode the model is in: some train with dropout
+        off.
+        """
+        return self.is_in_train and torch.is_grad_enabled()
+
+    @property
+    def _parts_of_step(self) -> int:
+        """The micro-batches of all processes that a loss is one of."""
+        return (self._micro_batches if self._stepping else 1) * self.accelerator.num_processes
+
     def _constant(self) -> float:
         """This micro-batch's share of what PDU takes off the retain loss, which has no gradient."""
-        shares = self._micro_batches * self.accelerator.num_processes
+        shares = self._parts_of_step
         if self.dual is not None:
             self.terms.add(
                 {"dual": torch.tensor(self.dual.value / shares, dtype=torch.float64, device=self.args.device)}
@@ -358,13 +352,12 @@ class GFastLossMixin:
         if reference_model is not None:
             with torch.no_grad(), evaluating(reference_model):
                 batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
-        # Of the step that is being taken, whatever mode the model is in: some train with dropout off.
-        stepping = self.is_in_train and torch.is_grad_enabled()
+        stepping = self._stepping
         normalizer = self._normalizers.get(side) if stepping else None
         # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
-            own_terms = 1.0 / (factor * self._micro_batches * self.accelerator.num_processes)
+            own_terms = 1.0 / (factor * self._parts_of_step)
         if side == "forget" and self.token_weights is not None and stepping:
             batch["weight"] = self.token_weights.of(batch)
         options = dict(normalizer=normalizer, reference=self._reference)

@@ -8,11 +8,17 @@ instead; all others are Trainer's own work and mean what they always mean.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
+
+from gfast.model_state import checkpoints_reentrantly
+
+logger = logging.getLogger("gfast")
 
 _NO_PREDICTIONS = "logits are never made, so there are no predictions"
 _INSTEAD = (
@@ -141,6 +147,36 @@ def refuse_ignored_arguments(
             raise ValueError(f"{name} cannot be used with {trainer}: {_NO_PREDICTIONS}; {_INSTEAD}")
 
 
+def refuse_no_step(args: Any, dataset: Any) -> None:
+    """ValueError for a training that would end before its first step, as far as that is known of data and options."""
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}: no step would be taken; "
+            "give passes over the data, or steps"
+        )
+    if not hasattr(dataset, "__len__"):
+        return
+    rows, whole = len(dataset), args.per_device_train_batch_size
+    if not args.accelerator_config.split_batches:
+        whole *= args.world_size
+    if not rows:
+        raise ValueError("the training data set is empty: there is nothing to take a step on")
+    if args.dataloader_drop_last and rows < whole:
+        raise ValueError(
+            f"dataloader_drop_last drops a batch that is not whole, and the {rows} rows of the training data are fewer "
+            f"than the {whole} that the processes take at a time: leave it out, or lower per_device_train_batch_size"
+        )
+
+
+def refuse_reentrant(model: Any) -> None:
+    """ValueError where PyTorch cannot take both terms of a step in one backward."""
+    if isinstance(model, DistributedDataParallel) and not model.static_graph and checkpoints_reentrantly(model):
+        raise ValueError(
+            "re-entrant checkpoints under DistributedDataParallel take one forward a backward, and a step has one of "
+            "the forget and one of the retain batch: give gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
 def refuse_ignored_with_data(args: Any, dataset: Any) -> None:
     """The same for options whose effect depends on the training data."""
     strategy = getattr(args, "train_sampling_strategy", None)
@@ -183,3 +219,34 @@ def _is_plain(dataset: Any) -> bool:
 
 def _has_lengths(dataset: Any, column: str) -> bool:
     return _is_plain(dataset) or column in (getattr(dataset, "column_names", None) or ())
+
+
+def say_what_a_batch_is(args: Any, objectives: Iterable[Any], processes: int) -> None:
+    """A warning where an objective weighs sequences against each other, and a step's are in several batches."""
+    parts = args.gradient_accumulation_steps * processes
+    for objective in objectives:
+        if getattr(objective, "of_batch", False) and (parts > 1 or args.per_device_train_batch_size == 1):
+            logger.warning(
+                "gfast: %s weighs the texts of each micro-batch of each process against each other, as its "
+                "published code does, and a step has %d of %d rows: this is not the loss of one batch of %d, and "
+                "of a single text it is NPO. A larger per_device_train_batch_size comes closer",
+                objective,
+                parts,
+                args.per_device_train_batch_size,
+                parts * args.per_device_train_batch_size,
+            )
+
+
+def say_what_is_not_called(trainer: type, mixin: type) -> None:
+    """A warning for a base with a loss of its own, in whose place gfast's stands. Libraries' are meant to go."""
+    mro = trainer.__mro__
+    for base in mro[mro.index(mixin) + 1 :]:
+        own = [name for name in ("compute_loss", "prediction_step", "get_batch_samples") if name in vars(base)]
+        if own and base.__module__.partition(".")[0] not in ("transformers", "trl", "gfast"):
+            logger.warning(
+                "gfast: %s of %s is not called: the loss of %s is gfast's alone. What it adds goes into "
+                "a compute_loss of a subclass, beside super().compute_loss(...)",
+                ", ".join(own),
+                base.__name__,
+                trainer.__name__,
+            )

@@ -33,6 +33,8 @@ NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "d
 # Held while a record is merged: between reading and writing it, another writer's rows would be lost.
 LOCK = ".gfast-records-lock"
 MODELS = "models.json"
+# Of a run whose model became one that gives NaN or infinite numbers: the step at which that was seen, and how.
+DIVERGED = "diverged.json"
 
 _TEXT = ("run", "objective", "quantity", "side", "group")
 _FILE = re.compile(r"step-(\d{8,})\.parquet")
@@ -114,6 +116,17 @@ def write_step_model(run_folder: str | os.PathLike[str], step: int, model: Mappi
     """Say of which model a step's measurements are; see `check_step_model`."""
     with _only_writer(run_folder):
         write_json(Path(run_folder) / MODELS, check_step_model(run_folder, step, model))
+
+
+def write_diverged(run_folder: str | os.PathLike[str], step: int, why: str) -> None:
+    """Say that a run diverged."""
+    write_json(Path(run_folder) / DIVERGED, {"step": step, "why": why.removeprefix("gfast: ")})
+
+
+def read_diverged(run_folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The step at which a run was seen to have diverged, and why; None where nothing says so."""
+    path = Path(run_folder) / DIVERGED
+    return read_json(path, "delete it, and the run goes on") if path.exists() else None
 
 
 @contextlib.contextmanager

@@ -156,3 +156,17 @@ def evaluated(folder: str, rank: int, world: int, port: int) -> None:
     callback = EvaluateCallback(1, sets, TOKENIZER, batch_size=2)
     UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate, callbacks=[callback]).train()
     write_json(Path(folder) / f"process-{rank}.json", {str(step): one for step, one in callback.summaries.items()})
+
+
+def measure(model: str, folder: str, rank: int, world: int, port: int) -> None:
+    """`gfast geffect` of objectives that process 0 writes, of every token, and into a folder of something else."""
+    from gfast import cli
+
+    join(rank, world, port)
+    words = ["geffect", "--model", model, "--data", "bundled", "--max_forget", "5", "--max_retain", "4", "--device"]
+    words += ["cpu", "--batch_size", "4", "--objectives", "WGA"]
+    whole = [*words, "NPO", "PO", "BalDRO:beta=0.5", "--batch_size", "8", "--norms", "true"]
+    assert cli.main([*whole, "--output_dir", f"{folder}/whole"]) == 0
+    for per in ("sample", "token"):
+        assert cli.main([*words, "--per", per, "--output_dir", f"{folder}/{per}"]) == 0
+    assert cli.main([*whole, "--groups", "layer", "--output_dir", f"{folder}/whole"]) == 2

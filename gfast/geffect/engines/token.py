@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from gfast import hf
 from gfast.deferred import Head
+from gfast.errors import NotFinite
 from gfast.geffect.backward import default_loss_scale
 from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
@@ -211,7 +212,7 @@ def _measure_batch(
     if bool(bad.any()):
         where = [names[stream // 2] for stream in bad.any(1).nonzero()[:, 0].tolist()]
         hint = "" if loss_scale == 1.0 else f" (loss scale {loss_scale:g}: try loss_scale=1.0)"
-        raise ValueError(
+        raise NotFinite(
             f"gfast: token effects are not finite at {int(bad.any(0).sum())} of {bad.shape[1]} tokens, in the groups "
             f"{', '.join(dict.fromkeys(where))}: check the model's weights and, in float16, its range{hint}"
         )
