@@ -167,6 +167,8 @@ def markdown(summaries: Sequence[dict[str, Any]]) -> str:
         "G-effect is the quotient of both sums. Retain NLL at equal forget NLL is interpolated along each run where "
         "its forget NLL first reaches what all runs reach: end points compare who went further, not who is better."
     )
+    if len(columns) > len(COLUMNS):
+        note += " What evaluations along the run say is interpolated to the same step."
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
