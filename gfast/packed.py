@@ -1,10 +1,11 @@
 """Several texts in one row of a batch: which token belongs to which.
 
 Padding-free collators put texts one after another into a row and say where each begins: `position_ids` that start
-again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), or `seq_idx`
-[B, T] (the number of each token's text). `sequence_id` [B, T] says it to gfast alone, the model does not get it: tokens
-of one number are one text, wherever they stand. What depends on a sequence (a weight for the whole of it, a mean over
-sequences, a sample of an effect) then sees texts, not rows.
+again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), `seq_idx`
+[B, T] (the number of each token's text), or an attention mask [B, 1, T, T] that hides the texts before. `sequence_id`
+[B, T] says it to gfast alone, the model does not get it: tokens of one number are one text, wherever they stand. What
+depends on a sequence (a weight for the whole of it, a mean over sequences, a sample of an effect) then sees texts, not
+rows.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         begins = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=bounds.device)
         begins[bounds.reshape(-1).long().clamp(0, shape.numel())] = True
         return begins[:-1].view(shape)
+    ways = _by_positions(positions, shape), _by_mask(batch.get("attention_mask"), shape)
+    found = [begins for begins in ways if begins is not None]
+    return torch.stack(found).any(0) if found else None
+
+
+def _by_positions(positions: Any, shape: torch.Size) -> Tensor | None:
+    """Where positions start again."""
     if not isinstance(positions, Tensor):
         return None
     # with several kinds of positions (text, then time, height, width of an image) the first tells the order
@@ -79,6 +87,15 @@ def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     if positions.dim() == 2:  # texts of one token; the places of an image are at one time
         again = again | (inner[:, 1:] == 0)
     return torch.nn.functional.pad(again, (1, 0))
+
+
+def _by_mask(mask: Any, shape: torch.Size) -> Tensor | None:
+    """Where a token does not see the one before it, by a mask [B, heads, T, T] of booleans or of what scores get."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (shape[1], shape[1]):
+        return None
+    before = mask[:, 0].diagonal(-1, -2, -1)  # [B, T - 1]: of each token's attention to the one before it
+    hidden = before <= -1e4 if mask.is_floating_point() else before == 0
+    return torch.nn.functional.pad(hidden.expand(shape[0], -1), (1, 0))
 
 
 def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:

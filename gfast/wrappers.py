@@ -23,10 +23,14 @@ _ANYWHERE = re.compile(
 )
 _COMPILED, _FSDP1, _REPLICAS = "_orig_mod", "_fsdp_wrapped_module", "module"
 _WRAPPED = (_COMPILED, _FSDP1, "_checkpoint_wrapped_module", _REPLICAS)
+# Whose wrappers are looked through. One of somebody's own, with a `module` inside, may compute something else.
+_WRAPPERS_OF = frozenset("torch torch_xla deepspeed accelerate apex fairscale gfast".split())
 
 # PEFT's initialisations that take from the base's weights what they put into the adapter, by the beginning of their
 # name: with the adapter off the model is not what it was before.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Options that change the base, whatever the initialisation: KaSA cuts its smallest singular values off.
+_REWRITING_OPTIONS = ("loftq_config", "kasa_config", "layer_replication")
 
 
 def unwrap_name(name: str) -> str:
@@ -307,6 +311,16 @@ def check_frozen_adapter(model: nn.Module, name: str) -> None:
             )
 
 
+def refuse_inner_adapters(model: nn.Module) -> None:
+    """ValueError for adapters that transformers put into a model, with no PeftModel to switch them off."""
+    if not is_adapted(model) and any(getattr(module, "_hf_peft_config_loaded", False) for module in _chain(model)):
+        raise ValueError(
+            "gfast: the adapters of this model are transformers' own (add_adapter, load_adapter or from_pretrained of "
+            "an adapter), which gfast does not switch off, so that its base is not at hand: load the base, and the "
+            "adapters by peft.PeftModel.from_pretrained(base, ...); or take the model as it is, reference='adapted'"
+        )
+
+
 def check_base_is_original(model: nn.Module) -> None:
     """ValueError unless the model with its adapters off is, whatever has been trained, the base as it was loaded.
 
@@ -321,13 +335,10 @@ def check_base_is_original(model: nn.Module) -> None:
         "give them with the batches"
     )
     for name, config in peft.peft_config.items():
-        start = getattr(config, "init_lora_weights", None)
-        rewrites = isinstance(start, str) and start.lower().startswith(_REWRITES_BASE)
-        if rewrites or getattr(config, "loftq_config", None):
-            how = start if rewrites else "loftq"
+        if (how := _rewrite_of_base(config)) is not None:
             raise ValueError(
-                f"the adapter {name!r} was initialised by {how!r}, which rewrote the base's weights: the model with "
-                f"adapters off is not the original. {advice[0].upper()}{advice[1:]}, or use init_lora_weights=True"
+                f"the adapter {name!r} was initialised by {how!r}, which rewrote the base: the model with adapters off "
+                f"is not the original. {advice[0].upper()}{advice[1:]}, or use init_lora_weights=True without {how}"
             )
     vanishing = {id(parameter) for parameter in _vanishing(peft)}
     left = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) not in vanishing]
@@ -338,6 +349,14 @@ def check_base_is_original(model: nn.Module) -> None:
             f"the original any more once it is trained. Freeze it (bias='none', no trained norms or embeddings beside "
             f"the adapters), or {advice}"
         )
+
+
+def _rewrite_of_base(config: Any) -> str | None:
+    """The option of an adapter that has changed weights or layers of the base; None where it is as it was loaded."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
+        return start
+    return next((key for key in _REWRITING_OPTIONS if getattr(config, key, None)), None)
 
 
 def _vanishing(peft: nn.Module) -> Iterator[nn.Parameter]:
@@ -379,7 +398,10 @@ def _peft_of(model: nn.Module) -> nn.Module | None:
 
 
 def _wrapped_key(module: nn.Module) -> str | None:
-    return None if _is_hf(module) else next((key for key in _WRAPPED if key in module._modules), None)
+    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    if _is_hf(module) or not any(cls.__module__.split(".")[0] in _WRAPPERS_OF for cls in own):
+        return None
+    return next((key for key in _WRAPPED if key in module._modules), None)
 
 
 def _is_hf(module: nn.Module) -> bool:

@@ -177,6 +177,26 @@ def test_logits_of_another_shape_are_refused():
         gfast.model_loss(Pooled(transformers.LlamaConfig(**SIZES)), DATA["forget"][0], NLL())
 
 
+def test_a_wrapper_of_ones_own_is_not_looked_through():
+    """It holds the model where DDP does, and what it answers is another model's."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module = model
+
+        def forward(self, **batch):
+            out = self.module(**batch)
+            out.logits = out.logits * 2
+            return out
+
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    with pytest.raises(ValueError, match="found no transformers model inside Twice"):
+        gfast.model_loss(Twice(tiny("llama")), batch, NLL())
+    with pytest.raises(ValueError, match="found no transformers model inside Twice"):
+        gfast.g_effect(Twice(tiny("llama")), GA(), forget=batch, retain=batch, groups=lambda name: "all")
+
+
 # Parameters that are not here
 
 

@@ -82,6 +82,8 @@ CONFIGS = {
     ),
     "pissa": ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which rewrote the base"),
     "olora": ({"init_lora_weights": "olora"}, "initialised by 'olora', which rewrote the base"),
+    "layers repeated": ({"layer_replication": [[0, 2], [1, 2]]}, "initialised by 'layer_replication', which rewrote"),
+    "kasa": ({"kasa_config": "KasaConfig"}, "initialised by 'kasa_config', which rewrote the base"),
 }
 
 
@@ -93,6 +95,10 @@ def test_with_adapters_the_original_is_the_base_or_refused(kind, objective):
     base = tiny("phi" if kind == "trained biases" else "llama", dtype=torch.float32).eval()
     original = copy.deepcopy(base)
     options = dict(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM") | options
+    if kind == "kasa":
+        if not hasattr(peft, "KasaConfig"):
+            pytest.skip("this version of PEFT has no KaSA")
+        options["kasa_config"] = peft.KasaConfig()
     model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
     if kind == "trained norm":
         model.base_model.model.model.norm.weight.requires_grad_(True)
@@ -150,6 +156,28 @@ def test_a_cache_of_a_model_whose_adapters_learned_the_data(reference, tmp_path)
             build(reference=reference)
     else:
         build(reference=reference)
+
+
+def test_a_base_below_transformers_own_adapters_is_not_at_hand(monkeypatch):
+    """`AutoModelForCausalLM.from_pretrained(an adapter's folder)` gives such models too."""
+    from helpers.training_tiny import collator, datasets, tiny_model
+
+    from gfast.training import ReferenceCache
+
+    peft = pytest.importorskip("peft")
+    integration = pytest.importorskip("transformers.integrations.peft")
+    monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)
+    model, data = tiny_model(), datasets()[0]
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+    start(model, 0.5)
+    for reference in ("base", "adapter:default"):
+        with pytest.raises(ValueError, match="adapters of this model are transformers' own"):
+            ReferenceCache.build(model, data, collator(), reference=reference)
+    item = collator()([data[0]])
+    with torch.no_grad(), model_state.evaluating(model):
+        expected = gfast.model_logp(model, item)
+    cache = ReferenceCache.build(model, data, collator(), reference="adapted")
+    torch.testing.assert_close(cache.get(int(item["sample_id"][0]))["ref_logp"], expected[0])
 
 
 def test_switching_adapters_off_and_on_leaves_them_as_they_were():

@@ -246,6 +246,10 @@ def test_sequence_ids_tell_texts_from_rows():
     torch.testing.assert_close(both.loss, expected.loss)
     with pytest.raises(ValueError, match="sequence_id must be integers of the shape of labels"):
         gfast.model_loss(model, packed, SimNPO(1.0, 0.0), sequence_id=numbers[:, 1:])
+    sees = (numbers[0, :, None] == numbers[0]).tril()[None, None]  # [1, 1, T, T]
+    for mask in (sees, torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)):
+        hidden = gfast.model_loss(model, {**plain, "attention_mask": mask}, SimNPO(1.0, 0.0))
+        torch.testing.assert_close(hidden.loss, expected.loss)
 
 
 def test_logits_that_are_made_are_said_once(caplog):

@@ -196,7 +196,9 @@ class ReferenceCache:
         what = checked(what, layer)
         check_reference_name(reference)
         adapted: bool | str = reference == "adapted" and wrappers.is_adapted(model)
-        if wrappers.is_adapted(model) and adapter_name(reference) is not None:
+        if reference not in ("auto", "adapted"):
+            wrappers.refuse_inner_adapters(model)
+        if adapter_name(reference) is not None:
             wrappers.check_frozen_adapter(model, adapter_name(reference))
             adapted = adapter_name(reference)
         if path is not None and Path(path).exists():
