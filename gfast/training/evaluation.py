@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from gfast import wrappers
 from gfast.model_output import model_logp
 from gfast.model_state import evaluating
 from gfast.objectives import NLL
@@ -97,6 +98,66 @@ class EvaluationNLL:
         if self._nested:
             found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
         return found
+
+
+class ExactEvaluation:
+    """Over a Trainer: losses of an evaluation are exact means over the tokens of the data set, in one process or
+    several.
+    """
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
+        found = self._sides(self._prepare_inputs(inputs))
+        sums = {}
+        with torch.no_grad(), wrappers.autocast_of(self.accelerator):
+            for side, batch in found.items():
+                logp = model_logp(model, batch)  # [B, T]
+                tokens = (batch["labels"][..., 1:] != -100).sum()
+                sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
+        if self._evaluation is not None:
+            self._evaluation.add(sums, nested=len(found) > 1)
+        total = sum(sums.values())
+        return (total[0] / total[1].clamp(min=1)).float(), None, None
+
+    _evaluation: EvaluationNLL | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
+        key = eval_dataset if isinstance(eval_dataset, str) else None
+        dataset = self.eval_dataset[key] if key is not None else eval_dataset
+        return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's; in one of several processes the batches that are its own."""
+        if self.args.world_size == 1:
+            return super().get_test_dataloader(test_dataset)
+        return self._own_batches(test_dataset)
+
+    def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
+        # As Trainer does: workers that outlive an evaluation are started once a data set.
+        if not self.args.dataloader_persistent_workers:
+            return OwnBatches(dataset, self.data_collator, self.args)
+        kept = self.__dict__.setdefault("_own_loaders", {})
+        if key not in kept or kept[key].dataset is not dataset:
+            kept[key] = OwnBatches(dataset, self.data_collator, self.args)
+        return kept[key]
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested
+        batches.
+        """
+        self._evaluation = EvaluationNLL(getattr(dataloader, "counted", None))
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
+        finally:
+            self._evaluation = None
+        return output
 
 
 def nll_of_sides(
