@@ -182,6 +182,12 @@ def test_the_retain_set_is_what_is_left_without_the_forget_set():
     assert DataArguments().retain == "retain99" and DataArguments(forget="forget10", retain="mine").retain == "mine"
 
 
+@pytest.mark.parametrize("name, value", [("forget", "forget10"), ("retain", "retain90"), ("data_path", "tofu")])
+def test_what_bundled_data_have_no_use_for(name, value):
+    with pytest.raises(ValueError, match=f"--{name} has no use with the data bundled"):
+        DataArguments(data="bundled", **{name: value})
+
+
 def test_errors_name_set_file_and_row(folder, capsys):
     for name, rows, message in (
         (

@@ -116,6 +116,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data not in SOURCES:
             raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
+        if self.data == "bundled":
+            named = {"data_path": None, "retain": None, "forget": type(self).forget}
+            for name, default in named.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name} has no use with the data bundled, which have their own two sets")
         if self.retain is None:
             self.retain = COMPLEMENTS.get(self.forget.removesuffix("_perturbed"), COMPLEMENTS["forget01"])
         for name in ("max_forget", "max_retain"):

@@ -152,9 +152,13 @@ class EvaluateArguments:
         for name, where in _ONLY_WITH.items():
             if getattr(self, name) is not None and self.data not in where:
                 raise ValueError(f"--{name} has no use with the data {self.data}: it is for {', '.join(where)}")
-        for name in ("relearn_rows", "relearn_data", "relearn_lora_r"):
-            if getattr(self, name) and not self.relearn:
+        for name in ("relearn_rows", "relearn_data", "relearn_lora_r", "relearn_learning_rate"):
+            if getattr(self, name) != getattr(type(self), name) and not self.relearn:
                 raise ValueError(f"--{name} says how to relearn: give the steps, --relearn STEPS")
+        if self.extraction_samples != type(self).extraction_samples and not self.extraction:
+            raise ValueError("--extraction_samples says how many are extracted: give the kinds, --extraction exact")
+        if self.forget != type(self).forget and self.data not in ("tofu", "jsonl"):
+            raise ValueError(f"--forget has no use with the data {self.data}, which has its own forget set")
         for kind in self.extraction or ():
             if kind not in EXTRACTIONS:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
