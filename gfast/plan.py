@@ -192,9 +192,9 @@ class _Counted(TorchDispatchMode):
         self.now -= nbytes
 
 
-def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str = "cuda") -> int:
+def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str = "cuda", rank: int = 0) -> int:
     """The most that a forward and backward of gfast's losses hold beside weights and optimizer states: activations,
-    the head's chunk, gradients (as they come and go, or kept).
+    the head's chunk, gradients (as they come and go, or kept). rank: of LoRA adapters, which alone are trained.
 
     Of a deep model with blocks that are alike it is measured with 4 and with 6 of them. Memory is highest in the
     first or in the second half of the backward, and each half's highest is linear in the number of blocks.
@@ -202,8 +202,8 @@ def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str
     text = config.get_text_config()
     layers, kinds = text.num_hidden_layers, set(getattr(text, "layer_types", None) or ())
     if layers <= 8 or len(kinds) > 1:
-        return max(_halves(config, work, keep_gradients, device))
-    few, more = (_halves(_with_blocks(config, count), work, keep_gradients, device) for count in (4, 6))
+        return max(_halves(config, work, keep_gradients, device, rank))
+    few, more = (_halves(_with_blocks(config, count), work, keep_gradients, device, rank) for count in (4, 6))
     return max(y + (y - x) * (layers - 6) // 2 for x, y in zip(few, more, strict=True))
 
 
@@ -216,7 +216,27 @@ def _with_blocks(config: Any, count: int) -> Any:
     return config
 
 
-def _halves(config: Any, work: Work, keep_gradients: bool, device: str) -> tuple[int, int]:
+def _adapt(model: nn.Module, rank: int) -> None:
+    """LoRA over the matrices of the blocks as PEFT has it: in fp32, and computed in that."""
+
+    def added(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = given[0].to(module.lora_a.dtype)
+        return (output + (x @ module.lora_a @ module.lora_b) * 2.0).to(output.dtype)
+
+    model.requires_grad_(False)
+    for block in hf.structure.blocks(hf.unwrap(model)):
+        for module in list(block.modules()):
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.dim() == 2:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                # GPT-2's Conv1D has its inputs first
+                rims = weight.shape[::-1] if isinstance(module, nn.Linear) else weight.shape
+                module.lora_a = nn.Parameter(torch.empty(rims[0], rank, dtype=wide))
+                module.lora_b = nn.Parameter(torch.empty(rank, rims[1], dtype=wide))
+                module.register_forward_hook(added)
+
+
+def _halves(config: Any, work: Work, keep_gradients: bool, device: str, rank: int = 0) -> tuple[int, int]:
     """The highest of the forward and the backward of the upper half of the blocks, and of that of the lower half."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -224,11 +244,14 @@ def _halves(config: Any, work: Work, keep_gradients: bool, device: str) -> tuple
         model = _model(config, work.dtype)
         if work.checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if rank:
+            _adapt(model, rank)
         model.train()
         head, blocks = hf.output_layer(model).weight, hf.structure.blocks(hf.unwrap(model))
         if not keep_gradients:
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         ids = torch.zeros(work.rows, work.length, dtype=torch.int64)
         upper: list[int] = []
         with _Counted() as counted:
@@ -255,16 +278,17 @@ def _halves(config: Any, work: Work, keep_gradients: bool, device: str) -> tuple
     return (upper[0] if upper else 0, counted.highest)
 
 
-def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """What the fused loss allocates: dH, dW (in fp32 until it is whole), a chunk of logits."""
+def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Tensor | None]:
+    """What the fused loss allocates: dH, dW (in fp32 until it is whole; none of a frozen head), a chunk of logits."""
     tokens, (vocab, size) = hidden.shape[0] * hidden.shape[1], weight.shape
     rows = min(default_chunk_rows(vocab, size, torch.device(device)), tokens)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     of_hidden = torch.empty_like(hidden)
-    total = torch.empty(vocab, size, dtype=wide if rows < tokens else weight.dtype)
+    own = weight.requires_grad
+    total = torch.empty(vocab, size, dtype=wide if rows < tokens else weight.dtype) if own else None
     logits = torch.empty(rows, vocab, dtype=hidden.dtype)
     del logits
-    return of_hidden, total.to(weight.dtype)
+    return of_hidden, total.to(weight.dtype) if own else None
 
 
 @dataclass(frozen=True)
@@ -308,7 +332,7 @@ class Planner:
     ) -> None:
         self.config, self.work, self.machine, self.devices = config, work, machine, devices
         self.sharded = devices > 1 if sharded is None else sharded and devices > 1
-        self._steps: dict[tuple[bool, bool], int] = {}
+        self._steps: dict[tuple[bool, bool, int], int] = {}
         try:
             self.facts = facts(config)
             self._step(False, not self.sharded)
@@ -322,21 +346,22 @@ class Planner:
         """A step of an objective that needs the original (from a cache): one forward and backward over the tokens."""
         size, model = self.work.dtype.itemsize, self.facts
         trained = recipe.rank * model.linear_rims if recipe.rank else model.parameters
-        states = (recipe.state_bytes or 2.0 * size) * trained
+        own = max(size, 4) if recipe.rank else size  # PEFT keeps adapters in fp32
+        states = (recipe.state_bytes or 2.0 * own) * trained
         split = self.devices if self.sharded else 1
         keeps = not recipe.rank and not self.sharded
         held = {
-            "weights": (model.parameters * size + (trained * size if recipe.rank else 0)) / split,
+            "weights": (model.parameters * size + (trained * own if recipe.rank else 0)) / split,
             "optimizer": states / split,
-            "gradients": 0.0 if keeps else trained * size / split,
-            "step": float(self._step(checkpoints, keeps)),
+            "gradients": 0.0 if keeps else trained * own / split,
+            "step": float(self._step(checkpoints, keeps, recipe.rank)),
             "gathered": self._gathered() if self.sharded else 0.0,
         }
         forward, head = model.forward_flops(self.work), model.head_flops(self.work)
         again = forward if checkpoints else 0.0
-        units = 2.0 if recipe.rank else 3.0  # frozen weights have no gradient
-        seconds = self._seconds(units * forward + again + units * head, passes=3, reduces=trained)
-        moved = trained * (3 * size + 2 * (recipe.state_bytes or 2.0 * size)) / split
+        units = 2 if recipe.rank else 3  # frozen weights have no gradient
+        seconds = self._seconds(units * forward + again + units * head, passes=units, reduces=trained)
+        moved = trained * (3 * own + 2 * (recipe.state_bytes or 2.0 * own)) / split
         name = recipe.name + (", checkpoints" if checkpoints else "")
         return Estimate(name, held, seconds + moved / self.machine.bandwidth * self.machine.overhead)
 
@@ -370,12 +395,12 @@ class Planner:
         """What FSDP2 has whole at a time: two blocks and the group of embeddings or head, and a block's gradient."""
         return self.work.dtype.itemsize * float(3 * self.facts.block + 2 * self.facts.largest)
 
-    def _step(self, checkpoints: bool, keeps: bool) -> int:
-        key = (checkpoints, keeps)
+    def _step(self, checkpoints: bool, keeps: bool, rank: int = 0) -> int:
+        key = (checkpoints, keeps, rank)
         if key not in self._steps:
             work = Work(self.work.rows, self.work.length, self.work.dtype, checkpoints)
             kind = "cpu" if self.machine.name.startswith("CPU") else "cuda"
-            self._steps[key] = step_bytes(self.config, work, keeps, kind)
+            self._steps[key] = step_bytes(self.config, work, keeps, kind, rank)
         return self._steps[key]
 
     def _seconds(self, flops: float, passes: int, reduces: float = 0.0) -> float:

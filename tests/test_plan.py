@@ -66,6 +66,33 @@ def test_memory_is_what_a_step_allocates(size, checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_adapters_is_what_peft_allocates(dtype, checkpoints, monkeypatch):
+    """They are in fp32 over 16-bit weights, whose inputs are kept once more in fp32; weights have no gradient."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(memory, "compiled", lambda name: False)
+    *sizes, rows, length = plan_measure.SIZES[0]
+    config, work = plan_measure.config_of(*sizes), plan.Work(rows, length, dtype, checkpoints)
+    settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(LlamaForCausalLM(config).to(dtype), settings).train()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    ids = torch.randint(0, config.vocab_size, (rows, length))
+
+    def step():
+        gfast.model_loss(model, {"input_ids": ids, "labels": ids}, WGA()).loss.backward()
+
+    step()
+    assert plan.step_bytes(config, work, False, "cpu", rank=16) == pytest.approx(allocated(step), rel=0.1)
+    held = plan.Planner(config, work, plan.SHEETS["H100"]).training(plan.RECIPES[2], checkpoints).bytes
+    bytes_of = sum(parameter.numel() * parameter.itemsize for parameter in trained)
+    assert held["gradients"] == bytes_of and held["optimizer"] == 2 * bytes_of
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_deep_model_is_measured_with_few_blocks(checkpoints):
     config, work = plan_measure.config_of(64, 10, 512), plan.Work(2, 32, torch.float32, checkpoints)
     for keeps in (True, False):
