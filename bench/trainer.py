@@ -4,7 +4,8 @@
 
 Same model, rows, order and optimizer. Each training runs in a process of its own; memory is the most that the process
 held beyond what it had after its imports: weights, gradients, a reference model or cached values, logits, and the pool
-that gfast keeps freed gradients in; "lean" is gfast without that pool (GFAST_POOL_MIB=0). Whoever trains so holds
+that gfast keeps freed gradients in; "lean" is gfast without that pool (GFAST_POOL_MIB=0), "joint" is that with both
+sides in one call of the model (joint_forward). Whoever trains so holds
 parameters, gradients and the optimizer's state: the floor, which is given beside, with the ratio of what is above it.
 Steps after the first are timed. KL is another number in open-unlearning (a mean over prompts and padding too), so its
 curves are shown and not compared.
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 LAW, SAME = 0.6, 1e-5
-WAYS = ("open-unlearning", "gfast", "lean")
+WAYS = ("open-unlearning", "gfast", "lean", "joint")
 METHODS = {"NPO": {"beta": 0.1}, "GradDiff": {"retain_loss_type": "KL"}}
 
 
@@ -92,13 +93,14 @@ def one(way: str, method: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         training = TrainingArguments(folder, use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **options)
-        if way in ("gfast", "lean"):
+        if way != "open-unlearning":
             from types import SimpleNamespace
 
             data = SimpleNamespace(forget=forget, retain=retain, anchor="forget")
             made = theirs.TRAINER_REGISTRY[f"GFast{method}"](
-                model=model, args=training, train_dataset=data, processing_class=Tokenizer(), **METHODS[method]
-            )
+                model=model, args=training, train_dataset=data, processing_class=Tokenizer(), **METHODS[method],
+                joint_forward=way == "joint",
+            )  # fmt: skip
         else:
             made = theirs.TRAINER_REGISTRY[method](
                 model=model,
@@ -163,7 +165,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--way", way, "--methods", method]
                 for name in ("vocab", "hidden", "layers", "batch", "tokens", "steps"):
                     command += [f"--{name}", str(getattr(args, name))]
-                own = os.environ | ({"GFAST_POOL_MIB": "0"} if way == "lean" else {})
+                own = os.environ | ({"GFAST_POOL_MIB": "0"} if way in ("lean", "joint") else {})
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
                 runs.append(json.loads(out.splitlines()[-1]))
         cases.append(compared(method, found))
@@ -175,25 +177,27 @@ def main() -> None:
 
 
 def compared(method: str, found: dict[str, list[dict]]) -> dict:
-    """Medians of all ways, the ratios of gfast's two to the other, and how far apart the loss curves are."""
+    """Medians of all ways, the ratios of gfast's to the other, and how far apart the loss curves are."""
     row: dict = {"method": method, "law": LAW, "floor_mb": round(found["gfast"][0]["floor_mb"], 1)}
     for key in ("step_s", "memory_mb", "setup_s"):
         values = {way: statistics.median(run[key] for run in runs) for way, runs in found.items()}
         row |= {f"{way.replace('-', '_')}_{key}": round(value, 3) for way, value in values.items()}
-        for way, name in (("gfast", ""), ("lean", "lean_")):
+        for way, name in (("gfast", ""), ("lean", "lean_"), ("joint", "joint_")):
             if key != "setup_s":
                 row[f"{name}{key.split('_')[0]}_ratio"] = round(values[way] / values["open-unlearning"], 3)
             if key == "memory_mb":
                 above = [values[each] - row["floor_mb"] for each in (way, "open-unlearning")]
                 row[f"{name}above_floor_ratio"] = round(above[0] / above[1], 3)
     curves = [runs[0]["losses"] for runs in found.values()]
-    row["losses"] = dict(zip(("open_unlearning", "gfast", "lean"), curves, strict=True))
+    row["losses"] = dict(zip((way.replace("-", "_") for way in found), curves, strict=True))
     if method == "NPO":
-        apart = max(abs(a - b) / max(abs(a), abs(b)) for a, b in zip(*curves[:2], strict=True))
+        pairs = [pair for curve in curves[1:] for pair in zip(curves[0], curve, strict=True)]
+        apart = max(abs(a - b) / max(abs(a), abs(b)) for a, b in pairs)
         row["losses_apart"] = apart
         if apart > SAME:
             raise SystemExit(f"{method}: the loss curves are {apart:.2e} apart, so that nothing is compared: {curves}")
-    return row | {"holds": row["step_ratio"] <= LAW and row["memory_ratio"] <= LAW}
+    holds = {f"{name}holds": row[f"{name}step_ratio"] <= LAW >= row[f"{name}memory_ratio"] for name in ("", "joint_")}
+    return row | holds
 
 
 if __name__ == "__main__":

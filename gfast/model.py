@@ -98,19 +98,35 @@ def model_loss(
     """
     if own_terms and (isinstance(objective, (RMU, RR)) or reduction == "none"):
         raise ValueError("gfast: own_terms needs a loss that is one number from the model's logits; compute them apart")
+    more = {"ref_logp": ref_logp, "sequence_id": sequence_id, "weight": weight}
+    if more := {key: value for key, value in more.items() if value is not None}:
+        batch = {**batch, **more}
+    lacks = check_batch(model, batch, objective, reduction)
+
+    def loss(module: nn.Module) -> LossOutput:
+        given = with_reference(module, batch, objective, reference) if lacks else batch
+        if isinstance(objective, (RMU, RR)):
+            hidden = layer_hidden(module, given, objective.layer)  # [B, T, D]
+            more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
+            valid = labels_of(batch) != IGNORE_INDEX
+            return LossOutput(objective.value(hidden, *more, valid, normalizer), None, None)
+        output = model_output(module, given, own_terms=own_terms != 0)
+        out = loss_of_output(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
+        return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
+
+    return wrappers.inside(model, loss)
+
+
+def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction: str | None = None) -> bool:
+    """The errors that `model_loss` of a batch would have after its forward pass, before it. Whether the batch lacks
+    values of the original model, which the model has then with its adapters off.
+    """
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
     labels = labels_of(batch)
-    if ref_logp is not None:
-        batch = {**batch, "ref_logp": ref_logp}
-    if sequence_id is not None:
-        batch = {**batch, "sequence_id": sequence_id}
-    if weight is not None:
-        batch = {**batch, "weight": weight}
     if batch.get("weight") is not None:
         check_weighs(objective, "model_loss")
     check_given("model_loss", objective, batch.get("weight"), labels)
-    # before the forward pass, not after it
     needs = REFERENCE_KEYS & set(getattr(objective, "needs", ()))
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not wrappers.is_adapted(model):
@@ -123,23 +139,24 @@ def model_loss(
     else:
         if batch.get("ref_logp") is not None or not lacking:
             check_reference("model_loss", objective, batch.get("ref_logp"), labels)
+    return bool(lacking)
 
-    def loss(module: nn.Module) -> LossOutput:
-        given = with_reference(module, batch, objective, reference) if lacking else batch
-        if isinstance(objective, (RMU, RR)):
-            hidden = layer_hidden(module, given, objective.layer)  # [B, T, D]
-            more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
-            return LossOutput(objective.value(hidden, *more, labels != IGNORE_INDEX, normalizer), None, None)
-        output = model_output(module, given, own_terms=own_terms != 0)
-        if isinstance(objective, (KL, SoftTarget)):
-            out = LossOutput(_divergence(output, given, objective, normalizer, impl), None, None)
-        elif isinstance(objective, OfLabel):
-            out = LossOutput(_of_label(output, given, objective, normalizer, impl), None, None)
-        else:
-            out = output_loss(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
-        return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
 
-    return wrappers.inside(model, loss)
+def loss_of_output(
+    output: ModelOutput,
+    batch: Mapping[str, Any],
+    objective,
+    *,
+    reduction: str | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> LossOutput:
+    """`model_loss` of an objective of the model's logits, from what `model_output` gives; see `check_batch`."""
+    if isinstance(objective, (KL, SoftTarget)):
+        return LossOutput(_divergence(output, batch, objective, normalizer, impl), None, None)
+    if isinstance(objective, OfLabel):
+        return LossOutput(_of_label(output, batch, objective, normalizer, impl), None, None)
+    return output_loss(output, batch, objective, reduction=reduction, normalizer=normalizer, impl=impl)
 
 
 def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **options: Any) -> LossOutput:

@@ -55,7 +55,7 @@ DECISIVE = (
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim optim_args max_grad_norm num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16 gradient_checkpointing "
-    "neftune_noise_alpha dataloader_drop_last reference own_loss_terms weights weights_every weights_tau"
+    "neftune_noise_alpha dataloader_drop_last reference own_loss_terms joint_forward weights weights_every weights_tau"
 ).split()
 # Of TrainingArguments, what `--help` shows.
 SHOWN = (
@@ -230,7 +230,7 @@ def describe(
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
-    unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None}
+    unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None, "joint_forward": False}
     unused |= {"geffect_live": False, "geffect_live_unlearn": False, "geffect_live_update": False, "surgery": None}
     unused |= {"weights": "none", "weights_every": 50, "weights_tau": 1.0}
     settings = {

@@ -136,6 +136,13 @@ class UnlearnConfig(TrainingArguments):
         default=False,
         metadata={"help": "Add the terms that the model adds to its own loss, such as the balance of experts."},
     )
+    joint_forward: bool = field(
+        default=False,
+        metadata={
+            "help": "Run both sides in one call of the model: FSDP and ZeRO-3 gather its weights once a step, and "
+            "embeddings take less memory. Not with live effects, surgery, RMU, RR or own_loss_terms."
+        },
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     report_to: str | None = field(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gfast import wrappers
 from gfast.hf import OWN_KEYS
+from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
 from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
 from gfast.packed import BOUNDS
@@ -19,6 +20,7 @@ from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
+from gfast.training.joint import outputs, refuse_joint
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
@@ -59,6 +61,8 @@ class GFastLossMixin(ExactEvaluation):
             has one (TRL's do), or with PEFT adapters those of the model itself as ``reference`` says.
         reference: as ``gfast.model_loss``: "auto", "base", or "adapter:NAME".
         own_loss_terms: add the terms that the model adds to its own loss, such as the balance of experts.
+        joint_forward: run both sides in one call of the model, not in one each: FSDP and ZeRO-3 gather the weights once
+            a step, and embeddings have one gradient. The loss differs by rounding; dropout draws other numbers.
         geffect_live, geffect_live_unlearn: measure the G-effect of every step from its own gradients (``
             gfast.GEffectMonitor``), on the unlearn side too: recorded in the run folder under the objective's name and
             " (live)", and logged as "geffect_live/retain", "geffect_live/cosine/retain", ... Batches have a retain side
@@ -97,6 +101,7 @@ class GFastLossMixin(ExactEvaluation):
         references: Mapping[str, ReferenceCache] | None = None,
         reference: str = "auto",
         own_loss_terms: bool = False,
+        joint_forward: bool = False,
         geffect_live: bool = False,
         geffect_live_unlearn: bool = False,
         geffect_live_update: bool = False,
@@ -133,7 +138,7 @@ class GFastLossMixin(ExactEvaluation):
         objectives = [one for one in (self.objective.forget, self.objective.retain) if one is not None]
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
         self._heads = {side: cache.head for side, cache in self.references.items()}
-        self._original, self._own_loss_terms = reference, own_loss_terms
+        self._original, self._own_loss_terms, self._joint = reference, own_loss_terms, joint_forward
         # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -151,6 +156,8 @@ class GFastLossMixin(ExactEvaluation):
                 )
             self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery, geffect_live_update)
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
+        if joint_forward:
+            refuse_joint(objectives, own_loss_terms, self.live is not None)
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
@@ -274,7 +281,7 @@ class GFastLossMixin(ExactEvaluation):
                 "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
                 "is_trainable=True, or frozen)"
             )
-        if len(self._parts) > 1 and self.live is None:  # both in one backward
+        if len(self._parts) > 1 and self.live is None and not self._joint:  # both in one backward
             refuse_reentrant(self.model_wrapped)
         found = self._sides(batch)
         for side, objective, _ in self._parts:
@@ -299,8 +306,9 @@ class GFastLossMixin(ExactEvaluation):
 
         def losses(module: Any) -> Tensor:
             total = None
+            answers = outputs(module, {side: found[side] for side, _, _ in self._parts}) if self._joint else {}
             for side, objective, factor in self._parts:
-                loss = factor * self._side_loss(module, found[side], objective, side, factor)
+                loss = factor * self._side_loss(module, found[side], objective, side, factor, answer=answers.get(side))
                 total = loss if total is None else total + loss
             return total - self._constant()
 
@@ -336,11 +344,14 @@ class GFastLossMixin(ExactEvaluation):
 
     def _side_loss(
         self, model: Any, batch: Mapping[str, Any], objective: Objective, side: str, factor: float,
-        risk_count: int | None = None,
+        risk_count: int | None = None, answer: ModelOutput | None = None,
     ) -> Any:  # fmt: skip
-        """The loss of a side; with a risk_count also the NLL over that count, from the same forward."""
-        from gfast.model import model_loss
+        """The loss of a side; with a risk_count also the NLL over that count, from the same forward. answer: what the
+        model has answered already.
+        """
+        from gfast.model import check_batch, loss_of_output, model_loss
         from gfast.model_output import model_logp
+        from gfast.original import with_reference
 
         batch = dict(batch)
         device = batch["labels"].device
@@ -362,7 +373,11 @@ class GFastLossMixin(ExactEvaluation):
             batch["weight"] = self.token_weights.of(batch)
         options = dict(normalizer=normalizer, reference=self._reference)
         risk = None
-        if risk_count is None:
+        if answer is not None:
+            if check_batch(model, batch, objective):
+                batch = with_reference(model, batch, objective, self._reference)
+            out = loss_of_output(answer, batch, objective, normalizer=normalizer)
+        elif risk_count is None:
             out = model_loss(model, batch, objective, own_terms=own_terms, **options)
         else:
             out, risk = loss_and_risk(model, batch, objective, risk_count, **options)

@@ -77,6 +77,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             references=references,
             reference=args.reference,
             own_loss_terms=args.own_loss_terms,
+            joint_forward=args.joint_forward,
             geffect_live=args.geffect_live,
             geffect_live_unlearn=args.geffect_live_unlearn,
             geffect_live_update=args.geffect_live_update,

@@ -92,7 +92,7 @@ LACKING = {
     "RMU": "its EMBED_DIFF retain loss needs hidden states of the original at every step; use gfast unlearn with RMU",
 }
 REFERENCES = ("auto", "cache", "adapters_off", "adapter:NAME")
-_OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geffect_live", "surgery")
+_OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geffect_live", "surgery", "joint_forward")
 
 
 def make_trainers(base: type) -> dict[str, type]:
@@ -136,6 +136,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             geffect_samples: int = 0,
             geffect_live: bool = False,
             surgery: str | None = None,
+            joint_forward: bool = False,
             **method: Any,
         ) -> None:
             skipped = method.pop(_FIRST, known.get(_FIRST, 0)) if _FIRST in known else 0
@@ -148,6 +149,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             _check_collator(data_collator)
             config = unlearn_config(args)
             config.geffect_live, config.surgery = bool(geffect_live), surgery
+            config.joint_forward = bool(joint_forward)
             both = objective.retain is not None or config.geffect_live or surgery is not None
             data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both, skipped)
             collator = PlainOrPairs(tokenizer)
