@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gfast import structure, wrappers
 from gfast.deferred import DeferredLogits, deferred
+from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
 from gfast.wrappers import unwrap
 
@@ -224,7 +225,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         given["labels"] = batch["labels"]
     left_out: list[Tensor] = []
     with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why:
-        out = model(**given)
+        out = called(model, given)
     found = logits_of(out)
     kept = isinstance(found, DeferredLogits) and found.head() is not None
     if defer and not kept and not torch.compiler.is_compiling():
@@ -235,6 +236,8 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
             f"gfast: {type(unwrap(model)).__name__} answered a batch of {tuple(shape_of(batch))} tokens with logits "
             f"{what}: they must be [B, T, V], one row a token"
         )
+    if found.is_meta:
+        raise ValueError(no_values(model))
     if not own_terms:
         if torch.is_grad_enabled():
             terms = (

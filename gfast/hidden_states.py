@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gfast import hf, structure, wrappers
 from gfast.deferred import deferred
+from gfast.embedding_rows import called
 from gfast.model_state import evaluating
 from gfast.wrappers import unwrap
 
@@ -54,7 +55,7 @@ _states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakre
 
 def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     with deferred(model, hf.output_layer(model)):
-        out = model(**hf.inputs(model, batch), output_hidden_states=True)
+        out = called(model, hf.inputs(model, batch), output_hidden_states=True)
         return getattr(out, "hidden_states", None) or ()
 
 
@@ -86,7 +87,7 @@ def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor 
         handle = hf.decoder(model).register_forward_hook(after)
     try:
         with deferred(model, hf.output_layer(model)):
-            model(**hf.inputs(model, batch))
+            called(model, hf.inputs(model, batch))
     except _EnoughComputed:
         pass
     finally:

@@ -197,7 +197,34 @@ def test_a_wrapper_of_ones_own_is_not_looked_through():
         gfast.g_effect(Twice(tiny("llama")), GA(), forget=batch, retain=batch, groups=lambda name: "all")
 
 
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_that_the_embedding_has_not(token):
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    batch["input_ids"] = batch["input_ids"].clone()
+    batch["input_ids"][0, 1] = token
+    message = f"the batch has the token id {token}, and the embedding of LlamaForCausalLM has {VOCAB} rows"
+    with pytest.raises(ValueError, match=message):
+        gfast.model_loss(tiny("llama"), batch, NLL())
+    with pytest.raises(ValueError, match=message):
+        gfast.g_effect(tiny("llama"), GA(), forget=batch, retain=batch)
+
+
+@pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])
+def test_labels_of_32_bits(engine):
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    narrow = {**batch, "labels": batch["labels"].int()}
+    one, other = (gfast.g_effect(tiny("llama"), GA(), forget=b, retain=b, engine=engine) for b in (batch, narrow))
+    assert one.unlearn == other.unlearn
+
+
 # Parameters that are not here
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_model_without_values(masked):
+    batch = {key: value for key, value in DATA["forget"][0].items() if masked or key != "attention_mask"}
+    with pytest.raises(ValueError, match="LlamaForCausalLM or its batch is on the meta device"):
+        gfast.model_loss(tiny("llama").to("meta"), batch, NLL())
 
 
 @pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 from helpers.data_chat import ROWS, answer_ids, exact, sentencepiece_tokenizer, wordpiece_tokenizer
 
-from gfast.data import PreferenceDataset, QADataset, check_vocabulary, demo_tokenizer, token_pieces
+from gfast.data import Collator, PreferenceDataset, QADataset, check_vocabulary, demo_tokenizer, token_pieces
 from gfast.data.encode import plain_text
 
 
@@ -90,6 +90,41 @@ def test_a_token_beyond_the_model_is_named_with_row_and_sizes(field, tied):
     for rows in (size + 2, size + 64):
         assert check_vocabulary(tiny_model(rows, tie_word_embeddings=tied), data, tokenizer) is None
     assert check_vocabulary(tiny_model(size), QADataset(ROWS, tokenizer), tokenizer) is None, "none of them is used"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "llama"])
+def test_a_text_longer_than_a_table_of_positions(name):
+    """Rotary positions have no table, whatever the configuration says they were trained for."""
+    import gfast
+
+    transformers, rows = pytest.importorskip("transformers"), len(demo_tokenizer())
+    data = QADataset(ROWS, demo_tokenizer())
+    longest = max(len(item["input_ids"]) for item in data)
+    model = transformers.AutoModelForCausalLM.from_config(
+        {
+            "gpt2": lambda n: transformers.GPT2Config(vocab_size=rows, n_embd=8, n_layer=1, n_head=1, n_positions=n),
+            "gptj": lambda n: transformers.GPTJConfig(
+                vocab_size=rows, n_positions=n, n_embd=8, n_layer=1, n_head=1, rotary_dim=4
+            ),
+            "opt": lambda n: transformers.OPTConfig(
+                vocab_size=rows, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=1, ffn_dim=8,
+                num_attention_heads=1, max_position_embeddings=n,
+            ),
+            "llama": lambda n: tiny_model(rows, max_position_embeddings=n).config,
+        }[name](longest - 1)
+    )  # fmt: skip
+    batch = Collator(demo_tokenizer())([*data])
+    batch.pop("sample_id")
+    if name == "llama":
+        check_vocabulary(model, data)
+        gfast.model_logp(model, batch)
+        return
+    with pytest.raises(ValueError, match=rf"row \d has {longest} tokens.*table of {longest - 1} pos.*max_length"):
+        check_vocabulary(model, data)
+    check_vocabulary(model, QADataset(ROWS, demo_tokenizer(), max_length=longest - 1))
+    for objective in (gfast.objectives.GA(), gfast.objectives.RMU(layer=1)):
+        with pytest.raises(ValueError, match=rf"texts of {longest} tokens, and .* has a table of {longest - 1} pos"):
+            gfast.model_loss(model, batch, objective)
 
 
 def test_pairs_padding_foreign_tokenizers_and_adapters():

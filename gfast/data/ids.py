@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from gfast.data.encode import IGNORE
+from gfast.embedding_rows import positions_of, rows_of
 
 
 def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str = "the data set") -> None:
-    """Refuse, before any pass, token ids that have no row in the model's embedding, and labels that its head cannot
-    score: on a GPU they end in an assertion of the device that no error message survives.
+    """Refuse, before any pass, token ids that have no row in the model's embedding, labels that its head cannot score,
+    and texts that are longer than its table of positions, where it has one: on a GPU they end in an assertion of the
+    device that no error message survives.
 
     A model with more rows than the tokenizer has tokens is fine.
 
@@ -45,6 +46,11 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
             if size is None:
                 continue
             values = torch.as_tensor(values)
+            if (takes := sizes.get("positions")) is not None and len(values) > takes:
+                raise ValueError(
+                    f"gfast: {name}, row {index + 1} has {len(values)} tokens, and the model has a table of {takes} "
+                    f"positions (max_position_embeddings): give max_length={takes}, or leave such rows out"
+                )
             beyond = values[(values >= size) | ((values < 0) & (values != IGNORE))]
             if len(beyond):
                 where = "vocabulary of the model's head" if key.endswith("labels") else "model's embedding"
@@ -56,9 +62,10 @@ def check_vocabulary(model: Any, dataset: Any, tokenizer: Any = None, name: str 
 
 
 def vocabulary_sizes(model: Any) -> dict[str, int | None]:
-    """Rows of the embedding and of the head, None where a model of its own kind does not say: what is needed of a model
-    to check data that are made later."""
-    return {"input_ids": _rows(model, "get_input_embeddings"), "labels": _rows(model, "get_output_embeddings")}
+    """Rows of the embedding, of the head and of a table of positions, None where a model of its own kind does not say
+    or has none: what is needed of a model to check data that are made later."""
+    rows = {"input_ids": _rows(model, "get_input_embeddings"), "labels": _rows(model, "get_output_embeddings")}
+    return {**rows, "positions": None if rows["input_ids"] is None else positions_of(model)}
 
 
 def _message(where: str, token: int, what: str, size: int, tokenizer: Any) -> str:
@@ -75,12 +82,9 @@ def _message(where: str, token: int, what: str, size: int, tokenizer: Any) -> st
 
 def _rows(model: Any, getter: str) -> int | None:
     try:
-        module: nn.Module | None = getattr(model, getter)()
+        return rows_of(getattr(model, getter)())
     except (NotImplementedError, AttributeError):
         return None
-    while hasattr(module, "base_layer"):  # below adapters
-        module = module.base_layer
-    return getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -19,8 +19,12 @@ _KINDS = (
     (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
     (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with unxz"),
+    (b"\xff\xfe\0\0", "UTF-32 text", "save it as UTF-8"),
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
+    (b"version https://", "a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
+    (b"<!doctype html", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
 )
 
 
@@ -58,7 +62,11 @@ def iter_jsonl(path: str | Path, fields: Sequence[str] = ("question", "answer"))
 def _row(line: bytes, number: int, fields: Sequence[str]) -> dict[str, Any] | None:
     """The row of a line, None for a blank one; ValueError says what is wrong with it."""
     expected = "expected a JSON object with {} on each line".format(" and ".join(f'"{field}"' for field in fields))
-    kind = next((kind for kind in _KINDS if line.startswith(kind[0])), None) if number == 1 else None
+    kind = (
+        next((kind for kind in _KINDS if line.startswith(kind[0]) or line.lower().startswith(kind[0])), None)
+        if number == 1
+        else None
+    )
     if kind is not None:
         raise ValueError(f"the file is {kind[1]}; {expected}: {kind[2]}")
     try:

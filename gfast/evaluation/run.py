@@ -100,6 +100,7 @@ class Evaluation:
 
     def check_model(self, model: nn.Module) -> None:
         """ValueError, naming the row, for a token that the model does not know, or what `check_lengths` finds."""
+        self.check_lengths(getattr(model, "config", None))
         sizes = vocabulary_sizes(model)
         for one, samples in zip(self.sets, self.samples, strict=True):
             for sample in samples:
@@ -109,7 +110,6 @@ class Evaluation:
                 check_vocabulary(
                     sizes, items, self.tokenizer, f"the answers of row {sample.index} of the set {one.name}"
                 )
-        self.check_lengths(getattr(model, "config", None))
 
     def check_lengths(self, config: Any) -> None:
         """ValueError, naming the row, where a sample, or a prompt with what may be generated after it, has more

@@ -157,6 +157,7 @@ class RowPass:
 
     def _forward(self, batch: Mapping[str, Any], heads: int) -> _Forward:
         labels = shifted(batch["labels"])
+        labels = labels.long() if labels.dtype == torch.int32 else labels  # as the loss ops take them
         with self.order.checked(batch, self._answer):
             head, output, _ = self._answer(batch)
         self.ran = True
