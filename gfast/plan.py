@@ -378,10 +378,10 @@ class Planner:
         size, model, split = self.work.dtype.itemsize, self.facts, self.devices if self.sharded else 1
         if self.sharded and name != "stream":
             return Estimate(f"g_effect, {name}", {}, float("nan"), "refuses models that FSDP2 shards")
-        directions = {"stream": 1, "sample": 2, "token": 2, "gram": 0}[name] * 4.0 * model.parameters
-        if name == "stream":
-            directions = min(4.0, size) * model.parameters  # of a single batch, kept as it is
-        step = 0.0 if name == "token" else float(self._step(False, False)) * (2.0 if name == "gram" else 1.0)
+        # Those of a single batch are kept as they are.
+        directions = {"stream": 1, "sample": 2, "token": 2, "gram": 0}[name] * float(size) * model.parameters
+        # token's is that of its directions: what its tangents take is less but for small models
+        step = float(self._step(False, False)) * (2.0 if name == "gram" else 1.0)
         held = {
             "weights": model.parameters * size / split,
             "directions": directions / split,

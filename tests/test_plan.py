@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -90,6 +91,28 @@ def test_memory_of_adapters_is_what_peft_allocates(dtype, checkpoints, monkeypat
     held = plan.Planner(config, work, plan.SHEETS["H100"]).training(plan.RECIPES[2], checkpoints).bytes
     bytes_of = sum(parameter.numel() * parameter.itemsize for parameter in trained)
     assert held["gradients"] == bytes_of and held["optimizer"] == 2 * bytes_of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_effects_is_what_a_measurement_allocates(dtype, monkeypatch):
+    monkeypatch.setattr(memory, "compiled", lambda name: False)
+    *sizes, rows, length = plan_measure.SIZES[1]
+    config, work = plan_measure.config_of(*sizes), plan.Work(rows, length, dtype)
+    model = LlamaForCausalLM(config).to(dtype)
+    forget, retain = (
+        {"input_ids": ids, "labels": ids} for ids in torch.randint(0, config.vocab_size, (2, rows, length))
+    )
+    planner = plan.Planner(config, work, dataclasses.replace(plan.SHEETS["H100"], name="CPU"))
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    for engine in ("stream", "sample"):
+
+        def measure(engine=engine):
+            gfast.g_effect(model, WGA(), forget=forget, retain=retain, engine=engine)
+
+        measure()
+        assert planner.engine(engine).total == pytest.approx(weights + allocated(measure), rel=0.1)
+    # token measures the same directions first
+    assert planner.engine("token").total >= planner.engine("sample").total
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])

@@ -151,7 +151,7 @@ def _train(
     require_measured(parse_rules(config.stop), measured)
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
-    info = describe(model_arguments, data_arguments, config, rows, argv)
+    info = describe(model_arguments, data_arguments, along, config, rows, argv)
     known = check_run_folder(folder, info)
     if known and (folder / "result.json").exists():
         done = read_json(folder / "result.json")
@@ -226,7 +226,12 @@ def _train(
 
 
 def describe(
-    model_arguments: ModelArguments, data_arguments: DataArguments, config: UnlearnConfig, rows: Any, argv: list[str]
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    along: AlongArguments,
+    config: UnlearnConfig,
+    rows: Any,
+    argv: list[str],
 ) -> dict[str, Any]:
     """run.json: what the run is. `config` in it decides whether another start is the same run."""
     # Without what came later, as long as it is not used, so that older runs can be resumed.
@@ -245,7 +250,8 @@ def describe(
         if name != "trust_remote_code" and (name, value) != ("base_model", None)
     }
     info = run_info("unlearn", model_arguments.model, data_arguments, rows, argv)
-    config_of_run = {**settings, **model, **data_arguments.settings(), "samples": info["samples"]}
+    asked = {name: value for name, value in asdict(along).items() if value}
+    config_of_run = {**settings, **asked, **model, **data_arguments.settings(), "samples": info["samples"]}
     info |= {"objective": str(config.build_objective()), "seed": config.seed, "config": config_of_run}
     return as_text(info)
 
