@@ -120,6 +120,30 @@ def test_a_relative_model_is_found_from_anywhere(original, tmp_path, monkeypatch
     assert cli.main(geffect(original, "run")) == 0
 
 
+@pytest.mark.parametrize("kind", ["no head", "a weight less", "adapter under other names"])
+def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, capsys, kind):  # noqa: F811
+    """A decoder saved without its head, files that lack a weight, an adapter of a model with other names."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "changed"
+    shutil.copytree(adapter if "adapter" in kind else original, folder)
+    for manifest in folder.glob("*manifest*"):
+        manifest.unlink()
+    file = folder / ("adapter_model.safetensors" if "adapter" in kind else "model.safetensors")
+    weights = load_file(file)
+    if kind == "no head":
+        weights = {name.removeprefix("model."): w for name, w in weights.items() if name != "lm_head.weight"}
+        message = "no weights for 'lm_head.weight' of LlamaForCausalLM, which would be random"
+    elif kind == "a weight less":
+        weights.pop(name := "model.layers.0.mlp.up_proj.weight")
+        message = f"no weights for '{name}' of LlamaForCausalLM"
+    else:
+        weights = {name.replace(".layers.", ".blocks."): w for name, w in weights.items()}
+        message = "missing adapter keys"
+    save_file(weights, file, metadata={"format": "pt"})
+    fails(capsys, message, *geffect(original, folder, tmp_path / "out", objectives="GA"))
+
+
 def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys):  # noqa: F811
     for command in (
         geffect(original, adapter, lora_r=4),

@@ -7,6 +7,7 @@ flag takes a model, it takes an adapter too. Its base is the one that its adapte
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,18 @@ def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None) -> nn.
     if adapter is not None and adapter.revision:
         options["revision"] = adapter.revision
     what = "the model" if adapter is None else _base_of(adapter)
-    return _loaded(what, name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+
+    def load() -> nn.Module:
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        missing = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
+        if missing:
+            raise ValueError(
+                f"its files have no weights for {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''} "
+                f"of {type(model).__name__}, which would be random"
+            )
+        return model
+
+    return _loaded(what, name, load)
 
 
 def _config(arguments: ModelArguments, name: str, adapter: Adapter | None) -> Any:
@@ -180,6 +192,7 @@ def _reason(name: str, error: Exception) -> str:
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
         reason = f"{type(error).__name__}: {reason}"
+    reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
     if not Path(name).is_dir():
         return f"(there is no such local folder; is it a name on the hub?): {reason}"
     checkpoint = last_checkpoint(name)
@@ -194,7 +207,10 @@ def _with_adapter(arguments: ModelArguments, adapter: Adapter) -> nn.Module:
     base = _whole(arguments, adapter.base, adapter)
     # Trainable: its parameters require gradients as in training, so an effect is over them.
     what = f"over {adapter.base!r} the adapter"
-    model = _loaded(what, adapter.name, lambda: PeftModel.from_pretrained(base, adapter.name, is_trainable=True))
+    with warnings.catch_warnings():
+        # PEFT warns alone of an adapter whose weights have other names than this base's: it would be a fresh one.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        model = _loaded(what, adapter.name, lambda: PeftModel.from_pretrained(base, adapter.name, is_trainable=True))
     _name_base(model, adapter.base)
     return model.eval()  # as from_pretrained leaves a model
 
