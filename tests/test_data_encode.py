@@ -89,9 +89,11 @@ def test_chat_template_with_its_own_bos_and_eos():
         assert (item["input_ids"] == tokenizer.bos_token_id).sum() == 1
 
 
-def test_chat_template_without_end_of_turn_gets_eos():
+@pytest.mark.parametrize("words", ["", " ###", "\n### End"])
+def test_chat_template_without_end_of_turn_gets_eos(words):
+    """What the template writes between the answer and that end is context, as it is before any other end."""
     template = (
-        "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}\n\n{% endfor %}"
+        "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}" + words + "\n\n{% endfor %}"
         "{% if add_generation_prompt %}### assistant\n{% endif %}"
     )
     tokenizer = chat_tokenizer(template)

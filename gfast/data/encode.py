@@ -116,16 +116,14 @@ class Chat:
         written = context[len(prompt) :]
         movable = len(written) - len(written.rstrip())
         end = _first_marker(self._markers, tail)
+        between, closing = (tail.rstrip(), "") if end is None else (tail[: end[0]], end[1])
+        ids, start = join(self.tokenizer, context, answer + between + closing, movable)
         if end is None:
-            ids, start = join(self.tokenizer, context, answer + tail.rstrip(), movable)
             ids = [*ids, _end_id(self.tokenizer)]
-            return ids, [IGNORE] * start + ids[start:]
-        at, token = end
-        ids, start = join(self.tokenizer, context, answer + tail[:at] + token, movable)
-        if ids[-1] != self._markers[token]:
+        elif ids[-1] != self._markers[closing]:
             raise ValueError(f"gfast: cannot find the end of the answer in the chat template's output; {ADVICE}")
         labels = [IGNORE] * start + ids[start:]
-        if at:
+        if between:
             through, _ = join(self.tokenizer, context, answer, movable)
             if ids[: len(through)] == through:
                 labels[len(through) : -1] = [IGNORE] * (len(ids) - 1 - len(through))
