@@ -98,7 +98,12 @@ def test_chat_template_without_end_of_turn_gets_eos(words):
     )
     tokenizer = chat_tokenizer(template)
     data = QADataset(ROWS, tokenizer)
-    assert_labels_are_answers(data, ROWS, tokenizer, tokenizer.eos_token_id)
+    if not words:
+        assert_labels_are_answers(data, ROWS, tokenizer, tokenizer.eos_token_id)
+    for item, row in zip(data, ROWS, strict=True):
+        labels = item["labels"]
+        assert tokenizer.decode(labels[labels != -100]) == row["answer"] + tokenizer.eos_token
+        assert tokenizer.decode(item["input_ids"]).endswith(row["answer"] + words + tokenizer.eos_token)
 
 
 def test_chat_template_that_writes_more_after_the_end_of_turn():
