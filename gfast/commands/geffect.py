@@ -226,10 +226,8 @@ def by_objective(
     """The effects in the order of the objectives."""
     from gfast.geffect import g_effect
 
-    # What weighs the texts of a batch against each other needs all of it in one process.
-    shared = "own" if any(one.of_batch for one in objectives) else "all"
     options = {"groups": arguments.groups, "engine": arguments.engine, "norms": arguments.norms or None}
-    options["processes"] = shared
+    options["processes"] = "all"
     found = {}
     for kind in ("plain", "dpo", "po"):
         members = [one for one in objectives if _kind(one) == kind]

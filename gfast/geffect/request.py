@@ -86,8 +86,8 @@ class Request:
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
         _say_what_has_no_label(data)
         processes.check_alike(data.batches)
-        data.batches |= {source: processes.divided(data.batches[source]) for source in SETS}
-        _check_whole(used, data)
+        whole = _check_whole(used, data)
+        data.batches |= {source: processes.divided(data.batches[source]) for source in SETS if source not in whole}
         if processes.sharded and options.storage not in ("device", "host"):
             raise ValueError(
                 "gfast: direction_storage: each process has a shard of the directions of a model that FSDP2 shards, "
@@ -201,13 +201,16 @@ def _say_what_has_no_label(data: Data) -> None:
             )
 
 
-def _check_whole(used: Iterable[Term], data: Data) -> None:
-    """ValueError for objectives that weigh the sequences of a batch against each other, and data in several."""
+def _check_whole(used: Iterable[Term], data: Data) -> set[str]:
+    """The sources of objectives that weigh the sequences of a batch against each other; ValueError for data in several
+    batches.
+    """
+    used = [term for term in used if term.objective.of_batch]
     for term in used:
         batches = data.batches[term.source]
-        if term.objective.of_batch and len(batches) > 1:
+        if len(batches) > 1:
             raise ValueError(
                 f"gfast: {term.objective} weighs the sequences of a batch against each other, and the {term.source} "
-                f"data is cut into {len(batches)} batches: give one, as of a training step (a larger batch size; "
-                f"processes='own' where several processes would divide it)"
+                f"data is cut into {len(batches)} batches: give one, as of a training step (a larger batch size)"
             )
+    return {term.source for term in used}

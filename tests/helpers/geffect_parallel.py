@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gfast
 from gfast.geffect.results.base import Effect
-from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, Mix
+from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, BalDRO, Mix
 from helpers.geffect_models import tiny
 from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, with_adapters
 
@@ -111,9 +111,10 @@ def replicated(rank: int, world: int) -> None:
     data, truth, model = sets(), tiny("llama"), DistributedDataParallel(tiny("llama"))
     single = {source: some[0] for source, some in data.items()}
     before = left_as_found(model)
-    for batches in (data, single):
-        right = gfast.g_effect(truth, OBJECTIVES, **batches, norms=True)
-        found = gfast.g_effect(model, OBJECTIVES, **batches, norms=True, processes="all")
+    # What weighs the texts of a batch against each other has a batch that is not taken apart.
+    for batches, objectives in ((data, OBJECTIVES), (single, OBJECTIVES), (single, [BalDRO(0.5), GA()])):
+        right = gfast.g_effect(truth, objectives, **batches, norms=True)
+        found = gfast.g_effect(model, objectives, **batches, norms=True, processes="all")
         for one, other in zip(found, right, strict=True):
             same(numbers(one), numbers(other), f"{one.objective}", 1e-6 if "RMU" in one.objective else 1e-9)
             same(one.risks, other.risks, f"{one.objective}")
