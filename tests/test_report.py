@@ -295,6 +295,8 @@ def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     (summary,) = json.loads((tmp_path / "out" / "table.json").read_text(), parse_constant=pytest.fail)
     assert summary["unlearn_peak"] == {"value": -400.0, "step": 5} and summary["nonfinite"] == 3
     assert "3 recorded values were not finite" in (tmp_path / "out" / "report.html").read_text()
+    assert summary["last_step"] == 15 and cells(summary)["forget_nll"].endswith(" (step 10)")  # not what came of it
+    assert cells(summary)["retain_nll"].endswith("→ 8")
 
 
 def test_text_from_runs_and_data_is_escaped(tmp_path):

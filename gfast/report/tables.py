@@ -133,6 +133,8 @@ def cells(summary: dict[str, Any]) -> dict[str, str]:
     for key in ("forget_nll", "retain_nll"):
         ends = summary[key]
         found[key] = f"{number(ends['before'])} → {number(ends['after'])}" if ends else "–"
+        if ends and ends["last_step"] < summary["last_step"]:  # killed or diverged: it is not that of the end
+            found[key] += f" (step {ends['last_step']})"
     for key, count in (("unlearn_peak", "unlearn_negative"), ("retain_damage", "retain_negative")):
         lowest = summary[key]
         none = "never below 0" if summary[count] else "–"
