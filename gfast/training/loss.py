@@ -316,8 +316,8 @@ class GFastLossMixin(ExactEvaluation):
         with wrappers.autocast_of(self.accelerator):
             loss = wrappers.inside(model, losses)
         self.terms.add({"loss": loss})
-        # Data parallelism averages gradients over processes; the terms are already divided by the global count.
-        return loss * self.accelerator.num_processes
+        # Data parallelism averages gradients over processes; the terms of a step are divided by the global count.
+        return loss * self.accelerator.num_processes if self._stepping else loss
 
     @property
     def _stepping(self) -> bool:
@@ -329,7 +329,7 @@ class GFastLossMixin(ExactEvaluation):
     @property
     def _parts_of_step(self) -> int:
         """The micro-batches of all processes that a loss is one of."""
-        return (self._micro_batches if self._stepping else 1) * self.accelerator.num_processes
+        return self._micro_batches * self.accelerator.num_processes if self._stepping else 1
 
     def _constant(self) -> float:
         """This micro-batch's share of what PDU takes off the retain loss, which has no gradient."""

@@ -68,6 +68,11 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
     trainer.train()
     metrics = trainer.evaluate()
     metrics = {name: torch.tensor(value) for name, value in metrics.items() if name.endswith("loss")}
+    # Of a batch by itself, in no step: as many processes as there are have nothing to do with it.
+    data.set_epoch(0)
+    batch = trainer.data_collator([data[0], data[1]])
+    for name, module in (("wrapped", trainer.model_wrapped), ("bare", model)):
+        metrics[f"after/{name}"] = trainer.compute_loss(module, batch).detach()
     # Every process saves what it has: they must agree.
     save_file(parameters(model) | metrics, f"{folder}/process-{rank}.safetensors")
 
