@@ -346,6 +346,7 @@ def test_flags_are_checked_before_any_work(finished, tmp_path, capsys):
     recipe, _ = finished
     out = tmp_path / "out"
     for change, words in (
+        ("launch=notorchrun --nproc_per_node 2", "launch: there is no program notorchrun here"),
         ("objectives.ga={objective: GA, retain_term: rr}", "runs/ga/seed0: retain_term rr keeps"),
         ("unlearn.learning_rate=fast", "invalid float value: 'fast'"),
         (f"model={tmp_path}", "cannot load the model"),

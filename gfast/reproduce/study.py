@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,9 @@ def study(name: str, changes: Sequence[str], out: Path | None, redo: Sequence[st
                 print(f"{kind:<8}{step.name}: {step.what}" + (f" ({why})" if why else ""))
                 print(f"        {step.command}") if step.command else None
             return 0
+        program = shlex.split(recipe.launch)[0] if recipe.launch else None
+        if program is not None and shutil.which(program) is None:
+            raise ValueError(f"launch: there is no program {program} here (is its environment active?)")
         started = time.perf_counter()
         try:
             steps.run(_said(steps, plan))
