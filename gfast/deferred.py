@@ -60,6 +60,7 @@ class DeferredLogits(Tensor):
     bias: Tensor | None
     steps: tuple[tuple[Callable, tuple], ...]  # what has been done to the product since: functions and arguments
     gathers: Callable | None  # see Head
+    graded: bool  # whether gradients were on where the head was called
     computed: Tensor | None  # the real logits, once something has asked
     when_real: list[Callable[[Tensor], Tensor | None]]  # each sees the product, and may give another in its place
 
@@ -79,18 +80,19 @@ class DeferredLogits(Tensor):
             shape = (*hidden.shape[:-1], vocab)
             out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or hidden.dtype, device=hidden.device)
         out.hidden, out.module, out.weight, out.bias, out.steps = hidden, module, weight, bias, steps
-        out.computed, out.when_real, out.gathers = None, [], None
+        out.computed, out.when_real, out.gathers, out.graded = None, [], None, torch.is_grad_enabled()
         if like is not None:
-            out.gathers = like.gathers
+            out.gathers, out.graded = like.gathers, like.graded
         return out
 
     def real(self) -> Tensor:
         """The logits themselves, as the model would have computed them."""
         if self.computed is None:
+            again = self._watch()
             z = Head(self.weight, gathers=self.gathers).over(
                 self.hidden, lambda hidden: F.linear(hidden, self.weight, self.bias)
             )
-            for watch in self.when_real:
+            for watch in () if again else self.when_real:
                 seen = watch(z)
                 z = z if seen is None else seen
             for function, arguments in self.steps:
@@ -119,8 +121,18 @@ class DeferredLogits(Tensor):
             return None
         return Head(self.weight, self.bias, scale, cap, self.module, self.gathers)
 
+    def _watch(self) -> bool:
+        """Whether this is where gradients are off, so that the logits have no graph or it lacks what is done to them:
+        the call is then made again without deferring."""
+        why = _why.get()
+        if why is None or not self.graded or torch.is_grad_enabled():
+            return False
+        why.append(WITHOUT_GRADIENTS)
+        return True
+
     def _then(self, function: Callable, *arguments: Any) -> DeferredLogits:
         """With one step more."""
+        self._watch()
         dtype = arguments[0] if function is Tensor.to else self.dtype
         out = DeferredLogits(
             self.hidden, self.module, self.weight, self.bias, (*self.steps, (function, arguments)), dtype, self
@@ -129,6 +141,7 @@ class DeferredLogits(Tensor):
         return out
 
     def _in_place(self, function: Callable, *arguments: Any) -> DeferredLogits:
+        self._watch()
         self.steps = (*self.steps, (function, arguments))
         return self
 
@@ -146,6 +159,7 @@ class DeferredLogits(Tensor):
 # A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
 # is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
 _left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)
+WITHOUT_GRADIENTS = "they are looked at where gradients are off (no_grad, a torch.autograd.Function)"
 # Why the logits of the call that is running are computed: what has asked for them, in words.
 _why: ContextVar[list[str] | None] = ContextVar("why", default=None)
 

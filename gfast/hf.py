@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gfast import structure, wrappers
-from gfast.deferred import DeferredLogits, deferred
+from gfast.deferred import WITHOUT_GRADIENTS, DeferredLogits, deferred
 from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
 from gfast.wrappers import unwrap
@@ -219,6 +219,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     where the head is a linear map that nobody has looked behind (and `defer`), else the model's own.
     """
     given = inputs(model, batch)
+    defer = defer and unwrap(model) not in _looked_at_without_gradients
     if torch.is_grad_enabled():
         wrappers.refuse_packed(model)
     if own_terms:
@@ -226,6 +227,11 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     left_out: list[Tensor] = []
     with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why:
         out = called(model, given)
+    if WITHOUT_GRADIENTS in why and torch.is_grad_enabled():
+        # what was computed there would have no gradient: from now on the model's own logits, this once by a second call
+        _looked_at_without_gradients.add(unwrap(model))
+        log_materialised(model, WITHOUT_GRADIENTS)
+        return answer(model, batch, False, own_terms)
     found = logits_of(out)
     kept = isinstance(found, DeferredLogits) and found.head() is not None
     if defer and not kept and not torch.compiler.is_compiling():
@@ -255,6 +261,9 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         rows = (found.real() if isinstance(found, DeferredLogits) else found).flatten(0, 1)
         loss = loss - nn.functional.cross_entropy(rows.float() if rows.dtype.itemsize < 4 else rows, target)
     return Answer(found, loss)
+
+
+_looked_at_without_gradients: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their logits, by hooks of theirs
 
 
 class Answer(NamedTuple):

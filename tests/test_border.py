@@ -197,6 +197,54 @@ def test_a_wrapper_of_ones_own_is_not_looked_through():
         gfast.g_effect(Twice(tiny("llama")), GA(), forget=batch, retain=batch, groups=lambda name: "all")
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+@torch.no_grad()
+def looked_at(module, args, output):
+    output.softmax(-1).amax()
+
+
+def doubled(module, args, output):
+    return Doubled.apply(output)
+
+
+@torch.no_grad()
+def scaled(module, args, output):
+    return output.mul_(2)
+
+
+LOOKS = [looked_at, doubled, scaled]
+
+
+@pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])
+@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
+def test_logits_that_are_looked_at_where_gradients_are_off(look, engine):
+    """A hook that logs under no_grad; a function with a backward of its own; a change that autograd does not see."""
+    model = tiny("llama").eval()
+    model.lm_head.register_forward_hook(look)
+    batch, other = ({k: v for k, v in DATA[side][0].items() if k != "ref_logp"} for side in ("forget", "retain"))
+    own = gradient(model, literal_nll(model, batch))
+    if engine is None:
+        for _ in range(2):
+            loss = gfast.model_loss(model, batch, NLL()).loss
+            torch.testing.assert_close(loss, literal_nll(model, batch))
+            found = gradient(model, loss)
+            torch.testing.assert_close(found, own)
+        return
+    risk = gradient(model, literal_nll(model, other))
+    effect = gfast.g_effect(model, NLL(), forget=batch, retain=other, engine=engine)
+    expected = sum(float((own[name] * risk[name]).sum()) for name in own)
+    assert effect.total("retain") == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_tokens_that_the_embedding_has_not(token):
     batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}

@@ -409,6 +409,28 @@ def test_a_loss_of_another_model_is_refused(surgery):
         assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_a_backward_that_ends_before_the_parameters():
+    """A function of somebody that gives no gradient: autograd tells the parameters before it of None."""
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.round(decimals=2)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    model = tiny("llama").eval()
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: Rounded.apply(output))
+    monitor = gfast.GEffectMonitor(model, objective=GA())
+    monitor.forget(loss(model, FORGET, GA()))
+    monitor.retain(loss(model, RETAIN, NLL()))
+    expected = gfast.g_effect(model, GA(), forget=FORGET, retain=RETAIN)
+    for group, found in monitor.effect().retain.items():
+        assert found == pytest.approx(expected.retain[group], rel=1e-6)
+
+
 def test_an_optimizer_that_steps_within_the_backward_is_refused():
     model = tiny("llama")
     model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -156,6 +156,8 @@ class Passes:
 
         def hook(index: int) -> Callable[[Tensor], None]:
             def take(parameter: Tensor) -> None:
+                if parameter.grad is None:  # what is between it and the loss has no gradient to give (rounding)
+                    return
                 if stream is None:
                     taken(parameter)
                 else:  # FSDP2 reduces on a stream of its own

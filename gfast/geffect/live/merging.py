@@ -98,6 +98,8 @@ class Gradients:
             def run(parameter: Tensor) -> None:
                 if index in self._parts:
                     return
+                if parameter.grad is None and len(parameter._post_accumulate_grad_hooks) == 1:
+                    return  # what is between it and the loss has no gradient to give (rounding)
                 if index in came:
                     self.torn.add(index)
                 came.add(index)
