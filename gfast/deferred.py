@@ -125,10 +125,11 @@ class DeferredLogits(Tensor):
         """Whether this is where gradients are off, so that the logits have no graph or it lacks what is done to them:
         the call is then made again without deferring."""
         why = _why.get()
-        if why is None or not self.graded or torch.is_grad_enabled():
+        if why is None or not self.graded:
             return False
-        why.append(WITHOUT_GRADIENTS)
-        return True
+        if not torch.is_grad_enabled():
+            why.append(WITHOUT_GRADIENTS)
+        return WITHOUT_GRADIENTS in why
 
     def _then(self, function: Callable, *arguments: Any) -> DeferredLogits:
         """With one step more."""
@@ -151,15 +152,17 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        # reached by what does not ask for torch functions, such as kernels and autograd itself
+        # reached by what does not ask for torch functions, such as kernels, vmap and autograd: no graph is made below
         _note(func)
+        if torch.is_grad_enabled() and (why := _why.get()) is not None:
+            why.append(WITHOUT_GRADIENTS)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
 
 # A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
 # is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
 _left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)
-WITHOUT_GRADIENTS = "they are looked at where gradients are off (no_grad, a torch.autograd.Function)"
+WITHOUT_GRADIENTS = "they are looked at where gradients are off (no_grad, a torch.autograd.Function, vmap)"
 # Why the logits of the call that is running are computed: what has asked for them, in words.
 _why: ContextVar[list[str] | None] = ContextVar("why", default=None)
 

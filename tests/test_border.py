@@ -221,7 +221,11 @@ def scaled(module, args, output):
     return output.mul_(2)
 
 
-LOOKS = [looked_at, doubled, scaled]
+def mapped(module, args, output):
+    return torch.func.vmap(lambda row: row * 2)(output)
+
+
+LOOKS = [looked_at, doubled, scaled, mapped]
 
 
 @pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])
