@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import structure, wrappers
+from gfast import peft_models, structure, wrappers
 from gfast.deferred import WITHOUT_GRADIENTS, DeferredLogits, deferred
 from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
@@ -57,7 +57,7 @@ def of_its_own_kind(model: nn.Module) -> nn.Module | None:
     `hidden(batch)` gives what its `head`, a module, reads. None for any other.
     """
     inner = wrappers.measured(model)
-    if hasattr(type(inner), "base_model_prefix") or wrappers.is_adapted(inner):
+    if hasattr(type(inner), "base_model_prefix") or peft_models.is_adapted(inner):
         return None
     says = callable(getattr(type(inner), "hidden", None)) and isinstance(getattr(inner, "head", None), nn.Module)
     return inner if says else None
@@ -211,7 +211,7 @@ def cache_argument(model: nn.Module) -> str:
 
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The module that is called for the logits, as far as the model says; also through wrappers."""
-    return wrappers.active_module(unwrap(model).get_output_embeddings())
+    return peft_models.active_module(unwrap(model).get_output_embeddings())
 
 
 def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_terms: bool = False) -> Answer:
@@ -251,7 +251,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
                 if isinstance(out, Mapping)
                 else []
             )
-            adapters = wrappers.own_loss_of_adapters(model)
+            adapters = peft_models.own_loss_of_adapters(model)
             if terms or adapters:
                 _log_own_terms(type(unwrap(model)).__name__, ", ".join([*terms, *([adapters] if adapters else [])]))
         return Answer(found, None)

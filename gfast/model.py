@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import wrappers
+from gfast import peft_models, wrappers
 from gfast.deferred import Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import ModelOutput, form_of, labels_of, logits_of, model_output, shifted, unshifted
@@ -129,7 +129,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     check_given("model_loss", objective, batch.get("weight"), labels)
     needs = REFERENCE_KEYS & set(getattr(objective, "needs", ()))
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
-    if lacking and not wrappers.is_adapted(model):
+    if lacking and not peft_models.is_adapted(model):
         _refuse_lack(objective, lacking[0])
     if isinstance(objective, UNWEIGHTED):
         if reduction not in (None, known := objective.default_reduction):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast import wrappers
+from gfast import peft_models, wrappers
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import model_logp, model_output
 from gfast.model_state import evaluating
@@ -40,7 +40,7 @@ def original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto"
     """
     check_original(model, batch, reference)
     name = adapter_name(reference)
-    other = wrappers.adapters_off(model) if name is None else wrappers.other_adapter(model, name)
+    other = peft_models.adapters_off(model) if name is None else peft_models.other_adapter(model, name)
     with torch.no_grad(), evaluating(model), other:
         yield
 
@@ -62,7 +62,7 @@ def adapter_name(reference: str) -> str | None:
 def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = "auto") -> None:
     """ValueError unless the model with its adapters off is the original, or a frozen adapter of its own makes it."""
     if (name := adapter_name(reference)) is not None:
-        wrappers.check_frozen_adapter(model, name)
+        peft_models.check_frozen_adapter(model, name)
         return
     check_reference_name(reference)
     if reference == "adapted":
@@ -71,14 +71,14 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
             "training. Build them with ReferenceCache.build(model, ..., reference='adapted') and give them with the "
             "batches"
         )
-    wrappers.check_base_is_original(model)
+    peft_models.check_base_is_original(model)
     if reference == "base":
         declare_base_original(model)
     if wrappers.measured(model) in _base_is_original:
         return
     with torch.no_grad(), evaluating(model):
         adapted = model_logp(model, batch)
-        with wrappers.adapters_off(model):
+        with peft_models.adapters_off(model):
             base = model_logp(model, batch)
     # adapters that are zero add nothing, but for methods that divide by a norm: those round
     narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)

@@ -1,4 +1,5 @@
-"""Everything gfast knows of what other libraries put around a model: PEFT, DDP, FSDP, ZeRO, torch.compile, Accelerate.
+"""Everything gfast knows of what other libraries put around a model: DDP, FSDP, ZeRO, torch.compile, Accelerate, PEFT
+(whose adapters are in `gfast.peft_models`).
 
 A wrapper must change neither what is computed nor what it is called: the model runs by its own outermost call, names of
 parameters are compared without prefixes, and what cannot be done through a wrapper is refused by its name.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -25,12 +26,6 @@ _COMPILED, _FSDP1, _REPLICAS = "_orig_mod", "_fsdp_wrapped_module", "module"
 _WRAPPED = (_COMPILED, _FSDP1, "_checkpoint_wrapped_module", _REPLICAS)
 # Whose wrappers are looked through. One of somebody's own, with a `module` inside, may compute something else.
 _WRAPPERS_OF = frozenset("torch torch_xla deepspeed accelerate apex fairscale gfast".split())
-
-# PEFT's initialisations that take from the base's weights what they put into the adapter, by the beginning of their
-# name: with the adapter off the model is not what it was before.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Options that change the base, whatever the initialisation: KaSA cuts its smallest singular values off.
-_REWRITING_OPTIONS = ("loftq_config", "kasa_config", "layer_replication")
 
 
 def unwrap_name(name: str) -> str:
@@ -55,8 +50,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         key = _wrapped_key(inner)
         if key is not None:
             inner = inner._modules[key]
-        elif _is_peft(inner):
-            _refuse_prompt_learning(inner)
+        elif is_peft(inner):
+            refuse_prompt_learning(inner)
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.model
         else:
             raise ValueError(
@@ -145,7 +140,7 @@ def watches_backward(model: nn.Module, head: nn.Module) -> bool:
 
 def stops_safely(model: nn.Module) -> bool:
     """Whether a forward may be left by an exception: PEFT's hooks and FSDP's state would stay behind."""
-    peft = any(_is_peft(module) and hasattr(module, "peft_config") for module in _chain(model))
+    peft = any(is_peft(module) and hasattr(module, "peft_config") for module in chain(model))
     return not peft and not has_fsdp(model)
 
 
@@ -233,168 +228,17 @@ def refuse_packed(model: nn.Module) -> None:
             )
 
 
-# PEFT
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has PEFT adapters that can be switched off."""
-    return any(hasattr(module, "peft_config") and hasattr(module, "disable_adapter") for module in _chain(model))
-
-
-def adapter_prefix(model: nn.Module) -> str | None:
-    """What the names of the adapters' own parameters contain; None for a model without adapters."""
-    peft = _peft_of(model)
-    return None if peft is None else getattr(getattr(peft, "base_model", None), "prefix", None)
-
-
-def own_loss_of_adapters(model: nn.Module) -> str | None:
-    """The term that a PEFT method adds to the loss the model computes from labels, in words; None for most methods."""
-    peft = _peft_of(model)
-    kinds = {} if peft is None else {str(getattr(c, "peft_type", "")) for c in peft.peft_config.values()}
-    return "AdaLoRA's orthogonal regularisation" if any("ADALORA" in kind for kind in kinds) else None
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model with its PEFT adapters off, and nothing else changed; as it is if it has none."""
-    peft = _peft_of(model)
-    if peft is None:
-        yield
-        return
-    # PEFT sets requires_grad of all adapters on the way back, and switches on those that were off before
-    flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-    off = [one for one in peft.modules() if _is_peft(one) and getattr(one, "disable_adapters", None) is True]
-    try:
-        with peft.disable_adapter():
-            yield
-    finally:
-        for one in off:
-            one.enable_adapters(False)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def other_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """The model with another of its adapters active, and nothing else changed."""
-    peft = _peft_of(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-    active = list(peft.active_adapters)
-    try:
-        peft.base_model.set_adapter(name)
-        yield
-    finally:
-        peft.base_model.set_adapter(active if len(active) > 1 else active[0])
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def check_frozen_adapter(model: nn.Module, name: str) -> None:
-    """ValueError unless the model with the adapter of that name stays as it is, whatever is trained."""
-    peft = _peft_of(model)
-    known = sorted(getattr(peft, "peft_config", None) or {})
-    if name not in known:
-        raise ValueError(
-            f"gfast: reference='adapter:{name}': the model has no adapter of that name, its adapters are {known}"
-        )
-    if name in peft.active_adapters:
-        raise ValueError(
-            f"gfast: reference='adapter:{name}': that is the active adapter, which is trained; the reference must be "
-            f"another one, such as a frozen copy of it"
-        )
-    vanishing = {id(parameter) for parameter in _vanishing(peft)}
-    for path, parameter in peft.named_parameters():
-        if parameter.requires_grad and (name in path.split(".") or id(parameter) not in vanishing):
-            raise ValueError(
-                f"gfast: reference='adapter:{name}': the parameter {path!r}, a part of the reference, is trained, so "
-                f"that it is not the original any more; freeze it with requires_grad_(False)"
-            )
-
-
-def refuse_inner_adapters(model: nn.Module) -> None:
-    """ValueError for adapters that transformers put into a model, with no PeftModel to switch them off."""
-    if not is_adapted(model) and any(getattr(module, "_hf_peft_config_loaded", False) for module in _chain(model)):
-        raise ValueError(
-            "gfast: the adapters of this model are transformers' own (add_adapter, load_adapter or from_pretrained of "
-            "an adapter), which gfast does not switch off, so that its base is not at hand: load the base, and the "
-            "adapters by peft.PeftModel.from_pretrained(base, ...); or take the model as it is, reference='adapted'"
-        )
-
-
-def check_base_is_original(model: nn.Module) -> None:
-    """ValueError unless the model with its adapters off is, whatever has been trained, the base as it was loaded.
-
-    Every trainable parameter must vanish with the adapters, and their initialisation must have left the base alone.
-    """
-    peft = _peft_of(model)
-    if peft is None:
-        return
-    _refuse_prompt_learning(peft)
-    advice = (
-        "compute the original's values once, before training (ReferenceCache.build(..., reference='adapted')), and "
-        "give them with the batches"
-    )
-    for name, config in peft.peft_config.items():
-        if (how := _rewrite_of_base(config)) is not None:
-            raise ValueError(
-                f"the adapter {name!r} was initialised by {how!r}, which rewrote the base: the model with adapters off "
-                f"is not the original. {advice[0].upper()}{advice[1:]}, or use init_lora_weights=True without {how}"
-            )
-    vanishing = {id(parameter) for parameter in _vanishing(peft)}
-    left = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) not in vanishing]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise ValueError(
-            f"with adapters off the trainable parameter {left[0]!r}{more} of the base stays, so that the model is not "
-            f"the original any more once it is trained. Freeze it (bias='none', no trained norms or embeddings beside "
-            f"the adapters), or {advice}"
-        )
-
-
-def _rewrite_of_base(config: Any) -> str | None:
-    """The option of an adapter that has changed weights or layers of the base; None where it is as it was loaded."""
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
-        return start
-    return next((key for key in _REWRITING_OPTIONS if getattr(config, key, None)), None)
-
-
-def _vanishing(peft: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that nothing reads while the adapters are off."""
-    for module in peft.modules():
-        # a copy in the place of a module of the base, or an adapter around one
-        of_base = getattr(module, "original_module", None)
-        of_base = getattr(module, "base_layer", None) if of_base is None else of_base
-        if _is_peft(module) and isinstance(of_base, nn.Module):
-            kept = {id(parameter) for parameter in of_base.parameters()}
-            yield from (parameter for parameter in module.parameters() if id(parameter) not in kept)
-
-
-def active_module(module: nn.Module | None) -> nn.Module | None:
-    """The module that is called where PEFT has put a trained copy in the place of one (``modules_to_save``)."""
-    copies = getattr(module, "modules_to_save", None)
-    if not isinstance(copies, nn.ModuleDict):
-        return module
-    active = [name for name in getattr(module, "active_adapters", ()) if name in copies]
-    off = getattr(module, "disable_adapters", False) or not active
-    return module.original_module if off else copies[active[0]]
-
-
-def _chain(model: nn.Module) -> Iterator[nn.Module]:
+def chain(model: nn.Module) -> Iterator[nn.Module]:
     """The model, and what it wraps down to the Hugging Face model."""
     while True:
         yield model
         key = _wrapped_key(model)
         if key is not None:
             model = model._modules[key]
-        elif _is_peft(model) and isinstance(getattr(model, "base_model", None), nn.Module) and not _is_hf(model):
+        elif is_peft(model) and isinstance(getattr(model, "base_model", None), nn.Module) and not _is_hf(model):
             model = model.base_model
         else:
             return
-
-
-def _peft_of(model: nn.Module) -> nn.Module | None:
-    return next((m for m in _chain(model) if hasattr(m, "peft_config") and hasattr(m, "disable_adapter")), None)
 
 
 def _wrapped_key(module: nn.Module) -> str | None:
@@ -408,11 +252,13 @@ def _is_hf(module: nn.Module) -> bool:
     return hasattr(type(module), "base_model_prefix")
 
 
-def _is_peft(module: nn.Module) -> bool:
+def is_peft(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's own."""
     return any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__)
 
 
-def _refuse_prompt_learning(model: nn.Module) -> None:
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """ValueError for adapters that are tokens in front of the text."""
     configs = getattr(model, "peft_config", None)
     for name, config in configs.items() if isinstance(configs, Mapping) else ():
         if getattr(config, "is_prompt_learning", False):

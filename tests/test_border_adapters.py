@@ -11,7 +11,7 @@ from helpers.border import DATA, adapted, literal_nll
 from helpers.geffect_models import gradient, tiny
 
 import gfast
-from gfast import model_state, wrappers
+from gfast import model_state, peft_models
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import model_output
 from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA
@@ -59,7 +59,7 @@ def test_adapters_by_sample():
     mixed = batch | {"adapter_names": ["__base__"] + ["default"] * (rows - 1)}
     logp = gfast.model_logp(model, mixed)
     on = gfast.model_logp(model, batch)
-    with wrappers.adapters_off(model):
+    with peft_models.adapters_off(model):
         off = gfast.model_logp(model, batch)
     torch.testing.assert_close(logp, torch.cat([off[:1], on[1:]]))
     assert not torch.allclose(on[:1], off[:1])
@@ -186,7 +186,7 @@ def test_switching_adapters_off_and_on_leaves_them_as_they_were():
     for parameter in frozen:
         parameter.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    with wrappers.adapters_off(model):
+    with peft_models.adapters_off(model):
         pass
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from gfast import wrappers
+from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
 from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
@@ -172,7 +172,7 @@ def _train(
 
     main = config.process_index == 0
     if main and not known:  # the model as it starts, which reads all of its parameters
-        adapters = wrappers.is_adapted(model)
+        adapters = peft_models.is_adapted(model)
         info |= {"device": device_name(config.device), "model_fingerprint": model_fingerprint(model, adapters)}
     together((lambda: write_run_info(folder, info)) if main else None, config.world_size)
     references = _references(model, both, sides, data_arguments, config, folder)
@@ -292,7 +292,7 @@ def _references(
             continue
         # With adapters the original is at hand, and hidden states of a large retain set would fill the disk.
         if (
-            wrappers.is_adapted(model)
+            peft_models.is_adapted(model)
             and config.reference != "adapted"
             and needed_from_cache(objective) != {"logp"}
             and not data_arguments.reference_cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast import hf, packed, wrappers
+from gfast import hf, packed, peft_models, wrappers
 from gfast.geffect.backward import Passes
 from gfast.geffect.contributions.coverage import refuse_gradient_hooks
 from gfast.geffect.data import Data, Term, risk_terms, to_device
@@ -81,7 +81,7 @@ class Request:
         """
         processes = Processes.of(model, options.processes, options.engine)
         wrappers.refuse_offloaded(model)
-        adapters, fixed_width = wrappers.is_adapted(model), hf.depends_on_width(model)
+        adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(model)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
         _say_what_has_no_label(data)

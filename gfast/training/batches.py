@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from gfast import packed, wrappers
+from gfast import packed, peft_models
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
@@ -130,7 +130,7 @@ def require_reference(batch: Mapping[str, Any], objective: Objective, side: str,
     """ValueError, with what to do, when the batch of `side` lacks what `objective` needs."""
     lacking = {need for need in objective.needs if need.startswith("ref_") and need not in batch}
     lacking -= set(heads.get(side, ()))
-    if lacking and not wrappers.is_adapted(model):
+    if lacking and not peft_models.is_adapted(model):
         raise ValueError(
             f"{objective} needs {', '.join(sorted(lacking))} of the original model in each {side} batch. Build it "
             "once: "

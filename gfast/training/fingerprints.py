@@ -7,7 +7,7 @@ import hashlib
 
 from torch import nn
 
-from gfast import sharded, wrappers
+from gfast import peft_models, sharded, wrappers
 from gfast.tensor_files import hash_tensor
 
 
@@ -36,7 +36,7 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
 
 
 def _parameters(model: nn.Module, adapters: bool | str) -> list[tuple[str, nn.Parameter]]:
-    prefix = None if adapters is True else wrappers.adapter_prefix(model)
+    prefix = None if adapters is True else peft_models.adapter_prefix(model)
     chosen = []
     for name, parameter in model.named_parameters():
         if prefix is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gfast import hf
 from gfast.model_output import ModelOutput, model_output
 from gfast.objectives import RMU, RR, Objective
+from gfast.ops.checks import IGNORE_INDEX
 
 
 def refuse_joint(objectives: Sequence[Objective], own_loss_terms: bool, live: bool) -> None:
@@ -50,12 +51,13 @@ def outputs(model: nn.Module, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
             "depend on it (its rotary embeddings stretch, or nothing is known of it): leave joint_forward out"
         )
     ids = torch.cat([_widened(batch["input_ids"], width) for batch in sides.values()])  # [sum of B, T]
+    labels = torch.cat([_widened(batch["labels"], width, IGNORE_INDEX) for batch in sides.values()])
     masks = [
         torch.ones_like(batch["input_ids"]) if batch.get("attention_mask") is None else batch["attention_mask"]
         for batch in sides.values()
     ]
     mask = torch.cat([_widened(one.to(masks[0].dtype), width) for one in masks])
-    output = model_output(model, {"input_ids": ids, "attention_mask": mask})
+    output = model_output(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
     found, start = {}, 0
     for side, (rows, length) in shapes.items():
         found[side] = output._replace(value=output.value[start : start + rows, :length])
@@ -66,5 +68,5 @@ def outputs(model: nn.Module, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
 _JOINED = frozenset({"input_ids", "attention_mask"})
 
 
-def _widened(x: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(x, (0, width - x.shape[1]))
+def _widened(x: Tensor, width: int, value: int = 0) -> Tensor:
+    return nn.functional.pad(x, (0, width - x.shape[1]), value=value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import wrappers
+from gfast import peft_models
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
 from gfast.progress import Bar
@@ -195,11 +195,11 @@ class ReferenceCache:
 
         what = checked(what, layer)
         check_reference_name(reference)
-        adapted: bool | str = reference == "adapted" and wrappers.is_adapted(model)
+        adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
         if reference not in ("auto", "adapted"):
-            wrappers.refuse_inner_adapters(model)
+            peft_models.refuse_inner_adapters(model)
         if adapter_name(reference) is not None:
-            wrappers.check_frozen_adapter(model, adapter_name(reference))
+            peft_models.check_frozen_adapter(model, adapter_name(reference))
             adapted = adapter_name(reference)
         if path is not None and Path(path).exists():
             return cls.load(path, model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
@@ -212,9 +212,8 @@ class ReferenceCache:
         bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
         first = to_model(model, collator([dataset[order[0]]]))
-        with (
-            as_it_is(model) if adapted is True or not wrappers.is_adapted(model) else original(model, first, reference)
-        ):
+        whole = adapted is True or not peft_models.is_adapted(model)
+        with as_it_is(model) if whole else original(model, first, reference):
             for start in bar.over(starts):
                 batch = to_model(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 keep_samples(parts, values_of(model, batch, what, layer, head), batch)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from gfast import wrappers
+from gfast import peft_models
 from gfast.data import batches
 from gfast.integrations.open_unlearning.arguments import unlearn_config
 from gfast.integrations.open_unlearning.data import Chosen, Items, PlainOrPairs, drawn, paired
@@ -224,7 +224,7 @@ def _check_collator(collator: Any) -> None:
 
 def _reference(model: Any, reference: str) -> tuple[str, bool]:
     """What UnlearnConfig.reference is, and whether caches are built."""
-    adapted = wrappers.is_adapted(model) if model is not None else False
+    adapted = peft_models.is_adapted(model) if model is not None else False
     if reference in ("auto", "cache"):
         return "auto", reference == "cache" or not adapted
     if reference == "adapters_off" or (reference.startswith("adapter:") and len(reference) > len("adapter:")):
