@@ -216,7 +216,7 @@ THIRD: list[Stage] = [
     ),
     bench("soft_targets", 30, "objectives with soft targets", "soft_targets --heads small --dtypes bf16"),
     bench(
-        *("margins", 20, "ETW, PDU and MASC"),
+        *("margins", 20, "ETW, PDU, MASC and BST"),
         "losses --heads small --dtypes bf16 --rows 4096 --objectives wga,etw,pdu,masc --budget 1 "
         "--providers gfast,floor",
     ),

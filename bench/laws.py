@@ -19,6 +19,8 @@ MEASUREMENT = 1.15  # of plain passes in the same place
 SOFT = 1.3  # of token_kl
 LIVE = {"retain side": 1.05, "retain side, update": 1.05, "both sides": 1.25}  # of the plain step; of the retain side
 SCORING = 2.0  # times less time than open-unlearning's evaluator
+EVERY_FIFTH = 1.4  # of plain training, with a measurement of 8 + 8 samples at every 5 steps
+HOST_US, DOTS_US = 60.0, 300.0  # a call with nothing to compute; the dots of a model's tensors
 
 
 class Law(NamedTuple):
@@ -31,7 +33,7 @@ LAWS = {
     "logits": Law("`unlearn_loss`, forward + backward", "at most {} copies of the logits"),
     "kl": Law("`token_kl` on a GPU, forward + backward", "at most {} copies of as many bytes"),
     "soft": Law("`soft_target_loss`, `linear_soft_target_loss`, forward + backward", "at most {} times `token_kl`"),
-    "soft_memory": Law("the same, peak memory", "at most {} times `token_kl`'s"),
+    "soft_memory": Law("`soft_target_loss`, `linear_soft_target_loss`, peak memory", "at most {} times `token_kl`'s"),
     "eager": Law("`unlearn_loss` WGA bf16 against open-unlearning's way", "{} times less time", True),
     "compile": Law("`unlearn_loss` WGA bf16 against torch.compile", "{} times less time", True),
     "train": Law("`linear_unlearn_loss`, forward + backward", "at most {} times its bare matrix products"),
@@ -44,8 +46,10 @@ LAWS = {
         "`linear_unlearn_loss`, `linear_token_logp`, no gradient, peak memory",
         "at most {} times their outputs and the logits folded at a time",
     ),
-    "margins": Law("ETW, PDU and MASC against WGA", "at most {} times its time"),
+    "margins": Law("ETW, PDU, MASC and BST against WGA", "at most {} times its time"),
+    "host": Law("`unlearn_loss`, Python and launch alone", "at most {} µs a call"),
     "grad_dot": Law("`grad_dot`", "at least {} of the read bandwidth", True),
+    "host_dots": Law("`grad_dot` of 291 small tensors", "at most {} µs a call"),
     "g_effect": Law("`g_effect`", "at most {} times the plain passes it needs"),
     "pg_effect": Law("`pg_effect`", "at most {} times 3 plain passes + 1 forward"),
     "pg_given": Law("`pg_effect`, directions given", "at most {} times 1 plain pass + 1 forward"),
@@ -53,6 +57,7 @@ LAWS = {
     "gram_effect": Law("`gram_effect`, `g_effect` by gram", "at most {} times a training step on both batches"),
     "gram_passes": Law("`gram_effect` alone", "at most {} times two passes without gradients of weights"),
     "overhead": Law("a measurement by `GEffectCallback`", "at most {} times 3 plain passes made in the same place"),
+    "every_fifth": Law("training with `GEffectCallback(every=5)`, 8 + 8 samples", "at most {} times plain training"),
     "live": Law("`GEffectMonitor`, retain side at every step", "at most {} times the plain step"),
     "live_update": Law("`GEffectMonitor`, the update's effect on top", "at most {} times the step without it"),
     "live_both": Law("`GEffectMonitor`, both sides at every step", "at most {} times the plain step"),
@@ -60,10 +65,15 @@ LAWS = {
     "less_time": Law("`g_effect` against the published way, time", "{} times less", True),
     "less_memory": Law("`g_effect` against the published way, memory", "{} times less", True),
     "ahead_time": Law("`g_effect` against the published way unpadded, time", "ahead", True),
-    "scoring": Law("`gfast evaluate`, losses, against open-unlearning's evaluator", "{} times less time", True),
     "ahead_memory": Law("`g_effect` against the published way unpadded, memory", "ahead", True),
+    "trainer": Law("a step of gfast's trainers in open-unlearning, time", "at most {} times open-unlearning's"),
+    "trainer_memory": Law(
+        "a step of gfast's trainers in open-unlearning, memory", "at most {} times open-unlearning's"
+    ),
+    "sharded": Law("`g_effect` over 2 processes of FSDP2, memory of one", "at most {} times one process's"),
+    "scoring": Law("`gfast evaluate`, losses, against open-unlearning's evaluator", "{} times less time", True),
 }
-FAMILIES = (  # the six rows of the README: laws, and what is said of them together
+FAMILIES = (  # the rows of the README: laws, and what is said of them together
     (("logits",), LAWS["logits"]),
     (("eager",), LAWS["eager"]),
     (
@@ -73,6 +83,10 @@ FAMILIES = (  # the six rows of the README: laws, and what is said of them toget
     (("memory", "memory_nograd"), Law("`linear_unlearn_loss`, peak memory", "at most {} times what it has to hold")),
     (("g_effect",), LAWS["g_effect"]),
     (("less_time", "less_memory"), Law("`g_effect` against the published way", "{} times less, in time or memory")),
+    (
+        ("trainer", "trainer_memory"),
+        Law("gfast's trainers in open-unlearning's place", "at most {} times its time or memory"),
+    ),
 )
 PUBLISHED = {  # provider: (law of time, times less, law of memory, times less)
     "published way, padded": ("less_time", 4.0, "less_memory", 3.0),
@@ -88,7 +102,7 @@ class Result:
     """A file of bench/results."""
 
     device: str
-    kind: str  # "losses", "soft_targets", "geffect", "grad_dot", "overhead", "live", "evaluate" or "profile"
+    kind: str  # "losses", "geffect", ...: KINDS of report.py
     name: str
     data: Data
 
@@ -133,12 +147,23 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in (row for row in data["rows"] if "law" in row and "loop_floor_ms" in row):  # else of another floor
             every = f"{row['shape']}, every {row['every']} steps"
             yield Check("overhead", every, row["ratio"], row["law"], row["law_met"])
+        for row in (row for row in data["rows"] if row["every"] == 5 and data["settings"]["batch"] == 8):
+            ratio, case = row["of_plain_step"], f"{row['shape']}, {batch_name(data['settings'])}"
+            if row["shape"] != "tiny":  # whose steps are Python
+                yield Check("every_fifth", case, ratio, EVERY_FIFTH, ratio <= EVERY_FIFTH)
     elif kind == "live":
         yield from _live(data)
     elif kind == "evaluate":
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{data['settings']['config']}, {row['samples']} rows, {data['settings']['dtype']}"
             yield Check("scoring", case, row["less_time"], row["law"], row["law_met"])
+    elif kind == "trainer":
+        yield from _trainers(data)
+    elif kind == "sharded":
+        for row in (row for row in data["rows"] if "law" in row):
+            yield Check("sharded", f"{row['blocks']} blocks", row["ratio"], row["law"], row["holds"])
+    elif kind == "host":
+        yield from _host(data)
     elif kind == "soft_targets":
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{row['provider']} {row['dtype']} {' x '.join(map(str, row['shape']))} ({row['head']}, {row['op']})"
@@ -173,6 +198,24 @@ def _live(data: Data) -> Iterator[Check]:
             yield Check("live_memory", case, found["ratio"], found["law"], found["law_met"])
 
 
+def _trainers(data: Data) -> Iterator[Check]:
+    """gfast's trainers as they come, and with the two sides in one call."""
+    for one in data["cases"]:
+        for prefix, way in (("", ""), ("joint_", ", both sides in one call")):
+            for law, field in (("trainer", "step_ratio"), ("trainer_memory", "memory_ratio")):
+                if (ratio := one.get(prefix + field)) is not None:
+                    yield Check(law, one["method"] + way, ratio, one["law"], ratio <= one["law"])
+
+
+def _host(data: Data) -> Iterator[Check]:
+    for row in data["rows"]:
+        if row["provider"].startswith("grad_dot"):
+            yield Check("host_dots", row["provider"], row["us_a_call"], DOTS_US, row["us_a_call"] <= DOTS_US)
+        elif row["provider"] == "unlearn_loss, triton":
+            case = "the kernel a stub" if data["environment"]["name"].startswith("cpu-") else "on the device"
+            yield Check("host", case, row["us_a_call"], HOST_US, row["us_a_call"] <= HOST_US)
+
+
 def _against_peers(data: Data) -> Iterator[Check]:
     wanted = {"op": "logits", "objective": "wga", "dtype": "bf16", "mode": "train"}
     rows = [row for row in data["rows"] if "median_ms" in row and all(row[key] == wanted[key] for key in wanted)]
@@ -185,11 +228,11 @@ def _against_peers(data: Data) -> Iterator[Check]:
 
 
 def _against_wga(data: Data) -> Iterator[Check]:
-    """ETW, PDU and MASC, each with WGA on the same case."""
+    """ETW, PDU, MASC and BST, each with WGA on the same case."""
     rows = [row for row in data["rows"] if row["provider"] == "gfast" and "median_ms" in row]
     same = ("op", "shape", "dtype", "mode", "batch", "device")
     wga = {tuple(map(str, map(row.get, same))): row for row in rows if row["objective"] == "wga"}
-    for row in (row for row in rows if row["objective"] in ("etw", "pdu", "masc")):
+    for row in (row for row in rows if row["objective"] in ("etw", "pdu", "masc", "bst")):
         if (other := wga.get(tuple(map(str, map(row.get, same))))) is not None:
             ratio, shape = row["median_ms"] / other["median_ms"], " x ".join(map(str, row["shape"]))
             case = f"{row['objective'].upper()} {row['dtype']} {shape} ({row['head']}, {row['batch']}), {row['mode']}"

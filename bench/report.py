@@ -21,7 +21,7 @@ PAGE = Path("docs") / "performance.md"
 PICTURES = Path("docs") / "performance"
 # A result's name is one of them, or KIND_MORE. Laws are asked of those of the first line.
 KINDS = (
-    *("losses", "soft_targets", "geffect", "grad_dot", "overhead", "live", "evaluate"),
+    *("losses", "soft_targets", "geffect", "grad_dot", "overhead", "live", "evaluate", "trainer", "sharded", "host"),
     *("profile", "counters", "tiles", "on_gpu"),
 )
 DRAWN = {  # picture: its text

@@ -328,3 +328,22 @@ def test_an_approximation_is_shown_with_its_error(geffect, monkeypatch):
     monkeypatch.setitem(geffect.PROVIDERS, MICRO_BATCHES, replace(provider, run=far))
     note = geffect.checked(tiny(4), [MICRO_BATCHES])[MICRO_BATCHES]
     assert "wrong" not in note and note["off_by"] > 10 and "unequal" in note
+
+
+def test_laws_of_trainers_processes_and_the_host(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import laws
+
+    case = {"method": "NPO", "law": 0.6, "step_ratio": 0.5, "memory_ratio": 0.7, "joint_step_ratio": 0.4}
+    found = {(one.law, one.case): one.met for one in laws.checks("trainer", {"cases": [case]})}
+    joint = "NPO, both sides in one call"  # whose memory was not measured: no check of it
+    assert found == {("trainer", "NPO"): True, ("trainer_memory", "NPO"): False, ("trainer", joint): True}
+    rows = [{"blocks": 4, "ratio": 1.0}, {"blocks": 4, "ratio": 0.6, "law": 0.55, "holds": False}]
+    assert [(one.value, one.met) for one in laws.checks("sharded", {"rows": rows})] == [(0.6, False)]
+    calls = {"unlearn_loss, triton": 61.0, "unlearn_loss, cpp": 20.0, "grad_dot, 291 tensors": 299.0}
+    host = {"environment": {"name": "cpu-x"}, "rows": [{"provider": p, "us_a_call": us} for p, us in calls.items()]}
+    assert {one.law: one.met for one in laws.checks("host", host)} == {"host": False, "host_dots": True}
+    rows = [{"shape": "small", "every": every, "of_plain_step": 1.5} for every in (None, 1, 5)]
+    settings = {"dtype": "fp32", "batch": 8, "tokens": 72}
+    assert [one.law for one in laws.checks("overhead", {"rows": rows, "settings": settings})] == ["every_fifth"]
+    assert not list(laws.checks("overhead", {"rows": rows, "settings": settings | {"batch": 4}}))

@@ -1,4 +1,4 @@
-"""Statistics of rows of logits and the losses of them, ETW, PDU and MASC, against formulas written again here."""
+"""Statistics of rows of logits and the losses of them, ETW, PDU, MASC and BST, against formulas written again here."""
 
 import math
 
