@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 transformers = pytest.importorskip("transformers")
 
-from helpers.geffect_models import batches, gradient, literal_loss, tiny  # noqa: E402
+from helpers.geffect_models import Rounded, batches, gradient, literal_loss, tiny  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 
 import gfast  # noqa: E402
@@ -159,16 +159,6 @@ def in_a_backward_of(module, called) -> None:
 
 def compiled_part(model):
     model.model.layers[2].mlp.compile(backend="eager")
-
-
-class Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.round(decimals=2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
 
 
 def backward_that_ends(model):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.geffect_models import tiny
+from helpers.geffect_models import Rounded, tiny
 from test_live import FORGET, RETAIN, loss
 
 import gfast
@@ -144,15 +144,6 @@ def test_a_loss_of_another_model_is_refused(surgery):
 
 def test_a_backward_that_ends_before_the_parameters():
     """A function of somebody that gives no gradient: autograd tells the parameters before it of None."""
-
-    class Rounded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.round(decimals=2)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return None
 
     model = tiny("llama").eval()
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: Rounded.apply(output))
