@@ -25,7 +25,7 @@ from gfast.ops.token_kl import kl_factor, token_kl
 from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
-from gfast.ops.weights import check_given, check_reference, is_pair
+from gfast.ops.weights import check_given, check_reference, default_reduction, is_pair, kernel_spec
 from gfast.original import REFERENCE_KEYS, with_reference
 from gfast.packed import pair_ids, sequence_ids
 
@@ -131,6 +131,11 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not peft_models.is_adapted(model):
         _refuse_lack(objective, lacking[0])
+    if isinstance(objective, RR) and batch.get("ref_layer") is not None and int(batch["ref_layer"]) != objective.layer:
+        raise ValueError(
+            f"gfast: {objective} was given the original's hidden states of layer {int(batch['ref_layer'])}: build the "
+            f"ReferenceCache with layer={objective.layer}"
+        )
     if isinstance(objective, UNWEIGHTED):
         if reduction not in (None, known := objective.default_reduction):
             raise ValueError(f"gfast: model_loss: {objective} knows only reduction={known!r}, not {reduction!r}")
@@ -165,13 +170,15 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
     """
     labels, reference, weight = labels_of(batch), batch.get("ref_logp"), batch.get("weight")
     check_reference("model_loss", objective, reference, labels)
-    value, target, ids = output.value, shifted(labels), sequence_ids(batch)
+    value, target, pairs = output.value, shifted(labels), is_pair(objective)
     ref, weight = (None if x is None else nn.functional.pad(x[:, 1:], (0, 1)) for x in (reference, weight))
-    if ids is not None and is_pair(objective):
-        if labels.numel() % 2:  # the last column scores nothing
-            value, target, ids = value[:, :-1], target[:, :-1], ids[:, :-1]
-            ref, weight = (None if x is None else x[:, :-1] for x in (ref, weight))
-        ids = pair_ids(ids, target)
+    size = labels.numel() - (labels.shape[0] if labels.numel() % 2 else 0)
+    ids = None
+    if batch.get("sequence_id") is not None or not _is_of_tokens(objective, options.get("reduction")):
+        ids = pair_ids(batch, size) if pairs else sequence_ids(batch)  # which waits for the device
+    if ids is not None and pairs and size < labels.numel():  # an odd number: the last column scores nothing
+        value, target, ids = value[:, :-1], target[:, :-1], ids[:, :-1]
+        ref, weight = (None if x is None else x[:, :-1] for x in (ref, weight))
     options |= dict(ref_logp=ref, sequence_id=ids, weight=weight)
     if output.head is None:
         out = unlearn_loss(value, target, objective, **options)
@@ -181,6 +188,12 @@ def output_loss(output: ModelOutput, batch: Mapping[str, Any], objective, **opti
     back = unshifted if target.shape == labels.shape else lambda x: nn.functional.pad(x, (1, 0))
     loss = back(out.loss) if out.loss.shape == target.shape else out.loss
     return LossOutput(loss, *(None if x is None else back(x) for x in (out.logp, out.weight)))
+
+
+def _is_of_tokens(objective, reduction: str | None) -> bool:
+    """Whether the loss is a sum over tokens, whatever texts they are of."""
+    spec = kernel_spec(objective)
+    return spec is not None and spec.level == "token" and (reduction or default_reduction(objective)) != "sequence_mean"
 
 
 def check_weighs(objective, name: str) -> None:

@@ -2,7 +2,8 @@
 
 Padding-free collators put texts one after another into a row and say where each begins: `position_ids` that start
 again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), `seq_idx`
-[B, T] (the number of each token's text), or an attention mask [B, 1, T, T] that hides the texts before. `sequence_id`
+[B, T] (the number of each token's text), an attention mask [B, 1, T, T] that hides the texts before, or one [B, T] that
+numbers them 1, 2, ... with 0 for padding. `sequence_id`
 [B, T] says it to gfast alone, the model does not get it: tokens of one number are one text, wherever they stand. What
 depends on a sequence (a weight for the whole of it, a mean over sequences, a sample of an effect) then sees texts, not
 rows.
@@ -23,15 +24,9 @@ def texts(batch: Mapping[str, Any]) -> Tensor | None:
     """The number of each token's text, int64 [B, T]; None where no row holds two texts with labels, and nothing but the
     rows says what a text is.
     """
-    labels = batch["labels"]
-    if batch.get("sequence_id") is not None:
-        return _numbered(batch["sequence_id"], labels)
-    begins = _begins(batch, labels.shape)
-    if begins is None:
-        return None
-    begins = begins.to(labels.device)
-    begins[:, 0] = True
-    ids = begins.reshape(-1).long().cumsum(0).view(labels.shape) - 1
+    labels, ids = batch["labels"], _numbers(batch)
+    if ids is None or batch.get("sequence_id") is not None:
+        return ids
     valid = labels != IGNORE_INDEX
     valid[:, 0] = False  # nothing scores the first
     # padding has positions of its own too: only texts that are scored count
@@ -47,6 +42,19 @@ def starts(batch: Mapping[str, Any]) -> list[int] | None:
         return None
     begins[:, 0] = True
     return begins[0].nonzero()[:, 0].tolist()
+
+
+def _numbers(batch: Mapping[str, Any]) -> Tensor | None:
+    """The number of each token's text, int64 [B, T], where padding may have numbers too; None where nothing says."""
+    labels = batch["labels"]
+    if batch.get("sequence_id") is not None:
+        return _numbered(batch["sequence_id"], labels)
+    begins = _begins(batch, labels.shape)
+    if begins is None:
+        return None
+    begins = begins.to(labels.device)
+    begins[:, 0] = True
+    return begins.reshape(-1).long().cumsum(0).view(labels.shape) - 1
 
 
 def _numbered(ids: Tensor, labels: Tensor) -> Tensor:
@@ -90,7 +98,10 @@ def _by_positions(positions: Any, shape: torch.Size) -> Tensor | None:
 
 
 def _by_mask(mask: Any, shape: torch.Size) -> Tensor | None:
-    """Where a token does not see the one before it, by a mask [B, heads, T, T] of booleans or of what scores get."""
+    """Where a token does not see the one before it, by a mask [B, heads, T, T] of booleans or of what scores get; or is
+    of another text, by a mask [B, T] of their numbers."""
+    if isinstance(mask, Tensor) and mask.shape == shape and not mask.is_floating_point() and bool((mask > 1).any()):
+        return torch.nn.functional.pad(mask[:, 1:] != mask[:, :-1], (1, 0))
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (shape[1], shape[1]):
         return None
     before = mask[:, 0].diagonal(-1, -2, -1)  # [B, T - 1]: of each token's attention to the one before it
@@ -139,7 +150,7 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError, naming it, for an entry that belongs to rows and not to tokens.
     """
     shape = batch["labels"].shape
-    whole = {"ref_head", "ref_head_bias", "ref_head_form"}
+    whole = {"ref_head", "ref_head_bias", "ref_head_form", "ref_layer"}
     for key, value in batch.items():
         if isinstance(value, Tensor) and key not in (*_BY_TOKEN, *BOUNDS, "sample_id") and key not in whole:
             raise ValueError(
@@ -182,16 +193,43 @@ def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     return objective.count(each.fill_(0))
 
 
-def pair_ids(ids: Tensor, labels: Tensor) -> Tensor:
-    """Sequence ids of pairs: the second half of the texts begins at half the number of labels, where ops look for it.
+def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
+    """Sequence ids of packed pairs, int64 [B, T] at the positions that score: the second half of the texts begins at
+    size // 2, half the number of labels, where ops look for it. None where a row is a text.
 
-    Raises ValueError for an odd number of texts.
+    A text that lost its labels, as truncation does it, keeps its place among the others: without it every pair behind
+    it would be of two answers to different questions. Raises ValueError for an odd number of texts.
     """
-    size = labels.numel()
-    found = int(ids.max()) + 1
+    ids = _numbers(batch)
+    if ids is None:
+        return None
+    scored = batch["labels"][:, 1:] != IGNORE_INDEX
+    rows, flat = ids.shape[0], ids[:, 1:].reshape(-1)  # of tokens that a text's other tokens stand before
+    present = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill_(0, flat[scored.view(-1)], True)
+    present |= _worded(batch, ids)
+    if int(present.sum()) == rows and bool(present[ids].any(1).all()):
+        return None
+    rank = present.long().cumsum(0) - 1
+    found = int(rank[-1]) + 1
     if found % 2:
         raise ValueError(
             f"gfast: DPO needs pairs: an even number of texts, the forget answers and then the preferred ones in the "
             f"same order; the packed rows hold {found}"
         )
-    return torch.where(ids >= found // 2, ids - found // 2 + size // 2, ids)
+    rank = torch.where(rank >= found // 2, rank - found // 2 + size // 2, rank).clamp(min=0)
+    return torch.nn.functional.pad(rank[flat].view(rows, -1), (0, 1))
+
+
+def _worded(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Of texts by number, bool [B T]: those with two different tokens that are attended to. Padding has none."""
+    tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if tokens is None:  # vectors: any two are taken to differ
+        tokens = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        seen = mask.to(ids.device) != 0
+        ids, tokens = ids[seen], tokens[seen]
+    ids, tokens = ids.reshape(-1), tokens.reshape(-1).long()
+    empty = tokens.new_full((batch["labels"].numel(),), -1)
+    high = empty.scatter_reduce(0, ids, tokens, "amax")
+    low = empty.scatter_reduce(0, ids, tokens, "amin", include_self=False)
+    return high > low

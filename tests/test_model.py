@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from helpers.small_models import batch_of, gradients, tiny
+from helpers.training_tiny import collator, datasets, tiny_model
 
 import gfast
 from gfast.model_output import shifted
@@ -78,6 +79,21 @@ def test_rmu_and_rr_read_the_layer_that_hidden_states_names():
         assert gfast.model_loss(model, {**batch, "ref_layer_hidden": hidden.detach()}, RR(layer=layer)).loss == 0
     with pytest.raises(ValueError, match="ref_layer_hidden"):
         gfast.model_loss(model, batch, RR(layer=2))
+
+
+def test_a_cache_says_of_which_layer_its_hidden_states_are(tmp_path):
+    """Joined by hand too, where nothing else could tell."""
+    model, data = tiny_model(), datasets()[0]
+    build = dict(dataset=data, collator=collator(), path=tmp_path / "cache", what={"layer_hidden"}, layer=1)
+    cache = gfast.ReferenceCache.build(model, **build)
+    batch = collator()([data[index] for index in range(3)])
+    batch |= cache.join(batch["sample_id"], batch["attention_mask"].sum(1), batch["labels"].shape[1])
+    assert gfast.model_loss(model, batch, RR(layer=1)).loss.abs() < 1e-6
+    with pytest.raises(ValueError, match=r"RR\(layer=2\) was given the original's hidden states of layer 1"):
+        gfast.model_loss(model, batch, RR(layer=2))
+    halves = dict(forget=[batch], retain=[batch], objective=RR(layer=2))
+    with pytest.raises(ValueError, match="of layer 1"):
+        gfast.g_effect(model, **halves)
 
 
 def test_rows_without_labels_and_padding_do_not_count():

@@ -26,7 +26,9 @@ BY_POSITION = frozenset(
     "input_ids inputs_embeds labels attention_mask position_ids token_type_ids mm_token_type_ids "
     "weight ref_logp ref_hidden ref_layer_hidden".split()
 )
-NOT_BY_POSITION = frozenset("sample_id ref_head ref_head_bias ref_head_form pixel_values image_grid_thw".split())
+NOT_BY_POSITION = frozenset(
+    "sample_id ref_head ref_head_bias ref_head_form ref_layer pixel_values image_grid_thw".split()
+)
 
 
 @dataclass(frozen=True)

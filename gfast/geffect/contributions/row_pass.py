@@ -245,9 +245,8 @@ class RowPass:
             return Seeds(spec, None, ref if spec.uses_ref else None, times)
         with torch.no_grad():
             logp = output_logp(ModelOutput(forward.head, forward.output.detach()), forward.labels).reshape(-1)
-        texts = sequence_ids(forward.batch)
-        if texts is not None and is_pair(objective):
-            texts = pair_ids(texts, forward.labels)
+        pairs = is_pair(objective)
+        texts = pair_ids(forward.batch, forward.labels.numel()) if pairs else sequence_ids(forward.batch)
         ids, count = sequence_layout("g_effect", forward.labels, texts)
         valid = (forward.labels != IGNORE_INDEX).reshape(-1)
         ref = None if ref is None else ref.reshape(-1).to(logp.dtype)

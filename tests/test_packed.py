@@ -1,0 +1,84 @@
+"""Several texts in a row: which are pairs, and masks that number them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.geffect_models import VOCAB, tiny
+
+import gfast
+from gfast.objectives import DPO, GA, NPO, SimNPO
+
+LENGTHS = (5, 7, 6, 4, 8, 5)  # of three forget answers and then the three preferred ones
+MODEL = tiny("llama").double()
+
+
+def texts(lost=()):
+    """(ids, labels, reference log-probs) of each; those that are lost have no label."""
+    draw = torch.Generator().manual_seed(0)
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(1, VOCAB, (length,), generator=draw)
+        labels = torch.full_like(ids, -100) if number in lost else torch.cat([ids.new_full((2,), -100), ids[2:]])
+        yield ids, labels, -torch.rand(length, generator=draw, dtype=torch.float64)
+
+
+def packed(rows, lost=(), width=None):
+    """The texts one after another in rows, each padded on the right to one width."""
+    columns = {"input_ids": 0, "labels": -100, "ref_logp": 0, "position_ids": 0, "attention_mask": 0}
+    found = {key: [] for key in columns}
+    each = list(texts(lost))
+    width = width or max(sum(LENGTHS[i] for i in row) for row in rows)
+    for row in rows:
+        ids, labels, ref = (torch.cat([each[i][k] for i in row]) for k in range(3))
+        places = torch.cat([torch.arange(LENGTHS[i]) for i in row])
+        for (key, pad), value in zip(columns.items(), (ids, labels, ref, places, torch.ones_like(ids)), strict=True):
+            found[key].append(torch.nn.functional.pad(value, (0, width - len(value)), value=pad))
+    batch = {key: torch.stack(value) for key, value in found.items()}
+    numbers = [torch.cat([torch.full((LENGTHS[i],), i + 1) for i in row]) for row in rows]
+    numbers = torch.stack([torch.nn.functional.pad(n, (0, width - len(n))) for n in numbers])
+    sees = numbers[:, :, None] == numbers[:, None, :]
+    batch["attention_mask"] = sees.tril()[:, None]  # [B, 1, T, T]
+    return batch, numbers
+
+
+def apart(lost=()):
+    """Every text a row of its own."""
+    return packed([[i] for i in range(len(LENGTHS))], lost)[0]
+
+
+def value(batch, objective):
+    return float(gfast.model_loss(MODEL, batch, objective).loss.detach())
+
+
+@pytest.mark.parametrize("lost", [(), (1, 4), (2, 5), (0, 3)])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 1, 2], [3, 4, 5]]], ids=len)
+@pytest.mark.parametrize("width", [None, 41])
+def test_pairs_keep_their_places_without_labels(lost, rows, width):
+    """A pair that lost its labels is left out, and the others stay pairs."""
+    expected = value(apart(lost), DPO(0.5))
+    assert value(packed(rows, lost, width)[0], DPO(0.5)) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("lost", [(0, 5), (1, 3), (2, 4, 0, 5)])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]]], ids=len)
+def test_answers_to_different_questions_are_no_pair(lost, rows):
+    """As many answers on both sides, but not the same ones: they were paired in their order."""
+    with pytest.raises(ValueError, match="one half has no label"):
+        value(packed(rows, lost)[0], DPO(0.5))
+
+
+def test_a_text_too_few_is_no_pair():
+    with pytest.raises(ValueError, match="an even number of texts"):
+        value(packed([[0, 1, 2, 3, 4]])[0], DPO(0.5))
+
+
+@pytest.mark.parametrize("objective", [NPO(0.5), SimNPO(1.0), GA()], ids=str)
+def test_masks_that_number_texts(objective):
+    """A mask [B, T] of 1, 2, ... says where texts begin, as one of ones does not."""
+    batch, numbers = packed([[0, 1, 2], [3, 4, 5]], width=20)
+    batch["position_ids"] = torch.arange(20).expand(2, -1)
+    batch["attention_mask"] = numbers.clamp(max=1)
+    named = {**batch, "sequence_id": numbers}
+    assert value({**batch, "attention_mask": numbers}, objective) == pytest.approx(value(named, objective), rel=1e-10)
+    if objective != GA():
+        assert value(batch, objective) != pytest.approx(value(named, objective), rel=1e-3)
