@@ -131,11 +131,13 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not peft_models.is_adapted(model):
         _refuse_lack(objective, lacking[0])
-    if isinstance(objective, RR) and batch.get("ref_layer") is not None and int(batch["ref_layer"]) != objective.layer:
-        raise ValueError(
-            f"gfast: {objective} was given the original's hidden states of layer {int(batch['ref_layer'])}: build the "
-            f"ReferenceCache with layer={objective.layer}"
-        )
+    if isinstance(objective, RR) and batch.get("ref_layer") is not None:
+        other = [layer for layer in batch["ref_layer"].tolist() if layer != objective.layer]
+        if other:
+            raise ValueError(
+                f"gfast: {objective} was given the original's hidden states of layer {other[0]}: build the "
+                f"ReferenceCache with layer={objective.layer}"
+            )
     if isinstance(objective, UNWEIGHTED):
         if reduction not in (None, known := objective.default_reduction):
             raise ValueError(f"gfast: model_loss: {objective} knows only reduction={known!r}, not {reduction!r}")

@@ -150,9 +150,13 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError, naming it, for an entry that belongs to rows and not to tokens.
     """
     shape = batch["labels"].shape
-    whole = {"ref_head", "ref_head_bias", "ref_head_form", "ref_layer"}
+    whole = {"ref_head", "ref_head_bias", "ref_head_form"}
     for key, value in batch.items():
-        if isinstance(value, Tensor) and key not in (*_BY_TOKEN, *BOUNDS, "sample_id") and key not in whole:
+        if (
+            isinstance(value, Tensor)
+            and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer")
+            and key not in whole
+        ):
             raise ValueError(
                 f"gfast: {key!r} {tuple(value.shape)} of a packed batch belongs to rows, and effects of samples look "
                 f"at the texts in them one by one: unpack the batch, one text a row"

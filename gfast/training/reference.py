@@ -112,8 +112,8 @@ class ReferenceCache:
     def join(
         self, sample_ids: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor, padded_length: int
     ) -> dict[str, Tensor]:
-        """The values of a batch, right-padded with zeros to [B, padded_length, ...], and the layer that hidden states
-        are of; what a Collator adds to its batch.
+        """The values of a batch, right-padded with zeros to [B, padded_length, ...], and `ref_layer` [B], of
+        which layer hidden states are; what a Collator adds to its batch.
 
         Errors: ValueError for an unknown sample and for a sample whose token count differs from the one it was built
         with.
@@ -132,7 +132,7 @@ class ReferenceCache:
                     )
                 joined[key][row, :length] = value
         if "ref_layer_hidden" in joined and self.layer is not None:
-            joined["ref_layer"] = torch.tensor(self.layer, device="cpu")
+            joined["ref_layer"] = torch.full((len(sample_ids),), self.layer, device="cpu")
         return joined
 
     def check_texts(self, sample_ids: Sequence[int] | Tensor, batch: Mapping[str, Tensor]) -> None:
