@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -24,13 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, set_see
 
 import gfast
 from gfast.data import Collator, ForgetRetain, ForgetRetainCollator, QADataset, batches, bundled_authors, demo_tokenizer
+from gfast.demo_plan import Plan
 from gfast.files import check_manifest, read_json, write_json, write_manifest
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
 from gfast.training.progress import Progress
-
-if TYPE_CHECKING:
-    from gfast.commands.demo import Plan
 
 OBJECTIVES: dict[str, Objective] = {
     "ga": GA(),

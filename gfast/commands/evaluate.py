@@ -396,9 +396,9 @@ def _first_day(folder: Path) -> str:
 
 def _taught(folder: Path) -> Path:
     """The demo's small model, taught the bundled authors: an earlier call's, if the folder holds one."""
-    from gfast.commands.demo import SMALL, Plan
     from gfast.data import demo_tokenizer
     from gfast.demo import Study
+    from gfast.demo_plan import SMALL, Plan
 
     plan = Plan(**SMALL | dict(forget_rows=40, retain_rows=160, learned_below=0.3))
     if not folder.exists():

@@ -31,9 +31,10 @@ from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.records import run_name, write_record
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from gfast.geffect import GEffectMonitor
     from gfast.geffect.results import GEffect
-    from gfast.training.loss import GFastLossMixin
 
 logger = logging.getLogger("gfast")
 
@@ -47,7 +48,7 @@ class LiveSteps:
     The forget backwards of all micro-batches of a step come first, then the retain backwards.
     """
 
-    def __init__(self, trainer: GFastLossMixin, groups: Any, unlearn: bool, surgery: str | None, update: bool) -> None:
+    def __init__(self, trainer: Trainer, groups: Any, unlearn: bool, surgery: str | None, update: bool) -> None:
         self.trainer, self.groups = trainer, groups
         forget, retain = trainer.objective.forget, trainer.objective.retain
         own = forget.needs & OWN_DATA

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gfast.geffect.live.merging import COLUMNS, MM, RD, RM, RR, UD, UR, UU, Rows, merged_squares
+from gfast.geffect.groups import GroupMap
+from gfast.geffect.live.merging import COLUMNS, MM, RD, RM, RR, UD, UR, UU, Gradients, Rows, merged_squares
+from gfast.geffect.live.processes import Processes
+from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.results import GEffect
-
-if TYPE_CHECKING:
-    from gfast.geffect.live.monitor import GEffectMonitor
+from gfast.objectives import Objective
 
 # Columns of the finished table beside those of a row: of the forget risk's gradient.
 UNLEARN_UR, UNLEARN_RR, UNLEARN_RD = COLUMNS, COLUMNS + 1, COLUMNS + 2
 # Under DDP the retain gradient's norm follows from the merged one's; below this share of it, it is lost to rounding.
 LOST = 1e-3
+
+
+class Monitored(Protocol):
+    """What a step asks of its monitor."""
+
+    groups: GroupMap
+    group_of: Tensor  # of each parameter, int64 [P]
+    objective: Objective | str
+    risk: Objective
+    identity: float | None  # c where the forget gradient is c times the forget risk's
+    unlearn: bool
+    held: bool
+    surgery: Surgery | None
+    scaler: Any
+    processes: Processes
+    gradients: Gradients
 
 
 class LiveStep:
@@ -43,7 +60,7 @@ class LiveStep:
     def add(self, name: str, loss: Tensor) -> None:
         self.values[name] = loss.detach() + self.values[name] if name in self.values else loss.detach()
 
-    def finish(self, monitor: GEffectMonitor) -> None:
+    def finish(self, monitor: Monitored) -> None:
         """One table of all dots, summed over processes; one wait for the device."""
         gradients, processes, surgery = monitor.gradients, monitor.processes, monitor.surgery
         parameters, ddp = gradients.parameters, processes.replicated is not None
@@ -96,7 +113,7 @@ class LiveStep:
         if ddp:
             self.sums[:, UNLEARN_RR] = math.nan
 
-    def update(self, monitor: GEffectMonitor) -> GEffect:
+    def update(self, monitor: Monitored) -> GEffect:
         """<grad R, update> of the optimizer's step before this one."""
         names, sums = monitor.groups.names, self.sums
         own_pass = self.own_risk or not self.retain_loss
@@ -112,7 +129,7 @@ class LiveStep:
         }
         return GEffect("last update", **sides, norms={}, risk=str(monitor.risk), risks=self.risks(monitor))
 
-    def risks(self, monitor: GEffectMonitor) -> dict[str, float]:
+    def risks(self, monitor: Monitored) -> dict[str, float]:
         """What is known of R on the batches of the step."""
         own_pass = self.own_risk or not self.retain_loss
         risks = {"retain": self.values["retain"] / (1.0 if own_pass else self.retain_factor)}
@@ -122,7 +139,7 @@ class LiveStep:
             risks["unlearn"] = self.values["unlearn"]
         return risks
 
-    def result(self, monitor: GEffectMonitor, max_norm: float | None, of: str) -> GEffect:
+    def result(self, monitor: Monitored, max_norm: float | None, of: str) -> GEffect:
         """The effect on the scale of the losses themselves."""
         names, sums, objective = monitor.groups.names, self.sums, monitor.objective
         f, q = self.forget_factor * self.scale, self.retain_factor * self.scale
