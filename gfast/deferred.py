@@ -87,8 +87,8 @@ class DeferredLogits(Tensor):
 
     def real(self) -> Tensor:
         """The logits themselves, as the model would have computed them."""
+        again = self._watch()  # also of those that are there: a Function after a look has no graph behind it
         if self.computed is None:
-            again = self._watch()
             z = Head(self.weight, gathers=self.gathers).over(
                 self.hidden, lambda hidden: F.linear(hidden, self.weight, self.bias)
             )

@@ -68,8 +68,8 @@ def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
 def _state_at(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor | None:
     """The input of block `layer`, or the output of the decoder after the last; None where it is not called."""
     captured: list[Tensor] = []
-    stop = wrappers.stops_safely(model)
     blocks = structure.blocks(unwrap(model))
+    stop = wrappers.stops_safely(model, blocks)
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         captured.append(args[0] if args else kwargs["hidden_states"])

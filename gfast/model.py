@@ -114,6 +114,8 @@ def model_loss(
         out = loss_of_output(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
         return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
 
+    if isinstance(objective, (RMU, RR)):  # whose hooks see nothing of compiled code
+        model = wrappers.uncompiled(model)
     return wrappers.inside(model, loss)
 
 

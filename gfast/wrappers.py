@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -68,6 +68,13 @@ def measured(model: nn.Module) -> nn.Module:
     """
     while _wrapped_key(model) in (_COMPILED, _REPLICAS):
         model = model._modules[_wrapped_key(model)]
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model without torch.compile around it. Accelerate compiles what DDP has wrapped."""
+    while _wrapped_key(model) == _COMPILED:
+        model = model._modules[_COMPILED]
     return model
 
 
@@ -138,10 +145,16 @@ def watches_backward(model: nn.Module, head: nn.Module) -> bool:
     return any(backward_hooks(one) and any(part is head for part in one.modules()) for one in model.modules())
 
 
-def stops_safely(model: nn.Module) -> bool:
-    """Whether a forward may be left by an exception: PEFT's hooks and FSDP's state would stay behind."""
+def stops_safely(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a forward may be left between blocks by an exception. PEFT's hooks and FSDP's state would stay behind,
+    and what waits for the end of the call (replicate's reduction, Accelerate's offloading, one's own hook) in vain.
+    """
     peft = any(is_peft(module) and hasattr(module, "peft_config") for module in chain(model))
-    return not peft and not has_fsdp(model)
+    if peft or has_fsdp(model):
+        return False
+    within = next((name for name, module in model.named_modules() if module is blocks[0]), "").split(".")
+    around = [model.get_submodule(".".join(within[:depth])) for depth in range(len(within))]
+    return not any(module._forward_hooks or hasattr(module, "_hf_hook") for module in around)
 
 
 def has_fsdp(model: nn.Module) -> bool:

@@ -225,7 +225,12 @@ def mapped(module, args, output):
     return torch.func.vmap(lambda row: row * 2)(output)
 
 
-LOOKS = [looked_at, doubled, scaled, mapped]
+def looked_at_and_doubled(module, args, output):
+    output.amax()
+    return Doubled.apply(output)
+
+
+LOOKS = [looked_at, doubled, scaled, mapped, looked_at_and_doubled]
 
 
 @pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])

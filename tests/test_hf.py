@@ -183,6 +183,17 @@ def test_layer_hidden_stops_after_the_wanted_layer_and_is_differentiable():
     assert all(not block._forward_pre_hooks for block in model.model.layers)
 
 
+@pytest.mark.parametrize("where", ["", "model", "model.layers.0"])
+def test_layer_hidden_lets_what_waits_for_the_end_of_a_call_run(where):
+    """A hook around the blocks keeps accounts of the call (a reduction to prepare, weights to give back)."""
+    model, batch = make("llama"), make_batch()
+    expected = layer_hidden(model, batch, 1)  # the first time looks at all
+    ended = []
+    model.get_submodule(where).register_forward_hook(lambda module, args, output: ended.append(module))
+    torch.testing.assert_close(layer_hidden(model, batch, 1), expected, rtol=0, atol=0)
+    assert len(ended) == 1
+
+
 def test_layer_hidden_out_of_range():
     with pytest.raises(ValueError, match="use 0 .* to 3"):
         layer_hidden(make("llama"), make_batch(), LAYERS + 1)

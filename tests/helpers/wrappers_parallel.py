@@ -83,6 +83,7 @@ WRAPPERS = {
     "ddp, unused": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, find_unused_parameters=True)),
     "ddp, static": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, static_graph=True)),
     "ddp, views": (lambda: tiny("llama"), functools.partial(DistributedDataParallel, gradient_as_bucket_view=True)),
+    "ddp, compiled": (lambda: tiny("llama"), lambda m: torch.compile(WRAPPERS["ddp, unused"][1](m), backend="eager")),
     "ddp, adapters": (lambda: with_adapters(tiny("llama")), DistributedDataParallel),
     "fsdp2": (lambda: tiny("llama"), fsdp),
     "fsdp2, tied": (lambda: tiny("tied_llama"), fsdp),
