@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -133,9 +133,10 @@ def _by_deepspeed(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
 
 
-def check_shards(model: nn.Module, engine: str) -> bool:
-    """Whether FSDP2 shards the model, in the way that the stream engine can measure: every trainable parameter in rows
-    over all processes.
+def check_shards(model: nn.Module, engine: str) -> int:
+    """How many processes hold each shard of a model that FSDP2 shards in the way that the stream engine can measure:
+    every trainable parameter over all processes, or over groups of them that are copies of each other (HSDP). 0 for a
+    model that is not sharded.
 
     Raises:
         ValueError: any other way that parameters are sharded over processes, and engines that need whole weights.
@@ -148,7 +149,7 @@ def check_shards(model: nn.Module, engine: str) -> bool:
         )
     groups = [module for module in model.modules() if is_fsdp2(module)]
     reshard(model)
-    found, plain = None, None
+    found, plain, copies = None, None, 0
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ValueError(
@@ -157,17 +158,21 @@ def check_shards(model: nn.Module, engine: str) -> bool:
             )
         if hasattr(parameter, "device_mesh"):
             found = found or name
-            rows = parameter.device_mesh.ndim == 1 and parameter.placements[0].is_shard(0)
-            if not groups or not rows or parameter.device_mesh.size() != torch.distributed.get_world_size():
+            mesh, ways = parameter.device_mesh, parameter.placements
+            cut = [size for size, way in zip(mesh.shape, ways, strict=True) if way.is_shard()]
+            known = len(cut) == 1 and all(way.is_shard() or way.is_replicate() for way in ways)
+            held = mesh.size() // cut[0] if known else 0
+            if not groups or held not in (copies or held, 0) or not held or mesh.size() != distributed.get_world_size():
                 raise ValueError(
-                    f"gfast: the parameter {name!r} is sharded as {parameter.placements} over {parameter.device_mesh} "
-                    f"(tensor parallelism, or FSDP2 with replicas), which the {engine} engine has no rule for; it has "
-                    f"one for FSDP2 over all processes. Or {instead}"
+                    f"gfast: the parameter {name!r} is sharded as {ways} over {mesh} (tensor parallelism, or not like "
+                    f"the others), which the {engine} engine has no rule for; it has one for FSDP2 over all processes, "
+                    f"with or without copies. Or {instead}"
                 )
+            copies = held
         elif parameter.requires_grad:
             plain = plain or name
     if found is None:
-        return False
+        return 0
     if engine not in ("auto", "stream"):
         raise ValueError(
             f"gfast: the {engine} engine reads whole weights and directions, and FSDP2 shards {found!r} over the "
@@ -182,12 +187,13 @@ def check_shards(model: nn.Module, engine: str) -> bool:
         state = group._get_fsdp_state()
         some = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for one in filter(None, some):
-            if not one.reduce_grads or one.gradient_divide_factor is not None:
+            whole = one.reduce_grads and one.all_reduce_grads
+            if not whole or one.gradient_divide_factor is not None:
                 raise ValueError(
                     f"gfast: the {engine} engine needs FSDP2 to give the mean of the processes' gradients, and this "
                     f"model was told otherwise: set_requires_gradient_sync(True), and no set_gradient_divide_factor"
                 )
-    return True
+    return copies
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ class Passes:
         Raises:
             NotFinite: a gradient that is not, naming the first parameter.
         """
-        table = (table if alone else self.processes.sum(table)).cpu()
+        table = (table if alone else self.processes.dots(table)).cpu()
         bad = (~torch.isfinite(table)).any(-1)  # [..., P]
         bad = bad.reshape(-1, bad.shape[-1]).any(0).nonzero()
         if len(bad):

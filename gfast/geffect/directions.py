@@ -330,4 +330,4 @@ def parameter_squares(model: nn.Module, names: list[str], processes: Processes) 
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     groups = list(range(len(names)))
     squares = grad_dots([sharded.local(parameters[name].detach()) for name in names], [], groups, len(names))[:, 0]
-    return (processes.sum(squares) if processes.sharded else squares).cpu()
+    return (processes.dots(squares) if processes.sharded else squares).cpu()

@@ -27,11 +27,14 @@ CHOICES = ("auto", "own", "all")
 
 @dataclass(frozen=True)
 class Processes:
-    """How many there are and which this one is; `sharded`: each holds a shard of every parameter."""
+    """How many there are and which this one is.
+
+    copies: how many of them hold the same shard of every parameter; 0 where each holds all of it.
+    """
 
     size: int = 1
     rank: int = 0
-    sharded: bool = False
+    copies: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, choice: str, engine: str) -> Processes:
@@ -42,16 +45,21 @@ class Processes:
         """
         if choice not in CHOICES:
             raise ValueError(f"gfast: processes must be one of {', '.join(map(repr, CHOICES))}, not {choice!r}")
-        split = sharded.check_shards(model, engine)
-        if split and choice == "own":
+        copies = sharded.check_shards(model, engine)
+        if copies and choice == "own":
             raise ValueError(
                 "gfast: FSDP2 shards this model over the processes, so that none can measure batches of its own: give "
                 "every process the same batches, and leave out processes='own'"
             )
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if not several or not (split or choice == "all"):
+        if not several or not (copies or choice == "all"):
             return cls()
-        return cls(distributed.get_world_size(), distributed.get_rank(), split)
+        return cls(distributed.get_world_size(), distributed.get_rank(), copies)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each holds a shard of every parameter."""
+        return self.copies > 0
 
     @property
     def replicated(self) -> bool:
@@ -64,6 +72,10 @@ class Processes:
             table = table.contiguous()
             distributed.all_reduce(table)
         return table
+
+    def dots(self, table: Tensor) -> Tensor:
+        """Dot products with what this process holds of each parameter, summed over those that hold the rest."""
+        return self.sum(table) / max(self.copies, 1)
 
     def rounds(self, items: Sequence[T]) -> list[T]:
         """This process's share, and so many of others' behind it that every process has as many."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import distributed
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gfast
@@ -59,9 +64,22 @@ def refused(words: str, function, *args, **options) -> None:
         raise AssertionError(f"not refused: {words}")
 
 
+def meshed(model, shape: tuple[int, int], dimension: int = 0):
+    """FSDP2 over a mesh: of two dimensions the first has copies of the shards (HSDP)."""
+    options = dict(
+        mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")),
+        shard_placement_fn=lambda p: Shard(dimension % p.dim()),
+    )
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
 def sharded(rank: int, world: int) -> None:
     """The stream engine on FSDP2, however it is cut."""
     makes = {
+        "copies": (lambda: tiny("llama"), partial(meshed, shape=(world // 2, 2))),
+        "columns, all copies": (lambda: tiny("tied_llama"), partial(meshed, shape=(world, 1), dimension=-1)),
         "blocks": (lambda: tiny("llama"), fsdp),
         "accelerate": (lambda: tiny("tied_llama"), by_accelerate),
         "adapters": (lambda: with_adapters(tiny("llama")), fsdp),  # of two rows: some processes have none
@@ -101,6 +119,9 @@ def sharded(rank: int, world: int) -> None:
     refused("folder device", gfast.g_effect, model, TNPO(), **data, direction_storage="./directions")
     refused("processes='own'", gfast.g_effect, model, GA(), **data, processes="own")
     refused("other batches", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9))
+    plans = {"model.layers.0.mlp.up_proj": ColwiseParallel()}
+    cut = parallelize_module(tiny("llama"), init_device_mesh("cpu", (world,)), plans)
+    refused("tensor parallelism", gfast.g_effect, cut, GA(), **data)
     refused(
         "FSDP1", gfast.g_effect, FullyShardedDataParallel(tiny("llama"), device_id=torch.device("cpu")), GA(), **data
     )
