@@ -217,8 +217,8 @@ THIRD: list[Stage] = [
     bench("soft_targets", 30, "objectives with soft targets", "soft_targets --heads small --dtypes bf16"),
     bench(
         *("margins", 20, "ETW, PDU, MASC and BST"),
-        "losses --heads small --dtypes bf16 --rows 4096 --objectives wga,etw,pdu,masc,bst --budget 1 "
-        "--providers gfast,floor",
+        "losses --heads small --dtypes bf16 --rows 4096 --objectives etw,pdu,masc,bst --budget 1 "
+        "--providers gfast,wga,floor",
     ),
     bench(
         *("profile_losses", 25, "a profile of the losses"),

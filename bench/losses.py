@@ -110,9 +110,11 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[Row]:
             row["times_floor"] = round(of_floor(times[name], (1, times["floor"])), 3)
             if (most := law(case, name)) is not None:
                 row |= verdict(row["times_floor"], most)
+        if "wga" in times and name == "gfast":
+            row["times_wga"] = round(of_floor(times[name], (1, times["wga"])), 3)
         if found.get(name, 0.0) > limit:
             row["unequal"] = f"error {found[name]:.2e} exceeds {limit:.2e}"
-        if not args.no_memory and name != "floor":  # which writes into memory that is there
+        if not args.no_memory and name not in ("floor", "wga"):  # the floor writes into memory that is there
             try:
                 row["peak_extra_mb"] = size = peak_mb(case, name, steps[name])
                 if judged and PROVIDERS[name].ours and size is not None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cases import MATRICES, OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_kl, plain_loss, step_of
+from cases import MARGINS, MATRICES, OBJECTIVES, Case, Inputs, Step, objective_of_nll, plain_kl, plain_loss, step_of
 from torch import Tensor
 
 import gfast
@@ -72,6 +72,11 @@ def gfast_loss(case: Case, inputs: Inputs, weight: Tensor | None = None) -> Step
     op = gfast.unlearn_loss if case.op == "logits" else gfast.linear_unlearn_loss
     given = dict(ref_logp=ref, weight=weight)
     return step_of(case, inputs, lambda *leaves: op(*leaves, inputs.labels, objective, **given).loss)
+
+
+def gfast_wga(case: Case, inputs: Inputs) -> Step | None:
+    """WGA beside an objective whose law is a multiple of its time."""
+    return gfast_loss(replace(case, objective="wga"), inputs) if case.objective in MARGINS else None
 
 
 def gfast_weighted(case: Case, inputs: Inputs) -> Step | None:
@@ -264,6 +269,7 @@ PROVIDERS: dict[str, Provider] = {  # README.md says what each does
     "gfast_inplace": Provider(gfast_inplace, ours=True),
     "gfast_logp": Provider(gfast_logp, ours=True),
     "gfast_triton": Provider(gfast_triton, ("triton",), ours=True, gpu_only=True),
+    "wga": Provider(gfast_wga, floor=True),
     "floor": Provider(floor, floor=True),
     "fresh_copy": Provider(fresh_copy, floor=True),
     "open_unlearning": Provider(open_unlearning),
