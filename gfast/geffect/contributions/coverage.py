@@ -47,7 +47,8 @@ def check_graph(output: Tensor, names: Mapping[int, str], engine: str) -> None:
                     f"gfast: the {engine} engine cannot attribute the trainable parameter {name!r}: {reader.name()} "
                     f"reads it outside the call of its own module, or a view or product of it that was made before the "
                     f"pass, where no hook sees what that adds to its gradient. Freeze it with requires_grad_(False), "
-                    f"or use engine='stream' or 'token', which see every use in the pass"
+                    f"or use engine='stream' or 'token', or token_effect(...).samples() for effects of samples, which "
+                    f"see every use in the pass"
                 )
 
 

@@ -161,8 +161,8 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
             shape = tuple(model.get_parameter(name).shape)
             raise ValueError(
                 f"gfast: the {engine} engine cannot attribute the trainable parameter {name!r} {shape} of the module "
-                f"{path!r}: {why}. Freeze it with requires_grad_(False), or use engine='stream' or 'token', which take "
-                f"any module"
+                f"{path!r}: {why}. Freeze it with requires_grad_(False), or use engine='stream' or 'token', or "
+                f"token_effect(...).samples() for effects of samples, which take any module"
             )
         modules.append(Site(path, module, kind, own, unit))
     return Sites(modules)
