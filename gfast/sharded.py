@@ -141,6 +141,7 @@ def check_shards(model: nn.Module, engine: str) -> int:
     Raises:
         ValueError: any other way that parameters are sharded over processes, and engines that need whole weights.
     """
+    refuse_replicate(model)
     instead = "measure the model before it is sharded, or replicated (DDP)"
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError(
@@ -194,6 +195,19 @@ def check_shards(model: nn.Module, engine: str) -> int:
                     f"model was told otherwise: set_requires_gradient_sync(True), and no set_gradient_divide_factor"
                 )
     return copies
+
+
+def refuse_replicate(model: nn.Module) -> None:
+    """ValueError for torch.distributed's `replicate`, which reduces the gradients of every call of the module: none can
+    be had of a process's own batches.
+    """
+    place = "torch.distributed._composable.replicate"
+    for path, module in model.named_modules():
+        if any(cls.__module__ == place for cls in type(module).__mro__):
+            raise ValueError(
+                f"gfast: replicate() makes every backward of {path or type(module).__name__!r} one of all processes, "
+                f"and a measurement needs those of its own: use DistributedDataParallel, or measure the model before"
+            )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import distributed
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
@@ -119,6 +120,13 @@ def sharded(rank: int, world: int) -> None:
     refused("folder device", gfast.g_effect, model, TNPO(), **data, direction_storage="./directions")
     refused("processes='own'", gfast.g_effect, model, GA(), **data, processes="own")
     refused("other batches", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9))
+    ignores = tiny("llama")
+    fully_shard(ignores, ignored_params={ignores.lm_head.weight})
+    refused("not the trainable parameter 'lm_head.weight'", gfast.g_effect, ignores, GA(), **data)
+    refused("not its trainable parameter 'lm_head.weight'", gfast.GEffectMonitor, ignores)
+    alike = replicate(tiny("llama"))
+    refused("replicate() DistributedDataParallel", gfast.g_effect, alike, GA(), **data)
+    refused("replicate() DistributedDataParallel", gfast.GEffectMonitor, alike)
     plans = {"model.layers.0.mlp.up_proj": ColwiseParallel()}
     cut = parallelize_module(tiny("llama"), init_device_mesh("cpu", (world,)), plans)
     refused("tensor parallelism", gfast.g_effect, cut, GA(), **data)

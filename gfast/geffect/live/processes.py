@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from gfast.sharded import is_fsdp2, refuse_replicate
+
 NO_ZERO = (
     "its engine runs the backward, and reduces and frees gradients (ZeRO), by itself, so that the two of a step cannot "
     "be kept apart. Use DDP, or shard the model with fully_shard (FSDP2; in a Trainer fsdp='full_shard' with "
@@ -24,6 +26,7 @@ class Processes:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+        refuse_replicate(model)
         for module in model.modules():
             kind = type(module).__name__
             if kind == "FullyShardedDataParallel":
@@ -51,6 +54,12 @@ class Processes:
             raise ValueError(
                 f"gfast: the parameters are sharded over {len(meshes)} device meshes, such as those of experts; a "
                 f"GEffectMonitor sums over one"
+            )
+        whole = [name for name, one in zip(names, shards, strict=True) if not one]
+        if whole and meshes and any(map(is_fsdp2, model.modules())):  # tensor parallelism has them alike everywhere
+            raise ValueError(
+                f"gfast: FSDP2 shards the model, but not its trainable parameter {whole[0]!r}, whose gradient it does "
+                f"not sum over the processes: freeze that with requires_grad_(False), or shard it too"
             )
         self.mesh = meshes[0] if meshes else None
         self.sharded = self.mesh is not None
