@@ -51,6 +51,21 @@ def test_other_groupings(kind, grouping):
     assert_close(stacked(tokens), expected, rtol)
 
 
+def test_padding_row_of_an_embedding_that_the_head_shares():
+    """Looking it up has no gradient, but the head gives the row one: where the end of a text is the padding token."""
+    model, rtol = made("tied_llama")
+    model.model.embed_tokens.padding_idx = 5
+    forget, retain = data()
+    for batch in (*forget, *retain):
+        batch["input_ids"][:, 3] = 5
+        batch["labels"][:, 3] = 5
+    tokens, expected = measured(model, forget, retain)
+    assert_close(stacked(tokens), expected, rtol)
+    model.model.embed_tokens.scale_grad_by_freq = True
+    with pytest.raises(ValueError, match="embed_tokens.*scale_grad_by_freq"):
+        token_effect(model, forget=forget, retain=retain)
+
+
 def test_partly_frozen():
     model, _ = made("tied_llama")
     for name, parameter in model.named_parameters():
