@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfast import packed
 from gfast.geffect.data import as_batches
 from gfast.ops.checks import IGNORE_INDEX
 
@@ -87,12 +88,15 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
         for side, name in ((forget, "forget"), (retain, "retain"))
     )
     effect = token_effect(model, forget=forget, retain=retain, groups=lambda name: "all", **options)
-    values = torch.cat(conflict_weights(effect.total("retain"), tau)).float()  # in the order of the label tokens
+    values = torch.cat(conflict_weights(effect.total("retain"), tau)).float()  # sample by sample
     weights, start = [], 0
     for batch in forget:
         valid = batch["labels"].cpu() != IGNORE_INDEX
         valid[:, 0] = False  # nothing scores the first
         stop = start + int(valid.sum())
-        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, values[start:stop]))
+        own, texts = values[start:stop], packed.texts(batch)
+        if texts is not None:  # in the order of the label tokens
+            own = torch.empty_like(own).index_copy_(0, packed.by_text(texts.cpu()[valid])[0], own)
+        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, own))
         start = stop
     return weights
