@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from gfast import packed
 from gfast.geffect.data import as_batches
@@ -67,7 +68,8 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
         fp32 [B, T] on the CPU, one for each forget batch: aligned with its labels, 1 where nothing is scored.
 
     Raises:
-        ValueError: as `gfast.token_effect` and `conflict_weights`.
+        ValueError: as `gfast.token_effect` and `conflict_weights`; a DataLoader of the forget set that shuffles, whose
+            batches nobody could draw again to join their weights.
 
     Source: as `conflict_weights`.
 
@@ -83,6 +85,12 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
     """
     from gfast.geffect.api import token_effect
 
+    if isinstance(getattr(forget, "sampler", None), RandomSampler):
+        raise ValueError(
+            "gfast: retain_conflict: the forget DataLoader shuffles, and the weights are those of its batches in the "
+            "order in which it gave them this once: draw them first, forget=list(loader), and train on these, or give "
+            "a loader with shuffle=False"
+        )
     forget, retain = (
         [{**batch, "weight": None} for batch in as_batches(side, name)]
         for side, name in ((forget, "forget"), (retain, "retain"))
