@@ -177,6 +177,8 @@ def test_texts_that_are_numbered_in_any_order(numbers):
     expected = gfast.geffect.conflict_weights(tokens.total("retain"))
     found = [weight[forget["labels"] != -100][known == number] for number in in_turn]
     assert torch.allclose(torch.cat(found).double(), torch.cat(expected), rtol=1e-4)
+    with pytest.raises(ValueError, match="the first token of a text in the packed rows of batch 0 has a label"):
+        gfast.pg_effect(model, forget={**forget, "labels": ids}, retain=sides["retain"])
     for objective in (SimNPO(beta=1.0), NPO(beta=1.0)):
         if objective.needs:
             tokens.ref_logp = [torch.full_like(one, -3.0) for one in tokens.logp]
