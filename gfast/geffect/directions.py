@@ -350,6 +350,10 @@ def parameter_squares(model: nn.Module, names: list[str], processes: Processes) 
 
 def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> dict[str, float]:
     """The same of all other parameters, by name; without those that quantisation packs, 8-bit ones too."""
-    known, named = set(names), ((name, sharded.local(p)) for name, p in model.named_parameters())
-    others = [n for n, p in named if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
-    return dict(zip(others, parameter_squares(model, others, processes).tolist(), strict=True)) if others else {}
+    known, named = set(names), {name: sharded.local(p) for name, p in model.named_parameters()}
+    others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
+    found: dict[str, float] = {}
+    for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
+        some = [name for name in others if named[name].device == device]
+        found |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
+    return found
