@@ -121,6 +121,13 @@ class DeferredLogits(Tensor):
             return None
         return Head(self.weight, self.bias, scale, cap, self.module, self.gathers)
 
+    def same_as(self, other: Any) -> bool:
+        """Whether others, maybe as rows [N, V], are the same logits."""
+        if not isinstance(other, DeferredLogits) or (one := self.head()) is None or (two := other.head()) is None:
+            return False
+        alike = (one.logit_scale, one.softcap) == (two.logit_scale, two.softcap) and self.weight is other.weight
+        return alike and self.hidden.data_ptr() == other.hidden.data_ptr() and self.numel() == other.numel()
+
     def _watch(self) -> bool:
         """Whether this is where gradients are off, so that the logits have no graph or it lacks what is done to them:
         the call is then made again without deferring."""
@@ -160,8 +167,8 @@ class DeferredLogits(Tensor):
 
 
 # A list while a model computes its own loss for the sake of the terms beside the cross-entropy: that of deferred logits
-# is then 0, and its targets go to the list, which tells one that was left out from one that was computed.
-_left_out: ContextVar[list[Tensor] | None] = ContextVar("left_out", default=None)
+# is then 0, and they go to the list, which tells one that was left out from one that was computed.
+_left_out: ContextVar[list[DeferredLogits] | None] = ContextVar("left_out", default=None)
 WITHOUT_GRADIENTS = "they are looked at where gradients are off (no_grad, a torch.autograd.Function, vmap)"
 # Why the logits of the call that is running are computed: what has asked for them, in words.
 _why: ContextVar[list[str] | None] = ContextVar("why", default=None)
@@ -256,11 +263,15 @@ def _flat(self: DeferredLogits, *shape: Any) -> Any:
     return DeferredLogits(flat, self.module, self.weight, self.bias, self.steps, self.dtype, self)
 
 
+_PLAIN = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0, "size_average": None, "reduce": None}
+
+
 def _cross_entropy(self: DeferredLogits, target: Any, *rest: Any, **options: Any) -> Any:
-    left_out = _left_out.get()
-    if left_out is None:
+    left_out, reduction = _left_out.get(), options.pop("reduction", "mean")
+    plain = not rest and reduction != "none" and all(_PLAIN.get(key, self) == x for key, x in options.items())
+    if left_out is None or not plain:
         return NotImplemented
-    left_out.append(target)
+    left_out.append(self)
     return self.hidden.new_zeros((), dtype=self.dtype)
 
 
@@ -316,13 +327,15 @@ _ABOUT = (
 
 
 @contextmanager
-def deferred(model: nn.Module, linear: nn.Module | None, left_out: list[Tensor] | None = None) -> Iterator[list[str]]:
+def deferred(
+    model: nn.Module, linear: nn.Module | None, left_out: list[DeferredLogits] | None = None
+) -> Iterator[list[str]]:
     """Inside, calls of the model's output head return deferred logits, where its forward is the plain linear map.
 
     linear: the module that is called for the logits. A subclass, a forward that was put in the place of PyTorch's
     (offloading, quantisation), and a call inside compiled code or by a replica stay as they are. Hooks see the
-    deferred logits and get real ones if they look at them. left_out: the cross-entropy of deferred logits is 0, and its
-    targets are added to this list. Gives a list that says, after the call, why logits were computed, if they were.
+    deferred logits and get real ones if they look at them. left_out: the cross-entropy of deferred logits is 0, and
+    they are added to this list. Gives a list that says, after the call, why logits were computed, if they were.
     """
     why = _not_deferrable(model, linear)
     if why is not None:

@@ -220,11 +220,12 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     """
     given = inputs(model, batch)
     defer = defer and unwrap(model) not in _looked_at_without_gradients
+    defer = defer and not (own_terms and unwrap(model) in _several_cross_entropies)
     if torch.is_grad_enabled():
         wrappers.refuse_packed(model)
     if own_terms:
         given["labels"] = batch["labels"]
-    left_out: list[Tensor] = []
+    left_out: list[DeferredLogits] = []
     with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why:
         out = called(model, given)
     if WITHOUT_GRADIENTS in why and torch.is_grad_enabled():
@@ -233,6 +234,11 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         log_materialised(model, WITHOUT_GRADIENTS)
         return answer(model, batch, False, own_terms)
     found = logits_of(out)
+    if left_out and not (len(left_out) == 1 and left_out[0].same_as(found)):
+        # a cross-entropy of other logits (an early exit, tokens further on) is a term beside that of these
+        _several_cross_entropies.add(unwrap(model))
+        log_materialised(model, "its own loss has other logits too")
+        return answer(model, batch, False, own_terms)
     kept = isinstance(found, DeferredLogits) and found.head() is not None
     if defer and not kept and not torch.compiler.is_compiling():
         log_materialised(model, why[-1] if why else "what the model does to them is no scale or soft cap")
@@ -263,6 +269,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     return Answer(found, loss)
 
 
+_several_cross_entropies: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those in whose loss there are
 _looked_at_without_gradients: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their logits, by hooks of theirs
 
 

@@ -122,6 +122,23 @@ def sequence_ids(batch: Mapping[str, Any]) -> Tensor | None:
     return torch.nn.functional.pad(rank[ids].view(batch["labels"].shape[0], -1), (0, 1))
 
 
+def _as_they_come(ids: Tensor) -> Tensor:
+    """The distinct numbers in ids [n], in the order of their first places."""
+    numbers, which = torch.unique(ids, return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    return numbers[torch.full_like(numbers, len(ids)).scatter_reduce(0, which, places, "amin").argsort()]
+
+
+def by_text(ids: Tensor) -> tuple[Tensor, list[int]]:
+    """From the text of each token [n]: the places [n] of the tokens text by text, as the texts begin, and
+    how many each has. `sequence_id` may number texts in any order, and one may go on behind another.
+    """
+    numbers = _as_they_come(ids)
+    rank = torch.empty(int(ids.max()) + 1 if len(ids) else 0, dtype=torch.int64, device=ids.device)
+    rank[numbers] = torch.arange(len(numbers), device=ids.device)
+    return rank[ids].argsort(stable=True), torch.bincount(rank[ids]).tolist()
+
+
 _BY_TOKEN = (
     "input_ids",
     "labels",
@@ -145,7 +162,7 @@ BOUNDS = (
 
 
 def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The scored texts of a packed batch as rows of their own, padded on the right, in order.
+    """The scored texts of a packed batch as rows of their own, padded on the right, in the order in which they begin.
 
     Raises ValueError, naming it, for an entry that belongs to rows and not to tokens.
     """
@@ -162,8 +179,8 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
                 f"at the texts in them one by one: unpack the batch, one text a row"
             )
     ids = texts(batch).reshape(-1)  # [B T]
-    scored = torch.unique(ids[torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0)).reshape(-1)])
-    places = [(ids == number).nonzero()[:, 0] for number in scored]  # of each text's tokens
+    scored = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0)).reshape(-1)
+    places = [(ids == number).nonzero()[:, 0] for number in _as_they_come(ids[scored])]  # of each text's tokens
     width = max(map(len, places))
     out = {key: value for key, value in batch.items() if key in whole}
     out["attention_mask"] = torch.zeros(len(places), width, dtype=torch.int64, device=ids.device)

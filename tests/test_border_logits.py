@@ -174,3 +174,40 @@ def test_terms_of_the_models_own_loss(kind, own_terms, caplog):
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-7)
     for found, right in zip(gradient(model, out.loss).values(), gradient(model, expected).values(), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-7)
+
+
+class EarlyExit(transformers.LlamaForCausalLM):
+    """Whose loss has a cross-entropy of the first block's states, and of the last ones' in a form of its own."""
+
+    exits, smoothing, calls = 1.0, 0.0, 0
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
+        self.calls += 1
+        out = self.model(input_ids, attention_mask, use_cache=False, output_hidden_states=True)
+        logits, loss = self.lm_head(out.last_hidden_state), None
+        if labels is not None:
+            target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+            both = [logits, self.lm_head(out.hidden_states[1])][: 2 if self.exits else 1]
+            first, *others = (
+                torch.nn.functional.cross_entropy(
+                    z.float().view(-1, z.shape[-1]), target, label_smoothing=self.smoothing
+                )
+                for z in both
+            )
+            loss = first + self.exits * sum(others) + 0.1 * out.hidden_states[1].square().mean()
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize(("exits", "smoothing", "calls"), [(0.0, 0.0, 1), (0.3, 0.0, 2), (0.0, 0.2, 1)])
+def test_cross_entropies_of_other_logits_are_the_models_own_terms(exits, smoothing, calls):
+    model = tiny("llama", dtype=torch.float32).eval()
+    model.__class__, model.exits, model.smoothing = EarlyExit, exits, smoothing
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    whole = model(**batch).loss
+    model.calls = 0
+    out = gfast.model_loss(model, batch, NLL(), own_terms=1.0)
+    assert model.calls == calls
+    torch.testing.assert_close(out.loss, whole, rtol=1e-5, atol=1e-7)
+    found, right = (gradient(model, loss) for loss in (out.loss, whole))
+    for name, expected in right.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)

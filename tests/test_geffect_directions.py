@@ -121,6 +121,24 @@ def test_directions_of_something_else_are_refused(monkeypatch, other, options, m
         gfast.g_effect(other(model), WGA(), directions=directions, **(data() | options))
 
 
+def test_directions_of_other_frozen_weights_are_refused(tmp_path):
+    """As of the adapters of one base, put on another."""
+    model = tiny("llama").eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    directions = gfast.risk_gradients(model, **data())
+    saved = Directions.load(directions.save(tmp_path / "saved"))
+    expected = gfast.g_effect(model, WGA(), **data())
+    for one in (directions, saved):
+        assert gfast.g_effect(model, WGA(), directions=one, **data()).retain == pytest.approx(expected.retain, rel=1e-9)
+        other = changed(copy.deepcopy(model))
+        with pytest.raises(ValueError, match="1 of 35 frozen parameters have changed, first 'model.layers.1.mlp.up_pr"):
+            gfast.g_effect(other, WGA(), directions=one, **data())
+        other.lm_head.bias = torch.nn.Parameter(torch.zeros(61, dtype=torch.float64), requires_grad=False)
+        with pytest.raises(ValueError, match="2 of 36 frozen parameters have changed"):
+            gfast.g_effect(other, WGA(), directions=one, **data())
+
+
 def test_data_is_known_again_in_another_order_batched_and_padded_otherwise():
     model = tiny("llama").eval()
     sets = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))

@@ -51,6 +51,21 @@ def test_other_groupings(kind, grouping):
     assert_close(stacked(tokens), expected, rtol)
 
 
+def test_padding_row_of_an_embedding_that_the_head_shares():
+    """Looking it up has no gradient, but the head gives the row one: where the end of a text is the padding token."""
+    model, rtol = made("tied_llama")
+    model.model.embed_tokens.padding_idx = 5
+    forget, retain = data()
+    for batch in (*forget, *retain):
+        batch["input_ids"][:, 3] = 5
+        batch["labels"][:, 3] = 5
+    tokens, expected = measured(model, forget, retain)
+    assert_close(stacked(tokens), expected, rtol)
+    model.model.embed_tokens.scale_grad_by_freq = True
+    with pytest.raises(ValueError, match="embed_tokens.*scale_grad_by_freq"):
+        token_effect(model, forget=forget, retain=retain)
+
+
 def test_partly_frozen():
     model, _ = made("tied_llama")
     for name, parameter in model.named_parameters():
@@ -137,6 +152,39 @@ GRID = [
     *[NPO(beta=beta) for beta in (0.1, 0.5)],
     *[SimNPO(beta=beta, delta=0.2) for beta in (1.0, 4.5)],
 ]
+
+
+@pytest.mark.parametrize("numbers", [[7] * 5 + [7] * 4 + [2] * 3, [2, 2, 2, 2, 0, 0, 0, 2, 2, 0, 0, 0]])
+def test_texts_that_are_numbered_in_any_order(numbers):
+    """Packed texts whose numbers fall, or that go on behind another: samples, tokens and weights are their own."""
+    model, _ = made("llama")
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3))
+    texts = torch.stack([torch.tensor(numbers), torch.tensor([5] * 9 + [4] * 3)])
+    mask = (texts[:, None, :, None] == texts[:, None, None]) & torch.ones(12, 12, dtype=torch.bool).tril()
+    forget = dict(input_ids=ids, labels=ids, attention_mask=mask, sequence_id=texts)
+    forget["position_ids"] = torch.arange(12).expand(2, 12)
+    again = torch.nn.functional.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
+    forget["labels"] = torch.where(again, -100, ids)  # what stands before is of another text
+    sides = dict(forget=forget, retain=data()[1])
+    tokens, samples = token_effect(model, **sides), gfast.pg_effect(model, **sides)
+    known = texts[forget["labels"] != -100]
+    in_turn = list(dict.fromkeys(known.tolist()))
+    rows = [forget["labels"][forget["labels"] != -100][known == number] for number in in_turn]
+    assert [one.tolist() for one in tokens.labels] == [row.tolist() for row in rows]
+    assert torch.allclose(tokens.samples().logp, samples.logp, rtol=1e-6)
+    assert torch.allclose(tokens.samples().total("retain"), samples.total("retain"), rtol=1e-4)
+    (weight,) = gfast.geffect.retain_conflict(model, **sides)
+    expected = gfast.geffect.conflict_weights(tokens.total("retain"))
+    found = [weight[forget["labels"] != -100][known == number] for number in in_turn]
+    assert torch.allclose(torch.cat(found).double(), torch.cat(expected), rtol=1e-4)
+    with pytest.raises(ValueError, match="the first token of a text in the packed rows of batch 0 has a label"):
+        gfast.pg_effect(model, forget={**forget, "labels": ids}, retain=sides["retain"])
+    for objective in (SimNPO(beta=1.0), NPO(beta=1.0)):
+        if objective.needs:
+            tokens.ref_logp = [torch.full_like(one, -3.0) for one in tokens.logp]
+            forget["ref_logp"] = torch.where(forget["labels"] == -100, 0.0, -3.0)
+        effect = gfast.g_effect(model, objective, **sides)
+        assert tokens.g_effect(objective).total("retain") == pytest.approx(effect.total("retain"), rel=1e-4)
 
 
 def test_one_measurement_gives_every_objective():

@@ -250,6 +250,10 @@ def test_factors_may_be_negative_and_not_zero():
     for call in (lambda: monitor.forget(loss(model, FORGET, GA()), factor=0.0), lambda: monitor.retain(None, factor=0)):
         with pytest.raises(ValueError, match="factor=0|before forget"):
             call()
+    monitor.forget(2.0 * loss(model, FORGET, GA()).loss, factor=2.0)
+    with pytest.raises(ValueError, match="factor=1. after factor=2"):
+        monitor.forget(loss(model, FORGET, GA()))
+    monitor.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

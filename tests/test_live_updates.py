@@ -89,6 +89,39 @@ def test_the_last_updates_effect_is_that_of_the_weights_difference(kind):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("closure", [False, True])
+def test_settings_are_those_of_the_step(closure):
+    """A schedule that changes betas after it (OneCycleLR), and gradients that are made within it."""
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=6)
+    monitor = gfast.GEffectMonitor(model, optimizer=optimizer)
+    before = None
+
+    def gradients() -> None:
+        nonlocal before
+        now = [p.detach().clone() for p in model.parameters()]
+        risk = risk_gradient(model, RETAIN).values()
+        monitor.forget(loss(model, FORGET, GA()))
+        monitor.retain(loss(model, RETAIN, NLL()))
+        found = monitor.update_effect()
+        if before is None:
+            assert found is None
+        else:
+            right = sum(float((g * (x - y)).sum()) for g, x, y in zip(risk, now, before, strict=True))
+            assert found.total("retain") == pytest.approx(right, rel=1e-8)
+        before = now
+
+    for _ in range(3):
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
 def test_optimizers_whose_update_is_not_in_their_state_are_refused():
     model = tiny("llama")
 
@@ -114,7 +147,7 @@ def test_the_optimizer_keeps_nothing_of_a_monitor_that_is_gone():
     model = tiny("llama")
     optimizer = torch.optim.AdamW(model.parameters())
     monitor = gfast.GEffectMonitor(model, optimizer=optimizer)
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert len(optimizer._optimizer_step_post_hooks) == 1
     del monitor
     gc.collect()
-    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

@@ -164,6 +164,9 @@ def test_retain_conflict_is_the_formula(setting):
     for wrong in (dict(tau=0.0), dict(effects=[torch.tensor([torch.nan])])):
         with pytest.raises(ValueError, match="retain_conflict"):
             conflict_weights(**{"effects": [torch.ones(2)], **wrong})
+    loader = torch.utils.data.DataLoader(weighted["forget"], batch_size=None, shuffle=True)
+    with pytest.raises(ValueError, match="retain_conflict: the forget DataLoader shuffles"):
+        retain_conflict(model, forget=loader, retain=weighted["retain"])
 
 
 def test_training_by_retain_conflict(tmp_path):

@@ -203,8 +203,8 @@ def pg_effect(
         processes: as for `g_effect`; with "all" each measures a share of the forget batches.
 
     Returns:
-        SampleEffect: samples are the rows of the forget batches in order, or the texts of rows that hold several; one
-        without labels has effect 0.
+        SampleEffect: samples are the rows of the forget batches in order, or the texts of rows that hold several, as
+        they begin (whatever their `sequence_id`); one without labels has effect 0.
 
     Raises:
         ValueError: as `g_effect`; before any work for a trainable parameter whose module has no rule (experts of a

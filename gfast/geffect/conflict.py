@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
+from gfast import packed
 from gfast.geffect.data import as_batches
 from gfast.ops.checks import IGNORE_INDEX
 
@@ -66,7 +68,8 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
         fp32 [B, T] on the CPU, one for each forget batch: aligned with its labels, 1 where nothing is scored.
 
     Raises:
-        ValueError: as `gfast.token_effect` and `conflict_weights`.
+        ValueError: as `gfast.token_effect` and `conflict_weights`; a DataLoader of the forget set that shuffles, whose
+            batches nobody could draw again to join their weights.
 
     Source: as `conflict_weights`.
 
@@ -82,17 +85,26 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
     """
     from gfast.geffect.api import token_effect
 
+    if isinstance(getattr(forget, "sampler", None), RandomSampler):
+        raise ValueError(
+            "gfast: retain_conflict: the forget DataLoader shuffles, and the weights are those of its batches in the "
+            "order in which it gave them this once: draw them first, forget=list(loader), and train on these, or give "
+            "a loader with shuffle=False"
+        )
     forget, retain = (
         [{**batch, "weight": None} for batch in as_batches(side, name)]
         for side, name in ((forget, "forget"), (retain, "retain"))
     )
     effect = token_effect(model, forget=forget, retain=retain, groups=lambda name: "all", **options)
-    values = torch.cat(conflict_weights(effect.total("retain"), tau)).float()  # in the order of the label tokens
+    values = torch.cat(conflict_weights(effect.total("retain"), tau)).float()  # sample by sample
     weights, start = [], 0
     for batch in forget:
         valid = batch["labels"].cpu() != IGNORE_INDEX
         valid[:, 0] = False  # nothing scores the first
         stop = start + int(valid.sum())
-        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, values[start:stop]))
+        own, texts = values[start:stop], packed.texts(batch)
+        if texts is not None:  # in the order of the label tokens
+            own = torch.empty_like(own).index_copy_(0, packed.by_text(texts.cpu()[valid])[0], own)
+        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, own))
         start = stop
     return weights

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gfast import sharded
+from gfast import sharded, wrappers
 from gfast.files import DamagedFile, read_json, undamaged, write_json
 from gfast.geffect.backward import Job, Passes, job_label
 from gfast.geffect.data import Data, Term
@@ -46,6 +46,8 @@ class Directions:
         risks: "unlearn" and "retain" -> the risk itself.
         data: "forget" and "retain" -> fingerprint of the data.
         processes: those that hold a shard of every gradient each, if FSDP2 shards the model.
+        frozen: squared norms of the model's other weights by name, which decide its gradients as well; None: not known,
+            of files that an earlier version wrote.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Directions:
         risks: dict[str, float],
         data: dict[str, str],
         processes: Processes = Processes(),  # noqa: B008 - frozen
+        frozen: dict[str, float] | None = None,
     ) -> None:
         self.groups, self.stores, self.gram = groups, stores, gram
         self.counts, self.risk, self.squares, self.risks = counts, risk, squares, risks
-        self.data, self.processes = data, processes
+        self.data, self.processes, self.frozen = data, processes, frozen
         self.names = list(groups.index)
         self._position = {name: index for index, name in enumerate(self.names)}
 
@@ -87,13 +90,20 @@ class Directions:
             what = f"parameter {missing[0]!r} is trainable in only one of them" if missing else "the groups differ"
             raise ValueError(f"gfast: these directions are of another model or grouping ({what}): {why}")
         # The sums repeat to about 1e-8 between instruction sets and devices; one small optimizer step shows above that.
-        now = parameter_squares(model, self.names, self.processes)
-        wrong = ((now - self.squares).abs() > 1e-7 * self.squares.clamp(min=1e-30)).nonzero()
-        if len(wrong):
-            raise ValueError(
-                f"gfast: these directions were measured at other weights: {len(wrong)} of {len(self.names)} parameters "
-                f"have changed, first {self.names[int(wrong[0])]!r}; {why}"
-            )
+        now = parameter_squares(model, self.names, self.processes).tolist()
+        known = [("parameters", dict(zip(self.names, zip(self.squares.tolist(), now, strict=True), strict=True)))]
+        if self.frozen is not None:
+            frozen = frozen_squares(model, self.names, self.processes)
+            names = {**self.frozen, **frozen}
+            # one that only one of them has: -1, which is no square
+            known += [("frozen parameters", {n: (self.frozen.get(n, -1.0), frozen.get(n, -1.0)) for n in names})]
+        for what, pairs in known:
+            wrong = [name for name, (then, now) in pairs.items() if abs(now - then) > 1e-7 * max(then, 1e-30)]
+            if wrong:
+                raise ValueError(
+                    f"gfast: these directions were measured at other weights: {len(wrong)} of {len(pairs)} {what} "
+                    f"have changed, first {wrong[0]!r}; {why}"
+                )
         for store in self.stores:
             store.move_to(next(model.parameters()).device)
 
@@ -121,6 +131,7 @@ class Directions:
             "parameters": list(self.groups.index.items()),  # in order
             "gram": self.gram.flatten().tolist(),
             "squares": self.squares.tolist(),
+            "frozen": self.frozen,
             "data": self.data,
             "files": dict(zip(SIDES, checksums, strict=True)),
         }
@@ -150,13 +161,16 @@ class Directions:
             stores = [FileStore(folder / f"{side}.safetensors", names) for side in SIDES]
             gram = torch.tensor(description["gram"], dtype=torch.float64, device="cpu").view(len(groups.names), 2, 2)
             squares = torch.tensor(description["squares"], dtype=torch.float64, device="cpu")
+            frozen = description.get("frozen")
+            frozen = None if frozen is None else {str(name): float(square) for name, square in frozen.items()}
             risks = {side: float(description["risks"][side]) for side in SIDES}
             data = {source: str(description["data"][source]) for source in SETS}
             expected = description["files"] if stored == FORMAT else {side: None for side in SIDES}
         for store, side in zip(stores, SIDES, strict=True):
             if store.checksum != expected[side]:
                 raise DamagedFile(store.path, f"it is not the file that {DESCRIPTION} was written with", REMEDY)
-        return cls(groups, stores, gram, description["counts"], description["risk"], squares, risks, data)
+        about = (description["counts"], description["risk"], squares, risks, data)
+        return cls(groups, stores, gram, *about, frozen=frozen)
 
     def __enter__(self) -> Directions:
         return self
@@ -199,6 +213,7 @@ def collect(
         passes.risks(risk),
         passes.data.fingerprints(),
         passes.processes if passes.processes.sharded else Processes(),
+        frozen_squares(passes.model, passes.names, passes.processes),
     )
     if isinstance(stores[0], FileStore):
         directions._describe(Path(storage), [store.checksum for store in stores])
@@ -331,3 +346,14 @@ def parameter_squares(model: nn.Module, names: list[str], processes: Processes) 
     groups = list(range(len(names)))
     squares = grad_dots([sharded.local(parameters[name].detach()) for name in names], [], groups, len(names))[:, 0]
     return (processes.dots(squares) if processes.sharded else squares).cpu()
+
+
+def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> dict[str, float]:
+    """The same of all other parameters, by name; without those that quantisation packs, 8-bit ones too."""
+    known, named = set(names), {name: sharded.local(p) for name, p in model.named_parameters()}
+    others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
+    found: dict[str, float] = {}
+    for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
+        some = [name for name in others if named[name].device == device]
+        found |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
+    return found

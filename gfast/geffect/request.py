@@ -124,11 +124,14 @@ class Request:
                 with measuring(module), torch.no_grad():
                     apart = model_logp(module, to_device(rows, device))
                     together = model_logp(module, to_device(batch, device))
-                labels = (rows["labels"], batch["labels"])
-                apart, together = (
-                    x[:, 1:][(y[:, 1:] != IGNORE_INDEX).to(x.device)]
-                    for x, y in zip((apart, together), labels, strict=True)
-                )
+                scored = [(one["labels"][:, 1:] != IGNORE_INDEX).to(device) for one in (rows, batch)]
+                apart, together = (x[:, 1:][y] for x, y in zip((apart, together), scored, strict=True))
+                if len(apart) != len(together):
+                    raise ValueError(
+                        f"gfast: {source}: the first token of a text in the packed rows of batch {index} has a label, "
+                        f"which the text before it would score: set it to -100, as padding-free collators do"
+                    )
+                together = together[packed.by_text(packed.texts(batch)[:, 1:].to(device)[scored[1]])[0]]
                 narrow = min(p.dtype.itemsize for p in module.parameters() if p.is_floating_point()) < 4
                 off = float((apart - together).abs().max())
                 if not off <= (0.3 if narrow else 1e-3):

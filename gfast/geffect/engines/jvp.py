@@ -185,6 +185,8 @@ class Tangents(TorchFunctionMode):
             raise ForwardModeError(f"torch function {name!r} writes into a parameter")
         if func is F.scaled_dot_product_attention:
             return attention(*given, **options)
+        if func is F.embedding:
+            return embedding(*given, **options)
         return func(*given, **options)
 
     def _read(self, tensor: Tensor) -> Tensor:
@@ -247,6 +249,26 @@ def _moves(values: Any) -> bool:
         else type(value) in (tuple, list) and _moves(value)
         for value in values
     )
+
+
+def embedding(
+    input: Tensor,  # noqa: A002 - its name in torch
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """F.embedding with the tangents of its backward, which is not its derivative: looking up the padding token gives
+    no gradient, though a head that shares the matrix may give that row one.
+    """
+    if scale_grad_by_freq and _moves((weight,)):
+        raise ForwardModeError("scale_grad_by_freq divides gradients by counts of tokens, and there is no backward")
+    out = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None or not _moves((weight,)):
+        return out
+    return torch.where((input == padding_idx % len(weight))[..., None], out.detach(), out)
 
 
 def attention(

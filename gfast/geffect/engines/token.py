@@ -41,7 +41,7 @@ from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
 from gfast.ops.weights import weigh
-from gfast.packed import sequence_ids
+from gfast.packed import by_text, sequence_ids
 from gfast.progress import Bar
 from gfast.wrappers import measured
 
@@ -66,6 +66,12 @@ class Tokens:
     positions: Tensor
     sequences: int
 
+    def order(self) -> tuple[Tensor, list[int]]:
+        """The places [n] of the tokens sample by sample, and how many each sample has."""
+        if bool((self.samples[1:] < self.samples[:-1]).any()):  # numbered by a sequence_id
+            return by_text(self.samples)
+        return torch.arange(len(self.samples), device="cpu"), self.samples.bincount(minlength=self.sequences).tolist()
+
 
 def token_effects(request: Request) -> TokenEffect:
     """`token_effect` of a request that is checked."""
@@ -76,7 +82,8 @@ def token_effects(request: Request) -> TokenEffect:
     def by_sample(take: Callable[[Tokens], Tensor]) -> list[Tensor]:
         out: list[Tensor] = []
         for batch in measured:
-            out += take(batch).split(torch.bincount(batch.samples, minlength=batch.sequences).tolist())
+            places, sizes = batch.order()
+            out += take(batch)[places].split(sizes)
         return out
 
     names = request.groups.names

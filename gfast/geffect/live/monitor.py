@@ -148,7 +148,7 @@ class GEffectMonitor:
                 `factor` times the objective L that the effect is of.
             risk: R of the forget batch, for ``unlearn=True`` and other objectives than GA and NLL; it may share the
                 loss's forward. With micro-batches, give it with the last: the effect is then on that one's risk.
-            factor: what the objective is multiplied by in `loss`.
+            factor: what the objective is multiplied by in `loss`, the same with every micro-batch.
         """
         step, gradients = self._step, self.gradients
         if step.forgets and not step.retains and gradients.none() and not gradients.aside:
@@ -172,6 +172,11 @@ class GEffectMonitor:
             gradients.updates = self._updates if step.updated else None
         self._check_unchanged()
         check_factor(factor)
+        if step.forgets and factor != step.forget_factor:
+            refuse(
+                f"forget(factor={factor:g}) after factor={step.forget_factor:g} in one step: it is what the objective "
+                f"is multiplied by in the sum of the micro-batches' losses, the same for each"
+            )
         shared = risk is not None and not is_function(risk)
         if shared and self.processes.sharded:
             refuse(FREED)

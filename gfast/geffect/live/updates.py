@@ -49,12 +49,12 @@ class Updates:
                 f"gfast: the update's effect needs an optimizer of Adam, AdamW or SGD with momentum whose state holds "
                 f"its last update: {why}"
             )
-        # Rates of the last step, and the group that has its other settings; None: was not in it.
+        # Rates of the last step, and the other settings of its group then; None: was not in it.
         self._taken: list[tuple[float, float, dict[str, Any]] | None] | None = None
         self._counts: dict[int, float] = {}
         self._fresh = False  # the counts are still those before that step
         note = weakref.WeakMethod(self._note)  # the optimizer outlives its monitors
-        hook = optimizer.register_step_pre_hook(lambda *_: None if note() is None else note()())
+        hook = optimizer.register_step_post_hook(lambda *_: None if note() is None else note()())
         weakref.finalize(self, hook.remove)
 
     def _groups(self) -> dict[int, dict[str, Any]]:
@@ -62,9 +62,12 @@ class Updates:
         return {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     def _note(self, *_: Any) -> None:
-        """Before the optimizer's step: the rates it is taken with, which a scheduler changes after it."""
+        """After the optimizer's step, whose closure may have made the gradients: the rates and betas it was taken with,
+        before a scheduler changes them."""
         self._fresh, groups = True, self._groups()
-        rates = {id(group): (float(group["lr"]), float(group["weight_decay"]), group) for group in groups.values()}
+        rates = {
+            id(group): (float(group["lr"]), float(group["weight_decay"]), dict(group)) for group in groups.values()
+        }
         self._taken = [None if p.grad is None else rates[id(groups[id(p)])] for p in self.parameters]
 
     def begin(self) -> bool:
