@@ -4,7 +4,8 @@ Padding-free collators put texts one after another into a row and say where each
 again, `cu_seq_lens_q` [S + 1] (the first token of each text among those of all rows, and their number), `seq_idx`
 [B, T] (the number of each token's text), an attention mask [B, 1, T, T] that hides the texts before, or one [B, T] that
 numbers them 1, 2, ... with 0 for padding. `sequence_id`
-[B, T] says it to gfast alone, the model does not get it: tokens of one number are one text, wherever they stand. What
+[B, T] says it to gfast alone, the model does not get it: tokens of one number are one text, wherever in their row
+they stand. What
 depends on a sequence (a weight for the whole of it, a mean over sequences, a sample of an effect) then sees texts, not
 rows.
 """
@@ -65,7 +66,19 @@ def _numbered(ids: Tensor, labels: Tensor) -> Tensor:
             f"gfast: sequence_id must be integers of the shape of labels {tuple(labels.shape)}, the number of each "
             f"token's text; it is {found}"
         )
-    return torch.unique(ids.to(labels.device), return_inverse=True)[1]
+    ids = torch.unique(ids.to(labels.device), return_inverse=True)[1]
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    counted = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
+    first, last = (torch.full((ids.numel(),), fill, device=ids.device) for fill in (len(ids), -1))
+    first = first.scatter_reduce(0, ids[counted], rows[counted], "amin")
+    last = last.scatter_reduce(0, ids[counted], rows[counted], "amax")
+    if bool((last > first).any()):
+        number = int((last > first).nonzero()[0])
+        raise ValueError(
+            f"gfast: sequence_id numbers a text in row {int(first[number])} and one in row {int(last[number])} alike, "
+            f"and a model sees no text across rows: number them through the whole batch, not anew in every row"
+        )
+    return ids
 
 
 def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:

@@ -82,3 +82,13 @@ def test_masks_that_number_texts(objective):
     assert value({**batch, "attention_mask": numbers}, objective) == pytest.approx(value(named, objective), rel=1e-10)
     if objective != GA():
         assert value(batch, objective) != pytest.approx(value(named, objective), rel=1e-3)
+
+
+def test_numbers_that_begin_anew_in_every_row_are_named():
+    """Texts of two rows would be one: a model sees none across rows."""
+    batch, numbers = packed([[0, 1, 2], [3, 4, 5]])
+    anew = torch.where(numbers > 3, numbers - 3, numbers)
+    with pytest.raises(ValueError, match="a text in row 0 and one in row 1 alike"):
+        value({**batch, "sequence_id": anew}, NPO(0.5))
+    named = torch.where(batch["labels"] != -100, numbers, 0)  # prompts and padding have a number of their own
+    assert value({**batch, "sequence_id": named}, NPO(0.5)) == pytest.approx(value(batch, NPO(0.5)), rel=1e-10)
