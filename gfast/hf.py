@@ -1,8 +1,9 @@
 """Everything gfast knows about Hugging Face model internals: their inputs, their parts, and where their logits are.
 
-No other file names a model class or a model attribute, and none of them decides what the logits are: the model runs by
-its own call, and `gfast.deferred` follows what it does to the product of its head. `gfast.structure` finds its parts by
-place and use. What is put around a model (PEFT, DDP, FSDP, torch.compile) is in `gfast.wrappers`.
+No other file names a model's attribute, none but `gfast.module_kinds` a class of its modules, and none decides what the
+logits are: the model runs by its own call, and `gfast.deferred` follows what it does to the product of its head.
+`gfast.structure` finds its parts by place and use. What is put around a model (PEFT, DDP, FSDP, torch.compile) is in
+`gfast.wrappers`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +34,6 @@ OWN_KEYS = frozenset(
 
 # What transformers' models hand on to attention through **kwargs: where the texts of packed rows begin.
 _PACKING = frozenset("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx".split())
-
-_OFFSET_EMBEDDINGS = frozenset({"OPTLearnedPositionalEmbedding"})
-_SCALED_EMBEDDING = "ScaledWordEmbedding"
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -332,42 +329,6 @@ def depends_on_width(model: nn.Module) -> bool:
     return False
 
 
-@contextmanager
-def differentiable_forward(model: nn.Module) -> Iterator[None]:
-    """Attention and mixtures of experts as plain PyTorch operations inside, as they were outside.
-
-    Attention by SDPA or written out (eager) stays; other kernels (flash, flex) become SDPA, or eager attention where
-    the model has no SDPA; experts run one by one. What was switched is logged once.
-    """
-    inner = unwrap(model)
-    attention = "sdpa" if getattr(inner, "_supports_sdpa", False) else "eager"
-    switches = (
-        ("_attn_implementation", ("sdpa", "eager"), attention),
-        ("_experts_implementation", ("eager",), "eager"),
-    )
-    configs = {id(found): found for m in inner.modules() if (found := getattr(m, "config", None)) is not None}
-    changed: list[tuple[Any, str, Any]] = []
-    try:
-        for config in configs.values():
-            for key, fine, instead in switches:
-                # the attribute behind the property, whose setter would reach into other configurations
-                name = f"{key}_internal" if hasattr(config, f"{key}_internal") else key
-                found = getattr(config, name, None)
-                if found is not None and found not in fine:
-                    changed.append((config, name, found))
-                    setattr(config, name, instead)
-                    _log_switch(type(inner).__name__, key.strip("_"), str(found), instead)
-        yield
-    finally:
-        for config, name, found in reversed(changed):
-            setattr(config, name, found)
-
-
-@functools.cache
-def _log_switch(model: str, what: str, found: str, instead: str) -> None:
-    _log.warning("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
-
-
 def parameter_units(model: nn.Module) -> dict[str, str | int]:
     """Every trainable parameter, by its name in `model.named_parameters()`, with the part of the model that owns it.
 
@@ -399,43 +360,3 @@ def parameter_units(model: nn.Module) -> dict[str, str | int]:
                 f"Freeze it with requires_grad_(False), or group parameters by name with groups=callable"
             )
     return units
-
-
-def module_kind(module: nn.Module) -> str | None:
-    """What a module that owns parameters computes, where it is known for certain; None for anything else.
-
-    "linear": x W^T + bias. "conv1d": x W + bias (GPT-2). "embedding": rows of W, possibly scaled (`embedding_lookup`).
-    "norm": a class that is called a norm and owns at most `weight` and `bias`; whether its output is linear in them is
-    for the caller to try. Subclasses are listed by name: one that overrides forward may compute something else.
-    """
-    name = type(module).__name__
-    if type(module) is nn.Linear or name == "FalconLinear":
-        return "linear"
-    if name == "Conv1D" and hasattr(module, "nf"):
-        return "conv1d"
-    if isinstance(module, nn.Embedding):
-        known = type(module) is nn.Embedding or name in _OFFSET_EMBEDDINGS or name.endswith(_SCALED_EMBEDDING)
-        return "embedding" if known else None
-    if "Norm" in name and set(module._parameters) <= {"weight", "bias"} and not any(True for _ in module.children()):
-        return "norm"
-    return None
-
-
-def embedding_lookup(module: nn.Embedding, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | float]:
-    """The row ids that a call of an "embedding" module looked up, and the factor on what it returned."""
-    if type(module).__name__ in _OFFSET_EMBEDDINGS:
-        names = ("attention_mask", "past_key_values_length", "position_ids")
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        positions = given.get("position_ids")
-        if positions is None:
-            mask = given["attention_mask"]
-            positions = (torch.cumsum(mask, dim=1) * mask - 1).long()[:, given.get("past_key_values_length", 0) :]
-        return positions + module.offset, 1.0
-    ids = args[0] if args else next(iter(kwargs.values()))
-    scale = module.embed_scale if type(module).__name__.endswith(_SCALED_EMBEDDING) else 1.0
-    return ids, scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
-
-
-def is_routed(name: str) -> bool:
-    """Is a module of this name one of a mixture's experts, which see tokens in an order of their own?"""
-    return any(part in ("expert", "experts") for part in name.split("."))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gfast import hf
+from gfast import hf, module_kinds
 from gfast.ops.chunks import default_chunk_rows
 
 ENGINES = ("stream", "sample", "token", "gram")
@@ -148,7 +148,7 @@ def facts(config: Any) -> Facts:
     """The numbers of a model that is never made."""
     with torch.device("meta"):
         model = _model(config, torch.bfloat16)
-    if any(hf.is_routed(name) for name, _ in model.named_modules()):
+    if any(module_kinds.is_routed(name) for name, _ in model.named_modules()):
         raise ValueError("it is a mixture of experts, and which of them a text takes is not known before it is there")
     head = hf.output_layer(model).weight
     inner = hf.structure.blocks(hf.unwrap(model))

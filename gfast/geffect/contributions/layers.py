@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import hf
+from gfast import module_kinds
 from gfast.deferred import DeferredLogits
 from gfast.geffect.contributions.head import HeadProduct
 from gfast.geffect.groups import GroupMap
@@ -148,8 +148,8 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
         own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
         if not own:
             continue
-        kind, why = hf.module_kind(module), f"gfast has no rule for a {type(module).__name__}"
-        if hf.is_routed(path):
+        kind, why = module_kinds.kind_of(module), f"gfast has no rule for a {type(module).__name__}"
+        if module_kinds.is_routed(path):
             kind, why = None, "experts of a mixture see tokens in an order of their own"
         elif "forward" in vars(module) and kind not in (None, "norm") and not _computes(module, kind):
             kind, why = None, "its forward was replaced by one that computes something else"
@@ -253,7 +253,7 @@ class Watch:
             return None
         self.ran.add(site.name)
         if site.kind == "embedding":
-            kept, scale = hf.embedding_lookup(module, args, kwargs)
+            kept, scale = module_kinds.embedding_lookup(module, args, kwargs)
         else:
             kept, scale = (*args, *kwargs.values())[0], 1.0
             if len(args) + len(kwargs) != 1 or not isinstance(kept, Tensor) or not isinstance(output, Tensor):
@@ -369,7 +369,7 @@ def _computes(module: nn.Module, kind: str) -> bool:
         with torch.no_grad():
             if kind == "embedding":
                 x = torch.ones(1, 2, dtype=torch.int64, device=weight.device)  # ids, or a mask of positions
-                ids, scale = hf.embedding_lookup(module, (x,), {})
+                ids, scale = module_kinds.embedding_lookup(module, (x,), {})
                 expected = weight[ids] * scale
             else:
                 matrix = weight if kind == "linear" else weight.t()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfast import hf
+from gfast import module_kinds
 from gfast.geffect.contributions.layers import Site
 
 # How far apart, of its own norm, the inputs of a sample by itself and in a batch may be: the number of rows decides how
@@ -52,7 +52,7 @@ class Order:
         def before(site: Site, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             read = (*args, *kwargs.values(), None)[0]
             if site.kind == "embedding":
-                read = hf.embedding_lookup(module, args, kwargs)[0]
+                read = module_kinds.embedding_lookup(module, args, kwargs)[0]
             if isinstance(read, Tensor):
                 told(site, read.detach())
 

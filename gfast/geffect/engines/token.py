@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from gfast import hf
 from gfast.deferred import Head
 from gfast.errors import NotFinite
 from gfast.geffect.backward import default_loss_scale
 from gfast.geffect.contributions.row_pass import check_weighted
 from gfast.geffect.data import Term, to_device
 from gfast.geffect.directions import Directions
+from gfast.geffect.engines.forward_mode import differentiable_forward
 from gfast.geffect.engines.jvp import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
@@ -184,7 +184,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
         stack.enter_context(measuring(model))
         for module in model.modules():  # no activations are kept here, so checkpointing modules need no exception
             module.training = False
-        stack.enter_context(hf.differentiable_forward(model))
+        stack.enter_context(differentiable_forward(model))
         stack.enter_context(uncompiled())
         yield
 
