@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import random
 import sys
@@ -144,6 +145,14 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
 
 
 def _checkpoints_without_dropout(module: nn.Module) -> bool:
+    """Of a module, whose children's dropout is off: does it checkpoint, and drop nothing by itself?
+
+    What drops by a number of its own, or of the model's settings in a forward that asks whether it is training.
+    """
     if not getattr(module, "gradient_checkpointing", False):
         return False
-    return not any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
+    places, code = [vars(module)], getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "training" in code.co_names:
+        places.append(vars(getattr(module, "config", module)))
+    found = (value for place in places for key, value in place.items() if "drop" in key)
+    return not any(isinstance(value, float) and value > 0 for value in found)

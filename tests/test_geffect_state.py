@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from helpers.geffect_models import batches, tiny  # noqa: E402
+from helpers.geffect_models import VOCAB, batches, tiny  # noqa: E402
 from helpers.geffect_state import assert_same, snapshot, used_model  # noqa: E402
 from helpers.process_group import alone  # noqa: E402
 
@@ -166,6 +166,19 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant):
     for one, other in zip(found, expected, strict=True):
         assert one.unlearn == pytest.approx(other.unlearn, rel=1e-9)
     assert len(ran) == 2 * 6  # six batches, each with a recomputed forward
+
+
+def test_a_block_that_drops_by_the_models_settings_does_not_while_it_is_measured():
+    """Falcon's blocks do so in their own forward, where they ask whether they are training."""
+    options = dict(attention_dropout=0.5, parallel_attn=False, new_decoder_architecture=False)
+    config = transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **options
+    )
+    model = transformers.FalconForCausalLM(config).double()
+    expected = gfast.g_effect(model.eval(), WGA(), **data())
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert gfast.g_effect(model, WGA(), **data()).retain == pytest.approx(expected.retain, rel=1e-9)
 
 
 def test_autocast():
