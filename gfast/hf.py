@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,15 +136,9 @@ def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     last = torch.where(valid, places, 0).amax(1, keepdim=True)  # [B, 1]
     other = torch.where(ids.gather(1, last) > 0, ids.gather(1, last) - 1, 1)
     changed = ids.scatter(1, last, other)
-    with torch.no_grad(), evaluating(model):
-        before, after = (
-            x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x
-            for x in (answer(model, {**batch, "input_ids": one}).logits for one in (ids, changed))
-        )
+    before, after = _seen(model, [{**batch, "input_ids": one} for one in (ids, changed)])
     scoring = nn.functional.pad(valid[:, 1:], (0, 1)) & (places < last)
-    moved = (before - after).float().abs()[scoring]
-    rounding = 3e-2 if before.dtype.itemsize == 2 else 1e-4
-    return bool(moved.numel()) and bool(moved.amax() > rounding * before.float().abs().amax())
+    return _differ(before[scoring], after[scoring])
 
 
 def _is_stock(model: nn.Module) -> bool:
@@ -315,18 +309,51 @@ def shape_of(batch: Mapping[str, Any]) -> torch.Size:
 
 def depends_on_width(model: nn.Module) -> bool:
     """Whether padding on the right changes what the model computes left of it: rotary embeddings that stretch with the
-    longest position of a batch.
+    longest position of a batch; of models that do not say that every block is causal it is tried once.
     """
     if of_its_own_kind(model) is not None:
         return True  # nothing is known of it, so nothing is cut off
-    config = getattr(unwrap(model), "config", None)
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
     found = [config.to_dict()] if hasattr(config, "to_dict") else []
     while found:  # by any name, in the configuration of any part, maybe by kind of layer
         one = found.pop()
         if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
             return True
         found += [value for value in one.values() if isinstance(value, Mapping)]
-    return False
+    if _is_stock(inner) and _says_causal(inner):
+        return False
+    if inner not in _by_width:
+        _by_width[inner] = _sees_padding(model)
+    return _by_width[inner]
+
+
+_by_width: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # those that were tried
+
+
+def _sees_padding(model: nn.Module) -> bool:
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 7, device=device)[None]
+    wide = nn.functional.pad(ids, (0, 4))
+    batches = [{"input_ids": one, "attention_mask": (one > 0).long(), "labels": one} for one in (ids, wide)]
+    try:
+        return _differ(*(seen[:, :6] for seen in _seen(model, batches)))
+    except (ValueError, RuntimeError, TypeError):  # it does not answer to a text alone
+        return True
+
+
+def _seen(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Of each batch what the head reads, or logits, in evaluation mode."""
+    with torch.no_grad(), evaluating(model):
+        found = [answer(model, batch).logits for batch in batches]
+    return [x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x for x in found]
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """By more than rounding."""
+    rounding = 3e-2 if one.dtype.itemsize == 2 else 1e-4
+    moved = (one - other).float().abs()
+    return bool(moved.numel()) and bool(moved.amax() > rounding * one.float().abs().amax())
 
 
 def parameter_units(model: nn.Module) -> dict[str, str | int]:

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from helpers import architectures
 from torch import nn
 
 import gfast
@@ -300,3 +301,14 @@ def test_prompt_learning_is_refused():
 
 def without_extras(batch: dict) -> dict:
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("name, depends", [("prophetnet", True), ("mamba", False), ("opt", False), ("llama", False)])
+def test_models_that_answer_by_the_width_of_a_batch_are_told(name, depends):
+    """ProphetNet's n-gram stream looks at padding. Who does not call every block causal is tried, once."""
+    model = architectures.build(name)
+    assert hf.depends_on_width(model) is depends
+    ran = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert hf.depends_on_width(model) is depends
+    assert not ran

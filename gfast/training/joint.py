@@ -48,7 +48,8 @@ def outputs(model: nn.Module, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
     if len({length for _, length in shapes.values()}) > 1 and hf.depends_on_width(model):
         raise ValueError(
             f"joint_forward pads the sides to one length, and what {type(hf.unwrap(model)).__name__} computes may "
-            "depend on it (its rotary embeddings stretch, or nothing is known of it): leave joint_forward out"
+            "depend on it (its rotary embeddings stretch, padding changes its logits, or nothing is known of it): "
+            "leave joint_forward out"
         )
     ids = torch.cat([_widened(batch["input_ids"], width) for batch in sides.values()])  # [sum of B, T]
     labels = torch.cat([_widened(batch["labels"], width, IGNORE_INDEX) for batch in sides.values()])
