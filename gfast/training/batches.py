@@ -100,6 +100,13 @@ def as_dealt(
     return DealtByRows(collator)
 
 
+def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """The collator that these are around."""
+    while isinstance(collator, (ReferenceJoin, DealtByRows)):
+        collator = collator.collator
+    return collator
+
+
 def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The cached values of a right-padded batch, aligned with it, [B, T, ...]."""
     if "sample_id" not in batch:
