@@ -204,9 +204,11 @@ def test_what_evaluations_say_at_equal_forgetting(tmp_path):
     courses = {"a": ("GA()", GA_COURSE), "b": ("NPO(beta=0.1)", MIX_COURSE)}
     runs = [write_run(tmp_path / name, *course) for name, course in courses.items()]
     utility = {0: 0.6, 6: 0.5, 10: 0.1}
-    write_summaries(runs[0] / "evaluations", {
-        step: {"model_utility": {"geometric": value}, "sets": {"retain": {"extraction_strength": value / 2}}}
-        for step, value in utility.items()})  # fmt: skip
+    ends = {0: 0.6, 10: 0.1}  # of the other: they alone say nothing of the way
+    for run, values in zip(runs, (utility, ends), strict=True):
+        write_summaries(run / "evaluations", {
+            step: {"model_utility": {"geometric": value}, "sets": {"retain": {"extraction_strength": value / 2}}}
+            for step, value in values.items()})  # fmt: skip
     build_report(runs, tmp_path / "page")
     one, other = (row["matched"] for row in json.loads((tmp_path / "page" / "table.json").read_text()))
     assert one["model_utility"] == pytest.approx(np.interp(one["step"], list(utility), list(utility.values())))

@@ -18,7 +18,7 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     unlearning), or where fewer than two runs unlearned.
 
     What evaluations along the run say of how much it keeps (`retention`) is there too, at that step, interpolated
-    linearly between the evaluated steps.
+    linearly between the evaluated steps, where there are more than two.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
     more than rounding) take no part.
@@ -61,7 +61,8 @@ def _kept(retention: Sequence[tuple[int, dict[str, float]]], step: float) -> dic
     found = {}
     for name in sorted({name for _, values in retention for name in values}):
         steps, kept = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
-        if steps[0] <= step <= steps[-1]:
+        # Between two alone, such as a run's ends, a line says nothing of the way.
+        if len(steps) > 2 and steps[0] <= step <= steps[-1]:
             found[name] = float(np.interp(step, steps, kept))
     return found
 

@@ -115,8 +115,7 @@ class Results:
             return found
         ends = ((0, self._evaluation("taught")), (found["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
         kept = dict(found["retention"]) | {step: retention(one) for step, one in ends if one}
-        # Between the ends alone a line says nothing of the way.
-        return found | {"retention": sorted(kept.items()) if len(kept) > len(ends) else []}
+        return found | {"retention": sorted(kept.items())}
 
     def _evaluation(self, name: str) -> dict[str, Any]:
         return self._of(f"evaluations/{name}", "summary.json")
