@@ -179,6 +179,7 @@ def test_yaml_under_flags(original, tmp_path, capsys):
     assert (
         cli.main(["unlearn", "--config", str(tmp_path / "run.yaml"), "--max_steps", "1", "--retain-term", "none"]) == 0
     )
+    assert "6 forget rows, the retain set has no part: no --retain_term" in capsys.readouterr().err
     info = read_run_info(tmp_path / "run")
     assert info["objective"] == "WGA(alpha=0.25)"
     assert info["config"]["max_steps"] == 1 and info["config"]["weight_decay"] == 1e-3

@@ -168,7 +168,8 @@ def _train(
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
     refuse_no_step(config, sides.forget)
     evaluations = _evaluations(along, data_arguments, sides, config)
-    say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
+    kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
+    say(f"Data: {len(rows.forget)} forget rows, {kept}")
     set_seed(config.seed)
     model = load_model(model_arguments).to(config.device)
     sides.fit(model)
