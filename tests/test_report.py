@@ -217,6 +217,27 @@ def test_what_evaluations_say_at_equal_forgetting(tmp_path):
     assert "Model utility at equal forget NLL | Retain extraction strength at equal forget NLL |" in table
 
 
+@pytest.mark.parametrize(
+    "other", [{"data_sha256": {"the forget set (b)": "2"}}, {"config": {"geffect_samples": 8}}], ids=str
+)
+def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other):
+    same = {"data_sha256": {"the forget set (a)": "1"}, "config": {"geffect_samples": 0}}
+    apart = MIX_COURSE | {0: (-4.0, 2.0, 0.2, 0.12)}
+    kinds = {
+        "file": ({**same, "data_sha256": {"the forget set (c)": "1"}}, apart),  # another model
+        "weights": (same | other, MIX_COURSE),  # of the same texts
+        "other": (same | other, apart),
+    }
+    for name, (info, course) in kinds.items():
+        runs = [write_run(tmp_path / name / "a", "GA()", GA_COURSE, **same),
+                write_run(tmp_path / name / "b", "NPO(beta=0.1)", course, **info)]  # fmt: skip
+        build_report(runs, tmp_path / name / "page")
+        matched = [row["matched"] for row in json.loads((tmp_path / name / "page" / "table.json").read_text())]
+        assert all(matched) == any(matched) == (name != "other")
+        page = (tmp_path / name / "page" / "report.html").read_text()
+        assert ("measured on different rows" in page) == (name == "other") == ("gave up the least" not in page)
+
+
 def test_what_end_points_hide():
     """The run with the lowest retain NLL at its end had only forgotten less."""
     courses = {

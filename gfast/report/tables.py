@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gfast.evaluation.results import retention
+from gfast.report.matched import on_other_rows
 from gfast.report.runs import Run
 from gfast.sides import SIDES
 
@@ -69,6 +70,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
         "course": [] if run.of_batches else _course(run),
         "retention": [[step, retention(one)] for step, one in sorted(run.evaluations.items())],
+        "measured_on": run.measured_on,
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES
@@ -204,7 +206,7 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
 def comparison(summaries: Sequence[dict[str, Any]]) -> str:
     """One sentence over all runs that unlearned: who lost least and who most of the retain set per nat forgotten."""
     prices = {}
-    for summary in summaries:
+    for summary in [] if on_other_rows(summaries) else summaries:
         forget, kept = summary["forget_nll"], summary["retain_nll"]
         if forget and kept and forget["after"] > forget["before"]:
             gained = forget["after"] - forget["before"]

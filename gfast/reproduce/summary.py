@@ -268,6 +268,7 @@ class Results:
             places = {recipe.data.name: f"runs/{name}/seed{first}"}
             places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
             summaries = [self._summarized(measured_runs([self.plan.out / place])[0]) for place in places.values()]
+            summaries = [one | {"measured_on": None} for one in summaries]  # other rows are what is asked about
             match(summaries, recipe.match_at)
             for data, one in zip(places, summaries, strict=True):
                 rows.append({
