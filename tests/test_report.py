@@ -214,6 +214,11 @@ def test_what_evaluations_say_at_equal_forgetting(tmp_path):
     assert one["model_utility"] == pytest.approx(np.interp(one["step"], list(utility), list(utility.values())))
     assert one["retain_extraction"] == pytest.approx(one["model_utility"] / 2) and "model_utility" not in other
     table = (tmp_path / "page" / "table.md").read_text()
+    fewer = {"sets": {"retain": {"extraction_strength": 0.1, "samples": 5}}}
+    write_summaries(runs[1] / "evaluations", {step: fewer for step in utility})  # --evaluate_rows 5: other samples
+    build_report(runs, tmp_path / "other")
+    for row in json.loads((tmp_path / "other" / "table.json").read_text()):
+        assert "retain_extraction" not in row["matched"]
     assert "Model utility at equal forget NLL | Retain extraction strength at equal forget NLL |" in table
 
 

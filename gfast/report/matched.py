@@ -18,7 +18,7 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     unlearning), or where fewer than two runs unlearned.
 
     What evaluations along the run say of how much it keeps (`retention`) is there too, at that step, interpolated
-    linearly between the evaluated steps, where there are more than two.
+    linearly between the evaluated steps, where there are more than two and all runs were asked as many samples.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
     more than rounding) take no part. Runs that say that they were measured on different rows are not compared.
@@ -31,11 +31,12 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     reached = {at: max(forget for _, forget, _ in one["course"]) for at, one in enumerate(summaries) if _rises(one)}
     if level is None and len(reached) > 1:
         level = min(reached.values())
+    asked = {str(one["evaluated_on"]) for one in summaries if one.get("evaluated_on")}
     for at, one in enumerate(summaries):
         reaches = level is not None and at in reached and one["course"][0][1] < level <= reached[at]
         reaches = reaches and not on_other_rows(summaries)
         one["matched"] = _at(one["course"], level) if reaches else None
-        if one["matched"]:
+        if one["matched"] and len(asked) < 2:
             one["matched"] |= _kept(one.get("retention", ()), one["matched"]["step"])
 
 
