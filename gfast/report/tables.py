@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from gfast.evaluation.results import retention
-from gfast.report.matched import on_other_rows
 from gfast.report.runs import Run
 from gfast.sides import SIDES
 
@@ -208,7 +207,7 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
 def comparison(summaries: Sequence[dict[str, Any]]) -> str:
     """One sentence over all runs that unlearned: who lost least and who most of the retain set per nat forgotten."""
     prices = {}
-    for summary in [] if on_other_rows(summaries) else summaries:
+    for summary in summaries:
         forget, kept = summary["forget_nll"], summary["retain_nll"]
         if forget and kept and forget["after"] > forget["before"]:
             gained = forget["after"] - forget["before"]
