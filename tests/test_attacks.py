@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def test_the_forget_set_is_split_into_what_is_learned_and_the_rest():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_relearning_and_its_effect(tmp_path, rank):
     (forget,) = [one for one in sources.bundled(6) if one.name == "forget"]
+    # what a text weighed when it was to be forgotten is nothing to an attack
+    forget = replace(forget, rows=[{**row, "weight": 0.0} for row in forget.rows])
     plan = Relearning(4, rows=2, learning_rate=1e-2, lora_r=rank, every=2)
     found = relearn(tiny_model(), TOKENIZER, forget, plan, tmp_path)
     assert [row["step"] for row in found["curve"]] == [0, 2, 4]

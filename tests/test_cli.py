@@ -17,6 +17,7 @@ import gfast
 from gfast import cli, metrics
 from gfast.data import Collator, QADataset
 from gfast.files import read_json
+from gfast.training.config import UnlearnConfig
 from gfast.training.records import read_records, read_run_info, recorded_steps
 
 
@@ -129,7 +130,7 @@ def test_unlearn_help_shows_our_flags_before_the_trainers(capsys):
     assert "--push_to_hub" in capsys.readouterr().out
 
 
-def test_unlearn_writes_model_and_records(original, tmp_path, capsys):
+def test_unlearn_writes_model_and_records(original, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     settings = {"objective_args": ["alpha=0.5"], "retain_term": "kl", "geffect_every": 1, "geffect_samples": 3}
     assert cli.main(["unlearn", *flags(original, out, **settings)]) == 0
@@ -152,9 +153,18 @@ def test_unlearn_writes_model_and_records(original, tmp_path, capsys):
     assert "finished" in capsys.readouterr().err and (out / "model.safetensors").stat().st_mtime_ns == stamp
     fails(capsys, "holds another run: max_steps is 2 there and 3 here", "unlearn",
           *flags(original, out, **settings | {"max_steps": 3}))  # fmt: skip
-    for other in ({"weights": "retain_conflict"}, {"evaluate_every": 1}):
+    for other in (
+        {"weights": "retain_conflict"},
+        {"evaluate_every": 1},
+        {"auto_find_batch_size": True},
+        {"accelerator_config": '{"split_batches": true}'},
+        {"optim_target_modules": "q_proj"},
+    ):
         words = f"holds another run: {next(iter(other))} is "
         fails(capsys, words, "unlearn", *flags(original, out, **settings | other))
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlearnConfig, "world_size", 2)
+        fails(capsys, "holds another run: processes is None there and 2", "unlearn", *flags(original, out, **settings))
 
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").is_file()
@@ -169,6 +179,7 @@ def test_yaml_under_flags(original, tmp_path, capsys):
     assert (
         cli.main(["unlearn", "--config", str(tmp_path / "run.yaml"), "--max_steps", "1", "--retain-term", "none"]) == 0
     )
+    assert "6 forget rows, the retain set has no part: no --retain_term" in capsys.readouterr().err
     info = read_run_info(tmp_path / "run")
     assert info["objective"] == "WGA(alpha=0.25)"
     assert info["config"]["max_steps"] == 1 and info["config"]["weight_decay"] == 1e-3

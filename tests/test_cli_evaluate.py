@@ -258,6 +258,8 @@ def test_wrong_words(model, tmp_path, capsys, monkeypatch):
         ({"retain_log": tmp_path / "retain.json", "ds_size": None}, "other rows than the first 6"),
         ({"max_length": 20}, "tokens, more than 20"),
         ({"data": "wmdp", "data_path": tmp_path}, "no file for wmdp-bio test"),
+        ({"data": "muse", "template": "chat"}, "--template has no use with the data muse"),
+        ({"data": "muse", "chat_kwargs": ["a=1"]}, "--chat_kwargs has no use with the data muse"),
         ({"device": "cuda:99"}, "cannot be used"),
     ):
         fails(capsys, message, flags(model, tmp_path / "x", **options))

@@ -241,6 +241,13 @@ def test_refusal_dataset_keeps_the_questions():
         RefusalDataset(forget, tokenizer, refusals=[])
 
 
+def test_fingerprint_takes_what_else_people_keep_in_items():
+    item = {"input_ids": [1, 2], "labels": [-100, 2]}
+    kept = ({"text": "a"}, {"text": "b"}, {"tags": ["a", "b"]}, {"meta": {"a": None}}, {"spans": [[1], [2, 3]]})
+    found = [fingerprint([item | more]) for more in ({}, *kept)]
+    assert len(set(found)) == len(found) and found == [fingerprint([item | more]) for more in ({}, *kept)]
+
+
 def test_fingerprint_sees_every_change():
     tokenizer = demo_tokenizer()
     base = fingerprint(QADataset(ROWS, tokenizer))

@@ -130,6 +130,29 @@ def test_generation_is_greedy_whatever_the_models_settings():
     assert model.generation_config is before
 
 
+def _rwkv():
+    sizes = dict(hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=64)
+    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=40, **sizes))
+
+
+def _bart():
+    sizes = dict(d_model=16, decoder_layers=2, decoder_ffn_dim=32, decoder_attention_heads=2)
+    config = transformers.BartConfig(vocab_size=40, is_decoder=True, is_encoder_decoder=False, **sizes)
+    return transformers.BartForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [_rwkv, _bart])
+def test_a_generation_is_that_of_its_prompt_alone_where_padding_is_not_masked(make):
+    """RWKV's state takes in what is masked, and positions of BART's decoder count it."""
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 9)]
+    alone = [generate(model, [prompt], 6, [1], 0)[0] for prompt in prompts]
+    assert generate(model, prompts, 6, [1], 0) == alone
+
+
 def test_the_log_holds_what_was_measured():
     model = taught()
     work = evaluation(extraction=("exact", "similar"))

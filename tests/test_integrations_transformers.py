@@ -189,6 +189,16 @@ def test_a_loss_func_refuses_what_tokens_alone_do_not_give(objective):
         gfast_loss_func(objective)
 
 
+def test_a_loss_func_refuses_the_trainers_label_smoothing_unasked(tmp_path):
+    items, model = columns(datasets()[0]), tiny_model()
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = Trainer(
+        model, args, train_dataset=items, data_collator=collator(), compute_loss_func=gfast_loss_func(GA())
+    )
+    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning"):
+        trainer.train()
+
+
 def test_a_loss_func_has_no_dual_variable():
     with pytest.raises(ValueError, match="dual variable.*retain loss, and there is none"):
         gfast_loss_func(PDU(primal_dual=True))

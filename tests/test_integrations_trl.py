@@ -9,11 +9,16 @@ import torch
 from datasets import Dataset
 from helpers.literal_losses import FirstGradient, assert_same, gradients, literal
 from helpers.training_tiny import TOKENIZER, copied, tiny_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import gfast
 from gfast.integrations.trl import GFastLossMixin, dpo_batch
-from gfast.objectives import DPO, WGA
+from gfast.objectives import DPO, ETW, NPO, TPO, WGA, Mix, SimNPO
+
+
+class Mine(GFastLossMixin, Trainer):
+    pass
+
 
 PROMPTS, CHOSEN, REJECTED = [[1, 2, 3], [4, 5]], [[6, 7], [8]], [[9], [10, 11, 12]]
 
@@ -120,12 +125,18 @@ def test_options_of_a_loss_that_is_not_computed_are_refused(tmp_path, options):
         with_options(tmp_path, objective=DPO(0.2), **options)
 
 
+@pytest.mark.parametrize("objective", [SimNPO(), NPO(), ETW(), Mix(WGA(), TPO())], ids=str)
+def test_packing_that_cuts_texts_is_refused_for_objectives_over_whole_texts(tmp_path, objective):
+    for strategy, fine in (("wrapped", WGA()), ("bfd", objective)):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        args.packing, args.packing_strategy = True, strategy
+        Mine(tiny_model(), args=args, objective=fine)
+    args.packing_strategy = "wrapped"
+    with pytest.raises(ValueError, match="'wrapped' cannot be used with Mine: .* looks at whole texts"):
+        Mine(tiny_model(), args=args, objective=objective)
+
+
 def with_options(folder, objective, **options):
-    from transformers import Trainer
-
-    class Mine(GFastLossMixin, Trainer):
-        pass
-
     try:
         from trl import DPOConfig
     except ImportError:

@@ -84,6 +84,20 @@ def test_a_resumed_run_goes_on_with_it(tmp_path):
         moving.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("more", [{"dual_update_upon": "epoch"}, {"dual_warmup_epochs": 1}], ids=str)
+def test_the_end_of_an_epoch_is_not_lost_with_the_run(tmp_path, more):
+    """Trainer saves the checkpoint of an epoch's last step before that epoch ends; steps are epochs here."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1}
+    whole = trainer_of(tmp_path, ARGS | more, **options)
+    whole.train()
+    logged = [log["dual"] for log in whole.state.log_history if "dual" in log]
+    for step in (1, 2, 3):
+        again = trainer_of(tmp_path, ARGS | more, **options)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [log["dual"] for log in again.state.log_history if "dual" in log] == logged
+        assert again.dual.value == whole.dual.value != logged[-1]
+
+
 @pytest.mark.parametrize("upon", ["step", "epoch"])
 def test_warm_up_and_epochs(tmp_path, upon):
     """Steps are epochs here: held for two of them; by epochs the end of the second moves it already."""

@@ -234,6 +234,11 @@ def test_losses_that_underflow():
     ("the cat sat on the mat", "the mat the cat sat on", 2 / 3, 2 / 3, 1),
     ("Él escribió", "El escribio", 0, 0, 0),
     ("anything", "", 0, 0, 0),
+    # of these rouge-score's own words are none, or the year
+    ("Москва", "Москва.", 1, 1, 1),
+    ("Он жил там в 1990", "Нет, 1990", 0.2, 2 / 7, 0.2),
+    ("北京是首都。", "上海是首都", 0.6, 0.6, 0.6),
+    ("हिन्दी में लिखा", "में हिन्दी", 1 / 3, 0.4, 2 / 3),
 ])  # fmt: skip
 def test_rouge(truth, generation, recall, f1, first):
     found = metrics.rouge_scores(truth, generation)

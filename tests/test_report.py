@@ -204,15 +204,43 @@ def test_what_evaluations_say_at_equal_forgetting(tmp_path):
     courses = {"a": ("GA()", GA_COURSE), "b": ("NPO(beta=0.1)", MIX_COURSE)}
     runs = [write_run(tmp_path / name, *course) for name, course in courses.items()]
     utility = {0: 0.6, 6: 0.5, 10: 0.1}
-    write_summaries(runs[0] / "evaluations", {
-        step: {"model_utility": {"geometric": value}, "sets": {"retain": {"extraction_strength": value / 2}}}
-        for step, value in utility.items()})  # fmt: skip
+    ends = {0: 0.6, 10: 0.1}  # of the other: they alone say nothing of the way
+    for run, values in zip(runs, (utility, ends), strict=True):
+        write_summaries(run / "evaluations", {
+            step: {"model_utility": {"geometric": value}, "sets": {"retain": {"extraction_strength": value / 2}}}
+            for step, value in values.items()})  # fmt: skip
     build_report(runs, tmp_path / "page")
     one, other = (row["matched"] for row in json.loads((tmp_path / "page" / "table.json").read_text()))
     assert one["model_utility"] == pytest.approx(np.interp(one["step"], list(utility), list(utility.values())))
     assert one["retain_extraction"] == pytest.approx(one["model_utility"] / 2) and "model_utility" not in other
     table = (tmp_path / "page" / "table.md").read_text()
+    fewer = {"sets": {"retain": {"extraction_strength": 0.1, "samples": 5}}}
+    write_summaries(runs[1] / "evaluations", {step: fewer for step in utility})  # --evaluate_rows 5: other samples
+    build_report(runs, tmp_path / "other")
+    for row in json.loads((tmp_path / "other" / "table.json").read_text()):
+        assert "retain_extraction" not in row["matched"]
     assert "Model utility at equal forget NLL | Retain extraction strength at equal forget NLL |" in table
+
+
+@pytest.mark.parametrize(
+    "other", [{"data_sha256": {"the forget set (b)": "2"}}, {"config": {"geffect_samples": 8}}], ids=str
+)
+def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other):
+    same = {"data_sha256": {"the forget set (a)": "1"}, "config": {"geffect_samples": 0}}
+    apart = MIX_COURSE | {0: (-4.0, 2.0, 0.2, 0.12)}
+    kinds = {
+        "file": ({**same, "data_sha256": {"the forget set (c)": "1"}}, apart),  # another model
+        "weights": (same | other, MIX_COURSE),  # of the same texts
+        "other": (same | other, apart),
+    }
+    for name, (info, course) in kinds.items():
+        runs = [write_run(tmp_path / name / "a", "GA()", GA_COURSE, **same),
+                write_run(tmp_path / name / "b", "NPO(beta=0.1)", course, **info)]  # fmt: skip
+        build_report(runs, tmp_path / name / "page")
+        matched = [row["matched"] for row in json.loads((tmp_path / name / "page" / "table.json").read_text())]
+        assert all(matched) == any(matched) == (name != "other")
+        page = (tmp_path / name / "page" / "report.html").read_text()
+        assert ("measured on different rows" in page) == (name == "other") == ("gave up the least" not in page)
 
 
 def test_what_end_points_hide():

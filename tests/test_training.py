@@ -281,6 +281,21 @@ def test_evaluation_is_the_exact_token_mean(tmp_path):
     assert len(retain) == 6
 
 
+def test_data_that_no_cache_knows_are_evaluated(tmp_path):
+    """An NLL needs nothing of the original: data of other sample ids, and of those of the training's."""
+    model, (forget, retain) = tiny_model(), datasets()
+    cache = ReferenceCache.build(model, forget, collator())
+    args = config(tmp_path, objective="NPO", per_device_eval_batch_size=4)
+    trainer = UnlearnTrainer(model, args, train_dataset=forget, data_collator=collator(), references={"forget": cache})
+    total, n = plain_nll(model.eval(), [collator()([retain[i] for i in range(6)])])
+    expected = float(total.detach()) / n
+    for offset in (0, 1000):
+        data = [{**retain[i], "sample_id": i + offset} for i in range(6)]
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert "ref_logp" in next(iter(trainer.get_train_dataloader()))
+
+
 def test_terms_are_recorded_each_step(tmp_path):
     trainer = train(tiny_model(), config(tmp_path / "run-a", objective="WGA", retain_term="nll", max_steps=3))
     frame = read_records(tmp_path / "run-a")

@@ -94,6 +94,10 @@ def test_batches_that_hold_more_for_the_model(tmp_path):
                              data_collator=Positions(TOKENIZER))  # fmt: skip
     with pytest.raises(ValueError, match="the retain batch has position_ids: leave joint_forward out"):
         trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["forget"]["attention_mask"] = batch["forget"]["attention_mask"][:, None, None].expand(-1, 1, 4, -1)
+    with pytest.raises(ValueError, match="the forget batch has an attention_mask of pairs of tokens"):
+        trainer.compute_loss(trainer.model, batch)
 
 
 def test_fsdp2_gathers_less_often(tmp_path):

@@ -140,6 +140,10 @@ def test_samples_that_are_unknown_or_have_changed():
     left = {key: value.flip(1) if value.dim() == 2 else value for key, value in left.items()}
     with pytest.raises(ValueError, match="padded on the left"):
         join(cache, left)
+    with pytest.raises(ValueError, match="padded on the left"):  # GPT-2's log-probs would be others
+        ReferenceCache.build(model, data, lambda items: {**left, "sample_id": collator()(items)["sample_id"]})
+    with pytest.raises(ValueError, match="no attention_mask"):
+        ReferenceCache.build(model, data, lambda items: {**collator()(items), "attention_mask": None})
     with pytest.raises(ValueError, match="needs layer="):
         ReferenceCache.build(model, data, collator(), what={"layer_hidden"})
     with pytest.raises(ValueError, match="must be some of"):

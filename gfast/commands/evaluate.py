@@ -71,6 +71,8 @@ _ONLY_WITH = {
     "retain": ("jsonl",),
     "holdout": ("tofu", "jsonl"),
     "subsets": ("wmdp", "mmlu"),
+    "template": SOURCES[:3],  # the others have prompts of their own
+    "chat_kwargs": SOURCES[:3],
 }
 
 
@@ -150,7 +152,7 @@ class EvaluateArguments:
         if self.data not in SOURCES:
             raise ValueError(f"data is {self.data!r}; choose one of {', '.join(SOURCES)}")
         for name, where in _ONLY_WITH.items():
-            if getattr(self, name) is not None and self.data not in where:
+            if getattr(self, name) != getattr(type(self), name) and self.data not in where:
                 raise ValueError(f"--{name} has no use with the data {self.data}: it is for {', '.join(where)}")
         for name in ("relearn_rows", "relearn_data", "relearn_lora_r", "relearn_learning_rate"):
             if getattr(self, name) != getattr(type(self), name) and not self.relearn:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
@@ -55,7 +56,9 @@ DECISIVE = (
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim optim_args max_grad_norm num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16 gradient_checkpointing "
-    "neftune_noise_alpha dataloader_drop_last reference own_loss_terms joint_forward weights weights_every weights_tau"
+    "neftune_noise_alpha dataloader_drop_last reference own_loss_terms joint_forward weights weights_every weights_tau "
+    "train_sampling_strategy group_by_length auto_find_batch_size optim_target_modules "
+    "accelerator_config"
 ).split()
 # Of TrainingArguments, what `--help` shows.
 SHOWN = (
@@ -165,7 +168,8 @@ def _train(
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
     refuse_no_step(config, sides.forget)
     evaluations = _evaluations(along, data_arguments, sides, config)
-    say(f"Data: {len(rows.forget)} forget rows, {len(rows.retain)} retain rows")
+    kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
+    say(f"Data: {len(rows.forget)} forget rows, {kept}")
     set_seed(config.seed)
     model = load_model(model_arguments).to(config.device)
     sides.fit(model)
@@ -238,9 +242,13 @@ def describe(
     unused = {"reference": "auto", "own_loss_terms": False, "nll_every": 0, "stop": None, "joint_forward": False}
     unused |= {"geffect_live": False, "geffect_live_unlearn": False, "geffect_live_update": False, "surgery": None}
     unused |= {"weights": "none", "weights_every": 50, "weights_tau": 1.0}
+    unused |= {"train_sampling_strategy": "random", "group_by_length": False, "auto_find_batch_size": False}
+    unused |= {"optim_target_modules": None, "accelerator_config": {}}
+    given, usual = config.to_dict(), AcceleratorConfig().to_dict()
+    given["accelerator_config"] = {k: v for k, v in given["accelerator_config"].items() if v != usual[k]}
     settings = {
         name: value
-        for name, value in config.to_dict().items()
+        for name, value in given.items()
         if name in DECISIVE and not (name in unused and value == unused[name])
     }
     # Whether code may run does not decide what a run is, nor does a base that the adapter names itself.
@@ -251,6 +259,8 @@ def describe(
     }
     info = run_info("unlearn", model_arguments.model, data_arguments, rows, argv)
     asked = {name: value for name, value in asdict(along).items() if value}
+    if config.world_size > 1:  # which each take a batch a step
+        asked["processes"] = config.world_size
     config_of_run = {**settings, **asked, **model, **data_arguments.settings(), "samples": info["samples"]}
     info |= {"objective": str(config.build_objective()), "seed": config.seed, "config": config_of_run}
     return as_text(info)

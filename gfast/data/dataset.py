@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import numbers
 import warnings
@@ -343,8 +344,10 @@ def fingerprint(dataset: Any) -> str:
             if isinstance(value, dict):
                 add(value)
             else:
-                # by way of NumPy: PyTorch's default dtype would decide what a list of numbers is
-                values = value.cpu() if isinstance(value, torch.Tensor) else torch.from_numpy(numpy.asarray(value))
+                values = value.cpu() if isinstance(value, torch.Tensor) else _numbers(value)
+                if values is None:  # texts and the like
+                    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+                    continue
                 if values.is_floating_point():  # such as pixel values
                     digest.update(f"[{tuple(values.shape)} {values.dtype}]".encode())
                     digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -356,3 +359,11 @@ def fingerprint(dataset: Any) -> str:
         digest.update(b"item")
         add(dataset[index])
     return digest.hexdigest()
+
+
+def _numbers(value: Any) -> torch.Tensor | None:
+    """By way of NumPy: PyTorch's default dtype would decide what a list of numbers is. None for anything else."""
+    try:
+        return torch.from_numpy(numpy.asarray(value))
+    except (TypeError, ValueError):
+        return None

@@ -118,6 +118,8 @@ def relearn(
 
     sets = split(forget, plan, data)
     rows = list(data) if data is not None else list(sets[1].rows)
+    # Weights say how a text was to be forgotten, and an attack learns all of it.
+    rows = [{key: value for key, value in row.items() if key != "weight"} for row in rows]
     options = {"template": template, "chat_kwargs": dict(chat_kwargs or {}), "max_length": None}
     learned = QADataset(rows, tokenizer, **options)
     others = QADataset(

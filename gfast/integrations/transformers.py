@@ -71,10 +71,11 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
     if lacking:
         raise ValueError(f"gfast: {objective} needs {lacking[0]}, which Trainer does not hand a loss func; {instead}")
 
-    if getattr(args, "label_smoothing_factor", 0):
-        raise ValueError("gfast: label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
+    _refuse_smoothing(args)
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        if args is None:
+            _refuse_smoothing(getattr(calling_trainer(), "args", None))
         if (kind := type(outputs).__name__).startswith(_NOT_CAUSAL):
             raise ValueError(f"gfast: the model's {kind} is not of a causal language model, whose labels are shifted")
         logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
@@ -88,6 +89,11 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         return out.loss.clone()  # Trainer multiplies it in place
 
     return loss
+
+
+def _refuse_smoothing(args: Any) -> None:
+    if getattr(args, "label_smoothing_factor", 0):
+        raise ValueError("gfast: label_smoothing_factor has no meaning for unlearning objectives; leave it 0")
 
 
 def _check_count(labels: Tensor, count: Any, args: Any, instead: str) -> None:

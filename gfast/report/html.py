@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gfast.report.figures import drawings
-from gfast.report.matched import lesson, match, matched_sentence
+from gfast.report.matched import lesson, match, matched_sentence, on_other_rows
 from gfast.report.runs import TEXTS, Run, load_runs
 from gfast.report.tables import HARM, cells, columns_of, comparison, markdown, reading, summarize
 
@@ -62,13 +62,16 @@ def build_report(
     # The full configuration of a training run is a page of its own: it is there to unfold.
     details = {key: value for key, value in common.items() if key.startswith("config.")}
     shared = flatten(dict(settings or {})) | {key: value for key, value in common.items() if key not in details}
+    said = [matched_sentence(summaries)]
+    if not on_other_rows(summaries):
+        said += [lesson(summaries), comparison(summaries)]
     page = rendered(
         "page.html.j2",
         title=title,
         runs=runs,
         columns=columns_of(summaries),
         rows=[(cells(summary), reading(summary)) for summary in summaries],
-        comparison=" ".join(filter(None, (matched_sentence(summaries), lesson(summaries), comparison(summaries)))),
+        comparison=" ".join(filter(None, said)),
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],

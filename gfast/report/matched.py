@@ -18,10 +18,10 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     unlearning), or where fewer than two runs unlearned.
 
     What evaluations along the run say of how much it keeps (`retention`) is there too, at that step, interpolated
-    linearly between the evaluated steps.
+    linearly between the evaluated steps, where there are more than two and all runs were asked as many samples.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
-    more than rounding) take no part.
+    more than rounding) take no part. Runs that say that they were measured on different rows are not compared.
 
     >>> runs = [{"course": [[0, 0.0, 0.1], [10, 4.0, 2.1]]}, {"course": [[0, 0.0, 0.1], [10, 2.0, 0.3]]}]
     >>> match(runs)
@@ -31,11 +31,24 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     reached = {at: max(forget for _, forget, _ in one["course"]) for at, one in enumerate(summaries) if _rises(one)}
     if level is None and len(reached) > 1:
         level = min(reached.values())
+    asked = {str(one["evaluated_on"]) for one in summaries if one.get("evaluated_on")}
     for at, one in enumerate(summaries):
         reaches = level is not None and at in reached and one["course"][0][1] < level <= reached[at]
+        reaches = reaches and not on_other_rows(summaries)
         one["matched"] = _at(one["course"], level) if reaches else None
-        if one["matched"]:
+        if one["matched"] and len(asked) < 2:
             one["matched"] |= _kept(one.get("retention", ()), one["matched"]["step"])
+
+
+def on_other_rows(summaries: Sequence[dict[str, Any]]) -> bool:
+    """Whether runs say that their NLL are of different rows (another forget or retain set, or another part of it), and
+    these differ where the runs begin: the same texts with other weights are the same rows.
+    """
+    starts = {
+        str(one["measured_on"]): one["course"][0][1:] for one in summaries if one.get("measured_on") and one["course"]
+    }
+    first = next(iter(starts.values()), None)
+    return any(not np.allclose(start, first, rtol=NOISE, atol=NOISE) for start in starts.values())
 
 
 def _rises(summary: dict[str, Any]) -> bool:
@@ -61,15 +74,22 @@ def _kept(retention: Sequence[tuple[int, dict[str, float]]], step: float) -> dic
     found = {}
     for name in sorted({name for _, values in retention for name in values}):
         steps, kept = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
-        if steps[0] <= step <= steps[-1]:
+        # Between two alone, such as a run's ends, a line says nothing of the way.
+        if len(steps) > 2 and steps[0] <= step <= steps[-1]:
             found[name] = float(np.interp(step, steps, kept))
     return found
 
 
 def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
-    """One sentence: at equal forgetting, who keeps most and who least; empty where there are not two to compare."""
+    """One sentence: at equal forgetting, who keeps most and who least, or why that is not known; empty where there are
+    not two to compare.
+    """
     from gfast.report.tables import number
 
+    if on_other_rows(summaries):
+        return (
+            "These runs were measured on different rows (their settings say which), so that their NLL do not compare."
+        )
     kept = {one["label"]: one["matched"]["retain_nll"] for one in summaries if one.get("matched")}
     if len(kept) < 2:
         return ""

@@ -69,6 +69,16 @@ class Run:
 
         return {} if self.seeds or self.of_batches else read_summaries(self.folder / "evaluations")
 
+    @property
+    def measured_on(self) -> list[Any] | None:
+        """Which rows the NLL along the run is of, as far as run.json says: checksums of both sets, and how many of each
+        were measured.
+        """
+        sums, config = self.info.get("data_sha256"), self.info.get("config")
+        if self.of_batches or not isinstance(sums, dict) or not isinstance(config, dict):
+            return None
+        return [*sorted(sums.values()), int(config.get("geffect_samples") or 0)]
+
     def effects(self, kind: str) -> list[tuple[int, Any]]:
         """Steps and effects of samples or tokens (`kind`), ordered by step; empty where none were recorded."""
         from gfast.geffect import Effect

@@ -69,6 +69,9 @@ def summarize(run: Run) -> dict[str, Any]:
         "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
         "course": [] if run.of_batches else _course(run),
         "retention": [[step, retention(one)] for step, one in sorted(run.evaluations.items())],
+        "measured_on": run.measured_on,
+        "evaluated_on": next(({name: one.get("samples") for name, one in found["sets"].items()}
+                              for _, found in sorted(run.evaluations.items())), None),
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES

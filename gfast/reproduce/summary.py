@@ -115,8 +115,7 @@ class Results:
             return found
         ends = ((0, self._evaluation("taught")), (found["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
         kept = dict(found["retention"]) | {step: retention(one) for step, one in ends if one}
-        # Between the ends alone a line says nothing of the way.
-        return found | {"retention": sorted(kept.items()) if len(kept) > len(ends) else []}
+        return found | {"retention": sorted(kept.items())}
 
     def _evaluation(self, name: str) -> dict[str, Any]:
         return self._of(f"evaluations/{name}", "summary.json")
@@ -269,6 +268,7 @@ class Results:
             places = {recipe.data.name: f"runs/{name}/seed{first}"}
             places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
             summaries = [self._summarized(measured_runs([self.plan.out / place])[0]) for place in places.values()]
+            summaries = [one | {"measured_on": None} for one in summaries]  # other rows are what is asked about
             match(summaries, recipe.match_at)
             for data, one in zip(places, summaries, strict=True):
                 rows.append({

@@ -15,7 +15,7 @@ from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
 from gfast.training.reference import ReferenceCache
-from gfast.training.reference_values import check_labels_attended
+from gfast.training.reference_values import check_labels_attended, check_padding
 
 
 def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -100,16 +100,20 @@ def as_dealt(
     return DealtByRows(collator)
 
 
+def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """The collator that these are around."""
+    while isinstance(collator, (ReferenceJoin, DealtByRows)):
+        collator = collator.collator
+    return collator
+
+
 def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The cached values of a right-padded batch, aligned with it, [B, T, ...]."""
     if "sample_id" not in batch:
         raise ValueError("the batch has no sample_id to look its samples up by; gfast.data.Collator makes such batches")
-    mask = batch.get("attention_mask")
-    if mask is None:
-        raise ValueError("the batch has no attention_mask to tell texts from padding by, which reference values need")
+    check_padding(batch)
     check_labels_attended(batch)
-    if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
-        raise ValueError("the batch is padded on the left; reference values are joined to right-padded batches")
+    mask = batch["attention_mask"]
     found = cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
     cache.check_texts(batch["sample_id"], batch)
     return found

@@ -60,6 +60,8 @@ class DualVariable(TrainerCallback, ExportableState):
                     f"run without; start a run of its own in another output folder"
                 )
             vars(self).update(saved["attributes"])
+            if abs(state.epoch - round(state.epoch)) < 1e-6:  # a checkpoint of a last step comes before its epoch's end
+                self._end_epoch(state.epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = self.trainer.terms.of_step(self.trainer.accelerator)["retain_loss"]
@@ -69,7 +71,11 @@ class DualVariable(TrainerCallback, ExportableState):
             self._move(loss)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.open = self.open or state.epoch >= self.pdu.dual_warmup_epochs
+        self._end_epoch(state.epoch)
+
+    def _end_epoch(self, epoch: float) -> None:
+        """A second time it changes nothing."""
+        self.open = self.open or epoch >= self.pdu.dual_warmup_epochs
         if self.pdu.dual_update_upon == "epoch" and self.steps:
             if self.open:
                 self._move(self.total / self.steps)

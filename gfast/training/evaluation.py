@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from gfast import wrappers
 from gfast.model_output import model_logp
 from gfast.model_state import evaluating
 from gfast.objectives import NLL
-from gfast.training.batches import to_device
+from gfast.training.batches import to_device, without_references
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
@@ -126,7 +127,8 @@ class ExactEvaluation:
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Trainer's; in one of several processes the batches that are its own."""
         if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
-            return super().get_eval_dataloader(eval_dataset)
+            with self._plain_collator():
+                return super().get_eval_dataloader(eval_dataset)
         key = eval_dataset if isinstance(eval_dataset, str) else None
         dataset = self.eval_dataset[key] if key is not None else eval_dataset
         return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
@@ -134,17 +136,29 @@ class ExactEvaluation:
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Trainer's; in one of several processes the batches that are its own."""
         if self.args.world_size == 1:
-            return super().get_test_dataloader(test_dataset)
+            with self._plain_collator():
+                return super().get_test_dataloader(test_dataset)
         return self._own_batches(test_dataset)
 
     def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
+        collator = without_references(self.data_collator)
         # As Trainer does: workers that outlive an evaluation are started once a data set.
         if not self.args.dataloader_persistent_workers:
-            return OwnBatches(dataset, self.data_collator, self.args)
+            return OwnBatches(dataset, collator, self.args)
         kept = self.__dict__.setdefault("_own_loaders", {})
         if key not in kept or kept[key].dataset is not dataset:
-            kept[key] = OwnBatches(dataset, self.data_collator, self.args)
+            kept[key] = OwnBatches(dataset, collator, self.args)
         return kept[key]
+
+    @contextlib.contextmanager
+    def _plain_collator(self) -> Iterator[None]:
+        """Without the original's values, which an NLL has no use for, and caches have of the training data alone."""
+        joined = self.data_collator
+        self.data_collator = without_references(joined)
+        try:
+            yield
+        finally:
+            self.data_collator = joined
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, with losses that are exact means over the tokens of the data set, per side for nested

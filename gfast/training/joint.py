@@ -38,6 +38,8 @@ def outputs(model: nn.Module, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
     """
     for side, batch in sides.items():
         more = [key for key, value in batch.items() if value is not None and key not in {*_JOINED, *hf.OWN_KEYS}]
+        if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
+            more.append("an attention_mask of pairs of tokens")
         if more or batch.get("input_ids") is None:
             raise ValueError(
                 f"joint_forward puts both sides into one batch of input_ids and attention_mask, and the {side} batch "

@@ -26,6 +26,7 @@ from gfast.training.options import (
     REFUSED,
     refuse_another_loss,
     refuse_compiled,
+    refuse_cut_texts,
     refuse_ignored_arguments,
     refuse_ignored_options,
     refuse_no_step,
@@ -136,6 +137,7 @@ class GFastLossMixin(ExactEvaluation):
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
         objectives = [one for one in (self.objective.forget, self.objective.retain) if one is not None]
+        refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
         self._heads = {side: cache.head for side, cache in self.references.items()}
         self._original, self._own_loss_terms, self._joint = reference, own_loss_terms, joint_forward

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from gfast.model_state import checkpoints_reentrantly
+from gfast.objectives import ETW, SHRED, JensUn, Weights
 
 logger = logging.getLogger("gfast")
 
@@ -123,6 +124,21 @@ def refuse_another_loss(args: Any, objective: Any, trainer: str) -> None:
             f"of {objective} stands; leave it {usual!r}, and say in objective= what is to be optimised"
             + ("; own_loss_terms=True adds the balance of experts" if name == "router_aux_loss_coef" else "")
         )
+
+
+def refuse_cut_texts(args: Any, objectives: Iterable[Any], trainer: str) -> None:
+    """ValueError for an objective over whole texts beside TRL's packing that cuts one long text into rows and says
+    nothing of what was in it: the only one that versions without a packing_strategy have.
+    """
+    if not getattr(args, "packing", False) or getattr(args, "packing_strategy", "wrapped") != "wrapped":
+        return
+    for objective in objectives:
+        if objective.default_reduction == "sequence_mean" or isinstance(objective, (ETW, JensUn, SHRED, Weights)):
+            raise ValueError(
+                f"packing with packing_strategy='wrapped' cannot be used with {trainer}: it cuts texts where rows end "
+                f"and does not say where they begin, and {objective} looks at whole texts. Use packing_strategy='bfd', "
+                "padding_free=True or no packing"
+            )
 
 
 def refuse_ignored_arguments(

@@ -49,6 +49,7 @@ def values_of(
     from gfast.hidden_states import layer_hidden
     from gfast.model_output import model_logp, model_output
 
+    check_padding(batch)
     found = {}
     if "hidden" in what:
         output = model_output(model, batch)
@@ -88,6 +89,15 @@ def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], 
         # A copy: a view would keep the whole padded batch alive.
         texts = {key: batch[key].int() for key in TEXT_KEYS if isinstance(batch.get(key), Tensor)}
         parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
+
+
+def check_padding(batch: Mapping[str, Tensor]) -> None:
+    """ValueError for texts without a mask, or padded on the left, from where many models count positions."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        raise ValueError("the batch has no attention_mask to tell texts from padding by, which reference values need")
+    if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError("the batch is padded on the left; reference values are those of right-padded batches")
 
 
 def check_labels_attended(batch: Mapping[str, Tensor]) -> None:
