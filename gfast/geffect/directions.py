@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gfast.geffect.data import Data, Term
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.processes import Processes
 from gfast.geffect.storage import FileStore, Store, store_for, sum_dtype
+from gfast.model_settings import difference, settings_of
 from gfast.objectives import Objective
 from gfast.ops.grad_dot import grad_dots
 from gfast.sides import SETS, SIDES
@@ -46,8 +48,8 @@ class Directions:
         risks: "unlearn" and "retain" -> the risk itself.
         data: "forget" and "retain" -> fingerprint of the data.
         processes: those that hold a shard of every gradient each, if FSDP2 shards the model.
-        frozen: squared norms of the model's other weights by name, which decide its gradients as well; None: not known,
-            of files that an earlier version wrote.
+        frozen: squared norms of the model's other weights by name, which decide its gradients as well, and settings: of
+            its configuration and adapters; None: not known, of files that an earlier version wrote.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Directions:
         data: dict[str, str],
         processes: Processes = Processes(),  # noqa: B008 - frozen
         frozen: dict[str, float] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.groups, self.stores, self.gram = groups, stores, gram
         self.counts, self.risk, self.squares, self.risks = counts, risk, squares, risks
-        self.data, self.processes, self.frozen = data, processes, frozen
+        self.data, self.processes, self.frozen, self.settings = data, processes, frozen, settings
         self.names = list(groups.index)
         self._position = {name: index for index, name in enumerate(self.names)}
 
@@ -104,6 +107,8 @@ class Directions:
                     f"gfast: these directions were measured at other weights: {len(wrong)} of {len(pairs)} {what} "
                     f"have changed, first {wrong[0]!r}; {why}"
                 )
+        if (other := difference(self.settings, settings_of(model))) is not None:
+            raise ValueError(f"gfast: these directions were measured with other settings of the model: {other}; {why}")
         for store in self.stores:
             store.move_to(next(model.parameters()).device)
 
@@ -132,6 +137,7 @@ class Directions:
             "gram": self.gram.flatten().tolist(),
             "squares": self.squares.tolist(),
             "frozen": self.frozen,
+            "settings": self.settings,
             "data": self.data,
             "files": dict(zip(SIDES, checksums, strict=True)),
         }
@@ -170,7 +176,7 @@ class Directions:
             if store.checksum != expected[side]:
                 raise DamagedFile(store.path, f"it is not the file that {DESCRIPTION} was written with", REMEDY)
         about = (description["counts"], description["risk"], squares, risks, data)
-        return cls(groups, stores, gram, *about, frozen=frozen)
+        return cls(groups, stores, gram, *about, frozen=frozen, settings=description.get("settings"))
 
     def __enter__(self) -> Directions:
         return self
@@ -214,6 +220,7 @@ def collect(
         passes.data.fingerprints(),
         passes.processes if passes.processes.sharded else Processes(),
         frozen_squares(passes.model, passes.names, passes.processes),
+        settings_of(passes.model),
     )
     if isinstance(stores[0], FileStore):
         directions._describe(Path(storage), [store.checksum for store in stores])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gfast import peft_models
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
+from gfast.model_settings import difference, settings_of
 from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
@@ -57,6 +58,7 @@ class ReferenceCache:
         layer: int | None = None,
         model_fingerprint: str = "",
         data_fingerprint: str = "",
+        settings: Mapping[str, Any] | None = None,
         texts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]; `head` holds
@@ -70,6 +72,7 @@ class ReferenceCache:
         self.layer = layer
         self.model_fingerprint = model_fingerprint
         self.data_fingerprint = data_fingerprint
+        self.settings = settings
         total = int(self.lengths.sum())
         for key, value in values.items():
             if key not in BATCH_KEY.values() or value.shape[0] != total:
@@ -229,6 +232,7 @@ class ReferenceCache:
             layer=layer,
             model_fingerprint=model_fingerprint(model, adapters=adapted),
             data_fingerprint=dataset_fingerprint(dataset),
+            settings=settings_of(model, adapted),
             texts={key: torch.cat([parts[i][key] for i in ids]) for key in TEXT_KEYS if key in parts[ids[0]]},
         )
         if path is not None:
@@ -245,6 +249,7 @@ class ReferenceCache:
             "layer": self.layer,
             "model_fingerprint": self.model_fingerprint,
             "data_fingerprint": self.data_fingerprint,
+            "settings": self.settings,
             "torch": torch.__version__,
         }
         write_tensors(path, tensors, description)
@@ -288,6 +293,7 @@ class ReferenceCache:
                 layer=description["layer"],
                 model_fingerprint=description["model_fingerprint"],
                 data_fingerprint=description["data_fingerprint"],
+                settings=description.get("settings"),
             )
         try:
             cache.check(model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
@@ -334,6 +340,11 @@ class ReferenceCache:
                     "has "
                     f"{found[:12]}): the weights or their dtype differ. Load the original model, or delete the file "
                     "to build it again"
+                )
+            if (other := difference(self.settings, settings_of(model, adapted))) is not None:
+                raise ValueError(
+                    f"the reference cache is of this model with other settings: {other}. Load it with those, or delete "
+                    f"the file to build it again"
                 )
 
 
