@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -10,13 +11,13 @@ from helpers import integrations_parallel
 from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients, literal
 from helpers.training_tiny import collator, copied, datasets, tiny_model
 from test_training_parallel import together
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import gfast
 from gfast import hf
 from gfast.integrations.transformers import GFastLossMixin, gfast_loss_func
-from gfast.objectives import DPO, GA, KL, NLL, NPO, PDU, RMU, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
+from gfast.objectives import DPO, ETW, GA, KL, NLL, NPO, PDU, RMU, TNPO, WGA, WTNPO, Mix, SatImp, SimNPO
 
 RATE = 1e-2
 TOKENS = [GA(), NLL(), WGA(alpha=1.0), SatImp(5.0, 1.0)]
@@ -196,6 +197,15 @@ def test_a_loss_func_refuses_the_trainers_label_smoothing_unasked(tmp_path):
         model, args, train_dataset=items, data_collator=collator(), compute_loss_func=gfast_loss_func(GA())
     )
     with pytest.raises(ValueError, match="label_smoothing_factor has no meaning"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("objective, refused", [(ETW(), True), (lambda logp, ref, ids: logp, True), (WGA(), False)])
+def test_a_loss_func_refuses_whole_texts_where_rows_hold_several(tmp_path, objective, refused):
+    items, model = columns(datasets()[0]), tiny_model()
+    options = dict(data_collator=DataCollatorWithFlattening(), compute_loss_func=gfast_loss_func(objective))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=items, **options)
+    with pytest.raises(ValueError, match="looks at whole texts") if refused else contextlib.nullcontext():
         trainer.train()
 
 

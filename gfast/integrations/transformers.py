@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gfast.objectives import UNWEIGHTED, Mix
+from gfast.objectives import BST, MASC, PDU, UNWEIGHTED, Mix
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.weights import default_reduction, kernel_spec
@@ -72,6 +72,7 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         raise ValueError(f"gfast: {objective} needs {lacking[0]}, which Trainer does not hand a loss func; {instead}")
 
     _refuse_smoothing(args)
+    whole_texts = spec is None and not isinstance(objective, (BST, MASC, PDU))  # ETW, and callables may
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if args is None:
@@ -82,6 +83,11 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         if labels is None or logits is None:
             lacking = "labels" if labels is None else "logits (a fused loss such as Liger's took their place)"
             raise ValueError(f"gfast: the batch has no {lacking} for {objective}")
+        if whole_texts and labels.shape[0] == 1 and _in_one_row(calling_trainer()):
+            raise ValueError(
+                f"gfast: {objective} looks at whole texts, and the Trainer puts several into one row (packing, padding "
+                f"free), of which a loss func learns nothing; {instead}"
+            )
         if num_items_in_batch is not None:
             _check_count(labels, num_items_in_batch, args, instead)
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
@@ -89,6 +95,13 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
         return out.loss.clone()  # Trainer multiplies it in place
 
     return loss
+
+
+def _in_one_row(trainer: Any) -> bool:
+    """Whether the Trainer that is running puts texts one after another into a row."""
+    options = "padding_free packing return_position_ids return_flash_attn_kwargs".split()
+    places = getattr(trainer, "args", None), getattr(trainer, "data_collator", None)
+    return any(getattr(place, name, False) is True for place in places for name in options)
 
 
 def _refuse_smoothing(args: Any) -> None:
