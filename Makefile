@@ -12,7 +12,7 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test test-slow test-all demo docs install lint cuda-check arm-check sanitize sanitize-threads fuzz clean
+.PHONY: test test-slow test-all demo docs install integrations lint cuda-check arm-check sanitize sanitize-threads fuzz clean
 
 # All cores, a file at a time on one thread each, the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -50,6 +50,10 @@ $(STAMP): $(SOURCES)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
+
+# Other libraries that gfast works inside of; without them their tests skip.
+integrations: install
+	$(PIP) -q $$($(PY) -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])')
 
 lint: install
 	$(PY) -m ruff check .
