@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gfast import peft_models, structure, wrappers
+from gfast import peft_models, sharded, structure, wrappers
 from gfast.deferred import WITHOUT_GRADIENTS, DeferredLogits, deferred
 from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
@@ -142,8 +142,9 @@ def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def _is_stock(model: nn.Module) -> bool:
-    """Whether the model's class is one of transformers' own."""
-    return type(model).__module__.startswith("transformers.models.")
+    """Whether the model's class is one of transformers' own, maybe sharded: FSDP2 makes a class of its own of it."""
+    own = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    return own.__module__.startswith("transformers.models.")
 
 
 def inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,8 +345,11 @@ def _sees_padding(model: nn.Module) -> bool:
 
 def _seen(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """Of each batch what the head reads, or logits, in evaluation mode."""
-    with torch.no_grad(), evaluating(model):
-        found = [answer(model, batch).logits for batch in batches]
+    try:
+        with torch.no_grad(), evaluating(model):
+            found = [answer(model, batch).logits for batch in batches]
+    finally:
+        sharded.reshard(model)
     return [x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x for x in found]
 
 

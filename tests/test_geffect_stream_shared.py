@@ -19,9 +19,9 @@ from gfast.ops.grad_dot import grad_dots  # noqa: E402
 
 
 def forwards(model, run) -> int:
-    """How often the decoder runs."""
+    """How often the decoder begins to run."""
     calls: list[None] = []
-    handle = gfast.hf.decoder(model).register_forward_hook(lambda *args: calls.append(None))
+    handle = gfast.hf.decoder(model).register_forward_pre_hook(lambda *args: calls.append(None))
     try:
         run()
     finally:
@@ -47,7 +47,7 @@ def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
         (GA(), ONE, 2),
         (Mix(WGA(0.7), NLL()), ONE, 3),  # the directions are stored first
         (WGA(0.7), TWO, 5),  # the forget risk is complete after its last batch
-        (RMU(layer=2), ONE, 2),  # and one to a layer, which is no call of the decoder
+        (RMU(layer=2), ONE, 3),  # one of them to a layer
         (DPO(0.3), ONE | dict(objective_batches=batches(8, rows=6, sizes=(6,))), 3),  # of a batch of its own
     ):
         assert forwards(model, lambda o=objective, d=data: gfast.g_effect(model, o, **d)) == expected, objective
@@ -55,13 +55,13 @@ def test_how_many_forwards_a_measurement_takes(own_logits, monkeypatch):
 
 
 def test_several_objectives_share_the_forward_of_every_batch(monkeypatch):
-    """The directions take a forward a batch, and all objectives together one more of each of theirs."""
+    """The directions take a forward a batch, and all objectives together one more of each of theirs, but for RMU."""
     model = tiny("llama").eval()
     layer_hidden(model, ONE["forget"][0], 2)
     some = [WGA(0.7), NPO(0.3), GA(), TNPO(1.5), RMU(layer=2), SatImp(1.0, 0.5)]  # GA follows; RMU stops at its layer
     measure = lambda d, **options: gfast.g_effect(model, some, **d, **options)  # noqa: E731
     for data, batches_of_forget in ((ONE, 1), (TWO, 2)):
-        expected = 2 * batches_of_forget + 1
+        expected = 3 * batches_of_forget + 1  # RMU's go to its layer
         assert forwards(model, lambda d=data: measure(d)) == expected
         alone = unshared(monkeypatch, lambda d=data: forwards(model, lambda: measure(d)))
         assert alone == expected + 3 * batches_of_forget

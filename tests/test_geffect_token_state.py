@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 from helpers.geffect_tokens import assert_close, data, made, stacked  # noqa: E402
 
-from gfast import hf  # noqa: E402
 from gfast.geffect import risk_gradients, token_effect  # noqa: E402
+from gfast.geffect.engines import forward_mode  # noqa: E402
 from gfast.objectives import GA, NLL, PO, Mix  # noqa: E402
 
 
@@ -76,7 +76,7 @@ def test_other_attention_is_switched_and_said(caplog):
     expected = token_effect(model, forget=forget, retain=retain, direction_dtype=torch.float64)
     directions = risk_gradients(model, forget=forget, retain=retain, dtype=torch.float64)
     model.config._attn_implementation = "flash_attention_2"
-    hf._log_switch.cache_clear()
+    forward_mode._log_switch.cache_clear()
     found = token_effect(model, forget=forget, retain=retain, directions=directions)
     token_effect(model, forget=forget, retain=retain, directions=directions)
     assert_close(stacked(found), stacked(expected), 1e-9)

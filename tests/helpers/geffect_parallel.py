@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gfast
 from gfast.geffect.results.base import Effect
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, BalDRO, Mix
+from helpers import architectures
 from helpers.geffect_models import tiny
 from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, with_adapters
 
@@ -103,6 +104,12 @@ def sharded(rank: int, world: int) -> None:
                 other.norms |= {key: one.norms[key] for key in one.norms if key not in other.norms}
                 same(numbers(one), numbers(other), f"{name} {objective} alone")
         assert left_as_found(model) == before
+    texts = {
+        s: [{k: b[k] for k in ("input_ids", "labels", "attention_mask")} for b in some] for s, some in data.items()
+    }
+    truth, model = architectures.build("mamba"), fully_shard(architectures.build("mamba"))  # tried: is it causal?
+    right = gfast.g_effect(truth, GA(), **texts)
+    same(numbers(gfast.g_effect(model, GA(), **texts)), numbers(right), "a model that is tried", 1e-6)
     model = fsdp(tiny("llama"))
     with gfast.risk_gradients(model, **data) as directions:
         held = sum(x.numel() for store in directions.stores for x in store.kept if x is not None)

@@ -65,6 +65,8 @@ def check(name: str, rank: int, world: int, port: int) -> None:
         with pytest.raises(ValueError, match="is inside a DistributedDataParallel"):
             gfast.GEffectMonitor(model.module).forget(gfast.model_loss(model, batch_of(rank), NLL()))
         model.zero_grad()
+    with torch.no_grad():  # after an evaluation, which leaves weights of FSDP2's root gathered
+        gfast.model_logp(model, batch_of(rank))
     batches = [(batch_of(rank), batch_of(10 + rank)) for rank in range(world)]
     forget, retain = (joined(list(some)) for some in zip(*batches, strict=True))
     for case in CASES:
