@@ -81,7 +81,8 @@ class Request:
         """
         processes = Processes.of(model, options.processes, options.engine)
         wrappers.refuse_offloaded(model)
-        adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(model)
+        alone = wrappers.measured(model)  # DDP would wait for processes that measure nothing
+        adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
         _say_what_has_no_label(data)
@@ -93,7 +94,7 @@ class Request:
                 "gfast: direction_storage: each process has a shard of the directions of a model that FSDP2 shards, "
                 'and a folder would be of one alone: use "device" or "host"'
             )
-        hf.check_causal(wrappers.measured(model), to_device(data.batches["forget"][0], next(model.parameters()).device))
+        hf.check_causal(alone, to_device(data.batches["forget"][0], next(model.parameters()).device))
         request = cls(model, data, assign(model, options.groups), options, processes)
         if options.engine in ("sample", "token", "gram"):
             refuse_gradient_hooks(model, request.groups.index, options.engine)
