@@ -163,6 +163,7 @@ class GFastLossMixin(ExactEvaluation):
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
     _said_empty = False
+    _step = -1  # the number of finished steps when micro-batches were last counted
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
@@ -171,7 +172,8 @@ class GFastLossMixin(ExactEvaluation):
 
     def gfast_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch of the Trainer's collator as gfast takes it; the batch itself unless overridden. It is called for
-        counting too, so it must be cheap, and must not run the model.
+        counting too, so it must be cheap, and must not run the model. What masks labels does it here or in the
+        collator: those that a `compute_loss` or `_prepare_inputs` takes out have been counted.
         """
         return batch
 
@@ -239,6 +241,7 @@ class GFastLossMixin(ExactEvaluation):
         self._normalizers = {
             side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
         }
+        self._step = self.state.global_step
         if self.live is not None:
             self.live.begin(batch_samples)
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
@@ -258,6 +261,11 @@ class GFastLossMixin(ExactEvaluation):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
+        if self._step != self.state.global_step:
+            raise ValueError(
+                f"{type(self).__name__} has a get_batch_samples of its own, so that nobody counted what the loss of a "
+                f"step is divided by: let it return super().get_batch_samples(...), or leave it out"
+            )
         if self.live is None:
             return super().training_step(model, inputs, *args, **kwargs)
         return self.live.training_step(model, inputs)
@@ -302,7 +310,7 @@ class GFastLossMixin(ExactEvaluation):
         if return_outputs:
             raise ValueError("gfast computes losses without logits, so there are no outputs to return")
         found = self._sides(inputs)
-        self.terms.start_step(self.state.global_step)
+        self.terms.start_step(self.state.global_step if self._stepping else None)
 
         def losses(module: Any) -> Tensor:
             total = None
@@ -322,9 +330,9 @@ class GFastLossMixin(ExactEvaluation):
     @property
     def _stepping(self) -> bool:
         """Whether a loss is part of a step that is being taken, whatever mode the model is in: some train with dropout
-        off.
+        off. One that a callback computes after the step, or without gradients, is not.
         """
-        return self.is_in_train and torch.is_grad_enabled()
+        return self.is_in_train and torch.is_grad_enabled() and self._step == self.state.global_step
 
     @property
     def _parts_of_step(self) -> int:
