@@ -189,6 +189,31 @@ def test_a_loss_between_steps_is_part_of_none(tmp_path, with_graph):
                 assert asked == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("how", ["as it is", "copied", "masked", "in place", "prepared"])
+def test_labels_that_are_masked_after_they_were_counted_are_said(tmp_path, caplog, monkeypatch, how):
+    def masked(inputs):
+        labels = inputs["labels"] if how in ("as it is", "in place") else inputs["labels"].clone()
+        if how not in ("as it is", "copied"):
+            labels[0, -6:] = -100
+        return {**inputs, "labels": labels}
+
+    class Masks(Forget):
+        objective = GA()
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs if how == "prepared" else masked(inputs), *args, **kwargs)
+
+        def _prepare_inputs(self, inputs):
+            found = super()._prepare_inputs(inputs)
+            return masked(found) if how == "prepared" else found
+
+    monkeypatch.setattr(logging.getLogger("gfast"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="gfast"):
+        trained(tiny_model(), tmp_path, columns(datasets()[0]), None, 2, 2, trainer=Masks)
+    said = caplog.text.count("the labels of a forget batch are not those that the collator made")
+    assert said == (0 if how in ("as it is", "copied") else 1)
+
+
 def test_micro_batches_that_nobody_counted_are_refused(tmp_path):
     class Own(Forget):
         def get_batch_samples(self, epoch_iterator, num_batches, device=None):

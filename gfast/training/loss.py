@@ -24,12 +24,14 @@ from gfast.training.joint import outputs, refuse_joint
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
+    marked,
     refuse_another_loss,
     refuse_compiled,
     refuse_ignored_arguments,
     refuse_ignored_options,
     refuse_no_step,
     refuse_reentrant,
+    say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
 )
@@ -164,6 +166,7 @@ class GFastLossMixin(ExactEvaluation):
 
     _said_empty = False
     _step = -1  # the number of finished steps when micro-batches were last counted
+    _counted: Any = {}  # side -> labels of the first step's micro-batches, and their versions
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
@@ -223,12 +226,12 @@ class GFastLossMixin(ExactEvaluation):
             return batch_samples, None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
+        found = [self._sides(batch) for batch in batch_samples]
         counts = self._over_processes(
-            [
-                sum(batches.count(objective, self._sides(batch)[side]) for batch in batch_samples)
-                for side, objective, _ in self._parts
-            ]
+            [sum(batches.count(objective, one[side]) for one in found) for side, objective, _ in self._parts]
         )
+        first = self._parts if self._step < 0 else []  # the losses of the first step are held to what was counted
+        self._counted = {side: [marked(one[side]["labels"]) for one in found] for side, *_ in first}
         empty = [side for (side, _, _), count in zip(self._parts, counts, strict=True) if not count]
         if empty and not self._said_empty:
             self._said_empty = True
@@ -373,6 +376,8 @@ class GFastLossMixin(ExactEvaluation):
                 batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
         stepping = self._stepping
         normalizer = self._normalizers.get(side) if stepping else None
+        if stepping and side in self._counted:
+            say_other_labels(batch["labels"], self._counted, side)
         # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
