@@ -25,7 +25,8 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
 
     In most models 0 is the embedding output, `layer` < L the input of block `layer`, L the output of the final norm:
     then blocks after the wanted one are not run, where the model's call may be left early. A model whose states are
-    others, which is looked at once, is asked for all of them. Raises ValueError for a layer outside [0, L].
+    others is asked for all of them, which is looked at once, and again once its blocks have other hooks. Raises
+    ValueError for a layer outside [0, L].
     """
     model = wrappers.measured(model)  # hooks see nothing of compiled code
     hf.check_causal(model, batch)
@@ -35,13 +36,14 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
             f"layer {layer!r} is no hidden state of this model: use 0 (embeddings) to {count} (final norm)"
         )
     known = _states_by_place.setdefault(model, {})
-    if layer not in known:
+    if layer not in known or known[layer][0] != _hooks(model):
         with torch.no_grad(), evaluating(model):
-            known[layer] = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
+            same = _same(_state_at(model, batch, layer), _all_states(model, batch)[layer : layer + 1])
+        known[layer] = _hooks(model), same  # transformers' own are there from now on
     # Block inputs are kept by gradient checkpointing in any case, and a hook inside a checkpointed block would see a
     # detached tensor with the re-entrant variant. FSDP has to see among the outputs what is differentiated.
     whole = _is_checkpointing(hf.decoder(model)) or (torch.is_grad_enabled() and wrappers.has_fsdp(model))
-    if known[layer] and not whole:
+    if known[layer][1] and not whole:
         return _state_at(model, batch, layer)
     states = _all_states(model, batch)
     if layer >= len(states):
@@ -49,8 +51,15 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     return states[layer]
 
 
-# Of each model and layer: is the hidden state what stands at that place between the blocks?
-_states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
+# Of each model and layer: is the hidden state what stands at that place between the blocks, with those hooks on them?
+_states_by_place: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[tuple[int, ...], bool]]]
+_states_by_place = weakref.WeakKeyDictionary()
+
+
+def _hooks(model: nn.Module) -> tuple[int, ...]:
+    """By which another look is due: blocks, and hooks that may change what is between them (steering) or comes out."""
+    places = (hf.decoder(model), *structure.blocks(unwrap(model)))
+    return tuple(one for place in places for one in (id(place), *place._forward_pre_hooks, *place._forward_hooks))
 
 
 def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -20,15 +20,15 @@ from gfast.ops.checks import IGNORE_INDEX
 # What a batch may hold of it.
 REFERENCE_KEYS = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hidden"})
 REFERENCES = ("auto", "base", "adapted")
-# Models whose adapters were zero when they were first seen, or whose base was said to be the original.
-_base_is_original: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Of models, the adapters that were active, and zero, when first seen, or whose base was said to be the original.
+_base_is_original: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def declare_base_original(model: nn.Module) -> None:
-    """From now on the base of this model with adapters is the original, although the adapters are not zero: as in a run
-    that goes on from a checkpoint.
+    """From now on the base of this model with the adapters that are active is the original, although they are not zero:
+    as in a run that goes on from a checkpoint.
     """
-    _base_is_original.add(wrappers.measured(model))
+    _base_is_original.setdefault(wrappers.measured(model), set()).add(peft_models.active_adapters(model))
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
     peft_models.check_base_is_original(model)
     if reference == "base":
         declare_base_original(model)
-    if wrappers.measured(model) in _base_is_original:
+    if peft_models.active_adapters(model) in _base_is_original.get(wrappers.measured(model), ()):
         return
     with torch.no_grad(), evaluating(model):
         adapted = model_logp(model, batch)

@@ -23,6 +23,12 @@ def is_adapted(model: nn.Module) -> bool:
     return any(hasattr(module, "peft_config") and hasattr(module, "disable_adapter") for module in chain(model))
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that the model has on; none of a model without."""
+    peft = _peft_of(model)
+    return () if peft is None else tuple(sorted(peft.active_adapters))
+
+
 def adapter_prefix(model: nn.Module) -> str | None:
     """What the names of the adapters' own parameters contain; None for a model without adapters."""
     peft = _peft_of(model)

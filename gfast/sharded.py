@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from gfast.ops.checks import is_wrapped
+
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether the memory of a tensor that was whole has been taken from it, as FSDP and ZeRO-3 do."""
     with torch._C.DisableTorchFunction():
         if hasattr(tensor, "ds_id"):
             return tensor.numel() < tensor.ds_numel
-        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.numel() > 0
+        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.numel() > 0 and not is_wrapped(tensor)
         return plain and not tensor.untyped_storage().size()
 
 

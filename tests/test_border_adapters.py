@@ -124,6 +124,30 @@ def test_with_adapters_the_original_is_the_base_or_refused(kind, objective):
     torch.testing.assert_close(found, gfast.model_loss(model, given, objective).loss)
 
 
+@pytest.mark.parametrize("active", [["taught"], ["default", "taught"]], ids=str)
+def test_adapters_that_are_switched_on_later_are_looked_at_themselves(active):
+    """That others were zero says nothing of the model with these: it may start from what they have learned."""
+    peft = pytest.importorskip("peft")
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny("llama", dtype=torch.float32).eval(), config)
+    start(model, 0.0)
+    gfast.model_loss(model, batch, NPO())  # default is zero
+    model.add_adapter("taught", config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.taught" in name:
+                parameter.normal_(std=0.5)
+    model.base_model.set_adapter(active if len(active) > 1 else active[0])
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        gfast.model_loss(model, batch, NPO())
+    expected = gfast.model_loss(model, batch, NPO(), reference="base").loss  # from now on it is said
+    torch.testing.assert_close(gfast.model_loss(model, batch, NPO()).loss, expected)
+    model.base_model.set_adapter("default")
+    start(model, 0.5)
+    gfast.model_loss(model, batch, NPO())  # which was zero
+
+
 @pytest.mark.parametrize("reference", ["auto", "base", "adapted"])
 def test_a_cache_of_a_model_whose_adapters_learned_the_data(reference, tmp_path):
     from helpers.training_tiny import collator, datasets, tiny_model

@@ -188,11 +188,38 @@ def test_layer_hidden_stops_after_the_wanted_layer_and_is_differentiable():
 def test_layer_hidden_lets_what_waits_for_the_end_of_a_call_run(where):
     """A hook around the blocks keeps accounts of the call (a reduction to prepare, weights to give back)."""
     model, batch = make("llama"), make_batch()
-    expected = layer_hidden(model, batch, 1)  # the first time looks at all
     ended = []
     model.get_submodule(where).register_forward_hook(lambda module, args, output: ended.append(module))
+    expected = layer_hidden(model, batch, 1)  # the first time looks at all
+    ended.clear()
     torch.testing.assert_close(layer_hidden(model, batch, 1), expected, rtol=0, atol=0)
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("place", ["model.layers.0", "model"])
+def test_layer_hidden_sees_hooks_that_come_later(place):
+    """Steering: what stands between the blocks, or comes out of them, is another number from then on."""
+    model, batch = make("llama"), make_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+
+    def changed(module, args, output):
+        if isinstance(output, torch.Tensor):
+            return 1.5 * output
+        output.last_hidden_state = 1.5 * output.last_hidden_state
+        return output
+
+    def agree():
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        for layer, state in enumerate(states):
+            torch.testing.assert_close(layer_hidden(model, batch, layer), state, rtol=0, atol=0)
+
+    agree()
+    handles = [model.get_submodule(place).register_forward_hook(changed)]
+    handles.append(model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 0.3, *args[1:])))
+    agree()
+    for handle in handles:
+        handle.remove()
+    agree()
 
 
 def test_layer_hidden_out_of_range():

@@ -11,7 +11,7 @@ from helpers import integrations_parallel
 from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients, literal
 from helpers.training_tiny import collator, copied, datasets, tiny_model
 from test_training_parallel import together
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import gfast
@@ -148,6 +148,80 @@ def test_a_loss_of_ones_own_that_is_not_called_is_named(tmp_path, caplog, monkey
         trained(tiny_model(), tmp_path / "plain", data, GA())
     assert "is not called" not in caplog.text
     trained(tiny_model(), tmp_path / "beside", data, trainer=Beside)
+
+
+class Looks(TrainerCallback):
+    """Asks the Trainer for the loss of a batch after each step, to look at it."""
+
+    def __init__(self, batch, with_graph):
+        self.batch, self.with_graph, self.found = batch, with_graph, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.set_grad_enabled(self.with_graph):
+            alone = gfast.model_loss(model, self.batch["retain"], NLL()).loss
+            self.found.append((self.trainer.compute_loss(model, self.batch).item(), alone.item()))
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_a_loss_between_steps_is_part_of_none(tmp_path, with_graph):
+    """It is divided by its own count, is in no log, and does not move a dual variable."""
+    data, _ = datasets()
+    items = [{"forget": item, "retain": item} for item in columns(data)]
+
+    def collate(rows):
+        return {side: collator()([row[side] for row in rows]) for side in ("forget", "retain")}
+
+    def run(folder, objective, *callbacks):
+        args = arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        args.max_steps = 3
+        trainer = Forget(tiny_model(), args, objective=objective, train_dataset=items, data_collator=collate)
+        for callback in callbacks:
+            callback.trainer = trainer
+            trainer.callback_handler.callbacks.insert(0, callback)
+        trainer.train()
+        names = ("loss", "forget_loss", "retain_loss", "dual", "mean_weight")
+        return [{name: row.get(name) for name in names} for row in trainer.state.log_history if "loss" in row]
+
+    for objective in (Mix(WGA(), NLL(), gamma=0.0), Mix(PDU(primal_dual=True), NLL())):
+        looks = Looks(collate(items[:5]), with_graph)
+        assert run(tmp_path / "looked", objective, looks) == run(tmp_path / "plain", objective)
+        if objective.gamma == 0.0:
+            for asked, alone in looks.found:
+                assert asked == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["as it is", "copied", "masked", "in place", "prepared"])
+def test_labels_that_are_masked_after_they_were_counted_are_said(tmp_path, caplog, monkeypatch, how):
+    def masked(inputs):
+        labels = inputs["labels"] if how in ("as it is", "in place") else inputs["labels"].clone()
+        if how not in ("as it is", "copied"):
+            labels[0, -6:] = -100
+        return {**inputs, "labels": labels}
+
+    class Masks(Forget):
+        objective = GA()
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs if how == "prepared" else masked(inputs), *args, **kwargs)
+
+        def _prepare_inputs(self, inputs):
+            found = super()._prepare_inputs(inputs)
+            return masked(found) if how == "prepared" else found
+
+    monkeypatch.setattr(logging.getLogger("gfast"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="gfast"):
+        trained(tiny_model(), tmp_path, columns(datasets()[0]), None, 2, 2, trainer=Masks)
+    said = caplog.text.count("the labels of a forget batch are not those that the collator made")
+    assert said == (0 if how in ("as it is", "copied") else 1)
+
+
+def test_micro_batches_that_nobody_counted_are_refused(tmp_path):
+    class Own(Forget):
+        def get_batch_samples(self, epoch_iterator, num_batches, device=None):
+            return [next(epoch_iterator) for _ in range(num_batches)], None
+
+    with pytest.raises(ValueError, match=r"Own has a get_batch_samples of its own"):
+        trained(tiny_model(), tmp_path, datasets()[0], GA(), 2, 2, trainer=Own)
 
 
 @pytest.mark.parametrize("objective", TOKENS, ids=str)

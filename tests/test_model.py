@@ -36,6 +36,35 @@ def test_model_loss_equals_the_models_own_logits(kind, objective):
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("objective", [WGA(0.5), NPO(0.3), CEU()], ids=str)
+def test_a_model_in_torch_func_is_its_literal_definition(objective):
+    """As functional_call makes one of parameters that a transform has wrapped; fused ops refuse by name."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self, impl):
+            super().__init__()
+            self.model, self.impl = tiny("llama").eval(), impl
+
+        def forward(self, batch):
+            return gfast.model_loss(self.model, batch, objective, impl=self.impl).loss
+
+    batch = batch_of()
+    batch["ref_logp"] = -3.0 * (batch["labels"] != -100)
+    module = Loss("reference")
+    parameters = dict(module.named_parameters())
+    plain = dict(zip(parameters, gradients(module.model, module(batch)), strict=True))
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, (batch,))
+
+    detached = {name: value.detach() for name, value in parameters.items()}
+    for name, found in torch.func.grad(loss)(detached).items():
+        torch.testing.assert_close(found, plain[name], rtol=1e-8, atol=1e-11)
+    module.impl = "auto"
+    with pytest.raises(RuntimeError, match='pass impl="reference"'):
+        torch.func.grad(loss)(detached)
+
+
 def test_kl_from_cached_hidden_states_and_from_adapters():
     original, batch = tiny("llama"), batch_of()
     moved = tiny("llama")

@@ -301,3 +301,12 @@ def test_objectives_that_are_no_weights(data):
         gfast.unlearn_loss(logits, labels, KL())
     with pytest.raises(TypeError, match="instance"):
         gfast.unlearn_loss(logits, labels, WGA)
+
+
+def test_hidden_states_of_the_original_are_constants():
+    hidden = torch.randn(1, 2, 3, requires_grad=True)
+    found = []
+    for original in (2 * hidden, 2 * hidden.detach()):
+        loss = RR(layer=1).value(hidden, original, torch.ones(1, 2, dtype=torch.bool))
+        found.append(torch.autograd.grad(loss, hidden)[0])
+    assert torch.equal(*found)

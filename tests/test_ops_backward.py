@@ -6,7 +6,7 @@ from helpers.losses import ALL, DRAWS, assert_law, assert_law_of_draws, label, n
 from helpers.marks import slow_when
 
 import gfast
-from gfast.objectives import DPO, NPO, TNPO, WGA, SimNPO
+from gfast.objectives import DPO, NPO, TNPO, WGA, WTNPO, BalDRO, SimNPO
 from gfast.ops.token_kl import token_kl_reference
 from gfast.ops.unlearn_loss import unlearn_loss_reference
 
@@ -35,6 +35,32 @@ def test_no_backward_changes_what_another_returned(op, dtype):
             assert_law([ours], [exact * factor], [exact.double() * factor], dtype, f"factor {factor}")
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, inputs)
+
+
+def near_original(logp, ref_logp, sequence_id):
+    return torch.exp(0.1 * (logp - ref_logp))
+
+
+@pytest.mark.parametrize("op", ["unlearn_loss", "linear_unlearn_loss"])
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("objective", [TNPO(), WTNPO(), NPO(0.3), DPO(0.3), BalDRO(), near_original], ids=label)
+def test_a_reference_with_a_graph_is_a_constant(objective, impl, op):
+    """Log-probs of the original that nobody detached, perhaps of the very model that is trained."""
+    hidden, weight, _, labels, ref = problem(dtype=torch.float32)
+    for reduction in ("token_mean", "sequence_mean", "sum", "none"):
+        for trained in (True, False):
+            found = []
+            for with_graph in (True, False):
+                h = hidden.clone().requires_grad_(trained)
+                original = (ref.float() + 0.1 * h.sum(-1) if trained else ref.float().clone().requires_grad_()) + 0.0
+                inputs = (h, weight) if op == "linear_unlearn_loss" else (h @ weight.T,)
+                given = original if with_graph else original.detach()
+                loss = getattr(gfast, op)(
+                    *inputs, labels, objective, ref_logp=given, reduction=reduction, impl=impl
+                ).loss
+                assert loss.requires_grad == trained
+                found.append(torch.autograd.grad(loss.sum(), h)[0] if trained else loss.detach())
+            assert torch.equal(*found)
 
 
 def test_scaling_takes_no_new_memory():

@@ -99,7 +99,7 @@ class RR(Objective):
         self, hidden: Tensor, ref_hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None
     ) -> Tensor:
         """The loss from hidden states and the original's [B, T, D], and the bool mask of valid positions [B, T]."""
-        return _mean_square(self, hidden.float() - ref_hidden.float(), valid, normalizer)
+        return _mean_square(self, hidden.float() - ref_hidden.detach().float(), valid, normalizer)
 
 
 def _check_layer(objective: RMU | RR) -> None:

@@ -140,7 +140,6 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
     """The loss of a head that is differentiated: its gradients come out of the same pass."""
     spec, tokens, dtype = terms.spec or WeightSpec(), terms.tokens, stats_dtype(head.hidden.dtype)
     factor, ref, known, given = terms.factor(dtype), terms.reference(dtype), None, terms.given_as(dtype)
-    ref = None if ref is None else ref.detach()
     if terms.spec is None:
         with torch.no_grad():
             scored = flat_logp(head, form, impl)
@@ -207,7 +206,7 @@ def linear_unlearn_loss(
             as in ``F.linear``.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
-        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
+        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO): constants, whatever made them.
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows; of DPO the preferred answer of s is
             s + labels.numel() / 2.

@@ -147,7 +147,6 @@ def _scalar_loss(terms: Terms, logits: Tensor, impl: str, inplace: bool) -> Loss
     # None: the mean over the labels, for the kernel that looks at them to find
     factor = None if terms.by_token and terms.counts_labels else terms.factor(dtype)
     ref, given = terms.reference(dtype), terms.given_as(dtype)
-    ref = None if ref is None else ref.detach()
     wanted = logits.requires_grad and torch.is_grad_enabled()
     memory = None
     if inplace and wanted and not torch.compiler.is_compiling():
@@ -221,7 +220,7 @@ def unlearn_loss(
         logits: [..., V], fp32, bf16, fp16 (fp64: reference); ``logits[..., i, :]`` scores ``labels[..., i]``.
         labels: [...], int64, -100 ignored. The leading dimensions are sequences: [B, T] holds B.
         objective: from ``gfast.objectives``, or a callable ``(logp, ref_logp, sequence_id) -> weights`` on 1-D tensors.
-        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO).
+        ref_logp: [...], log-probs under the original model (TNPO, WTNPO, NPO, DPO): constants, whatever made them.
         reduction: "token_mean", "sequence_mean", "sum" or "none"; None takes the objective's default.
         sequence_id: [...], int64 in [0, labels.numel()), for packed rows; of DPO the preferred answer of s is
             s + labels.numel() / 2.

@@ -228,7 +228,7 @@ class Terms(NamedTuple):
         check_reduction(name, reduction)
         level = stat.level if stat else "any" if spec is None else spec.level
         tokens = Tokens.of(name, labels, sequence_id, level, reduction)
-        ref = None if ref_logp is None else ref_logp.reshape(-1)
+        ref = None if ref_logp is None else ref_logp.detach().reshape(-1)  # the original does not learn
         given = None if weight is None else torch.where(tokens.valid, weight.detach().reshape(-1), 0)
         return cls(name, objective, spec, labels, sequence_id, ref, tokens, reduction, normalizer, given)
 
@@ -247,7 +247,7 @@ class Terms(NamedTuple):
         return self.tokens.factor(self.reduction, self.normalizer, dtype)
 
     def reference(self, dtype: torch.dtype) -> Tensor | None:
-        """ref_logp [N] in a dtype, still part of its graph if it has one."""
+        """ref_logp [N] in a dtype, a constant."""
         return None if self.ref_logp is None else self.ref_logp.to(dtype).contiguous()
 
     @property

@@ -24,6 +24,7 @@ from gfast.training.joint import outputs, refuse_joint
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
+    marked,
     refuse_another_loss,
     refuse_compiled,
     refuse_cut_texts,
@@ -31,6 +32,7 @@ from gfast.training.options import (
     refuse_ignored_options,
     refuse_no_step,
     refuse_reentrant,
+    say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
 )
@@ -165,6 +167,8 @@ class GFastLossMixin(ExactEvaluation):
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
     _said_empty = False
+    _step = -1  # the number of finished steps when micro-batches were last counted
+    _counted: Any = {}  # side -> labels of the first step's micro-batches, and their versions
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
@@ -173,7 +177,8 @@ class GFastLossMixin(ExactEvaluation):
 
     def gfast_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch of the Trainer's collator as gfast takes it; the batch itself unless overridden. It is called for
-        counting too, so it must be cheap, and must not run the model.
+        counting too, so it must be cheap, and must not run the model. What masks labels does it here or in the
+        collator: those that a `compute_loss` or `_prepare_inputs` takes out have been counted.
         """
         return batch
 
@@ -223,12 +228,12 @@ class GFastLossMixin(ExactEvaluation):
             return batch_samples, None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
+        found = [self._sides(batch) for batch in batch_samples]
         counts = self._over_processes(
-            [
-                sum(batches.count(objective, self._sides(batch)[side]) for batch in batch_samples)
-                for side, objective, _ in self._parts
-            ]
+            [sum(batches.count(objective, one[side]) for one in found) for side, objective, _ in self._parts]
         )
+        first = self._parts if self._step < 0 else []  # the losses of the first step are held to what was counted
+        self._counted = {side: [marked(one[side]["labels"]) for one in found] for side, *_ in first}
         empty = [side for (side, _, _), count in zip(self._parts, counts, strict=True) if not count]
         if empty and not self._said_empty:
             self._said_empty = True
@@ -241,6 +246,7 @@ class GFastLossMixin(ExactEvaluation):
         self._normalizers = {
             side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
         }
+        self._step = self.state.global_step
         if self.live is not None:
             self.live.begin(batch_samples)
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
@@ -260,6 +266,11 @@ class GFastLossMixin(ExactEvaluation):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
+        if self._step != self.state.global_step:
+            raise ValueError(
+                f"{type(self).__name__} has a get_batch_samples of its own, so that nobody counted what the loss of a "
+                f"step is divided by: let it return super().get_batch_samples(...), or leave it out"
+            )
         if self.live is None:
             return super().training_step(model, inputs, *args, **kwargs)
         return self.live.training_step(model, inputs)
@@ -304,7 +315,7 @@ class GFastLossMixin(ExactEvaluation):
         if return_outputs:
             raise ValueError("gfast computes losses without logits, so there are no outputs to return")
         found = self._sides(inputs)
-        self.terms.start_step(self.state.global_step)
+        self.terms.start_step(self.state.global_step if self._stepping else None)
 
         def losses(module: Any) -> Tensor:
             total = None
@@ -324,9 +335,9 @@ class GFastLossMixin(ExactEvaluation):
     @property
     def _stepping(self) -> bool:
         """Whether a loss is part of a step that is being taken, whatever mode the model is in: some train with dropout
-        off.
+        off. One that a callback computes after the step, or without gradients, is not.
         """
-        return self.is_in_train and torch.is_grad_enabled()
+        return self.is_in_train and torch.is_grad_enabled() and self._step == self.state.global_step
 
     @property
     def _parts_of_step(self) -> int:
@@ -367,6 +378,8 @@ class GFastLossMixin(ExactEvaluation):
                 batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
         stepping = self._stepping
         normalizer = self._normalizers.get(side) if stepping else None
+        if stepping and side in self._counted:
+            say_other_labels(batch["labels"], self._counted, side)
         # The model's own terms are means: over micro-batches and processes, whatever the factor of the objective is.
         own_terms = 0.0
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):

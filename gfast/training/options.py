@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
@@ -266,3 +268,24 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
                 base.__name__,
                 trainer.__name__,
             )
+
+
+def marked(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor, and what is another number once it has been written to."""
+    return tensor, 0 if tensor.is_inference() else tensor._version
+
+
+def say_other_labels(labels: Tensor, counted: dict[str, list[tuple[Tensor, int]]], side: str) -> None:
+    """A warning, once, where a loss is of other labels than those, each `marked`, that were counted."""
+    kept = [one for one, version in counted[side] if marked(one)[1] == version]
+    if not any(labels is one for one in kept) and not any(_equal(labels, one) for one in kept):
+        del counted[side]
+        logger.warning(
+            "gfast: the labels of a %s batch are not those that the collator made, whose number in the whole step the "
+            "loss is divided by: mask labels in the collator or in gfast_batch, before they are counted",
+            side,
+        )
+
+
+def _equal(labels: Tensor, other: Tensor) -> bool:
+    return labels.shape == other.shape and torch.equal(labels, other.to(labels.device))

@@ -23,20 +23,24 @@ class StepTerms:
         self._now: dict[str, Tensor] = {}
         self._past: dict[str, Tensor] = {}
         self._past_steps = 0
+        self._counts = True
 
     def reset(self) -> None:
         """Forget everything: training starts, perhaps again after a step that failed (auto_find_batch_size)."""
         self.__init__()
 
-    def start_step(self, step: int) -> None:
-        """Called at each micro-batch with the number of finished optimizer steps."""
-        if step == self.step:
+    def start_step(self, step: int | None) -> None:
+        """Called at each micro-batch with the number of finished optimizer steps; None: what is added until the next
+        call is part of no step.
+        """
+        self._counts = step is not None
+        if not self._counts or step == self.step:
             return
         self._close()
         self.step = step
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
+        for name, value in values.items() if self._counts else ():
             value = value.detach().double()
             self._now[name] = self._now[name] + value if name in self._now else value
 
