@@ -355,6 +355,9 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     found, expected = read_records(out), read_records(whole)
     assert recorded_steps(out) == [0, 1, 2, 3, 4] and len(found) == len(expected)
     assert found["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-4, abs=1e-6)
+    loss, right = (read_json(run / "result.json")["train_loss"] for run in (out, whole))  # of all steps, not the last's
+    steps = expected[expected["quantity"] == "loss"]["value"]
+    assert loss == pytest.approx(right, rel=1e-4) and right == pytest.approx(steps.mean(), rel=1e-4)
 
 
 def test_debug_shows_the_traceback(original, tmp_path):

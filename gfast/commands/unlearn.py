@@ -216,7 +216,7 @@ def _train(
     trainer.save_model()
     result = {
         "steps": output.global_step,
-        "train_loss": output.training_loss,
+        "train_loss": _mean_loss(trainer.state.log_history),
         "seconds": time.perf_counter() - started,
         "measuring_seconds": sum(one.seconds for one in callbacks_of(trainer) if isinstance(one, Trajectory)),
         "objective": str(objective),
@@ -354,6 +354,15 @@ def _evaluations(along: AlongArguments, data: DataArguments, sides: Sides, confi
             chat_kwargs=sides.chat_kwargs,
         )
     ]
+
+
+def _mean_loss(log: list[dict[str, Any]]) -> float | None:
+    """Of all steps that were logged. Trainer's own mean is of a run's last start, divided by the steps of all."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "loss" in entry:  # the mean since the entry before
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / before if before else None
 
 
 def _saved_so_far(folder: Path, step: int) -> str:
