@@ -300,12 +300,16 @@ def _references(
     for side, objective in (("forget", both.forget), ("retain", both.retain)):
         if objective is None:
             continue
-        # With adapters the original is at hand, and hidden states of a large retain set would fill the disk.
+        # With adapters the original is at hand, and hidden states of a large retain set would fill the disk. What a
+        # G-effect measures by batches has to have those of a layer.
+        needed = needed_from_cache(objective)
+        measured = config.geffect_every and "layer_hidden" in needed
         if (
             peft_models.is_adapted(model)
             and config.reference != "adapted"
-            and needed_from_cache(objective) != {"logp"}
+            and needed != {"logp"}
             and not data_arguments.reference_cache
+            and not measured
         ):
             continue
         cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size, config.reference)
