@@ -86,6 +86,7 @@ def test_evaluations_along_a_run_and_what_they_say_at_equal_forgetting(original,
     matched = [run["matched"] for run in json.loads((tmp_path / "report" / "table.json").read_text())]
     assert all(0 <= one["retain_extraction"] <= 1 for one in matched)
     fails(capsys, "evaluate_rows is -1", "unlearn", *flags(original, tmp_path / "x", evaluate_rows=-1))
+    fails(capsys, "give the steps between evaluations", "unlearn", *flags(original, tmp_path / "x", evaluate_rows=3))
 
 
 @pytest.mark.parametrize("objective, given", [("SHRED", []), ("JensUn", ["target_ids=(3,4)"])])

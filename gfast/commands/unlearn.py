@@ -94,6 +94,8 @@ class AlongArguments:
         for name in ("evaluate_every", "evaluate_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number, or 0")
+        if self.evaluate_rows and not self.evaluate_every:
+            raise ValueError("--evaluate_rows is of evaluations: give the steps between evaluations, --evaluate_every")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
