@@ -280,6 +280,7 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     fails(capsys, "DPO and PO have data of their own", *own)
     fails(capsys, "choose objective, sample or token", *command, "--per", "word")
     fails(capsys, "engine has no meaning with per sample", *command, "--per", "sample", "--engine", "gram")
+    fails(capsys, "engine is 'grams'; choose auto, stream", "geffect", "--model", "none", "--engine", "grams")
     alone = tmp_path / "alone"  # the effects of answers alone make a report too
     assert cli.main([*command, "--per", "sample", "--output_dir", str(alone)]) == 0
     assert cli.main(["report", str(alone), "--out", str(tmp_path / "second")]) == 0
