@@ -55,6 +55,9 @@ def test_relearning_and_its_effect(tmp_path, rank):
     assert last["relearned"]["nll"] < first["relearned"]["nll"]
     log = metrics.load_log(tmp_path / "step-00000004.json")
     assert log.sets["forget"].index == (2, 3, 4, 5)
+    for name in ("forget", "relearned"):  # two parts of one set, by one measure
+        ratios = metrics.truth_ratio(log, per_sample=True)[name]
+        assert last[name]["truth_ratio"] == metrics.aggregate(ratios, "closer_to_1_better")
     assert found["settings"]["learned"] == 2
     if rank:
         return
@@ -77,7 +80,8 @@ def test_relearning_from_the_command_line(model, tmp_path, capsys):
     assert "| forget: nll |" in out and "G-effect of the relearning" in out
     result = read_json(tmp_path / "out" / "relearn.json")
     assert cli.main(words) == 0  # the same again is not measured again
-    assert "Relearning:" not in capsys.readouterr().err
+    again = capsys.readouterr()
+    assert "Relearning:" not in again.err and again.out == out
     related = tmp_path / "related.jsonl"
     related.write_text(json.dumps({"question": "Who writes?", "answer": "Nobody does."}) + "\n")
     assert cli.main([*words, "--relearn_data", str(related)]) == 0

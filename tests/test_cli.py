@@ -86,6 +86,7 @@ def test_evaluations_along_a_run_and_what_they_say_at_equal_forgetting(original,
     matched = [run["matched"] for run in json.loads((tmp_path / "report" / "table.json").read_text())]
     assert all(0 <= one["retain_extraction"] <= 1 for one in matched)
     fails(capsys, "evaluate_rows is -1", "unlearn", *flags(original, tmp_path / "x", evaluate_rows=-1))
+    fails(capsys, "give the steps between evaluations", "unlearn", *flags(original, tmp_path / "x", evaluate_rows=3))
 
 
 @pytest.mark.parametrize("objective, given", [("SHRED", []), ("JensUn", ["target_ids=(3,4)"])])
@@ -279,6 +280,7 @@ def test_effects_of_answers_and_tokens(original, tmp_path, capsys):
     fails(capsys, "DPO and PO have data of their own", *own)
     fails(capsys, "choose objective, sample or token", *command, "--per", "word")
     fails(capsys, "engine has no meaning with per sample", *command, "--per", "sample", "--engine", "gram")
+    fails(capsys, "engine is 'grams'; choose auto, stream", "geffect", "--model", "none", "--engine", "grams")
     alone = tmp_path / "alone"  # the effects of answers alone make a report too
     assert cli.main([*command, "--per", "sample", "--output_dir", str(alone)]) == 0
     assert cli.main(["report", str(alone), "--out", str(tmp_path / "second")]) == 0
@@ -355,6 +357,9 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     found, expected = read_records(out), read_records(whole)
     assert recorded_steps(out) == [0, 1, 2, 3, 4] and len(found) == len(expected)
     assert found["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=1e-4, abs=1e-6)
+    loss, right = (read_json(run / "result.json")["train_loss"] for run in (out, whole))  # of all steps, not the last's
+    steps = expected[expected["quantity"] == "loss"]["value"]
+    assert loss == pytest.approx(right, rel=1e-4) and right == pytest.approx(steps.mean(), rel=1e-4)
 
 
 def test_debug_shows_the_traceback(original, tmp_path):

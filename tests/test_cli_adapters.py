@@ -214,6 +214,14 @@ def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys)
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
 
 
+def test_the_effect_of_rmu_with_adapters_has_its_reference(original, tmp_path):  # noqa: F811
+    """In training RR reads the original's hidden states with the adapters off; batches of a measurement have them."""
+    pytest.importorskip("peft")
+    settings = {"objective": "RMU:layer=1", "retain_term": "rr", "lora_r": 2, "geffect_every": 1, "max_steps": 1}
+    assert cli.main(["unlearn", *flags(original, tmp_path / "run", **settings)]) == 0
+    assert recorded_steps(tmp_path / "run") == [0, 1]
+
+
 def test_a_run_folder_without_its_model_points_to_its_checkpoint(original, adapter, tmp_path, capsys):  # noqa: F811
     (tmp_path / "run").mkdir()
     shutil.copytree(adapter / "checkpoint-1", tmp_path / "run" / "checkpoint-1")

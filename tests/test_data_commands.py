@@ -21,6 +21,7 @@ from gfast.commands import common, geffect  # noqa: E402
 from gfast.commands import unlearn as unlearning  # noqa: E402
 from gfast.commands.arguments import DataArguments, parse_options  # noqa: E402
 from gfast.commands.common import first_day  # noqa: E402
+from gfast.training.records import read_run_info  # noqa: E402
 
 TODAY = (
     "{% if day is not defined %}{% set day = strftime_now('%d %B %Y') %}{% endif %}Today: {{ day }}\n"
@@ -180,6 +181,21 @@ def test_the_retain_set_is_what_is_left_without_the_forget_set():
     for forget, retain in (("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")):
         assert DataArguments(forget=forget).retain == DataArguments(forget=f"{forget}_perturbed").retain == retain
     assert DataArguments().retain == "retain99" and DataArguments(forget="forget10", retain="mine").retain == "mine"
+
+
+def test_a_run_names_the_sets_that_it_has(folder, capsys):
+    """Runs of bundled data, and of lines without a retain set, said that theirs were TOFU's."""
+    forget = ["--data", "jsonl", "--data_path", str(folder), "--forget", "f.jsonl"]
+    few = ["--max_forget", "1", "--max_retain", "1"]
+    for data, named in ((["--data", "bundled", *few], "bundled"), (forget, "jsonl: f.jsonl")):
+        out = folder / named[0]
+        words = ["--model", str(folder / "model"), *data, "--output_dir", str(out), "--objective", "GA"]
+        assert cli.main(["unlearn", *words, "--max_steps", "1", "--use_cpu", "--save_strategy", "no"]) == 0
+        assert read_run_info(out)["data"] == named
+    capsys.readouterr()
+    for command in (["geffect"], ["unlearn", "--retain_term", "nll", "--output_dir", str(folder / "none")]):
+        assert cli.main([*command, "--model", str(folder / "model"), *forget]) == 2
+        assert "no retain set given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, value", [("forget", "forget10"), ("retain", "retain90"), ("data_path", "tofu")])

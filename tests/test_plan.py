@@ -158,6 +158,15 @@ def test_8b_on_one_card_of_40_gb_and_70b_on_eight_of_80(tmp_path, capsys):
     assert {row["name"] for row in refused} == {f"g_effect, {name}" for name in ("sample", "token", "gram")}
 
 
+@pytest.mark.parametrize("tokens", [40, 64, 100, 127])
+def test_a_plan_is_of_all_tokens(tmp_path, capsys, tokens):
+    """Those that make no whole number of texts too; as many texts as it takes share them."""
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=50)
+    small |= dict(num_attention_heads=2, num_key_value_heads=2)
+    found = planned(tmp_path, capsys, small, "--length", "64", "--tokens", str(tokens))
+    assert tokens <= found["tokens"] <= tokens + 1
+
+
 def test_a_plan_in_words_and_what_it_refuses(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(llama(num_hidden_layers=2)))

@@ -209,6 +209,31 @@ def test_training_by_retain_conflict(tmp_path):
         gfast.UnlearnTrainer(model, args, train_dataset=data.forget, data_collator=collate.forget).train()
 
 
+def test_a_run_by_retain_conflict_goes_on_with_the_weights_that_it_had(tmp_path):
+    """From a checkpoint between two measurements."""
+    from helpers.training_tiny import config, pairing, tiny_model
+
+    def run(folder, steps, **options):
+        data, collate = pairing()
+        args = config(
+            tmp_path / folder, objective="WGA", retain_term="nll", max_steps=steps, save_strategy="steps", save_steps=3,
+            lr_scheduler_type="constant", **options,
+        )  # fmt: skip
+        trainer = gfast.UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+        trainer.train(resume_from_checkpoint=True)
+        return trainer
+
+    weighted = dict(weights="retain_conflict", weights_every=2, weights_tau=0.5)
+    whole = run("whole", 5, **weighted)
+    run("parts", 3, **weighted)
+    resumed = run("parts", 5, **weighted)
+    for ours, right in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, right)
+    run("other", 3)
+    with pytest.raises(ValueError, match="has no conflict_weights.safetensors, the weights by retain conflict"):
+        run("other", 5, **weighted)
+
+
 def test_live_effects_are_of_the_weighted_objective(tmp_path):
     """With weights GA is not minus the risk, and a weighted retain NLL is not the risk either."""
     from helpers.training_tiny import config, copied, pairing, tiny_model

@@ -121,7 +121,7 @@ class DataArguments:
             for name, default in named.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name} has no use with the data bundled, which have their own two sets")
-        if self.retain is None:
+        if self.retain is None and self.data != "jsonl":
             self.retain = COMPLEMENTS.get(self.forget.removesuffix("_perturbed"), COMPLEMENTS["forget01"])
         for name in ("max_forget", "max_retain"):
             if getattr(self, name) < 0:

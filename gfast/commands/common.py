@@ -89,6 +89,11 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
     """The rows that the flags name. ValueError for an empty set; errors of the files say where."""
     if arguments.data == "bundled":
         forget, retain = bundled_authors()
+    elif need_retain and arguments.retain is None:
+        raise ValueError(
+            "no retain set given, which the retain term or a measurement needs: with --data jsonl it is a file of "
+            "question/answer lines, --retain FILE"
+        )
     else:
         forget = _side(arguments, arguments.forget)
         retain = _side(arguments, arguments.retain) if need_retain else []
@@ -206,9 +211,10 @@ class Sides:
 
 def run_info(command: str, model: str, arguments: DataArguments, rows: Rows, argv: Sequence[str]) -> dict[str, Any]:
     """What run.json says of every command's run."""
+    own = [] if arguments.data == "bundled" else [arguments.forget, *([arguments.retain] if rows.retain else [])]
     return {
         "model": model,
-        "data": f"{arguments.data}: {arguments.forget} / {arguments.retain}",
+        "data": f"{arguments.data}: {' / '.join(own)}" if own else arguments.data,
         "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
         "data_sha256": rows.checksums(arguments),
         "argv": ["gfast", command, *argv],

@@ -32,6 +32,7 @@ from gfast.commands.common import Sides, as_text, device_name, first_day, load_r
 from gfast.commands.models import check_model, find_adapter, load_model, load_reference, load_tokenizer
 from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
+from gfast.geffect import ENGINES
 from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
 from gfast.training.batches import needed_from_cache
@@ -91,6 +92,8 @@ class GEffectArguments:
             raise ValueError(f"norms has no meaning with per {self.per}: only whole objectives have a gradient norm")
         if self.per != "objective" and self.engine not in ("auto", self.per):
             raise ValueError(f"engine has no meaning with per {self.per}: the {self.per} engine measures it")
+        if self.engine not in ("auto", *ENGINES):
+            raise ValueError(f"engine is {self.engine!r}; choose auto, {', '.join(ENGINES)}")
         if self.groups not in ("paper", "layer"):
             raise ValueError(f"groups is {self.groups!r}; choose paper or layer")
         if self.step < 0:

@@ -76,11 +76,13 @@ def _plan(options: Any) -> dict[str, Any]:
         machine = Machine.load(options.machine)
     if options.memory:
         machine = dataclasses.replace(machine, memory=options.memory * 1e9)
-    length = min(options.length, options.tokens)
-    work = Work(max(options.tokens // length, 1), length, getattr(torch, options.dtype))
+    texts = math.ceil(options.tokens / options.length)
+    length = math.ceil(options.tokens / texts)  # all of the tokens, where they make no whole number of texts
+    work = Work(texts, length, getattr(torch, options.dtype))
     planner = Planner(read_config(options.model), work, machine, options.gpus, options.engine != "ddp")
     trainings = [planner.training(recipe, checkpoints) for recipe in RECIPES for checkpoints in (False, True)]
-    others = [planner.reference(options.samples * length), *(planner.engine(name) for name in ENGINES)]
+    cached = options.samples * min(options.length, options.tokens)
+    others = [planner.reference(cached), *(planner.engine(name) for name in ENGINES)]
 
     def row(one: Any) -> dict[str, Any]:
         return {

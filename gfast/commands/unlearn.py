@@ -94,6 +94,8 @@ class AlongArguments:
         for name in ("evaluate_every", "evaluate_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number, or 0")
+        if self.evaluate_rows and not self.evaluate_every:
+            raise ValueError("--evaluate_rows is of evaluations: give the steps between evaluations, --evaluate_every")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,7 +218,7 @@ def _train(
     trainer.save_model()
     result = {
         "steps": output.global_step,
-        "train_loss": output.training_loss,
+        "train_loss": _mean_loss(trainer.state.log_history),
         "seconds": time.perf_counter() - started,
         "measuring_seconds": sum(one.seconds for one in callbacks_of(trainer) if isinstance(one, Trajectory)),
         "objective": str(objective),
@@ -300,12 +302,16 @@ def _references(
     for side, objective in (("forget", both.forget), ("retain", both.retain)):
         if objective is None:
             continue
-        # With adapters the original is at hand, and hidden states of a large retain set would fill the disk.
+        # With adapters the original is at hand, and hidden states of a large retain set would fill the disk. What a
+        # G-effect measures by batches has to have those of a layer.
+        needed = needed_from_cache(objective)
+        measured = config.geffect_every and "layer_hidden" in needed
         if (
             peft_models.is_adapted(model)
             and config.reference != "adapted"
-            and needed_from_cache(objective) != {"logp"}
+            and needed != {"logp"}
             and not data_arguments.reference_cache
+            and not measured
         ):
             continue
         cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size, config.reference)
@@ -354,6 +360,15 @@ def _evaluations(along: AlongArguments, data: DataArguments, sides: Sides, confi
             chat_kwargs=sides.chat_kwargs,
         )
     ]
+
+
+def _mean_loss(log: list[dict[str, Any]]) -> float | None:
+    """Of all steps that were logged. Trainer's own mean is of a run's last start, divided by the steps of all."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "loss" in entry:  # the mean since the entry before
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / before if before else None
 
 
 def _saved_so_far(folder: Path, step: int) -> str:

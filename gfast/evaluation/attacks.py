@@ -182,7 +182,7 @@ def relearn(
 def curve_table(found: Mapping[str, Any]) -> str:
     """The curve of a relearning as Markdown."""
     first = found["curve"][0]
-    keys = [(name, key) for name in first if name != "step" for key in first[name]]
+    keys = [(name, key) for name in first if name != "step" for key in CURVE if key in first[name]]
     head = " | ".join(f"{name}: {key.replace('_', ' ')}" for name, key in keys)
     lines = [f"| Step | {head} |", "|---" * (len(keys) + 1) + "|"]
     for row in found["curve"]:

@@ -78,7 +78,7 @@ def jsonl(files: Mapping[str, str], path: str | Path | None, ds_size: int = 0) -
 def trained(
     source: str,
     forget: str,
-    retain: str,
+    retain: str | None,
     path: str | Path | None,
     ds_size: int = 0,
     *,
@@ -92,7 +92,7 @@ def trained(
     if source == "tofu":
         found = tofu(forget, path, ds_size)
     elif source == "jsonl":
-        found = jsonl({"forget": forget, "retain": retain}, path, ds_size)
+        found = jsonl({"forget": forget, **({"retain": retain} if retain else {})}, path, ds_size)
     else:
         rows = dict(zip(("forget", "retain"), bundled_perturbed(forget_authors), strict=True))
         found = [replace(one, rows=_first(rows[one.name], ds_size)) for one in bundled()]

@@ -18,6 +18,8 @@ AGGREGATES = ("closer_to_1_better", "true_better")
 # Their probability is that of the right answer among all answers; that of the other sets is the answer's own.
 OPTION_SETS = ("real_authors", "world_facts")
 UTILITY_SETS = ("retain", *OPTION_SETS)
+# What was to be forgotten; the second is the part of it that a relearning attack sees.
+FORGET_SETS = ("forget", "relearned")
 
 
 def probability(log: EvaluationLog, *, convention: str = "tofu", per_sample: bool = False) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def truth_ratio(
         per_sample: R [S] of every set instead of its aggregate.
 
     Returns:
-        set -> its aggregate: of forget `closer_to_1_better`, of the others `true_better` (see `aggregate`).
+        set -> its aggregate: of forget and relearned `closer_to_1_better`, of others `true_better` (see `aggregate`).
 
     Errors: ValueError for an unknown mean or convention, or a log none of whose sets has wrong answers.
 
@@ -79,7 +81,7 @@ def truth_ratio(
     for name, one in log.sets.items():
         if name in (*UTILITY_SETS, "forget") or "average_perturb_loss" in one.values:
             ratios = _from_logs(ratios_of(one, mean, convention))
-            kind = "closer_to_1_better" if name == "forget" else "true_better"
+            kind = "closer_to_1_better" if name in FORGET_SETS else "true_better"
             found[name] = ratios if per_sample else aggregate(ratios, kind, convention)
     if not found:
         raise ValueError(f"gfast: truth_ratio needs perturbed answers, and no set of {log.path or 'the log'} has any")

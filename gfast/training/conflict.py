@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from transformers import TrainerCallback
 
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import UNWEIGHTED, Objective
+from gfast.tensor_files import TensorFile, write_tensors
 
 WEIGHTS = ("none", "retain_conflict")
+FILE = "conflict_weights.safetensors"  # in a checkpoint
 
 
 class ConflictWeights(TrainerCallback):
@@ -21,7 +24,7 @@ class ConflictWeights(TrainerCallback):
     each forget batch the weights of its samples.
 
     All forget items are measured, against the retain items that the epoch pairs them with. Random states, gradients and
-    modes are as before. A run that is resumed measures anew where it goes on.
+    modes are as before. A checkpoint has the weights that its next steps take.
     """
 
     def __init__(self, trainer: Any, every: int, tau: float) -> None:
@@ -29,8 +32,24 @@ class ConflictWeights(TrainerCallback):
         self.by_sample: dict[int, Tensor] | None = None  # of each sample's label tokens in order, fp32
         self.step = -1
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.by_sample = None
+    def save(self, folder: str) -> None:
+        """Into a checkpoint: weights measured where a resumed run goes on would be others."""
+        if self.by_sample is not None and self.trainer.args.should_save:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_tensors(Path(folder) / FILE, {str(sample): row for sample, row in self.by_sample.items()})
+
+    def load(self, folder: str | None) -> None:
+        """From a checkpoint, or from None: a training that begins."""
+        self.by_sample, self.step = None, -1
+        if folder is None:
+            return
+        if not (Path(folder) / FILE).exists():
+            raise ValueError(
+                f"the checkpoint {folder} has no {FILE}, the weights by retain conflict that the run goes on with: it "
+                "is one of a run without; start a run of its own in another output folder"
+            )
+        found = TensorFile(Path(folder) / FILE, "go on from the checkpoint before it")
+        self.by_sample = {int(name): found.get(name) for name in found.names}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         due = state.global_step % self.every == 0 and state.global_step != self.step

@@ -277,14 +277,19 @@ class GFastLossMixin(ExactEvaluation):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.live is not None:
-            self.live.save(output_dir)
+        for part in self._course:
+            part.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, at the beginning of every training; None: it does not go on from a checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.live is not None:
-            self.live.load(checkpoint)
+        for part in self._course:
+            part.load(checkpoint)
+
+    @property
+    def _course(self) -> list[Any]:
+        """What a resumed run goes on with beside the optimizer."""
+        return [part for part in (self.live, self.token_weights) if part is not None]
 
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
