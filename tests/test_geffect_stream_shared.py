@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,8 +21,8 @@ from gfast.ops.grad_dot import grad_dots  # noqa: E402
 
 def forwards(model, run) -> int:
     """How often the decoder begins to run."""
-    calls: list[None] = []
-    handle = gfast.hf.decoder(model).register_forward_pre_hook(lambda *args: calls.append(None))
+    calls, decoder = [], gfast.hf.decoder(model)
+    handle = register_module_forward_pre_hook(lambda module, args: calls.append(module) if module is decoder else None)
     try:
         run()
     finally:
