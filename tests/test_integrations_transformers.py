@@ -191,7 +191,7 @@ def test_a_loss_between_steps_is_part_of_none(tmp_path, with_graph):
 
 
 @pytest.mark.parametrize("how", ["as it is", "copied", "masked", "in place", "prepared"])
-def test_labels_that_are_masked_after_they_were_counted_are_said(tmp_path, caplog, monkeypatch, how):
+def test_labels_that_are_masked_after_they_were_counted_are_said(tmp_path, monkeypatch, how):
     def masked(inputs):
         labels = inputs["labels"] if how in ("as it is", "in place") else inputs["labels"].clone()
         if how not in ("as it is", "copied"):
@@ -208,11 +208,11 @@ def test_labels_that_are_masked_after_they_were_counted_are_said(tmp_path, caplo
             found = super()._prepare_inputs(inputs)
             return masked(found) if how == "prepared" else found
 
-    monkeypatch.setattr(logging.getLogger("gfast"), "propagate", True)
-    with caplog.at_level(logging.WARNING, logger="gfast"):
-        trained(tiny_model(), tmp_path, columns(datasets()[0]), None, 2, 2, trainer=Masks)
-    said = caplog.text.count("the labels of a forget batch are not those that the collator made")
-    assert said == (0 if how in ("as it is", "copied") else 1)
+    said = []
+    monkeypatch.setattr(logging.getLogger("gfast"), "warning", lambda text, *args: said.append(text % args))
+    trained(tiny_model(), tmp_path, columns(datasets()[0]), None, 2, 2, trainer=Masks)
+    said = [one for one in said if "the labels of a forget batch are not those that the collator made" in one]
+    assert len(said) == (0 if how in ("as it is", "copied") else 1)
 
 
 def test_micro_batches_that_nobody_counted_are_refused(tmp_path):
