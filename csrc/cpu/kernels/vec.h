@@ -246,10 +246,15 @@ GFAST_INLINE vu packed(const bf16*, Pair x) {
 }
 
 GFAST_INLINE vu packed(const f16*, Pair x) {
-#if defined(__AVX512F__)
+#if defined(__F16C__) && defined(__AVX2__)
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+#endif
+#if defined(__AVX512F__)
   const __m256i a = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.a, nearest), b = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.b, nearest);
   return (vu)_mm512_inserti64x4(_mm512_zextsi256_si512(a), b, 1);
+#elif defined(__F16C__) && defined(__AVX2__)  // by way of memory each load would wait for two narrower stores
+  const __m128i a = _mm256_cvtps_ph((__m256)x.a, nearest), b = _mm256_cvtps_ph((__m256)x.b, nearest);
+  return (vu)_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
 #else
   f16 buffer[2 * W];
   store(buffer, x.a);
