@@ -88,9 +88,10 @@ def law_dots(found: list[Result]):
         return None
     names = [LAWS[law].what.replace("`", "") for law in known]
     figure, ((ax,),) = grid(1, 1, 9.5, 0.25 * len(known) + 1.0)
-    for index, device in enumerate(dict.fromkeys(one.device for one in found)):
+    devices = list(dict.fromkeys(one.device for one in found))
+    for index, device in enumerate(devices):
         dots = [
-            (check.share, place + 0.24 * (index - 0.5))
+            (check.share, place + 0.6 * ((index + 0.5) / len(devices) - 0.5))
             for place, by_device in enumerate(known.values())
             for check in by_device.get(device, [])
         ]
@@ -137,13 +138,14 @@ def loss_bars(data: list[Data]):
         cases: dict[tuple, dict[str, Data]] = {}
         for row in (row for one in data for row in one["rows"] if "times_floor" in row):
             if (row["op"], row.get("mode", "train"), row.get("batch", "full")) == (op, "train", "full"):
-                if row["provider"] != "fresh_copy":
+                if row["provider"] not in ("fresh_copy", "wga"):
                     key = row["objective"], row["dtype"], tuple(row["shape"])
                     cases.setdefault(key, {})[row["provider"]] = row
         if cases:
             panels.append((op, *max(cases.items(), key=lambda case: (case[0][0] == "wga", len(case[1])))))
     most = max((len(rows) for _, _, rows in panels), default=0)
-    if most < 3:  # gfast and its floor: nobody to compare with
+    # of both ops, and not gfast and its floor alone: nobody to compare with
+    if len(panels) < 2 or min(len(rows) for _, _, rows in panels) < 3:
         return None
     figure, axes = grid(1, len(panels), 5.0 * len(panels), 0.27 * most + 1.5)
     for ax, (op, (objective, dtype, shape), rows) in zip(axes[0], panels, strict=True):
