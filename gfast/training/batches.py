@@ -29,6 +29,17 @@ def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"forget": batch}
 
 
+def check_trained(batch: Any, model: nn.Module) -> None:
+    """ValueError for a batch that is none, and for a model that nothing would be trained of."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
+            "is_trainable=True, or frozen)"
+        )
+
+
 class ReferenceJoin:
     """A collator that adds reference values by `sample_id` to what another collator made, for each side that has a
     cache.

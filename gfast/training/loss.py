@@ -292,13 +292,7 @@ class GFastLossMixin(ExactEvaluation):
         return [part for part in (self.live, self.token_weights) if part is not None]
 
     def _check_batch(self, batch: Any) -> None:
-        if not isinstance(batch, Mapping):
-            raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
-                "is_trainable=True, or frozen)"
-            )
+        batches.check_trained(batch, self.model)
         if len(self._parts) > 1 and self.live is None and not self._joint:  # both in one backward
             refuse_reentrant(self.model_wrapped)
         found = self._sides(batch)
