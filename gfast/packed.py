@@ -255,8 +255,12 @@ def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
 
 
 def _worded(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """Of texts by number, bool [B T]: those with two different tokens that are attended to. Padding has none."""
+    """Of texts by number, bool [B T]: those in one piece with two different tokens that are attended to. Padding has
+    none, and what a sequence_id calls by one number beside its texts (all prompts) is in several.
+    """
     tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+    begin = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    pieces = ids[begin].bincount(minlength=ids.numel())
     if tokens is None:  # vectors: any two are taken to differ
         tokens = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
@@ -266,4 +270,4 @@ def _worded(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
     empty = tokens.new_full((batch["labels"].numel(),), -1)
     high = empty.scatter_reduce(0, ids, tokens, "amax")
     low = empty.scatter_reduce(0, ids, tokens, "amin", include_self=False)
-    return high > low
+    return (high > low) & (pieces == 1)

@@ -91,4 +91,5 @@ def test_numbers_that_begin_anew_in_every_row_are_named():
     with pytest.raises(ValueError, match="a text in row 0 and one in row 1 alike"):
         value({**batch, "sequence_id": anew}, NPO(0.5))
     named = torch.where(batch["labels"] != -100, numbers, 0)  # prompts and padding have a number of their own
-    assert value({**batch, "sequence_id": named}, NPO(0.5)) == pytest.approx(value(batch, NPO(0.5)), rel=1e-10)
+    for objective in (NPO(0.5), DPO(0.5)):
+        assert value({**batch, "sequence_id": named}, objective) == pytest.approx(value(batch, objective), rel=1e-10)
