@@ -29,6 +29,14 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer and two JSON lines files, for commands."""
+    from helpers.cli import write_original
+
+    return write_original(tmp_path_factory.mktemp("original"))
+
+
 def seed(name: str) -> None:
     number = zlib.crc32(name.encode())
     for start in (random.seed, numpy.random.seed, torch.manual_seed):

@@ -8,8 +8,9 @@ import math
 import shutil
 
 import pytest
+from helpers.report_runs import GA_COURSE, MIX_COURSE, write_run
 from helpers.training_tiny import saved_tiny, tiny_model
-from test_report import GA_COURSE, MIX_COURSE, Page, write_run
+from test_report import Page
 
 from gfast import cli
 from gfast.files import read_json

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
+from helpers.cli import fails, flags
 from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, collator, tiny_model
 from safetensors.torch import load_file
-from test_cli import fails, flags, original  # noqa: F401
 
 import gfast
 from gfast import cli
@@ -24,7 +24,7 @@ from gfast.training.records import read_records, recorded_steps
 
 
 @pytest.fixture(scope="module")
-def adapter(original, tmp_path_factory):  # noqa: F811
+def adapter(original, tmp_path_factory):
     """The folder of a LoRA run, with a checkpoint."""
     pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("runs") / "lora"
@@ -33,7 +33,7 @@ def adapter(original, tmp_path_factory):  # noqa: F811
     return out
 
 
-def geffect(original, model=None, out=None, **options):  # noqa: F811
+def geffect(original, model=None, out=None, **options):
     """Flags of a measurement, on the data of `flags`."""
     settings = {"data": "jsonl", "data_path": original, "forget": "forget.jsonl", "retain": "retain.jsonl"}
     settings |= {"model": model, "output_dir": out, "device": "cpu", **options}
@@ -44,7 +44,7 @@ def geffect(original, model=None, out=None, **options):  # noqa: F811
     return words
 
 
-def measured(original, folder, model, **options):  # noqa: F811
+def measured(original, folder, model, **options):
     """The effects that the command wrote, the first objective's."""
     assert cli.main(geffect(original, model, folder, **options)) == 0
     return json.loads((folder / "geffect.json").read_text())["effects"][0]
@@ -67,7 +67,7 @@ def batches(**extra):
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoint-1"])
-def test_a_lora_run_is_measured_over_its_adapter(original, adapter, tmp_path, folder):  # noqa: F811
+def test_a_lora_run_is_measured_over_its_adapter(original, adapter, tmp_path, folder):
     found = measured(original, tmp_path / "effects", adapter / folder)
     model = adapted(original, adapter / folder)
     expected = gfast.g_effect(model, GA(), **batches())
@@ -77,7 +77,7 @@ def test_a_lora_run_is_measured_over_its_adapter(original, adapter, tmp_path, fo
     assert found["unlearn"] != pytest.approx(whole["unlearn"], rel=0.1)
 
 
-def test_the_tokenizer_is_the_adapters_own_or_else_its_bases(original, adapter, tmp_path, capsys):  # noqa: F811
+def test_the_tokenizer_is_the_adapters_own_or_else_its_bases(original, adapter, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -90,7 +90,7 @@ def test_the_tokenizer_is_the_adapters_own_or_else_its_bases(original, adapter, 
     fails(capsys, "not_this_way", *geffect(original, other, template="chat"))
 
 
-def test_a_base_that_has_moved(original, adapter, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_base_that_has_moved(original, adapter, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     lost = tmp_path / "lost"
     shutil.copytree(adapter, lost, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -111,7 +111,7 @@ def test_a_base_that_has_moved(original, adapter, tmp_path, capsys, monkeypatch)
     fails(capsys, "which is an adapter itself", *geffect(original, lost))
 
 
-def test_a_relative_model_is_found_from_anywhere(original, tmp_path, monkeypatch):  # noqa: F811
+def test_a_relative_model_is_found_from_anywhere(original, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(original.parent)
     run = tmp_path / "run"
@@ -121,7 +121,7 @@ def test_a_relative_model_is_found_from_anywhere(original, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["no head", "a weight less", "adapter under other names"])
-def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, capsys, kind):  # noqa: F811
+def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, capsys, kind):
     """A decoder saved without its head, files that lack a weight, an adapter of a model with other names."""
     from safetensors.torch import save_file
 
@@ -144,7 +144,7 @@ def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, c
     fails(capsys, message, *geffect(original, folder, tmp_path / "out", objectives="GA"))
 
 
-def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys):  # noqa: F811
+def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys):
     for command in (
         geffect(original, adapter, lora_r=4),
         ["unlearn", *flags(original, tmp_path / "run", model=adapter, lora_r=4)],
@@ -152,7 +152,7 @@ def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys)
         fails(capsys, "is an adapter (rank 2), and --lora_r would put a second one over it", *command)
 
 
-def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):  # noqa: F811
+def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):
     npo = {"objectives": ["GA", "NPO:beta=0.5"]}
     fails(capsys, "NPO(beta=0.5) compares with the original model", *geffect(original, adapter, **npo))
     for objective in ({"objective": "NPO"}, {"objective": "GA", "retain_term": "kl"}):
@@ -174,7 +174,7 @@ def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):  #
 
 @pytest.mark.parametrize("retain_term", ["none", "kl"])
 @pytest.mark.parametrize("reference", ["adapted", "base"])
-def test_which_is_the_original_of_an_adapter_that_goes_on(original, adapter, tmp_path, reference, retain_term):  # noqa: F811
+def test_which_is_the_original_of_an_adapter_that_goes_on(original, adapter, tmp_path, reference, retain_term):
     out = tmp_path / "run"
     settings = {"model": adapter, "objective": "NPO", "objective_args": "beta=0.5", "reference": reference}
     settings |= {"retain_term": retain_term, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1}
@@ -191,7 +191,7 @@ def test_which_is_the_original_of_an_adapter_that_goes_on(original, adapter, tmp
     assert cli.main(["unlearn", *flags(original, out, **settings, max_steps=1)]) == 0
 
 
-def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys):  # noqa: F811
+def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys):
     before, base = load_file(adapter / "adapter_model.safetensors"), load_file(original / "model.safetensors")
     out = tmp_path / "run"
     settings = {"model": adapter, "objective": "WGA", "retain_term": "nll", "learning_rate": 0.05, "geffect_every": 1}
@@ -214,7 +214,7 @@ def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys)
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_the_effect_of_rmu_with_adapters_has_its_reference(original, tmp_path):  # noqa: F811
+def test_the_effect_of_rmu_with_adapters_has_its_reference(original, tmp_path):
     """In training RR reads the original's hidden states with the adapters off; batches of a measurement have them."""
     pytest.importorskip("peft")
     settings = {"objective": "RMU:layer=1", "retain_term": "rr", "lora_r": 2, "geffect_every": 1, "max_steps": 1}
@@ -222,14 +222,14 @@ def test_the_effect_of_rmu_with_adapters_has_its_reference(original, tmp_path): 
     assert recorded_steps(tmp_path / "run") == [0, 1]
 
 
-def test_a_run_folder_without_its_model_points_to_its_checkpoint(original, adapter, tmp_path, capsys):  # noqa: F811
+def test_a_run_folder_without_its_model_points_to_its_checkpoint(original, adapter, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     shutil.copytree(adapter / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
     fails(capsys, "did you mean", *geffect(original, tmp_path / "run"))
 
 
 @pytest.fixture
-def with_code(original, tmp_path):  # noqa: F811
+def with_code(original, tmp_path):
     """A model folder that needs the Python files in it."""
     folder = tmp_path / "with-code"
     shutil.copytree(original, folder)
@@ -247,7 +247,7 @@ def with_code(original, tmp_path):  # noqa: F811
     return folder
 
 
-def test_code_of_a_model_is_not_run_unasked(original, with_code, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_code_of_a_model_is_not_run_unasked(original, with_code, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
     for model in (
         {"model": with_code},
@@ -264,7 +264,7 @@ def test_code_of_a_model_is_not_run_unasked(original, with_code, tmp_path, capsy
     fails(capsys, "--trust_remote_code true", "unlearn", *flags(original, tmp_path / "run", model=with_code))
 
 
-def test_code_of_a_model_runs_when_asked(original, with_code, tmp_path):  # noqa: F811
+def test_code_of_a_model_runs_when_asked(original, with_code, tmp_path):
     command = geffect(original, with_code, tmp_path / "out", trust_remote_code="true")
     kept = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers.cli import fails, flags
 from helpers.marks import slow_when
 from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
-from test_cli import fails, flags, original  # noqa: F401
 
 from gfast import cli
 from gfast.files import read_json, readable, write_json
@@ -138,7 +138,7 @@ def test_what_was_mistyped_is_said(capsys, argv, words):
 
 
 @pytest.mark.parametrize("option", ["eval_strategy=steps", "do_eval=true", "do_predict=true", "eval_on_start=true"])
-def test_evaluation_flags_have_no_use(original, tmp_path, capsys, option):  # noqa: F811
+def test_evaluation_flags_have_no_use(original, tmp_path, capsys, option):
     name, _, value = option.partition("=")
     fails(capsys, f"--{name} has no use here", "unlearn", *flags(original, tmp_path / "run", **{name: value}))
     assert not (tmp_path / "run").exists()
@@ -188,7 +188,7 @@ def test_the_nearest_name_is_proposed():
 
 
 def test_runs_of_one_folder_name_are_named_apart(tmp_path, capsys):
-    from test_report import GA_COURSE, MIX_COURSE, write_run
+    from helpers.report_runs import GA_COURSE, MIX_COURSE, write_run
 
     from gfast.report import build_report
     from gfast.report.tables import comparison

@@ -23,7 +23,6 @@ from gfast.data import (
     PreferenceDataset,
     QADataset,
     RefusalDataset,
-    batches,
     bundled_authors,
     check_vocabulary,
     load_jsonl,
@@ -35,7 +34,7 @@ from gfast.data.ids import vocabulary_sizes
 from gfast.data.rows import in_both
 from gfast.files import readable
 from gfast.objectives import Objective
-from gfast.training.batches import ReferenceJoin, needed_from_cache
+from gfast.training.batches import needed_from_cache
 from gfast.training.records import read_run_info
 from gfast.training.reference import ReferenceCache
 
@@ -200,13 +199,6 @@ class Sides:
             progress=True,
             reference=reference,
         )
-
-    def batches(self, data: Any, cache: ReferenceCache | None, samples: int, batch_size: int) -> list[dict[str, Any]]:
-        """The first `samples` items (0: all) as batches that carry what `cache` knows, for a G-effect."""
-        limited = [data[index] for index in range(min(samples or len(data), len(data)))]
-        collator = self.collator if cache is None else ReferenceJoin(self.collator, {"forget": cache})
-        found = batches(limited, collator, batch_size)
-        return found if cache is None else [{**batch, **cache.head} for batch in found]
 
 
 def run_info(command: str, model: str, arguments: DataArguments, rows: Rows, argv: Sequence[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from gfast.files import require_writable, write_json
 from gfast.geffect import ENGINES
 from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
+from gfast.training.along import first_batches
 from gfast.training.batches import needed_from_cache
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.fingerprints import model_fingerprint
@@ -216,10 +217,10 @@ def prepared(
         gc.collect()
         model = load_model(model_arguments).to(device)
         sides.fit(model)
-    found = {"retain": sides.batches(sides.retain, None, 0, batch_size)}
-    found["forget"] = sides.batches(sides.forget, None, 0, batch_size)
+    found = {"retain": first_batches(sides.retain, sides.collator, None, 0, batch_size)}
+    found["forget"] = first_batches(sides.forget, sides.collator, None, 0, batch_size)
     for kind, cache in caches.items():
-        found[kind] = sides.batches(sides.of(kinds[kind][0]), cache, 0, batch_size)
+        found[kind] = first_batches(sides.of(kinds[kind][0]), sides.collator, cache, 0, batch_size)
     return model, found
 
 

@@ -36,8 +36,8 @@ from gfast.errors import NotFinite
 from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
 from gfast.locks import claimed
 from gfast.objectives import Mix
+from gfast.training.along import OWN_DATA, measurements
 from gfast.training.batches import needed_from_cache
-from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.live import measured_live
@@ -47,7 +47,7 @@ from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
 from gfast.training.resume import checkpoint_to_resume
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
-from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
+from gfast.training.trajectory import Trajectory, callbacks_of
 
 # Of TrainingArguments, what decides the course of a run: with these equal it is the same run.
 DECISIVE = (
@@ -326,20 +326,9 @@ def _measurements(
     """The callbacks that measure along the run; all on the same batches."""
     if not config.geffect_every and not config.nll_every:
         return []
-    samples, size = config.geffect_samples, config.per_device_eval_batch_size
-    own = both.forget.key in ("dpo", "po")
-    forget = sides.batches(sides.forget, None if own else references.get("forget"), samples, size)
-    retain = sides.batches(sides.retain, references.get("retain"), samples, size)
-    found: list[Trajectory] = []
-    if config.geffect_every:
-        # Training has just freed its own gradient: the one that norms need takes its place.
-        options: dict[str, Any] = {"norms": True}
-        if own:
-            options["objective_batches"] = sides.batches(sides.of(both.forget), references.get("forget"), samples, size)
-        found.append(GEffectCallback(config.geffect_every, forget, retain, objective, groups=config.groups, **options))
-    if config.nll_every:
-        found.append(NLLCallback(config.nll_every, forget, retain, label=str(objective)))
-    return found
+    own = sides.of(both.forget) if both.forget.key in OWN_DATA else None
+    collators = (sides.collator, sides.collator)
+    return measurements(config, objective, sides.forget, sides.retain, collators, references, own)
 
 
 def _evaluations(along: AlongArguments, data: DataArguments, sides: Sides, config: UnlearnConfig) -> list[Any]:

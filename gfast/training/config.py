@@ -184,6 +184,10 @@ class UnlearnConfig(TrainingArguments):
 
     def _refuse_options_without_effect(self) -> None:
         """What is said of a part that is not asked for, as where alpha is meant to be WGA's."""
+        if self.geffect_samples and not (self.geffect_every or self.nll_every):
+            raise ValueError(
+                f"geffect_samples is {self.geffect_samples}, and has no effect without --geffect_every or --nll_every"
+            )
         parts = (
             ("retain_term", ("alpha",), "; a parameter of the objective is given with it, as in WGA:alpha=0.5"),
             ("weights", ("weights_every", "weights_tau"), ""),

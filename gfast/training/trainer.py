@@ -13,6 +13,7 @@ from transformers import Trainer
 from gfast.data import epoch_callback
 from gfast.locks import claimed
 from gfast.objectives import Objective
+from gfast.training.along import asked_of_trainer
 from gfast.training.config import UnlearnConfig
 from gfast.training.conflict import ConflictWeights, check_conflict
 from gfast.training.loss import GFastLossMixin
@@ -37,11 +38,15 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             with PEFT adapters: the reference is then the model with its adapters off, computed each step where no cache
             is given.
 
+    `geffect_every` and `nll_every` of the arguments measure the first `geffect_samples` items of both sets of a
+    ForgetRetain data set; with other data, or other measurements, give a GEffectCallback or NLLCallback instead.
+
     The loss, its counts, logs and evaluation are those of `GFastLossMixin`; the terms of each step are recorded, runs
     resume, and a folder belongs to one run.
 
     Errors: ValueError for an option or argument of Trainer that would have no effect (compute_metrics,
-    compute_loss_func, torch_compile, ...: gfast.training.options), with what to do instead; ValueError at the first
+    compute_loss_func, torch_compile, ...: gfast.training.options; geffect_every where it is not known what to
+    measure on), with what to do instead; ValueError at the first
     step, before any work, for a batch that lacks what the objective needs.
 
     >>> args = UnlearnConfig("run", objective="GA")    # doctest: +SKIP
@@ -85,6 +90,8 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             groups=args.groups,
             **trainer_arguments,
         )
+        for callback in asked_of_trainer(self, objective):
+            self.add_callback(callback)
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
         if args.weights != "none":
             check_conflict(self.objective.forget, args.weights_tau, args.weights_every)

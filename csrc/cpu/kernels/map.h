@@ -1,8 +1,8 @@
 // The effective logit z' of a logit z: z, scale * z, or softcap * tanh(scale * z / softcap).
 #pragma once
 
+#include "cpu/kernels/exp.h"
 #include "cpu/kernels/rows.h"
-#include "cpu/kernels/vec.h"
 
 namespace gfast {
 namespace GFAST_ISA_NS {

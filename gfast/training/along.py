@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an UnlearnConfig asks to be measured along a training, as callbacks on the first samples of both sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gfast.data import ForgetRetain, ForgetRetainCollator, batches
+from gfast.objectives import Objective
+from gfast.sides import SETS
+from gfast.training.batches import ReferenceJoin, needed_from_cache, without_references
+from gfast.training.callback import GEffectCallback
+from gfast.training.config import UnlearnConfig
+from gfast.training.reference import ReferenceCache
+from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
+
+# Objectives whose forget items are not the forget answers, which the risk is of.
+OWN_DATA = ("dpo", "po")
+
+
+def first_batches(
+    data: Any, collator: Any, cache: ReferenceCache | None, samples: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """The first `samples` items (0: all) as batches that carry what `cache` knows."""
+    limited = [data[index] for index in range(min(samples or len(data), len(data)))]
+    found = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
+    return found if cache is None else [{**batch, **cache.head} for batch in found]
+
+
+def measurements(
+    config: UnlearnConfig,
+    objective: Objective,
+    forget: Any,
+    retain: Any,
+    collators: tuple[Any, Any],
+    references: Mapping[str, ReferenceCache],
+    own: Any = None,
+) -> list[Trajectory]:
+    """The callbacks of `geffect_every` and `nll_every`, all on the same batches.
+
+    Args:
+        forget, retain: data sets of the two sets' answers; `collators` makes their batches.
+        references: what the objective needs of the original model, for `forget` and `retain`.
+        own: the forget data as the objective takes them, where they are other items (DPO's pairs, PO's refusals); the
+            reference of the forget set is then theirs.
+    """
+    samples, size = config.geffect_samples, config.per_device_eval_batch_size
+    cache = references.get("forget")
+    asked = first_batches(forget, collators[0], cache if own is None else None, samples, size)
+    kept = first_batches(retain, collators[1], references.get("retain"), samples, size)
+    found: list[Trajectory] = []
+    if config.geffect_every:
+        # Training has just freed its own gradient: the one that norms need takes its place.
+        options: dict[str, Any] = {"norms": True, "groups": config.groups}
+        if own is not None:
+            options["objective_batches"] = first_batches(own, collators[0], cache, samples, size)
+        found.append(GEffectCallback(config.geffect_every, asked, kept, objective, **options))
+    if config.nll_every:
+        found.append(NLLCallback(config.nll_every, asked, kept, label=str(objective)))
+    return found
+
+
+def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
+    """The callbacks that the configuration of an UnlearnTrainer asks for, and that it was not given.
+
+    Raises ValueError where its data do not say what to measure on.
+    """
+    config: UnlearnConfig = trainer.args
+    given = [one for one in callbacks_of(trainer) if isinstance(one, Trajectory)]
+    asked = {GEffectCallback: config.geffect_every, NLLCallback: config.nll_every}
+    missing = [kind for kind, every in asked.items() if every and not any(isinstance(one, kind) for one in given)]
+    if not missing or trainer.train_dataset is None:
+        return []
+    data, collator, both = trainer.train_dataset, without_references(trainer.data_collator), trainer.objective
+    usual = isinstance(data, ForgetRetain) and isinstance(collator, ForgetRetainCollator)
+    if given or not usual or both.forget.key in OWN_DATA:
+        name, more = ("geffect_every", ", objective") if missing[0] is GEffectCallback else ("nll_every", "")
+        why = (
+            f"{type(given[0]).__name__} has batches of its own"
+            if given
+            else f"{both.forget} is trained on other items than the answers to forget"
+            if usual
+            else "the training data are no ForgetRetain with a ForgetRetainCollator (gfast.data)"
+        )
+        raise ValueError(
+            f"{name} is {asked[missing[0]]}, and it is not known what to measure on: {why}. Leave {name} out and pass "
+            f"callbacks=[{missing[0].__name__}({asked[missing[0]]}, forget_batches, retain_batches{more})]"
+        )
+    collators, references = (collator.forget, collator.retain), dict(trainer.references)
+    for side, items, term, collate in zip(
+        SETS, (data.forget, data.retain), (both.forget, both.retain), collators, strict=True
+    ):
+        if term is not None and needed_from_cache(term) == {"logp"} and side not in references:
+            # Of adapters: a step finds their original by itself, a measurement is given it.
+            samples = config.geffect_samples or len(items)
+            limited = [items[index] for index in range(min(samples, len(items)))]
+            options = dict(batch_size=config.per_device_eval_batch_size, reference=config.reference)
+            references[side] = ReferenceCache.build(trainer.model, limited, collate, what={"logp"}, **options)
+    return measurements(config, objective, data.forget, data.retain, collators, references)

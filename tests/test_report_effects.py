@@ -1,0 +1,77 @@
+"""The report's figures of samples and tokens."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.report_runs import GA_COURSE, write_run
+
+from gfast.files import write_json
+from gfast.geffect import TokenEffect
+from gfast.report import build_report
+from gfast.report.effects import WEIGHT_RANGES, weighted_samples
+from gfast.report.effects import _in as in_range
+from gfast.report.figures import drawings
+from gfast.report.runs import load_runs
+from gfast.report.style import LIGHT
+from gfast.training.records import effect_file, token_texts_file
+
+
+def effects_of_words(seed: int, scale: float) -> TokenEffect:
+    rng = torch.Generator().manual_seed(seed)
+
+    def random() -> list[torch.Tensor]:
+        return [torch.randn(len(text), generator=rng, dtype=torch.float64) for text in WORDS]
+
+    sides = ({"embed": random(), "deep": random()} for _ in range(2))
+    ref = [-value.abs() for value in random()]
+    norms = {side: {"embed": 1.0, "deep": 1.0} for side in ("unlearn", "retain")}
+    places = [torch.arange(len(text)) + 4 for text in WORDS]
+    return TokenEffect(*sides, [one * scale for one in ref], places, places, norms, ref)
+
+
+WORDS = [["Her", " name", " is", " <b>Ana</b>", "."], ["No", "\n"], []]
+
+
+@pytest.fixture
+def with_effects(tmp_path):
+    """An NPO run with effects of samples and tokens at three steps; at step 0 the model is its own reference."""
+    run = write_run(tmp_path / "npo", "NPO(beta=0.1) + KL()", GA_COURSE)
+    for step, scale in ((0, 1.0), (5, 20.0), (10, 400.0)):
+        tokens = effects_of_words(step, scale)
+        tokens.to_parquet(effect_file(run, "token", step))
+        tokens.samples().to_parquet(effect_file(run, "sample", step))
+    texts = [{"question": f"Who is {i}?", "pieces": pieces} for i, pieces in enumerate(WORDS)]
+    write_json(token_texts_file(run), {"samples": texts})
+    return run
+
+
+def test_weights_of_samples_follow_the_objective(with_effects):
+    (run,) = load_runs([with_effects])
+    found = weighted_samples(run)
+    assert [step for step, *_ in found] == [0, 5, 10]
+    assert found[0][1].tolist() == [1.0, 1.0]  # NPO on the original model; the answer without a word is left out
+    for step, weight, unlearn, _ in found:
+        tokens = dict(run.effects("token"))[step]
+        for s in range(2):
+            ratio = float(tokens.logp[s].sum() - tokens.ref_logp[s].sum())
+            assert weight[s] == pytest.approx(2 / (1 + np.exp(-0.1 * ratio)))
+            assert unlearn[s] == pytest.approx(float(tokens.total("unlearn")[s].sum()))
+
+
+def test_every_weight_falls_into_one_range():
+    weights = np.array([0.0, 0.25, 0.6, 0.75, 0.99, 1.0, 1.0001, 2.0])
+    assert sum(in_range(weights, limits).astype(int) for limits in WEIGHT_RANGES).tolist() == [1] * 8
+
+
+def test_figures_of_samples_and_tokens(with_effects, tmp_path):
+    names = [drawing.name for drawing in drawings(load_runs([with_effects]))]
+    assert names[-2:] == ["samples", "tokens"]
+    page = build_report([with_effects], tmp_path / "report").read_text()
+    assert "Tokens: where an objective spends its damage" in page
+    tokens = next(drawing for drawing in drawings(load_runs([with_effects])) if drawing.name == "tokens")
+    figure = tokens.draw(load_runs([with_effects]), LIGHT)
+    written = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert [piece in written for piece in ("Her", "name", "<b>Ana</b>", "⏎", "Who is 0?")] == [True] * 5
+    assert "Who is 2?" not in written  # nothing labelled, nothing to show
+    sizes = {text.get_text(): text.get_fontsize() for ax in figure.axes for text in ax.texts}
+    assert sizes["Her"] == sizes["name"]  # NPO gives every token of an answer the same weight
