@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from helpers import architectures
+from helpers.marks import slow_when
 from torch import nn
 
 import gfast
@@ -274,14 +273,17 @@ def test_unwrap_name(name, plain):
     assert wrappers.unwrap_name(name) == plain
 
 
-def test_compiled_and_data_parallel_wrappers():
+@slow_when(lambda p: p.kind == "compiled")
+@pytest.mark.parametrize("kind", ["compiled", "data parallel", "both"])
+def test_compiled_and_data_parallel_wrappers(kind):
     model, batch = make("llama"), make_batch()
     units = hf.parameter_units(model)
-    compiled = functools.partial(torch.compile, backend="aot_eager")  # test_inductor.py compiles to the end
-    for wrapped in (compiled(model), nn.DataParallel(model), compiled(nn.DataParallel(model))):
-        assert hf.decoder(wrapped) is model.model
-        assert {wrappers.unwrap_name(name): unit for name, unit in hf.parameter_units(wrapped).items()} == units
-        torch.testing.assert_close(gfast.model_logp(wrapped, batch), gfast.model_logp(model, batch))
+    wrapped = model if kind == "compiled" else nn.DataParallel(model)
+    if kind != "data parallel":
+        wrapped = torch.compile(wrapped, backend="aot_eager")  # test_inductor.py compiles to the end
+    assert hf.decoder(wrapped) is model.model
+    assert {wrappers.unwrap_name(name): unit for name, unit in hf.parameter_units(wrapped).items()} == units
+    torch.testing.assert_close(gfast.model_logp(wrapped, batch), gfast.model_logp(model, batch))
 
 
 def test_activation_checkpoint_wrapper():

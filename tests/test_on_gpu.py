@@ -91,6 +91,7 @@ def test_benchmarks_are_called_with_what_they_know(bench):
     assert seen > 20
 
 
+@pytest.mark.slow
 def test_tests_of_kernels_exist(bench):
     ids = list(bench("gpu_plan").KERNELS.values())
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *ids]

@@ -135,6 +135,7 @@ def test_a_loss_scale_reaches_fp16_gradients(objective, impl, inplace):
     assert_law_of_draws(draws, torch.float16, impl)
 
 
+@slow_when(lambda p: p.impl == "triton" and p.near == 1.0)
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("near", [1.0, 1e-2])
 def test_a_loss_scale_reaches_fp16_gradients_of_kl(impl, near):

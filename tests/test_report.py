@@ -170,7 +170,13 @@ def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
     assert [one["matched"] for one in json.loads((tmp_path / "two" / "table.json").read_text())] == [None, None]
 
 
-def test_what_evaluations_say_at_equal_forgetting(tmp_path):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without figures, which take longer than all that is said."""
+    monkeypatch.setattr("gfast.report.html.drawings", lambda runs: [])
+
+
+def test_what_evaluations_say_at_equal_forgetting(tmp_path, undrawn):
     """Interpolated between the evaluated steps, which need not be those where the NLL was measured."""
     courses = {"a": ("GA()", GA_COURSE), "b": ("NPO(beta=0.1)", MIX_COURSE)}
     runs = [write_run(tmp_path / name, *course) for name, course in courses.items()]
@@ -196,7 +202,7 @@ def test_what_evaluations_say_at_equal_forgetting(tmp_path):
 @pytest.mark.parametrize(
     "other", [{"data_sha256": {"the forget set (b)": "2"}}, {"config": {"geffect_samples": 8}}], ids=str
 )
-def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other):
+def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other, undrawn):
     same = {"data_sha256": {"the forget set (a)": "1"}, "config": {"geffect_samples": 0}}
     apart = MIX_COURSE | {0: (-4.0, 2.0, 0.2, 0.12)}
     kinds = {

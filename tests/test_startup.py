@@ -72,6 +72,7 @@ del sys.modules["peft"]
     assert loaded(code, tmp_path) <= FLAGS
 
 
+@pytest.mark.slow
 def test_the_flags_of_a_training_load_no_more_than_transformers_own(tmp_path):
     bare = loaded("from transformers import TrainingArguments", tmp_path)
     assert loaded("import gfast.commands.unlearn", tmp_path) <= bare

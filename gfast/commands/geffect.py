@@ -35,8 +35,7 @@ from gfast.files import require_writable, write_json
 from gfast.geffect import ENGINES
 from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
-from gfast.training.along import first_batches
-from gfast.training.batches import needed_from_cache
+from gfast.training.batches import first_batches, needed_from_cache
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.processes import together

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gfast.data import ForgetRetain, ForgetRetainCollator, batches
+from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.objectives import Objective
 from gfast.sides import SETS
-from gfast.training.batches import ReferenceJoin, needed_from_cache, without_references
+from gfast.training.batches import first_batches, needed_from_cache, without_references
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
 from gfast.training.reference import ReferenceCache
@@ -17,15 +17,6 @@ from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 
 # Objectives whose forget items are not the forget answers, which the risk is of.
 OWN_DATA = ("dpo", "po")
-
-
-def first_batches(
-    data: Any, collator: Any, cache: ReferenceCache | None, samples: int, batch_size: int
-) -> list[dict[str, Any]]:
-    """The first `samples` items (0: all) as batches that carry what `cache` knows."""
-    limited = [data[index] for index in range(min(samples or len(data), len(data)))]
-    found = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
-    return found if cache is None else [{**batch, **cache.head} for batch in found]
 
 
 def measurements(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from gfast import packed, peft_models
+from gfast.data import batches
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
@@ -116,6 +117,15 @@ def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Calla
     while isinstance(collator, (ReferenceJoin, DealtByRows)):
         collator = collator.collator
     return collator
+
+
+def first_batches(
+    data: Any, collator: Any, cache: ReferenceCache | None, samples: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """The first `samples` items (0: all) as batches that carry what `cache` knows."""
+    limited = [data[index] for index in range(min(samples or len(data), len(data)))]
+    found = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
+    return found if cache is None else [{**batch, **cache.head} for batch in found]
 
 
 def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
