@@ -72,8 +72,8 @@ def model_loss(
             ``gfast.objectives.soft``) know only their mean over positions and refuse another reduction.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
-            else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
-            the original, although the adapters are not zero. "adapter:NAME": the model with the adapter of that name in
+            else is trained too, or the adapters are not zero when they are first seen, or seen first after weights have
+            been loaded into the model. "base" says that the base is the original, although they are not zero. "adapter:NAME": the model with the adapter of that name in
             place of the active one; it must be frozen (TRL keeps a copy named "ref").
         own_terms: this times what the model adds to the cross-entropy in its own loss is added; 1 is its own factor.
 

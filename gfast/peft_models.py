@@ -29,6 +29,14 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return () if peft is None else tuple(sorted(peft.active_adapters))
 
 
+def base_module(model: nn.Module) -> nn.Module | None:
+    """What the adapters are put into; None for a model without."""
+    peft = _peft_of(model)
+    if peft is None:
+        return None
+    return peft.get_base_model() if hasattr(peft, "get_base_model") else peft.model
+
+
 def adapter_prefix(model: nn.Module) -> str | None:
     """What the names of the adapters' own parameters contain; None for a model without adapters."""
     peft = _peft_of(model)
@@ -40,6 +48,16 @@ def own_loss_of_adapters(model: nn.Module) -> str | None:
     peft = _peft_of(model)
     kinds = {} if peft is None else {str(getattr(c, "peft_type", "")) for c in peft.peft_config.values()}
     return "AdaLoRA's orthogonal regularisation" if any("ADALORA" in kind for kind in kinds) else None
+
+
+def round_at_zero(model: nn.Module) -> bool:
+    """Whether adapters of the model change its numbers by rounding while they are zero: DoRA's norms, rotations."""
+    peft = _peft_of(model)
+    configs = {} if peft is None else peft.peft_config
+    exact = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "LN_TUNING")
+    kinds = [str(getattr(one, "peft_type", "")).rpartition(".")[2] for one in configs.values()]
+    dora = any(getattr(one, "use_dora", False) for one in configs.values())
+    return dora or any(kind not in exact for kind in kinds)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ class ReferenceCache:
         what = checked(what, layer)
         check_reference_name(reference)
         adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
-        if reference not in ("auto", "adapted"):
+        if reference != "adapted":
             peft_models.refuse_inner_adapters(model)
         if adapter_name(reference) is not None:
             peft_models.check_frozen_adapter(model, adapter_name(reference))

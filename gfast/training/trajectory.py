@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import distributed, nn
 from transformers import TrainerCallback
 
-from gfast import peft_models
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
@@ -53,10 +52,6 @@ class Trajectory(TrainerCallback):
     ) -> None:
         # A fresh start is always measured: what the folder holds for step 0 may be of another model.
         step = state.global_step
-        if step > 0 and peft_models.is_adapted(model):
-            from gfast.original import declare_base_original
-
-            declare_base_original(model)  # adapters are not zero any more: they were when the run began
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._timed(args, state, model)
 
