@@ -103,7 +103,7 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
 
 
 def _distance_from_base(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """By how much the log-prob of a label differs with the adapters off, in the mean; 0 where that is rounding alone."""
+    """By how much the mean log-prob of a label differs with the adapters off; 0 where that is rounding alone."""
     with torch.no_grad(), evaluating(model):
         adapted = model_logp(model, batch)
         with peft_models.adapters_off(model):
