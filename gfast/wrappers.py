@@ -8,9 +8,10 @@ parameters are compared without prefixes, and what cannot be done through a wrap
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -227,6 +228,40 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
     from accelerate.utils import get_mixed_precision_context_manager
 
     return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+
+
+@contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """The model without the mixed precision that Accelerate has put around its forward: as it is saved, and as it
+    computes when it is loaded again. FSDP's stays, which casts the weights themselves.
+    """
+    around = []
+    for module in chain(model):
+        forward = vars(module).get("forward")
+        if type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
+            around.append((module, forward))
+    if around and has_fsdp(model):
+        _log_mixed_precision()
+        around = []
+    try:
+        for module, _ in around:
+            own = module._original_forward
+            if getattr(own, "__func__", own) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = own
+        yield
+    finally:
+        for module, forward in around:
+            module.forward = forward
+
+
+@functools.cache
+def _log_mixed_precision() -> None:
+    logging.getLogger("gfast").warning(
+        "gfast: what is measured along this training is in FSDP's mixed precision, and differs by its rounding from "
+        "what the saved model gives"
+    )
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import distributed, nn
 from transformers import TrainerCallback
 
+from gfast import wrappers
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
@@ -29,7 +30,9 @@ Batches = Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]
 class Trajectory(TrainerCallback):
     """The base of what is measured before training, every so many steps and after the last one, and recorded at once.
 
-    A subclass measures in `_measure`, and names in `quantity` what its rows in the records are known by.
+    What is measured is the model as it is saved: in the precision of its own weights, without the Trainer's mixed
+    precision (bf16, fp16), in which a small effect can be off by half. A subclass measures in `_measure`, and names in
+    `quantity` what its rows in the records are known by.
     """
 
     quantity: ClassVar[str]
@@ -94,7 +97,8 @@ class Trajectory(TrainerCallback):
 
     def _timed(self, args: Any, state: Any, model: nn.Module) -> None:
         started = time.perf_counter()
-        self._measure(args, state, model)
+        with wrappers.own_precision(model):
+            self._measure(args, state, model)
         self.seconds += time.perf_counter() - started
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
