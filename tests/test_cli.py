@@ -331,8 +331,39 @@ def test_a_reference_of_another_model_is_refused(original, tmp_path, capsys):
     fails(capsys, "for other data", "unlearn", *flags(original, tmp_path / "c", **settings, max_forget=3))
 
 
+SORTED = (
+    {"train_sampling_strategy": "group_by_length"}
+    if hasattr(UnlearnConfig, "train_sampling_strategy")
+    else {"group_by_length": True}
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SORTED, "group_by_length"),
+        ({"joint_forward": True, "own_loss_terms": True}, "joint_forward has no use here"),
+        ({"joint_forward": True, "geffect_live": True}, "joint_forward has no use here"),
+        ({"weights": "retain_conflict", "weights_tau": -1.0}, "weights_tau -1"),
+        ({"geffect_live": True, "alpha": 0.0}, "gamma or alpha is 0"),
+        ({"geffect_live_unlearn": True, "objective": "DPO"}, "leave geffect_live_unlearn out"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_is_said_before_any_work(original, tmp_path, capsys, monkeypatch, options, words):
+    """Before the model is loaded and the reference of all of the data is computed."""
+    from gfast.commands import unlearn
+
+    monkeypatch.setattr(unlearn, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    given = {"objective": "NPO", "retain_term": "nll", "max_steps": 1} | options
+    fails(capsys, words, "unlearn", *flags(original, tmp_path / "run", **given))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, capsys, monkeypatch):
+    from gfast.training.clock import Clock
     from gfast.training.terms import RecordTerms
+    from gfast.training.trajectory import callbacks_of, calling_trainer
 
     out, record = tmp_path / "run", RecordTerms.on_step_end
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "geffect_every": 2, "retain_term": "nll"}
@@ -340,6 +371,9 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
 
     def interrupted(self, args, state, control, **kwargs):
         record(self, args, state, control, **kwargs)
+        if state.global_step == 1:  # as if it had taken so long until then
+            (clock,) = [one for one in callbacks_of(calling_trainer()) if isinstance(one, Clock)]
+            clock.before, clock.measuring_before = 1000.0, 100.0
         if state.global_step == 3:
             raise KeyboardInterrupt
 
@@ -360,6 +394,9 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     loss, right = (read_json(run / "result.json")["train_loss"] for run in (out, whole))  # of all steps, not the last's
     steps = expected[expected["quantity"] == "loss"]["value"]
     assert loss == pytest.approx(right, rel=1e-4) and right == pytest.approx(steps.mean(), rel=1e-4)
+    result, other = (read_json(run / "result.json") for run in (out, whole))
+    assert 1000 < result["seconds"] < 1500 and 100 < result["measuring_seconds"] < 200  # of both starts
+    assert 0 < other["measuring_seconds"] < other["seconds"] < 500
 
 
 def test_debug_shows_the_traceback(original, tmp_path):

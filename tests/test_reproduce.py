@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from gfast import cli, metrics
 from gfast.evaluation import Evaluation, encoded
 from gfast.evaluation.results import summarize
-from gfast.files import read_json
+from gfast.files import read_json, write_json
 from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.recipe import load_recipe
@@ -266,7 +266,14 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
     small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[ga]"]
     assert cli.main(["reproduce", str(recipe), "--out", str(tmp_path), *small]) == 130
     assert not (tmp_path / "study.html").exists()
+    (record,) = [
+        one for path in (tmp_path / "steps").glob("*.json") if (one := read_json(path)).get("finished") is False
+    ]
+    (path,) = [path for path in (tmp_path / "steps").glob("*.json") if read_json(path) == record]
+    assert record["seconds"] > 0
+    write_json(path, record | {"seconds": 1000.0})  # as if it had been broken off after so long
     assert reproduce(recipe, "--out", tmp_path, *small) == 0
+    assert 1000 < read_json(path)["seconds"] < 1500
     assert calls.count(calls[0]) == 1 and calls.count(calls[3]) == 2
     ours, theirs = (read_json(folder / "tables.json")["objectives"] for folder in (tmp_path, out))
     for one, other in zip(ours, theirs, strict=False):

@@ -24,7 +24,7 @@ class KnownOriginal(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"known": self.known}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state()) if state.global_step else {}
         self.known = bool(saved.get("attributes", {}).get("known")) or is_base_original(model)
         self._declare(model)
 
