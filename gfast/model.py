@@ -117,7 +117,9 @@ def model_loss(
         return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
 
     if isinstance(objective, (RMU, RR)):  # whose hooks see nothing of compiled code
-        model = wrappers.uncompiled(model)
+        plain = wrappers.uncompiled(model)
+        wrappers.refuse_hooks_around(model, plain)
+        model = plain
     return wrappers.inside(model, loss)
 
 

@@ -94,10 +94,68 @@ def inside(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
     try:
         for table in places:
             table[key] = call
-        return model()
+        with _hooks_within(model, module):
+            return model()
     finally:
         for table in places:
             table[key] = module
+
+
+@contextmanager
+def _hooks_within(wrapper: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Forward hooks that somebody has put on a wrapper see what its module is given and answers, and may change it, as
+    in any other call of the wrapper; they would see the loss.
+    """
+    handles, kept = [], []
+    for table in (wrapper._forward_pre_hooks, wrapper._forward_hooks):
+        kept.append((table, table.copy()))
+        own = {key: hook for key, hook in table.items() if _foreign(hook)}
+        for key in own:
+            del table[key]
+        # around the module's own hooks: before what comes before its forward, and after what comes after it
+        if table is wrapper._forward_pre_hooks:
+            for key, hook in reversed(own.items()):
+                options = dict(prepend=True, with_kwargs=key in wrapper._forward_pre_hooks_with_kwargs)
+                handles.append(module.register_forward_pre_hook(_of(wrapper, hook), **options))
+        else:
+            for key, hook in own.items():
+                options = dict(
+                    with_kwargs=key in wrapper._forward_hooks_with_kwargs,
+                    always_call=key in wrapper._forward_hooks_always_called,
+                )
+                handles.append(module.register_forward_hook(_of(wrapper, hook), **options))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for table, before in kept:
+            table.clear()
+            table.update(before)
+
+
+def _of(wrapper: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _, *rest: hook(wrapper, *rest)
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is none of the libraries' whose wrappers these are."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or "").partition(".")[0] not in _WRAPPERS_OF
+
+
+def refuse_hooks_around(model: nn.Module, inner: nn.Module) -> None:
+    """ValueError for hooks on what is around a module that runs alone."""
+    for module in chain(model):
+        if module is inner:
+            return
+        if any(
+            _foreign(hook) for table in (module._forward_pre_hooks, module._forward_hooks) for hook in table.values()
+        ):
+            raise ValueError(
+                f"gfast: a forward hook is on the {type(module).__name__} around the model, and what is inside runs "
+                f"alone, so that the hook would not: register it on the {type(inner).__name__} inside"
+            )
 
 
 class _Call(nn.Module):
