@@ -217,6 +217,22 @@ def test_a_lightly_taught_adapter_of_a_16_bit_model_is_no_rounding():
     gfast.model_loss(fresh, batch, NPO())
 
 
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "orthogonal"}], ids=str
+)
+def test_fresh_adapters_of_a_16_bit_model_add_nothing(options):
+    from helpers.training_tiny import collator, datasets, tiny_model
+
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM", **options)
+    try:
+        model = peft.get_peft_model(tiny_model().to(torch.bfloat16), config)
+    except ValueError:
+        pytest.skip("this version of PEFT has no such adapters")
+    loss = gfast.model_loss(model, collator()([datasets()[0][0]]), NPO(), reference="auto").loss
+    assert loss.item() == pytest.approx(13.8629, rel=2e-2)
+
+
 @pytest.mark.parametrize("objective", ["GA", "NPO"])
 def test_a_checkpoint_tells_whether_the_base_was_the_original(objective, tmp_path):
     """A run by GA never looked: that its adapters are not zero may be what they had learned before it."""
