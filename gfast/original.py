@@ -89,9 +89,12 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
     peft_models.check_base_is_original(model)
     if reference == "base":
         declare_base_original(model)
-    if is_base_original(model) or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
-        return  # without a label nothing is asked of the original, nor seen of the adapters
-    apart = _distance_from_base(model, batch)
+    if is_base_original(model):
+        return
+    looked_at = _with_labels(batch)
+    if not bool((looked_at["labels"][:, 1:] != IGNORE_INDEX).any()):
+        return  # nothing is asked of the original, nor seen of the adapters
+    apart = _distance_from_base(model, looked_at)
     if not apart == 0:
         raise ValueError(
             f"gfast: this model's adapters are not zero (its log-probs differ by {apart:.3g} a token from those of the "
@@ -102,17 +105,27 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
     declare_base_original(model)
 
 
+def _with_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch to look at adapters with: all of its tokens where it has no labels (other processes look too)."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+        return batch
+    padding = torch.zeros_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask == 0
+    return {**batch, "labels": ids.masked_fill(padding, IGNORE_INDEX)}
+
+
 def _distance_from_base(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """By how much the mean log-prob of a label differs with the adapters off; 0 where that is rounding alone."""
+    rounds = peft_models.round_at_zero(model)
     with torch.no_grad(), evaluating(model):
         adapted = model_logp(model, batch)
         with peft_models.adapters_off(model):
             base = model_logp(model, batch)
-            again = base if torch.equal(adapted, base) else model_logp(model, batch)
+            again = base if rounds or torch.equal(adapted, base) else model_logp(model, batch)
     apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     # Adapters that are zero add nothing: only where they divide by a norm, or the model never answers the same to the
     # bit, is a small difference no sign of what they have learned.
-    if not peft_models.round_at_zero(model) and torch.equal(base, again):
+    if not rounds and torch.equal(base, again):
         return apart
     narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
     return 0.0 if apart <= (2e-2 if narrowest < 4 else 1e-4 if narrowest == 4 else 1e-7) else apart

@@ -188,15 +188,19 @@ def test_taught_adapters_in_the_place_of_fresh_ones_are_looked_at_again(how, tmp
     gfast.model_loss(model, batch, NPO())
 
 
-def test_a_batch_without_labels_says_nothing_of_adapters():
+def test_of_a_batch_without_labels_all_tokens_are_looked_at():
     from helpers.training_tiny import collator, datasets
 
     model, _ = taught_adapters(pytest.importorskip("peft"))
     batch = collator()([datasets()[0][0]])
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    for one in (empty, batch):
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            gfast.model_loss(model, one, NPO())
+    start(model, 0.0)
     assert float(gfast.model_loss(model, empty, NPO(), reduction="sum").loss) == 0
-    with pytest.raises(ValueError, match="adapters are not zero"):
-        gfast.model_loss(model, batch, NPO())
+    start(model, 0.5)
+    assert float(gfast.model_loss(model, batch, NPO()).loss) != 0  # which were zero
 
 
 def test_a_lightly_taught_adapter_of_a_16_bit_model_is_no_rounding():
