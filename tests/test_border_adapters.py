@@ -14,7 +14,7 @@ import gfast
 from gfast import model_state, peft_models
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import model_output
-from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA
+from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA, Mix
 
 
 @pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])
@@ -258,6 +258,35 @@ def test_a_checkpoint_tells_whether_the_base_was_the_original(objective, tmp_pat
             trained(fresh(), "NPO", 2, resume=True)
     else:
         trained(fresh(), "NPO", 2, resume=True)
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_effects_of_a_resumed_run_know_the_original_if_they_were_there_at_its_start(began, tmp_path):
+    """In any Trainer: a callback that comes later has not seen what the adapters were."""
+    from helpers.training_tiny import collator, datasets
+    from transformers import Trainer, TrainingArguments
+
+    _, fresh = taught_adapters(pytest.importorskip("peft"))
+    (forget, retain), collate = datasets(), collator()
+    batch, kept = collate([forget[0]]), collate([retain[0]])
+
+    def trained(steps, measured, resume=None):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, use_cpu=True, save_steps=1, disable_tqdm=True, remove_unused_columns=False,
+            report_to=[], learning_rate=0.1,
+        )  # fmt: skip
+        callbacks = [gfast.GEffectCallback(1, [batch], [kept], Mix(NLL(), KL()))] if measured else []
+        plain = lambda items: {key: value for key, value in collate(items).items() if key != "sample_id"}  # noqa: E731
+        Trainer(fresh(), args, train_dataset=forget, data_collator=plain, callbacks=callbacks).train(
+            resume_from_checkpoint=resume
+        )
+
+    trained(1, began)
+    if began:
+        trained(2, True, resume=True)
+    else:
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            trained(2, True, resume=True)
 
 
 @pytest.mark.parametrize("reference", ["auto", "base", "adapted"])
