@@ -370,7 +370,7 @@ def test_flags_are_checked_before_any_work(finished, tmp_path, capsys):
 DIVERGES = {  # what sees it -> changes of the recipe, the step, and what is said
     "an effect": (["unlearn.nll_every=0"], 2, "NLL() is nan on batch 0 of the forget data"),
     "the records": (["unlearn.geffect_every=0", "grid=null"], 1, "the NLL of the retain set is nan"),
-    "the evaluation": (["unlearn.geffect_every=0", "grid=null"], 4, "the NLL of answer 0 of row "),
+    "the evaluation": (["unlearn.geffect_every=0", "grid=null"], 4, "the NLL of answer 1 of row "),
 }
 
 

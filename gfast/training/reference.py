@@ -191,7 +191,8 @@ class ReferenceCache:
             reference: what the original is, of a model with PEFT adapters. "adapted": the model as it is, adapters on.
                 "base": the model with its adapters off. "auto": the same, refused where the base is not provably the
                 original: where something else is trained too, the adapters' initialisation rewrote the base (PiSSA,
-                OLoRA, CorDA, LoftQ), or the adapters are not zero, or transformers' own, which gfast cannot switch off. "adapter:NAME": the model with that adapter, which
+                OLoRA, CorDA, LoftQ), or the adapters are not zero, or transformers' own, which gfast cannot switch
+                off. "adapter:NAME": the model with that adapter, which
                 is frozen, in place of the active one.
 
         Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
