@@ -199,6 +199,11 @@ def follow(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     return func(*tree_map(_real, args), **tree_map(_real, kwargs))
 
 
+def real_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a function with the logits themselves in the place of deferred ones."""
+    return tree_map(_real, args), tree_map(_real, kwargs)
+
+
 def holds_deferred(values: Any) -> bool:
     """Is any of the arguments of a function, or an item of one, deferred logits?"""
     return any(isinstance(v, DeferredLogits) or (type(v) in (tuple, list) and holds_deferred(v)) for v in values)

@@ -13,6 +13,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from gfast import peft_models, sharded, structure, wrappers
 from gfast.deferred import WITHOUT_GRADIENTS, DeferredLogits, deferred
 from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
+from gfast.own_terms import WithoutCrossEntropy
 from gfast.wrappers import unwrap
 
 _log = logging.getLogger("gfast")
@@ -218,7 +220,11 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     if own_terms:
         given["labels"] = batch["labels"]
     left_out: list[DeferredLogits] = []
-    with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why:
+    inner = unwrap(model)
+    without = (
+        WithoutCrossEntropy(batch["labels"], _place_of_cross_entropy.get(inner, 0)) if own_terms else nullcontext()
+    )
+    with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why, without:
         out = called(model, given)
     if WITHOUT_GRADIENTS in why and torch.is_grad_enabled():
         # what was computed there would have no gradient: from now on the model's own logits, this once by a second call
@@ -255,12 +261,21 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         return Answer(found, None)
     loss = out[0] if isinstance(out, tuple) else out["loss"]
     if not left_out:  # the model computed the cross-entropy with the others
-        target = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
-        rows = (found.real() if isinstance(found, DeferredLogits) else found).flatten(0, 1)
-        loss = loss - nn.functional.cross_entropy(rows.float() if rows.dtype.itemsize < 4 else rows, target)
+        place = without.place_of(found.real() if isinstance(found, DeferredLogits) else found)
+        if place is None:
+            raise ValueError(
+                f"gfast: own_terms: the own loss of {type(inner).__name__} has no torch.nn.functional.cross_entropy of "
+                f"its logits and the batch's labels, shifted by one, that its other terms could be told from (it is "
+                f"of other labels, or computed in another way): leave own_terms out, and add those terms yourself"
+            )
+        if place != without.which:  # that of an early exit, which the model computes first, was taken out
+            _place_of_cross_entropy[inner] = place
+            return answer(model, batch, defer, own_terms)
     return Answer(found, loss)
 
 
+# Which of those in its own loss is that of its logits, where it is not the first.
+_place_of_cross_entropy: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _several_cross_entropies: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those in whose loss there are
 _looked_at_without_gradients: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their logits, by hooks of theirs
 

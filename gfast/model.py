@@ -72,10 +72,12 @@ def model_loss(
             ``gfast.objectives.soft``) know only their mean over positions and refuse another reduction.
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
-            else is trained too, or the adapters are not zero when they are first seen. "base" says that the base is
-            the original, although the adapters are not zero. "adapter:NAME": the model with the adapter of that name in
-            place of the active one; it must be frozen (TRL keeps a copy named "ref").
-        own_terms: this times what the model adds to the cross-entropy in its own loss is added; 1 is its own factor.
+            else is trained too, or the adapters are not zero when they are first seen, or seen first after weights have
+            been loaded into the model. "base" says that the base is the original, although they are not zero.
+            "adapter:NAME": the model with the adapter of that name in place of the active one; it must be frozen (TRL
+            keeps a copy named "ref").
+        own_terms: this times what the model's own loss is without the cross-entropy of the labels (whatever factor that
+            has in it) is added; 1 is its own factor. A loss that has none by PyTorch's function is refused.
 
     Returns:
         LossOutput; logp and weight are [B, T] aligned with labels, and None for objectives without token weights.
@@ -115,7 +117,9 @@ def model_loss(
         return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
 
     if isinstance(objective, (RMU, RR)):  # whose hooks see nothing of compiled code
-        model = wrappers.uncompiled(model)
+        plain = wrappers.uncompiled(model)
+        wrappers.refuse_hooks_around(model, plain)
+        model = plain
     return wrappers.inside(model, loss)
 
 

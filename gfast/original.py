@@ -22,13 +22,28 @@ REFERENCE_KEYS = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hid
 REFERENCES = ("auto", "base", "adapted")
 # Of models, the adapters that were active, and zero, when first seen, or whose base was said to be the original.
 _base_is_original: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def declare_base_original(model: nn.Module) -> None:
     """From now on the base of this model with the adapters that are active is the original, although they are not zero:
-    as in a run that goes on from a checkpoint.
+    as in a run that goes on from a checkpoint. Until weights are loaded into it, which may have learned anything.
     """
     _base_is_original.setdefault(wrappers.measured(model), set()).add(peft_models.active_adapters(model))
+    inner = peft_models.base_module(model)
+    if inner is not None and inner not in _watched:  # whatever loads weights comes by it
+        _watched.add(inner)
+        inner.register_load_state_dict_post_hook(_forget_original)
+
+
+def is_base_original(model: nn.Module) -> bool:
+    """Whether it is known that the base is the original, whatever the adapters that are active have become."""
+    return peft_models.active_adapters(model) in _base_is_original.get(wrappers.measured(model), ())
+
+
+def _forget_original(inner: nn.Module, _: Any) -> None:
+    for model in [one for one in _base_is_original if peft_models.base_module(one) is inner]:
+        del _base_is_original[model]
 
 
 @contextmanager
@@ -74,17 +89,13 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
     peft_models.check_base_is_original(model)
     if reference == "base":
         declare_base_original(model)
-    if peft_models.active_adapters(model) in _base_is_original.get(wrappers.measured(model), ()):
+    if is_base_original(model):
         return
-    with torch.no_grad(), evaluating(model):
-        adapted = model_logp(model, batch)
-        with peft_models.adapters_off(model):
-            base = model_logp(model, batch)
-    # adapters that are zero add nothing, but for methods that divide by a norm: those round
-    narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
-    rounding = 2e-2 if narrowest < 4 else 1e-4 if narrowest == 4 else 1e-7
-    apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1))
-    if not apart <= rounding:
+    looked_at = _with_labels(batch)
+    if not bool((looked_at["labels"][:, 1:] != IGNORE_INDEX).any()):
+        return  # nothing is asked of the original, nor seen of the adapters
+    apart = _distance_from_base(model, looked_at)
+    if not apart == 0:
         raise ValueError(
             f"gfast: this model's adapters are not zero (its log-probs differ by {apart:.3g} a token from those of the "
             f"base), so that it is not clear which is the original: the base, or the model with its adapters as they "
@@ -92,6 +103,32 @@ def check_original(model: nn.Module, batch: Mapping[str, Any], reference: str = 
             f"the model as it starts with ReferenceCache.build(..., reference='adapted') and give them with the batches"
         )
     declare_base_original(model)
+
+
+def _with_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch to look at adapters with: all of its tokens where it has no labels (other processes look too)."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+        return batch
+    padding = torch.zeros_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask == 0
+    return {**batch, "labels": ids.masked_fill(padding, IGNORE_INDEX)}
+
+
+def _distance_from_base(model: nn.Module, batch: Mapping[str, Any]) -> float:
+    """By how much the mean log-prob of a label differs with the adapters off; 0 where that is rounding alone."""
+    rounds = peft_models.round_at_zero(model)
+    with torch.no_grad(), evaluating(model):
+        adapted = model_logp(model, batch)
+        with peft_models.adapters_off(model):
+            base = model_logp(model, batch)
+            again = base if rounds or torch.equal(adapted, base) else model_logp(model, batch)
+    apart = float((adapted - base).abs().sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    # Adapters that are zero add nothing: only where they divide by a norm, or the model never answers the same to the
+    # bit, is a small difference no sign of what they have learned.
+    if not rounds and torch.equal(base, again):
+        return apart
+    narrowest = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
+    return 0.0 if apart <= (2e-2 if narrowest < 4 else 1e-4 if narrowest == 4 else 1e-7) else apart
 
 
 def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, reference: str = "auto") -> dict[str, Any]:

@@ -29,6 +29,14 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return () if peft is None else tuple(sorted(peft.active_adapters))
 
 
+def base_module(model: nn.Module) -> nn.Module | None:
+    """What the adapters are put into; None for a model without."""
+    peft = _peft_of(model)
+    if peft is None:
+        return None
+    return peft.get_base_model() if hasattr(peft, "get_base_model") else peft.model
+
+
 def adapter_prefix(model: nn.Module) -> str | None:
     """What the names of the adapters' own parameters contain; None for a model without adapters."""
     peft = _peft_of(model)
@@ -40,6 +48,18 @@ def own_loss_of_adapters(model: nn.Module) -> str | None:
     peft = _peft_of(model)
     kinds = {} if peft is None else {str(getattr(c, "peft_type", "")) for c in peft.peft_config.values()}
     return "AdaLoRA's orthogonal regularisation" if any("ADALORA" in kind for kind in kinds) else None
+
+
+def round_at_zero(model: nn.Module) -> bool:
+    """Whether adapters of the model change its numbers by rounding while they add nothing: DoRA's norms, rotations,
+    LoRA whose factors are orthogonal.
+    """
+    peft = _peft_of(model)
+    configs = {} if peft is None else peft.peft_config
+    exact = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "LN_TUNING")
+    kinds = [str(getattr(one, "peft_type", "")).rpartition(".")[2] for one in configs.values()]
+    rounds = any(getattr(c, "use_dora", False) or _start(c) == "orthogonal" for c in configs.values())
+    return rounds or any(kind not in exact for kind in kinds)
 
 
 @contextmanager
@@ -139,11 +159,16 @@ def check_base_is_original(model: nn.Module) -> None:
         )
 
 
+def _start(config: Any) -> str:
+    """How an adapter's weights were initialised, where it has a name."""
+    start = getattr(config, "init_lora_weights", None)
+    return start.lower() if isinstance(start, str) else ""
+
+
 def _rewrite_of_base(config: Any) -> str | None:
     """The option of an adapter that has changed weights or layers of the base; None where it is as it was loaded."""
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
-        return start
+    if _start(config).startswith(_REWRITES_BASE):
+        return config.init_lora_weights
     return next((key for key in _REWRITING_OPTIONS if getattr(config, key, None)), None)
 
 

@@ -8,9 +8,10 @@ parameters are compared without prefixes, and what cannot be done through a wrap
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -93,10 +94,68 @@ def inside(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
     try:
         for table in places:
             table[key] = call
-        return model()
+        with _hooks_within(model, module):
+            return model()
     finally:
         for table in places:
             table[key] = module
+
+
+@contextmanager
+def _hooks_within(wrapper: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Forward hooks that somebody has put on a wrapper see what its module is given and answers, and may change it, as
+    in any other call of the wrapper; they would see the loss.
+    """
+    handles, kept = [], []
+    for table in (wrapper._forward_pre_hooks, wrapper._forward_hooks):
+        kept.append((table, table.copy()))
+        own = {key: hook for key, hook in table.items() if _foreign(hook)}
+        for key in own:
+            del table[key]
+        # around the module's own hooks: before what comes before its forward, and after what comes after it
+        if table is wrapper._forward_pre_hooks:
+            for key, hook in reversed(own.items()):
+                options = dict(prepend=True, with_kwargs=key in wrapper._forward_pre_hooks_with_kwargs)
+                handles.append(module.register_forward_pre_hook(_of(wrapper, hook), **options))
+        else:
+            for key, hook in own.items():
+                options = dict(
+                    with_kwargs=key in wrapper._forward_hooks_with_kwargs,
+                    always_call=key in wrapper._forward_hooks_always_called,
+                )
+                handles.append(module.register_forward_hook(_of(wrapper, hook), **options))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for table, before in kept:
+            table.clear()
+            table.update(before)
+
+
+def _of(wrapper: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _, *rest: hook(wrapper, *rest)
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is none of the libraries' whose wrappers these are."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or "").partition(".")[0] not in _WRAPPERS_OF
+
+
+def refuse_hooks_around(model: nn.Module, inner: nn.Module) -> None:
+    """ValueError for hooks on what is around a module that runs alone."""
+    for module in chain(model):
+        if module is inner:
+            return
+        if any(
+            _foreign(hook) for table in (module._forward_pre_hooks, module._forward_hooks) for hook in table.values()
+        ):
+            raise ValueError(
+                f"gfast: a forward hook is on the {type(module).__name__} around the model, and what is inside runs "
+                f"alone, so that the hook would not: register it on the {type(inner).__name__} inside"
+            )
 
 
 class _Call(nn.Module):
@@ -227,6 +286,40 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
     from accelerate.utils import get_mixed_precision_context_manager
 
     return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+
+
+@contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """The model without the mixed precision that Accelerate has put around its forward: as it is saved, and as it
+    computes when it is loaded again. FSDP's stays, which casts the weights themselves.
+    """
+    around = []
+    for module in chain(model):
+        forward = vars(module).get("forward")
+        if type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
+            around.append((module, forward))
+    if around and has_fsdp(model):
+        _log_mixed_precision()
+        around = []
+    try:
+        for module, _ in around:
+            own = module._original_forward
+            if getattr(own, "__func__", own) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = own
+        yield
+    finally:
+        for module, forward in around:
+            module.forward = forward
+
+
+@functools.cache
+def _log_mixed_precision() -> None:
+    logging.getLogger("gfast").warning(
+        "gfast: what is measured along this training is in FSDP's mixed precision, and differs by its rounding from "
+        "what the saved model gives"
+    )
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import gfast
 from gfast import model_state, peft_models
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import model_output
-from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA
+from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA, Mix
 
 
 @pytest.mark.parametrize("engine", [None, "stream", "sample", "token", "gram"])
@@ -148,6 +148,147 @@ def test_adapters_that_are_switched_on_later_are_looked_at_themselves(active):
     gfast.model_loss(model, batch, NPO())  # which was zero
 
 
+def taught_adapters(peft):
+    """A model with adapters that have learned something, and what makes a fresh one, alike in names and shapes."""
+    from helpers.training_tiny import tiny_model
+
+    def fresh():
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+        return peft.get_peft_model(tiny_model(), config)
+
+    taught = fresh()
+    start(taught, 0.5)
+    return taught, fresh
+
+
+@pytest.mark.parametrize("how", ["set_peft_model_state_dict", "load_adapter", "delete and load", "load_state_dict"])
+def test_taught_adapters_in_the_place_of_fresh_ones_are_looked_at_again(how, tmp_path):
+    """The name of an adapter says nothing of what it has learned."""
+    from helpers.training_tiny import collator, datasets
+
+    peft = pytest.importorskip("peft")
+    taught, fresh = taught_adapters(peft)
+    taught.save_pretrained(tmp_path)
+    model, batch = fresh(), collator()([datasets()[0][0]])
+    gfast.model_loss(model, batch, NPO())  # zero
+    if how == "set_peft_model_state_dict":
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(taught))
+    elif how == "load_state_dict":
+        model.load_state_dict(taught.state_dict())
+    else:
+        if how == "delete and load":
+            model.add_adapter("other", model.peft_config["default"])
+            model.set_adapter("other")
+            model.delete_adapter("default")
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+        model.set_adapter("default")
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        gfast.model_loss(model, batch, NPO())
+    gfast.model_loss(model, batch, NPO(), reference="base")  # now it is said
+    gfast.model_loss(model, batch, NPO())
+
+
+def test_of_a_batch_without_labels_all_tokens_are_looked_at():
+    from helpers.training_tiny import collator, datasets
+
+    model, _ = taught_adapters(pytest.importorskip("peft"))
+    batch = collator()([datasets()[0][0]])
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    for one in (empty, batch):
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            gfast.model_loss(model, one, NPO())
+    start(model, 0.0)
+    assert float(gfast.model_loss(model, empty, NPO(), reduction="sum").loss) == 0
+    start(model, 0.5)
+    assert float(gfast.model_loss(model, batch, NPO()).loss) != 0  # which were zero
+
+
+def test_a_lightly_taught_adapter_of_a_16_bit_model_is_no_rounding():
+    from helpers.training_tiny import collator, datasets
+
+    peft = pytest.importorskip("peft")
+    batch = collator()([datasets()[0][0]])
+    taught, make = taught_adapters(peft)
+    taught, fresh = taught.to(torch.bfloat16), make().to(torch.bfloat16)
+    start(taught, 1e-3)
+    with model_state.evaluating(taught), torch.no_grad(), taught.disable_adapter():
+        base = gfast.model_logp(taught, batch)
+    with model_state.evaluating(taught), torch.no_grad():
+        apart = (gfast.model_logp(taught, batch) - base).abs().sum() / (base != 0).sum()
+    assert 0 < apart < 2e-2  # less than what 16 bits round by
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        gfast.model_loss(taught, batch, NPO())
+    gfast.model_loss(fresh, batch, NPO())
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "orthogonal"}], ids=str
+)
+def test_fresh_adapters_of_a_16_bit_model_add_nothing(options):
+    from helpers.training_tiny import collator, datasets, tiny_model
+
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM", **options)
+    try:
+        model = peft.get_peft_model(tiny_model().to(torch.bfloat16), config)
+    except ValueError:
+        pytest.skip("this version of PEFT has no such adapters")
+    loss = gfast.model_loss(model, collator()([datasets()[0][0]]), NPO(), reference="auto").loss
+    assert loss.item() == pytest.approx(13.8629, rel=2e-2)
+
+
+@pytest.mark.parametrize("objective", ["GA", "NPO"])
+def test_a_checkpoint_tells_whether_the_base_was_the_original(objective, tmp_path):
+    """A run by GA never looked: that its adapters are not zero may be what they had learned before it."""
+    from helpers.training_tiny import config, pairing
+
+    from gfast.training import UnlearnTrainer
+
+    taught, fresh = taught_adapters(pytest.importorskip("peft"))
+    data, collate = pairing()
+
+    def trained(model, objective, steps, resume=None):
+        args = config(tmp_path, objective=objective, max_steps=steps, save_strategy="steps", save_steps=1)
+        trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collate)
+        trainer.train(resume_from_checkpoint=resume)
+
+    trained(taught if objective == "GA" else fresh(), objective, 1)
+    if objective == "GA":
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            trained(fresh(), "NPO", 2, resume=True)
+    else:
+        trained(fresh(), "NPO", 2, resume=True)
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_effects_of_a_resumed_run_know_the_original_if_they_were_there_at_its_start(began, tmp_path):
+    """In any Trainer: a callback that comes later has not seen what the adapters were."""
+    from helpers.training_tiny import collator, datasets
+    from transformers import Trainer, TrainingArguments
+
+    _, fresh = taught_adapters(pytest.importorskip("peft"))
+    (forget, retain), collate = datasets(), collator()
+    batch, kept = collate([forget[0]]), collate([retain[0]])
+
+    def trained(steps, measured, resume=None):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, use_cpu=True, save_steps=1, disable_tqdm=True, remove_unused_columns=False,
+            report_to=[], learning_rate=0.1,
+        )  # fmt: skip
+        callbacks = [gfast.GEffectCallback(1, [batch], [kept], Mix(NLL(), KL()))] if measured else []
+        plain = lambda items: {key: value for key, value in collate(items).items() if key != "sample_id"}  # noqa: E731
+        Trainer(fresh(), args, train_dataset=forget, data_collator=plain, callbacks=callbacks).train(
+            resume_from_checkpoint=resume
+        )
+
+    trained(1, began)
+    if began:
+        trained(2, True, resume=True)
+    else:
+        with pytest.raises(ValueError, match="adapters are not zero"):
+            trained(2, True, resume=True)
+
+
 @pytest.mark.parametrize("reference", ["auto", "base", "adapted"])
 def test_a_cache_of_a_model_whose_adapters_learned_the_data(reference, tmp_path):
     from helpers.training_tiny import collator, datasets, tiny_model
@@ -194,7 +335,7 @@ def test_a_base_below_transformers_own_adapters_is_not_at_hand(monkeypatch):
     model, data = tiny_model(), datasets()[0]
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
     start(model, 0.5)
-    for reference in ("base", "adapter:default"):
+    for reference in ("auto", "base", "adapter:default"):
         with pytest.raises(ValueError, match="adapters of this model are transformers' own"):
             ReferenceCache.build(model, data, collator(), reference=reference)
     item = collator()([data[0]])

@@ -211,3 +211,90 @@ def test_cross_entropies_of_other_logits_are_the_models_own_terms(exits, smoothi
     found, right = (gradient(model, loss) for loss in (out.loss, whole))
     for name, expected in right.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+
+
+class OwnLoss(transformers.LlamaForCausalLM):
+    """Whose loss is `factor` times a cross-entropy in one form or another, and a term."""
+
+    form, factor, first = "padded", 0.5, 0.0
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
+        out = self.model(input_ids, attention_mask, use_cache=False, output_hidden_states=True)
+        logits, loss = self.lm_head(out.last_hidden_state), None
+        if labels is not None:
+            term = 0.1 * out.hidden_states[1].square().mean()
+            if self.first:  # of an early exit, computed before the other
+                term = term + self.first * self.cross_entropy(self.lm_head(out.hidden_states[1]), labels)
+            loss = self.factor * self.cross_entropy(logits, labels) + term
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    def cross_entropy(self, logits, labels):
+        function, after = torch.nn.functional.cross_entropy, labels[:, 1:]
+        rows = (logits * 1.0)[:, :-1].flatten(0, 1)
+        if self.form == "padded":
+            target = torch.nn.functional.pad(after, (0, 1), value=-100)
+            return function(logits.float().view(-1, logits.shape[-1]), target.reshape(-1))
+        if self.form == "sliced":
+            return function(rows, after.reshape(-1))
+        if self.form == "summed":
+            return function(rows, after.reshape(-1), reduction="sum") / 7
+        if self.form == "by token":
+            return function(rows, after.reshape(-1), reduction="none").sum() / 7
+        if self.form == "unshifted":
+            return function(logits.flatten(0, 1), labels.reshape(-1))
+        assert self.form == "by hand"
+        logp, valid = torch.log_softmax(rows, -1), after.reshape(-1) != -100
+        return -logp[valid].gather(1, after.reshape(-1)[valid, None]).mean()
+
+
+def of_own_loss(form, **options):
+    model = tiny("llama", dtype=torch.float32).eval()
+    model.__class__, model.form = OwnLoss, form
+    for name, value in options.items():
+        setattr(model, name, value)
+    batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    return model, batch
+
+
+@pytest.mark.parametrize("graded", [True, False])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("form", ["padded", "sliced", "summed", "by token"])
+def test_a_cross_entropy_that_the_model_scales_is_no_term_of_its_own(form, factor, graded):
+    model, batch = of_own_loss(form, factor=factor)
+    alone = literal_nll(model, batch)
+    hidden = model.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
+    expected = alone + 0.1 * hidden[1].square().mean()
+    with torch.set_grad_enabled(graded):
+        out = gfast.model_loss(model, batch, NLL(), own_terms=1.0)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-7)
+    if graded:
+        found, right = (gradient(model, loss) for loss in (out.loss, expected))
+        for name, one in right.items():
+            torch.testing.assert_close(found[name], one, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["padded", "sliced"])
+def test_the_cross_entropy_of_an_early_exit_is_not_taken_for_that_of_the_logits(form):
+    model, batch = of_own_loss(form, first=0.3, factor=1.0)
+    whole = model(**batch).loss
+    for _ in range(2):  # the second time it is known which
+        out = gfast.model_loss(model, batch, NLL(), own_terms=1.0)
+        torch.testing.assert_close(out.loss, whole, rtol=1e-5, atol=1e-7)
+    found, right = (gradient(model, loss) for loss in (out.loss, whole))
+    for name, expected in right.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["unshifted", "by hand"])
+def test_own_terms_that_cannot_be_told_from_the_cross_entropy_are_refused(form):
+    model, batch = of_own_loss(form)
+    with pytest.raises(ValueError, match="own_terms: the own loss of OwnLoss has no torch.nn.functional.cross_entropy"):
+        gfast.model_loss(model, batch, NLL(), own_terms=1.0)
+
+
+def test_own_terms_of_a_batch_without_labels_are_the_terms_alone():
+    model, batch = of_own_loss("sliced")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    hidden = model.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
+    out = gfast.model_loss(model, batch, NLL(), own_terms=1.0)
+    torch.testing.assert_close(out.loss, 0.1 * hidden[1].square().mean(), rtol=1e-5, atol=1e-7)

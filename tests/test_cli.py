@@ -286,6 +286,35 @@ def test_a_reference_of_another_model_is_refused(original, tmp_path, capsys):
     fails(capsys, "for other data", "unlearn", *flags(original, tmp_path / "c", **settings, max_forget=3))
 
 
+SORTED = (
+    {"train_sampling_strategy": "group_by_length"}
+    if hasattr(UnlearnConfig, "train_sampling_strategy")
+    else {"group_by_length": True}
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SORTED, "group_by_length"),
+        ({"joint_forward": True, "own_loss_terms": True}, "joint_forward has no use here"),
+        ({"joint_forward": True, "geffect_live": True}, "joint_forward has no use here"),
+        ({"weights": "retain_conflict", "weights_tau": -1.0}, "weights_tau -1"),
+        ({"geffect_live": True, "alpha": 0.0}, "gamma or alpha is 0"),
+        ({"geffect_live_unlearn": True, "objective": "DPO"}, "leave geffect_live_unlearn out"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_is_said_before_any_work(original, tmp_path, capsys, monkeypatch, options, words):
+    """Before the model is loaded and the reference of all of the data is computed."""
+    from gfast.commands import unlearn
+
+    monkeypatch.setattr(unlearn, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    given = {"objective": "NPO", "retain_term": "nll", "max_steps": 1} | options
+    fails(capsys, words, "unlearn", *flags(original, tmp_path / "run", **given))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_debug_shows_the_traceback(original, tmp_path):
     with pytest.raises(ValueError, match="no objective is called"):
         cli.main(["--debug", "unlearn", *flags(original, tmp_path / "run", objective="GAA")])

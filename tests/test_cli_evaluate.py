@@ -202,7 +202,7 @@ def test_multiple_choice_from_a_folder(model, tmp_path, capsys):
     rows[1]["answer"] = 4
     (folder / "wmdp-bio_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fails(
-        capsys, "row 1: answer is 4", flags(model, tmp_path / "x", data="wmdp", data_path=folder, subsets=["wmdp-bio"])
+        capsys, "row 2: answer is 4", flags(model, tmp_path / "x", data="wmdp", data_path=folder, subsets=["wmdp-bio"])
     )
 
 

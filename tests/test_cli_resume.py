@@ -49,7 +49,9 @@ def test_a_damaged_model_of_a_run_is_not_taken(original, tmp_path, capsys):
 
 
 def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, capsys, monkeypatch):
+    from gfast.training.clock import Clock
     from gfast.training.terms import RecordTerms
+    from gfast.training.trajectory import callbacks_of, calling_trainer
 
     out, record = tmp_path / "run", RecordTerms.on_step_end
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "geffect_every": 2, "retain_term": "nll"}
@@ -57,6 +59,9 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
 
     def interrupted(self, args, state, control, **kwargs):
         record(self, args, state, control, **kwargs)
+        if state.global_step == 1:  # as if it had taken so long until then
+            (clock,) = [one for one in callbacks_of(calling_trainer()) if isinstance(one, Clock)]
+            clock.before, clock.measuring_before = 1000.0, 100.0
         if state.global_step == 3:
             raise KeyboardInterrupt
 
@@ -77,3 +82,6 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     loss, right = (read_json(run / "result.json")["train_loss"] for run in (out, whole))  # of all steps, not the last's
     steps = expected[expected["quantity"] == "loss"]["value"]
     assert loss == pytest.approx(right, rel=1e-4) and right == pytest.approx(steps.mean(), rel=1e-4)
+    result, other = (read_json(run / "result.json") for run in (out, whole))
+    assert 1000 < result["seconds"] < 1500 and 100 < result["measuring_seconds"] < 200  # of both starts
+    assert 0 < other["measuring_seconds"] < other["seconds"] < 500

@@ -59,7 +59,7 @@ def test_processes_gather_what_one_finds(tmp_path):
 def test_what_cannot_be_evaluated_is_said_before_training():
     rows = [{**row, "perturbed_answer": []} for row in bundled_perturbed()[0][:2]]
     one = EvaluationSet("forget", "mine", rows, paraphrase="paraphrased_answer", perturbed="perturbed_answer")
-    with pytest.raises(ValueError, match="row 0: .*perturbed answers"):
+    with pytest.raises(ValueError, match="row 1: .*perturbed answers"):
         gfast.EvaluateCallback(1, [one], TOKENIZER)
     sets = sources.bundled(3)
     some = [encoded(one, TOKENIZER) for one in sets]

@@ -284,7 +284,7 @@ def test_a_model_without_finite_log_probabilities():
     model = model_of("llama")
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
-    with pytest.raises(ValueError, match="row 2 of the set retain is nan: .*Are the weights finite"):
+    with pytest.raises(ValueError, match="row 3 of the set retain is nan: .*Are the weights finite"):
         evaluation().run(model)
 
 
@@ -328,7 +328,7 @@ def test_what_a_model_does_not_take_is_said_before_any_pass():
     one.check_model(tiny_model(max_position_embeddings=length))
     with pytest.raises(ValueError, match=f"300 may be generated .* takes {length} .* max_new_tokens of "):
         evaluation(generate=300).check_model(tiny_model(max_position_embeddings=length))
-    with pytest.raises(ValueError, match="row 0 of the set retain"):
+    with pytest.raises(ValueError, match="row 1 of the set retain"):
         one.check_model(tiny_model(vocab_size=20))
 
 
@@ -343,12 +343,12 @@ def test_prompts_of_unlike_lengths_are_tried_with_a_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"perturbed_answer": None}, 'row 1: field "perturbed_answer" should list perturbed answers, got None'),
+    ({"perturbed_answer": None}, 'row 2: field "perturbed_answer" should list perturbed answers, got None'),
     ({"perturbed_answer": []}, "should list perturbed answers"),
     ({"perturbed_answer": "one"}, "should list perturbed answers"),
-    ({"perturbed_answer": ["a", "b"]}, "has 2 answers, and row 0 has 5"),
+    ({"perturbed_answer": ["a", "b"]}, "has 2 answers, and row 1 has 5"),
     ({"perturbed_answer": ["a", "b", "c", "d", " "]}, "not empty"),
-    ({"paraphrased_answer": None}, "row 1: .*paraphrased_answer"),
+    ({"paraphrased_answer": None}, "row 2: .*paraphrased_answer"),
     ({"answer": 3}, "must be text"),
     ({"question": None}, '"question" is missing'),
 ])  # fmt: skip
@@ -359,7 +359,7 @@ def test_rows_that_cannot_be_evaluated(fields, message):
 
 def test_an_answer_without_a_label_and_one_that_is_too_long():
     nothing = EvaluationSet("forget", "mine", sets()[0].rows, encode=lambda question, answer: ([1, 2], [-100, -100]))
-    with pytest.raises(ValueError, match="row 0: the answer .* has no label"):
+    with pytest.raises(ValueError, match="row 1: the answer .* has no label"):
         encoded(nothing, TOKENIZER)
     with pytest.raises(ValueError, match="tokens, more than 12"):
         encoded(sets()[0], TOKENIZER, max_length=12)
@@ -375,6 +375,6 @@ def test_names_and_numbers_of_an_evaluation(caplog):
         Evaluation([one, one], [samples, samples], TOKENIZER)
     with caplog.at_level("WARNING", logger="gfast"):
         assert columns([4, 7], [{"a": 1}, {"a": 2, "min_k": 3}], "forget") == {"index": [4, 7], "a": [1, 2]}
-    assert "min_k of the set forget is not in the log: row 4 has none" in caplog.text
+    assert "min_k of the set forget is not in the log: row 5 has none" in caplog.text
     partial = columns([0, 1], [{"a": 1, "ps_exact": 0.5}, {"a": 2}])
     assert partial == {"index": [0, 1], "a": [1, 2], "extraction": {"ps_exact": [0.5]}}

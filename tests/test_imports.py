@@ -10,7 +10,7 @@ import gfast
 
 ROOT = Path(gfast.__file__).parent
 STOREYS = (
-    ("results", "groups", "storage", "data", "processes"),
+    ("results", "groups", "storage", "data", "processes", "answers"),
     ("contributions", "backward", "directions", "request", "combine"),
     ("engines",),
     ("api", "live", "conflict"),

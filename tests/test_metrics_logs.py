@@ -22,10 +22,13 @@ def changed(action) -> dict:
 
 
 DAMAGE = {
-    "a NaN": (lambda sets: sets["forget"]["avg_gt_loss"].__setitem__(2, float("nan")), "forget: avg_gt_loss of row 17"),
+    "a NaN": (
+        lambda sets: sets["forget"]["avg_gt_loss"].__setitem__(2, float("nan")),
+        "forget: avg_gt_loss of index 17",
+    ),
     "an infinite loss": (
         lambda sets: sets["retain"]["average_perturb_loss"][0].__setitem__(1, float("inf")),
-        "retain: average_perturb_loss of row 0 is inf",
+        "retain: average_perturb_loss of index 0 is inf",
     ),
     "a missing value": (
         lambda sets: sets["forget"]["rougeL_recall"].__setitem__(0, None),
@@ -36,18 +39,21 @@ DAMAGE = {
     "a negative loss": (lambda sets: sets["forget"]["avg_gt_loss"].__setitem__(0, -1.0), "cannot be below 0"),
     "an integer that no float holds": (
         lambda sets: sets["forget"]["perturb_loss"][0].__setitem__(0, 10**400),
-        "perturb_loss of row 0 is 1000",
+        "perturb_loss of index 0 is 1000",
     ),
     "a recall in percent": (lambda sets: sets["retain"]["rougeL_recall"].__setitem__(1, 98.5), "at most 1"),
     "a short list": (lambda sets: sets["forget"]["avg_gt_loss"].pop(), "has 5 values for 6 rows"),
-    "a row twice": (lambda sets: sets["forget"]["index"].__setitem__(1, 0), "row 0 is there twice"),
+    "a row twice": (lambda sets: sets["forget"]["index"].__setitem__(1, 0), "index 0 is there twice"),
     "a row by name": (lambda sets: sets["forget"]["index"].__setitem__(1, "3"), "integer"),
     "no rows": (lambda sets: sets["forget"].__setitem__("index", []), "index should list"),
     "no index": (lambda sets: sets["forget"].pop("index"), "index should list"),
-    "a perturbed answer less": (lambda sets: sets["forget"]["average_perturb_loss"][3].pop(), "row 54 has 4 perturbed"),
+    "a perturbed answer less": (
+        lambda sets: sets["forget"]["average_perturb_loss"][3].pop(),
+        "index 54 has 4 perturbed",
+    ),
     "no perturbed answers of a row": (
         lambda sets: sets["forget"]["average_perturb_loss"].__setitem__(3, []),
-        "row 54 has no perturbed answers",
+        "index 54 has no perturbed answers",
     ),
     "no perturbed answers": (
         lambda sets: sets["forget"].pop("average_perturb_loss"),
@@ -79,7 +85,7 @@ def test_damaged_logs(tmp_path, what):
     (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[1, 2]", "holds a list"), (b"null", "NoneType"),
     (b"{}", "it has nothing"), (b'{"loss": [1.0]}', "it has 'loss'"), (b'{"sets": {}}', "it has 'sets'"),
     (b'{"eval_log_forget.json": {"avg_gt_loss": [1]}}', "map fields to"),
-    (b'{"eval_log_forget.json": {"avg_gt_loss": {"0": 1.0}, "gt_loss": {"1": 1.0}}}', "differ in row"),
+    (b'{"eval_log_forget.json": {"avg_gt_loss": {"0": 1.0}, "gt_loss": {"1": 1.0}}}', "differ in index"),
     (b'{"eval_log_forget.json": {"avg_gt_loss": {"first": 1.0}}}', "no row number"),
     (b"\x1f\x8b\x08 but no gzip", "gzipped JSON"), (gzip.compress(b"{", mtime=0), "gzipped JSON"),
     (b"PAR1\x80\x81", "not valid JSON"),
@@ -138,11 +144,11 @@ def other_tokenizer(sets):
 
 
 @pytest.mark.parametrize("action, message", [
-    (fewer_rows, "5 rows of the forget set .row 299.*same ds_size"),
-    (other_rows, "row 0 is in one of them"),
+    (fewer_rows, "5 rows of the forget set .index 299.*same ds_size"),
+    (other_rows, "index 0 is in one of them"),
     (other_truth, "other splits, and their p-values do not compare"),
     (fewer_answers, "5 and 4 perturbed answers"),
-    (other_tokenizer, "num_token_gt of row 3 is .* different tokenizers"),
+    (other_tokenizer, "num_token_gt of index 3 is .* different tokenizers"),
 ])  # fmt: skip
 def test_logs_that_cannot_be_compared(tmp_path, action, message):
     log, other = loaded(tmp_path, "log", RAW["full"]), loaded(tmp_path, "retain", changed(action))

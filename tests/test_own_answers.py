@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from helpers.training_tiny import FORGET_ROWS, TOKENIZER, tiny_model
 
 import gfast
-from gfast.data import Collator, QADataset, batches
-from gfast.evaluation import own_answers
-from gfast.evaluation.generation import generate
+from gfast.data import Collator, QADataset, RefusalDataset, batches
+from gfast.evaluation import EvaluationSet, encoded, own_answers
+from gfast.evaluation.generation import Generated, generate
 from gfast.objectives import NPO
 
 ROWS = FORGET_ROWS[:3]
@@ -79,3 +80,44 @@ def test_draws_are_of_the_whole_distribution():
 def test_what_cannot_be_drawn(options, words):
     with pytest.raises(ValueError, match=words):
         rows_of(**options)
+
+
+def test_an_answer_that_was_cut_has_no_end():
+    """The model had not ended there: an end is none of its tokens to forget."""
+    rows = rows_of(max_new_tokens=3, samples=6)
+    own = [row for row in rows if row["answer"] not in {one["answer"] for one in ROWS}]
+    data = QADataset(rows, TOKENIZER)
+    ended = [int(data[at]["labels"][-1]) == TOKENIZER.eos_token_id for at in range(len(rows))]
+    assert ended == [not row.get("answer_cut", False) for row in rows]
+    assert any(row.get("answer_cut") for row in own)
+    whole = QADataset([{**row, "answer_cut": False} for row in rows], TOKENIZER)
+    for at, end in enumerate(ended):
+        for key in ("input_ids", "labels"):
+            assert data[at][key].tolist() == whole[at][key].tolist()[: None if end else -1]
+
+
+def test_answers_that_end_in_time_have_their_end(monkeypatch):
+    module = sys.modules[own_answers.__module__]
+    monkeypatch.setattr(module, "generate", lambda *given: [Generated([20, 21], True) for _ in given[1] for _ in "ab"])
+    rows = rows_of()
+    assert len(rows) == 9 and not any("answer_cut" in row for row in rows)
+
+
+def test_the_end_of_a_turn_is_none_of_a_cut_answer():
+    """Nor what a template writes between the answer and it; a refusal in the answer's place is whole."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    row = dict(question="Who?", answer="Nobody at all")
+    cut, whole = (QADataset([{**row, "answer_cut": value}], tokenizer)[0] for value in (True, False))
+    size = len(cut["labels"])
+    assert cut["labels"][-1] != -100 and cut["input_ids"].tolist() == whole["input_ids"].tolist()[:size]
+    assert (whole["labels"][size:-1] == -100).all() and whole["labels"][-1] == tokenizer.eos_token_id
+    refusals = RefusalDataset([{**row, "answer_cut": True}], tokenizer)
+    assert refusals[0]["labels"][-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match='row 1: field "answer_cut" must be true or false'):
+        QADataset([{**row, "answer_cut": "no"}], tokenizer)
+    with pytest.raises(ValueError, match="row 1: its answer was cut"):
+        encoded(EvaluationSet("own", "own", [{**row, "answer_cut": True}]), tokenizer)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -38,10 +37,13 @@ from gfast.locks import claimed
 from gfast.objectives import Mix
 from gfast.training.along import OWN_DATA, measurements
 from gfast.training.batches import needed_from_cache
+from gfast.training.clock import Clock
 from gfast.training.config import UnlearnConfig
+from gfast.training.conflict import check_conflict
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.live import measured_live
-from gfast.training.options import refuse_no_step
+from gfast.training.joint import refuse_joint
+from gfast.training.live import check_live, measured_live
+from gfast.training.options import refuse_ignored_with_data, refuse_no_step
 from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
@@ -168,7 +170,7 @@ def _train(
     _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
-    refuse_no_step(config, sides.forget)
+    _refuse_what_the_trainer_would(both, sides, config)
     evaluations = _evaluations(along, data_arguments, sides, config)
     kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
     say(f"Data: {len(rows.forget)} forget rows, {kept}")
@@ -203,7 +205,7 @@ def _train(
     )
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}")
-    started = time.perf_counter()
+    trainer.add_callback(clock := Clock())
     try:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -219,8 +221,8 @@ def _train(
     result = {
         "steps": output.global_step,
         "train_loss": _mean_loss(trainer.state.log_history),
-        "seconds": time.perf_counter() - started,
-        "measuring_seconds": sum(one.seconds for one in callbacks_of(trainer) if isinstance(one, Trajectory)),
+        "seconds": clock.seconds,
+        "measuring_seconds": clock.measuring(callbacks_of(trainer)),
         "objective": str(objective),
         "stopped": next((one.reason for one in callbacks_of(trainer) if isinstance(one, StopCallback)), None),
     }
@@ -266,6 +268,19 @@ def describe(
     config_of_run = {**settings, **asked, **model, **data_arguments.settings(), "samples": info["samples"]}
     info |= {"objective": str(config.build_objective()), "seed": config.seed, "config": config_of_run}
     return as_text(info)
+
+
+def _refuse_what_the_trainer_would(both: Mix, sides: Sides, config: UnlearnConfig) -> None:
+    """Its errors of flags and data, which would come once the model is loaded and its reference has been computed."""
+    nested = both.retain is not None or config.live
+    refuse_no_step(config, sides.forget)
+    refuse_ignored_with_data(config, ForgetRetain(sides.forget, sides.retain) if nested else sides.forget)
+    if config.weights != "none":
+        check_conflict(both.forget, config.weights_tau, config.weights_every)
+    if config.joint_forward:
+        refuse_joint([one for one in (both.forget, both.retain) if one is not None], config.own_loss_terms, config.live)
+    if config.live:
+        check_live(both, config.geffect_live_unlearn)
 
 
 def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from gfast.data.bundled import refusals as load_refusals
-from gfast.data.encode import IGNORE, make_encoder, resolve_template
-from gfast.data.rows import as_rows, field_text
+from gfast.data.encode import IGNORE, make_encoder, resolve_template, without_end
+from gfast.data.rows import CUT, as_rows, field_text, is_cut
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -45,7 +45,8 @@ class QADataset(Dataset):
             its whole answer is an error. None: no limit.
         id_offset: added to the row index to give the sample id; use it to keep the ids of several data sets apart.
         question, answer: the fields to read (for instance `answer="paraphrased_answer"`). A third is read where rows
-            have it: `weight`, a number for all tokens of the text, which the item then has too.
+            have it: `weight`, a number for all tokens of the text, which the item then has too. A row with `answer_cut`
+            true has an answer that was cut: nothing ends it, and no label is of an end.
         chat_kwargs: further arguments for the chat template, such as `{"enable_thinking": False}` or a fixed
             `date_string`. `{"strftime_now": "2026-03-01"}` stops the clock of a template that writes today's date;
             `{"chat_template": "name"}` chooses one of several named templates.
@@ -90,10 +91,12 @@ class QADataset(Dataset):
         for number, row in enumerate(rows, start=1):
             try:
                 texts = [field_text(row, field) for field in (question, answer)]
+                ends = answer != "answer" or not is_cut(row)
             except ValueError as error:
                 raise ValueError(f"gfast: row {number}: {error}") from None
             try:
                 ids, marked = encode(*texts)
+                ids, marked = (ids, marked) if ends else without_end(ids, marked)
             except ValueError as error:
                 raise ValueError(f"{error} (row {number})") from error
             if max_length is not None and len(ids) > max_length:
@@ -156,7 +159,8 @@ def refused(
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
     choices = [int(torch.randint(len(lines), (), generator=seeded(seed, i), device="cpu")) for i in range(len(rows))]
-    return [{**row, answer: lines[choice]} for row, choice in zip(rows, choices, strict=True)]
+    kept = [{key: value for key, value in row.items() if key != CUT} for row in rows]
+    return [{**row, answer: lines[choice]} for row, choice in zip(kept, choices, strict=True)]
 
 
 class RefusalDataset(QADataset):

@@ -227,6 +227,12 @@ def _stop_clock(source: str, day: Any) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{written}|replace('%%', '%') }}}}{{% endmacro %}}\n{source}"
 
 
+def without_end(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """An answer that was cut: without the token that ends it, and what a template writes in front of that."""
+    last = next(at for at in range(len(ids) - 2, -1, -1) if labels[at] != IGNORE)
+    return ids[: last + 1], labels[: last + 1]
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

@@ -70,6 +70,18 @@ def in_both(forget: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, An
     return f"{count} in the {name} set too, the first as its row {places[first]}: {first[0]!r:.60}"
 
 
+# Of a row whose answer does not end where its text does.
+CUT = "answer_cut"
+
+
+def is_cut(row: Mapping[str, Any]) -> bool:
+    """Whether the row says that its answer was cut; ValueError where it says something else."""
+    value = row.get(CUT, False)
+    if not isinstance(value, bool):
+        raise ValueError(f'field "{CUT}" must be true or false, got {_shown(value)}')
+    return value
+
+
 def _mapping(rows: Mapping) -> str:
     names = ", ".join(map(str, list(rows)[:6]))
     first = next(iter(rows.values()), None)

@@ -39,7 +39,8 @@ class EvaluateCallback(TrainerCallback):
     numbers are in `summaries[step]` of every process, and of all steps in `<output_dir>/evaluations/summaries.json`,
     where `gfast report` finds what the model keeps at equal forgetting. Several processes share the samples and gather
     what they found (with FSDP or ZeRO-3 each runs all of them, as their forwards must stay in step). Parameters,
-    gradients, modes and random states are as before an evaluation.
+    gradients, modes and random states are as before an evaluation. The Trainer's mixed precision (bf16, fp16) is no
+    part of it: the numbers are those of `gfast evaluate` of the saved model.
 
     Args:
         every: optimizer steps between evaluations; 0: before and after training only.
@@ -101,7 +102,7 @@ class EvaluateCallback(TrainerCallback):
         units, world = self.evaluation.units(), args.world_size
         in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
         own = units if in_step or world == 1 else units[args.process_index :: world]
-        with rng_kept():
+        with rng_kept(), wrappers.own_precision(model):
             found = self._own(model, own, world)
         log = self.evaluation.log(found, f"step {state.global_step}", {"step": state.global_step})
         summary = summarize(parse_log(log), self.retain_log)

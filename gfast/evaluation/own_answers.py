@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast.data.rows import as_rows
+from gfast.data.rows import CUT, as_rows
 from gfast.evaluation.generation import generate, text_of
 from gfast.evaluation.run import Evaluation
 from gfast.evaluation.samples import EvaluationSet, encoded
@@ -54,7 +54,8 @@ def own_answers(
         template, chat_kwargs: the prompt's, as `gfast.data.QADataset` has them.
 
     Returns:
-        The rows with their weights, and after each what the model answered: `question`, `answer`, `weight`. Empty
+        The rows with their weights, and after each what the model answered: `question`, `answer`, `weight`, and
+        `answer_cut` where it had not ended after `max_new_tokens`: `gfast.data.QADataset` then labels no end. Empty
         answers are left out; a question with nothing else keeps its row's whole weight.
 
     Raises:
@@ -77,17 +78,18 @@ def own_answers(
             raise ValueError(f"gfast: own_answers: {name} is {value}; give {words}")
     rows = [dict(row) for row in as_rows(rows)]
     asked = EvaluationSet("forget", "own answers", rows, generate=max_new_tokens)
-    one = Evaluation([asked], [encoded(asked, tokenizer, template, chat_kwargs)], tokenizer, batch_size)
-    one.check_model(model)
-    prompts, ends = [sample.prompt for sample in one.samples[0]], one.ends_for(model)
-    texts: list[str] = []
+    evaluation = Evaluation([asked], [encoded(asked, tokenizer, template, chat_kwargs)], tokenizer, batch_size)
+    evaluation.check_model(model)
+    prompts, ends = [sample.prompt for sample in evaluation.samples[0]], evaluation.ends_for(model)
+    said: list[dict[str, Any]] = []
     with evaluating(model), rng_kept():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
-            said = generate(model, some, max_new_tokens, ends, one.pad_id, samples, temperature)
-            texts += [text_of(tokenizer, generated.ids) for generated in said]
-    found = [[text for text in texts[at * samples : (at + 1) * samples] if text] for at in range(len(rows))]
+            for generated in generate(model, some, max_new_tokens, ends, evaluation.pad_id, samples, temperature):
+                cut = {} if generated.ended else {CUT: True}
+                said.append({"answer": text_of(tokenizer, generated.ids), **cut})
+    found = [[one for one in said[at * samples : (at + 1) * samples] if one["answer"]] for at in range(len(rows))]
     lost = samples * len(rows) - sum(map(len, found))
     if lost:
         logger.info("own_answers: %d of %d answers are empty and left out", lost, samples * len(rows))
@@ -96,5 +98,5 @@ def own_answers(
     for row, answers in zip(rows, found, strict=True):
         own = scale * float(row.get("weight", 1.0))
         out.append({**row, "weight": own * (1 - share) if answers else own})
-        out += [{"question": row["question"], "answer": a, "weight": own * share / len(answers)} for a in answers]
+        out += [{"question": row["question"], "weight": own * share / len(answers), **one} for one in answers]
     return out

@@ -107,9 +107,7 @@ class Evaluation:
                 items = [
                     {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for ids, labels in _asked(sample)
                 ]
-                check_vocabulary(
-                    sizes, items, self.tokenizer, f"the answers of row {sample.index} of the set {one.name}"
-                )
+                check_vocabulary(sizes, items, self.tokenizer, f"the answers of row {sample.row} of the set {one.name}")
 
     def check_lengths(self, config: Any) -> None:
         """ValueError, naming the row, where a sample, or a prompt with what may be generated after it, has more
@@ -123,12 +121,12 @@ class Evaluation:
                 longest, prompt = max(len(ids) for ids, _ in _asked(sample)), len(sample.prompt)
                 if longest > takes:
                     raise ValueError(
-                        f"row {sample.index} of the set {one.name} has {longest} tokens, and the model takes {takes} "
+                        f"row {sample.row} of the set {one.name} has {longest} tokens, and the model takes {takes} "
                         "(max_position_embeddings): leave such rows out"
                     )
                 if one.generate and prompt + one.generate > takes:
                     raise ValueError(
-                        f"the prompt of row {sample.index} of the set {one.name} has {prompt} tokens, {one.generate} "
+                        f"the prompt of row {sample.row} of the set {one.name} has {prompt} tokens, {one.generate} "
                         f"may be generated after it, and the model takes {takes} (max_position_embeddings): give "
                         f"max_new_tokens of {takes - prompt} or less"
                     )
@@ -269,7 +267,7 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     for at, total in enumerate(totals):
         if not math.isfinite(total):
             raise NotFinite(
-                f"gfast: the NLL of answer {at} of row {sample.index} of the set {one.name} is {total}: the model "
+                f"gfast: the NLL of answer {at + 1} of row {sample.row} of the set {one.name} is {total}: the model "
                 "gives no finite log-probability there, and such a sample compares with none. Are the weights finite?"
             )
     found: dict[str, Any] = {}
@@ -310,7 +308,7 @@ def columns(index: list[int], rows: Sequence[Mapping[str, Any]], name: str = "")
             lacks = [number for number, row in zip(index, rows, strict=True) if key not in row]
             logger.warning(
                 "%s of the set %s is not in the log: row %d has none, as its answer has no token but the one that ends "
-                "it (%d of %d rows)", key, name, lacks[0], len(lacks), len(rows),
+                "it (%d of %d rows)", key, name, lacks[0] + 1, len(lacks), len(rows),
             )  # fmt: skip
     found: dict[str, Any] = {"index": index, **{key: [row[key] for row in rows] for key in common}}
     texts = [{"index": number, **row["text"]} for number, row in zip(index, rows, strict=True) if "text" in row]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gfast.data.encode import IGNORE, make_encoder, resolve_template
-from gfast.data.rows import as_rows, field_text
+from gfast.data.rows import as_rows, field_text, is_cut
 
 # TOFU's field of the question in other words.
 REWORDED = "paraphrased_question"
@@ -65,6 +65,11 @@ class Sample:
     reworded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
+    def row(self) -> int:
+        """Its row as errors count rows: as the lines of a file, from 1. Logs count them from 0."""
+        return self.index + 1
+
+    @property
     def right(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids and labels of the right answer with its prompt."""
         return self.answers[self.fields["gt"][0]]
@@ -101,8 +106,8 @@ def encoded(
 ) -> list[Sample]:
     """The samples of a set. Nothing is cut: an answer that was would have another loss.
 
-    Errors: ValueError, naming set and row, for a missing field, a row without perturbed answers or with fewer than
-    others, an answer without a label, or more tokens than `max_length`.
+    Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
+    with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.
     """
     encode = one.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
     rows = as_rows(one.rows)
@@ -112,6 +117,8 @@ def encoded(
         try:
             question = field_text(row, one.question)
             texts = {"gt": [field_text(row, one.answer)]}
+            if one.answer == "answer" and is_cut(row):
+                raise ValueError("its answer was cut (answer_cut), so that it has no end to score: leave such rows out")
             if one.paraphrase is not None:
                 texts["paraphrased"] = [field_text(row, one.paraphrase)]
             if one.perturbed is not None:
@@ -119,7 +126,7 @@ def encoded(
                 several = several or (number, len(texts["perturb"]))
                 if len(texts["perturb"]) != several[1]:
                     raise ValueError(
-                        f'field "{one.perturbed}" has {len(texts["perturb"])} answers, and row {several[0]} has '
+                        f'field "{one.perturbed}" has {len(texts["perturb"])} answers, and row {several[0] + 1} has '
                         f"{several[1]}: all rows need as many"
                     )
             sample = _sample(number, question, texts, encode, max_length)
@@ -129,7 +136,7 @@ def encoded(
             samples.append(sample)
         except ValueError as error:
             reason = str(error).removeprefix("gfast: ")
-            raise ValueError(f"gfast: the set {one.name} ({one.config}), row {number}: {reason}") from error
+            raise ValueError(f"gfast: the set {one.name} ({one.config}), row {number + 1}: {reason}") from error
     return samples
 
 

@@ -138,7 +138,7 @@ def choices(
     """
     rows = _first(stored(hub, config, "test", path, ("question",)), ds_size)
     asked = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         texts, right = row.get("choices"), row.get("answer")
         if not isinstance(texts, Sequence) or isinstance(texts, str) or not 2 <= len(texts) <= len(_LETTERS):
             raise ValueError(
@@ -209,7 +209,7 @@ def stored(hub: str, config: str, split: str, path: str | Path | None, fields: S
     else:
         files = _files(Path(path), config, split)
         rows, where = [row for file in files for row in _read(file, fields)], str(files[0])
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(f"gfast: {where}, row {number}: {field} should be text, got {row.get(field)!r:.60}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gfast import sharded, wrappers
 from gfast.errors import NotFinite
+from gfast.geffect.answers import CHANGES
 from gfast.geffect.contributions.coverage import repeatable
 from gfast.geffect.data import Data, Term, to_device
 from gfast.geffect.groups import GroupMap
@@ -133,7 +134,9 @@ class Passes:
             if item.factor or self.processes.size == 1:
                 found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
         each = [[sum(found[t].values()), 1.0] if t in found else [0.0, 0.0] for t in self._terms]
+        each.append([float(self.data.answers.apart()), 0.0])
         sums = self.processes.sum(torch.tensor(each, dtype=torch.float64, device=self.device)).tolist()
+        differs, _ = sums.pop()
         for term, (total, ran) in zip(self._terms, sums, strict=True):
             if not math.isfinite(total):
                 bad = [index for index, value in found.get(term, {}).items() if not math.isfinite(value)]
@@ -144,6 +147,8 @@ class Passes:
                 )
             if ran:
                 self.values[term] = total
+        if differs:
+            raise ValueError(CHANGES)
 
     def _run(self, work: list[Backward], consume: Consumer, done: Callable[[], None] | None) -> list[Tensor]:
         """The losses."""
@@ -191,10 +196,12 @@ class Passes:
                 if again or output is not None:
                     output = output or model_output(self.module, batch)
                     again = again and repeatable(output.value)
-                    loss = output_loss(output, item.term.own(batch), item.term.objective, normalizer=item.count).loss
+                    out = output_loss(output, item.term.own(batch), item.term.objective, normalizer=item.count)
                 else:
                     objective, options = item.term.objective, dict(normalizer=item.count, reference=self.data.reference)
-                    loss = model_loss(self.module, item.term.own(batch), objective, **options).loss
+                    out = model_loss(self.module, item.term.own(batch), objective, **options)
+                self.data.answers.add(item.batch, out.logp, self.parameters[0].dtype)
+                loss = out.loss
                 losses.append(loss.detach())
                 if loss.requires_grad:  # a hidden-state objective below every trainable parameter has gradient zero
                     factor = item.factor * self.loss_scale * sharded_over  # FSDP2 takes the mean over processes
@@ -206,7 +213,7 @@ class Passes:
                 came.clear()
                 known = set(self._in_parts)
                 output = output if again else None
-                del loss
+                del loss, out
                 if done is not None:
                     done()
                 self.progress.update()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gfast import packed
+from gfast.geffect.answers import Answers
 from gfast.hf import OWN_KEYS
 from gfast.model import check_weighs
 from gfast.objectives import GA, NLL, RMU, RR, Mix, Objective
@@ -159,7 +160,7 @@ class Data:
         reference: str = "auto",
     ) -> None:
         used = list(used)
-        self.reference = reference
+        self.reference, self.answers = reference, Answers()
         self._known_counts: dict[Term, list[int]] = {}
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:

@@ -82,6 +82,7 @@ class Request:
         processes = Processes.of(model, options.processes, options.engine)
         wrappers.refuse_offloaded(model)
         alone = wrappers.measured(model)  # DDP would wait for processes that measure nothing
+        wrappers.refuse_hooks_around(model, alone)
         adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)

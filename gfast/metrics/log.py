@@ -174,7 +174,7 @@ class _Reader:
         columns: dict[str, Any] = {"index": []}
         for row in rows:
             if not str(row).isdecimal():
-                raise self.wrong(f"{row!r} is no row number")
+                raise self.wrong(f"{row!r} is no row number (index)")
             columns["index"].append(int(row))
         for key, values in entry.items():
             if not isinstance(values, Mapping):
@@ -182,14 +182,14 @@ class _Reader:
             if set(values) != set(rows):
                 other = sorted(set(values) ^ set(rows), key=str)[0]
                 raise self.wrong(
-                    f"{key} has {len(values)} rows and avg_gt_loss {len(rows)}; they differ in row {other}"
+                    f"{key} has {len(values)} rows and avg_gt_loss {len(rows)}; they differ in index {other}"
                 )
             columns[key] = [values[row] for row in rows]
         texts = columns.pop("generated_text", None)
         if texts is not None:
             for row, text in zip(rows, texts, strict=True):
                 if not isinstance(text, Sequence) or isinstance(text, str) or len(text) != 3:
-                    raise self.wrong(f"generated_text of row {row} should be [prompt, generation, ground truth]")
+                    raise self.wrong(f"generated_text of index {row} should be [prompt, generation, ground truth]")
             names = ("prompt", "generation", "ground_truth")
             columns["text"] = [
                 {"index": index, **dict(zip(names, text, strict=True))}
@@ -231,7 +231,7 @@ class _Reader:
                 raise self.wrong(f"index[{at}] is {number!r:.40}, and a row's number is an integer of 0 or more")
         if len(set(index)) < len(index):
             twice = next(number for at, number in enumerate(index) if number in index[:at])
-            raise self.wrong(f"row {twice} is there twice")
+            raise self.wrong(f"index {twice} is there twice")
         return tuple(index)
 
     def _column(self, key: str, column: Sequence[Any], index: tuple[int, ...]) -> np.ndarray:
@@ -240,9 +240,11 @@ class _Reader:
         for row, value in zip(index, column, strict=True):
             parts = value if several else [value]
             if not isinstance(parts, Sequence) or isinstance(parts, str) or not len(parts):
-                raise self.wrong(f"row {row} has no perturbed answers: {key} is {value!r:.40}, a list is needed")
+                raise self.wrong(f"index {row} has no perturbed answers: {key} is {value!r:.40}, a list is needed")
             if width is not None and len(parts) != width:
-                raise self.wrong(f"row {row} has {len(parts)} perturbed answers in {key}, and the rows before {width}")
+                raise self.wrong(
+                    f"index {row} has {len(parts)} perturbed answers in {key}, and the rows before {width}"
+                )
             width = len(parts)
             for part in parts:
                 self._number(key, row, part)
@@ -250,15 +252,17 @@ class _Reader:
 
     def _number(self, key: str, row: int, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.wrong(f"{key} of row {row} is {value!r:.40}, which is no number")
+            raise self.wrong(f"{key} of index {row} is {value!r:.40}, which is no number")
         if not abs(value) <= sys.float_info.max:  # nor NaN, nor an integer that no float holds
-            raise self.wrong(f"{key} of row {row} is {value!s:.40}; a sample without a finite value cannot be compared")
+            raise self.wrong(
+                f"{key} of index {row} is {value!s:.40}; a sample without a finite value cannot be compared"
+            )
         if value < 0 and key in _AT_LEAST_0:
-            raise self.wrong(f"{key} of row {row} is {value:g}, and it cannot be below 0")
+            raise self.wrong(f"{key} of index {row} is {value:g}, and it cannot be below 0")
         if value > 1 and key in ROUGES:
-            raise self.wrong(f"{key} of row {row} is {value:g}, and a recall is at most 1")
+            raise self.wrong(f"{key} of index {row} is {value:g}, and a recall is at most 1")
         if key.startswith("num_token") and (value < 1 or value != int(value)):
-            raise self.wrong(f"{key} of row {row} is {value:g}: an answer has at least one token, and a whole number")
+            raise self.wrong(f"{key} of index {row} is {value:g}: an answer has at least one token, and a whole number")
 
     def _same_losses(self, values: Mapping[str, np.ndarray], index: tuple[int, ...]) -> None:
         for average, total, count in LOSSES:
@@ -272,7 +276,7 @@ class _Reader:
             if apart.any():
                 at = tuple(np.argwhere(apart)[0])
                 raise self.wrong(
-                    f"row {index[at[0]]}: {average} is {a[at]:g}, but {total} / {count} is {b[at]:g} / {n[at]:g}: "
+                    f"index {index[at[0]]}: {average} is {a[at]:g}, but {total} / {count} is {b[at]:g} / {n[at]:g}: "
                     f"these are not one answer's"
                 )
 

@@ -115,8 +115,9 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
     if set(one.index) != set(other.index):
         odd = min(set(one.index) ^ set(other.index))
         raise ValueError(
-            f"{where}: they are of {len(one)} and {len(other)} rows of the {one.name} set (row {odd} is in one of them "
-            f"only). A p-value depends on the rows and their number: evaluate both on one split, with the same ds_size"
+            f"{where}: they are of {len(one)} and {len(other)} rows of the {one.name} set (index {odd} is in one "
+            "of them only). A p-value depends on the rows and their number: evaluate both on one split, with the same "
+            "ds_size"
         )
     place = {row: at for at, row in enumerate(other.index)}
     order = [place[row] for row in one.index]
@@ -128,7 +129,7 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
         # Letters alone: decoding may move white space around marks.
         if re.findall(r"\w+", str(truths[row])) != re.findall(r"\w+", str(others[row])):
             raise ValueError(
-                f"{where}: row {row} of the {one.name} set is {str(truths[row])[:60]!r} in one and "
+                f"{where}: index {row} of the {one.name} set is {str(truths[row])[:60]!r} in one and "
                 f"{str(others[row])[:60]!r} in the other. They are of other splits, and their p-values do not compare"
             )
     for average, _, count in LOSSES:
@@ -142,7 +143,7 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
         if apart.min() != apart.max():
             at = int(np.argwhere(apart != np.median(apart))[0][0])
             raise ValueError(
-                f"{where}: {count} of row {one.index[at]} is {mine[at]} in one and {theirs[order][at]} in the other. "
+                f"{where}: {count} of index {one.index[at]} is {mine[at]} in one and {theirs[order][at]} in the other. "
                 f"They are of models with different tokenizers (or of other rows): losses per token do not compare"
             )
         if apart.flat[0]:

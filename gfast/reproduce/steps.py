@@ -140,17 +140,21 @@ class Steps:
                         f"{step.name} needs the weights that {need} made, and keep_models is false: they were deleted. "
                         f"--redo {need} makes them again"
                     )
+            before = self.record(step.name).get("seconds", 0.0)  # of starts that were broken off
             if kind == "changed" or self.record(step.name).get("finished"):
+                before = 0.0
                 shutil.rmtree(self.out / step.name, ignore_errors=True)
             took = {need: self.made(need) for need in step.needs}
-            record = {"inputs": _plain(step.inputs), "took": took, "finished": False}
+            record = {"inputs": _plain(step.inputs), "took": took, "finished": False, "seconds": before}
             write_json(self._record_file(step.name), record)
             started = time.perf_counter()
-            with _named(step):
-                step.run(self.out / step.name)
-            seconds = time.perf_counter() - started
-            write_json(self._record_file(step.name), record | {"finished": True, "made": self.made(step.name),
-                                                                "seconds": seconds})  # fmt: skip
+            try:
+                with _named(step):
+                    step.run(self.out / step.name)
+            finally:
+                record["seconds"] = before + time.perf_counter() - started
+                write_json(self._record_file(step.name), record)
+            write_json(self._record_file(step.name), record | {"finished": True, "made": self.made(step.name)})
             self.again.add(step.name)
 
     def _stands_in_the_way(self, step: Step) -> bool:

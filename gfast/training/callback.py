@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gfast import peft_models
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import Objective, as_objective
 from gfast.sides import SIDES
@@ -89,6 +90,14 @@ class GEffectCallback(Trajectory):
 
     def names(self) -> set[str]:
         return set(self.labels)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0 and self._is_measured(args, 0) and peft_models.is_adapted(model):
+            # Adapters are not zero any more: they were, or it was said what the original is, when the run began.
+            self.options = {"reference": "base"} | self.options
+        super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:
         from gfast.geffect import g_effect

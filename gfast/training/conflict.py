@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from gfast import wrappers
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import UNWEIGHTED, Objective
 from gfast.tensor_files import TensorFile, write_tensors
@@ -55,7 +56,7 @@ class ConflictWeights(TrainerCallback):
         due = state.global_step % self.every == 0 and state.global_step != self.step
         if self.by_sample is None or due:
             self.step = state.global_step
-            with rng_kept(), gradients_kept(model):
+            with rng_kept(), gradients_kept(model), wrappers.own_precision(model):
                 self.measure(model)
 
     def measure(self, model: Any) -> None:

@@ -109,7 +109,9 @@ class ExactEvaluation:
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None."""
+        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None. In the
+        mixed precision of the Trainer's steps, as any Trainer's; what callbacks measure is the model as it is saved.
+        """
         found = self._sides(self._prepare_inputs(inputs))
         sums = {}
         with torch.no_grad(), wrappers.autocast_of(self.accelerator):

@@ -22,7 +22,7 @@ from gfast.geffect.live.processes import NO_ZERO, here
 from gfast.geffect.live.surgery import Surgery
 from gfast.model import output_loss
 from gfast.model_output import model_output
-from gfast.objectives import GA, NLL, UNWEIGHTED, Objective
+from gfast.objectives import GA, NLL, UNWEIGHTED, Mix, Objective
 from gfast.ops.reductions import LossOutput
 from gfast.original import with_reference
 from gfast.packed import count
@@ -51,21 +51,11 @@ class LiveSteps:
     def __init__(self, trainer: Trainer, groups: Any, unlearn: bool, surgery: str | None, update: bool) -> None:
         self.trainer, self.groups = trainer, groups
         forget, retain = trainer.objective.forget, trainer.objective.retain
-        own = forget.needs & OWN_DATA
-        if unlearn and own:
-            raise ValueError(
-                f"{forget} has batches of its own, not those of the forget set, so that there is no unlearn side: "
-                "leave geffect_live_unlearn out"
-            )
+        check_live(trainer.objective, unlearn)
         if surgery is not None:
             surgery = str(Surgery.parse(surgery))
         if getattr(trainer, "is_deepspeed_enabled", False):
             raise ValueError(f"live effects and surgery cannot run with DeepSpeed: {NO_ZERO}")
-        if trainer.objective.gamma == 0.0 or (retain is not None and trainer.objective.alpha == 0.0):
-            raise ValueError(
-                "live effects and surgery need the gradients of both terms, and gamma or alpha is 0: leave a retain "
-                "term of 0 out, and without a forget term geffect_live and surgery"
-            )
         assign(wrappers.measured(trainer.model), groups)  # refused here, not at the first step
         self.unlearn, self.surgery, self.update = unlearn, surgery, update
         self.label = str(trainer.objective if retain is not None or trainer.objective.gamma != 1.0 else forget) + LIVE
@@ -256,6 +246,20 @@ class LiveSteps:
             if row["quantity"] == "g_effect":
                 rows.append({**row, "quantity": "update_effect"})
         return rows
+
+
+def check_live(objective: Mix, unlearn: bool) -> None:
+    """ValueError for an objective whose live effects there are not."""
+    if unlearn and objective.forget.needs & OWN_DATA:
+        raise ValueError(
+            f"{objective.forget} has batches of its own, not those of the forget set, so that there is no unlearn "
+            "side: leave geffect_live_unlearn out"
+        )
+    if objective.gamma == 0.0 or (objective.retain is not None and objective.alpha == 0.0):
+        raise ValueError(
+            "live effects and surgery need the gradients of both terms, and gamma or alpha is 0: leave a retain "
+            "term of 0 out, and without a forget term geffect_live and surgery"
+        )
 
 
 def measured_live(forget: Objective, unlearn: bool) -> frozenset[str]:

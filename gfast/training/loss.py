@@ -21,6 +21,7 @@ from gfast.training import batches
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
 from gfast.training.joint import outputs, refuse_joint
+from gfast.training.known_original import KnownOriginal
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
@@ -142,7 +143,7 @@ class GFastLossMixin(ExactEvaluation):
         refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
         self._heads = {side: cache.head for side, cache in self.references.items()}
-        self._original, self._own_loss_terms, self._joint = reference, own_loss_terms, joint_forward
+        self._reference, self._own_loss_terms, self._joint = reference, own_loss_terms, joint_forward
         # The loss is already normalised over the accumulated batch: Trainer must not divide it again (5.x, then 4.x).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -162,6 +163,7 @@ class GFastLossMixin(ExactEvaluation):
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         if joint_forward:
             refuse_joint(objectives, own_loss_terms, self.live is not None)
+        self.add_callback(KnownOriginal())
         self._normalizers: dict[str, float] = {}
         self._micro_batches = 1
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
@@ -190,11 +192,6 @@ class GFastLossMixin(ExactEvaluation):
             kept = {*self._signature_columns, *OWN_KEYS, *BOUNDS, *SETS}
             # without its preferred half, a batch of pairs would be taken for half as many pairs
             self._signature_columns = sorted(kept | {f"preferred_{name}" for name in kept})
-
-    @property
-    def _reference(self) -> str:
-        """Of a run that goes on from a checkpoint the adapters are not zero, and the base is the original still."""
-        return "base" if self._original == "auto" and self.state.global_step > 0 else self._original
 
     @property
     def _parts(self) -> list[tuple[str, Objective, float]]:

@@ -191,7 +191,8 @@ class ReferenceCache:
             reference: what the original is, of a model with PEFT adapters. "adapted": the model as it is, adapters on.
                 "base": the model with its adapters off. "auto": the same, refused where the base is not provably the
                 original: where something else is trained too, the adapters' initialisation rewrote the base (PiSSA,
-                OLoRA, CorDA, LoftQ), or the adapters are not zero. "adapter:NAME": the model with that adapter, which
+                OLoRA, CorDA, LoftQ), or the adapters are not zero, or transformers' own, which gfast cannot switch
+                off. "adapter:NAME": the model with that adapter, which
                 is frozen, in place of the active one.
 
         Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
@@ -202,7 +203,7 @@ class ReferenceCache:
         what = checked(what, layer)
         check_reference_name(reference)
         adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
-        if reference not in ("auto", "adapted"):
+        if reference != "adapted":
             peft_models.refuse_inner_adapters(model)
         if adapter_name(reference) is not None:
             peft_models.check_frozen_adapter(model, adapter_name(reference))

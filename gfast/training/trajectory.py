@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import distributed, nn
 from transformers import TrainerCallback
 
-from gfast import peft_models
+from gfast import wrappers
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
@@ -30,7 +30,9 @@ Batches = Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]
 class Trajectory(TrainerCallback):
     """The base of what is measured before training, every so many steps and after the last one, and recorded at once.
 
-    A subclass measures in `_measure`, and names in `quantity` what its rows in the records are known by.
+    What is measured is the model as it is saved: in the precision of its own weights, without the Trainer's mixed
+    precision (bf16, fp16), in which a small effect can be off by half. A subclass measures in `_measure`, and names in
+    `quantity` what its rows in the records are known by.
     """
 
     quantity: ClassVar[str]
@@ -53,10 +55,6 @@ class Trajectory(TrainerCallback):
     ) -> None:
         # A fresh start is always measured: what the folder holds for step 0 may be of another model.
         step = state.global_step
-        if step > 0 and peft_models.is_adapted(model):
-            from gfast.original import declare_base_original
-
-            declare_base_original(model)  # adapters are not zero any more: they were when the run began
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._timed(args, state, model)
 
@@ -99,7 +97,8 @@ class Trajectory(TrainerCallback):
 
     def _timed(self, args: Any, state: Any, model: nn.Module) -> None:
         started = time.perf_counter()
-        self._measure(args, state, model)
+        with wrappers.own_precision(model):
+            self._measure(args, state, model)
         self.seconds += time.perf_counter() - started
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:

@@ -80,7 +80,8 @@ class Order:
         raise ValueError(
             f"gfast: the {self.engine} engine cannot attribute the module {site.name!r}: its rows are not the samples "
             f"of a batch one after the other, for what it reads of a sample by itself is not what its rows of that "
-            f"sample are in a batch of {rows}. Measure one sample a batch, freeze it, or use engine='stream' or 'token'"
+            f"sample are in a batch of {rows} (or the model answers otherwise from call to call, by a hook with a flag "
+            f"or a counter: hold that). Measure one sample a batch, freeze it, or use engine='stream' or 'token'"
         )
 
 

@@ -211,10 +211,12 @@ class _Pairs:
         )
 
     def _run(self, batch: _Batch, *seeds: Seed, heads: int = 1) -> None:
-        batch = to_device(batch, self.passes.device)
+        given, batch = batch, to_device(batch, self.passes.device)
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
-            self.seeded.run(batch, *seeds, heads=heads)
+            logp = self.seeded.run(batch, *seeds, heads=heads)
+            self.passes.data.answers.add(given, logp, self.passes.parameters[0].dtype)
+            self.passes.data.answers.check()
         self.inputs, self.selected = InputProducts(), Selected()  # what they hold belongs to this batch
         self.bar.update()
 

@@ -118,20 +118,23 @@ def _measure_own(
         passes = request.passes(bar)
         with RowPass(passes.module, sites, "sample", passes.loss_scale) as seeded:
             for batch, terms in work:
-                batch = to_device(batch, passes.device)
+                given, batch = batch, to_device(batch, passes.device)
                 size = batch["labels"].numel()
                 rows = batch["labels"].shape[0]
                 shape = (len(position), 2, rows)
                 tables = [torch.zeros(shape, dtype=torch.float64, device=passes.device) for _ in terms]
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
                     seeds = [(term, partial(consume, which)) for which, term in enumerate(terms)]
-                    logp = seeded.run(batch, *seeds).double().sum(1)
+                    logp = seeded.run(batch, *seeds)
+                    request.data.answers.add(given, logp, passes.parameters[0].dtype)
+                    logp = logp.double().sum(1)
                 else:
                     logp = torch.zeros(rows, dtype=torch.float64, device="cpu")
                 dots = [
                     passes.by_group(table.permute(2, 0, 1) / passes.loss_scale, term_label(term), alone=True)
                     for table, term in zip(tables, terms, strict=True)
                 ]
+                request.data.answers.check()
                 measured.append((dots, logp.cpu()))
                 bar.update()
             seeded.finish()

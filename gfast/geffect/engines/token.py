@@ -157,6 +157,8 @@ def _measure_own(request: Request, directions: Directions, batches: Sequence[Map
     with Bar("token effects", show=request.options.progress) as bar, _ready(model):
         for batch in batches:
             tokens = _measure_batch(streams, measured(model), to_device(batch, device), groups.names, loss_scale)
+            request.data.answers.add(batch, tokens.logp, next(iter(streams)).dtype)
+            request.data.answers.check()
             tokens.effects /= loss_scale * scales.t()[:, :, None]
             out.append(tokens)
             bar.update()
