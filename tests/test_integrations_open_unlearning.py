@@ -340,11 +340,13 @@ def test_a_dual_variable_moves_away_from_zero(tmp_path):
 
 
 def test_arguments_of_hydra_are_plain_values(tmp_path):
-    """TensorBoard gets the arguments as JSON, and schedulers take a dict."""
+    """TensorBoard gets the arguments as JSON, schedulers take a dict, and DDP no word "None", as YAML has it."""
     given = UserDict(output_dir=str(tmp_path), use_cpu=True, report_to=UserList(["none"]), warmup_epochs=None)
     given |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": UserDict(min_lr=1e-5)}
+    given["ddp_find_unused_parameters"] = yaml.safe_load("None")
     made = make_load_trainer_args()(given, [0])
     assert made.lr_scheduler_kwargs == {"min_lr": 1e-5} and made.report_to == [] and made.to_json_string()
+    assert made.ddp_find_unused_parameters is None
 
 
 @pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")

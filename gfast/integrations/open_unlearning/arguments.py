@@ -20,7 +20,8 @@ def make_load_trainer_args() -> Callable[[Mapping[str, Any], Any], TrainingArgum
     known = {field.name for field in fields(TrainingArguments) if field.init}
 
     def load_trainer_args(trainer_args: Mapping[str, Any], dataset: Any) -> TrainingArguments:
-        given = {str(name): plain(value) for name, value in trainer_args.items()}
+        # None in YAML is a word (null is none); of ddp_find_unused_parameters, whose word DDP does not take
+        given = {str(name): None if value == "None" else plain(value) for name, value in trainer_args.items()}
         warmup_epochs = given.pop("warmup_epochs", None)
         if warmup_epochs:
             step = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
