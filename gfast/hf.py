@@ -154,6 +154,7 @@ def inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError, naming the keys, for what the model's forward does not take, and for a batch without tokens.
     """
+    sharded.refuse_unrun(model)
     check_causal(model, batch)
     given = {key: value for key, value in batch.items() if key not in OWN_KEYS and value is not None}
     if not given.keys() & {"input_ids", "inputs_embeds"}:

@@ -26,10 +26,11 @@ def gathered(group: nn.Module | None, linear: nn.Module, weight: Tensor, hidden:
     autograd does with the result. FSDP2 and ZeRO-3 take it away when the call that it belongs to ends.
 
     FSDP2 gathers the group of the weight again, and once more before its backward. ZeRO-3 does so for a call of the
-    module, in whose place `compute` stands.
+    module, in whose place `compute` stands; also where it still holds the weight, from a call before or for one that it
+    expects, as it takes that away before the backward.
     """
     freed = is_freed(weight)
-    if freed and group is None:
+    if group is None and (freed or is_zero3(linear)):
         own = vars(linear).get("forward")
         linear.forward = compute
         try:
@@ -107,6 +108,23 @@ def _hooks_off(*chosen: tuple[nn.Module, str, Callable[[Any], bool]]) -> Iterato
 def is_zero3(linear: nn.Module) -> bool:
     """Whether ZeRO-3 holds a part of the module's weights; asking does not make it gather them."""
     return any(hasattr(parameter, "ds_id") for parameter in linear._parameters.values())
+
+
+def refuse_unrun(model: nn.Module) -> None:
+    """ValueError for a model whose weights ZeRO-3 has sharded when it was loaded, and that no engine gathers yet."""
+    first = next(model.parameters(), None)
+    if first is None or not hasattr(first, "ds_id"):
+        return
+    for module in model.modules():
+        if any(map(_by_deepspeed, module._forward_pre_hooks.values())):
+            return  # an engine's, which gather what a call needs
+    for name, parameter in model.named_parameters():
+        if parameter.numel() < getattr(parameter, "ds_numel", 0):
+            raise ValueError(
+                f"gfast: {name} is sharded by ZeRO-3, and there is no engine yet that would gather it for a call: "
+                f"transformers shards what is loaded after arguments with a ZeRO-3 config were made. Load the model "
+                f"before these are made (a trainer shards it then), or give the engine of deepspeed.initialize"
+            )
 
 
 def foreign_hooks(linear: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import UserDict, UserList
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import gfast
 import gfast.integrations.open_unlearning as integration
 from gfast.data import fingerprint
 from gfast.integrations.open_unlearning.__main__ import with_configs
+from gfast.integrations.open_unlearning.arguments import make_load_trainer_args
 from gfast.integrations.open_unlearning.trainers import make_trainers
 from gfast.model_output import shifted
 from gfast.objectives import (
@@ -242,6 +244,11 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path):
         ("CEU", {"method": {"alpha": 1.0}}, "GFastCEU has no argument alpha; its method_args are ignore_first"),
         ("NPO", {"method": {"reference": "none"}}, "it can be auto, cache, adapters_off, adapter:NAME"),
         ("NPO", {"method": {"reference": "adapters_off"}}, "the model has no adapters; use cache"),
+        (
+            "PDU",
+            {"method": {"loss_names": ["a", "b"]}},
+            "loss_names is .'a', 'b'., and gfast logs forget_loss and retain",
+        ),
         ("NPO", {"train_dataset": ou.data(pairs=True)}, "holds original, alternate and no input_ids: use GFastDPO"),
         ("DPO", {"train_dataset": ou.data()}, "DPO needs pairs"),
         ("NPO", {"data_collator": lambda items: items}, "the data_collator function would not be run"),
@@ -321,6 +328,39 @@ def test_configs_name_trainers_and_arguments_that_there_are():
     assert found == {f"GFast{name}" for name in CLASSES | BY_BATCH}
 
 
+def test_a_dual_variable_moves_away_from_zero(tmp_path):
+    """With what open-unlearning's own YAML gives beside."""
+    method = {"alpha": 0.0, "primal_dual": True, "retain_loss_eps": 0.5, "loss_names": ["forget_loss", "retain_loss"]}
+    trainer = ou.trained("PDU", tmp_path, tiny_model(), method=method, max_steps=2)
+    first, second = (log for log in trainer.state.log_history if "loss" in log)
+    assert first["loss"] == pytest.approx(first["forget_loss"], rel=1e-6)
+    dual = first["retain_loss"] - 0.5
+    expected = second["forget_loss"] + dual * (second["retain_loss"] - 0.5)
+    assert second["loss"] == pytest.approx(expected, rel=1e-5) and second["dual"] == pytest.approx(dual, rel=1e-5)
+
+
+def test_arguments_of_hydra_are_plain_values(tmp_path):
+    """TensorBoard gets the arguments as JSON, schedulers take a dict, and DDP no word "None", as YAML has it."""
+    given = UserDict(output_dir=str(tmp_path), use_cpu=True, report_to=UserList(["none"]), warmup_epochs=None)
+    given |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": UserDict(min_lr=1e-5)}
+    given["ddp_find_unused_parameters"] = yaml.safe_load("None")
+    made = make_load_trainer_args()(given, [0])
+    assert made.lr_scheduler_kwargs == {"min_lr": 1e-5} and made.report_to == [] and made.to_json_string()
+    assert made.ddp_find_unused_parameters is None
+
+
+@pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")
+def test_the_stock_yaml_has_arguments_that_the_trainers_take():
+    registry, found = ou.registered(), set()
+    for file in (ou.clone() / "configs" / "trainer").glob("*.yaml"):
+        config = yaml.safe_load(file.read_text())
+        made = registry.get(f"GFast{config['handler']}")
+        if made is not None and not getattr(made, "lacking", False):
+            assert set(config.get("method_args") or ()) <= set(made.__doc__.replace("=", " ").split()), file
+            found.add(config["handler"])
+    assert found >= {"NPO", "PDU", "UNDIAL", "CEU"}
+
+
 @pytest.mark.parametrize("name", BY_BATCH)
 def test_weights_over_a_batch_are_made(tmp_path, name):
     trainer = ou.trained(name, tmp_path, tiny_model(), train=False)
@@ -346,7 +386,7 @@ def test_the_command_runs_a_script_as_it_is(tmp_path):
 
 
 @pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")
-@pytest.mark.parametrize("name", ["GradAscent", "GradDiff", "NPO", "DPO", "SimNPO", "WGA", "SatImp", "CEU"])
+@pytest.mark.parametrize("name", ["GradAscent", "GradDiff", "NPO", "DPO", "SimNPO", "WGA", "SatImp", "CEU", "PDU"])
 def test_a_batch_costs_what_it_costs_in_open_unlearning(tmp_path, name):
     """Four rows with labels at once, where nothing of theirs goes wrong: their loss and gradient, and ours."""
     start = tiny_model(seed=1)
@@ -363,6 +403,8 @@ def test_a_batch_costs_what_it_costs_in_open_unlearning(tmp_path, name):
         batch["forget"] = {
             which: {key: value[i] for key, value in halves.items()} for i, which in enumerate(("original", "alternate"))
         }
+    if name == "PDU":  # its margins are those of the places that hold the labels, one after those that predict them
+        batch["forget"]["labels"] = shifted(batch["forget"]["labels"])
     loss = theirs.compute_loss(model, batch)
     loss.backward()
     assert logged(ours)[0] == pytest.approx(loss.item(), rel=1e-5, abs=LOGGED)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,8 @@ def _train(
     kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
     say(f"Data: {len(rows.forget)} forget rows, {kept}")
     set_seed(config.seed)
-    model = load_model(model_arguments).to(config.device)
+    with _loaded_whole(config):
+        model = load_model(model_arguments).to(config.device)
     sides.fit(model)
 
     main = config.process_index == 0
@@ -231,6 +232,24 @@ def _train(
         write_json(folder / "result.json", result)
         say(f"Finished {output.global_step} steps. Model and records: {folder}. Figures: gfast report {folder}")
     return 0
+
+
+@contextlib.contextmanager
+def _loaded_whole(config: UnlearnConfig) -> Iterator[None]:
+    """A model that is loaded in here is whole in every process, as under FSDP: with ZeRO-3 transformers would give each
+    its shard, of which one process alone has no fingerprint, and no values of the original. Training shards it.
+    """
+    deepspeed = getattr(config, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)
 
 
 def describe(

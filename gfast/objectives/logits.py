@@ -69,7 +69,8 @@ class PDU(StatObjective):
     retain loss at ``retain_loss_eps``: its factor, which starts as alpha, becomes :math:`\max(0, \lambda +
     \eta (L_{retain} - \epsilon))` after each step (or epoch). The dual variable is in the checkpoints.
 
-    The published code averages over every position of a batch, questions and padding too; here over the label tokens.
+    open-unlearning takes the margins at the places of the labels, of what follows each (its first version at every
+    place of a batch, questions and padding too); here those that predict the labels, as in all objectives.
     It updates after every micro-batch of a process; here once an optimizer step, by the retain loss of all of it, which
     is the same without accumulation in one process. With ``dual_update_upon="epoch"`` it measures the retain loss of
     the whole data once more after each epoch; here it is the mean of the retain losses of the epoch's steps.

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import distributed
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import gfast
 from gfast import hf
+from gfast.files import write_json
 from gfast.objectives import GA, KL, NPO, RMU
 from gfast.training.fingerprints import model_fingerprint
+from gfast.training.reference import ReferenceCache
+from gfast.training.trainer import UnlearnTrainer
 from helpers.geffect_models import tiny
 from helpers.geffect_parallel import refused
+from helpers.training_parallel import join
+from helpers.training_tiny import collator, config, pairing
 from helpers.wrappers_parallel import batch_of, joined
 
 
@@ -21,11 +30,15 @@ def _narrow(batch: dict) -> dict:
     return {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
 
 
+def _without_shared_memory() -> None:
+    """Which is to be compiled: gloo does. By the module's name, which is also that of torch in there."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
 def _engine(stage: int):
     import deepspeed
 
-    # Shared memory between processes, to be compiled: gloo does. By its name, which is also that of torch in there.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    _without_shared_memory()
     model = tiny("llama").float().eval()
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -81,3 +94,52 @@ def check(stage: int, rank: int, world: int, port: int) -> None:
         for group, value in other.unlearn.items():
             assert abs(one.unlearn[group] - value) <= 1e-4 * abs(value), (group, one.unlearn[group], value)
     distributed.destroy_process_group()
+
+
+def train(stage: int, model: str, folder: str, rank: int, world: int, port: int) -> None:
+    """Weights after three steps of UnlearnTrainer and of `gfast unlearn`: in one process without DeepSpeed."""
+    from gfast import cli
+
+    join(rank, world, port)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = {}
+    if world > 1:
+        import deepspeed as library
+
+        _without_shared_memory()
+        distributed.init_process_group("gloo")
+        library.init_distributed("gloo")
+        sizes = "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping train_batch_size".split()
+        deepspeed = dict.fromkeys(sizes, "auto") | {"zero_allow_untested_optimizer": True}
+        deepspeed |= {"zero_force_ds_cpu_optimizer": False}
+        sharding = {"stage": stage, "stage3_param_persistence_threshold": 100}
+        deepspeed["zero_optimization"] = sharding | {"stage3_gather_16bit_weights_on_model_save": True}
+    own = {"deepspeed": deepspeed, "ddp_backend": "gloo"} if world > 1 else {}
+    steps = dict(max_steps=3, optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=4 // world)
+    data, collate = pairing()
+    for name, options in {
+        "WGA": dict(retain_term="nll", max_grad_norm=0.5),
+        "NPO": dict(retain_term="kl", learning_rate=1e-3),
+    }.items():
+        start = AutoModelForCausalLM.from_pretrained(model)
+        references = {}
+        if name == "NPO":
+            for side, what in (("forget", "logp"), ("retain", "hidden")):
+                references[side] = ReferenceCache.build(start, getattr(data, side), collator(), what=[what])
+        args = config(f"{folder}/{name}", objective=name, **own, **steps | options)
+        if name == "WGA":  # loaded now, ZeRO-3 shards the model at once; only an engine runs it then
+            start = AutoModelForCausalLM.from_pretrained(model)
+            if world > 1 and stage == 3:
+                refused("is sharded by ZeRO-3", ReferenceCache.build, start, data.forget, collator())
+        trainer = UnlearnTrainer(start, args, references=references, train_dataset=data, data_collator=collate)
+        trainer.train()
+        trainer.save_model(f"{folder}/{name}")
+        AcceleratorState._reset_state()
+        unset_hf_deepspeed_config()
+    words = f"unlearn --model {model} --data bundled --max_forget 4 --max_retain 4 --objective NPO --retain_term kl"
+    words += " --learning_rate 1e-3 --optim sgd --max_steps 3 --per_device_train_batch_size 1 --use_cpu"
+    words += f" --gradient_accumulation_steps {4 // world} --report_to none --save_strategy no --nll_every 1"
+    if world > 1:
+        write_json(Path(folder) / f"config-{rank}.json", deepspeed)
+        words += f" --deepspeed {folder}/config-{rank}.json"
+    assert cli.main([*words.split(), "--output_dir", f"{folder}/command"]) == 0

@@ -26,7 +26,7 @@ def register(replace: bool = False) -> list[str]:
     its YAML's TrainingArguments is made so that every supported version of transformers takes it.
 
     Args:
-        replace: take the stock names too (GradAscent, GradDiff, NPO, DPO, SimNPO, WGA, SatImp).
+        replace: take the stock names too, where open-unlearning has a trainer of that name.
 
     Returns:
         The names that were registered.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -20,7 +20,8 @@ def make_load_trainer_args() -> Callable[[Mapping[str, Any], Any], TrainingArgum
     known = {field.name for field in fields(TrainingArguments) if field.init}
 
     def load_trainer_args(trainer_args: Mapping[str, Any], dataset: Any) -> TrainingArguments:
-        given = dict(trainer_args)
+        # None in YAML is a word (null is none); of ddp_find_unused_parameters, whose word DDP does not take
+        given = {str(name): None if value == "None" else plain(value) for name, value in trainer_args.items()}
         warmup_epochs = given.pop("warmup_epochs", None)
         if warmup_epochs:
             step = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
@@ -37,6 +38,18 @@ def make_load_trainer_args() -> Callable[[Mapping[str, Any], Any], TrainingArgum
         return TrainingArguments(**given)
 
     return load_trainer_args
+
+
+def plain(value: Any) -> Any:
+    """Hydra's mappings and lists as dicts and lists: what reads arguments, or writes them as JSON, knows no others.
+
+    >>> from collections import UserDict
+    >>> plain(UserDict(min_lr=1e-5, of=(1, "a")))
+    {'min_lr': 1e-05, 'of': [1, 'a']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    return list(map(plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def unlearn_config(args: TrainingArguments) -> UnlearnConfig:

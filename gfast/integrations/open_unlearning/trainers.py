@@ -46,10 +46,12 @@ from gfast.objectives import (
 )
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.callback import GEffectCallback
+from gfast.training.dual import moves
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
 RETAIN = {"NLL": NLL, "KL": KL, "JensUn": JSD}  # this one by the name in JensUn's fork
+LOGGED = ("forget_loss", "retain_loss")
 _FIRST = "ignore_first_n_answer_tokens"  # of CEU: labels of the forget items that do not count
 _ALONE = ("GradAscent", "CEU")  # without a retain loss
 # Name -> what makes the forget objective, and the defaults of open-unlearning's class, or of the fork's that has one
@@ -67,8 +69,9 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "DrNPO": (lambda beta, beta_dv_forget: BalDRO(beta, beta_dv_forget), {"beta": 1.0, "beta_dv_forget": 1.0}),
     "GroupNPO": (lambda beta, sampling_ratio: BalDROG(beta, sampling_ratio), {"beta": 1.0, "sampling_ratio": 0.5}),
     "PDU": (
-        PDU,
+        lambda loss_names, **options: _pdu(loss_names, options),
         {
+            "loss_names": None,
             "retain_loss_eps": 0.0,
             "primal_dual": False,
             "dual_step_size": 1.0,
@@ -209,7 +212,19 @@ def _objective(name: str, make: Callable[..., Objective], known: Mapping[str, An
             f"retain_loss_type is {kind!r}; GFast{name} has {' and '.join(RETAIN)} (EMBED_DIFF is a loss of RMU's)"
         )
     forget = make(**{key: float(value) if type(known[key]) is float else value for key, value in values.items()})
-    return Mix(forget, RETAIN[kind]() if alpha else None, gamma=gamma, alpha=alpha if alpha else 1.0)
+    if alpha or moves(forget):  # a dual variable moves away from 0, too
+        return Mix(forget, RETAIN[kind](), gamma=gamma, alpha=alpha)
+    return Mix(forget, None, gamma=gamma)
+
+
+def _pdu(loss_names: Any, options: Mapping[str, Any]) -> PDU:
+    """Its YAML names the losses that are logged, whose names gfast has for all objectives."""
+    if loss_names is not None and list(loss_names) != list(LOGGED):
+        raise ValueError(
+            f"loss_names is {list(loss_names)}, and gfast logs {' and '.join(LOGGED)}: leave loss_names out, or give "
+            f"those"
+        )
+    return PDU(**options)
 
 
 def _check_collator(collator: Any) -> None:
