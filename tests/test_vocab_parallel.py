@@ -51,15 +51,15 @@ def test_other_layouts_are_refused(mesh):
     hidden, weight, bias, labels, _ = problem()
     for placement in (Replicate(), Shard(1)):
         with pytest.raises(ValueError, match="must be sharded on dim 0"):
-            gfast.linear_token_logp(hidden, distribute_tensor(weight, mesh, [placement]), labels)
-    head = distribute_tensor(weight, mesh, [Shard(0)])
+            gfast.linear_token_logp(hidden, distribute_tensor(weight, mesh, [placement], src_data_rank=None), labels)
+    head = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
     with pytest.raises(ValueError, match="shard it alike"):
         gfast.linear_unlearn_loss(hidden, head, labels, WGA(), bias=bias)
     for pair in ((head, weight), (weight, head)):
         with pytest.raises(TypeError, match=r"is a DTensor but .* a plain tensor. Shard it alike"):
             gfast.linear_token_kl(hidden, pair[0], hidden, pair[1], labels)
     with pytest.raises(ValueError, match="shard them alike"):
-        gfast.linear_token_kl(hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)]), labels)
+        gfast.linear_token_kl(hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), labels)
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 37\)"):
         gfast.linear_token_logp(hidden, head, labels + 37)
     for pair in ((head, head), (head, None)):
@@ -89,7 +89,7 @@ def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
         return gfast.linear_unlearn_loss(h, w, labels, objective, ref_logp=ref, chunk_rows=14)
 
     results = []
-    for head in (weight, distribute_tensor(weight, mesh, [Shard(0)])):
+    for head in (weight, distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)):
         products.clear()
         results.append(run(loss, (hidden, head)))
         chunks = len(set(products))
