@@ -145,7 +145,7 @@ def peak_mb(name: str, settings: Row, step: Callable[[], object] | None) -> floa
         size = peak_extra_bytes(step, "cuda")
     else:
         description = json.dumps({"name": name, **settings})
-        size = peak_in_fresh_process(measure, description, ["geffect", "transformers.models.llama"])
+        size = peak_in_fresh_process(measure, description, ["geffect", "transformers.models.llama.modeling_llama"])
     return None if size is None else round(size / 2**20, 1)
 
 
