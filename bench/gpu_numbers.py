@@ -19,6 +19,10 @@ class Number(NamedTuple):
     value: Callable[[Data], float]
     text: str  # of a value
     meets: Callable[[float], bool]
+    kernel: str | None = None  # whose machine code says what share of a copy's bandwidth it can reach
+
+    def predicted(self, code: Data) -> str:
+        return f"{code[self.kernel]['share_of_copy']:.0%}" if self.kernel in code else ""
 
 
 def of_copy(row: Data) -> float:
@@ -54,6 +58,7 @@ NUMBERS = (
         of_copy,
         "{:.0%}",
         lambda share: share >= 0.9,
+        "weighted_rows bf16 V=128256",
     ),
     linear(2048, 7.96),
     linear(4096, 16.7),
@@ -77,6 +82,7 @@ NUMBERS = (
         of_copy,
         "{:.0%}",
         lambda share: share >= 0.85,
+        "kl_rows bf16 V=128256",
     ),
     Number(
         "`grad_dot`, 291 tensors of a 7B model, bf16, from an idle GPU, the host's time included",

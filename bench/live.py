@@ -109,7 +109,9 @@ def peak(settings: Row, way: str) -> int | None:
     description = json.dumps(settings | {"way": way})
     if settings["device"] == "cuda":
         return measure(description)
-    return peak_in_fresh_process(measure, description, ["live", "torch._dynamo", "transformers.models.llama.modeling_llama"])
+    return peak_in_fresh_process(
+        measure, description, ["live", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+    )
 
 
 def bench(settings: Row, args: argparse.Namespace) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Renders README.md's and docs/performance.md's measured blocks and pictures from bench/results; no number is typed.
+"""Renders the measured blocks and pictures of README.md and the performance pages; no number is typed.
 
 python bench/report.py            # rewrites what stands between the markers, and draws the pictures
 python bench/report.py --check    # exits 1 when a page is not what the JSON says; draws nothing
@@ -18,6 +18,7 @@ from laws import FAMILIES, LAWS, Law, Result, cell, demanded, figure, law_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs") / "performance.md"
+GPU_PAGE = Path("docs") / "performance-gpu.md"
 PICTURES = Path("docs") / "performance"
 # A result's name is one of them, or KIND_MORE. Laws are asked of those of the first line.
 KINDS = (
@@ -90,15 +91,16 @@ def laws(found: list[Result], root: Path) -> str:
 
 
 def missed(found: list[Result], root: Path) -> str:
-    """Every case that misses its law, the worst of a law first."""
-    rows = [
-        [LAWS[law].what, check.case, f"`{device}`", figure(law, check.value), figure(law, check.demanded)]
-        for law, by_device in law_checks(found).items()
-        for device, some in by_device.items()
-        for check in sorted(some, key=lambda check: -check.share)
-        if not check.met
-    ]
-    return table(["what", "case", "device", "measured", "law"], rows, right=2) if rows else "Nothing."
+    """Every case that misses its law: a row a law and device, the worst case first."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for law, by_device in law_checks(found).items():
+        for device, some in by_device.items():
+            for check in sorted(some, key=lambda check: -check.share):
+                if not check.met:
+                    row = (LAWS[law].what, figure(law, check.demanded), f"`{device}`")
+                    rows.setdefault(row, []).append(f"{check.case}: {figure(law, check.value)}")
+    lines = ([*row, "<br>".join(cases)] for row, cases in rows.items())
+    return table(["what", "law", "device", "missed by"], lines) if rows else "Nothing."
 
 
 def machines(found: list[Result], root: Path) -> str:
@@ -123,39 +125,53 @@ def machines(found: list[Result], root: Path) -> str:
 
 
 def gpu(found: list[Result], root: Path) -> str:
-    """The numbers, and the steps of bench/on_gpu.sh: what each came to on each GPU, empty where it has not run."""
-    header = ["what", "floor", "must reach", "measured", "floors", "host", "peak memory"]
+    """The numbers that must be reached, what the machine code predicts of them, and what was measured on each GPU."""
+    header = ["what", "floor", "must reach", "predicted", "measured", "floors", "host", "peak memory"]
     names, blocks = [name for name in devices_of(found) if is_gpu(name)], []
+    _, code = predictions(root)
     for name in names or [None]:
         here = [one for one in found if one.device == name]
-        rows = [[number.what, number.floor, number.must, *cells(number, here)] for number in NUMBERS]
-        title = f"`{name}`" if name else "Nothing of gfast has run on a GPU: no cell of these tables is filled."
-        blocks.append(f"{title}\n\n{table(header, rows, right=4)}")
+        rows = [
+            [number.what, number.floor, number.must, number.predicted(code), *cells(number, here)] for number in NUMBERS
+        ]
+        title = f"`{name}`" if name else "Nothing of gfast has run on a GPU: no cell of this table is filled."
+        blocks.append(f"{title}\n\n{table(header, rows, right=5)}")
+    return "\n\n".join(blocks)
+
+
+def steps(found: list[Result], root: Path) -> str:
+    """The steps of bench/on_gpu.sh: what each came to on each GPU, empty where it has not run."""
+    names = [name for name in devices_of(found) if is_gpu(name)]
     came = {
         (one.device, step["step"]): step["outcome"]
         for one in sorted(found, key=lambda one: one.data["environment"]["date"])
         if one.kind == "on_gpu"
         for step in one.data["steps"]
     }
-    steps = [step for stages in CALLS.values() for stage in stages for step in stage]
+    every = [step for stages in CALLS.values() for stage in stages for step in stage]
     rows = [
         [f"`{step.name}`", step.what, *(came.get((name, step.name), "") for name in names or [NO_GPU])]
-        for step in dict.fromkeys(steps)
+        for step in dict.fromkeys(every)
     ]
-    return "\n\n".join([*blocks, table(["step of `bench/on_gpu.sh`", "what", *(names or [NO_GPU])], rows)])
+    return table(["step", "what", *(names or [NO_GPU])], rows)
 
 
-def static(found: list[Result], root: Path) -> str:
+def predictions(root: Path) -> tuple[str | None, dict[str, dict]]:
     """What the machine code predicts (bench/static.py), by the oldest Triton that is recorded: GPU machines have it."""
     path = root / "bench" / "results" / "static" / "sm_90.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     version = min(record, key=lambda text: [int(part) for part in text.split(".")], default=None)
+    return version, {label: one for label, one in record.get(version, {}).items() if "slots" in one}
+
+
+def static(found: list[Result], root: Path) -> str:
+    """Those predictions, a row a kernel."""
+    version, code = predictions(root)
     rows = []
-    for label, one in record.get(version, {}).items():
-        if "slots" in one:
-            figures = [f"{one['slots']:.1f}", f"{one['special']:.1f}", str(one["bytes"])]
-            capped = f"`{label}`, soft cap" if one["softcap"] else f"`{label}`"
-            rows.append([capped, *figures, one["bound"], f"{one['share_of_copy']:.0%}", ""])
+    for label, one in code.items():
+        figures = [f"{one['slots']:.1f}", f"{one['special']:.1f}", str(one["bytes"])]
+        capped = f"`{label}`, soft cap" if one["softcap"] else f"`{label}`"
+        rows.append([capped, *figures, one["bound"], f"{one['share_of_copy']:.0%}", ""])
     header = ["kernel", "instructions", "exponentials, roots", "bytes", "bound by", "predicted", "measured"]
     return f"Triton {version}, compute capability 9.0.\n\n" + table(header, rows, right=6)
 
@@ -181,13 +197,13 @@ BLOCKS = {
     Path("README.md"): {"results": readme},
     PAGE: {
         "gpu": gpu,
-        "static": static,
         "laws": laws,
         "pictures": pictures,
         "missed": missed,
         "machines": machines,
         "files": files,
     },
+    GPU_PAGE: {"steps": steps, "static": static},
 }
 
 

@@ -69,7 +69,7 @@ def test_the_record():
         assert (one["loads_128"], one["stores_128"]) == (aligned, aligned or one["bytes"] == 2), label
         if not aligned or "forward" in words or "js" in words:  # a Jensen-Shannon divergence reads a row once more
             continue
-        if one["softcap"]:  # not bound by memory: docs/performance.md says why
+        if one["softcap"]:  # not bound by memory: docs/performance-gpu.md says why
             assert one["share_of_copy"] > (0.3 if name in ("kl_rows", "soft_rows") else 0.5), label
         else:
             assert one["share_of_copy"] == 1 or (name in ("kl_rows", "soft_rows") and one["share_of_copy"] > 0.9), label

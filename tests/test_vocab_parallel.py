@@ -59,7 +59,9 @@ def test_other_layouts_are_refused(mesh):
         with pytest.raises(TypeError, match=r"is a DTensor but .* a plain tensor. Shard it alike"):
             gfast.linear_token_kl(hidden, pair[0], hidden, pair[1], labels)
     with pytest.raises(ValueError, match="shard them alike"):
-        gfast.linear_token_kl(hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), labels)
+        gfast.linear_token_kl(
+            hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), labels
+        )
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 37\)"):
         gfast.linear_token_logp(hidden, head, labels + 37)
     for pair in ((head, head), (head, None)):
