@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -299,8 +300,16 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         if type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
             around.append((module, forward))
     if around and has_fsdp(model):
-        _log_mixed_precision()
+        _log_once(
+            "what is measured along this training is in FSDP's mixed precision, and differs by its rounding from what "
+            "the saved model gives"
+        )
         around = []
+    elif around and any(p.dtype == torch.float32 for p in model.parameters()):
+        _log_once(
+            "what is measured along this training is of the model as it is saved, in its own float32 and not in the "
+            "training's 16 bits, and takes as long as that. Load the model in 16 bits to measure in them"
+        )
     try:
         for module, _ in around:
             own = module._original_forward
@@ -315,11 +324,8 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _log_mixed_precision() -> None:
-    logging.getLogger("gfast").warning(
-        "gfast: what is measured along this training is in FSDP's mixed precision, and differs by its rounding from "
-        "what the saved model gives"
-    )
+def _log_once(text: str) -> None:
+    logging.getLogger("gfast").warning("gfast: %s", text)
 
 
 def refuse_packed(model: nn.Module) -> None:
