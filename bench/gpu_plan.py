@@ -99,8 +99,8 @@ EVERY_EFFECT = (
 MARKED = files_with("mark.cuda")
 
 
-# setup.py by itself builds with the torch that is there: no isolated environment, no network.
-SETUP = ("{python}", "setup.py", "build_ext", "--inplace")
+# With the torch and the setuptools that are there: no isolated environment, no network.
+SETUP = ("{python}", "bench/build.py")
 BUILD = (Step("build", 75, "the extension, with CUDA where nvcc is found", SETUP),)
 BUILD_CPU = (
     Step("build_cpu", 25, "the same without CUDA, if that failed", SETUP, unless="build", env=(("GFAST_CUDA", "0"),)),

@@ -150,7 +150,8 @@ def run_losses(args: argparse.Namespace) -> None:
         args.fail(str(problem))
     rows: list[Row] = []
     for case in work:
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:  # else there is nothing to forget, and importing it takes seconds
+            torch.compiler.reset()
         name = f"{case.op} {case.objective} {case.mode}, {case.head} {' x '.join(map(str, case.shape))} {case.dtype}"
         print(f"\n{name}, {case.batch} batch, {case.device}", flush=True)
         if args.profile:

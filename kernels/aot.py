@@ -114,7 +114,7 @@ def specs() -> Iterator[Spec]:
     told = head + "stats:*fp32 values:*fp32 ids:*i64 N:i32 V:i32"
     grad = head + ("stats:*fp32 dense:*fp32 entries:*i64 adds:*fp32 out:*$ out_stride:i32 N:i32 V:i32")
     for dtype, vocab, form, top, soft in [("bf16", LLAMA3, plain, 2, True), ("bf16", LLAMA3, plain, 11, False),
-                                          ("fp32", GPT2, capped, 11, True)]:
+                                          ("fp32", GPT2, capped, 11, True), ("fp32", LLAMA2, plain, 2, True)]:
         spec = _row_spec("stat_rows", stats.stat_rows_kernel, dtype, vocab, told, **form, top=top, soft=soft,
                          sharpness=1.0 if dtype == "bf16" else 0.5)
         options = stats.half_full({**spec.options, "R": spec.constants["R"]})

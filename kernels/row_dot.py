@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+MOST_ROWS = 128  # of a tile
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -20,7 +21,7 @@ def tile(a: torch.dtype, direction: torch.dtype, aligned: bool = True) -> dict[s
     the ordinary units do exactly. Where rows are not `aligned`, every element has its address and mask, and a
     quarter of the tile fits the registers.
     """
-    side = 128 if aligned else 64
+    side = MOST_ROWS if aligned else 64
     if a == direction and a.itemsize == 2:
         return {"PRODUCT": DTYPES[a], "PARTS": 1, "BM": side, "BN": side, "BK": 64, "num_warps": 8, "num_stages": 3}
     if (a, direction) == (torch.bfloat16, torch.float32):
@@ -64,12 +65,22 @@ def row_dot_kernel(a, a_stride, b, b_stride, g, g_stride, out, n, d_in, d_out, s
     tl.store(out + (first + row) * splits + split, total, mask=inside)
 
 
+def near(x: torch.Tensor) -> torch.Tensor:
+    """x [n, D], or a copy of it: neighbouring columns, and rows so near that the kernel's offsets have 32 bits.
+
+    An offset that wraps around reads other memory than x's. Rows lie that far apart where they are cut out of a tensor
+    of more dimensions, x[:, 0] of [n, T, D] say.
+    """
+    apart = x.stride(0) * (min(x.shape[0], MOST_ROWS) - 1) + x.shape[1]
+    return x if x.stride(-1) == 1 and apart < 2**31 else x.contiguous()
+
+
 def linear_row_dot(a: torch.Tensor, b: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """fp64 [n] from a [n, D_in], b [n, D_out] and the direction [D_out, D_in], fp32, bf16 or fp16 in any mixture.
 
     >>> linear_row_dot(torch.ones(1, 2), torch.ones(1, 3), torch.ones(3, 2))
     """
-    a, b, direction = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, direction))
+    a, b, direction = map(near, (a, b, direction))
     n, d_in = a.shape
     d_out = b.shape[1]
     aligned = all(x.data_ptr() % 16 == x.stride(0) % 16 == x.shape[1] % 16 == 0 for x in (a, b, direction))

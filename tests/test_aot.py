@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "bench" / "static.py"
+STARTED = ROOT / "tests" / "helpers" / "started.py"
 OTHER = "GFAST_TRITON"  # a folder with another version of Triton: pip install --no-deps --target FOLDER triton==3.6.0
 INSTALLED = pytest.param(False, id="installed")
 BOTH = [INSTALLED, pytest.param(True, id="other")]
@@ -56,9 +57,22 @@ def test_whatever_the_jit_can_make(other):
     assert "compiled" in said(other, "-m", "gfast.kernels.aot", "--jit", "90").splitlines()[-1]
 
 
+def test_what_the_ops_start():
+    """Through the launchers and Triton's JIT up to the launch, of aligned rows in fp32 and bf16."""
+    assert "compiled" in said(False, str(STARTED), "--quick").splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", BOTH)
+def test_whatever_the_ops_start(other):
+    """And of odd rows, rows apart from each other, one column, no row."""
+    assert "compiled" in said(other, str(STARTED)).splitlines()[-1]
+
+
 def test_the_record():
     """What the kernels are meant to be, in the figures of the version of Triton that GPU machines have."""
     record = json.loads((ROOT / "bench" / "results" / "static" / "sm_90.json").read_text())
+    assert len({frozenset(of_one) for of_one in record.values()}) == 1, "a kernel that one version has no figures of"
     for label, one in record["3.6.0"].items():
         assert one["local_in_loops"] == 0 and one["local_memory"] <= 32, label
         name, *words = label.split()
@@ -72,7 +86,8 @@ def test_the_record():
         if one["softcap"]:  # not bound by memory: docs/performance-gpu.md says why
             assert one["share_of_copy"] > (0.3 if name in ("kl_rows", "soft_rows") else 0.5), label
         else:
-            assert one["share_of_copy"] == 1 or (name in ("kl_rows", "soft_rows") and one["share_of_copy"] > 0.9), label
+            least = {"kl_rows": 0.9, "soft_rows": 0.7}.get(name, 1.0)  # of a cross-entropy the entropy of q as well
+            assert one["share_of_copy"] >= least, label
 
 
 def test_a_worse_kernel_is_seen(tmp_path):

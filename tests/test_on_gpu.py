@@ -107,6 +107,24 @@ def test_every_marked_file_is_among_the_tests_of_the_gpu(bench):
     assert {"tests/test_gpu.py", "tests/test_grad_dot.py", "tests/test_triton.py"} <= set(step.command)
 
 
+def test_the_extension_is_built_by_any_setuptools(tmp_path):
+    """Of a project whose pyproject.toml the installed one refuses, as setuptools before 77 does gfast's."""
+    (tmp_path / "bench").mkdir()
+    shutil.copy(BENCH / "build.py", tmp_path / "bench")
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 1\n")
+    (tmp_path / "setup.py").write_text(
+        "from setuptools import Extension, setup\n"
+        "from setuptools.command.build_ext import build_ext\n"
+        "class Build(build_ext):\n"
+        "    def run(self): open('built', 'w').write(f'{self.inplace} {[e.name for e in self.extensions]}')\n"
+        "setup(ext_modules=[Extension('gfast._C', sources=[])], cmdclass={'build_ext': Build}, packages=[])\n"
+    )
+    for command, works in ([["setup.py", "build_ext", "--inplace"], False], [["bench/build.py"], True]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == works, done.stderr[-2000:]
+    assert (tmp_path / "built").read_text() == "True ['gfast._C']"
+
+
 # The dry run
 
 

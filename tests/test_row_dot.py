@@ -97,6 +97,31 @@ def test_strided_inputs(impl):
     )
 
 
+def test_offsets_of_a_tile_do_not_wrap_around(monkeypatch):
+    """Rows cut out of a tensor of more dimensions may lie so far apart that those of one tile are 2^31 elements away.
+    Shapes alone: what the kernel is given must stay within its 32-bit offsets."""
+    pytest.importorskip("triton")
+    from gfast.kernels import row_dot
+
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: given.append((args, options))
+
+    monkeypatch.setattr(row_dot, "row_dot_kernel", Kernel())
+    far = torch.empty(300, 2**25, dtype=BF16, device="meta")  # 127 * 2^25 > 2^31
+    tall = torch.empty(300, 16, dtype=BF16, device="meta")
+    direction = torch.empty(16, 2**25, dtype=BF16, device="meta")[:, :16]
+    cut, odd = far[:, :16], far[:, 3:19]
+    for a, b, g in [(cut, tall, direction), (tall, cut, direction), (odd, cut, tall[:16])]:
+        row_dot.linear_row_dot(a, b, g)
+        args, options = given.pop()
+        for x, stride, rows in zip(args[0:6:2], args[1:6:2], (300, 300, 16), strict=True):
+            most = min(rows, max(options["BM"], options["BN"])) - 1
+            assert x.stride(1) == 1 and most * stride + x.shape[1] < 2**31
+
+
 def test_sums_do_not_lose_accuracy_with_length():
     """A constant row, where an fp32 sum term after term would be off by hundreds of roundings."""
     terms = torch.full((2, 1_000_033), 0.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import vocab_parallel
 from helpers.losses import IMPLS, assert_law, label, need, problem, run, squared
-from helpers.process_group import alone
+from helpers.process_group import alone, alone_with
 from helpers.training_tiny import server
 from torch import nn
 
@@ -46,22 +46,20 @@ def mesh():
 
 
 def test_other_layouts_are_refused(mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
     hidden, weight, bias, labels, _ = problem()
     for placement in (Replicate(), Shard(1)):
         with pytest.raises(ValueError, match="must be sharded on dim 0"):
-            gfast.linear_token_logp(hidden, distribute_tensor(weight, mesh, [placement], src_data_rank=None), labels)
-    head = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+            gfast.linear_token_logp(hidden, alone_with(weight, mesh, placement), labels)
+    head = alone_with(weight, mesh, Shard(0))
     with pytest.raises(ValueError, match="shard it alike"):
         gfast.linear_unlearn_loss(hidden, head, labels, WGA(), bias=bias)
     for pair in ((head, weight), (weight, head)):
         with pytest.raises(TypeError, match=r"is a DTensor but .* a plain tensor. Shard it alike"):
             gfast.linear_token_kl(hidden, pair[0], hidden, pair[1], labels)
     with pytest.raises(ValueError, match="shard them alike"):
-        gfast.linear_token_kl(
-            hidden, head, hidden, distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), labels
-        )
+        gfast.linear_token_kl(hidden, head, hidden, alone_with(weight, mesh, Shard(1)), labels)
     with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 37\)"):
         gfast.linear_token_logp(hidden, head, labels + 37)
     for pair in ((head, head), (head, None)):
@@ -79,7 +77,7 @@ def test_other_layouts_are_refused(mesh):
 def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
     """One product with the head a chunk: the backward computes no logits. A callable takes a first pass, KL two heads;
     a sharded head no more than a whole one."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     products, logits = [], ChunkedHead.logits
     monkeypatch.setattr(ChunkedHead, "logits", lambda *a: products.append(a[1:]) or logits(*a))
@@ -91,7 +89,7 @@ def test_logits_are_computed_once(mesh, objective, times, monkeypatch):
         return gfast.linear_unlearn_loss(h, w, labels, objective, ref_logp=ref, chunk_rows=14)
 
     results = []
-    for head in (weight, distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)):
+    for head in (weight, alone_with(weight, mesh, Shard(0))):
         products.clear()
         results.append(run(loss, (hidden, head)))
         chunks = len(set(products))

@@ -157,7 +157,7 @@ class ChunkedHead:
         states = [self.hidden.new_empty((3, 0), dtype=torch.float64)]
         for start, stop in row_chunks(self.rows, most):
             rows, part_labels = stop - start, self.labels[start:stop]
-            state = self.hidden.new_tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64).repeat(1, rows)
+            state = nothing_folded(rows, self.hidden.device)
             fitting = max(512, min(widest, size // (self.dtype.itemsize * rows)))
             step = 1 << fitting.bit_length() - 1  # a power of 2: few different row strides, see mixed_mm.cpp
             buffer = self.hidden.new_empty(rows, min(step, self.vocab))
@@ -225,6 +225,14 @@ class ChunkedHead:
         if self.grad_hidden is not None:
             grad_hidden = self.scatter(self.grad_hidden.to(_grad_dtype(self.out_dtype)))
         return grad_hidden, grad_weight, self.hidden.new_empty(0) if self.grad_bias is None else self.grad_bias
+
+
+def nothing_folded(rows: int, device: torch.device) -> Tensor:
+    """The state [3, n] of no logits at all, see ``fold_state``. Filled in on the device: a copy from the host would
+    wait for it, and cannot be recorded in a CUDA graph."""
+    state = torch.full((3, rows), -torch.inf, dtype=torch.float64, device=device)
+    state[1].zero_()
+    return state
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -103,7 +103,8 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
         kl, totals = _kl_parts(logits, ref_logits, local, form, impl)
     else:
         rows = logits.shape[0]
-        kl, totals = logits.new_zeros(rows), logits.new_tensor([-torch.inf, 0.0] * 2).repeat(rows, 1)
+        kl, totals = logits.new_zeros(rows), logits.new_full((rows, 4), -torch.inf)
+        totals[:, 1::2].zero_()  # not from a list: a copy from the host waits, and no CUDA graph can record it
     state = shard.gathered(torch.cat([kl.double()[None], totals.double().t()]))  # [processes, 5, n]
     kl, totals = merged_kl(state[:, 0], state[:, 1:].transpose(1, 2))
     if out is not None and logits.shape[1]:

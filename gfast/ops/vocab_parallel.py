@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gfast.ops.checks import IGNORE_INDEX
-from gfast.ops.head import ChunkedHead, finished_stats
+from gfast.ops.head import ChunkedHead, finished_stats, nothing_folded
 from gfast.ops.token_logp import capped, local_labels, logp_columns_grad, logp_rows, logp_rows_grad, stats_dtype
 
 
@@ -62,7 +62,8 @@ class Shard(NamedTuple):
 
     def fold(self, head: ChunkedHead, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
         """``logp_rows`` of all rows, holding at most a tile of the vocabulary at a time."""
-        state = head.fold_state(self.first, scale, softcap, impl) if head.vocab else _nothing(head.labels)
+        nothing = None if head.vocab else nothing_folded(head.rows, head.labels.device)
+        state = head.fold_state(self.first, scale, softcap, impl) if nothing is None else nothing
         return self._finished(state, head.labels, stats_dtype(head.out_dtype))
 
     def logp_rows(self, rows: Tensor, labels: Tensor, scale: float, softcap: float, impl: str) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ class Shard(NamedTuple):
         if not self.group:
             return logp_rows(rows, labels, scale, softcap, impl)
         if rows.shape[1] == 0:
-            return self._finished(_nothing(labels), labels, stats_dtype(rows.dtype))
+            return self._finished(nothing_folded(rows.shape[0], rows.device), labels, stats_dtype(rows.dtype))
         local, foreign = local_labels(labels, self.first, rows.shape[1])
         target = capped(rows.gather(1, local.clamp(min=0)[:, None])[:, 0], scale, softcap)
         logp, stats = logp_rows(rows, local, scale, softcap, impl)
@@ -106,12 +107,6 @@ class Shard(NamedTuple):
         logp, stats = finished_stats(*state)
         ignored = labels == IGNORE_INDEX
         return logp.masked_fill(ignored, 0.0).to(dtype), stats.masked_fill(ignored[:, None], 0.0).to(dtype)
-
-
-def _nothing(labels: Tensor) -> Tensor:
-    """The state [3, n] of no logits at all."""
-    nothing = torch.tensor([[-torch.inf], [0.0], [-torch.inf]], dtype=torch.float64, device=labels.device)
-    return nothing.repeat(1, labels.shape[0])
 
 
 def is_sharded(weight: Tensor) -> bool:
