@@ -132,7 +132,9 @@ def _text(plan: dict[str, Any]) -> str:
                 lines.append(f"  {row['name']:<42}{row['note']}")
                 continue
             says = "yes" if row["fits"] else "no"
-            lines.append(f"  {row['name']:<42}{row['total_gb']:8.1f}  {says:<5}{row['seconds']:9.3g}")
+            lines.append(
+                f"  {row['name']:<42}{row['total_gb']:8.1f}  {says:<5}{row['seconds']:9.3g}  {row['note']}".rstrip()
+            )
     lines.append("")
     if plan["recipe"] is None:
         lines.append("No way to train fits. Fewer --tokens, more --gpus, or a smaller model.")
