@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import gfast
 from gfast import plan, plan_measure, plan_memory
 from gfast.cli import main
+from gfast.commands.plan import _before_sharding
 from gfast.objectives import WGA
 from gfast.ops import memory
 
@@ -274,6 +275,10 @@ def test_a_plan_in_words_and_what_it_refuses(tmp_path, capsys):
     assert "It fits with: all weights, AdamW;" in said and "off by +10%, -5%" in said and "100 steps of it" in said
     assert main([*words, "--dtype", "float32", "--memory", "0.1"]) == 0
     assert "No way to train fits" in capsys.readouterr().out
+    assert main(["plan", "--model", str(path), "--gpus", "8", "--tokens", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "gfast unlearn has the whole model on every device, 3.0 GB, while the reference cache is made" in said
+    assert "16.1 GB: that does not fit. Shard it yourself" in _before_sharding(16.1, memory=12.0)
     for wrong, word in (
         (words, "no rate of bfloat16"),
         (["plan"], "--model is needed"),
