@@ -168,7 +168,8 @@ def test_memory_of_effects_is_what_a_measurement_allocates(kind, dtype, monkeypa
         if said.note:
             assert 0.9 * found < said.total < 2 * found, engine
         else:
-            assert said.total == pytest.approx(found, rel=0.15 if engine == "token" else 0.12), engine
+            near = {"stream": 0.05, "sample": 0.12 if kind == "gemma3_text" else 0.1, "token": 0.12}
+            assert said.total == pytest.approx(found, rel=near[engine]), engine
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
