@@ -36,6 +36,10 @@ COMMANDS = {
     "doctor": ("gfast.doctor", "say what will run where, and what to do to get more"),
 }
 
+# Those that several processes (torchrun, accelerate launch) do together, and one that only says what it sees. Any other
+# would be done by each of them, in one folder.
+IN_SEVERAL = ("unlearn", "geffect", "doctor")
+
 _EXAMPLES = """examples:
   gfast demo
   gfast unlearn --model ORIGINAL --forget forget01 --retain retain99 --objective WGA --retain_term nll --output_dir run
@@ -133,8 +137,20 @@ def _run(arguments: list[str]) -> int:
     if command is None:
         _parser().print_help()
         return 0
+    if {"-h", "--help", "--help_all"}.isdisjoint(rest):
+        _refuse_several(command)
     module = importlib.import_module(COMMANDS[command][0])
     return module.main(rest) or 0
+
+
+def _refuse_several(command: str) -> None:
+    """ValueError for a command that one process does, where a launcher has started several."""
+    told = os.environ.get("WORLD_SIZE", "")
+    if command not in IN_SEVERAL and told.isdecimal() and int(told) > 1:
+        raise ValueError(
+            f"gfast {command} is work for one process, and {told} were started (WORLD_SIZE, which torchrun and "
+            f"accelerate launch set): start it without a launcher. gfast unlearn and gfast geffect run in several"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

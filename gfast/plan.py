@@ -1,27 +1,19 @@
-"""What a training or a measurement takes, before it runs: memory from a run on tensors without data, time from flops
-and bytes at the rates of a machine.
-
-The model is built from its configuration on fake tensors, and its decoder runs forward and backward there: what would
-be allocated is counted, operation by operation. The head is gfast's: gradients and one chunk of logits.
+"""What a training or a measurement takes, before it runs: memory from a run on tensors without data
+(`plan_memory.py`), time from flops and bytes at the rates of a machine.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gfast import hf, module_kinds
-from gfast.ops.chunks import default_chunk_rows
+from gfast.plan_memory import Work, build_model, forward_bytes, seeded_bytes, step_bytes, tangent_bytes
 
 ENGINES = ("stream", "sample", "token", "gram")
 # Forward units of a measurement of one objective on a batch of each set (a training step is 3): DESIGN's, which the
@@ -85,20 +77,6 @@ SHEETS = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is done at a time on one device: rows of texts, tokens each, in a dtype; with activation checkpoints."""
-
-    rows: int
-    length: int
-    dtype: torch.dtype = torch.bfloat16
-    checkpoints: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-
-@dataclass(frozen=True)
 class Facts:
     """A model in numbers: parameters in all, in the matrices of its blocks, in its largest block and its largest
     matrix; L blocks, hidden size D, vocabulary V; width of its attention.
@@ -138,16 +116,10 @@ def read_config(source: str) -> Any:
     return AutoConfig.from_pretrained(source)
 
 
-def _model(config: Any, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def facts(config: Any) -> Facts:
     """The numbers of a model that is never made."""
     with torch.device("meta"):
-        model = _model(config, torch.bfloat16)
+        model = build_model(config, torch.bfloat16)
     if any(module_kinds.is_routed(name) for name, _ in model.named_modules()):
         raise ValueError("it is a mixture of experts, and which of them a text takes is not known before it is there")
     head = hf.output_layer(model).weight
@@ -168,127 +140,6 @@ def facts(config: Any) -> Facts:
         vocab=head.shape[0],
         attention=width,
     )
-
-
-class _Counted(TorchDispatchMode):
-    """Bytes of what operations return and is still referenced: now, and at their highest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.now = self.highest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.nbytes()).atexit = False
-        self.highest = max(self.highest, self.now)
-        return out
-
-    def _gone(self, nbytes: int) -> None:
-        self.now -= nbytes
-
-
-def step_bytes(config: Any, work: Work, keep_gradients: bool = True, device: str = "cuda", rank: int = 0) -> int:
-    """The most that a forward and backward of gfast's losses hold beside weights and optimizer states: activations,
-    the head's chunk, gradients (as they come and go, or kept). rank: of LoRA adapters, which alone are trained.
-
-    Of a deep model with blocks that are alike it is measured with 4 and with 6 of them. Memory is highest in the
-    first or in the second half of the backward, and each half's highest is linear in the number of blocks.
-    """
-    text = config.get_text_config()
-    layers, kinds = text.num_hidden_layers, set(getattr(text, "layer_types", None) or ())
-    if layers <= 8 or len(kinds) > 1:
-        return max(_halves(config, work, keep_gradients, device, rank))
-    few, more = (_halves(_with_blocks(config, count), work, keep_gradients, device, rank) for count in (4, 6))
-    return max(y + (y - x) * (layers - 6) // 2 for x, y in zip(few, more, strict=True))
-
-
-def _with_blocks(config: Any, count: int) -> Any:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = count
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:count]
-    return config
-
-
-def _adapt(model: nn.Module, rank: int) -> None:
-    """LoRA over the matrices of the blocks as PEFT has it: in fp32, and computed in that."""
-
-    def added(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = given[0].to(module.lora_a.dtype)
-        return (output + (x @ module.lora_a @ module.lora_b) * 2.0).to(output.dtype)
-
-    model.requires_grad_(False)
-    for block in hf.structure.blocks(hf.unwrap(model)):
-        for module in list(block.modules()):
-            weight = getattr(module, "weight", None)
-            if weight is not None and weight.dim() == 2:
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                # GPT-2's Conv1D has its inputs first
-                rims = weight.shape[::-1] if isinstance(module, nn.Linear) else weight.shape
-                module.lora_a = nn.Parameter(torch.empty(rims[0], rank, dtype=wide))
-                module.lora_b = nn.Parameter(torch.empty(rank, rims[1], dtype=wide))
-                module.register_forward_hook(added)
-
-
-def _halves(config: Any, work: Work, keep_gradients: bool, device: str, rank: int = 0) -> tuple[int, int]:
-    """The highest of the forward and the backward of the upper half of the blocks, and of that of the lower half."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = _model(config, work.dtype)
-        if work.checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if rank:
-            _adapt(model, rank)
-        model.train()
-        head, blocks = hf.output_layer(model).weight, hf.structure.blocks(hf.unwrap(model))
-        if not keep_gradients:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        ids = torch.zeros(work.rows, work.length, dtype=torch.int64)
-        upper: list[int] = []
-        with _Counted() as counted:
-            for parameter in (*model.parameters(), *model.buffers()):
-                counted.known.add(parameter.untyped_storage())
-
-            def half(_: Tensor) -> None:
-                upper.append(counted.highest)
-                counted.highest = counted.now
-
-            def watch(_: nn.Module, __: Any, output: Any) -> None:
-                states = output[0] if isinstance(output, tuple) else output
-                if not upper and states.requires_grad:
-                    states.register_hook(half)
-
-            watched = blocks[len(blocks) // 2].register_forward_hook(watch)
-            hidden = hf.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-            watched.remove()
-            grad, own = _head_step(hidden, head, device)
-            if keep_gradients:
-                head.grad = own if head.grad is None else head.grad
-            del own
-            hidden.backward(grad)
-    return (upper[0] if upper else 0, counted.highest)
-
-
-def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Tensor | None]:
-    """What the fused loss allocates: dH, dW (in fp32 until it is whole; none of a frozen head), a chunk of logits."""
-    tokens, (vocab, size) = hidden.shape[0] * hidden.shape[1], weight.shape
-    rows = min(default_chunk_rows(vocab, size, torch.device(device)), tokens)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    of_hidden = torch.empty_like(hidden)
-    own = weight.requires_grad
-    total = torch.empty(vocab, size, dtype=wide if rows < tokens else weight.dtype) if own else None
-    logits = torch.empty(rows, vocab, dtype=hidden.dtype)
-    del logits
-    return of_hidden, total.to(weight.dtype) if own else None
 
 
 @dataclass(frozen=True)
@@ -332,7 +183,7 @@ class Planner:
     ) -> None:
         self.config, self.work, self.machine, self.devices = config, work, machine, devices
         self.sharded = devices > 1 if sharded is None else sharded and devices > 1
-        self._steps: dict[tuple[bool, bool, int], int] = {}
+        self._steps: dict[tuple[bool, bool, int, bool], int] = {}
         try:
             self.facts = facts(config)
             self._step(False, not self.sharded)
@@ -355,6 +206,8 @@ class Planner:
             "optimizer": states / split,
             "gradients": 0.0 if keeps else trained * own / split,
             "step": float(self._step(checkpoints, keeps, recipe.rank)),
+            # DDP copies gradients into buckets of its own, unless gradient_as_bucket_view is asked for
+            "buckets": float(trained * own) if self.devices > 1 and not self.sharded else 0.0,
             "gathered": self._gathered() if self.sharded else 0.0,
         }
         forward, head = model.forward_flops(self.work), model.head_flops(self.work)
@@ -370,7 +223,11 @@ class Planner:
         size, split = self.work.dtype.itemsize, self.devices if self.sharded else 1
         batches = -(-samples_tokens // self.work.tokens)
         flops = self.facts.forward_flops(self.work) + self.facts.head_flops(self.work)
-        held = {"weights": self.facts.parameters * size / split, "gathered": self._gathered() if self.sharded else 0.0}
+        held = {
+            "weights": self.facts.parameters * size / split,
+            "forward": float(forward_bytes(self.config, self.work, self._kind)),
+            "gathered": self._gathered() if self.sharded else 0.0,
+        }
         return Estimate("reference cache", held, batches * self._seconds(flops, passes=1))
 
     def engine(self, name: str) -> Estimate:
@@ -378,10 +235,16 @@ class Planner:
         size, model, split = self.work.dtype.itemsize, self.facts, self.devices if self.sharded else 1
         if self.sharded and name != "stream":
             return Estimate(f"g_effect, {name}", {}, float("nan"), "refuses models that FSDP2 shards")
-        # Those of a single batch are kept as they are.
-        directions = {"stream": 1, "sample": 2, "token": 2, "gram": 0}[name] * float(size) * model.parameters
-        # token's is that of its directions: what its tangents take is less but for small models
-        step = float(self._step(False, False)) * (2.0 if name == "gram" else 1.0)
+        one = float(size) * model.parameters
+        one = float(size) * model.parameters
+        # Those of a single batch are kept as they are: the second's gradients are what it is.
+        directions = {"stream": 1, "sample": 2, "token": 2, "gram": 0}[name] * one
+        if name in ("sample", "token"):
+            step = self._step(False, True, training=False) - one
+            after = seeded_bytes if name == "sample" else tangent_bytes
+            step = max(step, float(after(self.config, self.work, self._kind)))
+        else:  # gram's is at most that of two batches: one is kept, another passes by
+            step = (2.0 if name == "gram" else 1.0) * self._step(False, False, training=False)
         held = {
             "weights": model.parameters * size / split,
             "directions": directions / split,
@@ -389,18 +252,22 @@ class Planner:
             "gathered": self._gathered() if self.sharded else 0.0,
         }
         forward = model.forward_flops(self.work) + model.head_flops(self.work)
-        return Estimate(f"g_effect, {name}", held, self._seconds(UNITS[name] * forward, passes=3))
+        note = "at most, down to half of it" if name == "gram" else ""
+        return Estimate(f"g_effect, {name}", held, self._seconds(UNITS[name] * forward, passes=3), note)
 
     def _gathered(self) -> float:
         """What FSDP2 has whole at a time: two blocks and the group of embeddings or head, and a block's gradient."""
         return self.work.dtype.itemsize * float(3 * self.facts.block + 2 * self.facts.largest)
 
-    def _step(self, checkpoints: bool, keeps: bool, rank: int = 0) -> int:
-        key = (checkpoints, keeps, rank)
+    @property
+    def _kind(self) -> str:
+        return "cpu" if self.machine.name.startswith("CPU") else "cuda"
+
+    def _step(self, checkpoints: bool, keeps: bool, rank: int = 0, training: bool = True) -> int:
+        key = (checkpoints, keeps, rank, training)
         if key not in self._steps:
             work = Work(self.work.rows, self.work.length, self.work.dtype, checkpoints)
-            kind = "cpu" if self.machine.name.startswith("CPU") else "cuda"
-            self._steps[key] = step_bytes(self.config, work, keeps, kind, rank)
+            self._steps[key] = step_bytes(self.config, work, keeps, self._kind, rank, training)
         return self._steps[key]
 
     def _seconds(self, flops: float, passes: int, reduces: float = 0.0) -> float:

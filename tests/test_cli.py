@@ -30,6 +30,18 @@ def test_help_is_fast_and_lists_the_commands():
     assert cli.main(["--version"]) == 0
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in cli.IN_SEVERAL])
+def test_a_command_of_one_process_is_refused_in_several(command, monkeypatch, capsys, tmp_path):
+    """Each of them would do it all, in one folder: a page written twice, an error that says another is writing."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "--out", "x"]) == 2
+    said = capsys.readouterr().err
+    assert f"gfast {command} is work for one process, and 2 were started" in said and "without a launcher" in said
+    assert cli.main([command, "--help"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluations_along_a_run_and_what_they_say_at_equal_forgetting(original, tmp_path, capsys):
     along = dict(evaluate_every=2, evaluate_rows=3, nll_every=1, max_steps=3, learning_rate=0.05)
     runs = {name: tmp_path / name for name in ("GA", "WGA")}

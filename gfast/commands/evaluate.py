@@ -107,7 +107,10 @@ class EvaluateArguments:
     )
     ds_size: int | None = field(
         default=None,
-        metadata={"help": "Only the first so many rows of a set; 0: all. If not given, as many as the retain log has."},
+        metadata={
+            "help": "Only the first so many rows of a set, of tofu's of retain and forget; 0: all. If not given, as "
+            "many as the retain log has."
+        },
     )
     retain_log: str | None = field(
         default=None, metadata={"help": "Log of the model that never saw the forget set: forget quality needs it."}

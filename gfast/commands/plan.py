@@ -110,6 +110,7 @@ def _plan(options: Any) -> dict[str, Any]:
         "step_seconds": None if fitting is None else fitting.seconds,
         "steps": options.steps,
         "second_model_gb": second / 1e9,
+        "whole_model_gb": planner.facts.parameters * work.dtype.itemsize / 1e9,
         "logits_gb": work.tokens * planner.facts.vocab * work.dtype.itemsize / 1e9,
     }
 
@@ -132,7 +133,9 @@ def _text(plan: dict[str, Any]) -> str:
                 lines.append(f"  {row['name']:<42}{row['note']}")
                 continue
             says = "yes" if row["fits"] else "no"
-            lines.append(f"  {row['name']:<42}{row['total_gb']:8.1f}  {says:<5}{row['seconds']:9.3g}")
+            lines.append(
+                f"  {row['name']:<42}{row['total_gb']:8.1f}  {says:<5}{row['seconds']:9.3g}  {row['note']}".rstrip()
+            )
     lines.append("")
     if plan["recipe"] is None:
         lines.append("No way to train fits. Fewer --tokens, more --gpus, or a smaller model.")
@@ -142,9 +145,20 @@ def _text(plan: dict[str, Any]) -> str:
             f"{plan['second_model_gb']:.1f} GB more), the fused head (logits and their gradient, "
             f"{2 * plan['logits_gb']:.1f} GB, are never whole)."
         )
+        if plan["sharing"] == "fsdp2":
+            lines.append(_before_sharding(plan["whole_model_gb"], machine["memory_gb"]))
         if plan["steps"]:
             lines.append(f"{plan['steps']} steps of it take {_duration(plan['steps'] * plan['step_seconds'])}.")
     return "\n".join(lines)
+
+
+def _before_sharding(whole: float, memory: float) -> str:
+    from gfast.plan import MARGIN
+
+    said = f"Before it is sharded, gfast unlearn has the whole model on every device, {whole:.1f} GB"
+    if whole <= MARGIN * memory:
+        return f"{said}, while the reference cache is made."
+    return f"{said}: that does not fit. Shard it yourself (fully_shard) and give it to UnlearnTrainer."
 
 
 def _errors(errors: Any) -> str:

@@ -197,7 +197,9 @@ class ChunkedHead:
                 self._total = fresh(tuple(self._weight.shape), kind, self._weight.device, pooled=kind != finished)
             _accumulate_product(self._total, grad_logits, hidden, first=self._added == 0)
         if self.grad_bias is not None:
-            self.grad_bias += grad_logits.sum(0, dtype=self.grad_bias.dtype)
+            # on a CPU a sum in another dtype makes a copy in that dtype first: never of the whole chunk
+            for part in _parts(self.vocab, _SUM_ENTRIES if grad_logits.is_cpu else max(self.vocab, 1)):
+                self.grad_bias[part] += grad_logits[:, part].sum(0, dtype=self.grad_bias.dtype)
         self._added += 1
 
     def scale_gradients(self, start: int, stop: int, factor: Tensor) -> None:
