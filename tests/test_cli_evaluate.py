@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_bundled_data_and_a_log_as_the_retain_log_of_another(model, tmp_path, ca
     assert metrics.truth_ratio(log)["forget"] == summary["truth_ratio"]
     page = (second / "evaluation.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and page.count("data:image/svg") == 4
+    assert re.search(r"max_new_tokens\W.*?forget.*?\b5\b", page, re.S) and "template" in page  # both decide ROUGE
     import pandas
 
     frame = pandas.read_parquet(second / "samples.parquet")

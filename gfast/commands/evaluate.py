@@ -288,6 +288,8 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     }
     log = evaluation.log(results, Path(str(info["model"])).name, source)
     shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
+    shown_settings |= {"template": arguments.template, "dtype": source["dtype"]}
+    shown_settings |= {"max_new_tokens": {one.name: one.generate for one in sets if one.generate}}
     report(folder, log, retain_log, shown_settings | ({"weights": arguments.quantize} if arguments.quantize else {}))
     if arguments.lm_eval:
         print(harness.evaluated(model, tokenizer, arguments.lm_eval, arguments.batch_size, folder))
