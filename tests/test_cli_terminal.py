@@ -23,7 +23,6 @@ CALL = "import sys, json; from gfast.cli import main; sys.exit(max(main(a) for a
 POOR = {
     "ascii": {"PYTHONIOENCODING": "ascii"},
     "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    "latin-1": {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"},
 }
 
 

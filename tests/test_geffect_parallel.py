@@ -9,7 +9,6 @@ from helpers.training_tiny import in_processes
 
 
 @slow_when(lambda p: p.world > 2)
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", geffect_parallel.CASES)
+@pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in geffect_parallel.CASES), ("sharded", 4)])
 def test_processes_measure_what_one_does(name, world):
     in_processes(geffect_parallel.check, name, world=world)
