@@ -236,7 +236,6 @@ class Planner:
         if self.sharded and name != "stream":
             return Estimate(f"g_effect, {name}", {}, float("nan"), "refuses models that FSDP2 shards")
         one = float(size) * model.parameters
-        one = float(size) * model.parameters
         # Those of a single batch are kept as they are: the second's gradients are what it is.
         directions = {"stream": 1, "sample": 2, "token": 2, "gram": 0}[name] * one
         if name in ("sample", "token"):

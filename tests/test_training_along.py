@@ -72,6 +72,25 @@ def test_adapters_are_measured_with_their_own_original(tmp_path, retain_term):
     assert (found[found["quantity"] == "g_effect"]["value"] != 0).any()
 
 
+@pytest.mark.parametrize("retain_term", ["none", "kl"])
+def test_what_the_original_is_reaches_the_measurement(tmp_path, retain_term):
+    """Adapters that have been unlearning, at the start of another run."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    settings = {"objective": "NPO", "retain_term": retain_term, **ASKED}
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        trained(tmp_path / "auto", model, **settings)
+    found = trained(tmp_path / "base", model, reference="base", **settings)
+    assert set(found[found["quantity"] == "g_effect"]["step"]) == {0, 2, 3}
+
+
+def test_an_nll_alone_takes_no_reference(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr(ReferenceCache, "build", lambda *_, **__: pytest.fail("a reference was built"))
+    assert "risk" in set(trained(tmp_path, model, objective="NPO", nll_every=1)["quantity"])
+
+
 def test_what_is_not_known_is_asked_for(tmp_path):
     forget, retain = (batches(side, collator(), 2) for side in datasets())
     with pytest.raises(ValueError, match=r"geffect_every is 2.*DPO.*callbacks=\[GEffectCallback\(2, "):

@@ -33,9 +33,10 @@ from gfast.commands.models import check_model, find_adapter, load_model, load_to
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.errors import NotFinite
 from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
+from gfast.geffect.data import OWN_DATA
 from gfast.locks import claimed
 from gfast.objectives import Mix
-from gfast.training.along import OWN_DATA, measurements
+from gfast.training.along import measurements
 from gfast.training.batches import needed_from_cache
 from gfast.training.clock import Clock
 from gfast.training.config import UnlearnConfig
@@ -360,7 +361,7 @@ def _measurements(
     """The callbacks that measure along the run; all on the same batches."""
     if not config.geffect_every and not config.nll_every:
         return []
-    own = sides.of(both.forget) if both.forget.key in OWN_DATA else None
+    own = sides.of(both.forget) if both.forget.needs & OWN_DATA else None
     collators = (sides.collator, sides.collator)
     return measurements(config, objective, sides.forget, sides.retain, collators, references, own)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gfast.data import ForgetRetain, ForgetRetainCollator
+from gfast.geffect.data import OWN_DATA
 from gfast.objectives import Objective
 from gfast.sides import SETS
 from gfast.training.batches import first_batches, needed_from_cache, without_references
@@ -14,9 +15,6 @@ from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
 from gfast.training.reference import ReferenceCache
 from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
-
-# Objectives whose forget items are not the forget answers, which the risk is of.
-OWN_DATA = ("dpo", "po")
 
 
 def measurements(
@@ -44,6 +42,8 @@ def measurements(
     if config.geffect_every:
         # Training has just freed its own gradient: the one that norms need takes its place.
         options: dict[str, Any] = {"norms": True, "groups": config.groups}
+        if config.reference not in ("auto", "adapted"):  # the values of the model as it starts are in a cache
+            options["reference"] = config.reference
         if own is not None:
             options["objective_batches"] = first_batches(own, collators[0], cache, samples, size)
         found.append(GEffectCallback(config.geffect_every, asked, kept, objective, **options))
@@ -65,7 +65,7 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
         return []
     data, collator, both = trainer.train_dataset, without_references(trainer.data_collator), trainer.objective
     usual = isinstance(data, ForgetRetain) and isinstance(collator, ForgetRetainCollator)
-    if given or not usual or both.forget.key in OWN_DATA:
+    if given or not usual or both.forget.needs & OWN_DATA:
         name, more = ("geffect_every", ", objective") if missing[0] is GEffectCallback else ("nll_every", "")
         why = (
             f"{type(given[0]).__name__} has batches of its own"
@@ -82,7 +82,8 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
     for side, items, term, collate in zip(
         SETS, (data.forget, data.retain), (both.forget, both.retain), collators, strict=True
     ):
-        if term is not None and needed_from_cache(term) == {"logp"} and side not in references:
+        needed = needed_from_cache(term) if term is not None and config.geffect_every else set()
+        if needed == {"logp"} and side not in references:
             # Of adapters: a step finds their original by itself, a measurement is given it.
             samples = config.geffect_samples or len(items)
             limited = [items[index] for index in range(min(samples, len(items)))]

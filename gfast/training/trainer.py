@@ -46,8 +46,8 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
 
     Errors: ValueError for an option or argument of Trainer that would have no effect (compute_metrics,
     compute_loss_func, torch_compile, ...: gfast.training.options; geffect_every where it is not known what to
-    measure on), with what to do instead; ValueError at the first
-    step, before any work, for a batch that lacks what the objective needs.
+    measure on), with what to do instead; ValueError at the first step, before any work, for a batch that lacks what the
+    objective needs.
 
     >>> args = UnlearnConfig("run", objective="GA")    # doctest: +SKIP
     >>> trainer = UnlearnTrainer(model, args, train_dataset=data, data_collator=collator)    # doctest: +SKIP
