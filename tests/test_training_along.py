@@ -72,12 +72,12 @@ def test_adapters_are_measured_with_their_own_original(tmp_path, retain_term):
     assert (found[found["quantity"] == "g_effect"]["value"] != 0).any()
 
 
-@pytest.mark.parametrize("retain_term", ["none", "kl"])
-def test_what_the_original_is_reaches_the_measurement(tmp_path, retain_term):
+@pytest.mark.parametrize(("objective", "retain_term"), [("NPO", "none"), ("WGA", "kl")])
+def test_what_the_original_is_reaches_the_measurement(tmp_path, objective, retain_term):
     """Adapters that have been unlearning, at the start of another run."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    settings = {"objective": "NPO", "retain_term": retain_term, **ASKED}
+    settings = {"objective": objective, "retain_term": retain_term, **ASKED}
     with pytest.raises(ValueError, match="adapters are not zero"):
         trained(tmp_path / "auto", model, **settings)
     found = trained(tmp_path / "base", model, reference="base", **settings)
