@@ -97,6 +97,7 @@ EVERY_EFFECT = (
     "kronfluence, identity;bergson'"
 )
 MARKED = files_with("mark.cuda")
+COMPILED = "tests/test_triton.py tests/test_row_dot.py"
 
 
 # With the torch and the setuptools that are there: no isolated environment, no network.
@@ -127,8 +128,12 @@ FIRST: list[Stage] = [
         f"losses --ops linear {HEAD} {OURS} --rows 8192 --objectives nll --modes nograd",
     ),
     bench("grad_dot", 20, "group dots of a 7B model's tensors", "grad_dot --repetitions 9"),
-    bench("counters", 35, "DRAM bytes and L2 hits of the kernels", "counters", tool="ncu"),
-    bench("tiles", 25, "tiles of the row kernel", "tiles"),
+    (
+        tests("tests_cuda", 60, "every test that needs a GPU", f"-m cuda {{workers}} {MARKED}"),
+        tests("tests_triton", 60, "every test of a Triton kernel, compiled", f"-m 'not cuda' {{workers}} {COMPILED}"),
+    ),
+    bench("counters", 30, "DRAM bytes and L2 hits of the kernels", "counters", tool="ncu"),
+    bench("tiles", 20, "tiles of the row kernel", "tiles"),
     *(
         bench(
             *(f"peer_{name}", seconds, f"beside {name}"),
@@ -137,7 +142,6 @@ FIRST: list[Stage] = [
         )
         for name, (seconds, needs) in PEERS.items()
     ),
-    (tests("tests_cuda", 40, "every test that needs a GPU", f"-m cuda {{workers}} {MARKED}"),),
     bench(
         *("1b", 30, "effects of a 1B model"),
         f"geffect --model llama-3.2-1b --dtype bf16 --batch 8 --tokens 256 --budget 1 {EFFECTS}",
@@ -256,7 +260,9 @@ def table(stages: list[Stage]) -> list[str]:
     for end, stage in zip(ends(stages), stages, strict=True):
         one = stage[0]
         name, what = (
-            (one.name, one.what) if len(stage) == 1 else (f"kernel_* ({len(stage)} at once)", "a test a kernel")
+            (one.name, one.what)
+            if len(stage) == 1
+            else (f"{one.name.split('_')[0]}_* ({len(stage)} at once)", f"{one.what.split(':')[0]}, ...")
         )
         lines.append(f"{end:>4}  {name:<24}{what}")
     return lines

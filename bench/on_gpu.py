@@ -36,7 +36,7 @@ LIMITS = (
     16 << 10,
 )  # bytes a file that is no result may have, the next where the archive is too big
 EVERY = 5.0  # seconds between archives within a step
-GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+GRACE = 5.0  # seconds from SIGINT to SIGKILL
 SKIPPED = 77  # exit status of a step that cannot run here; its last line says why
 
 
@@ -198,8 +198,8 @@ def tail(path: Path, lines: int) -> list[str]:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a step and whatever it started."""
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+    """End a step and whatever it started. Interrupted, pytest still says what has failed."""
+    for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -221,7 +221,7 @@ def probe(needs: list[str]) -> dict:
 
     if not torch.cuda.is_available():
         sys.exit(f"on_gpu: torch {torch.__version__} of {sys.executable} sees no CUDA device")
-    workers = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(7, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     arch = "{}{}".format(*torch.cuda.get_device_capability())
     absent = [need for need in needs if missing(need)]
     return {"environment": environment("cuda"), "arch": arch, "missing": absent, "workers": workers}

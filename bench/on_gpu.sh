@@ -20,24 +20,24 @@
 #
 # plan:begin
 #   75  build                   the extension, with CUDA where nvcc is found
-#  105  kernel_* (10 at once)   a test a kernel
+#  105  kernel_* (10 at once)   one test, ...
 #  125  rows                    from logits: WGA and KL
 #  150  build_cpu               the same without CUDA, if that failed
 #  180  linear                  from hidden states: WGA
 #  195  scoring                 from hidden states, no gradient
 #  215  grad_dot                group dots of a 7B model's tensors
-#  250  counters                DRAM bytes and L2 hits of the kernels
-#  275  tiles                   tiles of the row kernel
-#  295  peer_liger              beside liger
-#  310  peer_liger_cute         beside liger_cute
-#  335  peer_quack              beside quack
-#  355  peer_cce                beside cce
-#  375  peer_trl                beside trl
-#  385  peer_torch_chunked_rows beside torch_chunked_rows
-#  425  tests_cuda              every test that needs a GPU
-#  455  1b                      effects of a 1B model
-#  495  7b                      effects of a 7B model
-#  530  overhead                training with GEffectCallback
+#  275  tests_* (2 at once)     every test that needs a GPU, ...
+#  305  counters                DRAM bytes and L2 hits of the kernels
+#  325  tiles                   tiles of the row kernel
+#  345  peer_liger              beside liger
+#  360  peer_liger_cute         beside liger_cute
+#  385  peer_quack              beside quack
+#  405  peer_cce                beside cce
+#  425  peer_trl                beside trl
+#  435  peer_torch_chunked_rows beside torch_chunked_rows
+#  465  1b                      effects of a 1B model
+#  505  7b                      effects of a 7B model
+#  540  overhead                training with GEffectCallback
 # plan:end
 set -euo pipefail
 export GFAST_HELD_ROWS="${GFAST_HELD_ROWS:-1}"  # the CUDA row kernel is measured here; "auto" takes Triton's elsewhere
