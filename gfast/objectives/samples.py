@@ -32,17 +32,25 @@ class _Balanced(Objective):
         super().__post_init__()
         self._require(self.beta > 0, "beta must be > 0.")
 
-    def weigh(self, logp: Tensor, ref_logp: Tensor, valid: Tensor, sequence_id: Tensor, count: int) -> Tensor:
-        """Weights [N] of all tokens of a batch; arguments of ``gfast.ops.weights.weigh``."""
+    def weigh(
+        self, logp: Tensor, ref_logp: Tensor, valid: Tensor, sequence_id: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [N] of all tokens of a batch, and values [N], whose mean over the sequences is L; arguments of
+        ``gfast.ops.weights.weigh``."""
         spec = WeightSpec("sequence", beta=float(self.beta), uses_ref=True)
         weight, value = sequence_weights(spec, logp, ref_logp, valid, sequence_id, count)  # NPO's
         length = torch.zeros(count, dtype=torch.float64, device=logp.device)
         length = length.index_add(0, sequence_id, valid.double())  # [S]
-        share = self._shares(logp, value.double(), valid, sequence_id, length)
-        return weight * (share * (length > 0).sum()).to(weight.dtype)[sequence_id]
+        present = (length > 0).sum()
+        share, total = self._shares(logp, value.double(), valid, sequence_id, length)
+        weight = weight * (share * present).to(weight.dtype)[sequence_id]
+        each = total * present / length.sum().clamp(min=1)  # L is of the whole batch: in equal parts
+        return weight, torch.where(valid, each, 0.0).to(weight.dtype)
 
-    def _shares(self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor) -> Tensor:
-        """Of each sequence [S], adding up to 1; 0 where it has no token."""
+    def _shares(
+        self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of each sequence [S], adding up to 1; 0 where it has no token. And L."""
         raise NotImplementedError
 
 
@@ -51,7 +59,7 @@ class BalDRO(_Balanced):
     r"""BalDRO-DV over NPO: :math:`L = -\tau \log \frac1B \sum_s e^{-l_s / \tau}`.
 
     NPO's weight of each sequence times :math:`B e^{-l_s/\tau} / \sum_t e^{-l_t/\tau}`, over the B sequences of a batch:
-    with other batches other weights. The value reported is the mean over sequences of w log p.
+    with other batches other weights.
 
     This is the published code, where with tau > 0 the sequences that are forgotten most get the largest weights; the
     paper's words ask for the worst case, the samples that are hardest to unlearn: that is tau < 0,
@@ -74,8 +82,11 @@ class BalDRO(_Balanced):
         super().__post_init__()
         self._require(self.tau != 0, "tau must not be 0.")
 
-    def _shares(self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor) -> Tensor:
-        return torch.softmax(torch.where(length > 0, -value / self.tau, -torch.inf), 0)
+    def _shares(
+        self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = torch.where(length > 0, -value / self.tau, -torch.inf)  # [S]
+        return torch.softmax(x, 0), -self.tau * (torch.logsumexp(x, 0) - (length > 0).sum().double().log())
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class BalDROG(_Balanced):
     r"""BalDRO-G over NPO: the mean of :math:`l_s` over the share of a batch's sequences that the model knows best.
 
     Of B sequences the k = max(1, floor(share B)) with the highest mean log-prob a token get NPO's weight times B / k,
-    the others 0. The value reported is the mean over sequences of w log p.
+    the others 0.
 
     Attributes:
         beta: > 0, NPO's. share: in (0, 1], the code's ``sampling_ratio``.
@@ -104,9 +115,12 @@ class BalDROG(_Balanced):
         super().__post_init__()
         self._require(0 < self.share <= 1, "share must be in (0, 1].")
 
-    def _shares(self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor) -> Tensor:
+    def _shares(
+        self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros_like(length).index_add(0, sequence_id, torch.where(valid, logp, 0).double())
         known = torch.where(length > 0, sums / length.clamp(min=1), -torch.inf)  # [S]
         rank = known.argsort(descending=True, stable=True).argsort()
         kept = (self.share * (length > 0).sum().double()).floor().clamp(min=1)
-        return torch.where((rank < kept) & (length > 0), 1 / kept, 0.0)
+        share = torch.where((rank < kept) & (length > 0), 1 / kept, 0.0)
+        return share, (share * value).sum()

@@ -143,7 +143,8 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
     if terms.spec is None:
         with torch.no_grad():
             scored = flat_logp(head, form, impl)
-        known, given = terms.weigh(scored, ref)[0], None
+        known, value = terms.weigh(scored, ref)
+        given = None
         del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
     of_rows = (known, 1.0) if given is None else (given, 2.0)
@@ -159,7 +160,8 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         *head.options(form, impl),
         head.wanted(),
     )
-    value = weights * logp
+    if known is None:
+        value = weights * logp
     if terms.whole:
         value = sequence_weights(spec, logp, ref, tokens.valid, tokens.ids, tokens.count)[1]
         value = terms.times_given(weights, value)[1]

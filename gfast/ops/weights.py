@@ -140,10 +140,9 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple
     one; see ``sequence_weights``. Only a level above "token" reads ``sequence_id``."""
     spec = spec_of(objective)
     if spec is None:
-        whole = getattr(objective, "weigh", None)  # of one that is told which tokens count
-        found = whole(logp, ref_logp, valid, sequence_id, num_sequences) if whole else None
-        found = objective(logp, ref_logp, sequence_id) if found is None else found
-        weight = torch.as_tensor(found, dtype=logp.dtype, device=logp.device)
+        if (whole := getattr(objective, "weigh", None)) is not None:  # of one that is told which tokens count
+            return whole(logp, ref_logp, valid, sequence_id, num_sequences)
+        weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
         if weight.shape != logp.shape:
             shapes = f"{tuple(weight.shape)}, not {tuple(logp.shape)}"
             raise ValueError(f"gfast: objective: the weight callable returned shape {shapes}.")
