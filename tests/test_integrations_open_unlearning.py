@@ -349,18 +349,6 @@ def test_arguments_of_hydra_are_plain_values(tmp_path):
     assert made.ddp_find_unused_parameters is None
 
 
-@pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")
-def test_the_stock_yaml_has_arguments_that_the_trainers_take():
-    registry, found = ou.registered(), set()
-    for file in (ou.clone() / "configs" / "trainer").glob("*.yaml"):
-        config = yaml.safe_load(file.read_text())
-        made = registry.get(f"GFast{config['handler']}")
-        if made is not None and not getattr(made, "lacking", False):
-            assert set(config.get("method_args") or ()) <= set(made.__doc__.replace("=", " ").split()), file
-            found.add(config["handler"])
-    assert found >= {"NPO", "PDU", "UNDIAL", "CEU"}
-
-
 @pytest.mark.parametrize("name", BY_BATCH)
 def test_weights_over_a_batch_are_made(tmp_path, name):
     trainer = ou.trained(name, tmp_path, tiny_model(), train=False)
@@ -383,32 +371,6 @@ def test_the_command_runs_a_script_as_it_is(tmp_path):
     assert out == f"{with_configs(['trainer=NPO'])} GFastNPO True"
     wrong = subprocess.run([*command[:3], "nothing.py"], capture_output=True, text=True)
     assert wrong.returncode and "there is no file nothing.py" in wrong.stderr and "Traceback" not in wrong.stderr
-
-
-@pytest.mark.skipif(ou.clone() is None, reason="set GFAST_OPEN_UNLEARNING to a clone of open-unlearning")
-@pytest.mark.parametrize("name", ["GradAscent", "GradDiff", "NPO", "DPO", "SimNPO", "WGA", "SatImp", "CEU", "PDU"])
-def test_a_batch_costs_what_it_costs_in_open_unlearning(tmp_path, name):
-    """Four rows with labels at once, where nothing of theirs goes wrong: their loss and gradient, and ours."""
-    start = tiny_model(seed=1)
-    ours = ou.trained(name, tmp_path, copied(start), max_steps=1)
-    model = copied(start)
-    left = {"ignore_first_n_answer_tokens": 0} if name == "CEU" else {}  # our items have lost that label already
-    theirs = ou.registered()[name](model=model, args=ou.arguments(tmp_path), processing_class=TOKENIZER, **left)
-    ours.train_dataset.set_epoch(0)
-    batch = getattr(ours.data_collator, "collator", ours.data_collator)(items(ours.train_dataset))
-    for side in batch.values():
-        side.pop("sample_id")
-    if name == "DPO":
-        halves = {key: value.chunk(2) for key, value in batch["forget"].items()}
-        batch["forget"] = {
-            which: {key: value[i] for key, value in halves.items()} for i, which in enumerate(("original", "alternate"))
-        }
-    if name == "PDU":  # its margins are those of the places that hold the labels, one after those that predict them
-        batch["forget"]["labels"] = shifted(batch["forget"]["labels"])
-    loss = theirs.compute_loss(model, batch)
-    loss.backward()
-    assert logged(ours)[0] == pytest.approx(loss.item(), rel=1e-5, abs=LOGGED)
-    assert_same(ours.first.found, gradients(model), 1e-3)
 
 
 def test_label_logp_of_the_truth_is_that_of_a_model():
