@@ -144,7 +144,7 @@ def _scalar_loss(terms: Terms, head: LocalHead, form: tuple[float, float], impl:
         with torch.no_grad():
             scored = flat_logp(head, form, impl)
         known, value = terms.weigh(scored, ref)
-        given = None
+        given, value = None, value.sum()
         del scored  # [N], not needed beside the gradients
     ref = ref if spec.uses_ref else None
     of_rows = (known, 1.0) if given is None else (given, 2.0)
