@@ -48,6 +48,7 @@ def test_the_ends_of_the_range():
 
 @pytest.mark.slow
 def test_every_law():
-    assert passed(["test_triton.py"], "triton") > 50
+    """In fp32: the rounding of 16 bits hides what exponentials do."""
+    assert passed(["test_triton.py"], "triton and not float16") > 50  # not bfloat16 either
     files = ["test_ops_losses.py", "test_ops_small_values.py", "test_ops_not_finite.py", "test_ops_backward.py"]
-    assert passed([*files, "test_linear_head.py", "test_linear_extremes.py"], "triton") >= 25
+    assert passed([*files, "test_linear_head.py", "test_linear_extremes.py"], "triton and not float16") >= 25

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from helpers import files_shared
+from helpers.marks import slow_when
 from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, server, tiny_model
 
 from gfast import cli, files
@@ -223,6 +224,7 @@ def test_a_full_disk_leaves_no_reference(tmp_path, context):
     assert list(tmp_path.iterdir()) == []
 
 
+@slow_when(lambda p: p.limit == 300_000)
 @pytest.mark.parametrize(
     ("limit", "words"),
     [

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow_when
 
 from gfast.ops.dispatch import compiled
 
@@ -28,6 +29,7 @@ def test_what_is_taken_is_right_and_nothing_crashes():
     assert "2000 cases, seed 0: 0 failed" in done.stdout
 
 
+@slow_when(lambda p: p.code == "exit")
 @pytest.mark.parametrize(
     ("code", "found"),
     [

@@ -263,6 +263,7 @@ def test_8b_on_one_card_of_40_gb_and_70b_on_eight_of_80(tmp_path, capsys):
     assert {row["name"] for row in refused} == {f"g_effect, {name}" for name in ("sample", "token", "gram")}
 
 
+@slow_when(lambda p: p.tokens == 40)
 @pytest.mark.parametrize("tokens", [40, 127])
 def test_a_plan_is_of_all_tokens(tmp_path, capsys, tokens):
     """Those that make no whole number of texts too; as many texts as it takes share them."""

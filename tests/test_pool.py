@@ -141,7 +141,7 @@ print(30e6 < before - resident() < 60e6, gfast.empty_cache() >> 20)
     assert done.stdout.split() == ["True", "40"], done.stdout + done.stderr
 
 
-@slow_when(lambda p: p.value not in ("1G", "-1"))
+@slow_when(lambda p: p.value != "1G")
 @pytest.mark.parametrize("name", ["GFAST_POOL_MIB", "GFAST_POOL_SECONDS"])
 @pytest.mark.parametrize("value", ["1G", "-1", "0x10", " 5", "99999999999999999999", "1.5"])
 def test_a_setting_that_is_no_number_is_refused(name, value):
