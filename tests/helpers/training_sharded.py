@@ -35,6 +35,8 @@ def real_fsdp2(efficient: bool = False) -> None:
             state_dict_type="SHARDED_STATE_DICT",
         )
         plugin.cpu_ram_efficient_loading = efficient  # given, the plugin wants an accelerator for FSDP 1
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
         shared = accelerate.state.AcceleratorState._shared_state
         shared["distributed_type"], shared["fsdp_plugin"] = DistributedType.FSDP, plugin
         accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
