@@ -38,7 +38,7 @@ def trained(folder, flags, sharding="", world=1, code=0):
 
 def both(tmp_path, model, **options):
     """One process, and two that FSDP2 makes share the model."""
-    one, _ = trained(tmp_path / "one", helper.words(model, gradient_accumulation_steps=2, **options))
+    one, _ = trained(tmp_path / "one", helper.words(model, per_device_train_batch_size=2, **options))
     two, held = trained(tmp_path / "two", helper.words(model, **options), "efficient", world=2)
     return one, two, held
 

@@ -134,8 +134,8 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's. Whole weights that have been gathered are tensors of their own, also of parameters that are tied: a
-        model that is saved with both would not be tied when it is loaded.
+        """Trainer's. Gathered weights are tensors of their own, also those that are tied: a model that is saved with
+        both would not be tied when it is loaded.
         """
         if state_dict:
             first: dict[int, str] = {}

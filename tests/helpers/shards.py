@@ -1,4 +1,4 @@
-"""One of several processes of `gfast unlearn` whose model FSDP2 shards, by Accelerate's own code, on the CPU over gloo."""
+"""One of several processes of `gfast unlearn` that FSDP2 makes share a model, by Accelerate's own code, over gloo."""
 
 from __future__ import annotations
 
