@@ -156,7 +156,7 @@ def _before_sharding(whole: float) -> str:
     return (
         f"No device ever has the whole model: gfast unlearn loads it in host memory, {whole:.1f} GB of a machine with "
         f"fsdp_cpu_ram_efficient_loading and of each process without, and computes the reference cache once it is "
-        f"sharded. Weights stay in their dtype: mixed precision (--bf16) would train fp32 copies of them."
+        f"sharded. The figures are of weights in their dtype; mixed precision (--bf16) trains fp32 copies of them."
     )
 
 
