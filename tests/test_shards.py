@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from gfast.commands import shards
 from gfast.files import read_json
-from gfast.training import pending
+from gfast.training import pending, sharded_start
 from gfast.training.batches import first_batches
 from gfast.training.records import read_records
 from gfast.training.reference import ReferenceCache
@@ -147,7 +147,7 @@ def test_a_reference_that_is_still_to_be_computed():
     cache = pending.PendingReference({"hidden"}, None, build)
     head, later = cache.head, first_batches(forget, collator(), cache, 2, 2)
     assert cache.pending and cache.what == {"hidden"} and len(cache) == 0 and not head
-    pending.ShardedStart([cache]).on_train_begin(SimpleNamespace(world_size=1), None, None, model=model)
+    sharded_start.ShardedStart([cache]).on_train_begin(SimpleNamespace(world_size=1), None, None, model=model)
     assert not cache.pending and cache.head is head and "ref_head" in head and cache.model_fingerprint == "known"
     right = first_batches(forget, collator(), ReferenceCache.build(model, forget, collator(), what={"hidden"}), 2, 2)
     assert len(later) == len(right) == 1
@@ -156,9 +156,9 @@ def test_a_reference_that_is_still_to_be_computed():
 
 def test_what_has_no_values_is_refused_by_name():
     model = tiny_model()
-    pending.check_loaded(model, 1)
+    sharded_start.check_loaded(model, 1)
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' has no values .*efficient_loading: false"):
-        pending.check_loaded(model.to("meta"), 1)
+        sharded_start.check_loaded(model.to("meta"), 1)
 
 
 def test_a_model_that_saves_a_buffer_is_refused_by_name():

@@ -5,7 +5,7 @@ what is asked of it before.
 With FSDP2 a model stays in host memory until training shards it. With `fsdp_cpu_ram_efficient_loading` only the first
 process of a machine has its values there; the others have its shapes, and Accelerate hands them their shards. With
 ZeRO-3 transformers shards what it loads at once. In both the reference cache is computed by the sharded model, when
-training begins (`gfast.training.pending`).
+training begins (`gfast.training.sharded_start`).
 """
 
 from __future__ import annotations

@@ -46,12 +46,12 @@ from gfast.training.conflict import check_conflict
 from gfast.training.joint import refuse_joint
 from gfast.training.live import check_live, measured_live
 from gfast.training.options import refuse_ignored_with_data, refuse_no_step
-from gfast.training.pending import ShardedStart
 from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
 from gfast.training.reference import ReferenceCache
 from gfast.training.resume import checkpoint_to_resume
+from gfast.training.sharded_start import ShardedStart
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trajectory import Trajectory, callbacks_of
 

@@ -11,7 +11,7 @@ import torch
 from gfast import cli
 from gfast.commands import shards
 from gfast.files import write_json
-from gfast.training import pending
+from gfast.training import sharded_start
 from helpers.training_parallel import join
 from helpers.training_sharded import real_fsdp2
 
@@ -46,7 +46,7 @@ def private() -> int:
 
 def watched(found: dict[str, int]) -> None:
     """Count what this process holds of the model: once it is loaded, and once it is sharded."""
-    load, check = shards.Shards.load, pending.check_loaded
+    load, check = shards.Shards.load, sharded_start.check_loaded
 
     def loading(self, *given):
         before = private()
@@ -63,7 +63,7 @@ def watched(found: dict[str, int]) -> None:
         parts = {p.to_local().untyped_storage() for p in model.parameters() if hasattr(p, "to_local")}
         found["sharded"] = sum(part.nbytes() for part in parts)
 
-    shards.Shards.load, pending.check_loaded = loading, checking
+    shards.Shards.load, sharded_start.check_loaded = loading, checking
 
 
 def run(flags: list[str], folder: str, sharding: str, rank: int, world: int, port: int) -> None:
