@@ -319,9 +319,9 @@ SORTED = (
 )
 def test_what_the_trainer_refuses_is_said_before_any_work(original, tmp_path, capsys, monkeypatch, options, words):
     """Before the model is loaded and the reference of all of the data is computed."""
-    from gfast.commands import unlearn
+    from gfast.commands import shards
 
-    monkeypatch.setattr(unlearn, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(shards, "load_model", lambda *_: pytest.fail("the model was loaded"))
     given = {"objective": "NPO", "retain_term": "nll", "max_steps": 1} | options
     fails(capsys, words, "unlearn", *flags(original, tmp_path / "run", **given))
     assert not (tmp_path / "run" / "run.json").exists()

@@ -14,7 +14,7 @@ from helpers.training_tiny import in_processes, saved_tiny
 from safetensors.torch import load_file
 from test_training_parallel import together
 
-from gfast.commands.unlearn import _loaded_whole
+from gfast.commands.shards import _loaded_whole
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,11 @@ class Sides:
         folder: Path | None,
         batch_size: int,
         reference: str = "auto",
+        build: Callable[..., ReferenceCache] = ReferenceCache.build,
     ) -> ReferenceCache | None:
         """What `objectives` need of the original model on one side, from `folder` or computed and kept there.
 
-        reference: what the original is, see `ReferenceCache.build`.
+        reference: what the original is, see `ReferenceCache.build`; build: what stands in for that.
         """
         objectives = list(objectives)
         what = set().union(*(needed_from_cache(objective) for objective in objectives))
@@ -188,12 +189,12 @@ class Sides:
         path = None if folder is None else folder / f"{name}-{'-'.join(sorted(what))}.safetensors"
         found = path is not None and path.exists()
         say(f"Reference of the {side} set: {'checking ' + str(path) if found else f'computing {len(data)} samples'}")
-        return ReferenceCache.build(
+        return build(
             model,
             data,
             self.collator,
             path,
-            what,
+            what=what,
             layer=max(layers, default=None),
             batch_size=batch_size,
             progress=True,

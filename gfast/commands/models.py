@@ -94,19 +94,22 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     return _loaded("the tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
 
 
-def load_model(arguments: ModelArguments) -> nn.Module:
+def load_model(arguments: ModelArguments, empty: bool = False) -> nn.Module:
     """The causal language model of the flags, with its adapter or new LoRA adapters: then only those are trainable.
+
+    empty: its parameters without values, on the meta device, for a process that gets its shards of them from another
+    one; buffers, and adapters, have theirs.
 
     Errors: ValueError, naming the model (and an adapter's base), when it cannot be loaded.
     """
     adapter = find_adapter(arguments)
     if adapter is not None:
-        model = _with_adapter(arguments, adapter)
+        model = _with_adapter(arguments, adapter, empty)
     else:
-        model = _whole(arguments, arguments.model, None)
+        model = _whole(arguments, arguments.model, None, empty)
         if arguments.lora_r:
             model = _with_lora(model, arguments)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     over = f" over {adapter.base}" if adapter is not None else ""
     say(f"Model {arguments.model}{over}: {trainable:,} trainable parameters, {next(model.parameters()).dtype}")
     return model
@@ -134,7 +137,7 @@ def _file(name: str, file: str) -> str | None:
         return None  # not found, no access, no network, no such name: loading the model says which
 
 
-def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None) -> nn.Module:
+def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None, empty: bool = False) -> nn.Module:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     # transformers 5 renamed the argument.
@@ -144,6 +147,8 @@ def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None) -> nn.
             options[flag] = getattr(arguments, flag)
     if adapter is not None and adapter.revision:
         options["revision"] = adapter.revision
+    if empty:
+        options["device_map"] = {"": "meta"}
     what = "the model" if adapter is None else _base_of(adapter)
 
     def load() -> nn.Module:
@@ -154,6 +159,8 @@ def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None) -> nn.
                 f"its files have no weights for {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''} "
                 f"of {type(model).__name__}, which would be random"
             )
+        if empty:
+            vars(model).pop("hf_device_map", None)  # by which libraries would take it for one on several devices
         return model
 
     return _loaded(what, name, load)
@@ -199,12 +206,12 @@ def _reason(name: str, error: Exception) -> str:
     return f"({f'did you mean {checkpoint}?' if checkpoint else 'is it complete?'}): {reason}"
 
 
-def _with_adapter(arguments: ModelArguments, adapter: Adapter) -> nn.Module:
+def _with_adapter(arguments: ModelArguments, adapter: Adapter, empty: bool = False) -> nn.Module:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f"{adapter.name} is an adapter, which needs the peft library: pip install peft") from error
-    base = _whole(arguments, adapter.base, adapter)
+    base = _whole(arguments, adapter.base, adapter, empty)
     # Trainable: its parameters require gradients as in training, so an effect is over them.
     what = f"over {adapter.base!r} the adapter"
     with warnings.catch_warnings():

@@ -146,19 +146,18 @@ def _text(plan: dict[str, Any]) -> str:
             f"{2 * plan['logits_gb']:.1f} GB, are never whole)."
         )
         if plan["sharing"] == "fsdp2":
-            lines.append(_before_sharding(plan["whole_model_gb"], machine["memory_gb"]))
+            lines.append(_before_sharding(plan["whole_model_gb"]))
         if plan["steps"]:
             lines.append(f"{plan['steps']} steps of it take {_duration(plan['steps'] * plan['step_seconds'])}.")
     return "\n".join(lines)
 
 
-def _before_sharding(whole: float, memory: float) -> str:
-    from gfast.plan import MARGIN
-
-    said = f"Before it is sharded, gfast unlearn has the whole model on every device, {whole:.1f} GB"
-    if whole <= MARGIN * memory:
-        return f"{said}, while the reference cache is made."
-    return f"{said}: that does not fit. Shard it yourself (fully_shard) and give it to UnlearnTrainer."
+def _before_sharding(whole: float) -> str:
+    return (
+        f"No device ever has the whole model: gfast unlearn loads it in host memory, {whole:.1f} GB of a machine with "
+        f"fsdp_cpu_ram_efficient_loading and of each process without, and computes the reference cache once it is "
+        f"sharded. The figures are of weights in their dtype; mixed precision (--bf16) trains fp32 copies of them."
+    )
 
 
 def _errors(errors: Any) -> str:

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
-from gfast.commands.models import check_model, find_adapter, load_model, load_tokenizer
+from gfast.commands.models import check_model, find_adapter, load_tokenizer
+from gfast.commands.shards import Shards
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.errors import NotFinite
 from gfast.files import MANIFEST, read_json, require_writable, write_json, write_manifest
@@ -41,14 +43,15 @@ from gfast.training.batches import needed_from_cache
 from gfast.training.clock import Clock
 from gfast.training.config import UnlearnConfig
 from gfast.training.conflict import check_conflict
-from gfast.training.fingerprints import model_fingerprint
 from gfast.training.joint import refuse_joint
 from gfast.training.live import check_live, measured_live
 from gfast.training.options import refuse_ignored_with_data, refuse_no_step
 from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
+from gfast.training.reference import ReferenceCache
 from gfast.training.resume import checkpoint_to_resume
+from gfast.training.sharded_start import ShardedStart
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trajectory import Trajectory, callbacks_of
 
@@ -160,14 +163,15 @@ def _train(
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, along, config, rows, argv)
-    known = check_run_folder(folder, info)
-    if known and (folder / "result.json").exists():
-        done = read_json(folder / "result.json")
+    shards = Shards(config)
+    known = shards.of_main(lambda: check_run_folder(folder, info))
+    if known and shards.of_main((folder / "result.json").exists):
+        done = shards.of_main(lambda: read_json(folder / "result.json"))
         why = f" (it was ended by its {done['stopped']})" if done.get("stopped") else ""
         say(f"This run is finished: {done['steps']} steps{why}, model and records in {folder}")
         return 0
     checkpoint = _checkpoint(config, folder)
-    check_model(model_arguments)
+    model_config = check_model(model_arguments)
     _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
     sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
@@ -176,23 +180,23 @@ def _train(
     kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
     say(f"Data: {len(rows.forget)} forget rows, {kept}")
     set_seed(config.seed)
-    with _loaded_whole(config):
-        model = load_model(model_arguments).to(config.device)
+    model = shards.load(model_arguments, model_config)
     sides.fit(model)
 
-    main = config.process_index == 0
-    if main and not known:  # the model as it starts, which reads all of its parameters
-        adapters = peft_models.is_adapted(model)
-        info |= {"device": device_name(config.device), "model_fingerprint": model_fingerprint(model, adapters)}
-    together((lambda: write_run_info(folder, info)) if main else None, config.world_size)
-    references = _references(model, both, sides, data_arguments, config, folder)
+    if not known:  # the model as it starts, which reads all of its parameters
+        print_of_model = shards.fingerprint(model, peft_models.is_adapted(model))
+        info |= {"device": device_name(config.device), "model_fingerprint": print_of_model}
+    shards.of_main(lambda: write_run_info(folder, info))
+    build = ReferenceCache.build if shards.kind is None else partial(shards.reference, checkpoint=checkpoint)
+    references = _references(model, both, sides, data_arguments, config, folder, build)
     data = sides.of(both.forget)
     collator: Any = sides.collator
     if both.retain is not None or config.live:
         data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
-    callbacks: list[Any] = [*_measurements(objective, both, sides, references, config), *evaluations]
+    callbacks: list[Any] = [] if shards.kind is None else [ShardedStart(list(references.values()))]
+    callbacks += [*_measurements(objective, both, sides, references, config), *evaluations]
     if not sys.stderr.isatty():  # where transformers' bar would be one endless line
         callbacks.append(Progress(str(objective)))
     trainer = UnlearnTrainer(
@@ -205,6 +209,7 @@ def _train(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    shards.check(trainer)
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}")
     trainer.add_callback(clock := Clock())
@@ -213,12 +218,13 @@ def _train(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
     except NotFinite as error:
-        if main:
+        if shards.main:
             write_diverged(folder, trainer.state.global_step, str(error))
         raise
     if trainer.is_world_process_zero():
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
+    shards.gather_when_saved(trainer)
     trainer.save_model()
     result = {
         "steps": output.global_step,
@@ -233,24 +239,6 @@ def _train(
         write_json(folder / "result.json", result)
         say(f"Finished {output.global_step} steps. Model and records: {folder}. Figures: gfast report {folder}")
     return 0
-
-
-@contextlib.contextmanager
-def _loaded_whole(config: UnlearnConfig) -> Iterator[None]:
-    """A model that is loaded in here is whole in every process, as under FSDP: with ZeRO-3 transformers would give each
-    its shard, of which one process alone has no fingerprint, and no values of the original. Training shards it.
-    """
-    deepspeed = getattr(config, "hf_deepspeed_config", None)
-    if deepspeed is None:
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(deepspeed)
 
 
 def describe(
@@ -330,7 +318,7 @@ def _require_reference(model_arguments: ModelArguments, both: Mix, reference: st
 
 
 def _references(
-    model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path
+    model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path, build: Any
 ) -> dict[str, Any]:
     where = Path(data_arguments.reference_cache or folder / "reference")
     found = {}
@@ -349,7 +337,8 @@ def _references(
             and not measured
         ):
             continue
-        cache = sides.reference(model, [objective], side, where, config.per_device_eval_batch_size, config.reference)
+        size = config.per_device_eval_batch_size
+        cache = sides.reference(model, [objective], side, where, size, config.reference, build)
         if cache is not None:
             found[side] = cache
     return found

@@ -15,6 +15,7 @@ from gfast.data import batches
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
+from gfast.training.pending import Later, PendingReference
 from gfast.training.reference import ReferenceCache
 from gfast.training.reference_values import check_labels_attended, check_padding
 
@@ -121,8 +122,10 @@ def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Calla
 
 def first_batches(
     data: Any, collator: Any, cache: ReferenceCache | None, samples: int, batch_size: int
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The first `samples` items (0: all) as batches that carry what `cache` knows."""
+    if isinstance(cache, PendingReference) and cache.pending:
+        return Later(lambda: first_batches(data, collator, cache, samples, batch_size))
     limited = [data[index] for index in range(min(samples or len(data), len(data)))]
     found = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
     return found if cache is None else [{**batch, **cache.head} for batch in found]

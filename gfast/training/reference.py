@@ -177,6 +177,7 @@ class ReferenceCache:
         batch_size: int = 8,
         progress: bool = False,
         reference: str = "auto",
+        fingerprint: str | None = None,
     ) -> ReferenceCache:
         """Run `model` over `dataset` once and keep what it says; with `path`, save it, or load it if it is there
         already.
@@ -194,6 +195,8 @@ class ReferenceCache:
                 OLoRA, CorDA, LoftQ), or the adapters are not zero, or transformers' own, which gfast cannot switch
                 off. "adapter:NAME": the model with that adapter, which
                 is frozen, in place of the active one.
+            fingerprint: the model's (`model_fingerprint`), where it is known: it is then taken for that, and not
+                computed.
 
         Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
         that is not the original.
@@ -209,7 +212,8 @@ class ReferenceCache:
             peft_models.check_frozen_adapter(model, adapter_name(reference))
             adapted = adapter_name(reference)
         if path is not None and Path(path).exists():
-            return cls.load(path, model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
+            options = dict(what=what, layer=layer, adapted=adapted, fingerprint=fingerprint)
+            return cls.load(path, model=model, dataset=dataset, **options)
         if len(dataset) == 0:
             raise ValueError("the data set is empty, so there is nothing to compute a reference for")
         parts: dict[int, dict[str, Tensor]] = {}
@@ -231,7 +235,7 @@ class ReferenceCache:
             {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
             head=head,
             layer=layer,
-            model_fingerprint=model_fingerprint(model, adapters=adapted),
+            model_fingerprint=fingerprint or model_fingerprint(model, adapters=adapted),
             data_fingerprint=dataset_fingerprint(dataset),
             settings=settings_of(model, adapted),
             texts={key: torch.cat([parts[i][key] for i in ids]) for key in TEXT_KEYS if key in parts[ids[0]]},
@@ -266,6 +270,7 @@ class ReferenceCache:
         what: Collection[str] = (),
         layer: int | None = None,
         adapted: bool | str = False,
+        fingerprint: str | None = None,
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
@@ -297,7 +302,8 @@ class ReferenceCache:
                 settings=description.get("settings"),
             )
         try:
-            cache.check(model=model, dataset=dataset, what=what, layer=layer, adapted=adapted)
+            options = dict(what=what, layer=layer, adapted=adapted, fingerprint=fingerprint)
+            cache.check(model=model, dataset=dataset, **options)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cache
@@ -310,9 +316,10 @@ class ReferenceCache:
         what: Collection[str] = (),
         layer: int | None = None,
         adapted: bool | str = False,
+        fingerprint: str | None = None,
     ) -> None:
         """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
-        adapted: of the model with its adapters on, or with the one of that name.
+        adapted: of the model with its adapters on, or with the one of that name; fingerprint: as in `build`.
         """
         lacking = sorted(set(what) - self.what)
         if lacking:
@@ -334,7 +341,7 @@ class ReferenceCache:
                     "build it again"
                 )
         if model is not None:
-            found = model_fingerprint(model, adapters=adapted)
+            found = fingerprint or model_fingerprint(model, adapters=adapted)
             if found != self.model_fingerprint:
                 raise ValueError(
                     f"the reference cache is for another model (fingerprint {self.model_fingerprint[:12]}, this model "

@@ -133,6 +133,17 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's. Gathered weights are tensors of their own, also those that are tied: a model that is saved with
+        both would not be tied when it is loaded.
+        """
+        if state_dict:
+            first: dict[int, str] = {}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                if name in state_dict and first.setdefault(id(parameter), name) != name:
+                    state_dict[name] = state_dict[first[id(parameter)]]
+        super()._save(output_dir, state_dict)
+
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
         super()._save_rng_state(*args, **kwargs)
         # What makes a checkpoint complete, trainer_state.json, comes after this: it must not come before other

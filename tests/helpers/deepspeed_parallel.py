@@ -19,6 +19,7 @@ from gfast.objectives import GA, KL, NPO, RMU
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
+from helpers import shards
 from helpers.geffect_models import tiny
 from helpers.geffect_parallel import refused
 from helpers.training_parallel import join
@@ -142,4 +143,7 @@ def train(stage: int, model: str, folder: str, rank: int, world: int, port: int)
     if world > 1:
         write_json(Path(folder) / f"config-{rank}.json", deepspeed)
         words += f" --deepspeed {folder}/config-{rank}.json"
+    shares: dict[str, int] = {}
+    shards.watched(shares)
     assert cli.main([*words.split(), "--output_dir", f"{folder}/command"]) == 0
+    assert (shares["loaded"] <= 0.51 * shares["whole"]) == (world > 1 and stage == 3)

@@ -17,7 +17,7 @@ from helpers.training_parallel import join
 from helpers.training_tiny import collator, config, datasets, pairing, tiny_model
 
 
-def real_fsdp2() -> None:
+def real_fsdp2(efficient: bool = False) -> None:
     """Accelerate turns FSDP into DDP where there is no accelerator, without a word: not in this process."""
     import accelerate
     import accelerate.state
@@ -34,6 +34,9 @@ def real_fsdp2() -> None:
             cpu_ram_efficient_loading=False,
             state_dict_type="SHARDED_STATE_DICT",
         )
+        plugin.cpu_ram_efficient_loading = efficient  # given, the plugin wants an accelerator for FSDP 1
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
         shared = accelerate.state.AcceleratorState._shared_state
         shared["distributed_type"], shared["fsdp_plugin"] = DistributedType.FSDP, plugin
         accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
