@@ -219,8 +219,8 @@ class GEffectMonitor:
             )
         if risk is not None and self.accumulate == "exact" and (step.retains or not last):
             refuse(
-                "accumulate='exact' measures the retain losses of all micro-batches, and a risk= beside them on the first "
-                "alone: give one retain loss with the risk of all retain data, or accumulate='first'"
+                "accumulate='exact' measures the retain losses of all micro-batches, and a risk= beside them on "
+                "the first alone: give one retain loss with the risk of all retain data, or accumulate='first'"
             )
         if loss is None and (risk is None or step.retains or not last):
             refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
