@@ -103,14 +103,14 @@ def check_causal(model: nn.Module, batch: Mapping[str, Any]) -> None:
     _causal.add(inner)
     if why is None and not _says_causal(inner):
         try:
-            why = (
-                "bidirectional: its logits change with the very tokens that they score"
-                if _sees_ahead(model, batch)
-                else None
-            )
+            ahead = _sees_ahead(model, batch)
         except BaseException:
             _causal.discard(inner)
             raise
+        if ahead is None:
+            _causal.discard(inner)  # the next batch may have something to look at
+        elif ahead:
+            why = "bidirectional: its logits change with the very tokens that they score"
     if why is not None:
         _causal.discard(inner)
         raise ValueError(
@@ -129,17 +129,25 @@ def _says_causal(inner: nn.Module) -> bool:
     return all(any(getattr(module, "is_causal", False) is True for module in block.modules()) for block in blocks)
 
 
-def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None:
-        return False
+def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
+    """None where no label of the batch is scored by a token that is attended to."""
+    key = "inputs_embeds" if batch.get("input_ids") is None else "input_ids"
+    tokens, labels, mask = batch.get(key), batch.get("labels"), batch.get("attention_mask")
+    if tokens is None or labels is None:
+        return None
     valid = labels != -100  # [B, T]
-    places = torch.arange(ids.shape[1], device=ids.device)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
     last = torch.where(valid, places, 0).amax(1, keepdim=True)  # [B, 1]
-    other = torch.where(ids.gather(1, last) > 0, ids.gather(1, last) - 1, 1)
-    changed = ids.scatter(1, last, other)
-    before, after = _seen(model, [{**batch, "input_ids": one} for one in (ids, changed)])
     scoring = nn.functional.pad(valid[:, 1:], (0, 1)) & (places < last)
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        scoring &= mask.to(tokens.device) != 0  # padding on the left may see everything
+    if not bool(scoring.any()):
+        return None
+    if key == "input_ids":
+        changed = torch.where(places == last, torch.where(tokens > 0, tokens - 1, 1), tokens)
+    else:
+        changed = torch.where((places == last)[..., None], -tokens, tokens)
+    before, after = _seen(model, [{**batch, key: one} for one in (tokens, changed)])
     return _differ(before[scoring], after[scoring])
 
 

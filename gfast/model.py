@@ -241,7 +241,14 @@ def _divergence(output: ModelOutput, batch: Mapping[str, Any], objective, normal
             )
     ref = batch.get("ref_output")
     if ref is None:
-        scale, softcap = batch.get("ref_head_form", form_of(output))
+        form = batch.get("ref_head_form")
+        if form is None and head is None:
+            raise ValueError(
+                f"gfast: {objective}: this model's own logits are taken (the log says why), and nothing says what the "
+                f"original does to the product of ref_hidden and ref_head: give ref_head_form=(scale, soft cap) in the "
+                f"batch, (1.0, 0.0) for nothing. A gfast.ReferenceCache holds it"
+            )
+        scale, softcap = form_of(output) if form is None else form
         ref_head = Head(batch["ref_head"], batch.get("ref_head_bias"), float(scale), float(softcap) or None)
         ref = ModelOutput(ref_head, batch["ref_hidden"])
     if head is None or ref.head is None or form_of(output) != form_of(ref):

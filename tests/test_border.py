@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
+from helpers import architectures
 from helpers.border import DATA, literal_nll
 from helpers.geffect_models import VOCAB, gradient, tiny
 
@@ -164,6 +167,29 @@ def test_models_of_other_kinds_are_refused_by_name(kind):
     ):
         with pytest.raises(ValueError, match=f"{type(model).__name__} is no causal language model"):
             call()
+
+
+@pytest.mark.parametrize("first", ["no labels", "vectors", "refused"])
+def test_a_batch_that_shows_nothing_does_not_pass_a_bidirectional_model(first):
+    model = architectures.build("xlnet")
+    batch = architectures.batch_for(model)
+    vectors = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).detach(), "input_ids": None}
+    shows = {"no labels": {"labels": torch.full_like(batch["labels"], -100)}, "vectors": vectors, "refused": {"x": 1}}
+    with pytest.raises(ValueError, match="bidirectional|'x'") if first != "no labels" else contextlib.nullcontext():
+        gfast.model_loss(model, {**batch, **shows[first]}, NLL())
+    with pytest.raises(ValueError, match="XLNetLMHeadModel is no causal language model: it is bidirectional"):
+        gfast.model_loss(model, batch, NLL())
+
+
+@pytest.mark.parametrize("kind", ["xglm", "jamba"])
+def test_padding_on_the_left_that_sees_everything_does_not_make_a_model_bidirectional(kind):
+    """Where all of a text is labelled, padding scores its first token."""
+    model = architectures.build(kind, torch.float32)
+    batch = {key: value.flip(1) for key, value in architectures.batch_for(model).items()}
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert float(gfast.model_loss(model, batch, NLL()).loss) == pytest.approx(
+        float(literal_nll(model, batch)), rel=1e-5
+    )
 
 
 def test_logits_of_another_shape_are_refused():

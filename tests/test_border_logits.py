@@ -14,7 +14,7 @@ from helpers.marks import slow_when
 
 import gfast
 from gfast import hf
-from gfast.objectives import NLL, WGA
+from gfast.objectives import KL, NLL, WGA
 
 
 def change_of(function):
@@ -298,3 +298,19 @@ def test_own_terms_of_a_batch_without_labels_are_the_terms_alone():
     hidden = model.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
     out = gfast.model_loss(model, batch, NLL(), own_terms=1.0)
     torch.testing.assert_close(out.loss, 0.1 * hidden[1].square().mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_original_does_to_its_logits_is_not_guessed_where_the_models_are_its_own():
+    """Beside deferred logits, values of the original without a form have the model's own."""
+    model = tiny("gemma2").eval()
+    batch = DATA["forget"][0]
+    hidden = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state.detach()
+    given = {**batch, "ref_hidden": hidden, "ref_head": model.lm_head.weight.detach()}
+    assert float(gfast.model_loss(model, given, KL()).loss) == pytest.approx(0.0, abs=1e-9)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(
+        ValueError, match=r"KL\(\): this model's own logits are taken .* ref_head_form=\(scale, soft cap\)"
+    ):
+        gfast.model_loss(compiled, given, KL())
+    given["ref_head_form"] = (1.0, model.config.final_logit_softcapping)
+    assert float(gfast.model_loss(compiled, given, KL()).loss) == pytest.approx(0.0, abs=1e-9)

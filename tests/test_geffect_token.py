@@ -84,6 +84,25 @@ def test_one_trainable_part(only):
     assert_close(stacked(tokens), expected, 1e-9)
 
 
+class Halved(torch.nn.Module):
+    def forward(self, x):
+        return x * 0.5 + 0.1 * x.tanh()
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "tied"])
+def test_a_head_that_is_made_of_other_parameters(part):
+    """A parametrisation's own parameters move the logits; `head.weight` is none."""
+    model, _ = made("llama")
+    if part == "bias":
+        model.lm_head.bias = torch.nn.Parameter(0.1 * torch.ones(len(model.lm_head.weight), dtype=torch.float64))
+    name = "bias" if part == "bias" else "weight"
+    torch.nn.utils.parametrize.register_parametrization(model.lm_head, name, Halved())
+    if part == "tied":
+        model.lm_head.parametrizations.weight.original = model.model.embed_tokens.weight
+    tokens, expected = measured(model, *data(), lambda name: name.partition(".layers")[0])
+    assert_close(stacked(tokens), expected, 1e-9)
+
+
 @pytest.mark.parametrize("target", [["q_proj", "down_proj"], ["v_proj", "lm_head", "embed_tokens"]])
 def test_adapters(target):
     peft = pytest.importorskip("peft")

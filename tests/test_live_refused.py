@@ -64,6 +64,17 @@ def test_bad_input_is_refused_before_any_work_and_leaves_nothing():
     )
 
 
+def test_the_effect_of_all_micro_batches_is_of_retain_losses():
+    """Risks beside them are measured on the first alone."""
+    model = tiny("llama")
+    monitor = gfast.GEffectMonitor(model, accumulate="exact")
+    monitor.forget(loss(model, FORGET, GA()))
+    with pytest.raises(ValueError, match="accumulate='exact' measures the retain losses of all micro-batches"):
+        monitor.retain(loss(model, RETAIN, WGA()), risk=loss(model, RETAIN, NLL()), last=False)
+    monitor.retain(loss(model, RETAIN, WGA()), risk=loss(model, RETAIN, NLL()))
+    assert "risk" in monitor.effect().measured["retain"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=str)
 @pytest.mark.parametrize("where", ["forget", "retain"])
 def test_after_an_error_there_are_no_gradients_and_no_hooks(where, error):

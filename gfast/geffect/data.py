@@ -272,6 +272,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
     def move(tensor: Tensor) -> Tensor:
         moved = tensor.to(device)
+        if moved.dim() == 2:  # models view what embeddings make of tokens, whose layout is theirs
+            moved = moved.contiguous()
         return moved.clone() if moved.is_inference() else moved
 
     return {key: move(value) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -32,7 +32,7 @@ from gfast.geffect.engines.jvp import Along, tangents_along
 from gfast.geffect.groups import GroupMap
 from gfast.geffect.request import Request
 from gfast.geffect.results import TokenEffect
-from gfast.model_output import model_output, shifted
+from gfast.model_output import logits_of, model_output, shifted
 from gfast.model_state import measuring, uncompiled
 from gfast.ops.checks import IGNORE_INDEX, check_label_range
 from gfast.ops.chunks import default_chunk_rows, row_chunks
@@ -199,7 +199,9 @@ def _measure_batch(
     order = (flat != IGNORE_INDEX).nonzero()[:, 0]  # [n]
     effects = torch.zeros(2 * len(names), len(order), dtype=torch.float64, device=flat.device)
     with tangents_along(streams, model):
-        head, out, _ = model_output(model, batch)
+        head, out, _ = output = model_output(model, batch)
+        if head is not None and not _is_of_parameters(head.module):
+            head, out = None, logits_of(output)  # which carry the tangents of what its weight is made of
         value, tangent = forward_ad.unpack_dual(out.reshape(-1, out.shape[-1])[order])  # [n, D] or [n, V]
     if head is None:
         check_label_range("token_effect", labels, value.shape[-1])
@@ -260,6 +262,11 @@ def _by_head(
         for stream, direction in own["bias"]:
             effects[stream, part] += (chunk @ direction.to(chunk.dtype)).double()
     return logp, rows.grad_hidden
+
+
+def _is_of_parameters(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight and bias are parameters themselves: a parametrisation makes them of others."""
+    return all(x is None or isinstance(x, nn.Parameter) for x in (layer.weight, layer.bias))
 
 
 def _directions_of(streams: Along, parameter: Tensor | None) -> list[tuple[int, Tensor]]:

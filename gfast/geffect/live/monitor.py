@@ -217,6 +217,11 @@ class GEffectMonitor:
                 if self._finished is not None and gradients.none() is False
                 else "retain was called before forget: a step is monitor.forget(loss_u), then monitor.retain(loss_r)"
             )
+        if risk is not None and self.accumulate == "exact" and (step.retains or not last):
+            refuse(
+                "accumulate='exact' measures the retain losses of all micro-batches, and a risk= beside them on "
+                "the first alone: give one retain loss with the risk of all retain data, or accumulate='first'"
+            )
         if loss is None and (risk is None or step.retains or not last):
             refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
         shared = risk is not None and not is_function(risk)

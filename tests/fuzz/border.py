@@ -1,0 +1,296 @@
+"""Fuzzes the border: models that somebody changed, in wrappers, with batches of many kinds. What `model_loss` and
+`g_effect` take comes out as autograd through the model's own logits says, and everything is left as it was.
+
+    python tests/fuzz/border.py 1000            cases 0 to 999
+    python tests/fuzz/border.py --case 12       one of them
+
+A case follows from its number alone. It ends in equal numbers, in an error by gfast's name, or in numbers that are
+none for the model itself (NaN of padding that sees nothing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import random
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from helpers import architectures  # noqa: E402
+from helpers.architectures import VOCAB  # noqa: E402
+
+import gfast  # noqa: E402
+from gfast.geffect.api import ENGINES  # noqa: E402
+from gfast.objectives import GA, NLL, NPO, TNPO, WGA, SatImp, SimNPO  # noqa: E402
+from gfast.wrappers import unwrap_name  # noqa: E402
+
+FAMILIES = "llama gpt2 gemma2 qwen2 cohere opt phi mixtral mamba gpt_neox granite".split()
+OBJECTIVES = (GA(), NLL(), WGA(0.5), SatImp(1.0, 1.0), TNPO(2.0), NPO(0.3), SimNPO(2.0, 0.5))
+REDUCTIONS = "token_mean", "sequence_mean", "sum"
+
+
+class NoNumber(Exception):
+    """The model's own gradient is NaN."""
+
+
+class Bent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * x.tanh()
+
+
+def _head(model: nn.Module) -> nn.Module:
+    return model.get_output_embeddings()
+
+
+def _linear(r: random.Random, model: nn.Module) -> nn.Module:
+    return r.choice([x for x in model.modules() if isinstance(x, nn.Linear)])
+
+
+def _freeze(r: random.Random, model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(r.random() < 0.5)
+    model.get_input_embeddings().weight.requires_grad_()
+
+
+def _tie(r: random.Random, model: nn.Module) -> None:
+    _head(model).weight = model.get_input_embeddings().weight
+
+
+def _bias(r: random.Random, model: nn.Module) -> None:
+    head = _head(model)
+    head.bias = nn.Parameter(torch.linspace(-1, 1, len(head.weight), dtype=head.weight.dtype))
+
+
+def _learned_scale(r: random.Random, model: nn.Module) -> None:
+    model.factor = nn.Parameter(torch.tensor(1.4, dtype=_head(model).weight.dtype))
+    _head(model).register_forward_hook(lambda module, args, out: out * model.factor)
+
+
+def _of_logits(function):
+    def change(r: random.Random, model: nn.Module) -> None:
+        def hook(module, args, out):
+            if isinstance(out, tuple):
+                return (function(out[0]),)
+            out.logits = function(out.logits)
+            return out
+
+        model.register_forward_hook(hook)
+
+    return change
+
+
+def _subclass(r: random.Random, model: nn.Module) -> None:
+    cls = type(model)
+
+    class Tuple(cls):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return (out.logits / 1.7,)
+
+    model.__class__ = Tuple
+
+
+def _patched(r: random.Random, model: nn.Module) -> None:
+    layer = _linear(r, model)
+    layer.forward = functools.partial(lambda forward, x: forward(x) * 0.8, layer.forward)
+
+
+CHANGES = {
+    "frozen in part": _freeze,
+    "tied": _tie,
+    "bias": _bias,
+    "scale that is learned": _learned_scale,
+    "parametrised head": lambda r, model: parametrize.register_parametrization(_head(model), "weight", Bent()),
+    "parametrised layer": lambda r, model: parametrize.register_parametrization(_linear(r, model), "weight", Bent()),
+    "pruned": lambda r, model: prune.l1_unstructured(_linear(r, model), "weight", amount=0.3),
+    "resized": lambda r, model: model.resize_token_embeddings(VOCAB + 13, mean_resizing=False),
+    "hook on the head": lambda r, model: _head(model).register_forward_hook(lambda module, args, out: out * 2.0),
+    "hook before the head": lambda r, model: _head(model).register_forward_pre_hook(lambda module, x: (x[0] * 0.8,)),
+    "gradient hook": lambda r, model: _linear(r, model).weight.register_hook(lambda gradient: gradient * 0.5),
+    "masked tokens": _of_logits(lambda z: z.masked_fill(torch.arange(z.shape[-1]) < 3, -1e3)),
+    "mixed logits": _of_logits(lambda z: z + 0.05 * z.roll(1, -1)),
+    "in place": _of_logits(lambda z: z.clone().mul_(0.5)),
+    "subclass, a tuple": _subclass,
+    "patched layer": _patched,
+}
+
+
+@functools.cache
+def _built(family: str) -> nn.Module:
+    return architectures.build(family)
+
+
+def draw_model(r: random.Random) -> tuple[nn.Module, list[str]]:
+    family = r.choice(FAMILIES)
+    model, said = copy.deepcopy(_built(family)), [family]
+    names = r.sample([*CHANGES], r.choice((0, 1, 1, 2)))
+    for name in names:
+        CHANGES[name](r, model)
+        said.append(name)
+    if r.random() < 0.03 and "subclass, a tuple" not in names:
+        model = torch.compile(model, backend="eager")
+        said.append("compiled")
+    return model, said
+
+
+def draw_batch(r: random.Random) -> tuple[dict[str, Tensor], str]:
+    generator = torch.Generator().manual_seed(r.getrandbits(40))
+    rows, width = r.choice((1, 2, 3)), r.choice((2, 5, 8))
+    ids = torch.randint(3, VOCAB - 3, (rows, width), generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    kind = r.choice(("plain", "right", "left", "no mask", "prompt", "a row without labels", "first label", "strided"))
+    for row in range(rows):
+        length = r.randint(1, width)
+        if kind in ("right", "left"):
+            gone = slice(length, width) if kind == "right" else slice(0, width - length)
+            mask[row, gone], ids[row, gone], labels[row, gone] = 0, 0, -100
+            labels[row, (width - length) % width] = -100  # padding would score it
+        if kind == "prompt":
+            labels[row, : length - 1] = -100
+    if kind == "a row without labels":
+        labels[0] = -100
+    ref = torch.where(labels != -100, torch.randn(rows, width, generator=generator) - 4, 0.0)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "ref_logp": ref}
+    if kind == "no mask":
+        del batch["attention_mask"]
+    if kind == "strided":
+        batch = {key: value.t().contiguous().t() for key, value in batch.items()}
+    if r.random() < 0.2:
+        batch["weight"] = torch.rand(rows, width, generator=generator)
+    return batch, f"{kind} {rows}x{width}"
+
+
+def terms(model: nn.Module, batch: dict[str, Tensor], objective) -> tuple[Tensor, dict[str, int]]:
+    """Of the objective's formula: what has the gradient of the sum of its terms, and what reductions divide it by."""
+    given = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+    out = model(**given)
+    logits = (out[0] if isinstance(out, tuple) else out.logits)[:, :-1].double()
+    labels = batch["labels"][:, 1:]
+    valid = labels != -100
+    logits = torch.where(valid[..., None], logits, 0.0)  # padding's may be NaN, and nothing is scored by it
+    picked = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logp = torch.where(valid, picked, 0.0)
+    now, ref = logp.detach(), torch.where(valid, batch["ref_logp"][:, 1:].double(), 0.0)
+    weight = torch.ones_like(now)
+    if isinstance(objective, NLL):
+        weight = -weight
+    elif isinstance(objective, WGA):
+        weight = torch.exp(objective.alpha * now)
+    elif isinstance(objective, SatImp):
+        weight = torch.exp(objective.beta1 * now) * (1 - now.exp()) ** objective.beta2
+    elif isinstance(objective, TNPO):
+        weight = 2 * torch.sigmoid(objective.beta * (now - ref))
+    elif isinstance(objective, NPO):
+        weight = weight * 2 * torch.sigmoid(objective.beta * (now - ref).sum(1, keepdim=True))
+    elif isinstance(objective, SimNPO):
+        length = valid.sum(1, keepdim=True).clamp(min=1)
+        margin = now.sum(1, keepdim=True) / length + objective.delta
+        weight = weight * 2 * torch.sigmoid(objective.beta * margin) / length
+    if batch.get("weight") is not None:
+        weight = weight * batch["weight"][:, 1:]
+    counts = {"token_mean": int(valid.sum()), "sequence_mean": int(valid.any(1).sum()), "sum": 1}
+    return (weight * logp).sum(), counts
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    if not all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+        raise NoNumber
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+
+
+def of_data(model: nn.Module, data: list[dict[str, Tensor]], objective) -> dict[str, Tensor]:
+    """The gradient of an objective by its default reduction over all batches."""
+    parts = [terms(model, batch, objective) for batch in data]
+    count = sum(counts[objective.default_reduction] for _, counts in parts)
+    return gradients(model, sum(value for value, _ in parts) / max(count, 1))
+
+
+def check_loss(r: random.Random, model: nn.Module) -> str:
+    (batch, said), objective = draw_batch(r), r.choice(OBJECTIVES)
+    reduction = r.choice((None, *REDUCTIONS))
+    value, counts = terms(model, batch, objective)
+    expected = gradients(model, value / max(counts[reduction or objective.default_reduction], 1))
+    found = gradients(model, gfast.model_loss(model, batch, objective, reduction=reduction).loss)
+    size = sum(float(x.double().square().sum()) for x in expected.values()) ** 0.5
+    for name, right in expected.items():
+        apart = float((found[name] - right).double().norm())
+        assert apart <= 2e-4 * max(float(right.norm()), 1e-3 * size) + 1e-9, f"{name}: {apart:.3g} of {size:.3g}"
+    return f"loss, {objective}, {reduction}, {said}"
+
+
+def check_effect(r: random.Random, model: nn.Module) -> str:
+    forget, retain = ([draw_batch(r)[0] for _ in range(r.choice((1, 2)))] for _ in range(2))
+    for data in (forget, retain):
+        for batch in data:
+            batch.pop("weight", None)
+    objective, engine = r.choice(OBJECTIVES), r.choice(ENGINES)
+    descent, risks = of_data(model, forget, objective), [of_data(model, data, NLL()) for data in (forget, retain)]
+    effect = gfast.g_effect(model, objective, forget=forget, retain=retain, groups=lambda name: name, engine=engine)
+    for found, risk in zip((effect.unlearn, effect.retain), risks, strict=True):
+        sizes = {name: float(risk[name].double().norm() * descent[name].double().norm()) for name in risk}
+        for name, size in sizes.items():
+            right, dot = float((risk[name].double() * descent[name].double()).sum()), found[unwrap_name(name)]
+            allowed = 1e-4 * max(size, 1e-4 * max(sizes.values())) + 1e-9
+            assert abs(dot - right) <= allowed, f"{engine}, {name}: {dot:.6g} for {right:.6g}"
+    return f"effect, {engine}, {objective}"
+
+
+def run_case(number: int) -> tuple[str, str]:
+    """What the case was, and "equal", "no number", or what gfast refused it for. AssertionError for what is wrong."""
+    r = random.Random(f"border {number}")
+    torch.manual_seed(number)
+    model, said = draw_model(r)
+
+    def state() -> list:
+        flags = [(x.training, len(x._forward_hooks), "forward" in vars(x)) for x in model.modules()]
+        return [flags, [(p.requires_grad, p.grad) for p in model.parameters()], torch.get_rng_state().tolist()]
+
+    before, check = state(), check_loss if r.random() < 0.6 else check_effect
+    try:
+        said.append(check(r, model))
+        how = "equal"
+    except NoNumber:
+        how = "no number"
+    except ValueError as error:
+        assert "gfast" in str(error), f"{said}: {error}"
+        how = str(error)
+    except AssertionError as error:
+        raise AssertionError(f"case {number}: {said}: {error}") from None
+    assert state() == before, f"case {number}: {said}: the model or the random numbers are not as they were"
+    return ", ".join(said), how
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--case", type=int)
+    args = parser.parse_args()
+    cases = [args.case] if args.case is not None else range(args.first, args.first + args.count)
+    equal = failed = 0
+    for number in cases:
+        try:
+            what, how = run_case(number)
+            equal += how == "equal"
+            if args.case is not None:
+                print(what, how, sep="\n")
+        except Exception as error:
+            failed += 1
+            print(
+                f"FAILED {type(error).__name__}: {error}\n    python tests/fuzz/border.py --case {number}", flush=True
+            )
+    print(f"{len(cases)} cases: {equal} equal, {len(cases) - equal - failed} refused or NaN, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
