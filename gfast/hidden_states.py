@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import hf, structure, wrappers
+from gfast import hf, sharded, structure, wrappers
 from gfast.deferred import deferred
 from gfast.embedding_rows import called
 from gfast.model_state import evaluating
@@ -48,7 +48,16 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
     states = _all_states(model, batch)
     if layer >= len(states):
         raise ValueError(f"{type(unwrap(model)).__name__} has {len(states)} hidden states, so none of layer {layer}")
+    if layer == count:  # of a norm that Accelerate gathers together with the head, whose output nobody has here
+        sharded.gather_before_backward(states[layer], _groups_beside_blocks(model))
     return states[layer]
+
+
+def _groups_beside_blocks(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 gathers together, but for blocks and embeddings."""
+    blocks = {id(module) for block in structure.blocks(unwrap(model)) for module in block.modules()}
+    found = [module for module in model.modules() if sharded.is_fsdp2(module) and id(module) not in blocks]
+    return [module for module in found if not isinstance(module, nn.Embedding)]
 
 
 # Of each model and layer: is the hidden state what stands at that place between the blocks, with those hooks on them?

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,10 +47,19 @@ def gathered(group: nn.Module | None, linear: nn.Module, weight: Tensor, hidden:
     finally:
         if freed:
             group.reshard()
-    for x in out if isinstance(out, tuple) else (out,):
-        if group is not None and isinstance(x, Tensor) and x.requires_grad:
-            x.register_hook(lambda _: group.unshard())
+    if group is not None:
+        for x in out if isinstance(out, tuple) else (out,):
+            gather_before_backward(x, [group])
     return out
+
+
+def gather_before_backward(x: Tensor, groups: Iterable[nn.Module]) -> None:
+    """Before the backward through `x` the groups of FSDP2 are gathered, which it does by itself where `x` is what the
+    last module of a group returns.
+    """
+    if isinstance(x, Tensor) and x.requires_grad:
+        for group in groups:
+            x.register_hook(lambda _, group=group: group.unshard())
 
 
 def group_of(model: nn.Module, module: nn.Module) -> nn.Module | None:

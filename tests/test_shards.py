@@ -70,6 +70,7 @@ CASES = {
     "geffect": dict(geffect_every=1),
     "pairs": dict(objective="DPO", retain_term="nll", geffect_every=2),
     "live": dict(geffect_live=True),
+    "final norm": dict(objective="RMU", objective_args="layer=2", retain_term="rr"),
     "joint": dict(joint_forward=True, gradient_checkpointing=True),
     "evaluated": dict(evaluate_every=3),
 }
