@@ -81,7 +81,8 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
             raise ValueError(f"gfast: the model's {kind} is not of a causal language model, whose labels are shifted")
         logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
         if labels is None or logits is None:
-            lacking = "labels" if labels is None else "logits (a fused loss such as Liger's took their place)"
+            gone = "a tuple" if isinstance(outputs, tuple) else "a fused loss such as Liger's"
+            lacking = "labels" if labels is None else f"logits ({gone} took their place)"
             raise ValueError(f"gfast: the batch has no {lacking} for {objective}")
         if whole_texts and labels.shape[0] == 1 and _in_one_row(calling_trainer()):
             raise ValueError(
