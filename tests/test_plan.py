@@ -11,10 +11,12 @@ from helpers.marks import slow_when
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gfast
-from gfast import plan, plan_measure, plan_memory
 from gfast.cli import main
 from gfast.objectives import WGA
 from gfast.ops import memory
+from gfast.planning import measure as plan_measure
+from gfast.planning import memory as plan_memory
+from gfast.planning import plan
 
 
 def llama(**sizes):

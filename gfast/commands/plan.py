@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_args(argv)
     if options.measure:
-        from gfast.plan_measure import measure
+        from gfast.planning.measure import measure
 
         profile = measure()
         Path(options.measure).write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
@@ -67,7 +67,7 @@ def _plan(options: Any) -> dict[str, Any]:
 
     import torch
 
-    from gfast.plan import ENGINES, RECIPES, SHEETS, Machine, Planner, Work, read_config
+    from gfast.planning.plan import ENGINES, RECIPES, SHEETS, Machine, Planner, Work, read_config
 
     machine = SHEETS.get(options.machine)
     if machine is None:

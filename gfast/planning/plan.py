@@ -1,5 +1,5 @@
 """What a training or a measurement takes, before it runs: memory from a run on tensors without data
-(`plan_memory.py`), time from flops and bytes at the rates of a machine.
+(`memory.py`), time from flops and bytes at the rates of a machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gfast import hf, module_kinds
-from gfast.plan_memory import Work, build_model, forward_bytes, seeded_bytes, step_bytes, tangent_bytes
+from gfast.planning.memory import Work, build_model, forward_bytes, seeded_bytes, step_bytes, tangent_bytes
 
 ENGINES = ("stream", "sample", "token", "gram")
 # Forward units of a measurement of one objective on a batch of each set (a training step is 3): DESIGN's, which the

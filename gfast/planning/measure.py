@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gfast.plan import Machine, Planner, Recipe, Work
+from gfast.planning.plan import Machine, Planner, Recipe, Work
 
 # hidden size, blocks, vocabulary, rows and tokens of a row, on a CPU; a GPU takes four times the width
 SIZES = ((128, 2, 2048, 4, 64), (256, 4, 4096, 4, 128), (512, 4, 8192, 4, 128))
