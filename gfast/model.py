@@ -26,7 +26,7 @@ from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
 from gfast.ops.weights import check_given, check_reference, default_reduction, is_pair, kernel_spec
-from gfast.original import REFERENCE_KEYS, with_reference
+from gfast.original import REFERENCE_KEYS, check_reference_name, with_reference
 from gfast.packed import pair_ids, sequence_ids
 
 
@@ -98,6 +98,7 @@ def model_loss(
         >>> out = gfast.model_loss(LlamaForCausalLM(LlamaConfig(**sizes)), dict(input_ids=ids, labels=ids), WGA())
         >>> out.loss.backward()
     """
+    check_reference_name(reference)
     if own_terms and (isinstance(objective, (RMU, RR)) or reduction == "none"):
         raise ValueError("gfast: own_terms needs a loss that is one number from the model's logits; compute them apart")
     more = {"ref_logp": ref_logp, "sequence_id": sequence_id, "weight": weight}

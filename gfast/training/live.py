@@ -211,7 +211,7 @@ class LiveSteps:
 
     def _finished(self, monitor: GEffectMonitor) -> None:
         """What is recorded and logged of a step, at the weights before it."""
-        norm = self.trainer.args.max_grad_norm or None
+        norm = self.trainer.args.max_grad_norm
         self.effect, self.latest = None, {"dropped": 1.0}
         if monitor.dropped is not None:
             return
@@ -219,7 +219,7 @@ class LiveSteps:
         self.latest = {f"nll/{side}": value for side, value in effect.risks.items()}
         self.latest |= {side: effect.total(side) for side in effect.sides}
         self.latest |= {f"cosine/{side}": effect.cosine(side) for side in effect.sides if side in effect.norms}
-        clip = monitor.effect(max_norm=norm).measured["clip"] if norm else 1.0
+        clip = monitor.effect(max_norm=norm).measured["clip"] if norm and norm > 0 else 1.0  # as Trainer clips
         self.latest |= {"step_norm": effect.measured["step_norm"], "clip": clip}
         if self.surgery is not None:
             step = monitor.effect(of="step")
