@@ -122,7 +122,7 @@ def test_unlearn_writes_model_and_records(original, tmp_path, capsys, monkeypatc
     fails(capsys, "holds another run: max_steps is 2 there and 3 here", "unlearn",
           *flags(original, out, **settings | {"max_steps": 3}))  # fmt: skip
     for other in (
-        {"weights": "retain_conflict"},
+        {"weights": "retain_conflict", "geffect_every": 0, "geffect_samples": 0},
         {"evaluate_every": 1},
         {"auto_find_batch_size": True},
         {"accelerator_config": '{"split_batches": true}'},

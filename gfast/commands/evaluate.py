@@ -71,7 +71,6 @@ _ONLY_WITH = {
     "retain": ("jsonl",),
     "holdout": ("tofu", "jsonl"),
     "subsets": ("wmdp", "mmlu"),
-    "max_new_tokens": SOURCES[:4],  # of the others nothing is generated
     "template": SOURCES[:3],  # the others have prompts of their own
     "chat_kwargs": SOURCES[:3],
 }

@@ -161,7 +161,9 @@ def _train(
     live = config.live
     nll = {name for name in QUANTITIES if name.endswith("_nll")}
     measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
-    measured |= measured_live(both.forget, config.geffect_live_unlearn) if live and config.record_every else set()
+    if live and config.record_every:
+        apart = config.own_loss_terms or config.weights != "none"
+        measured |= measured_live(both.forget, config.geffect_live_unlearn, apart)
     require_measured(parse_rules(config.stop), measured)
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
