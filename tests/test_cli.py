@@ -128,7 +128,7 @@ def test_unlearn_writes_model_and_records(original, tmp_path, capsys, monkeypatc
         {"accelerator_config": '{"split_batches": true}'},
         {"optim_target_modules": "q_proj"},
     ):
-        words = f"holds another run: {next(iter(other))} is "
+        words = f" {next(iter(other))} is "  # there and here
         fails(capsys, words, "unlearn", *flags(original, out, **settings | other))
     with monkeypatch.context() as patch:
         patch.setattr(UnlearnConfig, "world_size", 2)

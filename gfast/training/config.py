@@ -187,7 +187,7 @@ class UnlearnConfig(TrainingArguments):
         if self.weights != "none" and self.geffect_every:
             raise ValueError(
                 f"geffect_every measures the objective as it is, and weights={self.weights!r} weighs its tokens anew "
-                "along the run: leave geffect_every out, and take geffect_live, which measures the steps with their weights"
+                "along the run: leave geffect_every out; geffect_live measures the steps with their weights"
             )
         measures = self.geffect_every or self.geffect_live or self.geffect_live_unlearn or self.surgery
         if moves(self.build_objective()) and measures:
