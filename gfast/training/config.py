@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -204,6 +204,10 @@ class UnlearnConfig(TrainingArguments):
         for name, kind in type(self).__dict__["__annotations__"].items():
             if kind in kinds and not fits(getattr(self, name), kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {kinds[kind]}")
+        for entry in fields(TrainingArguments):  # where Trainer would take another word for the default
+            value, known = getattr(self, entry.name), entry.metadata.get("choices")
+            if known and isinstance(value, str) and value not in known:
+                raise ValueError(f"{entry.name} is {value!r}; choose one of {', '.join(map(str, known))}")
 
     def _refuse_options_without_effect(self) -> None:
         """What is said of a part that is not asked for, as where alpha is meant to be WGA's."""

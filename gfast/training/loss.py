@@ -15,6 +15,7 @@ from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
 from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
+from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
@@ -25,6 +26,7 @@ from gfast.training.known_original import KnownOriginal
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
+    check_switches,
     marked,
     refuse_another_loss,
     refuse_compiled,
@@ -120,6 +122,9 @@ class GFastLossMixin(ExactEvaluation):
                 f"NPO(beta=0.1), or set it in the class"
             )
         objective = as_objective(objective)
+        check_reference_name(reference)
+        check_switches(own_loss_terms=own_loss_terms, joint_forward=joint_forward, geffect_live=geffect_live)
+        check_switches(geffect_live_unlearn=geffect_live_unlearn, geffect_live_update=geffect_live_update)
         refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
         say_what_is_not_called(type(self), GFastLossMixin)
         super().__init__(*trainer_positional, **trainer_arguments)
@@ -360,7 +365,6 @@ class GFastLossMixin(ExactEvaluation):
         """
         from gfast.model import check_batch, loss_and_own_terms, loss_of_output
         from gfast.model_output import model_logp
-        from gfast.original import with_reference
 
         batch = dict(batch)
         device = batch["labels"].device
