@@ -181,6 +181,18 @@ def test_lora(original, tmp_path):
     assert {path.name for path in (out / "reference").iterdir()} == {"forget-logp.safetensors"}
 
 
+@pytest.mark.parametrize("objective", ["GA", "PO"])
+def test_the_data_seed_draws_all_that_is_drawn_among_the_data(original, tmp_path, objective):
+    """Order, retain partners and refusals: nothing else of these runs is random."""
+    weights = []
+    for number, (seed, data_seed) in enumerate([(0, 5), (1, 5), (0, 6)]):
+        out = tmp_path / str(number)
+        given = dict(objective=objective, retain_term="nll", max_steps=1, seed=seed, data_seed=data_seed)
+        assert cli.main(["unlearn", *flags(original, out, **given)]) == 0
+        weights.append(torch.cat([one.flatten() for one in load_file(out / "model.safetensors").values()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_teaching_then_measuring(original, tmp_path, capsys):
     taught = tmp_path / "taught"
     teach = {"objective": "NLL", "retain_term": "nll", "max_steps": 20, "learning_rate": 1e-2}

@@ -85,10 +85,12 @@ def g_effect(
             halves the memory and costs accuracy where the cosine is small.
         direction_storage: "device", "host" (pinned host memory, copied ahead of use) or a folder for memory-mapped
             safetensors files.
-        directions: what `risk_gradients` returned for this model and data: saves their two passes.
+        directions: what `risk_gradients` returned for this model and data: saves their two passes. How they are kept
+            is said there; gram has no use for any.
         norms: the norm of the objective's gradient (for `GEffect.cosine`) comes free with a single batch and for
             multiples of the directions. True gives it always, at the price of holding one more gradient.
-        objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO.
+        objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO;
+            refused where no objective takes them.
         loss_scale: what losses are multiplied by before the backward and gradients divided by after it; None is 1, and
             1024 where fp16 is at work.
         progress: show a bar on stderr, or a line every half minute where that is a file.
