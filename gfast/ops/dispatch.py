@@ -171,7 +171,7 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
 
 
 def opted_in(op: str) -> bool:
-    """Whether the environment asks for what "auto" does not take by itself. ValueError for a value that is no answer."""
+    """Whether the environment asks for what "auto" does not take by itself; ValueError for a value that is neither."""
     value = os.environ.get(OPT_IN[op], "")
     if value not in ("", "0", "1"):
         raise ValueError(f"gfast: {OPT_IN[op]}={value!r} is neither 1 nor 0; correct it or unset it")
