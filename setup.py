@@ -86,6 +86,9 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(work), "--parallel", jobs], check=True, env=env)
 
 
+if os.environ.get("GFAST_EXTENSION", "1") not in ("0", "1"):
+    sys.exit(f"gfast: GFAST_EXTENSION={os.environ['GFAST_EXTENSION']!r} is not one of 0, 1")
+
 setup(
     ext_modules=[] if os.environ.get("GFAST_EXTENSION") == "0" else [Extension("gfast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

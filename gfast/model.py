@@ -26,7 +26,7 @@ from gfast.ops.token_logp import token_logp
 from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
 from gfast.ops.weights import check_given, check_reference, default_reduction, is_pair, kernel_spec
-from gfast.original import REFERENCE_KEYS, with_reference
+from gfast.original import REFERENCE_KEYS, check_reference_name, with_reference
 from gfast.packed import pair_ids, sequence_ids
 
 
@@ -98,23 +98,41 @@ def model_loss(
         >>> out = gfast.model_loss(LlamaForCausalLM(LlamaConfig(**sizes)), dict(input_ids=ids, labels=ids), WGA())
         >>> out.loss.backward()
     """
+    check_reference_name(reference)
     if own_terms and (isinstance(objective, (RMU, RR)) or reduction == "none"):
         raise ValueError("gfast: own_terms needs a loss that is one number from the model's logits; compute them apart")
     more = {"ref_logp": ref_logp, "sequence_id": sequence_id, "weight": weight}
     if more := {key: value for key, value in more.items() if value is not None}:
         batch = {**batch, **more}
+    asked = dict(reduction=reduction, normalizer=normalizer, impl=impl, reference=reference)
+    out, own = loss_and_own_terms(model, batch, objective, own_terms != 0, **asked)
+    return out if own is None else out._replace(loss=out.loss + own_terms * own)
+
+
+def loss_and_own_terms(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    objective,
+    with_own: bool,
+    *,
+    reduction: str | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+    reference: str = "auto",
+) -> tuple[LossOutput, Tensor | None]:
+    """`model_loss`, and the terms that the model adds to its own loss apart: None where they are not asked for."""
     lacks = check_batch(model, batch, objective, reduction)
 
-    def loss(module: nn.Module) -> LossOutput:
+    def loss(module: nn.Module) -> tuple[LossOutput, Tensor | None]:
         given = with_reference(module, batch, objective, reference) if lacks else batch
         if isinstance(objective, (RMU, RR)):
             hidden = layer_hidden(module, given, objective.layer)  # [B, T, D]
             more = (given["ref_layer_hidden"],) if isinstance(objective, RR) else ()
             valid = labels_of(batch) != IGNORE_INDEX
-            return LossOutput(objective.value(hidden, *more, valid, normalizer), None, None)
-        output = model_output(module, given, own_terms=own_terms != 0)
+            return LossOutput(objective.value(hidden, *more, valid, normalizer), None, None), None
+        output = model_output(module, given, own_terms=with_own)
         out = loss_of_output(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
-        return out if output.own_terms is None else out._replace(loss=out.loss + own_terms * output.own_terms)
+        return out, output.own_terms
 
     if isinstance(objective, (RMU, RR)):  # whose hooks see nothing of compiled code
         plain = wrappers.uncompiled(model)

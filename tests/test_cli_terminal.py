@@ -120,6 +120,16 @@ MISTYPED = (
     (["unlearn", "--model", "x", "--torch_compile", "yes"], "torch_compile=True cannot be used"),
     (["unlearn", "--model", "x", "--lora_alpha", "32"], "give their rank with --lora_r"),
     (["unlearn", "--model", "x", "--lora_targets", "q_proj"], "give their rank with --lora_r"),
+    (["unlearn", "--model", "x", "--lora_r", "2", "--lora_alpha", "0"], "with which adapters change nothing"),
+    (["unlearn", "--model", "x", "--stop", "a", "--stop=b"], "--stop is given 2 times, and only the last would count"),
+    (["geffect", "--model", "x", "--objectives", "GA", "--objectives", "WGA"], "--objectives is given 2 times"),
+    (["audit", "run", "--beside", "a", "--beside", "b"], "give all of it behind one flag: --beside FIRST SECOND"),
+    (["evaluate", "--model", "x", "--lora_r", "2"], "--lora_r has no use here"),
+    (
+        ["evaluate", "--data", "wmdp", "--hub_name", "a/b", "--data_path", "."],
+        "--hub_name has no use beside --data_path",
+    ),
+    (["reproduce", "demo", "seeds=[0]", "seeds=[1]", "--plan"], "seeds is changed twice"),
     (["geffect", "--model", "x", "--objectives", "NP0"], "did you mean NPO?"),
     (["geffect", "--model", "x", "--objectives"], "expected at least one argument"),
     (["geffect", "--model", "x", "--step", "-1"], "give 0 or more"),
@@ -136,7 +146,20 @@ def test_what_was_mistyped_is_said(capsys, argv, words):
     assert len(captured.err.splitlines()) == 1 and captured.out == ""
 
 
-@pytest.mark.parametrize("option", ["eval_strategy=steps", "do_eval=true", "do_predict=true", "eval_on_start=true"])
+def test_a_name_that_a_file_gives_twice_is_said(tmp_path, capsys):
+    once, twice = tmp_path / "once.yaml", tmp_path / "twice.yaml"
+    once.write_text("model: x\nmax_steps: 2\n")
+    twice.write_text("model: x\nlearning_rate: 1e-5\nlearning_rate: 2e-5\n")
+    fails(capsys, "learning_rate is given twice (line 3): leave one out", "unlearn", "--config", str(twice))
+    fails(capsys, "--config is given 2 times", "unlearn", "--config", str(once), "--config", str(once))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seeds: [0]\ndata:\n  source: tofu\n  source: bundled\n")
+    fails(capsys, "source is given twice (line 4)", "reproduce", str(recipe), "--plan")
+
+
+@pytest.mark.parametrize(
+    "option", ["eval_steps=3", "eval_strategy=steps", "do_eval=true", "do_predict=true", "eval_on_start=true"]
+)
 def test_evaluation_flags_have_no_use(original, tmp_path, capsys, option):
     name, _, value = option.partition("=")
     fails(capsys, f"--{name} has no use here", "unlearn", *flags(original, tmp_path / "run", **{name: value}))

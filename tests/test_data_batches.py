@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import types
 
+import numpy
 import pytest
 import torch
 from helpers.data_chat import ROWS
@@ -41,6 +42,22 @@ def test_forget_retain_pairs_by_seed_and_epoch():
     data.set_epoch(0)
     assert [data[i] for i in range(7)] == first
     assert [ForgetRetain(forget, retain, seed=6)[i]["retain"] for i in range(7)] != [i["retain"] for i in first]
+
+
+def test_numbers_of_numpy_draw_as_pythons_and_others_are_refused():
+    pairs = [ForgetRetain(range(5), range(9), seed=seed).partners() for seed in (3, numpy.int64(3), numpy.int32(3))]
+    assert pairs[0] == pairs[1] == pairs[2]
+    for seed in (None, 1.5, "3", float("nan"), True):
+        with pytest.raises(ValueError, match="seed is .*; give a whole number"):
+            ForgetRetain(range(5), range(9), seed=seed)
+        with pytest.raises(ValueError, match="seed is .*; give a whole number"):
+            RefusalDataset([{"question": "Who?", "answer": "Me."}], demo_tokenizer(), seed=seed)
+    for kind in (RefusalDataset, PreferenceDataset):  # a text is a sequence of letters
+        with pytest.raises(ValueError, match="refusals is 'No.', and a list of texts is needed"):
+            kind([{"question": "Who?", "answer": "Me."}], demo_tokenizer(), refusals="No.")
+    for multiple in (0, 2.5, "8", True):
+        with pytest.raises(ValueError, match="pad_to_multiple_of is .*; give a whole number, 1 or more"):
+            Collator(demo_tokenizer(), pad_to_multiple_of=multiple)
 
 
 def test_forget_retain_covers_a_small_retain_set_evenly():

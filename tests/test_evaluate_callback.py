@@ -67,5 +67,6 @@ def test_what_cannot_be_evaluated_is_said_before_training():
     retain_log = parse_log(work.log(work.run(tiny_model()), "three rows", {}))
     with pytest.raises(ValueError, match="they are of 2 and 3 rows"):
         gfast.EvaluateCallback(1, sources.bundled(2), TOKENIZER, retain_log=retain_log)
-    with pytest.raises(ValueError, match="every is -1"):
-        gfast.EvaluateCallback(-1, sources.bundled(2), TOKENIZER)
+    for every in (-1, 2.5, "2", float("nan"), True, None):
+        with pytest.raises(ValueError, match="every is .*; give the optimizer steps between evaluations"):
+            gfast.EvaluateCallback(every, sources.bundled(2), TOKENIZER)

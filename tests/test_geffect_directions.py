@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -215,3 +216,14 @@ def test_standard_errors_and_counts_over_batches():
     assert "objective" not in mix.counts
     rows = {(row["quantity"], row["side"], row["group"]): row["value"] for row in wga.rows()}
     assert rows["standard_error", "retain", "total"] == wga.standard_error("retain")
+
+
+def test_how_to_keep_directions_is_not_said_of_those_that_are_given():
+    model = tiny("llama")
+    directions = gfast.risk_gradients(model, **data())
+    for options in (dict(direction_dtype=torch.bfloat16), dict(direction_storage="host")):
+        for measure in (partial(gfast.g_effect, model, GA()), partial(gfast.pg_effect, model)):
+            with pytest.raises(ValueError, match="say how directions are kept that are measured now"):
+                measure(directions=directions, **options, **data())
+    with pytest.raises(ValueError, match="the gram engine keeps no directions"):
+        gfast.g_effect(model, GA(), engine="gram", directions=directions, **data())

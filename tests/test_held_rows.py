@@ -65,6 +65,10 @@ def test_auto_takes_it_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.delenv("GFAST_HELD_ROWS", raising=False)
     auto = dispatch._auto.__wrapped__  # each process decides once
     assert auto("unlearn_loss", "cuda", None) == "triton" and auto("grad_dot", "cuda", None) == "cuda"
+    for value in ("true", "yes", "2"):
+        monkeypatch.setenv("GFAST_HELD_ROWS", value)
+        with pytest.raises(ValueError, match=f"GFAST_HELD_ROWS='{value}' is neither 1 nor 0"):
+            dispatch.opted_in("unlearn_loss")
     monkeypatch.setenv("GFAST_HELD_ROWS", "1")
     assert auto("unlearn_loss", "cuda", None) == "cuda"
     assert dispatch.select("unlearn_loss", "cuda", "cuda") == "cuda"

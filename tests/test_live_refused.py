@@ -10,6 +10,7 @@ from helpers.geffect_models import Rounded, tiny
 from test_live import FORGET, RETAIN, loss
 
 import gfast
+from gfast.geffect import Surgery
 from gfast.objectives import GA, NLL, WGA
 
 
@@ -36,6 +37,15 @@ def test_bad_input_is_refused_before_any_work_and_leaves_nothing():
     def forget():
         monitor.forget(loss(model, FORGET, GA()))
 
+    for made, words in (
+        (("foo", "tensor"), "unknown surgery 'foo:tensor'"),
+        (("pcgrad", "all"), "unknown surgery 'pcgrad:all'"),
+        (("gru", "global", 0.0), "must be in"),
+        (("gru", "global", math.nan), "must be in"),
+    ):
+        refused(words, lambda made=made: Surgery(*made))
+    for factor in (0.0, math.nan, math.inf):
+        refused("factor=", lambda factor=factor: monitor.forget(loss(model, FORGET, GA()), factor=factor))
     refused("accumulate must be", lambda: gfast.GEffectMonitor(model, accumulate="all"))
     refused("there is no G-effect: no step", monitor.effect)
     refused("retain was called before forget", lambda: monitor.retain(loss(model, RETAIN, NLL())))
@@ -48,6 +58,8 @@ def test_bad_input_is_refused_before_any_work_and_leaves_nothing():
     assert all(p.grad is None for p in model.parameters())  # the step was undone
     forget()
     monitor.retain(loss(model, RETAIN, NLL()))
+    for norm in (-1.0, math.nan):
+        refused("max_norm must be a norm", lambda norm=norm: monitor.effect(max_norm=norm))
     refused("a second retain", lambda: monitor.retain(loss(model, RETAIN, NLL())))
     refused("has a gradient before the step begins", forget)
     model.zero_grad()

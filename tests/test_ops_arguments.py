@@ -37,6 +37,9 @@ def test_of_heads(op):
     for rows in (0, -1, -512):
         with pytest.raises(ValueError, match=f"{op}: chunk_rows must be at least 1, not {rows}"):
             call(chunk_rows=rows)
+    for rows in (2.5, "2", NAN):
+        with pytest.raises(ValueError, match=f"{op}: chunk_rows must be whole numbers"):
+            call(chunk_rows=rows)
     for value in (INF, NAN, 0.0, -1.0):
         with pytest.raises(ValueError, match=f"{op}: softcap must be positive and finite"):
             call(softcap=value)

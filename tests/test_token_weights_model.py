@@ -202,6 +202,10 @@ def test_training_by_retain_conflict(tmp_path):
                     p.grad = None
         for ours, right in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-7)
+    with pytest.raises(
+        ValueError, match="geffect_every measures the objective as it is, and weights='retain_conflict'"
+    ):
+        config(tmp_path / "x", geffect_every=1, **given)
     with pytest.raises(ValueError, match="weights='retain_conflict' is for objectives over the forget answers"):
         gfast.UnlearnTrainer(model, config(tmp_path / "x", **given | dict(objective="PO")), train_dataset=data)
     with pytest.raises(ValueError, match="train on gfast.data.ForgetRetain"):
@@ -232,6 +236,37 @@ def test_a_run_by_retain_conflict_goes_on_with_the_weights_that_it_had(tmp_path)
     run("other", 3)
     with pytest.raises(ValueError, match="has no conflict_weights.safetensors, the weights by retain conflict"):
         run("other", 5, **weighted)
+
+
+@pytest.mark.parametrize("objective", [GA(), WGA()])
+def test_live_effects_beside_the_models_own_terms(tmp_path, objective):
+    """The risk is the NLL alone, though the losses of both sides have the balance of experts in them."""
+    from helpers.training_tiny import TOKENIZER, config, copied, pairing
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    data, collate = pairing()
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_local_experts=4, vocab_size=len(TOKENIZER)
+    )
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, experts_implementation="eager")
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=True, router_aux_loss_coef=5.0))
+    batch, twin = collate([data[i] for i in range(len(data))]), copied(model).train()
+
+    def gradient(side, one, own_terms):
+        loss = gfast.model_loss(twin, batch[side], one, own_terms=own_terms).loss
+        found = torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True)
+        return loss, torch.cat([torch.zeros(p.numel()) if g is None else g.flatten()
+                                for p, g in zip(twin.parameters(), found, strict=True)]).double()  # fmt: skip
+
+    _, step = gradient("forget", objective, 1.0)
+    risks = {side: gradient(where, NLL(), 0.0) for side, where in (("unlearn", "forget"), ("retain", "retain"))}
+    args = config(tmp_path, objective=str(objective), retain_term="nll", per_device_train_batch_size=len(data),
+                  max_steps=1, geffect_live_unlearn=True, own_loss_terms=True)  # fmt: skip
+    trainer = gfast.UnlearnTrainer(model, args, train_dataset=data, data_collator=collate)
+    trainer.train()
+    for side, (risk, gradient_of_risk) in risks.items():
+        assert trainer.live.latest[f"nll/{side}"] == pytest.approx(float(risk.detach()), rel=1e-5)
+        assert trainer.live.latest[side] == pytest.approx(float(step @ gradient_of_risk), rel=1e-4)
 
 
 def test_live_effects_are_of_the_weighted_objective(tmp_path):

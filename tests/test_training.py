@@ -221,6 +221,26 @@ def test_a_loss_after_a_training_is_of_its_batch_alone(tmp_path):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_logged_terms_are_the_objectives_without_the_models_own(tmp_path):
+    """Whatever their factors are: and so the dual variable of PDU, which moves by the retain loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_local_experts=4)
+    options = dict(num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=5.0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(TOKENIZER), **sizes, **options))
+    given = dict(objective="PDU:primal_dual=true,dual_step_size=0.5", retain_term="nll", gamma=0.2, alpha=0.5)
+    found = []
+    for own in (False, True):
+        data, collate = pairing()
+        args = config(tmp_path / str(own), own_loss_terms=own, **given)
+        trainer = train(copied(model), args, train_dataset=data, data_collator=collate)
+        found.append([*(trainer.state.log_history[0][name] for name in ("forget_loss", "retain_loss", "loss")),
+                      trainer.dual.value])  # fmt: skip
+    (*plain, loss, dual), (*beside, whole, moved) = found
+    assert beside == pytest.approx(plain, rel=1e-6) and moved == pytest.approx(dual, rel=1e-6) != given["alpha"]
+    assert whole > loss + 5.0
+
+
 def test_a_retain_term_without_retain_batches_is_refused(tmp_path):
     forget, _ = datasets()
     with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):

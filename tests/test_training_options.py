@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from gfast.objectives import DPO, GA, KL, NLL, RMU
 from gfast.training.batches import as_dealt
+from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_options
 from gfast.training.trainer import UnlearnTrainer
 
@@ -110,6 +113,37 @@ def test_an_option_without_effect_is_refused_by_name(tmp_path, name):
     setattr(late, name, REFUSED[name])
     with pytest.raises(ValueError, match=name):
         UnlearnTrainer(tiny_model(), late)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in ("geffect_every", "nll_every", "record_every", "weights_every")
+     for value in (2.5, "2", True, float("nan"), None)]
+    + [(name, value) for name in ("gamma", "alpha", "weights_tau", "learning_rate")
+       for value in ("0.5", float("nan"), float("inf"), None, True)]
+    + [(name, value) for name in ("geffect_live", "joint_forward", "own_loss_terms") for value in ("false", "no", 1)]
+    + [("train_sampling_strategy", "shuffled")] * V5
+    + [("objective", GA()), ("reference", None), ("gradient_accumulation_steps", 0)],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_by_name(tmp_path, name, value):
+    """Flags are converted; in Python "false" would be true, and every 2.5 steps every 5."""
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}; (give|choose) "):
+        config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("reference", "base:"), ("geffect_live", "false"), ("own_loss_terms", "no"),
+                                         ("joint_forward", 1), ("geffect_live_update", "")])  # fmt: skip
+def test_the_mixins_own_arguments_are_of_their_kind(tmp_path, name, value):
+    class Mine(GFastLossMixin, Trainer):
+        objective = GA()
+
+    with pytest.raises(ValueError, match=f"{name} (is|must be) .*{re.escape(repr(value))}|{name} is {value!r}; give"):
+        Mine(tiny_model(), config(tmp_path), **{name: value})
+
+
+def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
+    args = config(tmp_path, output_dir=tmp_path, nll_every=numpy.int64(2), gamma=numpy.float64(0.5), retain_term="nll")
+    assert args.nll_every == 2 and args.build_objective().gamma == 0.5
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED_ARGUMENTS))

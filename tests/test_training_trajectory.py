@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.training_tiny import collator, datasets, parameters
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 
 from gfast.data import batches
 from gfast.objectives import GA
+from gfast.training.callback import GEffectCallback
 from gfast.training.records import read_records
 from gfast.training.trajectory import NLLCallback
 
@@ -60,5 +63,7 @@ def test_beside_the_g_effect(tmp_path):
         run(tmp_path / "other", measured(objectives=GA(), label=NAME), NLLCallback(1, FORGET, RETAIN))
     run(tmp_path / "names", measured(every=1, objectives=GA()), NLLCallback(1, FORGET, RETAIN), max_steps=1)
     assert len(risks(tmp_path / "names")) == len(risks(tmp_path / "names", "GA()")) == 2
-    with pytest.raises(ValueError, match="every is -1"):
-        NLLCallback(-1, [], [])
+    for every in (-1, 2.5, "2", float("nan"), True, None):  # every 2.5 steps would be every 5
+        for make in (NLLCallback, partial(GEffectCallback, objectives=GA())):
+            with pytest.raises(ValueError, match="^every is .*; give the optimizer steps between measurements"):
+                make(every, [], [])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from gfast.commands.parser import OneLineErrors, Parser
 from gfast.data.tofu import COMPLEMENTS
 from gfast.words import did_you_mean
+from gfast.yaml_text import read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
@@ -61,6 +63,8 @@ class ModelArguments:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.lora_r < 0:
             raise ValueError(f"lora_r is {self.lora_r}; give 0 (no new adapters) or a rank")
+        if self.lora_r and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}, with which adapters change nothing; give 1 or more")
         if not self.lora_r and (self.lora_targets or self.lora_alpha != ModelArguments.lora_alpha):
             raise ValueError("lora_alpha and lora_targets are for new LoRA adapters: give their rank with --lora_r")
 
@@ -202,6 +206,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
         # First of all: what is missing may be what was mistyped.
         given, unknown = self.parse_known_args(rest)
         self.refuse_unknown(unknown)
+        self.refuse_twice(sys.argv[1:] if argv is None else argv)
         for name in self._mappings:
             self._require_json(name, getattr(given, name, None))
         *parsed, _ = self.parse_args_into_dataclasses(rest, look_for_args_file=False)
@@ -237,7 +242,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            values = read_yaml(path.read_text(encoding="utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         if values is None:

@@ -171,6 +171,8 @@ class EvaluateArguments:
             raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(BITS)}")
         if self.quantize is None and self.quantize_by != QUANTIZERS[0]:
             raise ValueError("--quantize_by says how to round: give the bits, --quantize 4bit or 8bit")
+        if self.hub_name and self.data_path:
+            raise ValueError("--hub_name has no use beside --data_path, where the data are read from")
         if self.relearn and self.quantize:
             raise ValueError("--relearn trains weights, and --quantize rounds them: evaluate one attack at a time")
         if self.relearn and self.data not in ("tofu", "jsonl", "bundled"):
@@ -198,6 +200,8 @@ class EvaluatedModel(ModelArguments):
     def __post_init__(self) -> None:
         self.model = self.model or DEMO
         super().__post_init__()
+        if self.lora_r:
+            raise ValueError("--lora_r has no use here: new adapters change nothing; give --model ADAPTER")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,14 +252,8 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
     evaluation.check_model(model)
     # A relearning comes after the evaluation, and says by itself how it was done.
-    elsewhere = (
-        "data_path",
-        "device",
-        "output_dir",
-        "retain_log",
-        "lm_eval",
-        *(n for n in vars(arguments) if "relearn" in n),
-    )
+    elsewhere = {"data_path", "device", "output_dir", "retain_log", "lm_eval"}
+    elsewhere |= {n for n in vars(arguments) if "relearn" in n}
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
     settings |= {"chat_kwargs": options, "ends": evaluation.ends_for(model), **of_model}

@@ -75,8 +75,11 @@ SHOWN = (
 ).split()
 
 
-# Of TrainingArguments, what the command has no use for.
-WITHOUT_EVALUATION = "eval_strategy eval_on_start load_best_model_at_end do_eval do_predict".split()
+# Of TrainingArguments, what the command has no use for, unless it is as it was.
+WITHOUT_EVALUATION = (
+    "eval_strategy eval_on_start load_best_model_at_end do_eval do_predict eval_steps eval_delay "
+    "eval_accumulation_steps metric_for_best_model greater_is_better prediction_loss_only bf16_full_eval fp16_full_eval"
+).split()
 
 
 @dataclass
@@ -130,7 +133,7 @@ def run(
 ) -> int:
     show_log()
     for name in WITHOUT_EVALUATION:
-        if getattr(config, name) not in (False, "no"):
+        if getattr(config, name) not in (False, "no", None):
             raise ValueError(
                 f"--{name} has no use here: gfast unlearn has no evaluation set. --nll_every records the NLL of both "
                 "sides along the run, --geffect_every their G-effect too, --evaluate_every asks what gfast evaluate "
@@ -158,7 +161,9 @@ def _train(
     live = config.live
     nll = {name for name in QUANTITIES if name.endswith("_nll")}
     measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
-    measured |= measured_live(both.forget, config.geffect_live_unlearn) if live and config.record_every else set()
+    if live and config.record_every:
+        apart = config.own_loss_terms or config.weights != "none"
+        measured |= measured_live(both.forget, config.geffect_live_unlearn, apart)
     require_measured(parse_rules(config.stop), measured)
     need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
@@ -174,7 +179,8 @@ def _train(
     model_config = check_model(model_arguments)
     _require_reference(model_arguments, both, config.reference)
     tokenizer = load_tokenizer(model_arguments)
-    sides = Sides(rows, tokenizer, data_arguments, config.seed, today=first_day(folder, info))
+    seed = config.seed if config.data_seed is None else config.data_seed  # of what is drawn among the data
+    sides = Sides(rows, tokenizer, data_arguments, seed, today=first_day(folder, info))
     _refuse_what_the_trainer_would(both, sides, config)
     evaluations = _evaluations(along, data_arguments, sides, config)
     kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
@@ -192,7 +198,7 @@ def _train(
     data = sides.of(both.forget)
     collator: Any = sides.collator
     if both.retain is not None or config.live:
-        data, collator = ForgetRetain(data, sides.retain, seed=config.seed), ForgetRetainCollator(sides.collator)
+        data, collator = ForgetRetain(data, sides.retain, seed=seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
     callbacks: list[Any] = [] if shards.kind is None else [ShardedStart(list(references.values()))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfast.data.dataset import IGNORE
+from gfast.given import whole
 
 
 class Reference(Protocol):
@@ -38,8 +39,8 @@ class Collator:
         tokenizer: a tokenizer, or the padding id itself. Without a padding token EOS pads; either is masked out and its
             label is -100, so the choice changes no result.
         reference: adds what its `join` returns (see `Reference`), such as `ref_logp` [B, T]; needs items with a
-        `sample_id`. pad_to_multiple_of: round T up, for tensor cores or to bound the number of shapes that get
-        compiled.
+            `sample_id`.
+        pad_to_multiple_of: round T up, for tensor cores or to bound the number of shapes that get compiled.
 
     Raises:
         ValueError: an empty batch, a tokenizer with neither padding nor EOS token, items without or with mixed entries.
@@ -54,8 +55,8 @@ class Collator:
 
     def __init__(self, tokenizer: Any, reference: Reference | None = None, *, pad_to_multiple_of: int | None = None):
         self.pad_id = tokenizer if isinstance(tokenizer, int) else _pad_id(tokenizer)
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ValueError(f"gfast: pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = whole("gfast: pad_to_multiple_of", pad_to_multiple_of, least=1)
         self.reference = reference
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 

@@ -8,6 +8,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy
@@ -17,10 +18,12 @@ from torch.utils.data import Dataset
 from gfast.data.bundled import refusals as load_refusals
 from gfast.data.encode import IGNORE, make_encoder, resolve_template, without_end
 from gfast.data.rows import CUT, as_rows, field_text, is_cut
+from gfast.given import whole
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    """A generator by the numbers alone: NumPy's draw as Python's, whatever version prints them."""
+    digest = hashlib.sha256(repr(tuple(map(int, numbers))).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
@@ -154,7 +157,12 @@ def refused(
         >>> refused([{"question": "Who?", "answer": "Nobody."}], ["I don't know."])
         [{'question': 'Who?', 'answer': "I don't know."}]
     """
-    rows = as_rows(rows)
+    rows, seed = as_rows(rows), whole("gfast: seed", seed, least=None)
+    if isinstance(refusals, (str, PathLike)):
+        raise ValueError(
+            f"gfast: refusals is {str(refusals)!r}, and a list of texts is needed: [{str(refusals)!r}], or those of a "
+            "file by gfast.data.refusals(path)"
+        )
     lines = load_refusals() if refusals is None else list(refusals)
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
@@ -261,7 +269,7 @@ class ForgetRetain(Dataset):
         for name, data in (("forget", forget), ("retain", retain)):
             if len(data) == 0:
                 raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
-        self.forget, self.retain, self.seed = forget, retain, seed
+        self.forget, self.retain, self.seed = forget, retain, whole("gfast: seed", seed, least=None)
         # Shared memory, so that persistent data loader workers see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._partners: tuple[int, list[int]] | None = None

@@ -24,6 +24,7 @@ from gfast.evaluation.results import (
 from gfast.evaluation.run import Evaluation
 from gfast.evaluation.samples import EvaluationSet, encoded
 from gfast.files import write_json
+from gfast.given import whole
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import parse_log
 from gfast.model_state import rng_kept
@@ -71,8 +72,7 @@ class EvaluateCallback(TrainerCallback):
         chat_kwargs: Mapping[str, Any] | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if every < 0:
-            raise ValueError(f"gfast: every is {every}; give the optimizer steps between evaluations, or 0")
+        every = whole("gfast: every", every, meaning="the optimizer steps between evaluations, or 0")
         require_libraries(retain_log, any(one.name == "holdout" for one in sets))
         self.every, self.retain_log, self.folder = every, retain_log, folder
         samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]

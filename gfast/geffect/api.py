@@ -81,14 +81,17 @@ def g_effect(
         engine: "stream" ("auto" takes it): gradients are dotted as they appear. "sample": no weight gradient ever
             exists. "token": forward mode, all objectives with token weights from one pass. "gram": no directions
             either, for micro-batches. They agree; the last three take objectives with token weights only.
-        direction_dtype: dtype of the stored directions. Sums over batches are made in fp32 whatever it is. bfloat16
-            halves the memory and costs accuracy where the cosine is small.
+        direction_dtype: dtype of the stored directions, at most: gradients of fewer bits keep theirs. Sums over batches
+            are made in fp32 (of fp64 models in fp64) whatever it is. bfloat16 halves the memory and costs accuracy
+            where the cosine is small.
         direction_storage: "device", "host" (pinned host memory, copied ahead of use) or a folder for memory-mapped
             safetensors files.
-        directions: what `risk_gradients` returned for this model and data: saves their two passes.
+        directions: what `risk_gradients` returned for this model and data: saves their two passes. How they are kept
+            is said there; gram has no use for any.
         norms: the norm of the objective's gradient (for `GEffect.cosine`) comes free with a single batch and for
             multiples of the directions. True gives it always, at the price of holding one more gradient.
-        objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO.
+        objective_batches: data of objectives whose batches are not the forget set: pairs for DPO, refusals for PO;
+            refused where no objective takes them.
         loss_scale: what losses are multiplied by before the backward and gradients divided by after it; None is 1, and
             1024 where fp16 is at work.
         progress: show a bar on stderr, or a line every half minute where that is a file.
@@ -365,7 +368,7 @@ def risk_gradients(
 
     Args:
         model, forget, retain, groups, risk, loss_scale, progress, processes: as for `g_effect`.
-        dtype: torch.float32, float64 or bfloat16: what they are stored in; sums over batches are made in fp32.
+        dtype: torch.float32, float64 or bfloat16: what they are stored in, at most, as `g_effect`'s direction_dtype.
         storage: "device", "host" (pinned memory, copied ahead of use) or a folder for memory-mapped safetensors files,
             which stay there and can be opened again with `Directions.load`.
 

@@ -215,6 +215,11 @@ class Data:
             need, term = next(iter(own.items()))
             data = "pairs (rejected rows, then preferred rows)" if need == "preferred" else "forget questions refused"
             raise ValueError(f"gfast: {term.objective} has data of its own ({data}): pass it as objective_batches=")
+        if not own and "objective" in self.batches:
+            raise ValueError(
+                "gfast: objective_batches are for objectives with data of their own (DPO, PO), and there is none: the "
+                "others are measured on forget=; leave objective_batches out, or give them as forget="
+            )
         if len(own) > 1:
             raise ValueError("gfast: DPO and PO take different objective_batches: measure them in two calls")
         for term in used:

@@ -24,6 +24,7 @@ from gfast.model_output import model_logp
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
+from gfast.original import check_reference_name
 from gfast.progress import Bar
 from gfast.sides import SETS
 
@@ -49,6 +50,18 @@ class Options:
         if self.dtype not in DTYPES:
             raise ValueError(f"gfast: direction_dtype must be torch.float64, float32 or bfloat16, not {self.dtype}")
         check_storage(self.storage)
+        check_reference_name(self.reference)
+        stored = (self.dtype, self.storage) != (torch.float32, "device")
+        if self.directions is not None and stored:
+            raise ValueError(
+                "gfast: direction_dtype and direction_storage say how directions are kept that are measured now, and "
+                "directions= gives some: say it to gfast.risk_gradients (dtype=, storage=), or leave them out"
+            )
+        if self.engine == "gram" and (stored or self.directions is not None):
+            raise ValueError(
+                "gfast: the gram engine keeps no directions: leave direction_dtype, direction_storage and directions "
+                "out, or choose another engine"
+            )
         if self.loss_scale is not None and not 0 < self.loss_scale < float("inf"):
             raise ValueError(f"gfast: loss_scale must be positive, not {self.loss_scale}")
 

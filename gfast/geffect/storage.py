@@ -25,8 +25,9 @@ def store_for(
 
 def check_storage(storage: str | os.PathLike[str]) -> None:
     """ValueError for a word that is no storage; a folder has to look like one, so that a typo does not make one."""
-    known = storage in ("device", "host")
-    if not known and isinstance(storage, str) and os.sep not in storage and not Path(storage).is_dir():
+    known = storage in ("device", "host") or isinstance(storage, os.PathLike)
+    text = storage if isinstance(storage, str) else ""
+    if not known and (not text or (os.sep not in text and not Path(text).is_dir())):
         raise ValueError(
             f'gfast: direction_storage must be "device", "host" or a folder (such as "./directions"), not {storage!r}'
         )

@@ -44,4 +44,11 @@ class Mix(Objective):
 
     def __str__(self) -> str:
         terms = [(self.gamma, self.forget)] + ([(self.alpha, self.retain)] if self.retain else [])
-        return " + ".join(f"{objective}" if factor == 1 else f"{factor:g} {objective}" for factor, objective in terms)
+        return " + ".join(
+            f"{objective}" if factor == 1 else f"{_short(factor)} {objective}" for factor, objective in terms
+        )
+
+
+def _short(factor: object) -> str:
+    """A factor in a sum; in the error about one that is no number as it was given."""
+    return f"{factor:g}" if isinstance(factor, (int, float)) else repr(factor)

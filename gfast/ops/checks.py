@@ -121,6 +121,8 @@ def check_normalizer(name: str, normalizer: float | Tensor) -> None:
 
 
 def check_chunk_rows(name: str, chunk_rows: Sequence[int]) -> None:
+    if not all(hasattr(rows, "__index__") for rows in chunk_rows):
+        raise ValueError(f"gfast: {name}: chunk_rows must be whole numbers, not {list(chunk_rows)}.")
     if min(chunk_rows) < 1:
         raise ValueError(f"gfast: {name}: chunk_rows must be at least 1, not {min(chunk_rows)}.")
 

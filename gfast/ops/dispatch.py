@@ -170,13 +170,21 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     return ""
 
 
+def opted_in(op: str) -> bool:
+    """Whether the environment asks for what "auto" does not take by itself; ValueError for a value that is neither."""
+    value = os.environ.get(OPT_IN[op], "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"gfast: {OPT_IN[op]}={value!r} is neither 1 nor 0; correct it or unset it")
+    return value == "1"
+
+
 @functools.cache
 def _auto(op: str, kind: str, dtype: torch.dtype | None) -> str:
     order = ("cpp",) if kind == "cpu" else ("cuda", "triton")
     reasons = []
     for impl in order:
         reason = why_not(op, impl, kind, dtype)
-        if not reason and impl == "cuda" and op in OPT_IN and os.environ.get(OPT_IN[op]) != "1":
+        if not reason and impl == "cuda" and op in OPT_IN and not opted_in(op):
             reason = f"it has not run on a GPU yet; {OPT_IN[op]}=1 takes it"
         if not reason:
             logger.info("gfast: %s on %s uses impl=%r", op, kind, impl)

@@ -16,6 +16,7 @@ from gfast.evaluation.run import EXTRACTIONS
 from gfast.objectives.registry import parse_objective
 from gfast.training.config import UnlearnConfig
 from gfast.words import did_you_mean
+from gfast.yaml_text import read_yaml
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 # Other names of recipes.
@@ -262,7 +263,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
             f"{', '.join(known)}, or give a file that ends with .yaml"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -271,8 +272,10 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"{change!r} should read key=value, as in seeds=[0,1] or unlearn.max_steps=10")
+        if sum(other.partition("=")[0] == key for other in changes) > 1:
+            raise ValueError(f"{key} is changed twice on the command line: leave one out")
         try:
-            _change(values, key.split("."), yaml.safe_load(text))
+            _change(values, key.split("."), read_yaml(text))
         except yaml.YAMLError as error:
             raise ValueError(
                 f"{change!r}: the value is not valid YAML ({' '.join(str(error).split())[:100]})"

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 
 from gfast.geffect.live.surgery import Surgery
+from gfast.given import fits
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import parse_objective
 from gfast.original import REFERENCES, check_reference_name
@@ -154,6 +155,7 @@ class UnlearnConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         refuse_ignored_options(self, COMPILATION)
+        self._refuse_other_kinds()
         super().__post_init__()
         refuse_ignored_options(self)
         check_reference_name(self.reference)
@@ -164,8 +166,15 @@ class UnlearnConfig(TrainingArguments):
         for name in ("geffect_every", "geffect_samples", "nll_every", "record_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; give 1 or more")
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         parse_rules(self.stop)
+        if self.weights_every < 1 or not self.weights_tau > 0:
+            raise ValueError(
+                f"weights_every is {self.weights_every} and weights_tau {self.weights_tau}; give 1 or more, and a "
+                "positive number"
+            )
         if self.surgery is not None:
             Surgery.parse(self.surgery)
         if self.label_names is None:
@@ -175,12 +184,30 @@ class UnlearnConfig(TrainingArguments):
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
         self._refuse_options_without_effect()
+        if self.weights != "none" and self.geffect_every:
+            raise ValueError(
+                f"geffect_every measures the objective as it is, and weights={self.weights!r} weighs its tokens anew "
+                "along the run: leave geffect_every out; geffect_live measures the steps with their weights"
+            )
         measures = self.geffect_every or self.geffect_live or self.geffect_live_unlearn or self.surgery
         if moves(self.build_objective()) and measures:
             raise ValueError(
                 "geffect_every, geffect_live and surgery work with fixed factors, and PDU's dual variable moves one: "
                 "leave them out and measure checkpoints with gfast geffect, or give primal_dual=False"
             )
+
+    def _refuse_other_kinds(self) -> None:
+        """Values that are not of their field's kind. Flags and --config convert theirs; in Python the text "false"
+        would be true, and a measurement every 2.5 steps one every 5.
+        """
+        kinds = {"int": "a whole number", "float": "a finite number", "bool": "True or False", "str": "a text"}
+        for name, kind in type(self).__dict__["__annotations__"].items():
+            if kind in kinds and not fits(getattr(self, name), kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give {kinds[kind]}")
+        for entry in fields(TrainingArguments):  # where Trainer would take another word for the default
+            value, known = getattr(self, entry.name), entry.metadata.get("choices")
+            if known and isinstance(value, str) and value not in known:
+                raise ValueError(f"{entry.name} is {value!r}; choose one of {', '.join(map(str, known))}")
 
     def _refuse_options_without_effect(self) -> None:
         """What is said of a part that is not asked for, as where alpha is meant to be WGA's."""

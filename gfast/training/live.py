@@ -78,7 +78,9 @@ class LiveSteps:
                     "a live G-effect and surgery need a retain batch beside every forget batch, and the batches hold "
                     f"only {', '.join(found)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
-        self._weighted = {side for found in sides for side in found if self.trainer.weighs(found[side], side)}
+        # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
+        own = self.trainer._own_loss_terms
+        self._apart = {side for found in sides for side in found if own or self.trainer.weighs(found[side], side)}
         tokens = [[count(NLL(), found[side]) for found in sides] for side in ("forget", "retain")]
         forget, retain, first = self.trainer._over_processes([sum(tokens[0]), sum(tokens[1]), tokens[1][0]])
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
@@ -91,8 +93,8 @@ class LiveSteps:
 
         if self._monitor is None or self._monitor.model is not model:
             forget, scaler = self.trainer.objective.forget, getattr(self.trainer.accelerator, "scaler", None)
-            free = isinstance(forget, (GA, NLL)) and "forget" not in self._weighted  # the forget loss is the risk's
-            label = str(forget) if "forget" in self._weighted else forget  # of which nothing follows
+            free = isinstance(forget, (GA, NLL)) and "forget" not in self._apart  # the forget loss is the risk's
+            label = str(forget) if "forget" in self._apart else forget  # of which nothing follows
             options = dict(objective=label, surgery=self.surgery, scaler=scaler)
             options["optimizer"] = self.trainer.optimizer if self.update else None
             self._monitor = GEffectMonitor(model, self.groups, self.unlearn or free, **options)
@@ -166,7 +168,7 @@ class LiveSteps:
                 found.append(one.detach())
                 return one * self._processes
 
-            own = risk if first and (mix.retain != NLL() or "retain" in self._weighted) else None
+            own = risk if first and (mix.retain != NLL() or "retain" in self._apart) else None
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
             share = share or math.nan  # of no labels there is no effect
             monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
@@ -211,7 +213,7 @@ class LiveSteps:
 
     def _finished(self, monitor: GEffectMonitor) -> None:
         """What is recorded and logged of a step, at the weights before it."""
-        norm = self.trainer.args.max_grad_norm or None
+        norm = self.trainer.args.max_grad_norm
         self.effect, self.latest = None, {"dropped": 1.0}
         if monitor.dropped is not None:
             return
@@ -219,7 +221,7 @@ class LiveSteps:
         self.latest = {f"nll/{side}": value for side, value in effect.risks.items()}
         self.latest |= {side: effect.total(side) for side in effect.sides}
         self.latest |= {f"cosine/{side}": effect.cosine(side) for side in effect.sides if side in effect.norms}
-        clip = monitor.effect(max_norm=norm).measured["clip"] if norm else 1.0
+        clip = monitor.effect(max_norm=norm).measured["clip"] if norm and norm > 0 else 1.0  # as Trainer clips
         self.latest |= {"step_norm": effect.measured["step_norm"], "clip": clip}
         if self.surgery is not None:
             step = monitor.effect(of="step")
@@ -262,9 +264,11 @@ def check_live(objective: Mix, unlearn: bool) -> None:
         )
 
 
-def measured_live(forget: Objective, unlearn: bool) -> frozenset[str]:
-    """What a live effect of this forget objective measures, as rules of gfast.training.stop call it."""
-    sides = ("retain", "unlearn") if unlearn or isinstance(forget, (GA, NLL)) else ("retain",)
+def measured_live(forget: Objective, unlearn: bool, apart: bool = False) -> frozenset[str]:
+    """What a live effect of this forget objective measures, as rules of gfast.training.stop call it. apart: its loss
+    has weights of its own, or the model's terms, and its gradient is no risk's.
+    """
+    sides = ("retain", "unlearn") if unlearn or (isinstance(forget, (GA, NLL)) and not apart) else ("retain",)
     return frozenset({f"{side}_{name}" for side in sides for name in ("effect", "cosine", "norm")} | {"objective_norm"})
 
 
@@ -275,7 +279,13 @@ class RecordLive(TrainerCallback):
 
     def __init__(self, live: LiveSteps, every: int) -> None:
         self.live, self.every = live, every
-        self.measures = measured_live(live.trainer.objective.forget, live.unlearn) if every else frozenset()
+
+    @property
+    def measures(self) -> frozenset[str]:
+        """What it measures, as rules of gfast.training.stop call it."""
+        trainer = self.live.trainer
+        apart = trainer._own_loss_terms or trainer.token_weights is not None
+        return measured_live(trainer.objective.forget, self.live.unlearn, apart) if self.every else frozenset()
 
     def names(self) -> set[str]:
         """Objectives in whose name values are recorded."""

@@ -15,6 +15,7 @@ from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
 from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
+from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
@@ -25,6 +26,7 @@ from gfast.training.known_original import KnownOriginal
 from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
+    check_switches,
     marked,
     refuse_another_loss,
     refuse_compiled,
@@ -120,6 +122,9 @@ class GFastLossMixin(ExactEvaluation):
                 f"NPO(beta=0.1), or set it in the class"
             )
         objective = as_objective(objective)
+        check_reference_name(reference)
+        check_switches(own_loss_terms=own_loss_terms, joint_forward=joint_forward, geffect_live=geffect_live)
+        check_switches(geffect_live_unlearn=geffect_live_unlearn, geffect_live_update=geffect_live_update)
         refuse_ignored_arguments(type(self).__name__, **trainer_arguments)
         say_what_is_not_called(type(self), GFastLossMixin)
         super().__init__(*trainer_positional, **trainer_arguments)
@@ -358,9 +363,8 @@ class GFastLossMixin(ExactEvaluation):
         """The loss of a side; with a risk_count also the NLL over that count, from the same forward. answer: what the
         model has answered already.
         """
-        from gfast.model import check_batch, loss_of_output, model_loss
+        from gfast.model import check_batch, loss_and_own_terms, loss_of_output
         from gfast.model_output import model_logp
-        from gfast.original import with_reference
 
         batch = dict(batch)
         device = batch["labels"].device
@@ -383,19 +387,20 @@ class GFastLossMixin(ExactEvaluation):
         if side == "forget" and self.token_weights is not None and stepping:
             batch["weight"] = self.token_weights.of(batch)
         options = dict(normalizer=normalizer, reference=self._reference)
-        risk = None
+        risk = own = None
         if answer is not None:
             if check_batch(model, batch, objective):
                 batch = with_reference(model, batch, objective, self._reference)
             out = loss_of_output(answer, batch, objective, normalizer=normalizer)
         elif risk_count is None:
-            out = model_loss(model, batch, objective, own_terms=own_terms, **options)
+            out, own = loss_and_own_terms(model, batch, objective, own_terms != 0, **options)
         else:
             out, risk = loss_and_risk(model, batch, objective, risk_count, **options)
         self.terms.add({f"{side}_loss": out.loss})
         if side == "forget" and out.weight is not None:
             self.terms.add_weights(out.weight, out.logp, batch["labels"])
-        return out.loss if risk is None else (out.loss, risk)
+        loss = out.loss if own is None else out.loss + own_terms * own  # logged without them
+        return loss if risk is None else (loss, risk)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's log with the terms since the last one, averaged over steps."""

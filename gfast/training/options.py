@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+from gfast.given import fits
 from gfast.model_state import checkpoints_reentrantly
 from gfast.objectives import ETW, SHRED, JensUn, Weights
 
@@ -85,6 +86,13 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         "nested; use data parallelism, FSDP or DeepSpeed",
     ),
 }
+
+
+def check_switches(**switches: Any) -> None:
+    """ValueError for a switch that is neither True nor False: the text "false" would be true."""
+    for name, value in switches.items():
+        if not fits(value, "bool"):
+            raise ValueError(f"{name} is {value!r}; give True or False")
 
 
 def _keeps_the_loss(config: Mapping[str, Any] | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gfast import peft_models
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
+from gfast.given import whole
 from gfast.model_settings import difference, settings_of
 from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
@@ -203,7 +204,7 @@ class ReferenceCache:
         """
         from gfast.original import adapter_name, check_reference_name, original
 
-        what = checked(what, layer)
+        what, batch_size = checked(what, layer), whole("batch_size", batch_size, least=1)
         check_reference_name(reference)
         adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
         if reference != "adapted":
@@ -223,8 +224,8 @@ class ReferenceCache:
         bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
         first = to_model(model, collator([dataset[order[0]]]))
-        whole = adapted is True or not peft_models.is_adapted(model)
-        with as_it_is(model) if whole else original(model, first, reference):
+        as_is = adapted is True or not peft_models.is_adapted(model)
+        with as_it_is(model) if as_is else original(model, first, reference):
             for start in bar.over(starts):
                 batch = to_model(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 keep_samples(parts, values_of(model, batch, what, layer, head), batch)

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 
 from gfast import wrappers
+from gfast.given import whole
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
@@ -42,11 +43,8 @@ class Trajectory(TrainerCallback):
     def __init__(
         self, every: int, forget: Batches, retain: Batches, run_folder: str | Path | None, run: str | None
     ) -> None:
-        if every < 0:
-            raise ValueError(
-                f"every is {every}; give the optimizer steps between measurements, or 0 for start and end only"
-            )
-        self.every, self.forget, self.retain = every, forget, retain
+        between = "the optimizer steps between measurements, or 0 for start and end only"
+        self.every, self.forget, self.retain = whole("every", every, meaning=between), forget, retain
         self.run_folder, self.run = run_folder, run
         self.seconds = 0.0  # of the training, that measurements took
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -19,9 +20,11 @@ def refuse(message: str) -> NoReturn:
 
 
 def check_factor(factor: float) -> None:
-    """ValueError for 0."""
+    """ValueError for 0, and for what is no number to divide by."""
     if factor == 0.0:
         refuse("factor=0: nothing follows for an objective from a loss that is 0 times it; leave its term out")
+    if not math.isfinite(factor):
+        refuse(f"factor={factor}: it must be a finite number, what the objective is multiplied by in the loss")
 
 
 def is_function(loss: Loss) -> bool:

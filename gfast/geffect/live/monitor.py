@@ -312,6 +312,8 @@ class GEffectMonitor:
         """
         if of not in ("forget", "step"):
             refuse(f'of must be "forget" or "step", not {of!r}')
+        if max_norm is not None and not max_norm >= 0:
+            refuse(f"max_norm must be a norm, 0 or more, or None where gradients are not clipped, not {max_norm}")
         if self._finished is None:
             refuse(f"there is no G-effect: {self.dropped or 'no step was finished'}")
         if self._finished.torn is not None:

@@ -15,6 +15,10 @@ SCOPES = ("tensor", "group", "global")
 # Kind -> the scope it has where none is given: the one of its source.
 KINDS = {"pcgrad": "global", "retain": "tensor", "gru": "global", "sago": "tensor"}
 MOVING = 0.8
+_KNOWN = (
+    f"there is {', '.join(KINDS)}, each but sago with :{' or :'.join(SCOPES)}, and gru:SCOPE:SHARE with the share of "
+    f"the newest gradient in its average"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Surgery:
         scope: the unit: "tensor", "group" (of the monitor) or "global". sago compares single numbers and has none.
         moving: of gru, in (0, 1]. Its average is one gradient's memory.
 
+    Raises:
+        ValueError: an unknown kind or scope, a share outside (0, 1].
+
     >>> str(Surgery.parse("pcgrad:group")), str(Surgery.parse("gru:global:0.9")), str(Surgery.parse("sago"))
     ('pcgrad:group', 'gru:global:0.9', 'sago')
     """
@@ -51,20 +58,21 @@ class Surgery:
             return text
         kind, _, rest = str(text).partition(":")
         scope, _, moving = rest.partition(":")
-        scope = scope or KINDS.get(kind, "")
-        known = (
-            f"there is {', '.join(KINDS)}, each but sago with :{' or :'.join(SCOPES)}, and gru:SCOPE:SHARE with the "
-            f"share of the newest gradient in its average"
-        )
-        if kind not in KINDS or scope not in SCOPES or (kind == "sago" and rest) or (moving and kind != "gru"):
-            raise ValueError(f"gfast: unknown surgery {text!r}; {known}")
+        if (kind == "sago" and rest) or (moving and kind != "gru"):
+            raise ValueError(f"gfast: unknown surgery {text!r}; {_KNOWN}")
         try:
             share = float(moving) if moving else MOVING
         except ValueError:
             share = 0.0
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"gfast: surgery {text!r}: the share of the newest gradient must be in (0, 1]; {known}")
-        return cls(kind, scope, share)
+        return cls(kind, scope or KINDS.get(kind, ""), share)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.scope not in SCOPES:
+            raise ValueError(f"gfast: unknown surgery {f'{self.kind}:{self.scope}'.rstrip(':')!r}; {_KNOWN}")
+        if not 0.0 < self.moving <= 1.0:
+            raise ValueError(
+                f"gfast: surgery {self.kind}:{self.scope}: the share of the newest gradient must be in (0, 1]; {_KNOWN}"
+            )
 
     def __str__(self) -> str:
         if self.kind == "sago":
