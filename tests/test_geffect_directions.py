@@ -225,5 +225,3 @@ def test_how_to_keep_directions_is_not_said_of_those_that_are_given():
         for measure in (partial(gfast.g_effect, model, GA()), partial(gfast.pg_effect, model)):
             with pytest.raises(ValueError, match="say how directions are kept that are measured now"):
                 measure(directions=directions, **options, **data())
-    with pytest.raises(ValueError, match="the gram engine keeps no directions"):
-        gfast.g_effect(model, GA(), engine="gram", directions=directions, **data())

@@ -275,8 +275,6 @@ def no_passes(monkeypatch) -> None:
         (dict(direction_storage=""), "direction_storage must be"),
         (dict(direction_storage=None), "direction_storage must be"),
         (dict(reference="adapters_off"), "reference must be one of 'auto', 'base'"),
-        (dict(engine="gram", direction_dtype=torch.bfloat16), "the gram engine keeps no directions"),
-        (dict(engine="gram", direction_storage="host"), "the gram engine keeps no directions"),
         (dict(objective_batches=batches(1)), "objective_batches are for objectives with data of their own"),
         (dict(groups="thirds"), "groups must be"),
         (dict(objective=[]), "list of objectives is empty"),

@@ -57,11 +57,6 @@ class Options:
                 "gfast: direction_dtype and direction_storage say how directions are kept that are measured now, and "
                 "directions= gives some: say it to gfast.risk_gradients (dtype=, storage=), or leave them out"
             )
-        if self.engine == "gram" and (stored or self.directions is not None):
-            raise ValueError(
-                "gfast: the gram engine keeps no directions: leave direction_dtype, direction_storage and directions "
-                "out, or choose another engine"
-            )
         if self.loss_scale is not None and not 0 < self.loss_scale < float("inf"):
             raise ValueError(f"gfast: loss_scale must be positive, not {self.loss_scale}")
 
