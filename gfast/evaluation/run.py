@@ -290,9 +290,9 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     right = scored[sample.fields["gt"][0]]
     # open-unlearning's convention: the token that ends an answer is no part of it here
     correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
-    if not one.choices:  # nothing is left of a letter
+    if not one.choices:  # of a letter nothing is left
         found["extraction_strength"] = metrics.extraction_strength(correct)
-    if correct:
+    if correct and not one.choices:
         found["exact_memorization"] = metrics.exact_memorization(correct)
         found["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
     if one.choices:
