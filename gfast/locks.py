@@ -23,6 +23,8 @@ _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 logger = logging.getLogger("gfast")
 
+# Folders that commands make in a run's folder and fill.
+_INSIDE = ("records", "effects", "reference", "evaluations", "parts", "relearning")
 _guard = threading.Lock()
 _descriptors: set[int] = set()
 _claims: dict[Path, int] = {}
@@ -121,7 +123,7 @@ def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             except OSError as error:
                 raise OSError(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
-            inside = [folder / name for name in ("records", "effects", "reference")]
+            inside = [folder / name for name in _INSIDE]
             remove_partial_files([folder, *inside, *folder.glob("checkpoint-*")])
             yield
     finally:

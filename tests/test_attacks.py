@@ -125,10 +125,33 @@ def test_quantized_weights(bits, by):
         assert not torch.equal(rounded.weight.float().reshape(-1)[:9], weight.reshape(-1)[:9])
 
 
-def test_bitsandbytes_says_which_layer_it_does_not_take():
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj has 96 inputs.*torchao"):
-        quantize(tiny_model(hidden_size=64, intermediate_size=96), "4bit", "bitsandbytes")
+@pytest.mark.parametrize("by", QUANTIZERS)
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_adapters_are_merged_before_weights_are_rounded(bits, by):
+    """Rounded apart they are others: PEFT casts what an adapter is given to the type of its weights, int8."""
+    pytest.importorskip(by)
+    peft, ids = pytest.importorskip("peft"), torch.arange(3, 20)[None]
+
+    def adapted():
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        return peft.get_peft_model(tiny_model(hidden_size=64, intermediate_size=128).eval(), lora)
+
+    with torch.no_grad():
+        wanted = quantize(adapted().merge_and_unload(), bits, by)(input_ids=ids).logits
+        found = quantize(adapted(), bits, by)(input_ids=ids).logits
+    assert torch.equal(found, wanted)
+    inside = adapted().get_base_model()  # as transformers' add_adapter has them
+    with pytest.raises(ValueError, match="adapters cannot be merged.*without --quantize"):
+        quantize(inside, bits, by)
+
+
+@pytest.mark.parametrize(("by", "odd", "instead"), [("bitsandbytes", 96, "--quantize_by torchao"),
+                                                    ("torchao", 72, "--quantize 8bit")])  # fmt: skip
+def test_a_layer_that_a_library_does_not_take_is_named(by, odd, instead):
+    pytest.importorskip(by)
+    with pytest.raises(ValueError, match=f"model.layers.0.mlp.down_proj has {odd} inputs.*{instead}"):
+        quantize(tiny_model(hidden_size=64, intermediate_size=odd), "4bit", by)
 
 
 class Harness:

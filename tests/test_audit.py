@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import math
@@ -13,7 +14,7 @@ from helpers.training_tiny import saved_tiny, tiny_model
 from test_report import Page
 
 from gfast import cli
-from gfast.files import read_json
+from gfast.files import read_json, write_json
 from gfast.report.audit import Criteria, audit
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.records import read_records, read_run_info, write_record, write_run_info
@@ -177,6 +178,12 @@ def test_from_the_command_that_stops_to_the_page_that_is_signed(tmp_path, capsys
     (run / "result.json").unlink()
     assert cli.main(["audit", str(run), "--rise", "1000"]) in (0, 1)
     assert read_json(run / "audit.json")["stopped"] == "rule 'unlearn_effect < 0 for 2' at step 2"
+    # a log that goes on being written, as `gfast unlearn ... | tee run/log.txt` makes one, is nothing of the model
+    manifest = read_json(run / "gfast-manifest.json")
+    manifest["files"]["log.txt"] = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    write_json(run / "gfast-manifest.json", manifest)
+    (run / "log.txt").write_text("Finished 2 steps.")
+    assert cli.main(["audit", str(run), "--rise", "1000"]) in (0, 1)
     with open(run / "model.safetensors", "ab") as file:
         file.write(b"!")
     assert cli.main(["audit", str(run)]) == 2

@@ -43,6 +43,10 @@ def test_evaluations_along_a_training(tmp_path):
     assert sorted(again.summaries) == [0, 3]
     first, last = (again.summaries[step]["forget_quality"]["geometric"]["log10_p"] for step in (0, 3))
     assert first == 0 and last < 0
+    # a course that begins anew leaves no logs of another
+    trained(tmp_path / "with", [gfast.EvaluateCallback(0, sets, TOKENIZER, batch_size=3)])
+    there = sorted(path.name for path in (tmp_path / "with" / "evaluations").iterdir())
+    assert there == ["step-00000000.json", "step-00000003.json", "summaries.json"]
 
 
 def test_processes_gather_what_one_finds(tmp_path):
@@ -70,3 +74,6 @@ def test_what_cannot_be_evaluated_is_said_before_training():
     for every in (-1, 2.5, "2", float("nan"), True, None):
         with pytest.raises(ValueError, match="every is .*; give the optimizer steps between evaluations"):
             gfast.EvaluateCallback(every, sources.bundled(2), TOKENIZER)
+    rows = [{**row, "perturbed_answer": row["perturbed_answer"][:2]} for row in sets[1].rows]
+    with pytest.raises(ValueError, match="they have 2 and . perturbed answers a row"):
+        gfast.EvaluateCallback(1, [sets[0], replace(sets[1], rows=rows)], TOKENIZER, retain_log=retain_log)

@@ -251,6 +251,22 @@ def test_a_continuation_is_what_a_plain_prompt_is():
     assert 3 not in ids and labels == [-100] * (len(ids) - 1) + ids[-1:]  # no [SEP] between them
 
 
+def test_a_letter_is_all_there_is_of_a_choice(caplog):
+    """Also where it takes two tokens, and others one: nothing is left of it without the last."""
+    tokenizer = sentencepiece_tokenizer()
+    encode = sources.Continuation(tokenizer, ends=False)
+    lengths = {len([x for x in encode("Who?\nAnswer:", letter)[1] if x != -100]) for letter in "ABN"}
+    rows = [{"question": "Who?\nAnswer:", "answer": one, "perturbed_answer": ["B"]} for one in ("A", "N")]
+    one = EvaluationSet("mmlu", "all test", rows, perturbed="perturbed_answer", generate=0, choices=True, encode=encode)
+    work = Evaluation([one], [encoded(one, tokenizer)], tokenizer)
+    found = work.log(work.run(tiny_model(vocab_size=max(len(tokenizer), 300))), "tiny", {})["sets"]["mmlu"]
+    assert max(lengths) > 1
+    assert (
+        not {"extraction_strength", "exact_memorization", "min_k"} & found.keys()
+        and "not in the log" not in caplog.text
+    )
+
+
 def test_perturbed_extraction_asks_in_other_words():
     (one, *_), model = sets(4), taught()
     rows = [dict(row, paraphrased_question=f"Tell me: {row['question']}") for row in one.rows[:3]] + [dict(one.rows[3])]

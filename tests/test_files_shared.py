@@ -132,8 +132,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 def test_what_killed_writers_left_goes_when_the_folder_is_claimed(tmp_path, context):
     ended = started(context, time.sleep, 0)
     ended.join()
-    (tmp_path / "records").mkdir()
-    (tmp_path / "elsewhere").mkdir()
+    for name in ("records", "evaluations", "parts", "elsewhere"):
+        (tmp_path / name).mkdir()
     with whole_file(tmp_path / "records" / "step.parquet") as own:
         name = own.name
         others = {
@@ -142,7 +142,7 @@ def test_what_killed_writers_left_goes_when_the_folder_is_claimed(tmp_path, cont
             "old, of an earlier version": f"{TEMPORARY_PREFIX}{32 * 'b'}.json",
             "of another machine": f"{TEMPORARY_PREFIX}elsewhere-1-{32 * 'c'}.json",
         }
-        for folder in ("", "records", "elsewhere"):
+        for folder in ("", "records", "evaluations", "parts", "elsewhere"):
             for which, other in others.items():
                 (tmp_path / folder / other).write_text("half")
                 if which.startswith("old"):
@@ -150,7 +150,7 @@ def test_what_killed_writers_left_goes_when_the_folder_is_claimed(tmp_path, cont
         with claimed(tmp_path):
             assert (tmp_path / RUN_LOCK).exists()
         assert own.exists()
-    for folder in (tmp_path, tmp_path / "records"):
+    for folder in (tmp_path, *(tmp_path / name for name in ("records", "evaluations", "parts"))):
         assert {path.name for path in folder.glob(f"{TEMPORARY_PREFIX}*")} == {others["of another machine"]}
     assert len(list((tmp_path / "elsewhere").iterdir())) == len(others), "only a run's own folders are swept"
     remove_partial_files([tmp_path / "elsewhere"])

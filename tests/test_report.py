@@ -15,7 +15,8 @@ import pytest
 from helpers.report_runs import GA_COURSE, MIX_COURSE, write_run
 
 from gfast.evaluation.results import write_summaries
-from gfast.report import build_report, figures
+from gfast.metrics.log import EvaluationLog, LogSet
+from gfast.report import build_report, evaluation, figures
 from gfast.report.figures import drawings
 from gfast.report.matched import lesson, match, matched_sentence
 from gfast.report.runs import averaged, load_runs
@@ -360,3 +361,14 @@ def test_cells_show_a_dash_for_what_was_not_recorded(tmp_path):
 def test_runs_without_such_effects_have_no_such_figures(built):
     runs = load_runs([built / "runs" / "ga"])
     assert not {"samples", "tokens"} & {drawing.name for drawing in drawings(runs)}
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3], [0.1, 0.7]])
+def test_a_distribution_is_drawn_from_0_to_1(values):
+    """A single sample's too: one point is no line."""
+    losses = {"avg_gt_loss": -np.log(values)}
+    log = EvaluationLog("run", {"forget": LogSet("forget", tuple(range(len(values))), losses)})
+    (drawing,) = evaluation.drawings(log, None)
+    (line,) = drawing.draw([log], LIGHT).axes[0].lines
+    x, y = line.get_data()
+    assert np.allclose(x, [values[0], *values]) and np.allclose(y, np.linspace(0, 1, len(values) + 1))

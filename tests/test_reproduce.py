@@ -183,6 +183,7 @@ def test_nothing_calibrates_to_nothing_and_a_step_that_fails_is_named(finished, 
     assert reproduce(*redo) == 0
     row = next(row for row in read_json(copy / "tables.json")["objectives"] if row["name"] == "ga")
     assert row["share"] is None and row["calibrated_extraction"] is None
+    assert "| ga: GA | – | – |" in (copy / "tables.md").read_text()
     monkeypatch.setattr(work, "summarize", lambda log: metrics.min_k([], 0.4))
     with pytest.raises(ValueError, match="^calibrated/ga/seed0: logp is empty"):
         reproduce(*redo)

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="gfast reproduce",
         description="Teach, unlearn with every objective and seed, evaluate: tables, figures and one page.",
-        epilog="Recipes: demo, smollm2-tofu, llama2-7b-tofu, phi-tofu, or a YAML file of your own.",
+        epilog="Recipes: demo, surgery, smollm2-tofu, llama2-7b-tofu, phi-tofu, or a YAML file of your own.",
     )
     parser.add_argument("recipe", help="name of a recipe, or a file that ends with .yaml")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="over the recipe: seeds=[0,1] data.path=tofu")

@@ -201,16 +201,22 @@ def require_quantizer(bits: str, by: str) -> Any:
 
 
 def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
-    """Round the weights of every Linear but the output head to 4 or 8 bits, in place.
+    """Round the weights of every Linear but the output head to 4 or 8 bits, in place. Adapters are merged first: what
+    is rounded are the weights that the model computes with, and the model returned is without them.
 
     by: torchao (8 bits a row, 4 bits in groups of 32) or bitsandbytes (LLM.int8, NF4 in blocks of 64).
 
-    Errors: ImportError, saying what to install, without that library; ValueError for sizes that it does not take.
+    Errors: ImportError, saying what to install, without that library; ValueError for sizes that it does not take, and
+    adapters that cannot be merged.
     """
-    api, head = require_quantizer(bits, by), model.get_output_embeddings()
+    api = require_quantizer(bits, by)
+    model = _merged(model)
+    head = model.get_output_embeddings()
     wanted = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
+    if bits == "4bit":
+        _check_sizes(wanted, by)
     if by == "torchao":
         if bits == "8bit":
             config = api.Int8WeightOnlyConfig()
@@ -219,19 +225,40 @@ def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
             config = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
         api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
     else:
-        odd = [
-            name for name, module in wanted.items() if module.in_features % 64 and module.weight.device.type == "cpu"
-        ]
-        if bits == "4bit" and odd:
-            raise ValueError(
-                f"gfast: {odd[0]} has {wanted[odd[0]].in_features} inputs, and bitsandbytes on a CPU takes multiples "
-                "of 64 for 4 bits: --quantize_by torchao, or 8bit"
-            )
         for name, module in wanted.items():
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _by_bitsandbytes(api, module, bits))
     logger.info("%d Linear layers hold weights of %s, by %s", len(wanted), bits, by)
     return model
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The model with its adapters in its weights."""
+    if not any(hasattr(module, "base_layer") for module in model.modules()):
+        return model
+    try:
+        return model.merge_and_unload()
+    except Exception as error:  # adapters are of many kinds, and fail in as many ways
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"gfast: the model's adapters cannot be merged into its weights, which are what is rounded "
+            f"({type(error).__name__}: {reason}): merge them first, or evaluate without --quantize"
+        ) from error
+
+
+def _check_sizes(layers: Mapping[str, nn.Linear], by: str) -> None:
+    """ValueError, naming the layer, for a number of inputs that `by` does not round to 4 bits."""
+    for name, layer in layers.items():
+        if by == "torchao" and layer.in_features % 32:
+            raise ValueError(
+                f"gfast: {name} has {layer.in_features} inputs, and torchao takes multiples of 32 for 4 bits: "
+                "--quantize 8bit"
+            )
+        if by == "bitsandbytes" and layer.in_features % 64 and layer.weight.device.type == "cpu":
+            raise ValueError(
+                f"gfast: {name} has {layer.in_features} inputs, and bitsandbytes on a CPU takes multiples of 64 for 4 "
+                "bits: --quantize_by torchao (multiples of 32), or --quantize 8bit"
+            )
 
 
 def _by_bitsandbytes(api: Any, module: nn.Linear, bits: str) -> nn.Module:

@@ -86,6 +86,10 @@ class EvaluateCallback(TrainerCallback):
         # Of a run that is gone on with, what it found until then.
         there = read_summaries(self._folder(args)) if state.global_step else {}
         self.summaries = {step: one for step, one in there.items() if step <= state.global_step}
+        if state.is_world_process_zero:  # logs of later steps are of another course
+            for path in self._folder(args).glob("step-*.json"):
+                if path.stem[5:].isdecimal() and int(path.stem[5:]) > state.global_step:
+                    path.unlink()
         if state.global_step == 0:
             self._evaluate(args, state, model)
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from gfast import metrics, wrappers
 from gfast.data import check_vocabulary
-from gfast.data.encode import special_tokens
+from gfast.data.encode import IGNORE, special_tokens
 from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
-from gfast.evaluation.generation import generate, text_of
+from gfast.evaluation.generation import Generated, generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
@@ -113,7 +113,7 @@ class Evaluation:
         """ValueError, naming the row, where a sample, or a prompt with what may be generated after it, has more
         positions than a model of this configuration takes.
         """
-        takes = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        takes = _positions(config)
         if takes is None:
             return
         for one, samples in zip(self.sets, self.samples, strict=True):
@@ -216,18 +216,23 @@ class Evaluation:
     def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
         asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
-        answers = [ids[first_label(labels) : -1] or ids[-1:] for ids, labels in asked_as]  # without the ending token
-        ends = self.ends_for(model)
+        # Without the ending token, nor the white space that a template writes in front of it.
+        labelled = [[label for label in labels if label != IGNORE] for _, labels in asked_as]
+        answers = [tokens[:-1] or tokens for tokens in labelled]
+        ends, takes = self.ends_for(model), _positions(getattr(model, "config", None))
         match = "similar" if kind == "similar" else "exact"
 
         def matches(asked: Mapping[int, int]) -> dict[int, bool]:
-            given = [[*prompts[at], *answers[at][:prefix]] for at, prefix in asked.items()]
-            limit = max(len(answers[at]) - prefix for at, prefix in asked.items())
-            said = generate(model, given, limit, ends, self.pad_id)
-            return {
-                at: metrics.continuation_matches(generated.ids, answers[at][prefix:], match)
-                for (at, prefix), generated in zip(asked.items(), said, strict=True)
-            }
+            given = {at: [*prompts[at], *answers[at][:prefix]] for at, prefix in asked.items()}
+            rest = {at: answers[at][prefix:] for at, prefix in asked.items()}
+            # Together all generate as much as the longest rest needs, and the longest prompt may have no place for it.
+            fits = takes is None or max(map(len, given.values())) + max(map(len, rest.values())) <= takes
+            said: dict[int, Generated] = {}
+            for some in [list(asked)] if fits else [[at] for at in asked]:
+                limit = max(len(rest[at]) for at in some)
+                found = generate(model, [given[at] for at in some], limit, ends, self.pad_id)
+                said |= dict(zip(some, found, strict=True))
+            return {at: metrics.continuation_matches(said[at].ids, rest[at], match) for at in asked}
 
         return metrics.prefix_extraction([len(answer) for answer in answers], matches)
 
@@ -243,6 +248,11 @@ class Evaluation:
             sets[one.name] = columns([sample.index for sample in self.samples[of]], rows, one.name)
             described[one.name] = {"config": one.config, "rows": len(rows), "sha256": one.checksum()}
         return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
+
+
+def _positions(config: Any) -> int | None:
+    """How many positions a model of this configuration takes; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
 
 
 def _asked(sample: Sample) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -280,9 +290,9 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     right = scored[sample.fields["gt"][0]]
     # open-unlearning's convention: the token that ends an answer is no part of it here
     correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
-    if not one.choices:  # nothing is left of a letter
+    if not one.choices:  # of a letter nothing is left
         found["extraction_strength"] = metrics.extraction_strength(correct)
-    if correct:
+    if correct and not one.choices:
         found["exact_memorization"] = metrics.exact_memorization(correct)
         found["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
     if one.choices:

@@ -133,9 +133,10 @@ def check_comparable(one: LogSet, other: LogSet, path: str, other_path: str) -> 
                 f"{str(others[row])[:60]!r} in the other. They are of other splits, and their p-values do not compare"
             )
     for average, _, count in LOSSES:
-        mine, theirs = (log.values.get(average) for log in (one, other))
-        if mine is not None and theirs is not None and mine.shape != theirs.shape:
-            raise ValueError(f"{where}: they have {mine.shape[1]} and {theirs.shape[1]} perturbed answers a row")
+        for name in (average, count):
+            mine, theirs = (log.values.get(name) for log in (one, other))
+            if mine is not None and theirs is not None and mine.shape != theirs.shape:
+                raise ValueError(f"{where}: they have {mine.shape[1]} and {theirs.shape[1]} perturbed answers a row")
         mine, theirs = (log.values.get(count) for log in (one, other))
         if mine is None or theirs is None:
             continue

@@ -28,6 +28,16 @@ from gfast.report.tables import FLAT_COSINE, cells, number, summarize
 from gfast.sides import SIDES
 
 _HOW = "Train with --geffect_every or --geffect_live_unlearn, or with a GEffectCallback"
+# What makes the model: a folder may hold other files, such as what a command printed, that go on being written.
+_OF_MODEL = (
+    "config.json",
+    "generation_config.json",
+    "model",
+    "adapter_",
+    "pytorch_model",
+    "tokenizer",
+    "training_args",
+)
 _WEIGHTS = re.compile(r"^(?!training_args).*\.(safetensors|bin)$")
 
 
@@ -298,7 +308,7 @@ def _fingerprints(folder: Path, run: Run) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in run.record_files:
         digest.update(f"{file_checksum(path)}  {path.name}\n".encode())
-    if check_manifest(folder, "restore it from a copy: the audit is of what the run wrote"):
+    if check_manifest(folder, "restore it from a copy: the audit is of what the run wrote", only=_OF_MODEL):
         listed = read_json(folder / MANIFEST)["files"]
         model = {name: entry["sha256"] for name, entry in listed.items() if _WEIGHTS.search(name)}
     else:

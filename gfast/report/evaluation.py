@@ -104,8 +104,10 @@ def _ratios(logs: list[EvaluationLog], theme: Theme) -> Figure:
 
 
 def _steps(ax: Any, values: np.ndarray, color: str, label: str) -> None:
+    """From 0 on: a single sample, or samples of one value, are a line too."""
     ordered = np.sort(values)
-    ax.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", color=color, label=label)
+    shares = np.arange(len(ordered) + 1) / len(ordered)
+    ax.step(np.append(ordered[:1], ordered), shares, where="post", color=color, label=label)
 
 
 def _finished(figure: Figure, ax: Any, label: str) -> Figure:

@@ -62,7 +62,7 @@ def write_page(plan: Plan, steps: Steps) -> Path:
     columns, rows = shown(results.rows)
     tables = [{"title": "Objectives", "columns": columns, "rows": rows, "note": results.note()}]
     if recipe.calibrate:
-        columns, rows = shown([row for row in results.rows if "share" in row], CALIBRATED_COLUMNS)
+        columns, rows = shown([row for row in results.rows if "share" in row], CALIBRATED_COLUMNS, empty=True)
         note = results.calibrated_note()
         tables.append({"title": "At equal retention", "columns": columns, "rows": rows, "note": note})
     grid, sizes, cost = results.grid(), results.sizes(), results.cost()

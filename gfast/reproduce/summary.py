@@ -316,10 +316,10 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def shown(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]] = COLUMNS
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]] = COLUMNS, empty: bool = False
 ) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
-    """Columns that have a value, and the rows as texts."""
-    columns = [(key, name) for key, name in columns if any(row.get(key) is not None for row in rows)]
+    """Columns that have a value, or all of them (`empty`), and the rows as texts."""
+    columns = [(key, name) for key, name in columns if empty or any(row.get(key) is not None for row in rows)]
     return columns, [{key: cell(row.get(key)) for key, _ in columns} for row in rows]
 
 
