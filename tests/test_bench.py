@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_bench_pages import BENCH, ROOT, render
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
 DEVICE = "cpu-test"
 PAGES = ("README.md", "docs/performance.md", "docs/performance-gpu.md", "docs/performance-missed.md")
 ENVIRONMENT = {"name", "device", "instructions", "cores", "threads", "torch", "peers", "python", "commit", "date"}
 ENVIRONMENT |= {"gfast_build"}
+# Half a minute of small runs, which their scripts' own tests and the pages' (test_bench_pages.py) do without.
+pytestmark = pytest.mark.slow
 
 # One interpreter for all runs: each imports torch and transformers, which takes longer than the measurements.
 RUN = """
@@ -167,20 +168,6 @@ def test_grad_dot_is_held_against_the_read_bandwidth(made):
     assert all(row["law"] == 0.85 and row["error"] < 1e-6 for row in rows if row["provider"] == "gfast")
 
 
-def test_ranges_are_gone_after_a_profile(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import geffect
-    import losses
-    import traces
-
-    from gfast.ops.head import ChunkedHead
-
-    before = ChunkedHead.logits
-    with traces.named(losses.RANGES | geffect.RANGES):  # all of which exist
-        assert ChunkedHead.logits is not before
-    assert ChunkedHead.logits is before
-
-
 def test_missed_memory_is_named(made):
     root = shutil.copytree(made[0], made[0].parent / "memory")
     path = root / "bench" / "results" / DEVICE / "losses.json"
@@ -195,11 +182,6 @@ def test_missed_memory_is_named(made):
     assert "| `linear_unlearn_loss`, peak memory | at most 1.1 times its gradients and one chunk of logits |" in report
     missed = (root / "docs" / "performance-missed.md").read_text()
     assert re.search(r"peak memory \| 1\.10 \| `cpu-test` \| [^\n]*tiny, full\), frozen: 1\.30", missed)
-
-
-def render(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCH / "report.py"), "--root", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def rendered(root: Path) -> tuple[str, str]:
@@ -260,52 +242,6 @@ def test_missed_laws_are_named(made):
     (line,) = [line for line in missed.splitlines() if line.startswith("| `g_effect` |")]
     assert line.startswith("| `g_effect` | 1.05 | `cpu-test` | ")
     assert "g_effect(GA), tiny, fp32, 2 x 12 tokens a batch: 1.50" in line
-
-
-def test_names_of_devices(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import machine
-
-    for model, name in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("Tesla T4", "t4")):
-        assert machine.gpu_name(model) == name
-    for model, name in (("Intel(R) Xeon(R) Processor @ 2.80GHz", "xeon"), ("AMD EPYC 7B13", "epyc")):
-        assert machine.family(model) == name
-    assert re.fullmatch(r"cpu-[a-z0-9-]+", machine.device_name())
-    monkeypatch.setenv("GFAST_BENCH_DEVICE", "my-machine")
-    assert machine.device_name("cuda") == "my-machine"
-    monkeypatch.setenv("GFAST_BENCH_DEVICE", "../elsewhere")
-    with pytest.raises(ValueError, match="names a folder"):
-        machine.device_name()
-
-
-def test_results_go_to_the_folder_of_the_device(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import machine
-
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    payload = {"environment": machine.environment()}
-    name = payload["environment"]["name"]
-    assert machine.write_json("losses.json", payload) == tmp_path / name / "losses.json"
-    assert machine.write_json(str(tmp_path / "x" / "y.json"), payload) == tmp_path / "x" / "y.json"
-
-
-def test_pages_of_this_repository_are_rendered():
-    done = render(ROOT, "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    shown = (ROOT / "docs" / "performance.md").read_text().split("<!-- pictures:begin -->")[1]
-    assert len(re.findall(r"\(performance/\w+\.png\)", shown)) == 5
-
-
-def test_every_provider_is_explained(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import geffect
-    import losses
-
-    text = (BENCH / "README.md").read_text()
-    known = [
-        name for name in [*losses.PROVIDERS, *geffect.PROVIDERS] if "), " not in name
-    ]  # the same by another engine
-    assert [name for name in known if f"`{name}`" not in text] == []
 
 
 def test_pictures_of_every_kind(made):

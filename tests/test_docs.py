@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow_when
 from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, saved_tiny
 
 import gfast
@@ -117,6 +118,7 @@ def test_every_command_that_a_page_shows_is_understood(page, tmp_path, monkeypat
             raise AssertionError(f"gfast {shlex.join(command)}: {code}, {capsys.readouterr().err}")
 
 
+@slow_when(lambda p: p.page == "audit.md")
 @pytest.mark.parametrize("page", ["README.md", "audit.md"])
 def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
     """In order in one folder, on a tiny model; the bundled authors stand in for TOFU, which is on the hub. `reproduce`

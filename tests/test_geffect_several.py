@@ -51,6 +51,7 @@ def test_objectives_are_what_each_is_alone(kind, engine):
         assert_alike(model, engine, full_data(), relative)
 
 
+@slow_when(lambda p: p.engine == "sample" and p.way != "tiles")
 @pytest.mark.parametrize("way", ["tiles", "own logits", "no shared forward"])
 @pytest.mark.parametrize("engine", ["sample", "gram"])
 def test_other_ways_to_the_head(engine, way, monkeypatch):

@@ -21,6 +21,7 @@ from gfast.geffect.request import Options, Request  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp, SimNPO  # noqa: E402
 
 
+@slow_when(lambda p: p.kind in FAMILIES)
 @pytest.mark.parametrize("kind", [*TINY, *FAMILIES])
 def test_every_token_in_fp64(kind):
     model, rtol = made(kind)

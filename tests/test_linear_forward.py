@@ -60,7 +60,7 @@ def test_the_fold_takes_masked_logits():
     assert gfast.linear_token_logp(hidden, weight, labels, bias=bias, impl="cpp").isnan().all()
 
 
-@slow_when(lambda p: p.V == 700 and p.form[1] is None)
+@slow_when(lambda p: p.V == 700)
 @pytest.mark.parametrize("form", [(1.0, None), (0.5, 3.0)], ids=str)
 @pytest.mark.parametrize("n, D, V", [(1, 16, 1), (7, 24, 33), (40, 70, 700)])
 def test_the_fold_by_triton_by_the_law(n, D, V, form, monkeypatch):

@@ -148,7 +148,7 @@ def planner_of(config, dtype, *several):
     return plan.Planner(config, plan.Work(4, 128, dtype), machine, *several)
 
 
-@slow_when(lambda p: p.kind not in ("llama-tied", "gpt2"))
+@slow_when(lambda p: p.kind != "gpt2")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

@@ -61,6 +61,7 @@ def assert_the_same(folder, uninterrupted):
     assert not [path.name for path in folder.rglob(".gfast-*")], "leftovers of the killed"
 
 
+@slow_when(lambda p: p.where in ("write", "manifest"))
 @pytest.mark.parametrize(
     ("where", "number"),
     [("step", 1), ("write", 9), ("checkpoint", 4), ("manifest", 4)],
