@@ -13,6 +13,7 @@ from gfast import peft_models, wrappers
 from gfast.deferred import Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import ModelOutput, form_of, labels_of, logits_of, model_output, shifted, unshifted
+from gfast.model_state import evaluating
 from gfast.objectives import KL, RMU, RR, UNWEIGHTED, Mix, OfLabel, SoftTarget
 from gfast.ops.checks import IGNORE_INDEX, check_like_labels
 from gfast.ops.linear_soft_target_loss import linear_soft_target_loss
@@ -131,6 +132,7 @@ def loss_and_own_terms(
             valid = labels_of(batch) != IGNORE_INDEX
             return LossOutput(objective.value(hidden, *more, valid, normalizer), None, None), None
         output = model_output(module, given, own_terms=with_own)
+        given = _with_form(module, given, output)
         out = loss_of_output(output, given, objective, reduction=reduction, normalizer=normalizer, impl=impl)
         return out, output.own_terms
 
@@ -139,6 +141,21 @@ def loss_and_own_terms(
         wrappers.refuse_hooks_around(model, plain)
         model = plain
     return wrappers.inside(model, loss)
+
+
+def _with_form(model: nn.Module, batch: Mapping[str, Any], output: ModelOutput) -> Mapping[str, Any]:
+    """A batch whose `ref_hidden` and `ref_head` somebody made, with what the model itself does to the head's product.
+    Its own logits do not tell; the code that was compiled does, in a look without gradients. A
+    ReferenceCache says it, and needs none.
+    """
+    if output.head is not None or "ref_head" not in batch or {"ref_head_form", "ref_output"} & batch.keys():
+        return batch
+    plain = wrappers.measured(model)
+    if plain is model:
+        return batch
+    with torch.no_grad(), evaluating(plain):
+        found = model_output(plain, batch)
+    return batch if found.head is None else {**batch, "ref_head_form": form_of(found)}
 
 
 def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction: str | None = None) -> bool:
