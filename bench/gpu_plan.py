@@ -111,7 +111,7 @@ BUILD_CPU = (
 FIRST: list[Stage] = [
     BUILD,
     tuple(
-        tests(f"kernel_{name}", 30, f"one test: {name}", f"-x '{test}'", without=WITHOUT.get(name, ()))
+        tests(f"kernel_{name}", 30, f"a test a kernel: {name}", f"-x '{test}'", without=WITHOUT.get(name, ()))
         for name, test in KERNELS.items()
     ),
     bench(
@@ -258,11 +258,8 @@ def table(stages: list[Stage]) -> list[str]:
     """A line a stage: the second by which it is over, its steps, what they are."""
     lines = []
     for end, stage in zip(ends(stages), stages, strict=True):
-        one = stage[0]
-        name, what = (
-            (one.name, one.what)
-            if len(stage) == 1
-            else (f"{one.name.split('_')[0]}_* ({len(stage)} at once)", f"{one.what.split(':')[0]}, ...")
-        )
+        one, several = stage[0], len(stage) > 1
+        name = f"{one.name.split('_')[0]}_* ({len(stage)} at once)" if several else one.name
+        what = "; ".join(dict.fromkeys(step.what.split(":")[0] for step in stage)) if several else one.what
         lines.append(f"{end:>4}  {name:<24}{what}")
     return lines

@@ -221,7 +221,7 @@ def probe(needs: list[str]) -> dict:
 
     if not torch.cuda.is_available():
         sys.exit(f"on_gpu: torch {torch.__version__} of {sys.executable} sees no CUDA device")
-    workers = ["-n", str(min(7, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     arch = "{}{}".format(*torch.cuda.get_device_capability())
     absent = [need for need in needs if missing(need)]
     return {"environment": environment("cuda"), "arch": arch, "missing": absent, "workers": workers}

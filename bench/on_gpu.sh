@@ -20,13 +20,13 @@
 #
 # plan:begin
 #   75  build                   the extension, with CUDA where nvcc is found
-#  105  kernel_* (10 at once)   one test, ...
+#  105  kernel_* (10 at once)   a test a kernel
 #  125  rows                    from logits: WGA and KL
 #  150  build_cpu               the same without CUDA, if that failed
 #  180  linear                  from hidden states: WGA
 #  195  scoring                 from hidden states, no gradient
 #  215  grad_dot                group dots of a 7B model's tensors
-#  275  tests_* (2 at once)     every test that needs a GPU, ...
+#  275  tests_* (2 at once)     every test that needs a GPU; every test of a Triton kernel, compiled
 #  305  counters                DRAM bytes and L2 hits of the kernels
 #  325  tiles                   tiles of the row kernel
 #  345  peer_liger              beside liger

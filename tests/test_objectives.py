@@ -239,6 +239,9 @@ def test_weights_over_samples(objective, data):
     assert linear.loss.item() == pytest.approx(whole.item(), rel=1e-12)
     with pytest.raises(ValueError, match="needs ref_logp"):
         gfast.unlearn_loss(z, labels, objective)
+    for impl in ("auto", "reference"):  # nothing to forget is 0, never NaN
+        out = gfast.unlearn_loss(z, torch.full_like(labels, -100), objective, ref_logp=torch.zeros_like(ref), impl=impl)
+        assert out.loss == 0 and not out.weight.any() and not torch.autograd.grad(out.loss, z)[0].any()
 
 
 def test_registry_and_names():

@@ -45,7 +45,7 @@ class _Balanced(Objective):
         share, total = self._shares(logp, value.double(), valid, sequence_id, length)
         weight = weight * (share * present).to(weight.dtype)[sequence_id]
         each = total * present / length.sum().clamp(min=1)  # L is of the whole batch: in equal parts
-        return weight, torch.where(valid, each, 0.0).to(weight.dtype)
+        return weight, each.to(weight.dtype).expand_as(weight)
 
     def _shares(
         self, logp: Tensor, value: Tensor, valid: Tensor, sequence_id: Tensor, length: Tensor
@@ -59,7 +59,7 @@ class BalDRO(_Balanced):
     r"""BalDRO-DV over NPO: :math:`L = -\tau \log \frac1B \sum_s e^{-l_s / \tau}`.
 
     NPO's weight of each sequence times :math:`B e^{-l_s/\tau} / \sum_t e^{-l_t/\tau}`, over the B sequences of a batch:
-    with other batches other weights.
+    with other batches other weights. With reduction "none" the values are w log p of each token.
 
     This is the published code, where with tau > 0 the sequences that are forgotten most get the largest weights; the
     paper's words ask for the worst case, the samples that are hardest to unlearn: that is tau < 0,
@@ -95,6 +95,7 @@ class BalDROG(_Balanced):
 
     Of B sequences the k = max(1, floor(share B)) with the highest mean log-prob a token get NPO's weight times B / k,
     the others 0.
+    With reduction "none" the values are w log p of each token.
 
     Attributes:
         beta: > 0, NPO's. share: in (0, 1], the code's ``sampling_ratio``.

@@ -141,7 +141,8 @@ def weigh(objective, logp, ref_logp, valid, sequence_id, num_sequences) -> tuple
     spec = spec_of(objective)
     if spec is None:
         if (whole := getattr(objective, "weigh", None)) is not None:  # of one that is told which tokens count
-            return whole(logp, ref_logp, valid, sequence_id, num_sequences)
+            weight, value = whole(logp, ref_logp, valid, sequence_id, num_sequences)
+            return torch.where(valid, weight.detach(), 0.0), torch.where(valid, value.detach(), 0.0)
         weight = torch.as_tensor(objective(logp, ref_logp, sequence_id), dtype=logp.dtype, device=logp.device)
         if weight.shape != logp.shape:
             shapes = f"{tuple(weight.shape)}, not {tuple(logp.shape)}"
