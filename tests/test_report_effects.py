@@ -13,7 +13,7 @@ from gfast.report.effects import _in as in_range
 from gfast.report.figures import drawings
 from gfast.report.runs import load_runs
 from gfast.report.style import LIGHT
-from gfast.training.records import effect_file, token_texts_file
+from gfast.training.records import effect_file, token_texts_file, write_record
 
 
 def effects_of_words(seed: int, scale: float) -> TokenEffect:
@@ -58,6 +58,33 @@ def test_weights_of_samples_follow_the_objective(with_effects):
             assert unlearn[s] == pytest.approx(float(tokens.total("unlearn")[s].sum()))
 
 
+def test_answers_that_harm_the_retain_set_most_are_named(with_effects):
+    (drawing,) = [one for one in drawings(load_runs([with_effects])) if one.name == "answers"]
+    runs = load_runs([with_effects])
+    points, bars = drawing.draw(runs, LIGHT).axes
+    retain = dict(runs[0].effects("sample"))[10].total("retain")[:2]  # the third has nothing labelled
+    assert sorted(points.collections[0].get_offsets()[:, 1]) == pytest.approx(sorted(retain.tolist()))
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx(sorted(retain.tolist()))
+    first = int(retain.argmin())
+    assert [text.get_text() for text in bars.get_yticklabels()] == [f"Who is {s}?" for s in (first, 1 - first)]
+
+
+def test_answers_measured_without_an_objective(tmp_path, with_effects):
+    run = write_run(tmp_path / "ge", "WGA(alpha=1.0)", GA_COURSE)
+    for path in (run / "records").iterdir():
+        path.unlink()
+    effects_of_words(0, 1.0).samples().to_parquet(effect_file(run, "sample", 0))
+    rows = [{"quantity": "risk", "side": side, "value": 0.5} for side in ("unlearn", "retain")]
+    common = {"run": "ge", "objective": "WGA(alpha=1.0)", "step": 0, "epoch": 0.0}
+    write_record(run, [common | row for row in rows])
+    write_json(
+        token_texts_file(run), {"samples": [{"question": f"Who is {i}?", "pieces": p} for i, p in enumerate(WORDS)]}
+    )
+    source = build_report([run], tmp_path / "out").read_text()
+    assert "effects of answers" in source and "no G-effect recorded" not in source
+    assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["answers.png"]
+
+
 def test_every_weight_falls_into_one_range():
     weights = np.array([0.0, 0.25, 0.6, 0.75, 0.99, 1.0, 1.0001, 2.0])
     assert sum(in_range(weights, limits).astype(int) for limits in WEIGHT_RANGES).tolist() == [1] * 8
@@ -65,7 +92,7 @@ def test_every_weight_falls_into_one_range():
 
 def test_figures_of_samples_and_tokens(with_effects, tmp_path):
     names = [drawing.name for drawing in drawings(load_runs([with_effects]))]
-    assert names[-2:] == ["samples", "tokens"]
+    assert names[-3:] == ["samples", "answers", "tokens"]
     page = build_report([with_effects], tmp_path / "report").read_text()
     assert "Tokens: where an objective spends its damage" in page
     tokens = next(drawing for drawing in drawings(load_runs([with_effects])) if drawing.name == "tokens")

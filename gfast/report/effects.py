@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from gfast.sides import SIDES
 WEIGHT_RANGES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0), (1.0, math.inf))
 MAX_POINTS = 600  # above it a scatter is a blot, and the density is drawn instead
 MAX_ANSWERS = 6
+MAX_HARMFUL = 8
 LINE = 672.0  # width of a line of tokens, in points
 SIZES = (7.0, 15.0)  # points, for the smallest and the largest weight
 
@@ -96,6 +98,38 @@ def draw_samples(runs: list[Run], theme: Theme) -> Figure:
         Line2D([], [], linestyle="", marker="o", color=theme.ink, label="last"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+def draw_answers(runs: list[Run], theme: Theme) -> Figure:
+    """Both effects of every answer, and the answers whose unlearning harms the retain set most, by their questions.
+
+    They are of GA, whatever the objective: a folder is shown once, at the last step at which they were measured.
+    """
+    shown = {run.folder: run for run in runs if run.effects("sample") and run.texts}.values()
+    figure = Figure(figsize=(9.2, 3.1 * len(shown) + 0.2), layout="constrained")
+    grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1, 1))
+    for (ax, bars), run in zip(grid, shown, strict=True):
+        step, effect = run.effects("sample")[-1]
+        unlearn, retain = (effect.total(side).numpy() for side in SIDES)
+        there = np.flatnonzero((effect.tokens > 0).numpy() & np.isfinite(unlearn) & np.isfinite(retain))
+        zero_line(ax, theme)
+        ax.axvline(0, color=theme.ink, linewidth=0.9, zorder=1)
+        for axis, values in ((ax.xaxis, unlearn[there]), (ax.yaxis, retain[there])):
+            symmetric_log(axis, values, 2)
+        ax.scatter(unlearn[there], retain[there], s=10, linewidths=0, color=theme.retain, alpha=0.8, zorder=3)
+        ax.set_title(f"{wrap(run.name)}, step {step}: {len(there)} answers", fontweight="bold")
+        ax.set_xlabel("unlearn effect of an answer")
+        ax.set_ylabel("retain effect")
+        worst = there[np.argsort(retain[there], kind="stable")][:MAX_HARMFUL]
+        bars.barh(np.arange(len(worst)), retain[worst], color=theme.retain, height=0.6)
+        bars.axvline(0, color=theme.ink, linewidth=0.9)
+        bars.set_yticks(np.arange(len(worst)), [_ascii(textwrap.shorten(run.texts[s]["question"], 52)) for s in worst])
+        bars.invert_yaxis()
+        bars.yaxis.tick_right()
+        bars.grid(False)
+        bars.set_title("lowest retain effect", fontweight="bold")
+        bars.set_xlabel("retain effect")
     return figure
 
 

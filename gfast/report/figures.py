@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from gfast.report.effects import draw_samples, draw_tokens, weighted_samples
+from gfast.report.effects import draw_answers, draw_samples, draw_tokens, weighted_samples
 from gfast.report.matched import match
 from gfast.report.runs import TEXTS, Run
 from gfast.report.style import (
@@ -83,13 +83,16 @@ class Drawing:
 def drawings(runs: list[Run]) -> list[Drawing]:
     """The figures that these runs have data for, in the order of the page."""
     groups = all_groups(runs)
+    once, few = all(run.once for run in runs), len(groups) <= MAX_PANEL_GROUPS
     drawn = {
-        "geffect": _draw_totals if groups else None,
-        "geffect-groups": (_draw_groups if len(groups) <= MAX_PANEL_GROUPS else _draw_heat) if groups else None,
+        "geffect-once": _draw_once if groups and once else None,
+        "geffect": _draw_totals if groups and not once else None,
+        "geffect-groups": None if not groups or once and few else _draw_groups if few else _draw_heat,
         "training": _draw_training if any(len(run.series(name)[0]) for run in runs for name in _TRAINING) else None,
-        "nll": _draw_nll if any(len(run.series("risk", side)[0]) for run in runs for side in SIDES) else None,
+        "nll": _draw_nll if any(len(run.series("risk", side)[0]) > 1 for run in runs for side in SIDES) else None,
         "pareto": draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
         "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
+        "answers": draw_answers if any(run.effects("sample") and run.texts for run in runs) else None,
         "tokens": draw_tokens if any(run.effects("token") and run.texts for run in runs) else None,
     }
     return [Drawing(name, **TEXTS["figures"][name], draw=draw) for name, draw in drawn.items() if draw is not None]
@@ -166,6 +169,37 @@ def _draw_totals(runs: list[Run], theme: Theme) -> Figure:
         ax.set_ylabel(("G-effect\n⟨∇NLL, ∇objective⟩", "cosine\n(∇NLL, ∇objective)")[row % len(shown)])
     for ax in grid.flat:
         ax.set_visible(bool(ax.lines))  # the last band may have places to spare
+    _side_legend(figure, theme)
+    return figure
+
+
+def _draw_once(runs: list[Run], theme: Theme) -> Figure:
+    """Objectives of models as they stand: a line an objective, a panel for the total and for every layer group."""
+    groups = all_groups(runs)
+    runs = [run for run in runs if run.groups]
+    panels = ["total", *(groups if len(groups) <= MAX_PANEL_GROUPS else ())]
+    cosine = [("cosine", side, "total") for side in SIDES]
+    count = len(panels) + bool(_values(runs, cosine).size)
+    figure = Figure(figsize=(max(2.1 * count + 1.6, 6.4), 0.5 * len(runs) + 1.5), layout="constrained")
+    row = figure.subplots(1, count, squeeze=False, sharey=True)[0]
+    for ax, group in zip(row, [*panels, "cosine of the total"][:count], strict=True):
+        quantity, of = ("g_effect", group) if group in panels else ("cosine", "total")
+        ax.axvline(0, color=theme.ink, linewidth=0.9, zorder=1)
+        for side, color, marker, shift in (("unlearn", theme.unlearn, "o", -0.14), ("retain", theme.retain, "s", 0.14)):
+            for i, run in enumerate(runs):
+                for value in _finite(*run.series(quantity, side, of))[1]:
+                    ax.plot([0, value], [i + shift] * 2, color=color, linewidth=2.2, solid_capstyle="butt", zorder=2)
+                    ax.plot([value], [i + shift], color=color, marker=marker, markersize=5, zorder=3)
+        ax.set_title(group, fontweight="bold")
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+    row[0].set_yticks(range(len(runs)), [wrap(run.label) for run in runs])
+    row[0].set_ylim(len(runs) - 0.5, -0.5)
+    keys = [("g_effect", side, group) for side in SIDES for group in panels]
+    signed_axis(row[: len(panels)], _values(runs, keys), theme, "x")
+    for ax in row[len(panels) :]:
+        ax.set_xlim(-1.05, 1.05)
+    figure.supxlabel("G-effect ⟨∇NLL, ∇objective⟩", fontsize=9)
     _side_legend(figure, theme)
     return figure
 

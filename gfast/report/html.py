@@ -69,6 +69,7 @@ def build_report(
         "page.html.j2",
         title=title,
         runs=runs,
+        once=all(run.once for run in runs),
         columns=columns_of(summaries),
         rows=[(cells(summary), reading(summary)) for summary in summaries],
         comparison=" ".join(filter(None, said)),

@@ -63,6 +63,11 @@ class Run:
         return np.unique(self.records["step"].to_numpy(np.int64))
 
     @property
+    def once(self) -> bool:
+        """Whether it is one state of a model, as `gfast geffect` measures it: it has no course and no end to judge."""
+        return len(self.steps) == 1
+
+    @property
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """The numbers of evaluations along the run, by step (`gfast.EvaluateCallback`)."""
         from gfast.evaluation.results import read_summaries
@@ -79,11 +84,14 @@ class Run:
             return None
         return [*sorted(sums.values()), int(config.get("geffect_samples") or 0)]
 
+    def effect_files(self, kind: str) -> list[Path]:
+        return sorted((self.folder / "effects").glob(f"{kind}-*.parquet"))
+
     def effects(self, kind: str) -> list[tuple[int, Any]]:
         """Steps and effects of samples or tokens (`kind`), ordered by step; empty where none were recorded."""
         from gfast.geffect import Effect
 
-        files = sorted((self.folder / "effects").glob(f"{kind}-*.parquet"))
+        files = self.effect_files(kind)
         return [(int(path.stem.rpartition("-")[2]), Effect.from_parquet(path)) for path in files]
 
     @property

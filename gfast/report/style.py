@@ -104,17 +104,20 @@ def _ticks(axis: Axis, places: list[float], text: Callable[..., str]) -> None:
     axis.set_major_formatter(FuncFormatter(text))
 
 
-def signed_axis(axes: Iterable[Axes], values: np.ndarray, theme: Theme) -> None:
-    """One axis around zero for all of `axes`: linear where the values allow it, else symmetric-log, shaded inside."""
+def signed_axis(axes: Iterable[Axes], values: np.ndarray, theme: Theme, name: str = "y") -> None:
+    """One axis (`name`: y or x) around zero for all of `axes`: linear where the values allow it, else symmetric-log,
+    shaded inside.
+    """
     low, high = values.min(initial=0.0), values.max(initial=0.0)
     margin = 0.06 * (high - low) or 1.0
     linear = max(-low, high) <= 20 * linear_threshold(values)
     for ax in axes:
         if linear:
-            ax.set_ylim(low - margin, high + margin)
+            ax.set(**{f"{name}lim": (low - margin, high + margin)})
         else:
-            threshold = symmetric_log(ax.yaxis, values, 3)
-            ax.axhspan(-threshold, threshold, color=theme.faint, alpha=0.35, linewidth=0, zorder=0)
+            axis, shade = (ax.yaxis, ax.axhspan) if name == "y" else (ax.xaxis, ax.axvspan)
+            threshold = symmetric_log(axis, values, 3 if name == "y" else 2)
+            shade(-threshold, threshold, color=theme.faint, alpha=0.35, linewidth=0, zorder=0)
 
 
 def log_axis(ax: Axes, values: np.ndarray) -> None:

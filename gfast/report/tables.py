@@ -56,6 +56,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "objective": run.objective,
         "recorded_steps": len(run.steps),
         "last_step": int(run.steps[-1]) if len(run.steps) else None,
+        "once": run.once,
+        "of_answers": bool(run.effect_files("sample")),
         "forget_nll": None if run.of_batches else _ends(run, "unlearn"),
         "retain_nll": None if run.of_batches else _ends(run, "retain"),
         "unlearn_peak": _lowest(unlearn_steps, unlearn),
@@ -136,6 +138,8 @@ def cells(summary: dict[str, Any]) -> dict[str, str]:
     for key in ("forget_nll", "retain_nll"):
         ends = summary[key]
         found[key] = f"{number(ends['before'])} → {number(ends['after'])}" if ends else "–"
+        if ends and summary["once"]:
+            found[key] = number(ends["before"])
         if ends and ends["last_step"] < summary["last_step"]:  # killed or diverged: it is not that of the end
             found[key] += f" (step {ends['last_step']})"
     for key, count in (("unlearn_peak", "unlearn_negative"), ("retain_damage", "retain_negative")):
@@ -186,10 +190,22 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
     """An honest reading of one run, from its numbers alone: `verdict` (a few words), `tone` and `text` (sentences)."""
     unlearn, retain = summary["unlearn_negative"], summary["retain_negative"]
     if not unlearn or not retain:
+        if summary["of_answers"]:
+            said = (
+                "Measured answer by answer, which takes no objective: the figure of answers shows both effects of each."
+            )
+            return {"verdict": "effects of answers", "tone": "plain", "text": said}
         return {"verdict": "no G-effect recorded", "tone": "plain", "text": "This run recorded no total G-effect."}
-    parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
     forget, kept = summary["forget_nll"], summary["retain_nll"]
-    if forget and kept:
+    if summary["once"]:
+        parts = [_once_sentence(summary)]
+        if forget and kept:
+            parts.append(
+                f"NLL is {number(forget['before'])} on the forget set and {number(kept['before'])} on the retain set."
+            )
+    else:
+        parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
+    if forget and kept and not summary["once"]:
         gained, lost = forget["after"] - forget["before"], kept["after"] - kept["before"]
         sentence = (
             f"NLL went from {number(forget['before'])} to {number(forget['after'])} on the forget set and from "
@@ -218,6 +234,18 @@ def comparison(summaries: Sequence[dict[str, Any]]) -> str:
     return (
         f"For each nat of forget NLL, {least} gave up the least retain NLL ({number(prices[least])} nats) "
         f"and {most} the most ({number(prices[most])})."
+    )
+
+
+def _once_sentence(summary: dict[str, Any]) -> str:
+    """What a step would do, of a model that was measured as it stands."""
+    raises = {side: summary[f"{side}_total"] < 0 for side in SIDES}
+    said = {side: "raises" if raises[side] else "does not raise" for side in SIDES}
+    ratio = f", {number(summary['damage_ratio'])} of the unlearning" if all(raises.values()) else ""
+    return (
+        f"To first order a step on it {said['unlearn']} the forget NLL (unlearn G-effect "
+        f"{number(summary['unlearn_total'])}) and {said['retain']} the retain NLL (retain G-effect "
+        f"{number(summary['retain_total'])}{ratio})."
     )
 
 
@@ -253,15 +281,16 @@ def _retain_sentence(summary: dict[str, Any]) -> str:
 
 def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     """The worse of two ratios decides: retain harm per unlearning, to first order (G-effect) and in NLL."""
-    forget, kept = summary["forget_nll"], summary["retain_nll"]
+    once = summary["once"]
+    forget, kept = (None, None) if once else (summary["forget_nll"], summary["retain_nll"])
     gained = forget["after"] - forget["before"] if forget else None
     if not summary["unlearn_peak"] or (gained is not None and gained <= 0):
-        return "did not unlearn", "bad"
+        return "would not unlearn" if once else "did not unlearn", "bad"
     ratios = [summary["damage_ratio"]]
     if gained is not None and kept:
         ratios.append((kept["after"] - kept["before"]) / gained)
     ratio = max(r for r in ratios if r is not None)
     for limit, words, tone in HARM:
         if ratio < limit:
-            return f"unlearned, {words} retain harm", tone
+            return f"{'would unlearn' if once else 'unlearned'}, {words} retain harm", tone
     raise AssertionError("the last limit of HARM is infinite")
