@@ -170,7 +170,11 @@ class Harness:
     @classmethod
     def simple_evaluate(cls, model, tasks, log_samples):
         cls.asked.append(tasks)
-        return {"results": {task: {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": task} for task in tasks}}
+        return {
+            "results": {
+                task: {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": task, "sample_len": 6} for task in tasks
+            }
+        }
 
 
 def test_tasks_of_lm_eval(model, tmp_path, capsys, monkeypatch):
@@ -183,6 +187,7 @@ def test_tasks_of_lm_eval(model, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x" / "run.json").exists()
     for _ in range(2):
         assert cli.main(flags(model, tmp_path / "out", lm_eval="wmdp")) == 0
-        assert "| wmdp | acc | 0.2500 |" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "| wmdp | acc | 0.2500 |" in printed and "sample_len" not in printed
     assert Harness.asked == [["wmdp"]]
     assert read_json(tmp_path / "out" / "lm_eval.json")["results"]["wmdp"]["acc,none"] == 0.25

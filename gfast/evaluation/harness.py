@@ -46,6 +46,7 @@ def evaluated(model: nn.Module, tokenizer: Any, tasks: Sequence[Any], batch_size
     lines = ["| Task | Metric | Value |", "|---|---|---:|"]
     for task, values in found["results"].items():
         for metric, value in values.items():
-            if isinstance(value, (int, float)) and "stderr" not in metric:
+            # a metric's name ends with its filter's, "acc,none"; counts of samples stand beside it
+            if isinstance(value, (int, float)) and "," in metric and "stderr" not in metric:
                 lines.append(f"| {task} | {metric.removesuffix(',none')} | {value:.4f} |")
     return "\n".join(lines) + "\n"
