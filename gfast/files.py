@@ -115,6 +115,11 @@ def errno_of(error: Exception) -> int:
     return getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
 
 
+def files_like(folder: Path, pattern: str) -> list[Path]:
+    """`folder.glob(pattern)`, sorted, without files that are being written or that a killed writer left."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(TEMPORARY_PREFIX))
+
+
 def remove_partial_files(folders: Iterable[Path]) -> None:
     """Remove what killed writers left in `folders`; files that a living process may still be writing stay."""
     for folder in folders:

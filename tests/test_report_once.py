@@ -3,6 +3,7 @@
 import pytest
 from helpers.report_runs import GA_COURSE, GROUPS, write_run
 
+from gfast.files import TEMPORARY_PREFIX
 from gfast.report import build_report
 from gfast.report.figures import drawings
 from gfast.report.runs import load_runs
@@ -41,6 +42,17 @@ def test_figures_of_a_model_as_it_stands(tmp_path):
     assert ends == [[-4.0, -4.0, -3.0, -3.0], *[[-1.0, -1.0, -0.75, -0.75]] * 4, [-0.008, -0.008, -0.006, -0.006]]
     both = [*folders, write_run(tmp_path / "run", "WGA(alpha=1.0)", GA_COURSE)]
     assert [one.name for one in drawings(load_runs(both))][:2] == ["geffect", "geffect-groups"]
+
+
+def test_what_a_killed_writer_left_is_no_record(tmp_path):
+    folder = write_run(tmp_path / "GA", "GA()", ONCE)
+    (folder / "records" / f"{TEMPORARY_PREFIX}here-1-{32 * 'a'}.parquet").write_bytes(b"")
+    assert [path.name for path in load_runs([folder])[0].record_files] == ["step-00000000.parquet"]
+    only = tmp_path / "only" / "records"
+    only.mkdir(parents=True)
+    (only / f"{TEMPORARY_PREFIX}here-1-{32 * 'a'}.parquet").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="holds no records"):
+        load_runs([tmp_path / "only"])
 
 
 def test_a_map_of_many_layers_as_they_stand(tmp_path):

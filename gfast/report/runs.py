@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gfast.files import readable
+from gfast.files import files_like, readable
 from gfast.geffect.groups import depth
 
 # Titles and captions of the figures, formulas of the objectives.
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def record_files(self) -> list[Path]:
-        return sorted((self.folder / "records").glob("*.parquet"))
+        return files_like(self.folder / "records", "*.parquet")
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
@@ -127,7 +127,7 @@ def load_runs(folders: list[Path]) -> list[Run]:
         raise ValueError(f"run folder given twice: {min(map(str, twice))}")
     read = []
     for folder in folders:
-        if not any((folder / "records").glob("*.parquet")):
+        if not files_like(folder / "records", "*.parquet"):
             raise FileNotFoundError(
                 f"{folder} holds no records: expected {folder / 'records'}/step-*.parquet; "
                 "pass the folder of a run made by UnlearnTrainer with geffect_every set, or by gfast demo"

@@ -18,7 +18,7 @@ from typing import Any
 
 from gfast.commands.common import say
 from gfast.errors import NotFinite
-from gfast.files import file_checksum, read_json, write_json
+from gfast.files import file_checksum, files_like, read_json, write_json
 from gfast.words import did_you_mean
 
 REDO_ALL = "changed"
@@ -91,7 +91,7 @@ class Steps:
         if record.get("dropped"):
             return record["made"]
         folder = self.out / name
-        files = sorted({path for pattern in self.by_name[name].makes for path in folder.glob(pattern)})
+        files = sorted({path for like in self.by_name[name].makes for path in files_like(folder, like)})
         return {path.relative_to(folder).as_posix(): self.checksum(path) for path in files}
 
     def state(self, step: Step) -> tuple[str, str]:
