@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.marks import slow_when
+from helpers.training_tiny import saved_tiny
 
 from gfast import cli
 
@@ -40,24 +40,37 @@ importlib.util.find_spec = lambda name, *rest: None if name == "peft" else find(
 
 def loaded(code: str, folder: Path) -> set[str]:
     """Of HEAVY, what a fresh process that ran `code` has loaded."""
+    return set(said(f"{code}\nprint(*loaded(), sep='\\n')", folder).split("\n")) & HEAVY
+
+
+def said(code: str, folder: Path) -> str:
+    """What a fresh process prints; `loaded()` is what it has loaded of HEAVY."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code += f"\nimport sys; print(*({HEAVY!r} & set(sys.modules)), sep='\\n')"
+    code = f"import sys\ndef loaded(): return {HEAVY!r} & set(sys.modules)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split("\n")) & HEAVY
+    return done.stdout
 
 
-@pytest.mark.parametrize("module", MODULES)
-@slow_when(lambda p: p.module not in ("gfast.commands.geffect", "gfast.commands.unlearn"))
-def test_a_command_starts_light(module, tmp_path):
-    assert loaded(f"{NO_PEFT}import torch, transformers, {module}", tmp_path) <= MODULES[module]
+def one_by_one(steps: dict[str, str], allowed: dict[str, set[str]], folder: Path) -> None:
+    """Each of `steps` (lines of code by name) loads no more than it may, in one process: those that may most, last."""
+    names = sorted(steps, key=lambda name: len(allowed[name]))
+    lines = [NO_PEFT, "import torch, transformers"]
+    lines += [f"{steps[name]}; print('loaded by', {name!r}, *loaded(), sep='\\t')" for name in names]
+    found = [
+        line.split("\t")[1:] for line in said("\n".join(lines), folder).splitlines() if line.startswith("loaded by")
+    ]
+    assert [name for name, *_ in found] == names
+    assert not {name: extra for name, *has in found if (extra := set(has) - allowed[name])}
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-@slow_when(lambda p: p.command not in ("unlearn", "demo"))
-def test_help_loads_no_trainer(command, tmp_path):
-    code = f"{NO_PEFT}from gfast import cli; assert cli.main([{command!r}, '--help']) == 0"
-    assert loaded(code, tmp_path) <= MODULES[cli.COMMANDS[command][0]]
+def test_a_command_starts_light(tmp_path):
+    one_by_one({module: f"import {module}" for module in MODULES}, MODULES, tmp_path)
+
+
+def test_help_loads_no_trainer(tmp_path):
+    steps = {name: f"from gfast import cli; assert cli.main([{name!r}, '--help']) == 0" for name in cli.COMMANDS}
+    one_by_one(steps, {name: MODULES[module] for name, (module, _) in cli.COMMANDS.items()}, tmp_path)
 
 
 def test_help_of_a_training_leaves_peft_alone(tmp_path):
@@ -79,13 +92,7 @@ def test_the_flags_of_a_training_load_no_more_than_transformers_own(tmp_path):
 
 
 def test_a_measurement_loads_no_trainer(tmp_path):
-    code = """
-from helpers.training_tiny import TOKENIZER, tiny_model
-tiny_model().save_pretrained("model")
-TOKENIZER.save_pretrained("model")
-"""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    saved_tiny(tmp_path / "model")
     code = """
 from gfast import cli
 assert cli.main("geffect --model model --data bundled --objectives GA WGA --batch_size 64".split()) == 0
