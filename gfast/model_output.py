@@ -78,7 +78,7 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         impl: as ``linear_token_logp``.
 
     Returns:
-        [B, T], fp32, aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0.
+        [B, T], fp32 (fp64 of fp64 models), aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0.
         Differentiable.
 
     Raises:

@@ -141,7 +141,7 @@ def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, refere
         return given
     with original(model, batch, reference):
         if "ref_logp" in lacking:
-            given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+            given["ref_logp"] = model_logp(model, batch)  # [B, T]
         if "ref_layer_hidden" in lacking:
             given["ref_layer_hidden"] = layer_hidden(model, batch, objective.layer)  # [B, T, D]
         if lacking & {"ref_hidden", "ref_head"}:

@@ -21,9 +21,9 @@ from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.reference_values import BATCH_KEY, TEXT_KEYS, as_it_is, checked, keep_samples, to_model, values_of
 
-FORMAT = "gfast-reference-2"
-# Of earlier versions; their files have no checksums.
-KNOWN_FORMATS = ("gfast-reference-1", FORMAT)
+FORMAT = "gfast-reference-3"
+# Of earlier versions: the first has no checksums, and both have log-probs in fp32 of fp64 models too.
+OLD_FORMATS = ("gfast-reference-1", "gfast-reference-2")
 REMEDY = "delete it and build it again with ReferenceCache.build"
 # What all samples share: the output head of the original model, and its scale and soft cap (0: none).
 HEAD_KEYS = ("ref_head", "ref_head_bias", "ref_head_form")
@@ -34,7 +34,7 @@ class ReferenceCache:
 
     | asked for | batch key | shape of one sample | used by |
     |---|---|---|---|
-    | `"logp"` | `ref_logp` | [T] fp32, log p(s_i given s_<i; theta_o), 0 at ignored labels | NPO, TNPO, WTNPO, DPO |
+    | `"logp"` | `ref_logp` | [T] fp32 (fp64 of fp64 models), log p(s_i given s_<i; theta_o), 0 at ignored labels | NPO, TNPO, WTNPO, DPO |
     | `"hidden"` | `ref_hidden` | [T, D] after the final norm, and once the head `ref_head` [V, D] | KL |
     | `"layer_hidden"` | `ref_layer_hidden` | [T, D], `hidden_states[layer]` | RR |
 
@@ -275,8 +275,8 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
-        Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache or belongs to another model or
-        other data.
+        Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache, belongs to another model or
+        other data, or holds an fp64 model's log-probs in fp32.
         """
         path = Path(path)
         if not path.is_file():
@@ -285,11 +285,16 @@ class ReferenceCache:
             )
         file = TensorFile(path, REMEDY)
         description = file.description
-        if not isinstance(description, dict) or description.get("format") not in KNOWN_FORMATS:
+        if not isinstance(description, dict) or description.get("format") not in (*OLD_FORMATS, FORMAT):
             raise ValueError(f"{path} is not a {FORMAT} file; {REMEDY}")
-        if description["format"] == FORMAT and file.checksum is None:
+        if description["format"] != OLD_FORMATS[0] and file.checksum is None:
             raise DamagedFile(path, "its checksums are missing", REMEDY)
         tensors = {name: file.get(name) for name in file.names}
+        wide = model is not None and any(p.dtype == torch.float64 for p in model.parameters())
+        if wide and "ref_logp" in tensors and description["format"] in OLD_FORMATS:
+            raise ValueError(
+                f"{path}: an earlier gfast wrote it, which rounded the log-probs of fp64 models to fp32; {REMEDY}"
+            )
         with undamaged(path, REMEDY):
             cache = cls(
                 tensors.pop("sample_ids"),

@@ -65,7 +65,7 @@ def values_of(
             head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
         found["ref_hidden"] = output.value  # [B, T, D]
     if "logp" in what:
-        found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+        found["ref_logp"] = model_logp(model, batch)  # [B, T]
     if "layer_hidden" in what:
         found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
     return found
