@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from gfast import cli, metrics
 from gfast.evaluation import Evaluation, encoded
 from gfast.evaluation.results import summarize
-from gfast.files import read_json, write_json
+from gfast.files import file_checksum, read_json, write_json
 from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.recipe import load_recipe
@@ -252,6 +252,27 @@ def test_without_evaluations_runs_are_compared_by_their_nll(finished, tmp_path, 
     assert row["forget_nll"] == other["forget_nll"] and row["forget_extraction"] is None
 
 
+def test_weights_that_a_study_deleted_are_not_lost(finished, tmp_path, no_figures, capsys):
+    """keep_models: false. The audit is of what was measured, and says of the weights what became of them."""
+    recipe, out = finished
+    copy, run = tmp_path / "out", tmp_path / "out" / "runs" / "npo-kl" / "seed1"
+    shutil.copytree(out, copy)
+    changes = ["retain_model=false", "evaluate=null", "calibrate=null", "sizes=null", "grid=null", "objectives=[npo-kl]"]
+    assert reproduce(recipe, "--out", copy, "keep_models=false", *changes) == 0
+    assert not (run / "model.safetensors").exists()
+    assert cli.main(["audit", str(run)]) in (0, 1)
+    fingerprints = read_json(run / "audit.json")["fingerprints"]
+    assert fingerprints["model_files"] == {"model.safetensors": file_checksum(out / "runs/npo-kl/seed1/model.safetensors")}
+    assert "deleted since: keep_models of its study is false" in (run / "audit.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--model", str(run), "--data", "bundled", "--output_dir", str(tmp_path / "e")]) == 2
+    assert "model.safetensors is damaged: it was deleted (keep_models of its study is false)" in capsys.readouterr().err
+    assert cli.main(["audit", str(copy)]) == 2
+    assert "is the folder of a study: give one of its runs, such as" in capsys.readouterr().err
+    (run / "config.json").unlink()
+    assert cli.main(["audit", str(run)]) == 2, "what nobody deleted on purpose"
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
     recipe, out = finished
@@ -264,7 +285,7 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         real(flags, folder, **options)
 
     monkeypatch.setattr(work, "train", stopped)
-    small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[ga]"]
+    small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[npo-kl]"]
     assert cli.main(["reproduce", str(recipe), "--out", str(tmp_path), *small]) == 130
     assert not (tmp_path / "study.html").exists()
     (record,) = [
