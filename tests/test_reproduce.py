@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,10 +162,21 @@ def test_sentences_say_what_the_numbers_do(finished):
     knew = {0: "it knew both.", 1: "it knew one of them badly", 2: "it knew both of them badly"}
     badly = sum(sets[side]["nll"] >= 0.5 for side in ("forget", "retain"))
     assert knew[badly] in results.sentences()[0]
-    for values, words in (((0.3, 0.3), "all leave as much"), ((0.3, 0.2), "npo-kl leaves least")):
+    for values, deviation, words, more in (
+        ((0.3, 0.3), 0.0, "all leave as much", None),
+        ((0.3, 0.2), 0.01, "npo-kl leaves least", "They are 0.1 apart, more than twice what seeds make"),
+        ((0.3, 0.2), 0.05, "npo-kl leaves least", "They are 0.1 apart, not more than twice what seeds make"),
+        ((0.3, 0.2), None, "npo-kl leaves least", None),
+    ):
+        results.recipe = replace(results.recipe, seeds=(0, 1) if deviation is not None else (0,))
         for row, value in zip(results.rows[2:], values, strict=True):
-            row["calibrated_extraction"] = value, 0.0
-        assert any(f"At equal retention, {words} to extract" in one for one in results.sentences())
+            row["calibrated_extraction"] = row["matched_retain_extraction"] = value, deviation
+        said = results.sentences()
+        equal, kept = (next(one for one in said if one.startswith(begin)) for begin in ("At equal", "There the retain"))
+        assert f"At equal retention, {words} to extract" in equal
+        for one in (equal, kept):
+            assert more in one if more else "apart" not in one
+        assert ("Each objective has one seed" in said[-1]) == (deviation is None)
 
 
 def test_nothing_calibrates_to_nothing_and_a_step_that_fails_is_named(finished, tmp_path, monkeypatch, no_figures):
