@@ -384,7 +384,9 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
 def test_names_and_numbers_of_an_evaluation(caplog):
     one = sets()[0]
     samples = encoded(one, TOKENIZER)
-    for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction")):
+    for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction"),
+                             ({"extraction_samples": 3}, "extraction_samples=3 has no effect without extraction"),
+                             ({"extraction": ["exact"], "extraction_samples": -1}, "extraction_samples is -1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Evaluation([one], [samples], TOKENIZER, **options)
     with pytest.raises(ValueError, match="one name"):

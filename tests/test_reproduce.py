@@ -320,6 +320,7 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         ("unlearn.learning_rat=1", "there is no flag unlearn.learning_rat; did you mean learning_rate?"),
         ("sead=[1]", "there is no key sead; did you mean seeds?"),
         ("evaluate.row=1", "there is no key evaluate.row; did you mean rows?"),
+        ("evaluate.extraction_samples=3", "has no effect without evaluate.extraction"),
         ("objectives.x=WGAA", "no objective is called 'WGAA'; did you mean WGA?"),
         ("objectives.x={objective: GA, retain_trm: nll}", "objectives.x.retain_trm; did you mean retain_term?"),
         ("objectives=[ga, npo]", "objectives is 'npo'"),

@@ -138,8 +138,8 @@ def test_none_is_a_value_where_transformers_says_so(tmp_path):
         if entry.init and entry.name not in REFUSED.keys() | {"fsdp", "tp_size"}:  # version 4 has to be given one
             try:
                 config(tmp_path, **{entry.name: None})
-            except ValueError as error:
-                assert str(error).startswith(f"{entry.name} is None; give")
+            except ValueError as error:  # transformers says the others by name
+                assert re.match(f"{entry.name} is None; give|None is not a valid ", str(error))
                 refused.add(entry.name)
     assert refused >= set("weight_decay adam_beta1 max_steps optim seed dataloader_drop_last".split())
     assert not refused & set("lr_scheduler_kwargs eval_steps data_seed hub_token max_grad_norm report_to".split())

@@ -147,6 +147,20 @@ def test_joined_values_are_aligned_with_the_batch(tmp_path):
     assert torch.equal(ReferenceJoin(collator(), {"forget": cache})(items)["ref_logp"], batch["ref_logp"])
 
 
+def test_what_says_something_of_nothing_is_refused(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    path = tmp_path / "reference.safetensors"
+    with pytest.raises(ValueError, match=r"layer=1 has no effect with what=\['logp'\]"):
+        ReferenceCache.build(model, data, collator(), path, layer=1)
+    cache = ReferenceCache.build(model, data, collator(), path)
+    with pytest.raises(ValueError, match=r"layer=1 has no effect with what=\[\]"):
+        ReferenceCache.load(path, layer=1)
+    for options in ({"adapted": True}, {"fingerprint": "another"}):
+        for check in (cache.check, lambda **options: ReferenceCache.load(path, **options)):
+            with pytest.raises(ValueError, match="say which model a cache has to be of: give model="):
+                check(**options)
+
+
 def test_pairs_have_a_reference_for_both_halves():
     model, (data, _) = tiny_model(), datasets("pairs")
     cache = ReferenceCache.build(model, data, collator(), batch_size=4)

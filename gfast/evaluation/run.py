@@ -24,6 +24,7 @@ from gfast.evaluation.generation import Generated, generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
+from gfast.given import whole
 from gfast.metrics.answers import OPTION_SETS
 from gfast.metrics.log import FORMAT
 from gfast.metrics.values import chosen
@@ -35,6 +36,7 @@ PARTS = "parts"
 # Min-K% of the log: open-unlearning's k for TOFU and MUSE.
 MIN_K = 0.4
 EXTRACTIONS = ("exact", "similar", "perturbed")
+EXTRACTION_SAMPLES = 50
 _NAMES = {"gt": "gt_loss", "paraphrased": "paraphrased_loss", "perturb": "perturb_loss"}
 _AVERAGES = {"gt": "avg_gt_loss", "paraphrased": "avg_paraphrased_loss", "perturb": "average_perturb_loss"}
 
@@ -64,7 +66,7 @@ class Evaluation:
         tokenizer: Any,
         batch_size: int = 16,
         extraction: Sequence[str] = (),
-        extraction_samples: int = 50,
+        extraction_samples: int = EXTRACTION_SAMPLES,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"gfast: batch_size is {batch_size}; give 1 or more")
@@ -73,6 +75,12 @@ class Evaluation:
             raise ValueError(f"gfast: two sets have one name: {', '.join(names)}")
         for kind in extraction:
             chosen("extraction", kind, EXTRACTIONS)
+        extraction_samples = whole("gfast: extraction_samples", extraction_samples, least=1)
+        if extraction_samples != EXTRACTION_SAMPLES and not extraction:
+            raise ValueError(
+                f"gfast: extraction_samples={extraction_samples} has no effect without extraction, the kinds to measure "
+                f"({', '.join(EXTRACTIONS)})"
+            )
         if "perturbed" in extraction and not any(sample.reworded for some in samples for sample in some):
             raise ValueError(
                 f"gfast: extraction perturbed asks questions in other words, and no set has rows with {REWORDED}"

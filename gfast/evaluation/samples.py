@@ -104,7 +104,8 @@ def encoded(
     chat_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
 ) -> list[Sample]:
-    """The samples of a set. Nothing is cut: an answer that was would have another loss.
+    """The samples of a set. Nothing is cut: an answer that was would have another loss. template and chat_kwargs are
+    those of sets without an `encode` of their own.
 
     Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
     with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from types import NoneType
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -211,7 +210,7 @@ class UnlearnConfig(TrainingArguments):
         hints = get_type_hints(TrainingArguments)
         for entry in fields(TrainingArguments):
             value, known = getattr(self, entry.name), entry.metadata.get("choices")
-            if value is None and entry.default is not None and NoneType not in get_args(hints[entry.name]):
+            if value is None and entry.default is not None and (hints[entry.name] in (int, float, bool) or known):
                 raise ValueError(f"{entry.name} is None; give a value, or leave it out for {entry.default!r}")
             # Trainer would take another word for the default.
             if known and isinstance(value, str) and value not in known:

@@ -19,7 +19,16 @@ from gfast.model_settings import difference, settings_of
 from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.reference_values import BATCH_KEY, TEXT_KEYS, as_it_is, checked, keep_samples, to_model, values_of
+from gfast.training.reference_values import (
+    BATCH_KEY,
+    TEXT_KEYS,
+    as_it_is,
+    check_layer_asked,
+    checked,
+    keep_samples,
+    to_model,
+    values_of,
+)
 
 FORMAT = "gfast-reference-3"
 # Of earlier versions: the first has no checksums, and both have log-probs in fp32 of fp64 models too.
@@ -278,6 +287,7 @@ class ReferenceCache:
         Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache, belongs to another model or
         other data, or holds an fp64 model's log-probs in fp32.
         """
+        check_layer_asked(what, layer)
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -327,6 +337,8 @@ class ReferenceCache:
         """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
         adapted: of the model with its adapters on, or with the one of that name; fingerprint: as in `build`.
         """
+        if model is None and (adapted or fingerprint):
+            raise ValueError("adapted and fingerprint say which model a cache has to be of: give model= with them")
         lacking = sorted(set(what) - self.what)
         if lacking:
             raise ValueError(
