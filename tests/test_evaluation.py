@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,6 +380,21 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
         encoded(nothing, TOKENIZER)
     with pytest.raises(ValueError, match="tokens, more than 12"):
         encoded(sets()[0], TOKENIZER, max_length=12)
+
+
+def test_rows_in_both_sets_are_said_once(caplog):
+    forget, retain = sources.bundled(4)[::-1]
+    rows = [*retain.rows[:2], forget.rows[3], forget.rows[1]]
+    asked = [forget, EvaluationSet("holdout", "lines", rows, generate=0), replace(retain, rows=rows, name="kept")]
+    samples = [encoded(one, TOKENIZER) for one in asked]
+    for _ in range(2):
+        Evaluation(asked, samples, TOKENIZER)
+    first = f"2 of 4 forget rows are in the holdout set too, the first as its row 4: {forget.rows[1]['question']!r:.60}"
+    said = [one for one in caplog.messages if "rows are in" in one]
+    assert said == [
+        f"gfast: {first}. Membership inference asks what tells the sets apart: take them out of one",
+        f"gfast: {first.replace('holdout', 'kept')}. What is said of the kept set is said of them as well: take them out of one",
+    ]
 
 
 def test_names_and_numbers_of_an_evaluation(caplog):

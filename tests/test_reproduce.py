@@ -269,12 +269,21 @@ def test_weights_that_a_study_deleted_are_not_lost(finished, tmp_path, no_figure
     recipe, out = finished
     copy, run = tmp_path / "out", tmp_path / "out" / "runs" / "npo-kl" / "seed1"
     shutil.copytree(out, copy)
-    changes = ["retain_model=false", "evaluate=null", "calibrate=null", "sizes=null", "grid=null", "objectives=[npo-kl]"]
+    changes = [
+        "retain_model=false",
+        "evaluate=null",
+        "calibrate=null",
+        "sizes=null",
+        "grid=null",
+        "objectives=[npo-kl]",
+    ]
     assert reproduce(recipe, "--out", copy, "keep_models=false", *changes) == 0
     assert not (run / "model.safetensors").exists()
     assert cli.main(["audit", str(run)]) in (0, 1)
     fingerprints = read_json(run / "audit.json")["fingerprints"]
-    assert fingerprints["model_files"] == {"model.safetensors": file_checksum(out / "runs/npo-kl/seed1/model.safetensors")}
+    assert fingerprints["model_files"] == {
+        "model.safetensors": file_checksum(out / "runs/npo-kl/seed1/model.safetensors")
+    }
     assert "deleted since: keep_models of its study is false" in (run / "audit.html").read_text()
     capsys.readouterr()
     assert cli.main(["evaluate", "--model", str(run), "--data", "bundled", "--output_dir", str(tmp_path / "e")]) == 2

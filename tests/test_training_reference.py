@@ -84,7 +84,9 @@ def test_log_probs_of_fp64_models_are_fp64(tmp_path):
     assert abs(loss.item() - 2 * math.log(2)) < 1e-10
     file = TensorFile(path, "")
     tensors = {name: file.get(name) for name in file.names}
-    write_tensors(path, tensors | {"ref_logp": tensors["ref_logp"].float()}, file.description | {"format": OLD_FORMATS[1]})
+    write_tensors(
+        path, tensors | {"ref_logp": tensors["ref_logp"].float()}, file.description | {"format": OLD_FORMATS[1]}
+    )
     with pytest.raises(ValueError, match="rounded the log-probs of fp64 models to fp32; delete it"):
         ReferenceCache.build(model, data, collator(), path)
 

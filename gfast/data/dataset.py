@@ -256,7 +256,7 @@ class ForgetRetain(Dataset):
     The retain partner of item i is entry i of a shuffle of the retain set seeded by (seed, epoch): no retain item comes
     twice before all have come once, each epoch pairs anew, and the same (seed, epoch) always gives the same pairs, also
     in worker processes and after a resume. Call `set_epoch` at the start of an epoch; `epoch_callback` does it in a
-    Hugging Face Trainer.
+    Hugging Face Trainer. A warning says how many items of a QADataset (and those like it) are in both sets.
 
     Example:
         >>> from gfast.data import ForgetRetain
@@ -270,6 +270,7 @@ class ForgetRetain(Dataset):
             if len(data) == 0:
                 raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
         self.forget, self.retain, self.seed = forget, retain, whole("gfast: seed", seed, least=None)
+        _say_items_in_both(forget, retain)
         # Shared memory, so that persistent data loader workers see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._partners: tuple[int, list[int]] | None = None
@@ -308,6 +309,24 @@ class ForgetRetain(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"forget": self.forget[index], "retain": self.retain[self.partners()[index]]}
+
+
+def _say_items_in_both(forget: Any, retain: Any) -> None:
+    """A warning for texts that are to be forgotten and kept; of data sets whose items are made already."""
+    forget = getattr(forget, "rejected", forget)
+    if not (isinstance(forget, QADataset) and isinstance(retain, QADataset)):
+        return
+    places = {tuple(ids.tolist()): number for number, (ids, _) in reversed([*enumerate(retain._items, start=1)])}
+    texts = [tuple(ids.tolist()) for ids, _ in forget._items]
+    both = [(number, text) for number, text in enumerate(texts, start=1) if text in places]
+    if both:
+        number, text = both[0]
+        warnings.warn(
+            f"gfast: {len(both)} of {len(texts)} forget items are in the retain set too, the first as item {number} of "
+            f"the forget set and {places[text]} of the retain set: they are forgotten and kept at once; take them out "
+            f"of one",
+            stacklevel=3,
+        )
 
 
 def epoch_callback(dataset: Any):

@@ -21,7 +21,7 @@ from gfast.data.encode import IGNORE, special_tokens
 from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
 from gfast.evaluation.generation import Generated, generate, text_of
-from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
+from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
 from gfast.given import whole
@@ -87,6 +87,7 @@ class Evaluation:
             )
         self.sets, self.samples, self.tokenizer = list(sets), [list(some) for some in samples], tokenizer
         self.batch_size, self.extraction, self.extraction_samples = batch_size, tuple(extraction), extraction_samples
+        say_rows_in_both(sets)
         self.pad_id = next((int(x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
         self._shared: dict[int, bool] = {}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gfast.data.encode import IGNORE, make_encoder, resolve_template
-from gfast.data.rows import as_rows, field_text, is_cut
+from gfast.data.rows import as_rows, field_text, in_both, is_cut
+
+logger = logging.getLogger("gfast")
 
 # TOFU's field of the question in other words.
 REWORDED = "paraphrased_question"
@@ -83,6 +86,25 @@ class Sample:
     def counts(self, name: str) -> list[int]:
         """Tokens of the answers of a field, with the one that ends each."""
         return [sum(label != IGNORE for label in self.answers[at][1][1:]) for at in self.fields[name]]
+
+
+_said: set[str] = set()
+
+
+def say_rows_in_both(sets: Sequence[EvaluationSet]) -> None:
+    """A warning, once, for rows of a forget set that are in another set too."""
+
+    def rows_of(one: EvaluationSet) -> list[dict[str, Any]]:
+        return [{"question": row.get(one.question), "answer": row.get(one.answer)} for row in as_rows(one.rows)]
+
+    for one in sets:
+        for other in sets if one.name.rpartition("_")[2] == "forget" else ():
+            found = None if other is one else in_both(rows_of(one), rows_of(other), other.name, one.name)
+            if found is not None and found not in _said:
+                _said.add(found)
+                then = "Membership inference asks what tells the sets apart" if other.name == "holdout" else (
+                    f"What is said of the {other.name} set is said of them as well")  # fmt: skip
+                logger.warning("gfast: %s. %s: take them out of one", found, then)
 
 
 def tokens_checksum(samples: Sequence[Sample]) -> str:
