@@ -391,10 +391,13 @@ def test_rows_in_both_sets_are_said_once(caplog):
         Evaluation(asked, samples, TOKENIZER)
     first = f"2 of 4 forget rows are in the holdout set too, the first as its row 4: {forget.rows[1]['question']!r:.60}"
     said = [one for one in caplog.messages if "rows are in" in one]
-    assert said == [
-        f"gfast: {first}. Membership inference asks what tells the sets apart: take them out of one",
-        f"gfast: {first.replace('holdout', 'kept')}. What is said of the kept set is said of them as well: take them out of one",
-    ]
+    for one, name, then in zip(
+        said,
+        ("holdout", "kept"),
+        ("Membership inference asks what tells the sets apart", "What is said of the kept set is said of them as well"),
+        strict=True,
+    ):
+        assert one == f"gfast: {first.replace('holdout', name)}. {then}: take them out of one"
 
 
 def test_names_and_numbers_of_an_evaluation(caplog):
@@ -402,7 +405,7 @@ def test_names_and_numbers_of_an_evaluation(caplog):
     samples = encoded(one, TOKENIZER)
     for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction"),
                              ({"extraction_samples": 3}, "extraction_samples=3 has no effect without extraction"),
-                             ({"extraction": ["exact"], "extraction_samples": -1}, "extraction_samples is -1")):  # fmt: skip
+                             ({"extraction": ["exact"], "extraction_samples": -1}, "samples is -1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Evaluation([one], [samples], TOKENIZER, **options)
     with pytest.raises(ValueError, match="one name"):

@@ -58,8 +58,8 @@ def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, A
     if data is not None:
         if plan.rows:
             raise ValueError(
-                f"gfast: relearning: rows={plan.rows} of the forget set has no effect beside related data, all of which "
-                "are learned: give one of the two"
+                f"gfast: relearning: rows={plan.rows} of the forget set has no effect beside related data, all of "
+                "which are learned: give one of the two"
             )
         return [forget]
     rows = plan.rows or max(1, len(forget.rows) // 10)

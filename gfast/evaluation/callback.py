@@ -51,8 +51,8 @@ class EvaluateCallback(TrainerCallback):
         batch_size, extraction: as `gfast evaluate` has them. template, chat_kwargs: the prompt's.
         folder: where logs go; None: `<output_dir>/evaluations`.
 
-    Errors: ValueError for options that no set has a use for, for rows that cannot be evaluated, or are too long for the model, and a retain log that does not
-    compare, before training; for a negative `every`.
+    Errors: ValueError for rows that cannot be evaluated, or are too long for the model, a retain log that does not
+    compare, and options that no set has a use for, before training; for a negative `every`.
 
     >>> from gfast.evaluation import EvaluateCallback, sources
     >>> callback = EvaluateCallback(10, sources.bundled(), tokenizer)           # doctest: +SKIP

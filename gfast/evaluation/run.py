@@ -78,8 +78,8 @@ class Evaluation:
         extraction_samples = whole("gfast: extraction_samples", extraction_samples, least=1)
         if extraction_samples != EXTRACTION_SAMPLES and not extraction:
             raise ValueError(
-                f"gfast: extraction_samples={extraction_samples} has no effect without extraction, the kinds to measure "
-                f"({', '.join(EXTRACTIONS)})"
+                f"gfast: extraction_samples={extraction_samples} has no effect without extraction, the kinds to "
+                f"measure ({', '.join(EXTRACTIONS)})"
             )
         if "perturbed" in extraction and not any(sample.reworded for some in samples for sample in some):
             raise ValueError(

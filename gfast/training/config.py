@@ -26,8 +26,9 @@ RETAIN_TERMS = ("none", "nll", "kl", "jsd", "rr")
 class UnlearnConfig(TrainingArguments):
     """All of TrainingArguments, and the loss gamma * objective(forget) + alpha * retain_term(retain).
 
-    max_grad_norm 0 or None is no clipping. Defaults that differ from TrainingArguments: learning_rate 1e-5 (unlearning needs small steps), logging_steps 1,
-    report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"].
+    Defaults that differ from TrainingArguments: learning_rate 1e-5 (unlearning needs small steps), logging_steps 1,
+    report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"]. max_grad_norm 0 or None is
+    no clipping.
 
     Errors: ValueError for an unknown objective or retain term, parameters the objective does not have, and options of
     TrainingArguments that would have no effect here (gfast.training.options says which, and what to do instead).

@@ -43,14 +43,14 @@ class ReferenceCache:
 
     | asked for | batch key | shape of one sample | used by |
     |---|---|---|---|
-    | `"logp"` | `ref_logp` | [T] fp32 (fp64 of fp64 models), log p(s_i given s_<i; theta_o), 0 at ignored labels | NPO, TNPO, WTNPO, DPO |
+    | `"logp"` | `ref_logp` | [T] fp32, log p(s_i given s_<i; theta_o), 0 at ignored labels | NPO, TNPO, WTNPO, DPO |
     | `"hidden"` | `ref_hidden` | [T, D] after the final norm, and once the head `ref_head` [V, D] | KL |
     | `"layer_hidden"` | `ref_layer_hidden` | [T, D], `hidden_states[layer]` | RR |
 
-    Samples are found by `sample_id`, never by position in a batch, so the order of batches is free. The file is
-    safetensors; it names the model and the data by fingerprints over every byte, and loading it for others is a
-    ValueError. A model with PEFT adapters is its own reference with the adapters off, where that provably is the
-    original.
+    Log-probs of fp64 models are fp64. Samples are found by `sample_id`, never by position in a batch, so the order of
+    batches is free. The file is safetensors; it names the model and the data by fingerprints over every byte, and
+    loading it for others is a ValueError. A model with PEFT adapters is its own reference with the adapters off, where
+    that provably is the original.
 
     >>> cache = ReferenceCache.build(model, dataset, collator, path="reference.safetensors")    # doctest: +SKIP
     >>> cache = ReferenceCache.load("reference.safetensors", model=model, dataset=dataset)      # doctest: +SKIP

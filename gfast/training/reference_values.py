@@ -19,7 +19,7 @@ BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_la
 
 
 def checked(what: Collection[str], layer: int | None) -> frozenset[str]:
-    """The quantities that were asked for; ValueError for others, for hidden states of no layer, and for a layer without them."""
+    """What was asked for; ValueError for other quantities, hidden states of no layer, and a layer without them."""
     what = frozenset([what] if isinstance(what, str) else what)
     if not what or what - set(BATCH_KEY):
         raise ValueError(f"what={sorted(what)} must be some of {sorted(BATCH_KEY)}")
