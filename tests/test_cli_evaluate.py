@@ -214,11 +214,11 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_log(model, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     parts = tmp_path / "killed" / "parts"
     limit = time.monotonic() + 120
-    while len(list(parts.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < limit:
+    while len(list(parts.glob("[!.]*.json"))) < 3 and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("[!.]*.json")}
     assert len(kept) >= 3 and not (tmp_path / "killed" / "log.json").exists()
     assert cli.main(command[3:]) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())

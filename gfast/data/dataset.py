@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gfast.data.bundled import refusals as load_refusals
-from gfast.data.encode import IGNORE, make_encoder, resolve_template, without_end
+from gfast.data.encode import IGNORE, make_encoder, resolve_template
 from gfast.data.rows import CUT, as_rows, field_text, is_cut
 from gfast.given import whole
 
@@ -31,13 +31,14 @@ class QADataset(Dataset):
     """Question/answer rows as token ids with answer-only labels.
 
     Item i is `{"input_ids": LongTensor [T], "labels": LongTensor [T], "sample_id": i + id_offset}`. Labels are Hugging
-    Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on the token that ends it. Rows
+    Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on what ends it. Rows
     are tokenised once, here, so that a bad row is an error before training and not in the middle of it.
 
     The prompt is the tokenizer's chat template where it has one, else `Question: ...\\nAnswer:`. In front of it stands
     what the tokenizer (plain: BOS, `[gMASK]<sop>`, `[CLS]`) or the chat template (chat) puts there, never twice. The
-    answer ends with EOS, or the template's end-of-turn token. Whatever else a template writes between the prompt and
-    the end, such as an empty block of thoughts, is context: it is in the ids, and its labels are -100.
+    answer ends with EOS, or the template's end-of-turn token. What a template writes between the answer and that token,
+    such as Llama 2's space, has labels too: a model comes to no end without it. What it writes before the answer, such
+    as an empty block of thoughts, is context that gfast's evaluations give the model: its labels are -100.
 
     Args:
         rows: dicts with at least the two fields below: a list, a generator or stream of them, a `datasets.Dataset`, a
@@ -98,8 +99,7 @@ class QADataset(Dataset):
             except ValueError as error:
                 raise ValueError(f"gfast: row {number}: {error}") from None
             try:
-                ids, marked = encode(*texts)
-                ids, marked = (ids, marked) if ends else without_end(ids, marked)
+                ids, marked = encode(*texts, ends)
             except ValueError as error:
                 raise ValueError(f"{error} (row {number})") from error
             if max_length is not None and len(ids) > max_length:

@@ -225,9 +225,9 @@ class Evaluation:
     def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
         asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
-        # Without the ending token, nor the white space that a template writes in front of it.
         labelled = [[label for label in labels if label != IGNORE] for _, labels in asked_as]
-        answers = [tokens[:-1] or tokens for tokens in labelled]
+        # Without the end.
+        answers = [tokens[: -one.closing] or tokens for tokens, one in zip(labelled, samples, strict=True)]
         ends, takes = self.ends_for(model), _positions(getattr(model, "config", None))
         match = "similar" if kind == "similar" else "exact"
 
@@ -297,8 +297,8 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
         for key, values in ((_AVERAGES[name], average), (_NAMES[name], total), (f"num_token_{name}", count)):
             found[key] = values if several else values[0]
     right = scored[sample.fields["gt"][0]]
-    # open-unlearning's convention: the token that ends an answer is no part of it here
-    correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
+    # open-unlearning's convention: what ends an answer is no part of it here
+    correct, logp = right.correct[: -sample.closing].tolist(), right.logp[: -sample.closing]
     if not one.choices:  # of a letter nothing is left
         found["extraction_strength"] = metrics.extraction_strength(correct)
     if correct and not one.choices:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gfast.data.encode import IGNORE, make_encoder, resolve_template
+from gfast.data.encode import IGNORE, Chat, Plain, make_encoder, resolve_template
 from gfast.data.rows import as_rows, field_text, in_both, is_cut
 
 logger = logging.getLogger("gfast")
@@ -57,7 +57,8 @@ class EvaluationSet:
 class Sample:
     """A question with its answers. index: its row. answers: distinct (token ids, labels), prompt and end included.
     fields: which of them each loss of the log is of: gt, paraphrased, perturb. reworded: (token ids, labels) of the
-    right answer after the question in other words, where the row has one.
+    right answer after the question in other words, where the row has one. closing: how many of the right answer's
+    labels end it: the token that does, and what a template writes before that.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Sample:
     answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     fields: Mapping[str, tuple[int, ...]]
     reworded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    closing: int = 1
 
     @property
     def row(self) -> int:
@@ -192,4 +194,14 @@ def _sample(
                 )
             places.append(answers.setdefault((ids, labels), len(answers)))
         fields[name] = tuple(places)
-    return Sample(number, question, texts["gt"][0], tuple(answers), fields)
+    right = texts["gt"][0]
+    return Sample(number, question, right, tuple(answers), fields, closing=_closing(encode, question, right))
+
+
+def _closing(encode: Callable[..., tuple[list[int], list[int]]], question: str, answer: str) -> int:
+    """How many tokens end an answer; 1 where that is not known, or they share a token with it."""
+    if not isinstance(encode, (Plain, Chat)):
+        return 1
+    (whole, labels), (bare, _) = encode(question, answer), encode(question, answer, False)
+    behind = sum(label != IGNORE for label in labels[len(bare) :])
+    return behind if whole[: len(bare)] == bare else 1
