@@ -89,6 +89,14 @@ def test_scores_are_those_of_the_models_own_logits(kind):
             assert number or one.correct.tolist() == correct.tolist()
 
 
+def test_scores_of_fp64_models_are_fp64():
+    model, samples = tiny_model().double(), encoded(sets()[0], TOKENIZER)
+    for sample, (scored, *_) in zip(samples, score(model, samples, 0, False), strict=True):
+        logp, _ = alone(model, *sample.answers[0])
+        assert scored.logp.dtype == torch.float64
+        torch.testing.assert_close(scored.logp, logp.double(), rtol=1e-6, atol=0)
+
+
 def test_a_cache_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
     model, samples = model_of("llama"), encoded(sets()[0], TOKENIZER)
     caplog.set_level("INFO", "gfast")
