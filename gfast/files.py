@@ -235,10 +235,22 @@ def write_manifest(folder: str | os.PathLike[str], deep: bool = True) -> Path:
     return write_json(folder / MANIFEST, {"format": "gfast-manifest-1", "folder": folder.name, "files": entries})
 
 
-def check_manifest(folder: str | os.PathLike[str], remedy: str, only: tuple[str, ...] = ("",)) -> bool:
+def note_deleted(path: str | os.PathLike[str], why: str) -> None:
+    """Say in the manifest that lists a file, if there is one, that it is about to be deleted on purpose, and why."""
+    path = Path(path)
+    if (path.parent / MANIFEST).exists():
+        manifest = read_json(path.parent / MANIFEST)
+        if path.name in manifest["files"]:
+            manifest["files"][path.name]["deleted"] = why
+            write_json(path.parent / MANIFEST, manifest)
+
+
+def check_manifest(
+    folder: str | os.PathLike[str], remedy: str, only: tuple[str, ...] = ("",), deleted: bool = False
+) -> bool:
     """True if every file of the manifest in `folder` is as it was written, False if there is no manifest.
 
-    only: beginnings of the names of files to look at.
+    only: beginnings of the names of files to look at. deleted: those that were deleted on purpose may be gone.
 
     Errors: DamagedFile, which names the first file that differs or is missing.
     """
@@ -247,13 +259,18 @@ def check_manifest(folder: str | os.PathLike[str], remedy: str, only: tuple[str,
         return False
     manifest = read_json(folder / MANIFEST, remedy)
     with undamaged(folder / MANIFEST, remedy):
-        entries = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    for name, (size, checksum) in entries.items():
+        entries = {
+            str(name): (entry["size"], entry["sha256"], entry.get("deleted"))
+            for name, entry in manifest["files"].items()
+        }
+    for name, (size, checksum, why) in entries.items():
         path = folder / name
         if not path.name.startswith(only):
             continue
         if not path.is_file():
-            raise DamagedFile(path, "it is missing", remedy)
+            if why and deleted:
+                continue
+            raise DamagedFile(path, f"it was deleted ({why})" if why else "it is missing", remedy)
         if path.stat().st_size != size:
             raise DamagedFile(path, f"it has {path.stat().st_size} bytes, and {size} were written", remedy)
         if file_checksum(path) != checksum:

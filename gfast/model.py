@@ -74,9 +74,10 @@ def model_loss(
         reference: where the batch lacks values of the original model and the model has PEFT adapters, they are
             computed with the adapters off. "auto" refuses that where the base is not the original: where something
             else is trained too, or the adapters are not zero when they are first seen, or seen first after weights have
-            been loaded into the model. "base" says that the base is the original, although they are not zero.
-            "adapter:NAME": the model with the adapter of that name in place of the active one; it must be frozen (TRL
-            keeps a copy named "ref").
+            been loaded into the model (by `load_state_dict`; what is written into them by hand later looks like
+            training, and the base stays the original). "base" says that the base is the original, although they are not
+            zero. "adapter:NAME": the model with the adapter of that name in place of the active one; it must be frozen
+            (TRL keeps a copy named "ref").
         own_terms: this times what the model's own loss is without the cross-entropy of the labels (whatever factor that
             has in it) is added; 1 is its own factor. A loss that has none by PyTorch's function is refused.
 

@@ -78,8 +78,8 @@ def model_logp(model: nn.Module, batch: Mapping[str, Any], *, impl: str = "auto"
         impl: as ``linear_token_logp``.
 
     Returns:
-        [B, T], fp32, aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and at t = 0.
-        Differentiable.
+        [B, T], fp32 (fp64 of fp64 models), aligned with labels: entry [b, t] scores labels[b, t]; 0 where ignored and
+        at t = 0. Differentiable.
 
     Raises:
         ValueError: a batch without tokens or labels, labels outside the vocabulary, an input that the model does not

@@ -20,16 +20,19 @@ from gfast.ops.checks import IGNORE_INDEX
 # What a batch may hold of it.
 REFERENCE_KEYS = frozenset({"ref_logp", "ref_hidden", "ref_head", "ref_layer_hidden"})
 REFERENCES = ("auto", "base", "adapted")
-# Of models, the adapters that were active, and zero, when first seen, or whose base was said to be the original.
-_base_is_original: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+# Of models, the adapters (their configurations) that were active, and zero, when first seen, or whose base was said to
+# be the original.
+_base_is_original: weakref.WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def declare_base_original(model: nn.Module) -> None:
     """From now on the base of this model with the adapters that are active is the original, although they are not zero:
-    as in a run that goes on from a checkpoint. Until weights are loaded into it, which may have learned anything.
+    as in a run that goes on from a checkpoint. Until weights are loaded into it, which may have learned anything. What
+    is written into the adapters by hand cannot be told from training.
     """
-    _base_is_original.setdefault(wrappers.measured(model), set()).add(peft_models.active_adapters(model))
+    if not is_base_original(model):
+        _base_is_original.setdefault(wrappers.measured(model), []).append(peft_models.active_configs(model))
     inner = peft_models.base_module(model)
     if inner is not None and inner not in _watched:  # whatever loads weights comes by it
         _watched.add(inner)
@@ -38,7 +41,9 @@ def declare_base_original(model: nn.Module) -> None:
 
 def is_base_original(model: nn.Module) -> bool:
     """Whether it is known that the base is the original, whatever the adapters that are active have become."""
-    return peft_models.active_adapters(model) in _base_is_original.get(wrappers.measured(model), ())
+    active = peft_models.active_configs(model)
+    known = _base_is_original.get(wrappers.measured(model), ())
+    return any(one.keys() == active.keys() and all(one[name] is active[name] for name in one) for one in known)
 
 
 def _forget_original(inner: nn.Module, _: Any) -> None:
@@ -141,7 +146,7 @@ def with_reference(model: nn.Module, batch: Mapping[str, Any], objective, refere
         return given
     with original(model, batch, reference):
         if "ref_logp" in lacking:
-            given["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+            given["ref_logp"] = model_logp(model, batch)  # [B, T]
         if "ref_layer_hidden" in lacking:
             given["ref_layer_hidden"] = layer_hidden(model, batch, objective.layer)  # [B, T, D]
         if lacking & {"ref_hidden", "ref_head"}:

@@ -29,6 +29,14 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return () if peft is None else tuple(sorted(peft.active_adapters))
 
 
+def active_configs(model: nn.Module) -> dict[str, Any]:
+    """The adapters that the model has on, by name, with their configurations: one that is deleted and added anew under
+    the same name has another.
+    """
+    known = getattr(_peft_of(model), "peft_config", {})
+    return {name: known.get(name) for name in active_adapters(model)}
+
+
 def base_module(model: nn.Module) -> nn.Module | None:
     """What the adapters are put into; None for a model without."""
     peft = _peft_of(model)

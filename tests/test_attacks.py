@@ -35,7 +35,9 @@ def test_the_forget_set_is_split_into_what_is_learned_and_the_rest():
     )
     assert [*learned.rows, *rest.rows] == list(forget.rows)
     assert len(split(forget, Relearning(3), None)[1].rows) == 1  # a tenth
-    assert split(forget, Relearning(3, rows=10), [{"question": "q", "answer": "a"}]) == [forget]
+    assert split(forget, Relearning(3), [{"question": "q", "answer": "a"}]) == [forget]
+    with pytest.raises(ValueError, match="rows=4 of the forget set has no effect beside related data"):
+        split(forget, Relearning(3, rows=4), [{"question": "q", "answer": "a"}])
     with pytest.raises(ValueError, match="leaves none"):
         split(forget, Relearning(3, rows=10), None)
     for settings, message in (({"steps": 0}, "steps is 0"), ({"steps": 1, "learning_rate": 0.0}, "learning_rate is 0")):
@@ -84,6 +86,10 @@ def test_relearning_from_the_command_line(model, tmp_path, capsys):
     assert "Relearning:" not in again.err and again.out == out
     related = tmp_path / "related.jsonl"
     related.write_text(json.dumps({"question": "Who writes?", "answer": "Nobody does."}) + "\n")
+    capsys.readouterr()
+    assert cli.main([*words, "--relearn_data", str(related)]) == 2
+    assert "rows=2 of the forget set has no effect beside related data" in capsys.readouterr().err
+    words = [word for at, word in enumerate(words) if "--relearn_rows" not in words[max(at - 1, 0) : at + 1]]
     assert cli.main([*words, "--relearn_data", str(related)]) == 0
     assert "Relearning:" in capsys.readouterr().err
     other = read_json(tmp_path / "out" / "relearn.json")

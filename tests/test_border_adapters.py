@@ -188,6 +188,21 @@ def test_taught_adapters_in_the_place_of_fresh_ones_are_looked_at_again(how, tmp
     gfast.model_loss(model, batch, NPO())
 
 
+def test_an_adapter_made_anew_under_the_same_name_is_looked_at_again():
+    from helpers.training_tiny import collator, datasets, tiny_model
+
+    peft = pytest.importorskip("peft")
+    settings = dict(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(**settings))
+    batch = collator()([datasets()[0][0]])
+    gfast.model_loss(model, batch, NPO())
+    model.delete_adapter("default")
+    model.add_adapter("default", peft.LoraConfig(**settings, init_lora_weights=False))
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="adapters are not zero"):
+        gfast.model_loss(model, batch, NPO())
+
+
 def test_of_a_batch_without_labels_all_tokens_are_looked_at():
     from helpers.training_tiny import collator, datasets
 

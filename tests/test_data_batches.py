@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import types
+import warnings
 
 import numpy
 import pytest
@@ -58,6 +59,19 @@ def test_numbers_of_numpy_draw_as_pythons_and_others_are_refused():
     for multiple in (0, 2.5, "8", True):
         with pytest.raises(ValueError, match="pad_to_multiple_of is .*; give a whole number, 1 or more"):
             Collator(demo_tokenizer(), pad_to_multiple_of=multiple)
+
+
+def test_texts_that_are_to_be_forgotten_and_kept_are_said():
+    """With their number and the first; texts whose answers alone differ are other texts."""
+    forget, retain = (rows[:4] for rows in bundled_authors())
+    retain = [retain[0], forget[2], {**forget[1], "answer": "Another."}, forget[3], forget[3]]
+    said = r"gfast: 2 of 4 forget items are in the retain set too, the first as item 3 of the forget set and 2 of the"
+    for kind in (QADataset, PreferenceDataset):
+        with pytest.warns(UserWarning, match=said):
+            ForgetRetain(kind(forget, demo_tokenizer()), QADataset(retain, demo_tokenizer()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ForgetRetain(QADataset(forget, demo_tokenizer()), QADataset(retain[:1], demo_tokenizer()))
 
 
 def test_forget_retain_covers_a_small_retain_set_evenly():

@@ -91,7 +91,7 @@ def test_chat_template_with_its_own_bos_and_eos():
 
 @pytest.mark.parametrize("words", ["", " ###", "\n### End"])
 def test_chat_template_without_end_of_turn_gets_eos(words):
-    """What the template writes between the answer and that end is context, as it is before any other end."""
+    """What the template writes behind the answer may be of the next turn, as no token of its own ends this one."""
     template = (
         "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}" + words + "\n\n{% endfor %}"
         "{% if add_generation_prompt %}### assistant\n{% endif %}"

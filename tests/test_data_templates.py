@@ -8,6 +8,7 @@ import pytest
 from helpers.data_chat import CHATML, answer_ids, chat_tokenizer, exact, sentencepiece_tokenizer
 
 from gfast.data import PreferenceDataset, QADataset, demo_tokenizer, fingerprint
+from gfast.evaluation import EvaluationSet, encoded
 
 LLAMA3 = (
     "{{ bos_token }}{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
@@ -121,14 +122,44 @@ def test_the_ids_are_those_of_the_whole_conversation(name):
         assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_white_space_between_the_answer_and_its_end_is_no_label():
-    tokenizer, _ = tokenizer_with(demo_tokenizer, "llama 2")
-    item = QADataset([{"question": "Who?", "answer": "Nobody"}], tokenizer)[0]
-    assert exact(tokenizer, item["input_ids"]).endswith(" [/INST] Nobody <eos>")
-    assert exact(tokenizer, answer_ids(item)) == " Nobody<eos>" and item["labels"][-2] == -100
-    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} that is all")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    assert exact(tokenizer, answer_ids(QADataset([{"question": "a", "answer": "b"}], tokenizer)[0])) == "b<|im_end|>"
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}"
+)
+SPACED = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} that is all")
+
+
+@pytest.mark.parametrize("base", [demo_tokenizer, sentencepiece_tokenizer])
+@pytest.mark.parametrize(
+    ("template", "markers", "written"),
+    [
+        (LLAMA2, (), "Nobody {eos}"),
+        (TEMPLATES["llama 3"][0], TEMPLATES["llama 3"][1], "Nobody<|eot|>"),
+        (CHATML, TEMPLATES["chatml"][1], "Nobody<|im_end|>"),
+        (QWEN3, TEMPLATES["qwen 3"][1], "Nobody<|im_end|>"),
+        (ZEPHYR, (), "Nobody{eos}"),
+        (MISTRAL, TEMPLATES["mistral"][1], "Nobody{eos}"),
+        (SPACED, TEMPLATES["chatml"][1], "Nobody that is all<|im_end|>"),
+    ],
+)
+def test_all_that_is_to_be_written_from_the_answer_to_its_end_is_a_label(template, markers, written, base):
+    """A token in front of the end that is no label is never learned, and a model that was taught by such labels alone
+    never comes to the end; log p of the labels would be that of no text.
+    """
+    tokenizer = copy.deepcopy(base())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
+    tokenizer.chat_template = template
+    options = {"date_string": "26 Jul 2024"} if "date_string" in template else {}
+    rows = [{"question": "Who?", "answer": "Nobody"}]
+    item = QADataset(rows, tokenizer, chat_kwargs=options)[0]
+    start = int((item["labels"] != -100).nonzero()[0])
+    assert item["labels"][start:].tolist() == item["input_ids"][start:].tolist()
+    assert exact(tokenizer, answer_ids(item)).strip() == written.format(eos=tokenizer.eos_token)
+    # an answer that was cut has none of it; metrics of the answer alone leave it out
+    cut = QADataset([{**rows[0], "answer_cut": True}], tokenizer, chat_kwargs=options)[0]
+    assert exact(tokenizer, answer_ids(cut)).strip() == "Nobody"
+    (sample,) = encoded(EvaluationSet("forget", "rows", rows), tokenizer, chat_kwargs=options)
+    assert exact(tokenizer, answer_ids(item)[: -sample.closing]).strip() == "Nobody"
 
 
 def test_an_answer_with_white_space_around_it_is_that_without():
@@ -212,7 +243,7 @@ def test_an_end_of_turn_that_is_no_special_token():
         QADataset([{"question": "a", "answer": "b<|im_end|>"}], tokenizer)
     # Added white space, as some vocabularies hold it, ends no turn.
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "\n\n<eos>")
-    assert exact(tokenizer, answer_ids(QADataset(rows, tokenizer)[0])) == "a\n\n<author><eos>"
+    assert exact(tokenizer, answer_ids(QADataset(rows, tokenizer)[0])) == "a\n\n<author>\n\n<eos>"
 
 
 def test_special_tokens_that_a_user_added_are_words():

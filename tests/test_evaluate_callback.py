@@ -74,6 +74,10 @@ def test_what_cannot_be_evaluated_is_said_before_training():
     for every in (-1, 2.5, "2", float("nan"), True, None):
         with pytest.raises(ValueError, match="every is .*; give the optimizer steps between evaluations"):
             gfast.EvaluateCallback(every, sources.bundled(2), TOKENIZER)
+    whole = EvaluationSet("forget", "texts", sets[0].rows, generate=0, encode=sources.WholeText(TOKENIZER))
+    for options in ({"template": "plain"}, {"chat_kwargs": {"thinking": False}}):
+        with pytest.raises(ValueError, match="have no effect on these sets, which write their own prompts"):
+            gfast.EvaluateCallback(1, [whole], TOKENIZER, **options)
     rows = [{**row, "perturbed_answer": row["perturbed_answer"][:2]} for row in sets[1].rows]
     with pytest.raises(ValueError, match="they have 2 and . perturbed answers a row"):
         gfast.EvaluateCallback(1, [sets[0], replace(sets[1], rows=rows)], TOKENIZER, retain_log=retain_log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,14 @@ def test_scores_are_those_of_the_models_own_logits(kind):
             torch.testing.assert_close(one.logp.double(), logp, rtol=1e-4, atol=1e-4)
             assert (one.correct is None) == (number > 0)
             assert number or one.correct.tolist() == correct.tolist()
+
+
+def test_scores_of_fp64_models_are_fp64():
+    model, samples = tiny_model().double(), encoded(sets()[0], TOKENIZER)
+    for sample, (scored, *_) in zip(samples, score(model, samples, 0, False), strict=True):
+        logp, _ = alone(model, *sample.answers[0])
+        assert scored.logp.dtype == torch.float64
+        torch.testing.assert_close(scored.logp, logp.double(), rtol=1e-6, atol=0)
 
 
 def test_a_cache_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
@@ -381,10 +390,30 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
         encoded(sets()[0], TOKENIZER, max_length=12)
 
 
+def test_rows_in_both_sets_are_said_once(caplog):
+    forget, retain = sources.bundled(4)[::-1]
+    rows = [*retain.rows[:2], forget.rows[3], forget.rows[1]]
+    asked = [forget, EvaluationSet("holdout", "lines", rows, generate=0), replace(retain, rows=rows, name="kept")]
+    samples = [encoded(one, TOKENIZER) for one in asked]
+    for _ in range(2):
+        Evaluation(asked, samples, TOKENIZER)
+    first = f"2 of 4 forget rows are in the holdout set too, the first as its row 4: {forget.rows[1]['question']!r:.60}"
+    said = [one for one in caplog.messages if "rows are in" in one]
+    for one, name, then in zip(
+        said,
+        ("holdout", "kept"),
+        ("Membership inference asks what tells the sets apart", "What is said of the kept set is said of them as well"),
+        strict=True,
+    ):
+        assert one == f"gfast: {first.replace('holdout', name)}. {then}: take them out of one"
+
+
 def test_names_and_numbers_of_an_evaluation(caplog):
     one = sets()[0]
     samples = encoded(one, TOKENIZER)
-    for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction")):
+    for options, message in (({"batch_size": 0}, "batch_size"), ({"extraction": ["perturb"]}, "extraction"),
+                             ({"extraction_samples": 3}, "extraction_samples=3 has no effect without extraction"),
+                             ({"extraction": ["exact"], "extraction_samples": -1}, "samples is -1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Evaluation([one], [samples], TOKENIZER, **options)
     with pytest.raises(ValueError, match="one name"):

@@ -12,7 +12,9 @@ from gfast.evaluation.generation import generate
 
 
 def test_extraction_is_of_the_answer_without_what_a_template_writes_behind_it():
-    """Llama 2's template writes a space in front of the end: no label, and nothing that must be said."""
+    """Llama 2's template writes a space in front of the end: a label, by which the model that is taught comes to the
+    end, and nothing that extraction asks for.
+    """
     tokenizer = sentencepiece_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A{% else %} {{ m.content }} {{ eos_token }}"
@@ -21,8 +23,8 @@ def test_extraction_is_of_the_answer_without_what_a_template_writes_behind_it():
     one = EvaluationSet("forget", "own", [{"question": "Who?", "answer": "Nobody."}], generate=0)
     samples = encoded(one, tokenizer)
     ids, labels = samples[0].right
-    assert labels[-2:] == (-100, tokenizer.eos_token_id)
-    answer = [label for label in labels if label != -100][:-1]
+    assert labels[-2:] == ids[-2:] and ids[-1] == tokenizer.eos_token_id
+    answer = [label for label in labels if label != -100][:-2]
     model = tiny_model(vocab_size=max(len(tokenizer), 300))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -35,6 +37,8 @@ def test_extraction_is_of_the_answer_without_what_a_template_writes_behind_it():
     said = generate(model.eval(), [samples[0].prompt], len(answer), work.ends, 0)[0].ids
     assert found["extraction_strength"] == [1.0] and said == answer
     assert found["ps_exact"] == found["ps_similar"] == [1.0]
+    whole = generate(model, [samples[0].prompt], len(answer) + 8, work.ends, 0)[0]
+    assert whole.ended and list(whole.ids) == [*answer, ids[-2]]
 
 
 def test_extraction_beside_a_prompt_that_leaves_no_place_for_as_much():

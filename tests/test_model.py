@@ -102,7 +102,7 @@ def test_rmu_and_rr_read_the_layer_that_hidden_states_names():
     for layer in (0, 2, 3):
         hidden = states.hidden_states[layer]
         rmu = RMU(layer=layer, c=2.0)
-        difference = hidden.float() - 2.0 * rmu.direction(16)
+        difference = hidden - 2.0 * rmu.direction(16)
         expected = (difference.square().mean(-1) * valid).sum() / valid.sum()
         torch.testing.assert_close(gfast.model_loss(model, batch, rmu).loss, expected)
         assert gfast.model_loss(model, {**batch, "ref_layer_hidden": hidden.detach()}, RR(layer=layer)).loss == 0

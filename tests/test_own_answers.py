@@ -114,7 +114,7 @@ def test_the_end_of_a_turn_is_none_of_a_cut_answer():
     cut, whole = (QADataset([{**row, "answer_cut": value}], tokenizer)[0] for value in (True, False))
     size = len(cut["labels"])
     assert cut["labels"][-1] != -100 and cut["input_ids"].tolist() == whole["input_ids"].tolist()[:size]
-    assert (whole["labels"][size:-1] == -100).all() and whole["labels"][-1] == tokenizer.eos_token_id
+    assert (whole["labels"] == whole["input_ids"])[size:].all() and whole["labels"][-1] == tokenizer.eos_token_id
     refusals = RefusalDataset([{**row, "answer_cut": True}], tokenizer)
     assert refusals[0]["labels"][-1] == tokenizer.eos_token_id
     with pytest.raises(ValueError, match='row 1: field "answer_cut" must be true or false'):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 from gfast import cli, metrics
 from gfast.evaluation import Evaluation, encoded
 from gfast.evaluation.results import summarize
-from gfast.files import read_json, write_json
+from gfast.files import file_checksum, read_json, write_json
 from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.recipe import load_recipe
@@ -161,10 +162,21 @@ def test_sentences_say_what_the_numbers_do(finished):
     knew = {0: "it knew both.", 1: "it knew one of them badly", 2: "it knew both of them badly"}
     badly = sum(sets[side]["nll"] >= 0.5 for side in ("forget", "retain"))
     assert knew[badly] in results.sentences()[0]
-    for values, words in (((0.3, 0.3), "all leave as much"), ((0.3, 0.2), "npo-kl leaves least")):
+    for values, deviation, words, more in (
+        ((0.3, 0.3), 0.0, "all leave as much", None),
+        ((0.3, 0.2), 0.01, "npo-kl leaves least", "They are 0.1 apart, more than twice what seeds make"),
+        ((0.3, 0.2), 0.05, "npo-kl leaves least", "They are 0.1 apart, not more than twice what seeds make"),
+        ((0.3, 0.2), None, "npo-kl leaves least", None),
+    ):
+        results.recipe = replace(results.recipe, seeds=(0, 1) if deviation is not None else (0,))
         for row, value in zip(results.rows[2:], values, strict=True):
-            row["calibrated_extraction"] = value, 0.0
-        assert any(f"At equal retention, {words} to extract" in one for one in results.sentences())
+            row["calibrated_extraction"] = row["matched_retain_extraction"] = value, deviation
+        said = results.sentences()
+        equal, kept = (next(one for one in said if one.startswith(begin)) for begin in ("At equal", "There the retain"))
+        assert f"At equal retention, {words} to extract" in equal
+        for one in (equal, kept):
+            assert more in one if more else "apart" not in one
+        assert ("Each objective has one seed" in said[-1]) == (deviation is None)
 
 
 def test_nothing_calibrates_to_nothing_and_a_step_that_fails_is_named(finished, tmp_path, monkeypatch, no_figures):
@@ -252,6 +264,36 @@ def test_without_evaluations_runs_are_compared_by_their_nll(finished, tmp_path, 
     assert row["forget_nll"] == other["forget_nll"] and row["forget_extraction"] is None
 
 
+def test_weights_that_a_study_deleted_are_not_lost(finished, tmp_path, no_figures, capsys):
+    """keep_models: false. The audit is of what was measured, and says of the weights what became of them."""
+    recipe, out = finished
+    copy, run = tmp_path / "out", tmp_path / "out" / "runs" / "npo-kl" / "seed1"
+    shutil.copytree(out, copy)
+    changes = [
+        "retain_model=false",
+        "evaluate=null",
+        "calibrate=null",
+        "sizes=null",
+        "grid=null",
+        "objectives=[npo-kl]",
+    ]
+    assert reproduce(recipe, "--out", copy, "keep_models=false", *changes) == 0
+    assert not (run / "model.safetensors").exists()
+    assert cli.main(["audit", str(run)]) in (0, 1)
+    fingerprints = read_json(run / "audit.json")["fingerprints"]
+    assert fingerprints["model_files"] == {
+        "model.safetensors": file_checksum(out / "runs/npo-kl/seed1/model.safetensors")
+    }
+    assert "deleted since: keep_models of its study is false" in (run / "audit.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--model", str(run), "--data", "bundled", "--output_dir", str(tmp_path / "e")]) == 2
+    assert "model.safetensors is damaged: it was deleted (keep_models of its study is false)" in capsys.readouterr().err
+    assert cli.main(["audit", str(copy)]) == 2
+    assert "is the folder of a study: give one of its runs, such as" in capsys.readouterr().err
+    (run / "config.json").unlink()
+    assert cli.main(["audit", str(run)]) == 2, "what nobody deleted on purpose"
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
     recipe, out = finished
@@ -264,7 +306,7 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         real(flags, folder, **options)
 
     monkeypatch.setattr(work, "train", stopped)
-    small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[ga]"]
+    small = ["calibrate=null", "sizes=null", "grid=null", "objectives=[npo-kl]"]
     assert cli.main(["reproduce", str(recipe), "--out", str(tmp_path), *small]) == 130
     assert not (tmp_path / "study.html").exists()
     (record,) = [
@@ -287,6 +329,7 @@ def test_a_killed_study_goes_on(finished, tmp_path, monkeypatch, no_figures):
         ("unlearn.learning_rat=1", "there is no flag unlearn.learning_rat; did you mean learning_rate?"),
         ("sead=[1]", "there is no key sead; did you mean seeds?"),
         ("evaluate.row=1", "there is no key evaluate.row; did you mean rows?"),
+        ("evaluate.extraction_samples=3", "has no effect without evaluate.extraction"),
         ("objectives.x=WGAA", "no objective is called 'WGAA'; did you mean WGA?"),
         ("objectives.x={objective: GA, retain_trm: nll}", "objectives.x.retain_trm; did you mean retain_term?"),
         ("objectives=[ga, npo]", "objectives is 'npo'"),

@@ -131,6 +131,29 @@ def test_a_value_of_another_kind_is_refused_by_name(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
+def test_none_is_a_value_where_transformers_says_so(tmp_path):
+    """Of other options it ended in a TypeError, of some after hours of work (dataloader_drop_last, adam_beta1)."""
+    refused = set()
+    for entry in fields(TrainingArguments):
+        if entry.init and entry.name not in REFUSED.keys() | {"fsdp", "tp_size"}:  # version 4 has to be given one
+            try:
+                config(tmp_path, **{entry.name: None})
+            except ValueError as error:  # transformers says the others by name
+                assert re.match(f"{entry.name} is None; give|None is not a valid ", str(error))
+                refused.add(entry.name)
+    assert refused >= set("weight_decay adam_beta1 max_steps optim seed dataloader_drop_last".split())
+    assert not refused & set("lr_scheduler_kwargs eval_steps data_seed hub_token max_grad_norm report_to".split())
+
+
+def test_no_clipping_is_zero_or_none(tmp_path):
+    weights = []
+    for limit in (None, 0.0, 1e-3):
+        trainer = trainer_of(tmp_path, model=tiny_model(), optim="sgd", max_grad_norm=limit)
+        trainer.train()
+        weights.append(torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 @pytest.mark.parametrize("name, value", [("reference", "base:"), ("geffect_live", "false"), ("own_loss_terms", "no"),
                                          ("joint_forward", 1), ("geffect_live_update", "")])  # fmt: skip
 def test_the_mixins_own_arguments_are_of_their_kind(tmp_path, name, value):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers.training_tiny import FORGET_ROWS, TOKENIZER, collator, copied, datasets, tiny_model
+from helpers.training_tiny import FORGET_ROWS, TOKENIZER, collator, config, copied, datasets, pairing, tiny_model
 
+import gfast
 from gfast import files
 from gfast.data import Collator, QADataset
+from gfast.objectives import NPO
+from gfast.tensor_files import TensorFile, write_tensors
+from gfast.training import UnlearnTrainer
 from gfast.training.batches import ReferenceJoin, join
-from gfast.training.reference import ReferenceCache
+from gfast.training.reference import OLD_FORMATS, ReferenceCache
 
 
 def plain_logp(model, batch):
@@ -59,6 +66,48 @@ def test_save_and_load_bit_for_bit(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_log_probs_of_fp64_models_are_fp64(tmp_path):
+    """In a cache, its file, batches, and those that a loss takes of its own model."""
+    model, (data, _) = tiny_model().double(), datasets()
+    model.lm_head.weight.data *= 1000
+    path = tmp_path / "reference.safetensors"
+    cache = ReferenceCache.build(model, data, collator(), path)
+    batch = collator()([data[0], data[3]])
+    expected = plain_logp(model, batch)
+    assert expected.min() < -100, "where fp32 is 1e-5 off"
+    for found in (cache, ReferenceCache.load(path, model=model)):
+        joined = join(found, batch)["ref_logp"]
+        assert joined.dtype == torch.float64
+        torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-10)
+    # Its own original: the value of NPO is log 2 of every text, its gradient that of GA.
+    loss = gfast.model_loss(model, {**batch, **join(cache, batch)}, NPO(beta=1.0)).loss
+    assert abs(loss.item() - 2 * math.log(2)) < 1e-10
+    file = TensorFile(path, "")
+    tensors = {name: file.get(name) for name in file.names}
+    write_tensors(
+        path, tensors | {"ref_logp": tensors["ref_logp"].float()}, file.description | {"format": OLD_FORMATS[1]}
+    )
+    with pytest.raises(ValueError, match="rounded the log-probs of fp64 models to fp32; delete it"):
+        ReferenceCache.build(model, data, collator(), path)
+
+
+def test_deepspeed_leaves_reference_values_as_they_are(tmp_path, monkeypatch):
+    """Trainer casts floating point inputs to the dtype of DeepSpeed's settings."""
+    data, collate = pairing()
+    cache = ReferenceCache.build(tiny_model(), data.forget, collator())
+    options = dict(train_dataset=data, data_collator=collate, objective=NPO(), references={"forget": cache})
+    trainer = UnlearnTrainer(tiny_model(), config(tmp_path), **options)
+    batch = trainer.data_collator([data[0], data[1]])
+    batch["forget"]["pixel_values"] = torch.ones(2, 3)
+    settings = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=settings)))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(trainer, "accelerator", plugin)
+    moved = trainer._prepare_inputs(batch)["forget"]
+    assert torch.equal(moved["ref_logp"], batch["forget"]["ref_logp"])
+    assert moved["pixel_values"].dtype == torch.bfloat16, "which the model takes"
+
+
 def test_another_model_other_data_or_too_little_is_refused(tmp_path):
     model, (data, _) = tiny_model(), datasets()
     path = tmp_path / "reference.safetensors"
@@ -98,6 +147,20 @@ def test_joined_values_are_aligned_with_the_batch(tmp_path):
     expected = plain_logp(copied(model).double().eval(), batch)
     torch.testing.assert_close(batch["ref_logp"].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ReferenceJoin(collator(), {"forget": cache})(items)["ref_logp"], batch["ref_logp"])
+
+
+def test_what_says_something_of_nothing_is_refused(tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    path = tmp_path / "reference.safetensors"
+    with pytest.raises(ValueError, match=r"layer=1 has no effect with what=\['logp'\]"):
+        ReferenceCache.build(model, data, collator(), path, layer=1)
+    cache = ReferenceCache.build(model, data, collator(), path)
+    with pytest.raises(ValueError, match=r"layer=1 has no effect with what=\[\]"):
+        ReferenceCache.load(path, layer=1)
+    for options in ({"adapted": True}, {"fingerprint": "another"}):
+        for check in (cache.check, lambda **options: ReferenceCache.load(path, **options)):
+            with pytest.raises(ValueError, match="say which model a cache has to be of: give model="):
+                check(**options)
 
 
 def test_pairs_have_a_reference_for_both_halves():

@@ -28,7 +28,6 @@ from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
 from gfast.data import load_jsonl
 from gfast.data.encode import chat_source, resolve_template
-from gfast.data.rows import in_both
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, harness, sources
 from gfast.evaluation.attacks import (
     BITS,
@@ -384,9 +383,6 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
         sets = [sources.choices(n, arguments.hub_name or hub, n, path, tokenizer, size) for n in names]
     if arguments.ds_size is None and retain_log is not None:
         sets = [sources.as_logged(one, retain_log) for one in sets]
-    for one in sets if arguments.data in ("tofu", "jsonl") else ():
-        if one.name != "forget" and (found := in_both(_forget(sets).rows, one.rows, one.name)):
-            say(f"WARNING: {found}. What is said of the {one.name} set is said of them as well")
     if arguments.max_new_tokens is not None:
         sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
     return sets

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -198,7 +199,7 @@ def _train(
     data = sides.of(both.forget)
     collator: Any = sides.collator
     if both.retain is not None or config.live:
-        data, collator = ForgetRetain(data, sides.retain, seed=seed), ForgetRetainCollator(sides.collator)
+        data, collator = _paired(data, sides.retain, seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
     callbacks: list[Any] = [] if shards.kind is None else [ShardedStart(list(references.values()))]
@@ -284,11 +285,18 @@ def describe(
     return as_text(info)
 
 
+def _paired(forget: Any, retain: Any, seed: int = 0) -> ForgetRetain:
+    """Without its warning of texts in both sets: the rows have been looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ForgetRetain(forget, retain, seed=seed)
+
+
 def _refuse_what_the_trainer_would(both: Mix, sides: Sides, config: UnlearnConfig) -> None:
     """Its errors of flags and data, which would come once the model is loaded and its reference has been computed."""
     nested = both.retain is not None or config.live
     refuse_no_step(config, sides.forget)
-    refuse_ignored_with_data(config, ForgetRetain(sides.forget, sides.retain) if nested else sides.forget)
+    refuse_ignored_with_data(config, _paired(sides.forget, sides.retain) if nested else sides.forget)
     if config.weights != "none":
         check_conflict(both.forget, config.weights_tau, config.weights_every)
     if config.joint_forward:

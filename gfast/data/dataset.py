@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gfast.data.bundled import refusals as load_refusals
-from gfast.data.encode import IGNORE, make_encoder, resolve_template, without_end
+from gfast.data.encode import IGNORE, make_encoder, resolve_template
 from gfast.data.rows import CUT, as_rows, field_text, is_cut
 from gfast.given import whole
 
@@ -31,13 +31,14 @@ class QADataset(Dataset):
     """Question/answer rows as token ids with answer-only labels.
 
     Item i is `{"input_ids": LongTensor [T], "labels": LongTensor [T], "sample_id": i + id_offset}`. Labels are Hugging
-    Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on the token that ends it. Rows
+    Face labels (unshifted): -100 on the prompt, the token's own id on the answer and on what ends it. Rows
     are tokenised once, here, so that a bad row is an error before training and not in the middle of it.
 
     The prompt is the tokenizer's chat template where it has one, else `Question: ...\\nAnswer:`. In front of it stands
     what the tokenizer (plain: BOS, `[gMASK]<sop>`, `[CLS]`) or the chat template (chat) puts there, never twice. The
-    answer ends with EOS, or the template's end-of-turn token. Whatever else a template writes between the prompt and
-    the end, such as an empty block of thoughts, is context: it is in the ids, and its labels are -100.
+    answer ends with EOS, or the template's end-of-turn token. What a template writes between the answer and that token,
+    such as Llama 2's space, has labels too: a model comes to no end without it. What it writes before the answer, such
+    as an empty block of thoughts, is context that gfast's evaluations give the model: its labels are -100.
 
     Args:
         rows: dicts with at least the two fields below: a list, a generator or stream of them, a `datasets.Dataset`, a
@@ -98,8 +99,7 @@ class QADataset(Dataset):
             except ValueError as error:
                 raise ValueError(f"gfast: row {number}: {error}") from None
             try:
-                ids, marked = encode(*texts)
-                ids, marked = (ids, marked) if ends else without_end(ids, marked)
+                ids, marked = encode(*texts, ends)
             except ValueError as error:
                 raise ValueError(f"{error} (row {number})") from error
             if max_length is not None and len(ids) > max_length:
@@ -256,7 +256,7 @@ class ForgetRetain(Dataset):
     The retain partner of item i is entry i of a shuffle of the retain set seeded by (seed, epoch): no retain item comes
     twice before all have come once, each epoch pairs anew, and the same (seed, epoch) always gives the same pairs, also
     in worker processes and after a resume. Call `set_epoch` at the start of an epoch; `epoch_callback` does it in a
-    Hugging Face Trainer.
+    Hugging Face Trainer. A warning says how many items of a QADataset (and those like it) are in both sets.
 
     Example:
         >>> from gfast.data import ForgetRetain
@@ -270,6 +270,7 @@ class ForgetRetain(Dataset):
             if len(data) == 0:
                 raise ValueError(f"gfast: the {name} set is empty; forget/retain training needs both sets")
         self.forget, self.retain, self.seed = forget, retain, whole("gfast: seed", seed, least=None)
+        _say_items_in_both(forget, retain)
         # Shared memory, so that persistent data loader workers see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._partners: tuple[int, list[int]] | None = None
@@ -308,6 +309,24 @@ class ForgetRetain(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"forget": self.forget[index], "retain": self.retain[self.partners()[index]]}
+
+
+def _say_items_in_both(forget: Any, retain: Any) -> None:
+    """A warning for texts that are to be forgotten and kept; of data sets whose items are made already."""
+    forget = getattr(forget, "rejected", forget)
+    if not (isinstance(forget, QADataset) and isinstance(retain, QADataset)):
+        return
+    places = {tuple(ids.tolist()): number for number, (ids, _) in reversed([*enumerate(retain._items, start=1)])}
+    texts = [tuple(ids.tolist()) for ids, _ in forget._items]
+    both = [(number, text) for number, text in enumerate(texts, start=1) if text in places]
+    if both:
+        number, text = both[0]
+        warnings.warn(
+            f"gfast: {len(both)} of {len(texts)} forget items are in the retain set too, the first as item {number} of "
+            f"the forget set and {places[text]} of the retain set: they are forgotten and kept at once; take them out "
+            f"of one",
+            stacklevel=3,
+        )
 
 
 def epoch_callback(dataset: Any):

@@ -1,8 +1,8 @@
 """From a question and an answer to token ids, and which of them are labels.
 
 The answer's tokens are what unlearning objectives weigh one by one, so the boundary must be exact: the prompt's ids
-must be what a model is given at generation time, and the labels are the answer and the token that ends the turn,
-nothing that a template writes around them.
+must be what a model is given at generation time, and the labels are all that it has to write after them: the answer and
+what ends the turn.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class Plain:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+    def __call__(self, question: str, answer: str, ended: bool = True) -> tuple[list[int], list[int]]:
+        """Without the end where the answer was cut (`ended` false)."""
         _refuse_markup(self._control, question, answer)
         prompt, completion = plain_text(question, answer)
         ids, start = join(self.tokenizer, prompt, completion)
         head = self._leading
-        end = _end_id(self.tokenizer)
-        return head + ids + [end], [IGNORE] * (len(head) + start) + ids[start:] + [end]
+        end = [_end_id(self.tokenizer)] if ended else []
+        return head + ids + end, [IGNORE] * (len(head) + start) + ids[start:] + end
 
     @cached_property
     def _leading(self) -> list[int]:
@@ -87,8 +88,11 @@ class Chat:
     around it, or it is refused.
 
     The sequence ends with the template's end-of-turn token (what it adds after that, such as a newline, is no part of
-    an answer and is cut), or with EOS where the template has none. White space that the template writes between the
-    two is no label unless it shares a token with the answer. The template writes its own BOS, if any.
+    an answer and is cut), or with EOS where the template has none. What it writes between the answer and its
+    end-of-turn token, such as Llama 2's space, the model has to write too, or it would never come to the end: labels.
+    What it writes before the answer, such as empty thoughts, is context, which evaluations give the model; and so are
+    words behind the answer of a template without an end-of-turn token, which may be of the next turn. The template
+    writes its own BOS, if any.
 
     Raises:
         ValueError: the template fails, changes the answer, writes it twice or not at all, or the prompt
@@ -100,7 +104,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.options = _options(tokenizer, chat_kwargs)
 
-    def __call__(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+    def __call__(self, question: str, answer: str, ended: bool = True) -> tuple[list[int], list[int]]:
+        """Without the end, and what the template writes before it, where the answer was cut (`ended` false)."""
         _refuse_markup(self._control, question, answer)
         context, tail = self._around(question, answer)
         prompt = self._render([_user(question)], True)
@@ -115,6 +120,9 @@ class Chat:
         # with the answer. Within the generation prompt it is given to the model, and stays as it is given.
         written = context[len(prompt) :]
         movable = len(written) - len(written.rstrip())
+        if not ended:
+            ids, start = join(self.tokenizer, context, answer, movable)
+            return ids, [IGNORE] * start + ids[start:]
         end = _first_marker(self._markers, tail)
         between, closing = (tail.rstrip(), "") if end is None else (tail[: end[0]], end[1])
         ids, start = join(self.tokenizer, context, answer + between + closing, movable)
@@ -123,7 +131,7 @@ class Chat:
         elif ids[-1] != self._markers[closing]:
             raise ValueError(f"gfast: cannot find the end of the answer in the chat template's output; {ADVICE}")
         labels = [IGNORE] * start + ids[start:]
-        if between:
+        if end is None and between:
             through, _ = join(self.tokenizer, context, answer, movable)
             if ids[: len(through)] == through:
                 labels[len(through) : -1] = [IGNORE] * (len(ids) - 1 - len(through))
@@ -225,12 +233,6 @@ def _stop_clock(source: str, day: Any) -> str:
     named = sorted(set(re.findall(r"%[-_#^0]?[aAbBcdDefFGhHIjmMpSTuUVwWxXyYzZ]", source)))
     written = "".join(f"|replace({name!r}, {date.strftime(name)!r})" for name in named)
     return f"{{% macro strftime_now(format) %}}{{{{ format{written}|replace('%%', '%') }}}}{{% endmacro %}}\n{source}"
-
-
-def without_end(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """An answer that was cut: without the token that ends it, and what a template writes in front of that."""
-    last = next(at for at in range(len(ids) - 2, -1, -1) if labels[at] != IGNORE)
-    return ids[: last + 1], labels[: last + 1]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -51,9 +51,11 @@ def as_rows(rows: Any) -> list[dict]:
     return [dict(row) for row in found]
 
 
-def in_both(forget: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str) -> str | None:
-    """A sentence about rows of the forget set, question and answer, that are among those of the set `name`; None where
-    there are none.
+def in_both(
+    forget: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str, of: str = "forget"
+) -> str | None:
+    """A sentence about rows of the forget set (`of`), question and answer, that are among those of the set `name`; None
+    where there are none.
 
     >>> in_both([{"question": "Who?", "answer": "Nobody."}], [{"question": "Who?", "answer": "Nobody."}], "retain")
     "1 of 1 forget rows are in the retain set too, the first as its row 1: 'Who?'"
@@ -66,7 +68,7 @@ def in_both(forget: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, An
     both = [text(row) for row in forget if text(row) in places]
     if not both:
         return None
-    count, first = f"{len(both)} of {len(forget)} forget rows are", both[0]
+    count, first = f"{len(both)} of {len(forget)} {of} rows are", both[0]
     return f"{count} in the {name} set too, the first as its row {places[first]}: {first[0]!r:.60}"
 
 

@@ -53,9 +53,14 @@ class Relearning:
 def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, Any]] | None) -> list[EvaluationSet]:
     """What is evaluated along a relearning: `forget`, the rows that it does not see, and `relearned`, the others.
 
-    Errors: ValueError where a part of the forget set would be empty.
+    Errors: ValueError where a part of the forget set would be empty, and for a part of it beside other data.
     """
     if data is not None:
+        if plan.rows:
+            raise ValueError(
+                f"gfast: relearning: rows={plan.rows} of the forget set has no effect beside related data, all of "
+                "which are learned: give one of the two"
+            )
         return [forget]
     rows = plan.rows or max(1, len(forget.rows) // 10)
     if rows >= len(forget.rows):

@@ -51,8 +51,8 @@ class EvaluateCallback(TrainerCallback):
         batch_size, extraction: as `gfast evaluate` has them. template, chat_kwargs: the prompt's.
         folder: where logs go; None: `<output_dir>/evaluations`.
 
-    Errors: ValueError for rows that cannot be evaluated, or are too long for the model, and a retain log that does not
-    compare, before training; for a negative `every`.
+    Errors: ValueError for rows that cannot be evaluated, or are too long for the model, a retain log that does not
+    compare, and options that no set has a use for, before training; for a negative `every`.
 
     >>> from gfast.evaluation import EvaluateCallback, sources
     >>> callback = EvaluateCallback(10, sources.bundled(), tokenizer)           # doctest: +SKIP
@@ -75,6 +75,11 @@ class EvaluateCallback(TrainerCallback):
         every = whole("gfast: every", every, meaning="the optimizer steps between evaluations, or 0")
         require_libraries(retain_log, any(one.name == "holdout" for one in sets))
         self.every, self.retain_log, self.folder = every, retain_log, folder
+        if (template != "auto" or chat_kwargs) and all(one.encode is not None for one in sets):
+            raise ValueError(
+                "gfast: template and chat_kwargs have no effect on these sets, which write their own prompts (encode): "
+                "leave them out"
+            )
         samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]
         if retain_log is not None:
             check_retain_log(sets, samples, retain_log)

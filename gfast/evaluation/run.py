@@ -21,9 +21,10 @@ from gfast.data.encode import IGNORE, special_tokens
 from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
 from gfast.evaluation.generation import Generated, generate, text_of
-from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label
+from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
+from gfast.given import whole
 from gfast.metrics.answers import OPTION_SETS
 from gfast.metrics.log import FORMAT
 from gfast.metrics.values import chosen
@@ -35,6 +36,7 @@ PARTS = "parts"
 # Min-K% of the log: open-unlearning's k for TOFU and MUSE.
 MIN_K = 0.4
 EXTRACTIONS = ("exact", "similar", "perturbed")
+EXTRACTION_SAMPLES = 50
 _NAMES = {"gt": "gt_loss", "paraphrased": "paraphrased_loss", "perturb": "perturb_loss"}
 _AVERAGES = {"gt": "avg_gt_loss", "paraphrased": "avg_paraphrased_loss", "perturb": "average_perturb_loss"}
 
@@ -64,7 +66,7 @@ class Evaluation:
         tokenizer: Any,
         batch_size: int = 16,
         extraction: Sequence[str] = (),
-        extraction_samples: int = 50,
+        extraction_samples: int = EXTRACTION_SAMPLES,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"gfast: batch_size is {batch_size}; give 1 or more")
@@ -73,12 +75,19 @@ class Evaluation:
             raise ValueError(f"gfast: two sets have one name: {', '.join(names)}")
         for kind in extraction:
             chosen("extraction", kind, EXTRACTIONS)
+        extraction_samples = whole("gfast: extraction_samples", extraction_samples, least=1)
+        if extraction_samples != EXTRACTION_SAMPLES and not extraction:
+            raise ValueError(
+                f"gfast: extraction_samples={extraction_samples} has no effect without extraction, the kinds to "
+                f"measure ({', '.join(EXTRACTIONS)})"
+            )
         if "perturbed" in extraction and not any(sample.reworded for some in samples for sample in some):
             raise ValueError(
                 f"gfast: extraction perturbed asks questions in other words, and no set has rows with {REWORDED}"
             )
         self.sets, self.samples, self.tokenizer = list(sets), [list(some) for some in samples], tokenizer
         self.batch_size, self.extraction, self.extraction_samples = batch_size, tuple(extraction), extraction_samples
+        say_rows_in_both(sets)
         self.pad_id = next((int(x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
         self._shared: dict[int, bool] = {}
 
@@ -216,9 +225,9 @@ class Evaluation:
     def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
         asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
-        # Without the ending token, nor the white space that a template writes in front of it.
         labelled = [[label for label in labels if label != IGNORE] for _, labels in asked_as]
-        answers = [tokens[:-1] or tokens for tokens in labelled]
+        # Without the end.
+        answers = [tokens[: -one.closing] or tokens for tokens, one in zip(labelled, samples, strict=True)]
         ends, takes = self.ends_for(model), _positions(getattr(model, "config", None))
         match = "similar" if kind == "similar" else "exact"
 
@@ -288,8 +297,8 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
         for key, values in ((_AVERAGES[name], average), (_NAMES[name], total), (f"num_token_{name}", count)):
             found[key] = values if several else values[0]
     right = scored[sample.fields["gt"][0]]
-    # open-unlearning's convention: the token that ends an answer is no part of it here
-    correct, logp = right.correct[:-1].tolist(), right.logp[:-1]
+    # open-unlearning's convention: what ends an answer is no part of it here
+    correct, logp = right.correct[: -sample.closing].tolist(), right.logp[: -sample.closing]
     if not one.choices:  # of a letter nothing is left
         found["extraction_strength"] = metrics.extraction_strength(correct)
     if correct and not one.choices:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gfast.data.encode import IGNORE, make_encoder, resolve_template
-from gfast.data.rows import as_rows, field_text, is_cut
+from gfast.data.encode import IGNORE, Chat, Plain, make_encoder, resolve_template
+from gfast.data.rows import as_rows, field_text, in_both, is_cut
+
+logger = logging.getLogger("gfast")
 
 # TOFU's field of the question in other words.
 REWORDED = "paraphrased_question"
@@ -54,7 +57,8 @@ class EvaluationSet:
 class Sample:
     """A question with its answers. index: its row. answers: distinct (token ids, labels), prompt and end included.
     fields: which of them each loss of the log is of: gt, paraphrased, perturb. reworded: (token ids, labels) of the
-    right answer after the question in other words, where the row has one.
+    right answer after the question in other words, where the row has one. closing: how many of the right answer's
+    labels end it: the token that does, and what a template writes before that.
     """
 
     index: int
@@ -63,6 +67,7 @@ class Sample:
     answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     fields: Mapping[str, tuple[int, ...]]
     reworded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    closing: int = 1
 
     @property
     def row(self) -> int:
@@ -85,6 +90,25 @@ class Sample:
         return [sum(label != IGNORE for label in self.answers[at][1][1:]) for at in self.fields[name]]
 
 
+_said: set[str] = set()
+
+
+def say_rows_in_both(sets: Sequence[EvaluationSet]) -> None:
+    """A warning, once, for rows of a forget set that are in another set too."""
+
+    def rows_of(one: EvaluationSet) -> list[dict[str, Any]]:
+        return [{"question": row.get(one.question), "answer": row.get(one.answer)} for row in as_rows(one.rows)]
+
+    for one in sets:
+        for other in sets if one.name.rpartition("_")[2] == "forget" else ():
+            found = None if other is one else in_both(rows_of(one), rows_of(other), other.name, one.name)
+            if found is not None and found not in _said:
+                _said.add(found)
+                then = "Membership inference asks what tells the sets apart" if other.name == "holdout" else (
+                    f"What is said of the {other.name} set is said of them as well")  # fmt: skip
+                logger.warning("gfast: %s. %s: take them out of one", found, then)
+
+
 def tokens_checksum(samples: Sequence[Sample]) -> str:
     """SHA-256 of what a model is given: the same rows are other tokens under another tokenizer or template."""
     return hashlib.sha256(
@@ -104,7 +128,8 @@ def encoded(
     chat_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
 ) -> list[Sample]:
-    """The samples of a set. Nothing is cut: an answer that was would have another loss.
+    """The samples of a set. Nothing is cut: an answer that was would have another loss. template and chat_kwargs are
+    those of sets without an `encode` of their own.
 
     Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
     with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.
@@ -169,4 +194,14 @@ def _sample(
                 )
             places.append(answers.setdefault((ids, labels), len(answers)))
         fields[name] = tuple(places)
-    return Sample(number, question, texts["gt"][0], tuple(answers), fields)
+    right = texts["gt"][0]
+    return Sample(number, question, right, tuple(answers), fields, closing=_closing(encode, question, right))
+
+
+def _closing(encode: Callable[..., tuple[list[int], list[int]]], question: str, answer: str) -> int:
+    """How many tokens end an answer; 1 where that is not known, or they share a token with it."""
+    if not isinstance(encode, (Plain, Chat)):
+        return 1
+    (whole, labels), (bare, _) = encode(question, answer), encode(question, answer, False)
+    behind = sum(label != IGNORE for label in labels[len(bare) :])
+    return behind if whole[: len(bare)] == bare else 1

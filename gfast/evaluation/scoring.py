@@ -31,7 +31,9 @@ _ARGMAX_ROWS = 256
 
 
 class Scored(NamedTuple):
-    """Of an answer's N labelled tokens: logp [N], fp32, and for the right answer whether each is the argmax [N]."""
+    """Of an answer's N labelled tokens: logp [N], fp32 (fp64 of fp64 models), and for the right answer whether each is
+    the argmax [N].
+    """
 
     logp: Tensor
     correct: Tensor | None
@@ -177,7 +179,7 @@ def _scored(
         correct = None
         if job.answer == samples[job.sample].fields["gt"][0]:
             correct = _argmax(output, row, at) == labels[row, at]
-        yield Scored(logp[row, at].float().cpu(), None if correct is None else correct.cpu())
+        yield Scored(logp[row, at].cpu(), None if correct is None else correct.cpu())
 
 
 def _argmax(output: ModelOutput, row: int, at: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class RMU(Objective):
     def value(self, hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """The loss from hidden states [B, T, D] and the bool mask of valid positions [B, T]."""
         target = self.c * self.direction(hidden.shape[-1]).to(hidden.device)  # [D]
-        return _mean_square(self, hidden.float() - target, valid, normalizer)
+        return _mean_square(self, _wide(hidden) - target, valid, normalizer)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,16 @@ class RR(Objective):
         self, hidden: Tensor, ref_hidden: Tensor, valid: Tensor, normalizer: float | Tensor | None = None
     ) -> Tensor:
         """The loss from hidden states and the original's [B, T, D], and the bool mask of valid positions [B, T]."""
-        return _mean_square(self, hidden.float() - ref_hidden.detach().float(), valid, normalizer)
+        return _mean_square(self, _wide(hidden) - _wide(ref_hidden.detach()), valid, normalizer)
 
 
 def _check_layer(objective: RMU | RR) -> None:
     objective._require(objective.layer >= 0, "layer must be >= 0: hidden states are counted from the embeddings.")
+
+
+def _wide(hidden: Tensor) -> Tensor:
+    """In fp32; fp64 as it is."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _mean_square(objective: Objective, difference: Tensor, valid: Tensor, normalizer: float | Tensor | None) -> Tensor:

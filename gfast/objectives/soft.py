@@ -151,7 +151,7 @@ class SHRED(SoftTarget):
 
     def lowering(self, labels: Tensor, ref_logp: Tensor | None, sequence_id: Tensor | None) -> float | Tensor:
         texts = _texts(labels, sequence_id)
-        rank, size = _places(texts, ref_logp.float().reshape(-1).argsort(stable=True))
+        rank, size = _places(texts, ref_logp.reshape(-1).argsort(stable=True))
         chosen = (rank < torch.ceil(self.share * size.double() - 1e-9)) & (texts < labels.numel())
         return ref_logp.new_zeros(labels.numel()).masked_fill_(chosen, math.inf).view(labels.shape)
 

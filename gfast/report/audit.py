@@ -308,14 +308,17 @@ def _fingerprints(folder: Path, run: Run) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in run.record_files:
         digest.update(f"{file_checksum(path)}  {path.name}\n".encode())
-    if check_manifest(folder, "restore it from a copy: the audit is of what the run wrote", only=_OF_MODEL):
-        listed = read_json(folder / MANIFEST)["files"]
-        model = {name: entry["sha256"] for name, entry in listed.items() if _WEIGHTS.search(name)}
+    if check_manifest(folder, "restore it from a copy: the audit is of what the run wrote", _OF_MODEL, deleted=True):
+        listed = {name: entry for name, entry in read_json(folder / MANIFEST)["files"].items() if _WEIGHTS.search(name)}
+        model = {name: entry["sha256"] for name, entry in listed.items()}
+        gone = {name: entry["deleted"] for name, entry in listed.items() if not (folder / name).exists()}
     else:
+        gone = {}
         model = {p.name: file_checksum(p) for p in sorted(folder.iterdir()) if _WEIGHTS.search(p.name)}
     return {
         "original_model": run.info.get("model_fingerprint"),
         "model_files": model,
+        "deleted_files": gone,
         "data": run.info.get("data_sha256") or {},
         "settings": run.info.get("fingerprint"),
         "records": digest.hexdigest(),

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from gfast.report.figures import drawings
 from gfast.report.matched import lesson, match, matched_sentence, on_other_rows
 from gfast.report.runs import TEXTS, Run, load_runs
-from gfast.report.tables import HARM, cells, columns_of, comparison, markdown, reading, summarize
+from gfast.report.tables import HARM, cells, columns_of, markdown, reading, summarize
 
 
 def build_report(
@@ -64,7 +64,7 @@ def build_report(
     shared = flatten(dict(settings or {})) | {key: value for key, value in common.items() if key not in details}
     said = [matched_sentence(summaries)]
     if not on_other_rows(summaries):
-        said += [lesson(summaries), comparison(summaries)]
+        said.append(lesson(summaries))
     page = rendered(
         "page.html.j2",
         title=title,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,13 +101,21 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
     return (
         f"At a forget NLL of {number(level)}, which {'all' if len(kept) == len(summaries) else len(kept)} of them "
         f"reach, {least} has the lowest retain NLL ({number(kept[least])}) and {most} the highest "
-        f"({number(kept[most])})."
+        f"({number(kept[most])}). Each is one run: how much of that is chance, only runs of several seeds can say."
     )
+
+
+def difference_by_chance(deviations: Sequence[float | None]) -> float | None:
+    """What seeds make of the difference of two runs: one standard deviation, from those of both over seeds; None where
+    there is one seed.
+    """
+    return None if None in deviations else math.hypot(*deviations)
 
 
 def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     """What end points would have said of the run that ends with the lowest retain NLL, in a sentence to repeat; empty
-    where they say the same as equal forgetting, or there is nothing to compare.
+    where they say the same as equal forgetting, there is nothing to compare, or the difference is not more than twice
+    what seeds make of it (`deviation` over seeds, where there are several).
     """
     from gfast.report.tables import number
 
@@ -117,6 +126,9 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     kept = {one["label"]: one["matched"]["retain_nll"] for one in there}
     mild, best = min(ends, key=lambda label: ends[label][1]), min(kept, key=kept.__getitem__)
     if mild == best:
+        return ""
+    chance = difference_by_chance([one["matched"].get("deviation") for one in there if one["label"] in (mild, best)])
+    if chance is not None and kept[mild] - kept[best] <= 2 * chance:
         return ""
     why = (
         "because it forgot least" if ends[mild][0] == min(end for end, _ in ends.values()) else "at another forget NLL"

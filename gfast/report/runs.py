@@ -128,6 +128,8 @@ def load_runs(folders: list[Path]) -> list[Run]:
     read = []
     for folder in folders:
         if not files_like(folder / "records", "*.parquet"):
+            if inside := sorted(path.parent for path in folder.glob("runs/*/*/records")):
+                raise FileNotFoundError(f"{folder} is the folder of a study: give one of its runs, such as {inside[0]}")
             raise FileNotFoundError(
                 f"{folder} holds no records: expected {folder / 'records'}/step-*.parquet; "
                 "pass the folder of a run made by UnlearnTrainer with geffect_every set, or by gfast demo"

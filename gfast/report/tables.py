@@ -220,23 +220,6 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
     return {"verdict": verdict, "tone": tone, "text": " ".join(parts)}
 
 
-def comparison(summaries: Sequence[dict[str, Any]]) -> str:
-    """One sentence over all runs that unlearned: who lost least and who most of the retain set per nat forgotten."""
-    prices = {}
-    for summary in summaries:
-        forget, kept = summary["forget_nll"], summary["retain_nll"]
-        if forget and kept and forget["after"] > forget["before"]:
-            gained = forget["after"] - forget["before"]
-            prices[summary["label"]] = (kept["after"] - kept["before"]) / gained
-    if len(prices) < 2:
-        return ""
-    least, most = min(prices, key=prices.__getitem__), max(prices, key=prices.__getitem__)
-    return (
-        f"For each nat of forget NLL, {least} gave up the least retain NLL ({number(prices[least])} nats) "
-        f"and {most} the most ({number(prices[most])})."
-    )
-
-
 def _once_sentence(summary: dict[str, Any]) -> str:
     """What a step would do, of a model that was measured as it stands."""
     raises = {side: summary[f"{side}_total"] < 0 for side in SIDES}

@@ -150,8 +150,9 @@ def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Mappin
 
 def _grid_note(grid: Mapping[str, Any]) -> str:
     note = (
-        f"The effects are weighted sums of the effects of single tokens, measured once, at step {grid['step']} of "
-        f"{grid['run']}; a real run has its own course. Runs are compared at a forget NLL of {number(grid['level'])}. "
+        f"One seed. The effects are weighted sums of the effects of single tokens, measured once, at step "
+        f"{grid['step']} of {grid['run']}; a real run has its own course. Runs are compared at a forget NLL of "
+        f"{number(grid['level'])}. "
     )
     if grid["rank"] is not None:
         note += (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gfast.commands.arguments import SOURCES, DataArguments, ModelArguments
-from gfast.evaluation.run import EXTRACTIONS
+from gfast.evaluation.run import EXTRACTION_SAMPLES, EXTRACTIONS
 from gfast.objectives.registry import parse_objective
 from gfast.training.config import UnlearnConfig
 from gfast.words import did_you_mean
@@ -96,13 +96,15 @@ class Evaluated:
     along: int = 0
     max_new_tokens: int | None = None
     extraction: tuple[str, ...] = ()
-    extraction_samples: int = 50
+    extraction_samples: int = EXTRACTION_SAMPLES
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         _at_least("evaluate", self, rows=0, along=0, extraction_samples=1, batch_size=1, max_new_tokens=1)
         for kind in self.extraction:
             _choose("evaluate.extraction", kind, EXTRACTIONS)
+        if self.extraction_samples != EXTRACTION_SAMPLES and not self.extraction:
+            raise ValueError("evaluate.extraction_samples has no effect without evaluate.extraction, as in [exact]")
 
 
 @dataclass(frozen=True)

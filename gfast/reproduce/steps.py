@@ -18,7 +18,7 @@ from typing import Any
 
 from gfast.commands.common import say
 from gfast.errors import NotFinite
-from gfast.files import file_checksum, files_like, read_json, write_json
+from gfast.files import file_checksum, files_like, note_deleted, read_json, write_json
 from gfast.words import did_you_mean
 
 REDO_ALL = "changed"
@@ -185,6 +185,7 @@ class Steps:
         write_json(self._record_file(name), record | {"dropped": True})
         for path in record["made"]:
             if path.endswith((".safetensors", ".bin")):
+                note_deleted(self.out / name / path, "keep_models of its study is false")
                 (self.out / name / path).unlink(missing_ok=True)
         say(f"{name}: weights deleted (keep_models: false)")
 

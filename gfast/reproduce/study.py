@@ -41,6 +41,7 @@ def study(name: str, changes: Sequence[str], out: Path | None, redo: Sequence[st
         started = time.perf_counter()
         try:
             steps.run(_said(steps, plan))
+            _drop(plan, steps, len(steps.steps))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"Stopped. What is finished stays in {out}; the same command goes on from there."
@@ -59,9 +60,13 @@ def _said(steps: Steps, plan: Plan) -> Any:
     def said(step: Step, kind: str, number: int) -> None:
         if kind != "done":
             say(f"[{number + 1}/{len(steps.steps)}] {step.name}: {step.what}")
-        if not plan.recipe.keep_models:
-            for earlier in steps.steps[:number]:
-                if earlier.name.startswith(RUNS):
-                    steps.drop(earlier.name)
+        _drop(plan, steps, number)
 
     return said
+
+
+def _drop(plan: Plan, steps: Steps, number: int) -> None:
+    """The weights of runs among the first steps, where the recipe does not keep them."""
+    for step in steps.steps[:number] if not plan.recipe.keep_models else ():
+        if step.name.startswith(RUNS):
+            steps.drop(step.name)

@@ -14,7 +14,7 @@ from gfast.evaluation.results import retention
 from gfast.files import read_json
 from gfast.geffect import GEffect
 from gfast.objectives.registry import parse_objective
-from gfast.report.matched import lesson, match
+from gfast.report.matched import difference_by_chance, lesson, match
 from gfast.report.runs import Run, averaged, measured_runs
 from gfast.report.tables import RETENTION, number, summarize
 from gfast.reproduce.plan import RUNS, Plan
@@ -203,13 +203,7 @@ class Results:
                 if best != worst
                 else f"At a forget NLL of {number(self.level)} all have one retain NLL ({cell(there[best])})."
             )
-            deviations = [there[name][1] for name in (best, worst) if there[name][1] is not None]
-            if len(deviations) == 2 and best != worst:
-                apart, chance = there[worst][0] - there[best][0], math.hypot(*deviations)
-                found.append(
-                    f"They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what "
-                    f"seeds make of such a difference ({number(chance)})."
-                )
+            found[-1] += _by_chance(there[best], there[worst])
         for key, heading in RETENTION:
             kept = {row["name"]: row[f"matched_{key}"] for row in self.rows if row.get(f"matched_{key}")}
             if len(kept) > 1:
@@ -217,20 +211,31 @@ class Results:
                 what = heading[0].lower() + heading[1:].partition(" at ")[0]
                 found.append(
                     f"There the {what} is highest with {most} ({cell(kept[most])}) and lowest with {least} "
-                    f"({cell(kept[least])})."
+                    f"({cell(kept[least])})." + _by_chance(kept[most], kept[least])
+                    if kept[most][0] != kept[least][0]
+                    else f"There the {what} is that of all alike ({cell(kept[most])})."
                 )
         ends = [
-            {"label": name, "course": summarize(self.runs[name])["course"], "matched": {"retain_nll": there[name][0]}}
+            {"label": name, "course": summarize(self.runs[name])["course"],
+             "matched": dict(zip(("retain_nll", "deviation"), there[name], strict=True))}
             for name in there
-        ]
+        ]  # fmt: skip
         found += filter(None, [lesson(ends)])
         left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
         if len(left) > 1:
-            best, alike = min(left, key=lambda n: left[n][0]), len({mean for mean, _ in left.values()}) == 1
-            who = "all leave as much" if alike else f"{best} leaves least"
+            best, most = (pick(left, key=lambda n: left[n][0]) for pick in (min, max))
+            alike, before = left[best][0] == left[most][0], cell(self.rows[0]["forget_extraction"])
+            who = (
+                f"all leave as much to extract of the forget set ({cell(left[best])}"
+                if alike
+                else f"{best} leaves least to extract of the forget set ({cell(left[best])}, {most} most, "
+                f"{cell(left[most])}"
+            )
+            found.append(f"At equal retention, {who}; before unlearning {before}).{_by_chance(left[best], left[most])}")
+        if len(self.recipe.seeds) == 1 and max(len(there), len(left)) > 1:
             found.append(
-                f"At equal retention, {who} to extract of the forget set ({cell(left[best])}; before unlearning "
-                f"{cell(self.rows[0]['forget_extraction'])})."
+                "Each objective has one seed: how much of such differences is chance, only several seeds can say "
+                "(seeds=[0,1,2])."
             )
         return found
 
@@ -296,6 +301,17 @@ class Results:
                 "measuring": sum(measuring) / len(measuring) if measuring else None,
             })  # fmt: skip
         return rows
+
+
+def _by_chance(one: tuple[float, float | None], other: tuple[float, float | None]) -> str:
+    """A sentence on the difference of two means over seeds; empty where there is none, or one seed alone."""
+    apart, chance = abs(one[0] - other[0]), difference_by_chance([one[1], other[1]])
+    if not apart or chance is None:
+        return ""
+    return (
+        f" They are {number(apart)} apart, {'more' if apart > 2 * chance else 'not more'} than twice what seeds make "
+        f"of such a difference ({number(chance)})."
+    )
 
 
 def _end(summary: Mapping[str, Any], side: str) -> float | None:

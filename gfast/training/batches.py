@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from gfast import packed, peft_models
 from gfast.data import batches
+from gfast.hf import OWN_KEYS
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
 from gfast.sides import SETS
@@ -141,6 +142,11 @@ def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     found = cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
     cache.check_texts(batch["sample_id"], batch)
     return found
+
+
+def own_numbers(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a batch, weights and reference values, which 16 bits would round."""
+    return {key: value for key, value in batch.items() if key in OWN_KEYS and isinstance(value, Tensor)}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -26,7 +27,8 @@ class UnlearnConfig(TrainingArguments):
     """All of TrainingArguments, and the loss gamma * objective(forget) + alpha * retain_term(retain).
 
     Defaults that differ from TrainingArguments: learning_rate 1e-5 (unlearning needs small steps), logging_steps 1,
-    report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"].
+    report_to "none", remove_unused_columns False (it must stay so), label_names ["labels"]. max_grad_norm 0 or None is
+    no clipping.
 
     Errors: ValueError for an unknown objective or retain term, parameters the objective does not have, and options of
     TrainingArguments that would have no effect here (gfast.training.options says which, and what to do instead).
@@ -204,8 +206,14 @@ class UnlearnConfig(TrainingArguments):
         for name, kind in type(self).__dict__["__annotations__"].items():
             if kind in kinds and not fits(getattr(self, name), kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {kinds[kind]}")
-        for entry in fields(TrainingArguments):  # where Trainer would take another word for the default
+        if self.max_grad_norm is None:  # no clipping, as transformers has it before version 5
+            self.max_grad_norm = 0.0
+        hints = get_type_hints(TrainingArguments)
+        for entry in fields(TrainingArguments):
             value, known = getattr(self, entry.name), entry.metadata.get("choices")
+            if value is None and entry.default is not None and (hints[entry.name] in (int, float, bool) or known):
+                raise ValueError(f"{entry.name} is None; give a value, or leave it out for {entry.default!r}")
+            # Trainer would take another word for the default.
             if known and isinstance(value, str) and value not in known:
                 raise ValueError(f"{entry.name} is {value!r}; choose one of {', '.join(map(str, known))}")
 

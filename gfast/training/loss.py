@@ -293,6 +293,13 @@ class GFastLossMixin(ExactEvaluation):
         """What a resumed run goes on with beside the optimizer."""
         return [part for part in (self.live, self.token_weights) if part is not None]
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, which under DeepSpeed casts whatever is no integer to the model's dtype: not what gfast reads."""
+        moved = super()._prepare_input(data)
+        if isinstance(data, Mapping) and getattr(self, "is_deepspeed_enabled", False):
+            return type(data)({**moved, **batches.to_device(batches.own_numbers(data), self.args.device)})
+        return moved
+
     def _check_batch(self, batch: Any) -> None:
         batches.check_trained(batch, self.model)
         if len(self._parts) > 1 and self.live is None and not self._joint:  # both in one backward
@@ -375,7 +382,7 @@ class GFastLossMixin(ExactEvaluation):
         reference_model = self._reference_model(objective, batch)
         if reference_model is not None:
             with torch.no_grad(), evaluating(reference_model):
-                batch["ref_logp"] = model_logp(reference_model, batch).float()  # [B, T]
+                batch["ref_logp"] = model_logp(reference_model, batch)  # [B, T]
         stepping = self._stepping
         normalizer = self._normalizers.get(side) if stepping else None
         if stepping and side in self._counted:

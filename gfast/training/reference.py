@@ -19,11 +19,20 @@ from gfast.model_settings import difference, settings_of
 from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.reference_values import BATCH_KEY, TEXT_KEYS, as_it_is, checked, keep_samples, to_model, values_of
+from gfast.training.reference_values import (
+    BATCH_KEY,
+    TEXT_KEYS,
+    as_it_is,
+    check_layer_asked,
+    checked,
+    keep_samples,
+    to_model,
+    values_of,
+)
 
-FORMAT = "gfast-reference-2"
-# Of earlier versions; their files have no checksums.
-KNOWN_FORMATS = ("gfast-reference-1", FORMAT)
+FORMAT = "gfast-reference-3"
+# Of earlier versions: the first has no checksums, and both have log-probs in fp32 of fp64 models too.
+OLD_FORMATS = ("gfast-reference-1", "gfast-reference-2")
 REMEDY = "delete it and build it again with ReferenceCache.build"
 # What all samples share: the output head of the original model, and its scale and soft cap (0: none).
 HEAD_KEYS = ("ref_head", "ref_head_bias", "ref_head_form")
@@ -38,10 +47,10 @@ class ReferenceCache:
     | `"hidden"` | `ref_hidden` | [T, D] after the final norm, and once the head `ref_head` [V, D] | KL |
     | `"layer_hidden"` | `ref_layer_hidden` | [T, D], `hidden_states[layer]` | RR |
 
-    Samples are found by `sample_id`, never by position in a batch, so the order of batches is free. The file is
-    safetensors; it names the model and the data by fingerprints over every byte, and loading it for others is a
-    ValueError. A model with PEFT adapters is its own reference with the adapters off, where that provably is the
-    original.
+    Log-probs of fp64 models are fp64. Samples are found by `sample_id`, never by position in a batch, so the order of
+    batches is free. The file is safetensors; it names the model and the data by fingerprints over every byte, and
+    loading it for others is a ValueError. A model with PEFT adapters is its own reference with the adapters off, where
+    that provably is the original.
 
     >>> cache = ReferenceCache.build(model, dataset, collator, path="reference.safetensors")    # doctest: +SKIP
     >>> cache = ReferenceCache.load("reference.safetensors", model=model, dataset=dataset)      # doctest: +SKIP
@@ -275,9 +284,10 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
-        Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache or belongs to another model or
-        other data.
+        Errors: FileNotFoundError; DamagedFile; ValueError for a file that is no cache, belongs to another model or
+        other data, or holds an fp64 model's log-probs in fp32.
         """
+        check_layer_asked(what, layer)
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -285,11 +295,16 @@ class ReferenceCache:
             )
         file = TensorFile(path, REMEDY)
         description = file.description
-        if not isinstance(description, dict) or description.get("format") not in KNOWN_FORMATS:
+        if not isinstance(description, dict) or description.get("format") not in (*OLD_FORMATS, FORMAT):
             raise ValueError(f"{path} is not a {FORMAT} file; {REMEDY}")
-        if description["format"] == FORMAT and file.checksum is None:
+        if description["format"] != OLD_FORMATS[0] and file.checksum is None:
             raise DamagedFile(path, "its checksums are missing", REMEDY)
         tensors = {name: file.get(name) for name in file.names}
+        wide = model is not None and any(p.dtype == torch.float64 for p in model.parameters())
+        if wide and "ref_logp" in tensors and description["format"] in OLD_FORMATS:
+            raise ValueError(
+                f"{path}: an earlier gfast wrote it, which rounded the log-probs of fp64 models to fp32; {REMEDY}"
+            )
         with undamaged(path, REMEDY):
             cache = cls(
                 tensors.pop("sample_ids"),
@@ -322,6 +337,8 @@ class ReferenceCache:
         """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
         adapted: of the model with its adapters on, or with the one of that name; fingerprint: as in `build`.
         """
+        if model is None and (adapted or fingerprint):
+            raise ValueError("adapted and fingerprint say which model a cache has to be of: give model= with them")
         lacking = sorted(set(what) - self.what)
         if lacking:
             raise ValueError(

@@ -19,13 +19,23 @@ BATCH_KEY = {"logp": "ref_logp", "hidden": "ref_hidden", "layer_hidden": "ref_la
 
 
 def checked(what: Collection[str], layer: int | None) -> frozenset[str]:
-    """The quantities that were asked for; ValueError for others, and for hidden states of no layer."""
+    """What was asked for; ValueError for other quantities, hidden states of no layer, and a layer without them."""
     what = frozenset([what] if isinstance(what, str) else what)
     if not what or what - set(BATCH_KEY):
         raise ValueError(f"what={sorted(what)} must be some of {sorted(BATCH_KEY)}")
     if "layer_hidden" in what and layer is None:
         raise ValueError('what="layer_hidden" needs layer=, counted as in hidden_states')
+    check_layer_asked(what, layer)
     return what
+
+
+def check_layer_asked(what: Collection[str], layer: int | None) -> None:
+    """ValueError for a layer of which no hidden states are asked for."""
+    if layer is not None and "layer_hidden" not in what:
+        raise ValueError(
+            f'layer={layer} has no effect with what={sorted(what)}: it is that of what="layer_hidden", RR\'s; leave '
+            "one out or give the other"
+        )
 
 
 def to_model(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def values_of(
             head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
         found["ref_hidden"] = output.value  # [B, T, D]
     if "logp" in what:
-        found["ref_logp"] = model_logp(model, batch).float()  # [B, T]
+        found["ref_logp"] = model_logp(model, batch)  # [B, T]
     if "layer_hidden" in what:
         found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
     return found
