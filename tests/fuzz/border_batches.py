@@ -1,4 +1,4 @@
-"""Batches that the border's fuzzer draws, texts in rows or several in one, pairs too; and objectives of their own log-probs."""
+"""Batches that the border's fuzzer draws, texts in rows or several in one, pairs too; and objectives literally."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 from typing import NamedTuple
 
 import torch
+from helpers.architectures import VOCAB
 from torch import Tensor, nn
 
 from gfast.objectives import DPO, ETW, GA, NLL, NPO, TNPO, WGA, WTNPO, BalDRO, BalDROG, SatImp, SimNPO
-from helpers.architectures import VOCAB
 
 OBJECTIVES = (GA(), NLL(), WGA(0.5), SatImp(1.0, 1.0), TNPO(2.0), WTNPO(0.5, 1.0), NPO(0.3), SimNPO(2.0, 0.5), ETW(1.3))
 OBJECTIVES += (BalDRO(0.5, 2.0), BalDROG(0.5, 0.6), DPO(0.4), DPO(2.0))
