@@ -220,6 +220,11 @@ def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     start: the first position whose label counts; 0 for objectives on the hidden states of the labelled positions.
     """
     labels = batch["labels"]
+    if "preferred" in getattr(objective, "needs", ()) and (pairs := pair_numbers(batch)) is not None:
+        ids, found = pairs
+        each = labels.new_full((found, 1), IGNORE_INDEX)  # a row a text, in the order of pairs
+        each[ids[:, 1:][labels[:, 1:] != IGNORE_INDEX]] = 0
+        return objective.count(each)
     ids = sequence_ids(batch) if objective.default_reduction == "sequence_mean" else None
     if ids is None:
         return objective.count(labels[..., start:])
@@ -227,9 +232,9 @@ def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     return objective.count(each.fill_(0))
 
 
-def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
-    """Sequence ids of packed pairs, int64 [B, T] at the positions that score: the second half of the texts begins at
-    size // 2, half the number of labels, where ops look for it. None where a row is a text.
+def pair_numbers(batch: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    """The number of each token's text among those of packed pairs, int64 [B, T], and how many these are: the second
+    half are the preferred answers. Of tokens that nothing scores the number may be another. None where a row is a text.
 
     A text that lost its labels, as truncation does it, keeps its place among the others: without it every pair behind
     it would be of two answers to different questions. Raises ValueError for an odd number of texts.
@@ -237,11 +242,14 @@ def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
     ids = _numbers(batch)
     if ids is None:
         return None
-    scored = batch["labels"][:, 1:] != IGNORE_INDEX
-    rows, flat = ids.shape[0], ids[:, 1:].reshape(-1)  # of tokens that a text's other tokens stand before
+    scored, flat = batch["labels"][:, 1:] != IGNORE_INDEX, ids[:, 1:].reshape(-1)
     present = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill_(0, flat[scored.view(-1)], True)
     present |= _worded(batch, ids)
-    if int(present.sum()) == rows and bool(present[ids].any(1).all()):
+    here, mask = present[ids], batch.get("attention_mask")
+    several = torch.where(here, ids, -1).amax(1) > torch.where(here, ids, ids.numel()).amin(1)  # [B]
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        here = here | (mask.to(ids.device) != 0)  # a row of a single token is a text too, though nothing scores it
+    if not bool(several.any()) and bool(here.any(1).all()):
         return None
     rank = present.long().cumsum(0) - 1
     found = int(rank[-1]) + 1
@@ -250,8 +258,19 @@ def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
             f"gfast: DPO needs pairs: an even number of texts, the forget answers and then the preferred ones in the "
             f"same order; the packed rows hold {found}"
         )
-    rank = torch.where(rank >= found // 2, rank - found // 2 + size // 2, rank).clamp(min=0)
-    return torch.nn.functional.pad(rank[flat].view(rows, -1), (0, 1))
+    return rank.clamp(min=0)[ids], found
+
+
+def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
+    """Sequence ids of packed pairs, int64 [B, T] at the positions that score: the second half of the texts begins at
+    size // 2, half the number of ids that there may be, where ops look for it. None where a row is a text; see
+    `pair_numbers`.
+    """
+    pairs = pair_numbers(batch)
+    if pairs is None:
+        return None
+    ids, found = pairs
+    return torch.nn.functional.pad(torch.where(ids >= found // 2, ids - found // 2 + size // 2, ids)[:, 1:], (0, 1))
 
 
 def _worded(batch: Mapping[str, Any], ids: Tensor) -> Tensor:

@@ -109,6 +109,21 @@ def test_without_a_retain_loss_the_risk_is_spared_but_not_descended(rule):
     monitor.retain(None, risk=gfast.model_loss(model, retain, NLL()))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-11, atol=1e-14)
+    model.zero_grad()
+    monitor = gfast.GEffectMonitor(model, objective=GA(), surgery=rule)
+    monitor.forget(gfast.model_loss(model, forget, GA()))
+    for share, last in ((0.25, False), (0.75, True)):  # a risk in two micro-batches
+        monitor.retain(None, risk=share * gfast.model_loss(model, retain, NLL()).loss, last=last)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-13)
+    truth = gfast.g_effect(model, GA(), forget=forget, retain=retain)
+    assert monitor.effect().total("retain") == pytest.approx(truth.total("retain"), rel=1e-9)
+    assert monitor.effect().risks["retain"] == pytest.approx(truth.risks["retain"], rel=1e-9)
+    model.zero_grad()
+    monitor.forget(gfast.model_loss(model, forget, GA()))
+    monitor.retain(None, risk=gfast.model_loss(model, retain, NLL()), last=False)
+    with pytest.raises(ValueError, match="in every retain.. or in none"):
+        monitor.retain(gfast.model_loss(model, retain, NLL()))
 
 
 def test_surgery_works_on_the_retain_loss_and_on_all_its_micro_batches():

@@ -93,3 +93,38 @@ def test_numbers_that_begin_anew_in_every_row_are_named():
     named = torch.where(batch["labels"] != -100, numbers, 0)  # prompts and padding have a number of their own
     for objective in (NPO(0.5), DPO(0.5)):
         assert value({**batch, "sequence_id": named}, objective) == pytest.approx(value(batch, objective), rel=1e-10)
+
+
+@pytest.mark.parametrize("engine", ["sample", "gram", "token"])
+@pytest.mark.parametrize("width", [35, 40])
+@pytest.mark.parametrize("lost", [(1,), (0, 4), (2, 5)])
+def test_effects_of_pairs_keep_their_places_without_labels(lost, width, engine):
+    """Also of an odd number of tokens, and over the number of pairs that are scored."""
+    forget, retain = apart(), apart((0, 1, 2))
+    effects = [
+        gfast.g_effect(MODEL, DPO(0.5), forget=forget, retain=retain, objective_batches=pairs, engine=engine)
+        for pairs in (packed([range(6)], lost, width)[0], apart(lost))
+    ]
+    for side in ("unlearn", "retain"):
+        found, expected = (effect.total(side) for effect in effects)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_pairs_that_are_counted():
+    for lost, pairs in (((), 3), ((1,), 3), ((0, 4), 3), ((1, 4), 2), ((0, 1, 3), 2)):
+        for batch in (packed([range(6)], lost)[0], packed([[0, 1, 2], [3, 4, 5]], lost)[0], apart(lost)):
+            assert gfast.packed.count(DPO(), batch) == pairs
+
+
+def test_rows_of_pairs_stay_rows_whatever_their_positions():
+    """Padding on the left has positions of its own, and a row of one token has nothing that is scored."""
+    ids = torch.tensor([[5, 6, 7], [0, 0, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17], [0, 0, 18]])
+    mask = (ids > 0).long()
+    labels = torch.where(mask.cumsum(1) > 1, ids, -100)
+    ref = torch.linspace(-6, -1, ids.numel(), dtype=torch.float64).view(ids.shape)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "ref_logp": ref}
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    expected = gfast.model_loss(MODEL, batch, DPO(0.5))
+    found = gfast.model_loss(MODEL, {**batch, "position_ids": positions}, DPO(0.5))
+    torch.testing.assert_close(found.logp, expected.logp, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-9, atol=1e-12)

@@ -10,8 +10,18 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers import training_parallel  # noqa: E402
 from helpers.marks import slow_when  # noqa: E402
-from helpers.training_tiny import collator, config, copied, datasets, pairing, parameters, tiny_model  # noqa: E402
+from helpers.training_tiny import (  # noqa: E402
+    collator,
+    config,
+    copied,
+    datasets,
+    in_processes,
+    pairing,
+    parameters,
+    tiny_model,
+)
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import gfast  # noqa: E402
@@ -83,9 +93,7 @@ def test_trains_as_without_it_and_measures_each_step(options, accumulation, tmp_
     loader = two.get_train_dataloader()
     batches = [batch for batch, _ in zip(loader, range(accumulation), strict=False)]
     forgets, retains = [b["forget"] for b in batches], [b["retain"] for b in batches]
-    own = two.objective.retain != NLL()
-    which = retains[-1:] if own and two.objective.retain is None else retains[:1]
-    truth = gfast.g_effect(start.eval(), two.objective.forget, forget=forgets, retain=which, norms=True)
+    truth = gfast.g_effect(start.eval(), two.objective.forget, forget=forgets, retain=retains[:1], norms=True)
     for group, value in truth.retain.items():
         found = rows(tmp_path / "live", "g_effect", group=group)
         assert found.keys() == {0, 1} and found[0] == pytest.approx(
@@ -94,6 +102,23 @@ def test_trains_as_without_it_and_measures_each_step(options, accumulation, tmp_
     assert rows(tmp_path / "live", "risk", group="")[0] == pytest.approx(truth.risks["retain"], rel=1e-4)
     if options["objective"] == "GA" or accumulation == 1:
         assert rows(tmp_path / "live", "g_effect", "unlearn")[0] == pytest.approx(truth.total("unlearn"), rel=1e-3)
+
+
+@pytest.mark.parametrize("surgery", ["gru", "retain:tensor"])
+def test_surgery_without_a_retain_term_spares_the_retain_rows_of_all_micro_batches(surgery, tmp_path):
+    one, two = tiny_model().double(), tiny_model().double()
+    options = dict(objective="WGA", surgery=surgery, max_steps=3, optim="sgd", learning_rate=0.05, logging_steps=1)
+    at_once = trained(tmp_path / "one", one, per_device_train_batch_size=2, **options)
+    parts = trained(tmp_path / "two", two, per_device_train_batch_size=1, gradient_accumulation_steps=2, **options)
+    for name, value in parameters(one).items():
+        torch.testing.assert_close(parameters(two)[name], value, rtol=1e-12, atol=1e-14, msg=name)
+    for a, b in zip(at_once.state.log_history[:3], parts.state.log_history[:3], strict=True):
+        for name in ("geffect_live/retain", "geffect_live/nll/retain", "geffect_live/step/retain"):
+            assert b[name] == pytest.approx(a[name], rel=1e-6), name
+
+
+def test_risks_of_several_processes_are_over_the_tokens_of_all(tmp_path):
+    in_processes(training_parallel.live, str(tmp_path), world=2)
 
 
 def test_a_loss_with_a_constant_is_logged_as_without(tmp_path):

@@ -81,11 +81,14 @@ class LiveSteps:
         # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
         own = self.trainer._own_loss_terms
         self._apart = {side for found in sides for side in found if own or self.trainer.weighs(found[side], side)}
-        tokens = [[count(NLL(), found[side]) for found in sides] for side in ("forget", "retain")]
-        forget, retain, first = self.trainer._over_processes([sum(tokens[0]), sum(tokens[1]), tokens[1][0]])
+        tokens = [count(NLL(), found["retain"]) for found in sides]
+        counts = [count(NLL(), sides[-1]["forget"]), tokens[0], sum(tokens)]
+        forget, first, retain = self.trainer._over_processes(counts)
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
-        # A risk of its own is measured on one micro-batch: over its own count where there are several.
-        self._risk_counts = {"forget": forget, "retain": retain} if len(batches) == 1 else {}
+        # Of the micro-batches, in all processes, that a risk of its own is measured on: the last forget one, the first
+        # retain one; all retain ones where surgery spares them without a retain loss.
+        spared = self.surgery is not None and self.trainer.objective.retain is None
+        self._risk_counts = {"forget": max(forget, 1), "retain": max(retain if spared else first, 1)}
 
     def monitor(self, model: Any) -> GEffectMonitor:
         """The monitor of the model as the Trainer has wrapped it."""
@@ -155,11 +158,13 @@ class LiveSteps:
             ]
         value, first, last = self._values[self._at], self._at == 0, self._at == len(self.batches) - 1
         self._at += 1
+        if mix.retain is None and self.surgery is None:
+            inputs = self.batches[0]  # that the effect is measured on, at the end
         part = trainer._sides(trainer._prepare_inputs(inputs))["retain"]
         risk = partial(self._risk, model, part, "retain")
         if mix.retain is None:
-            if last:
-                monitor.retain(None, risk=risk)
+            if last or self.surgery is not None:
+                monitor.retain(None, risk=risk, last=last)
         else:
             found: list[Tensor] = []
 
@@ -181,8 +186,8 @@ class LiveSteps:
     def _forget(self, monitor: GEffectMonitor, batch: Mapping[str, Any], last: bool) -> Tensor:
         trainer, mix, model = self.trainer, self.trainer.objective, monitor.model
         measures = last and monitor.unlearn and monitor.identity is None
-        # FSDP frees what a second backward would need, and a risk over one micro-batch has a count of its own
-        shares = measures and self._risk_counts and not trainer._own_loss_terms and not wrappers.has_fsdp(model)
+        # FSDP frees what a second backward would need
+        shares = measures and not trainer._own_loss_terms and not wrappers.has_fsdp(model)
         shares = shares and not isinstance(mix.forget, UNWEIGHTED)
         found = self._compute(
             model, trainer._side_loss, batch, mix.forget, "forget", mix.gamma,
@@ -197,10 +202,10 @@ class LiveSteps:
     def _risk(self, model: Any, batch: Mapping[str, Any], side: str) -> Tensor:
         from gfast.model import model_loss
 
-        divisor = self._risk_counts.get(side)
+        divisor = self._risk_counts[side]
         batch = {**batch, "weight": None}  # never the risk's
         loss = self._compute(model, lambda module: model_loss(module, batch, NLL(), normalizer=divisor).loss)
-        return loss if divisor is None else loss * self._processes
+        return loss * self._processes
 
     @property
     def _processes(self) -> int:

@@ -7,19 +7,21 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset, Subset
 
 from gfast.data import batches
 from gfast.files import write_json
-from gfast.objectives import GA
+from gfast.geffect import g_effect
+from gfast.objectives import GA, WGA, Mix
 from gfast.sides import SETS
 from gfast.training.callback import GEffectCallback
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback
-from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, parameters, tiny_model
+from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -99,6 +101,35 @@ def one_job(folder: str, rank: int, world: int, port: int) -> None:
         except (ValueError, RuntimeError) as error:
             said.append(str(error))
     write_json(Path(folder) / f"process-{rank}.json", {"said": said})
+
+
+def live(folder: str, rank: int, world: int, port: int) -> None:
+    """The live effect of a step of two micro-batches a process, with risks of their own, by g_effect on its batches."""
+    join(rank, world, port)
+    start = tiny_model().double()
+    for mix in (Mix(WGA(), gamma=0.5), Mix(WGA(), WGA(0.5))):
+        model, seen = copied(start), []
+
+        class Seeing(UnlearnTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                seen.append(inputs)  # noqa: B023
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        data, collate = pairing()
+        args = config(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2, geffect_live_unlearn=True,
+                      ddp_backend="gloo", optim="sgd")  # fmt: skip
+        trainer = Seeing(model, args, objective=mix, train_dataset=data, data_collator=collate)
+        trainer.train()
+        every = [None] * world
+        torch.distributed.all_gather_object(every, seen)
+        firsts, lasts = [own[0]["retain"] for own in every], [own[-1]["forget"] for own in every]
+        assert len({int((batch["labels"] != -100).sum()) for batch in firsts}) == world  # of unlike counts
+        forgets = [batch["forget"] for own in every for batch in own]
+        found = trainer.live.effect
+        for side, rows in (("retain", firsts), ("unlearn", lasts)):
+            truth = g_effect(start.eval(), mix.forget, forget=forgets, retain=rows)
+            assert found.total(side) == pytest.approx(truth.total("retain"), rel=1e-6), (str(mix), side)
+            assert found.risks[side] == pytest.approx(truth.risks["retain"], rel=1e-6), (str(mix), side)
 
 
 KINDS = ("plain", "nested", "several rows an item")

@@ -245,9 +245,11 @@ class RowPass:
             return Seeds(spec, None, ref if spec.uses_ref else None, times)
         with torch.no_grad():
             logp = output_logp(ModelOutput(forward.head, forward.output.detach()), forward.labels).reshape(-1)
+        even = forward.labels.numel() + forward.labels.numel() % 2
         pairs = is_pair(objective)
-        texts = pair_ids(forward.batch, forward.labels.numel()) if pairs else sequence_ids(forward.batch)
+        texts = pair_ids(forward.batch, even) if pairs else sequence_ids(forward.batch)
         ids, count = sequence_layout("g_effect", forward.labels, texts)
+        count = even if pairs and texts is not None else count  # which ops halve
         valid = (forward.labels != IGNORE_INDEX).reshape(-1)
         ref = None if ref is None else ref.reshape(-1).to(logp.dtype)
         given = weigh(objective, logp, ref, valid, ids, count)[0].view(forward.labels.shape)

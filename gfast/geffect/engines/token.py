@@ -40,8 +40,8 @@ from gfast.ops.head import ChunkedHead
 from gfast.ops.linear_inputs import as_autocast
 from gfast.ops.row_dot import row_sums
 from gfast.ops.token_logp import logp_rows, logp_rows_grad, stats_dtype
-from gfast.ops.weights import weigh
-from gfast.packed import by_text, sequence_ids
+from gfast.ops.weights import is_pair, weigh
+from gfast.packed import by_text, pair_numbers, sequence_ids
 from gfast.progress import Bar
 from gfast.wrappers import measured
 
@@ -121,17 +121,21 @@ def objective_dots(request: Request, directions: Directions, terms: Sequence[Ter
         measured = measure_tokens(request, directions, data.batches[source])
         for term in (term for term in terms if term.source == source):
             dots = torch.zeros(2, len(request.groups.names), dtype=torch.float64, device="cpu")
-            for batch in measured:
-                dots += batch.effects @ token_weights(term, batch)
+            for batch, tokens in zip(data.batches[source], measured, strict=True):
+                dots += tokens.effects @ token_weights(term, batch, tokens)
             out[term] = dots.t() / max(data.count(term), 1)
     return [out[term] for term in terms]
 
 
-def token_weights(term: Term, batch: Tokens) -> Tensor:
+def token_weights(term: Term, batch: Mapping[str, Any], tokens: Tokens) -> Tensor:
     """Detached weights [n] fp64 of the term on a batch's tokens."""
-    valid = torch.ones(len(batch.logp), dtype=torch.bool, device="cpu")
-    weight, _ = weigh(term.objective, batch.logp, batch.ref_logp, valid, batch.samples, batch.sequences)
-    return weight * batch.weight if term.weighted else weight
+    valid = torch.ones(len(tokens.logp), dtype=torch.bool, device="cpu")
+    samples, sequences = tokens.samples, tokens.sequences
+    if is_pair(term.objective) and (pairs := pair_numbers(batch)) is not None:  # also those without labels
+        ids, sequences = pairs
+        samples = ids[:, 1:][batch["labels"].to(ids.device)[:, 1:] != IGNORE_INDEX].cpu()
+    weight, _ = weigh(term.objective, tokens.logp, tokens.ref_logp, valid, samples, sequences)
+    return weight * tokens.weight if term.weighted else weight
 
 
 def measure_tokens(request: Request, directions: Directions, batches: Sequence[Mapping[str, Any]]) -> list[Tokens]:

@@ -203,7 +203,8 @@ class GEffectMonitor:
         """The backward of the retain loss, in which the effect is measured and the gradients become those of the step.
 
         Args:
-            loss: as for ``forget``: `factor` times the risk R of the retain batch. None: the step has no retain loss.
+            loss: as for ``forget``: `factor` times the risk R of the retain batch. None: the step has no retain loss;
+                with surgery there may be several such calls, whose risks add up.
             risk: R of the retain batch where `loss` is something else (KL, or none): one more backward measures the
                 effect. It may share the loss's forward; a function that computes it under FSDP2, as both are under DDP.
             factor: what the risk is multiplied by in `loss`. With accumulate="first" and losses of micro-batches that
@@ -222,8 +223,10 @@ class GEffectMonitor:
                 "accumulate='exact' measures the retain losses of all micro-batches, and a risk= beside them on "
                 "the first alone: give one retain loss with the risk of all retain data, or accumulate='first'"
             )
-        if loss is None and (risk is None or step.retains or not last):
+        if loss is None and (risk is None or ((step.retains or not last) and self.surgery is None)):
             refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
+        if step.retains and self.surgery is not None and step.retain_loss != (loss is not None):
+            refuse("a step has a retain loss in every retain() or in none: this one and those before it differ")
         shared = risk is not None and not is_function(risk)
         if shared and self.processes.sharded:
             refuse(FREED)
@@ -258,8 +261,13 @@ class GEffectMonitor:
                 self._retain_loss(value_of(loss, "retain loss"), factor, last)
             elif self.surgery is not None:
                 risk = value_of(risk, "retain risk")
-                gradients.merge(risk, step.rows, adds=False)
-                step.values["retain"] = risk.detach()
+                step.add("retain", risk)
+                if not step.retains:
+                    gradients.set_aside()
+                if last:
+                    gradients.merge(risk, step.rows, adds=False)
+                else:
+                    self._backward(risk)
             step.retains += 1
             step.gradients = gradients.marks()
             if last:
