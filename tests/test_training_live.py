@@ -218,10 +218,12 @@ def test_a_run_with_gru_goes_on_from_a_checkpoint_as_if_it_had_not_ended(surgery
     )
 
 
-def test_factors_of_zero_and_deepspeed_are_refused_before_any_work(tmp_path):
+def test_factors_of_zero_and_deepspeed_without_zero_are_refused_before_any_work(tmp_path):
     for options in (dict(gamma=0.0, retain_term="nll"), dict(alpha=0.0, retain_term="nll")):
         with pytest.raises(ValueError, match="gamma or alpha is 0"):
             trained(tmp_path / "run", tiny_model(), geffect_live=True, **options)
-    zero = SimpleNamespace(objective=Mix(GA(), NLL()), is_deepspeed_enabled=True)
-    with pytest.raises(ValueError, match="cannot run with DeepSpeed.*Use DDP"):
-        LiveSteps(zero, "paper", False, None, False)
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 0}})
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    trainer = SimpleNamespace(objective=Mix(GA(), NLL()), is_deepspeed_enabled=True, accelerator=accelerator)
+    with pytest.raises(ValueError, match="cannot run with this DeepSpeed config: without ZeRO.*DDP"):
+        LiveSteps(trainer, "paper", False, None, False)

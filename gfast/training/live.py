@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from gfast import wrappers
 from gfast.geffect.data import OWN_DATA
 from gfast.geffect.groups import assign
-from gfast.geffect.live.processes import NO_ZERO, here
+from gfast.geffect.live.processes import here
 from gfast.geffect.live.surgery import Surgery
+from gfast.geffect.live.zero import check_config
 from gfast.model import output_loss
 from gfast.model_output import model_output
 from gfast.objectives import GA, NLL, UNWEIGHTED, Mix, Objective
@@ -55,7 +56,7 @@ class LiveSteps:
         if surgery is not None:
             surgery = str(Surgery.parse(surgery))
         if getattr(trainer, "is_deepspeed_enabled", False):
-            raise ValueError(f"live effects and surgery cannot run with DeepSpeed: {NO_ZERO}")
+            check_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
         assign(wrappers.measured(trainer.model), groups)  # refused here, not at the first step
         self.unlearn, self.surgery, self.update = unlearn, surgery, update
         self.label = str(trainer.objective if retain is not None or trainer.objective.gamma != 1.0 else forget) + LIVE
@@ -107,8 +108,9 @@ class LiveSteps:
         return self._monitor
 
     def _averages(self, folder: str) -> Path:
-        args = self.trainer.args
-        sharded = args.world_size > 1 and any(hasattr(p, "device_mesh") for p in self.trainer.model.parameters())
+        args, parameters = self.trainer.args, self.trainer.model.parameters()
+        sharded = self.trainer.is_deepspeed_enabled or any(hasattr(p, "device_mesh") for p in parameters)
+        sharded = sharded and args.world_size > 1
         return Path(folder) / AVERAGES.format(shard=f"-{args.process_index}-of-{args.world_size}" if sharded else "")
 
     def save(self, folder: str) -> None:
@@ -181,13 +183,15 @@ class LiveSteps:
         trainer.terms.add({"loss": value})
         if last:
             self._finished(monitor)
+            if monitor.processes.zero is not None:
+                monitor.processes.zero.step(dropped=monitor.dropped is not None)
         return value * self._processes
 
     def _forget(self, monitor: GEffectMonitor, batch: Mapping[str, Any], last: bool) -> Tensor:
         trainer, mix, model = self.trainer, self.trainer.objective, monitor.model
         measures = last and monitor.unlearn and monitor.identity is None
-        # FSDP frees what a second backward would need
-        shares = measures and not trainer._own_loss_terms and not wrappers.has_fsdp(model)
+        # FSDP and ZeRO free what a second backward would need
+        shares = measures and not trainer._own_loss_terms and not monitor.processes.sharded
         shares = shares and not isinstance(mix.forget, UNWEIGHTED)
         found = self._compute(
             model, trainer._side_loss, batch, mix.forget, "forget", mix.gamma,

@@ -27,48 +27,55 @@ from helpers.training_tiny import collator, config, pairing
 from helpers.wrappers_parallel import batch_of, joined
 
 
-def _narrow(batch: dict) -> dict:
+def narrow(batch: dict) -> dict:
     return {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
 
 
-def _without_shared_memory() -> None:
+def without_shared_memory() -> None:
     """Which is to be compiled: gloo does. By the module's name, which is also that of torch in there."""
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
-def _engine(stage: int):
+def engine_with(stage: int, model=None, lr: float = 0.0, zero: dict | None = None, **options):
+    """DeepSpeed's engine of a model, tiny without one; `zero` and `options` go into its configuration."""
     import deepspeed
 
-    _without_shared_memory()
-    model = tiny("llama").float().eval()
+    without_shared_memory()
+    model = tiny("llama").float().eval() if model is None else model
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **(zero or {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        **options,
     }
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     assert type(engine).__name__ == "DeepSpeedEngine"
     return engine
 
 
-def check(stage: int, rank: int, world: int, port: int) -> None:
+def begin(rank: int, world: int, port: int) -> None:
+    """The process group, for engines that DeepSpeed makes on the CPU."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def check(stage: int, rank: int, world: int, port: int) -> None:
+    begin(rank, world, port)
     from deepspeed.utils import safe_get_full_grad
 
     def made(model, why):
         raise AssertionError(f"logits are computed: {why}")
 
     hf.log_materialised = made
-    engine, truth = _engine(stage), tiny("llama").float().eval()
+    engine, truth = engine_with(stage), tiny("llama").float().eval()
     sharded = [hasattr(parameter, "ds_id") for parameter in engine.parameters()]
     assert all(sharded) if stage == 3 else not any(sharded)
     assert model_fingerprint(engine) == model_fingerprint(truth)
-    batches = [_narrow(batch_of(seed)) for seed in range(world)]
+    batches = [narrow(batch_of(seed)) for seed in range(world)]
     for objective in (GA(), NPO(0.3), KL(), RMU(layer=2)):
         for _ in range(2):  # ZeRO-3 follows the trace of the step before
             engine.zero_grad()
@@ -107,7 +114,7 @@ def train(stage: int, model: str, folder: str, rank: int, world: int, port: int)
     if world > 1:
         import deepspeed as library
 
-        _without_shared_memory()
+        without_shared_memory()
         distributed.init_process_group("gloo")
         library.init_distributed("gloo")
         sizes = "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping train_batch_size".split()

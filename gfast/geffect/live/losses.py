@@ -10,7 +10,8 @@ from torch import Tensor
 
 Loss = Any  # a scalar tensor, something with a .loss, or a function that returns one of them
 FREED = (
-    "FSDP2 frees the gathered weights of a forward after its first backward: give risk= as a function that computes it"
+    "FSDP2 and ZeRO free the gathered weights of a forward after its first backward: give risk= as a function that "
+    "computes it"
 )
 
 

@@ -60,7 +60,7 @@ class Gradients:
         self._limit = GATHERED * max(_bytes(here(p)) for p in parameters)
         # Gradients or units are complete only at the end: those of all processes, or of all parameters.
         whole = surgery is not None and (surgery.scope == "global" or processes.sharded)
-        self.late = whole or (held and processes.replicated is not None)
+        self.late = whole or processes.zero is not None or (held and processes.replicated is not None)
         self._views = getattr(processes.replicated, "gradient_as_bucket_view", False)  # DDP writes into gradients
 
     def drop(self) -> None:
@@ -70,6 +70,8 @@ class Gradients:
         self.forget_averages()
         for parameter in self.parameters:
             parameter.grad = None
+        if self.processes.zero is not None:
+            self.processes.zero.clear()
 
     def keep_averages(self) -> None:
         """The step is good: gru's averages are those that it made."""
@@ -92,6 +94,11 @@ class Gradients:
 
     def sweep(self, loss: Tensor, take: Callable[[int], Any], retain_graph: bool = False) -> None:
         """A backward with `take` called for every parameter once its gradient is complete."""
+        if self.processes.zero is not None:  # whose hooks take gradients, and hand their shards on at the end
+            self.backward(loss, retain_graph=retain_graph)
+            for index in range(len(self.parameters)):
+                take(index)
+            return
         came: set[int] = set()
 
         def hook(index: int) -> Callable[[Tensor], None]:

@@ -19,6 +19,7 @@ from gfast.geffect.live.processes import Processes, here, like, refuse_inner
 from gfast.geffect.live.step import LiveStep
 from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.live.updates import Updates
+from gfast.geffect.live.zero import MasterUpdates
 from gfast.geffect.results import GEffect
 from gfast.objectives import NLL, Objective
 from gfast.wrappers import unwrap_name
@@ -39,9 +40,9 @@ class GEffectMonitor:
     step, bit for bit those of ``loss_u.backward(); loss_r.backward()``; beside them one parameter's gradient exists.
 
     Args:
-        model: what is trained: a Hugging Face model, possibly wrapped (PEFT, DDP, FSDP2), or any module with groups=
-            a function. Under DDP and FSDP2 every process calls the monitor alike, and gets the effect of the global
-            gradients.
+        model: what is trained: a Hugging Face model, possibly wrapped (PEFT, DDP, FSDP2, DeepSpeed's engine with
+            ZeRO), or any module with groups= a function. In several processes each calls the monitor alike, and gets
+            the effect of the global gradients.
         groups: as for ``gfast.g_effect``.
         unlearn: measure e(D_u) too. Free where `objective` is GA or NLL; else ``forget`` takes the risk of the forget
             batch, and one more backward.
@@ -52,11 +53,12 @@ class GEffectMonitor:
             result's `measured` says which.
         surgery: what is done where the gradients pull against each other: "pcgrad:group", "retain", "gru", "sago" ...;
             see ``gfast.geffect.Surgery``. None adds them up.
-        optimizer: measure also what its steps do, for `update_effect`: Adam, AdamW, or SGD with momentum.
+        optimizer: measure also what its steps do, for `update_effect`: Adam, AdamW, or SGD with momentum; any of a
+            DeepSpeed engine.
         scaler: the GradScaler of a loop in fp16; losses are scaled by it and effects are of the losses themselves.
 
     Raises:
-        ValueError: what ``g_effect`` refuses of a model and of groups, FSDP1, ZeRO, an unknown surgery. In ``forget``
+        ValueError: what ``g_effect`` refuses of a model and of groups, FSDP1, an unknown surgery. In ``forget``
             and ``retain``, before any work: a loss without a graph, gradients of an earlier step, retain without
             forget, a second retain, a model that was changed in between. After an error or Ctrl-C within a step the
             model has no gradients and no hooks, as when the step began. A step whose gradients are not finite is
@@ -106,9 +108,16 @@ class GEffectMonitor:
         group_of = list(self.groups.index.values())
         self.group_of = torch.tensor(group_of, device="cpu")
         self.processes = Processes(model, names, parameters)
+        zero = self.processes.zero
+        if zero is not None:  # which has shards in their place, and a scale of its own
+            if scaler is not None:
+                refuse("DeepSpeed's engine scales losses itself: leave scaler= out")
+            self.scaler, parameters = zero, zero.shards
         self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward, self.held)
         self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
-        self._updates = None if optimizer is None else Updates(optimizer, names, parameters)
+        self._updates = None
+        if optimizer is not None:
+            self._updates = Updates(optimizer, names, parameters) if zero is None else MasterUpdates(zero)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
         self._said = False  # that the forget risk is lacking
@@ -167,6 +176,8 @@ class GEffectMonitor:
                 )
             if self._finished is None:  # once: DDP may be put around a model after its monitor is made
                 refuse_inner(self.model)
+            if self.processes.zero is not None and self.dropped is None:
+                self.processes.zero.begin()
             self._check_parameters()
             step.weights = self._weights()
             step.updated = self._updates is not None and self._updates.begin()
@@ -206,7 +217,8 @@ class GEffectMonitor:
             loss: as for ``forget``: `factor` times the risk R of the retain batch. None: the step has no retain loss;
                 with surgery there may be several such calls, whose risks add up.
             risk: R of the retain batch where `loss` is something else (KL, or none): one more backward measures the
-                effect. It may share the loss's forward; a function that computes it under FSDP2, as both are under DDP.
+                effect. It may share the loss's forward; a function that computes it under FSDP2 and ZeRO, as both are
+                under DDP.
             factor: what the risk is multiplied by in `loss`. With accumulate="first" and losses of micro-batches that
                 are divided by the count of all, times the first one's share of it.
             last: more retain micro-batches follow unless True.
@@ -351,7 +363,10 @@ class GEffectMonitor:
         return self._finished.update(self) if self._finished.updated else None
 
     def _backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
+        if self.processes.zero is not None:
+            self.processes.zero.backward(loss, retain_graph)
+        else:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
 
     def _check_parameters(self) -> None:
         """That the parameters that are trained are still those that the monitor was made with."""
@@ -369,6 +384,8 @@ class GEffectMonitor:
             )
 
     def _weights(self) -> list[tuple[int, bool]]:
+        if self.processes.zero is not None:
+            return self.processes.zero.versions()
         return [(here(p)._version, p.requires_grad) for p in self.gradients.parameters]
 
     def _check_unchanged(self) -> None:
@@ -412,6 +429,8 @@ class GEffectMonitor:
         step, gradients = self._step, self.gradients
         step.finish(self)
         gradients.learn_parts()
+        if self.processes.zero is not None:
+            self.processes.zero.give()
         if self._updates is not None:
             self._updates.end()
         self._step = LiveStep()

@@ -1,4 +1,4 @@
-"""What a process holds of gradients that several processes train on: all of each (DDP), or a shard of each (FSDP2)."""
+"""What a process holds of gradients that several processes train on: all of each (DDP), or a shard (FSDP2, ZeRO)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from gfast.geffect.live.zero import Zero, engine_of
 from gfast.sharded import is_fsdp2, refuse_replicate
-
-NO_ZERO = (
-    "its engine runs the backward, and reduces and frees gradients (ZeRO), by itself, so that the two of a step cannot "
-    "be kept apart. Use DDP, or shard the model with fully_shard (FSDP2; in a Trainer fsdp='full_shard' with "
-    "fsdp_config={'fsdp_version': 2})"
-)
 
 
 class Processes:
@@ -22,7 +17,8 @@ class Processes:
 
     Attributes:
         replicated: the DistributedDataParallel wrapper, if there is one with several processes.
-        sharded: whether parameters are DTensors.
+        zero: what DeepSpeed's engine shares out, if there is one.
+        sharded: whether a process holds shards of gradients: parameters are DTensors, or ZeRO's.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
@@ -34,8 +30,8 @@ class Processes:
                     "gfast: a GEffectMonitor reads gradients parameter by parameter, and FSDP1 "
                     "(FullyShardedDataParallel) has them in flat pieces: shard the model with fully_shard (FSDP2)"
                 )
-            if kind == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
-                raise ValueError(f"gfast: a GEffectMonitor cannot run with DeepSpeed: {NO_ZERO}")
+        engine = engine_of(model)
+        self.zero = None if engine is None else Zero(engine, list(names), list(parameters))
         self.replicated = next(
             (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) and _several(m)), None
         )
@@ -62,15 +58,19 @@ class Processes:
                 f"not sum over the processes: freeze that with requires_grad_(False), or shard it too"
             )
         self.mesh = meshes[0] if meshes else None
-        self.sharded = self.mesh is not None
+        self.sharded = self.mesh is not None or self.zero is not None
+        if self.mesh is None:
+            self._groups = [] if self.zero is None else [self.zero.group]
+        else:
+            self._groups = [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim)]
         self._shards = shards  # by parameter, for every dimension of the mesh: is it cut along it?
 
     def sums(self, table: Tensor) -> Tensor:
         """Rows [P, columns] of dot products of shards, summed over the processes that hold the others."""
-        for dimension in range(self.mesh.ndim if self.sharded else 0):
-            cut = [bool(one) and one[dimension] for one in self._shards]
+        for dimension, group in enumerate(self._groups):
+            cut = [self.zero is not None or (bool(one) and one[dimension]) for one in self._shards]
             whole = table.clone()
-            distributed.all_reduce(whole, group=self.mesh.get_group(dimension))
+            distributed.all_reduce(whole, group=group)
             table = torch.where(torch.tensor(cut, device=table.device)[:, None], whole, table)
         return table
 
@@ -84,11 +84,7 @@ class Processes:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
-        if self.replicated is not None:
-            groups = [self.replicated.process_group]
-        else:
-            groups = [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim if self.sharded else 0)]
-        for group in groups:
+        for group in self._groups if self.replicated is None else [self.replicated.process_group]:
             values = values / distributed.get_world_size(group)
             distributed.all_reduce(values, group=group)
         return values
