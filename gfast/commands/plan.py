@@ -29,11 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", help="a folder, a config.json, or a name on the Hugging Face hub; no weights are read"
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens that a device takes at a time, of both sets (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens that a device takes at a time, of both sets (%(default)s)"
+    )
     parser.add_argument("--length", type=int, default=512, help="tokens of a text (%(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="devices (%(default)s)")
     parser.add_argument("--engine", choices=("fsdp2", "ddp"), help="how several share the model; fsdp2 unless said")
-    parser.add_argument("--machine", default="H100", help="H100, H200, A100, A100-40, 4090 (data sheets), or a file (%(default)s)")
+    parser.add_argument(
+        "--machine", default="H100", help="H100, H200, A100, A100-40, 4090 (data sheets), or a file (%(default)s)"
+    )
     parser.add_argument("--memory", type=float, help="GB of a device, in place of the machine's")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights (%(default)s)"
@@ -72,8 +76,10 @@ def _plan(options: Any) -> dict[str, Any]:
     machine = SHEETS.get(options.machine)
     if machine is None:
         if not Path(options.machine).is_file():
-            raise ValueError(f"--machine {options.machine}: neither a file nor one of {', '.join(SHEETS)}. "
-                             "gfast plan --measure FILE writes one of the machine that it runs on")
+            raise ValueError(
+                f"--machine {options.machine}: neither a file nor one of {', '.join(SHEETS)}. "
+                "gfast plan --measure FILE writes one of the machine that it runs on"
+            )
         machine = Machine.load(options.machine)
     if options.memory:
         machine = dataclasses.replace(machine, memory=options.memory * 1e9)

@@ -154,8 +154,8 @@ class UnlearnConfig(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "The same command goes on from the newest checkpoint of OUTPUT_DIR by itself; a folder here is that "
-            "checkpoint instead, and false none: from step 0."
+            "help": "The same command goes on from the newest checkpoint of OUTPUT_DIR by itself; a folder here is "
+            "that checkpoint instead, and false none: from step 0."
         },
     )
     remove_unused_columns: bool | None = field(

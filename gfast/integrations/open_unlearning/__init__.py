@@ -17,8 +17,8 @@ CONFIGS = "pkg://gfast.integrations.open_unlearning.configs"
 
 
 def register(replace: bool = False) -> list[str]:
-    """Put gfast's trainers into open-unlearning's registry, as GFast and the method's name: GFastGradAscent, GFastNPO and
-    all others of `gfast.integrations.open_unlearning.trainers.METHODS`.
+    """Put gfast's trainers into open-unlearning's registry, as GFast and the method's name: GFastGradAscent, GFastNPO
+    and all others of `gfast.integrations.open_unlearning.trainers.METHODS`.
 
     They take the arguments of open-unlearning's own, with the same defaults, and `reference`, `reference_path`,
     `geffect_every`, `geffect_samples`, `geffect_live`, `surgery` and `joint_forward`. What open-unlearning makes of
