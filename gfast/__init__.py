@@ -45,6 +45,9 @@ _EXPORTS = {
     "EvaluateCallback": "gfast.evaluation",
 }
 
+# What the pages call by its full name, as in gfast.geffect.EffectHistory: loaded when it is first used, too.
+_PARTS = ("data", "deferred", "evaluation", "geffect", "integrations", "metrics", "objectives", "report", "training")
+
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
@@ -81,6 +84,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name in _PARTS:
+        return importlib.import_module(f"gfast.{name}")
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module 'gfast' has no attribute {name!r}")
@@ -90,4 +95,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted({*globals(), *_EXPORTS, *_PARTS})

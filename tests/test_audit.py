@@ -120,6 +120,18 @@ def test_the_nll_in_the_end_is_that_after_the_last_update(tmp_path, capsys, end)
     )
 
 
+def test_no_run_passes_whose_nll_was_not_measured(tmp_path):
+    for step in range(2):
+        common = {"run": "run", "objective": "GA() (live)", "step": step, "epoch": 0.0, "group": "total"}
+        sides = {"unlearn": -1.0, "retain": 1.0}
+        rows = [{"quantity": "g_effect", "side": side, "value": value} for side, value in sides.items()]
+        write_record(tmp_path, [common | row for row in rows])
+    write_json(tmp_path / "result.json", {"steps": 2})
+    _, found = audit(tmp_path)
+    assert not found["passed"] and [one["faults"] for one in found["updates"]] == [[], []]
+    assert found["verdict"].startswith("Not passed: the NLL of both sets was not measured (--nll_every), although each")
+
+
 @pytest.mark.parametrize("info", [None, {}, {"objective": "GA()", "config": {"surgery": "gru"}}])
 def test_a_run_of_python_that_recorded_no_model(tmp_path, info):
     made = write_run(tmp_path / "made", "GA()", {0: (-1.0, 1.0, 0.1, 0.1), 5: (-1.0, 1.0, 0.2, 0.1)})

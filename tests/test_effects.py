@@ -377,6 +377,11 @@ def test_histories_add_up_over_steps(tmp_path):
     assert rows["value"].tolist() == [0.0, -12.0, -18.0]
     with pytest.raises(ValueError, match="no objective"):
         EffectHistory.from_records(records[records["quantity"] == "loss"])
+    (own,) = records["objective"].unique()
+    both = [*records.to_dict("records"), *records.assign(objective="other", value=0.0).to_dict("records")]
+    assert EffectHistory.from_records(both, objective=own).effects == again.effects
+    with pytest.raises(ValueError, match="choose one with objective="):
+        EffectHistory.from_records(both)
     other = GEffect("NPO(beta=1.0)", effects[0].unlearn, effects[0].retain, NORMS)
     with pytest.raises(ValueError, match="of one objective, and these"):
         EffectHistory.of({0: effects[0], 1: other})

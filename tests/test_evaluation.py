@@ -351,6 +351,8 @@ def test_what_a_model_does_not_take_is_said_before_any_pass():
     with pytest.raises(ValueError, match=f"{length} tokens, and the model takes {length - 1}"):
         one.check_model(tiny_model(max_position_embeddings=length - 1))
     one.check_model(tiny_model(max_position_embeddings=length))
+    with pytest.raises(ValueError, match="and the model takes"):
+        one.run(tiny_model(max_position_embeddings=length - 1))  # before any pass, without having been asked
     with pytest.raises(ValueError, match=f"300 may be generated .* takes {length} .* max_new_tokens of "):
         evaluation(generate=300).check_model(tiny_model(max_position_embeddings=length))
     with pytest.raises(ValueError, match="row 1 of the set retain"):

@@ -188,6 +188,7 @@ def test_gradients_on_one_side_alone_and_the_result_on_disk(tmp_path):
     effect = monitor.effect()
     assert effect.retain["layer_4"] == 0.0 != effect.retain["layer_1"] and effect.norms["objective"]["lm"] == 0.0
     assert effect.sides == ["retain"] and math.isnan(effect.total("unlearn"))
+    assert "unlearn   not measured" in str(effect) and "nan" not in str(effect)
     assert {row["side"] for row in effect.rows()} == {"retain", ""}
     for again in (GEffect.from_json(effect.to_json()), Effect.from_parquet(effect.to_parquet(tmp_path / "e.parquet"))):
         assert again.retain == effect.retain and again.measured == effect.measured and again.sides == ["retain"]

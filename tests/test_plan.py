@@ -289,11 +289,15 @@ def test_a_plan_in_words_and_what_it_refuses(tmp_path, capsys):
     assert main(["plan", "--model", str(path), "--gpus", "8", "--tokens", "64"]) == 0
     said = capsys.readouterr().out
     assert "No device ever has the whole model: gfast unlearn loads it in host memory, 3.0 GB of a machine" in said
+    path.write_text(json.dumps(llama(num_hidden_layers=2, hidden_size=64, intermediate_size=64, vocab_size=99)))
+    assert main(["plan", "--model", str(path), "--tokens", "64"]) == 0
+    said = capsys.readouterr().out
+    assert " million parameters, 64 tokens" in said and " 0.0 " not in said
     for wrong, word in (
         (words, "no rate of bfloat16"),
         (["plan"], "--model is needed"),
         (["plan", "--model", "./nothing.json"], "no file or folder"),
-        (["plan", "--model", str(path), "--machine", "H1000"], "neither a file nor one of"),
+        (["plan", "--model", str(path), "--machine", "H1000"], "gfast plan --measure FILE writes one"),
         (["plan", "--model", str(path), "--machine", str(path)], "no machine profile"),
         (["plan", "--model", str(profile)], "no model_type"),
         (["plan", "--model", str(path), "--gpus", "0"], "--gpus must be at least 1"),

@@ -48,3 +48,10 @@ def test_importing_gfast_loads_torch_and_nothing_heavier():
     code = f"import gfast, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]", f"import gfast also imported {out.stdout}"
+
+
+def test_parts_are_there_by_their_full_names():
+    """As the pages write them, in a process that has imported gfast alone."""
+    names = "geffect.EffectHistory", "geffect.Effect", "geffect.retain_conflict", "metrics.load_log", "deferred"
+    names = ", ".join(f"gfast.{name}" for name in (*names, "data.PreferenceDataset", "training.NLLCallback"))
+    subprocess.run([sys.executable, "-c", f"import gfast; {names}"], check=True)

@@ -338,6 +338,24 @@ def test_partial_runs_still_make_a_page(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["training.png"]
 
 
+def test_live_effects_of_one_side_beside_a_whole_run(tmp_path):
+    run = write_run(tmp_path / "run", "GA()", GA_COURSE)
+    for step in (0, 1):
+        common = {"run": "run", "objective": "GA() (live)", "step": step, "epoch": 0.0}
+        rows = [{"quantity": "g_effect", "side": "retain", "group": "total", "value": -0.25}]
+        write_record(run, [common | row for row in [*rows, {"quantity": "risk", "side": "retain", "value": 1.0}]])
+    source = build_report([run], tmp_path / "out").read_text()
+    assert "1 unlearning run followed" in source and "What is called (live) was measured by" in source
+    assert "retain side alone" in source and "no G-effect recorded" not in source
+    both = load_runs([run])
+    legends = {}
+    for drawing in drawings(both):
+        for one in drawing.draw(both, LIGHT).legends:
+            legends[drawing.name] = [text.get_text() for text in one.get_texts()]
+    assert legends["training"] == legends["pareto"] == ["GA"]  # no line, no name
+    assert legends["nll"] == ["GA", "GA (live)"]
+
+
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         build_report([], tmp_path)
@@ -378,3 +396,13 @@ def test_a_distribution_is_drawn_from_0_to_1(values):
     (line,) = drawing.draw([log], LIGHT).axes[0].lines
     x, y = line.get_data()
     assert np.allclose(x, [values[0], *values]) and np.allclose(y, np.linspace(0, 1, len(values) + 1))
+
+
+@pytest.mark.parametrize("spread", [0.4, 4.0])
+def test_truth_ratios_have_numbers_at_their_axis(spread):
+    losses = {"avg_gt_loss": [1.0, 1.0], "avg_paraphrased_loss": [1.0, 1.0]}
+    losses |= {"average_perturb_loss": [[1.0 - spread], [1.0 + spread]]}
+    log = EvaluationLog("run", {"forget": LogSet("forget", (0, 1), {k: np.array(v) for k, v in losses.items()})})
+    ax = evaluation.drawings(log, None)[1].draw([log], LIGHT).axes[0]
+    low, high = ax.get_xlim()
+    assert len([tick for tick in ax.get_xticks() if low <= tick <= high]) >= 3

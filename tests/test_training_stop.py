@@ -39,6 +39,8 @@ def course(**series):
         ("retain_nll>1.1x", {"retain_nll": [2.0, 2.3, 2.2]}, []),
         ("retain_effect<-0.5*unlearn_effect for 3",
          {"retain_effect": [1.0, -3.0, -3.0, None, -2.1], "unlearn_effect": [-1.0, 4.0, 4.0, None, 4.0]}, [5, 10, 20]),
+        ("retain_effect<0.5*unlearn_effect", {"retain_effect": [1.0, -1.0], "unlearn_effect": [-4.0, -4.0]}, []),
+        ("retain_effect<0.5*unlearn_effect", {"retain_effect": [1.0, -2.1], "unlearn_effect": [-4.0, -4.0]}, [5]),
         ("retain_effect<-unlearn_effect", {"retain_effect": [1.0], "unlearn_effect": [-4.0]}, [0]),
         ("unlearn_effect > -.5e1", {"unlearn_effect": [-6.0, -4.0]}, [5]),
         ("retain_cosine<=2 X", {"retain_cosine": [-0.1, -0.15, -0.2]}, [10]),

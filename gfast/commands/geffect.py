@@ -72,7 +72,10 @@ class GEffectArguments:
         default="objective",
         metadata={"help": "objective, or sample or token: effects of each forget answer or of each of its tokens."},
     )
-    engine: str = field(default="auto", metadata={"help": "How to measure; see gfast.g_effect."})
+    engine: str = field(
+        default="auto",
+        metadata={"help": "stream, sample, token or gram: one way of several to the same numbers; auto: stream."},
+    )
     norms: bool = field(default=False, metadata={"help": "Measure cosines too; holds one more gradient."})
     batch_size: int = field(
         default=8, metadata={"help": "Samples a forward pass; it changes results by rounding only."}

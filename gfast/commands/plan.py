@@ -29,17 +29,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", help="a folder, a config.json, or a name on the Hugging Face hub; no weights are read"
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens that a device takes at a time, of both sets")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text")
-    parser.add_argument("--gpus", type=int, default=1, help="devices")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens that a device takes at a time, of both sets (%(default)s)"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens of a text (%(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="devices (%(default)s)")
     parser.add_argument("--engine", choices=("fsdp2", "ddp"), help="how several share the model; fsdp2 unless said")
-    parser.add_argument("--machine", default="H100", help="H100, H200, A100, A100-40, 4090 (data sheets), or a file")
+    parser.add_argument(
+        "--machine", default="H100", help="H100, H200, A100, A100-40, 4090 (data sheets), or a file (%(default)s)"
+    )
     parser.add_argument("--memory", type=float, help="GB of a device, in place of the machine's")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights"
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights (%(default)s)"
     )
     parser.add_argument("--steps", type=int, help="optimizer steps: how long the training takes")
-    parser.add_argument("--samples", type=int, default=400, help="texts that the reference cache holds")
+    parser.add_argument("--samples", type=int, default=400, help="texts that the reference cache holds (%(default)s)")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine, write its profile to FILE and end")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_args(argv)
@@ -72,7 +76,10 @@ def _plan(options: Any) -> dict[str, Any]:
     machine = SHEETS.get(options.machine)
     if machine is None:
         if not Path(options.machine).is_file():
-            raise ValueError(f"--machine {options.machine}: neither a file nor one of {', '.join(SHEETS)}")
+            raise ValueError(
+                f"--machine {options.machine}: neither a file nor one of {', '.join(SHEETS)}. "
+                "gfast plan --measure FILE writes one of the machine that it runs on"
+            )
         machine = Machine.load(options.machine)
     if options.memory:
         machine = dataclasses.replace(machine, memory=options.memory * 1e9)
@@ -119,7 +126,7 @@ def _text(plan: dict[str, Any]) -> str:
     machine = plan["machine"]
     each = f" on each of {plan['gpus']} ({plan['sharing']})" if plan["gpus"] > 1 else ""
     lines = [
-        f"{plan['model']}: {plan['parameters'] / 1e9:.2f} billion parameters, {plan['tokens']} tokens at a time{each}",
+        f"{plan['model']}: {_count(plan['parameters'])} parameters, {plan['tokens']} tokens at a time{each}",
         f"{machine['name']}, {machine['memory_gb']:.0f} GB; rates: {machine['source']}",
         "times are " + (f"off by {_errors(plan['errors'])} at the sizes measured" if plan["errors"] else
                         "the least that these rates allow; measure your machine with --measure for its own"),
@@ -134,7 +141,7 @@ def _text(plan: dict[str, Any]) -> str:
                 continue
             says = "yes" if row["fits"] else "no"
             lines.append(
-                f"  {row['name']:<42}{row['total_gb']:8.1f}  {says:<5}{row['seconds']:9.3g}  {row['note']}".rstrip()
+                f"  {row['name']:<42}{_gb(row['total_gb']):>8}  {says:<5}{row['seconds']:9.3g}  {row['note']}".rstrip()
             )
     lines.append("")
     if plan["recipe"] is None:
@@ -142,8 +149,8 @@ def _text(plan: dict[str, Any]) -> str:
     else:
         lines.append(
             f"It fits with: {plan['recipe']}; the original's values from a reference cache (a second model would take "
-            f"{plan['second_model_gb']:.1f} GB more), the fused head (logits and their gradient, "
-            f"{2 * plan['logits_gb']:.1f} GB, are never whole)."
+            f"{_gb(plan['second_model_gb'])} GB more), the fused head (logits and their gradient, "
+            f"{_gb(2 * plan['logits_gb'])} GB, are never whole)."
         )
         if plan["sharing"] == "fsdp2":
             lines.append(_before_sharding(plan["whole_model_gb"]))
@@ -152,9 +159,18 @@ def _text(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e8 else f"{parameters / 1e6:.3g} million"
+
+
+def _gb(size: float) -> str:
+    """A small model's memory is no 0.0."""
+    return f"{size:.1f}" if size >= 0.95 else f"{size:.2g}"
+
+
 def _before_sharding(whole: float) -> str:
     return (
-        f"No device ever has the whole model: gfast unlearn loads it in host memory, {whole:.1f} GB of a machine with "
+        f"No device ever has the whole model: gfast unlearn loads it in host memory, {_gb(whole)} GB of a machine with "
         f"fsdp_cpu_ram_efficient_loading and of each process without, and computes the reference cache once it is "
         f"sharded. The figures are of weights in their dtype; mixed precision (--bf16) trains fp32 copies of them."
     )

@@ -124,11 +124,11 @@ class EvaluateCallback(TrainerCallback):
 
         together(write if state.is_world_process_zero else None, world)
         if state.is_world_process_zero:
-            sets = {
-                name: {key: round(value, 4) for key, value in one.items() if isinstance(value, float)}
+            said = [
+                f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in one.items() if isinstance(value, float))
                 for name, one in summary["sets"].items()
-            }
-            logger.info("step %d: %s %s", state.global_step, sets, " ".join(wholes(summary)))
+            ]
+            logger.info("step %d, evaluation of %s", state.global_step, "; ".join([*said, *wholes(summary)]))
 
     def _folder(self, args: Any) -> Path:
         return Path(args.output_dir) / "evaluations" if self.folder is None else Path(self.folder)

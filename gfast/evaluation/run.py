@@ -173,7 +173,12 @@ class Evaluation:
 
         folder: results are kept there as they come, whole or not at all; those that are there already are not
         measured again. done: called after each unit.
+
+        Raises:
+            ValueError: of all units, before any pass, what `check_model` finds.
         """
+        if units is None:
+            self.check_model(wrappers.measured(model))
         results = {}
         with evaluating(model):
             for unit in self.units() if units is None else units:

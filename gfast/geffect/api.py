@@ -133,7 +133,7 @@ def g_effect(
         raise ValueError(
             f"gfast: only the stream engine can measure the objective's norm; {engine!r} never has its gradient"
         )
-    several = isinstance(objective, Sequence)
+    several = isinstance(objective, Sequence) and not isinstance(objective, str)
     objectives = [as_objective(one) for one in (objective if several else [objective])]
     if not objectives:
         raise ValueError("gfast: the list of objectives is empty")

@@ -66,8 +66,8 @@ class Criteria:
                 raise ValueError(f"gfast: {name} is {getattr(self, name):g}; give {words}")
 
     def outcome(self, forget: Mapping[str, float] | None, retain: Mapping[str, float] | None, total: int) -> list[str]:
-        """What is wrong with the NLL after all updates, in words; empty where nothing is, or none was recorded."""
-        found = []
+        """What is wrong with the NLL after all updates, in words; empty where nothing is."""
+        found = [] if forget and retain else ["the NLL of both sets was not measured (--nll_every)"]
         for nll in [one for one in (forget, retain) if one and (one["first_step"], one["last_step"]) != (0, total)][:1]:
             found.append(
                 f"the NLL was measured from step {nll['first_step']} to {nll['last_step']}, and the run is one of "

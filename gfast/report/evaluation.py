@@ -96,7 +96,8 @@ def _ratios(logs: list[EvaluationLog], theme: Theme) -> Figure:
             ax, truth_ratio(one, per_sample=True)["forget"], run_color(theme, at), log.run if at == 0 else "retain log"
         )
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else range(1, 10)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.axvline(1, color=theme.ink, linewidth=0.9, zorder=1)

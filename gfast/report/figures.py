@@ -286,13 +286,15 @@ def _objective_lines(ax: Axes, runs: list[Run], theme: Theme, quantity: str, sid
     ax.set_xlabel("optimizer step")
 
 
-def _objective_legend(figure: Figure, runs: list[Run], theme: Theme) -> None:
+def _objective_legend(figure: Figure, runs: list[Run], theme: Theme, has: Callable[[Run], bool]) -> None:
+    """Of the runs that the figure has something of."""
     handles = [
         Line2D([], [], linestyle=run_line(i), color=run_color(theme, i), marker=run_marker(i), label=run.label)
         for i, run in enumerate(runs)
+        if has(run)
     ]
-    inches = 0.085 * max(len(run.label) for run in runs) + 0.65  # of an entry
-    columns = max(1, min(len(runs), int(figure.get_figwidth() / inches)))
+    inches = 0.085 * max(len(str(one.get_label())) for one in handles) + 0.65  # of an entry
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
@@ -310,7 +312,7 @@ def _draw_training(runs: list[Run], theme: Theme) -> Figure:
         else:
             ax.set_ylim(bottom=min(0.0, values.min() * 1.05))
         ax.set_title(_TRAINING[name], fontweight="bold")
-    _objective_legend(figure, runs, theme)
+    _objective_legend(figure, runs, theme, lambda run: bool(_values([run], [(one, "", "") for one in present]).size))
     return figure
 
 
@@ -328,7 +330,7 @@ def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
         if logarithmic:
             log_axis(ax, values)
     forget.set_ylabel("NLL (nats per answer token)")
-    _objective_legend(figure, runs, theme)
+    _objective_legend(figure, runs, theme, lambda run: bool(_values([run], [("risk", one, "") for one in SIDES]).size))
     return figure
 
 
@@ -369,5 +371,6 @@ def draw_pareto(runs: list[Run], theme: Theme, level: float | None = None) -> Fi
         ax.xaxis.set_major_locator(FixedLocator(ax.yaxis.get_majorticklocs()))
         ax.xaxis.set_major_formatter(ax.yaxis.get_major_formatter())
         ax.xaxis.set_minor_locator(NullLocator())
-    _objective_legend(figure, runs, theme)
+    drawn = {run.label for run, summary in zip(runs, summaries, strict=True) if summary["course"]}
+    _objective_legend(figure, runs, theme, lambda run: run.label in drawn)
     return figure

@@ -132,7 +132,7 @@ def load_runs(folders: list[Path]) -> list[Run]:
                 raise FileNotFoundError(f"{folder} is the folder of a study: give one of its runs, such as {inside[0]}")
             raise FileNotFoundError(
                 f"{folder} holds no records: expected {folder / 'records'}/step-*.parquet; "
-                "pass the folder of a run made by UnlearnTrainer with geffect_every set, or by gfast demo"
+                "pass the folder of a run of gfast unlearn, of gfast geffect --output_dir, or of a GEffectCallback"
             )
         info = read_run_info(folder) if (folder / "run.json").exists() else {}
         # A folder may hold several objectives measured along one run (gfast geffect): each is a curve of its own.

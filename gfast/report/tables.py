@@ -195,7 +195,15 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
                 "Measured answer by answer, which takes no objective: the figure of answers shows both effects of each."
             )
             return {"verdict": "effects of answers", "tone": "plain", "text": said}
-        return {"verdict": "no G-effect recorded", "tone": "plain", "text": "This run recorded no total G-effect."}
+        if not unlearn and not retain:
+            return {"verdict": "no G-effect recorded", "tone": "plain", "text": "No total G-effect of it was recorded."}
+        side, missing = ("retain", "unlearn") if retain else ("unlearn", "retain")
+        said = _retain_sentence(summary) if retain else _unlearn_sentence(summary)
+        return {
+            "verdict": f"{side} side alone",
+            "tone": "plain",
+            "text": f"{said} No {missing} G-effect was recorded, so nothing is said of the two together.",
+        }
     forget, kept = summary["forget_nll"], summary["retain_nll"]
     if summary["once"]:
         parts = [_once_sentence(summary)]

@@ -120,7 +120,7 @@ class UnlearnConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Rules that end the run, in quotes: 'retain_nll>1.1x' (times its start), 'forget_nll>4', "
-            "'retain_effect<-0.5*unlearn_effect for 3' (measurements in a row). What they are about must be measured: "
+            "'retain_effect<0.5*unlearn_effect for 3' (measurements in a row). What they are about must be measured: "
             "--nll_every, --geffect_every.",
         },
     )
@@ -150,6 +150,13 @@ class UnlearnConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     report_to: str | None = field(
         default="none", metadata={"help": "Where to send logs besides the records; none by default."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same command goes on from the newest checkpoint of OUTPUT_DIR by itself; a folder here is "
+            "that checkpoint instead, and false none: from step 0."
+        },
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: forget and retain batches are nested."}

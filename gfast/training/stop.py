@@ -108,7 +108,7 @@ def parse_rules(rules: str | Sequence[str] | None) -> tuple[Rule, ...]:
         ValueError: a text that is no rule, with the place and what was probably meant.
 
     Example:
-        >>> parse_rules("retain_effect < -0.5*unlearn_effect for 3")[0].needs == {"retain_effect", "unlearn_effect"}
+        >>> parse_rules("retain_effect < 0.5*unlearn_effect for 3")[0].needs == {"retain_effect", "unlearn_effect"}
         True
         >>> parse_rules("retain_nl>2")
         Traceback (most recent call last):
@@ -194,7 +194,7 @@ class _Reader:
         place = self.tokens[at][2] if at < len(self.tokens) else len(self.text) + 1
         raise ValueError(
             f"gfast: stop rule {self.text!r}, character {place}: {why}. A rule reads retain_nll>1.1x, forget_nll>4 or "
-            f"'retain_effect<-0.5*unlearn_effect for 3'"
+            f"'retain_effect<0.5*unlearn_effect for 3'"
         )
 
 
@@ -218,7 +218,7 @@ class StopCallback(TrainerCallback):
       ``objective_norm``;
     - comparison: ``<``, ``<=``, ``>``, ``>=``;
     - bound: a number (``4``), a multiple of the quantity's first measurement (``1.1x``), or of another quantity at the
-      same step (``-0.5*unlearn_effect``, ``-unlearn_effect``);
+      same step (``0.5*unlearn_effect``: harm of half the unlearning; ``unlearn_effect``);
     - ``for K``: at K measurements of it in a row; 1 if left out.
 
     Rules are looked at wherever what they are about is measured (`GEffectCallback`, `NLLCallback`); the first that
@@ -242,7 +242,7 @@ class StopCallback(TrainerCallback):
     Source: arXiv 2502.19301, definition 1 (the G-effect) and its reading.
 
     Example:
-        >>> stop = StopCallback(["retain_nll>1.1x", "retain_effect < -0.5*unlearn_effect for 3"])
+        >>> stop = StopCallback(["retain_nll>1.1x", "retain_effect < 0.5*unlearn_effect for 3"])
         >>> callbacks = [GEffectCallback(10, forget, retain, GA()), stop]    # doctest: +SKIP
     """
 

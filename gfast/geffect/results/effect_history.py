@@ -52,14 +52,21 @@ class EffectHistory(Effect):
         return cls(steps, in_order)
 
     @classmethod
-    def from_records(cls, rows: pandas.DataFrame | Iterable[Mapping[str, Any]], risk: str = "NLL()") -> EffectHistory:
+    def from_records(
+        cls,
+        rows: pandas.DataFrame | Iterable[Mapping[str, Any]],
+        risk: str = "NLL()",
+        *,
+        objective: str | None = None,
+    ) -> EffectHistory:
         """From the records of a run (`gfast.training.read_records`), of one objective.
 
         Args:
             rows: the records. risk: label of the risk that was measured, which records do not hold.
+            objective: its name in the records, where they hold G-effects of several; None where of one.
 
         Raises:
-            ValueError: no G-effect among them, or those of several objectives: choose one first.
+            ValueError: no G-effect among them, none of this objective, or those of several and none is named.
         """
         records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
         by_step: dict[int, list[Mapping[str, Any]]] = {}
@@ -67,9 +74,15 @@ class EffectHistory(Effect):
             if row["quantity"] in _QUANTITIES:
                 by_step.setdefault(int(row["step"]), []).append(row)
         objectives = {str(row["objective"]) for of_step in by_step.values() for row in of_step}
-        if len(objectives) != 1:
-            raise ValueError(f"gfast: the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one")
-        (objective,) = objectives
+        if objective is None and len(objectives) == 1:
+            (objective,) = objectives
+        if objective not in objectives:
+            raise ValueError(
+                f"gfast: the records hold G-effects of {sorted(objectives) or 'no objective'}; choose one with "
+                "objective="
+            )
+        of_it = {step: [row for row in of_step if row["objective"] == objective] for step, of_step in by_step.items()}
+        by_step = {step: of_step for step, of_step in of_it.items() if of_step}
         risks: dict[int, dict[str, float]] = {step: {} for step in by_step}
         for row in records if risk == "NLL()" else ():  # the callback records this one, whatever was measured
             if row["quantity"] == "risk" and row["objective"] == objective and row["step"] in risks:

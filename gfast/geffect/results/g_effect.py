@@ -183,5 +183,7 @@ class GEffect(Effect):
         lines.append(" " * 8 + "".join(f"{group:>12}" for group in (*groups, "total")))
         for side in SIDES:
             values = [self._side(side)[group] for group in groups] + [self.total(side)]
-            lines.append(f"{side:<8}" + "".join(f"{value:>12.4g}" for value in values))
+            apart = self.measured and side not in self.sides  # a training step may leave a side out
+            shown = f"{'not measured':>14}" if apart else "".join(f"{value:>12.4g}" for value in values)
+            lines.append(f"{side:<8}{shown}")
         return "\n".join(lines)

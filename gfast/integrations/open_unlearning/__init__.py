@@ -17,12 +17,11 @@ CONFIGS = "pkg://gfast.integrations.open_unlearning.configs"
 
 
 def register(replace: bool = False) -> list[str]:
-    """Put gfast's trainers into open-unlearning's registry, as GFastGradAscent, GFastGradDiff, GFastNPO, GFastDPO,
-    GFastSimNPO, GFastWGA, GFastSatImp, GFastSimSat, GFastSimImp, GFastTNPO, GFastWTNPO, and BalDRO's GFastDrNPO and
-    GFastGroupNPO (which leaves the retain batch whole).
+    """Put gfast's trainers into open-unlearning's registry, as GFast and the method's name: GFastGradAscent, GFastNPO
+    and all others of `gfast.integrations.open_unlearning.trainers.METHODS`.
 
     They take the arguments of open-unlearning's own, with the same defaults, and `reference`, `reference_path`,
-    `geffect_every` and `geffect_samples` (`gfast.integrations.open_unlearning.trainers`). What open-unlearning makes of
+    `geffect_every`, `geffect_samples`, `geffect_live`, `surgery` and `joint_forward`. What open-unlearning makes of
     its YAML's TrainingArguments is made so that every supported version of transformers takes it.
 
     Args:
