@@ -33,7 +33,7 @@ def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_trained(batch: Any, model: nn.Module) -> None:
-    """ValueError for a batch that is none, and for a model that nothing would be trained of."""
+    """ValueError for a batch that is none, and for a model that nothing, or not its adapters, would be trained of."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -41,6 +41,7 @@ def check_trained(batch: Any, model: nn.Module) -> None:
             "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
             "is_trainable=True, or frozen)"
         )
+    peft_models.refuse_merged(model)
 
 
 class ReferenceJoin:
@@ -119,6 +120,26 @@ def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Calla
     while isinstance(collator, (ReferenceJoin, DealtByRows)):
         collator = collator.collator
     return collator
+
+
+class AnswersToForget:
+    """A collator that makes of pairs the answers to forget alone, as an evaluation of them has it."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        return self.collator([_without_preferred(item) for item in items])
+
+
+def _without_preferred(item: Any) -> Any:
+    if not isinstance(item, Mapping):
+        return item
+    return {
+        key: _without_preferred(value) if key == "forget" else value
+        for key, value in item.items()
+        if not str(key).startswith("preferred_")
+    }
 
 
 def first_batches(

@@ -99,9 +99,6 @@ class RecordTerms(TrainerCallback):
         self.accelerator = accelerator
         self._learning_rate = float("nan")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.terms.reset()
-
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Later the scheduler has moved on: this is the rate that the step is taken with.
         if optimizer is not None:
