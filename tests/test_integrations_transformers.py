@@ -162,6 +162,20 @@ class Looks(TrainerCallback):
             self.found.append((self.trainer.compute_loss(model, self.batch).item(), alone.item()))
 
 
+def test_a_prediction_step_whose_loss_is_not_taken_is_named(tmp_path, caplog):
+    class Twice(Forget):
+        def prediction_step(self, *given, **more):
+            loss, *rest = super().prediction_step(*given, **more)
+            return 2 * loss, *rest
+
+    losses = []
+    for trainer in (Forget, Twice):
+        run = trainer(tiny_model(), args=arguments(tmp_path), objective=GA(), data_collator=collator())
+        losses.append(run.evaluate(datasets()[0])["eval_loss"])
+        assert ("prediction_step of Twice" in caplog.text) == (trainer is Twice)
+    assert losses[0] == losses[1]
+
+
 def test_logs_of_a_training_are_of_its_own_steps(tmp_path):
     """Not of the training before, nor of an attempt that failed: three steps, of which a log each two tells of two."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from gfast.training.batches import AnswersToForget, to_device, without_reference
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
+
+logger = logging.getLogger("gfast")
 
 
 def own_batches(samples: int, batch_size: int, processes: int, rank: int) -> tuple[list[list[int]], int]:
@@ -203,7 +206,17 @@ class ExactEvaluation:
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
+            exact = self._evaluation.metrics(self.accelerator, prefix)
+            own = next(cls for cls in type(self).__mro__ if "prediction_step" in vars(cls))
+            if exact and own is not ExactEvaluation:
+                logger.warning(
+                    "gfast: %s_loss is the NLL that super().prediction_step found, over the tokens of the data set, "
+                    "and not the mean of what prediction_step of %s returns: what that adds goes into metrics of its "
+                    "own, in an evaluate() that calls super().evaluate(...)",
+                    prefix,
+                    own.__name__,
+                )
+            output.metrics.update(exact)
         finally:
             self._evaluation = None
         return output
