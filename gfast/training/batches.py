@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from gfast import packed, peft_models
-from gfast.data import batches
+from gfast.data import Collator, ForgetRetainCollator, batches
 from gfast.hf import OWN_KEYS
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
@@ -122,8 +122,17 @@ def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Calla
     return collator
 
 
+def for_evaluation(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """The collator without the original's values, which an NLL has no use for, and caches have of the training data
+    alone; and without the preferred answers of gfast's pairs, whose NLL is no part of that of the forget set.
+    """
+    own = without_references(collator)
+    of_forget = own.forget if isinstance(own, ForgetRetainCollator) else own
+    return AnswersToForget(own) if isinstance(of_forget, Collator) else own
+
+
 class AnswersToForget:
-    """A collator that makes of pairs the answers to forget alone, as an evaluation of them has it."""
+    """A collator that makes of pairs the answers to forget alone."""
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
         self.collator = collator
@@ -132,14 +141,10 @@ class AnswersToForget:
         return self.collator([_without_preferred(item) for item in items])
 
 
-def _without_preferred(item: Any) -> Any:
-    if not isinstance(item, Mapping):
-        return item
-    return {
-        key: _without_preferred(value) if key == "forget" else value
-        for key, value in item.items()
-        if not str(key).startswith("preferred_")
-    }
+def _without_preferred(item: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in item.items() if not str(key).startswith("preferred_")}
+    nested = isinstance(kept.get("forget"), Mapping)
+    return {**kept, "forget": _without_preferred(kept["forget"])} if nested else kept
 
 
 def first_batches(

@@ -19,7 +19,7 @@ from gfast.model_state import evaluating
 from gfast.objectives import NLL, UNWEIGHTED
 from gfast.ops.weights import is_pair
 from gfast.packed import first_of_pairs
-from gfast.training.batches import AnswersToForget, to_device, without_references
+from gfast.training.batches import for_evaluation, to_device
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
@@ -184,15 +184,12 @@ class ExactEvaluation:
         return dataset.at_epoch(0 if dataset is self.train_dataset else dataset.epoch)
 
     def _own_batches(self, dataset: Any) -> OwnBatches:
-        return OwnBatches(dataset, AnswersToForget(without_references(self.data_collator)), self.args)
+        return OwnBatches(dataset, for_evaluation(self.data_collator), self.args)
 
     @contextlib.contextmanager
     def _plain_collator(self) -> Iterator[None]:
-        """Without the original's values, which an NLL has no use for, and caches have of the training data alone; and
-        without preferred answers, whose NLL is no part of that of the forget set.
-        """
         joined = self.data_collator
-        self.data_collator = AnswersToForget(without_references(joined))
+        self.data_collator = for_evaluation(joined)
         try:
             yield
         finally:
