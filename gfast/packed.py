@@ -261,6 +261,16 @@ def pair_numbers(batch: Mapping[str, Any]) -> tuple[Tensor, int] | None:
     return rank.clamp(min=0)[ids], found
 
 
+def first_of_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of pairs whose preferred answers have no labels."""
+    labels, pairs = batch["labels"], pair_numbers(batch)
+    if pairs is None:
+        preferred = (torch.arange(len(labels), device=labels.device) >= len(labels) // 2)[:, None]  # [B, 1]
+    else:
+        preferred = pairs[0] >= pairs[1] // 2  # [B, T]
+    return {**batch, "labels": labels.masked_fill(preferred, IGNORE_INDEX)}
+
+
 def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
     """Sequence ids of packed pairs, int64 [B, T] at the positions that score: the second half of the texts begins at
     size // 2, half the number of ids that there may be, where ops look for it. None where a row is a text; see

@@ -137,6 +137,23 @@ def refuse_inner_adapters(model: nn.Module) -> None:
         )
 
 
+def refuse_merged(model: nn.Module) -> None:
+    """ValueError for adapters that are to be trained, or measured, and have been merged into the base: the model runs
+    without them, so that they have no gradient.
+    """
+    peft = _peft_of(model)
+    for name, module in () if peft is None else peft.named_modules():
+        base_layer = getattr(module, "base_layer", None)
+        if not (is_peft(module) and isinstance(base_layer, nn.Module) and getattr(module, "merged", False) is True):
+            continue
+        base = {id(parameter) for parameter in base_layer.parameters()}
+        if any(parameter.requires_grad and id(parameter) not in base for parameter in module.parameters()):
+            raise ValueError(
+                f"gfast: adapters have been merged into {name!r} (merge_adapter), so that those of it that are trained "
+                f"have no gradient: call unmerge_adapter() first, or merge_and_unload() for a model without adapters"
+            )
+
+
 def check_base_is_original(model: nn.Module) -> None:
     """ValueError unless the model with its adapters off is, whatever has been trained, the base as it was loaded.
 

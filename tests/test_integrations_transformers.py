@@ -162,6 +162,45 @@ class Looks(TrainerCallback):
             self.found.append((self.trainer.compute_loss(model, self.batch).item(), alone.item()))
 
 
+def test_a_prediction_step_whose_loss_is_not_taken_is_named(tmp_path, caplog):
+    class Twice(Forget):
+        def prediction_step(self, *given, **more):
+            loss, *rest = super().prediction_step(*given, **more)
+            return 2 * loss, *rest
+
+    losses = []
+    for trainer in (Forget, Twice):
+        run = trainer(tiny_model(), args=arguments(tmp_path), objective=GA(), data_collator=collator())
+        losses.append(run.evaluate(datasets()[0])["eval_loss"])
+        assert ("prediction_step of Twice" in caplog.text) == (trainer is Twice)
+    assert losses[0] == losses[1]
+
+
+def test_logs_of_a_training_are_of_its_own_steps(tmp_path):
+    """Not of the training before, nor of an attempt that failed: three steps, of which a log each two tells of two."""
+
+    class Fails(Forget):
+        def training_step(self, *given, **more):
+            if self.fails and self.state.global_step == 1:
+                self.fails = False
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*given, **more)
+
+    logs = []
+    for attempts in ("one", "two", "failed"):
+        args = arguments(tmp_path, per_device_train_batch_size=4)
+        args.logging_steps, args.max_steps, args.learning_rate = 2, 3, 0.0
+        args.auto_find_batch_size = attempts == "failed"
+        run = Fails(tiny_model(), args=args, objective=GA(), train_dataset=datasets()[0], data_collator=collator())
+        run.fails = args.auto_find_batch_size
+        for _ in range(2 if attempts == "two" else 1):
+            run.train()
+        found = next(log for log in run.state.log_history if "forget_loss" in log)
+        assert found["forget_loss"] == pytest.approx(found["loss"], rel=1e-5)
+        logs.append(found["forget_loss"])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6) and run._train_batch_size < 4
+
+
 @pytest.mark.parametrize("with_graph", [False, True])
 def test_a_loss_between_steps_is_part_of_none(tmp_path, with_graph):
     """It is divided by its own count, is in no log, and does not move a dual variable."""

@@ -78,6 +78,25 @@ def test_a_padding_free_row_is_the_padded_batch(bounds):
         assert sides[1]["cu_seq_lens_q"].tolist() == [0, 4, 9, 14, 17]
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+def test_an_evaluation_is_of_the_answers_to_forget(tmp_path, one_row):
+    class Preferring(Mine):
+        def gfast_batch(self, batch):
+            return dpo_batch(batch)
+
+    model = tiny_model(attn_implementation="eager").eval()
+    batch, texts, masks = preferences()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Preferring(model, args=args, objective=DPO(0.1))
+    apart = {"input_ids": batch["input_ids"][2:], "attention_mask": batch["attention_mask"][2:]}
+    logits = model(**apart).logits[:, :-1].double()
+    logp = logits.log_softmax(-1).gather(-1, apart["input_ids"][:, 1:, None])[..., 0]
+    expected = -logp[batch["completion_mask"][2:, 1:].bool()].mean().item()
+    given = in_one_row(texts, masks, bounds=False) if one_row else batch
+    found, *_ = trainer.prediction_step(model, given, prediction_loss_only=True)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_is_no_batch_of_preferences_is_refused():
     batch, texts, masks = preferences()
     with pytest.raises(ValueError, match="completion_mask is missing"):

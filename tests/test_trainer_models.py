@@ -7,10 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.literal_losses import FirstGradient, assert_same, gradients, literal
-from helpers.training_tiny import TOKENIZER, collator, copied, datasets, tiny_model
+from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
 from test_integrations_transformers import Forget, arguments, columns
 
-from gfast.objectives import NPO, SimNPO
+import gfast
+from gfast.objectives import GA, NPO, SimNPO
+from gfast.training.trainer import UnlearnTrainer
 
 SIMNPO, NPO_ = SimNPO(4.5, 0.0), NPO(beta=0.1)
 
@@ -101,3 +103,55 @@ def test_a_model_with_a_loss_function_of_its_own(tmp_path):
     found = expected(model)
     model.loss_function = lambda logits, labels, vocab_size=None, **given: logits.float().pow(2).mean()
     assert_same(stepped(model, tmp_path), found)
+
+
+@pytest.mark.parametrize(
+    "option", [{"surgery": "gru:group"}, {"weights": "retain_conflict", "weights_every": 100}], ids=str
+)
+def test_a_second_training_is_one_from_its_beginning(tmp_path, option):
+    """As of a trainer made anew: without the averages and the token weights of the training before."""
+    found = []
+    for anew in (False, True):
+        model, (data, collate) = tiny_model(), pairing()
+        args = config(tmp_path / str(anew), optim="sgd", objective="WGA", retain_term="nll", max_steps=2, **option)
+        args.learning_rate = 0.5
+        given = dict(train_dataset=data, data_collator=collate)
+        trainer = UnlearnTrainer(model, args, **given)
+        trainer.train()
+        trainer = UnlearnTrainer(model, args, **given) if anew else trainer
+        trainer.train()
+        found.append(parameters(model))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_evaluation_of_pairs_is_of_the_answers_to_forget(tmp_path, nested):
+    """An NLL over those that are to be preferred too rises and falls at once."""
+    data, collate = pairing("pairs") if nested else (datasets("pairs")[0], collator())
+    losses = []
+    for evaluated in (data, datasets()[0]):
+        args = config(tmp_path, objective="DPO", per_device_eval_batch_size=4)
+        collate = collate if evaluated is data else collator()
+        trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate)
+        found = trainer.evaluate(evaluated)
+        losses.append(found.get("eval_forget_loss", found["eval_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_adapters_that_were_merged_are_not_trained_or_measured(tmp_path):
+    """The model runs without them: effects of 0, and losses that reach nothing."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    batch, args = collator()(columns(datasets()[0])), config(tmp_path)
+    model.merge_adapter()
+    trainer = UnlearnTrainer(model, args, train_dataset=datasets()[0], data_collator=collator())
+    for attempt in (
+        trainer.train,
+        lambda: gfast.g_effect(model, GA(), forget=[batch], retain=[batch]),
+        lambda: gfast.GEffectMonitor(model),
+    ):
+        with pytest.raises(ValueError, match="have been merged into .*q_proj"):
+            attempt()
+    model.unmerge_adapter()
+    assert gfast.g_effect(model, GA(), forget=[batch], retain=[batch]).total("unlearn") < 0

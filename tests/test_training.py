@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, parameters, tiny_model
+from helpers.training_tiny import (
+    FORGET_ROWS,
+    TOKENIZER,
+    collator,
+    config,
+    copied,
+    datasets,
+    pairing,
+    parameters,
+    tiny_model,
+)
 from torch.utils.data import Subset
 
 from gfast.objectives import (
@@ -299,6 +309,27 @@ def test_evaluation_is_the_exact_token_mean(tmp_path):
     plain = UnlearnTrainer(model, args, train_dataset=data, eval_dataset=forget, data_collator=collator()).evaluate()
     assert plain["eval_loss"] == pytest.approx(float(forgotten) / n, rel=1e-5)
     assert len(retain) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluations_along_a_run_are_of_the_same_pairs(tmp_path, workers):
+    """Also of the data that are trained on, which pair anew each epoch, and with workers that outlive an evaluation."""
+    data, collate = pairing(rows=FORGET_ROWS[:2])
+    more = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True} if workers else {}
+    args = config(tmp_path, retain_term="nll", num_train_epochs=3, eval_strategy="epoch", **more)
+    args.max_steps, args.learning_rate = -1, 0.0
+    trained, others = [], pairing(rows=FORGET_ROWS[:2])[0]
+    for evaluated in (data, others):
+        trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, eval_dataset=evaluated, data_collator=collate)
+        trainer.train()
+        logs = trainer.state.log_history
+        trained = [log["retain_loss"] for log in logs if "retain_loss" in log]
+        found = [log["eval_retain_loss"] for log in logs if "eval_retain_loss" in log]
+        assert len(set(trained)) == 3 and found == [pytest.approx(trained[0], rel=1e-5)] * 3
+    trainer.data_collator = collator()
+    apart = [trainer.evaluate(side)["eval_loss"] for side in (data.forget, data.retain)]
+    both = [plain_nll(trainer.model, [collator()([side[i] for i in range(len(side))])]) for side in datasets()]
+    assert apart[1] == pytest.approx(float(both[1][0].detach()) / both[1][1], rel=1e-5) and apart[0] != apart[1]
 
 
 def test_data_that_no_cache_knows_are_evaluated(tmp_path):

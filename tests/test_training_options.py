@@ -336,18 +336,6 @@ def test_a_batch_that_does_not_fit_is_tried_again_and_leaves_no_trace(tmp_path):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5), name
 
 
-def test_terms_of_a_step_that_failed_are_forgotten():
-    from gfast.training.terms import RecordTerms, StepTerms
-
-    terms = StepTerms()
-    record = RecordTerms(terms, "GA()", 1)
-    for value in (5.0, 3.0):  # the first is of the step that failed
-        record.on_train_begin(None, None, None)
-        terms.start_step(0)
-        terms.add({"forget_loss": torch.tensor(value)})
-    assert terms.of_step() == {"forget_loss": 3.0}
-
-
 @pytest.mark.slow
 def test_optimizers_of_ones_own(tmp_path):
     steps = {}

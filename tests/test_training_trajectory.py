@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.training_tiny import collator, datasets, parameters
+from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 from test_training import plain_nll
 from test_training_resume import measured, run
 from transformers import TrainerCallback
@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from gfast.data import batches
 from gfast.objectives import GA
 from gfast.training.callback import GEffectCallback
-from gfast.training.records import read_records
+from gfast.training.records import read_records, read_step
+from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback
 
 FORGET, RETAIN = (batches(side, collator(), 4) for side in datasets())
@@ -67,3 +68,27 @@ def test_beside_the_g_effect(tmp_path):
         for make in (NLLCallback, partial(GEffectCallback, objectives=GA())):
             with pytest.raises(ValueError, match="^every is .*; give the optimizer steps between measurements"):
                 make(every, [], [])
+
+
+def test_a_folder_of_another_training_says_so_and_lends_no_end(tmp_path, caplog):
+    """The end of a run that is stopped early is its own, whatever the folder holds of that step."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    data, collate = pairing()
+    for rate, every, more in ((1e-3, 1, []), (0.5, 0, [Stop()])):
+        args = config(tmp_path, optim="sgd", retain_term="nll", max_steps=4)
+        args.learning_rate = rate
+        sides = [collator()([side[i] for i in range(6)]) for side in (data.forget, data.retain)]
+        caplog.clear()
+        trainer = UnlearnTrainer(
+            tiny_model(), args, train_dataset=data, data_collator=collate,
+            callbacks=[NLLCallback(every, [sides[0]], [sides[1]]), *more],
+        )  # fmt: skip
+        trainer.train()
+        assert ("holds records of steps up to 4" in caplog.text) == bool(more)
+    total, n = plain_nll(trainer.model.eval(), [sides[1]])
+    found = [row["value"] for row in read_step(tmp_path, 2) if row["quantity"] == "risk" and row["side"] == "retain"]
+    assert found == [pytest.approx(float(total.detach()) / n, rel=1e-5)]

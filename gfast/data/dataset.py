@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -293,6 +294,22 @@ class ForgetRetain(Dataset):
     def release_epoch(self) -> None:
         """Let `set_epoch` set the epoch again."""
         self._held = False
+
+    def at_epoch(self, epoch: int) -> ForgetRetain:
+        """The pairs of an epoch, whatever becomes of this data set's own epoch: a data set over the same items, held.
+
+        Example:
+            >>> from gfast.data import ForgetRetain
+            >>> data = ForgetRetain(["f0"], ["r0", "r1", "r2"])
+            >>> first = data.at_epoch(0)
+            >>> data.set_epoch(2)
+            >>> first.partners() == data.at_epoch(0).partners(), data.epoch
+            (True, 2)
+        """
+        held = copy.copy(self)
+        held._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        held.hold_epoch(epoch)
+        return held
 
     def partners(self) -> list[int]:
         """For each forget index, the retain index it is paired with in the current epoch."""

@@ -89,6 +89,7 @@ class Request:
         """
         processes = Processes.of(model, options.processes, options.engine)
         wrappers.refuse_offloaded(model)
+        peft_models.refuse_merged(model)
         alone = wrappers.measured(model)  # DDP would wait for processes that measure nothing
         wrappers.refuse_hooks_around(model, alone)
         adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from gfast import packed, peft_models
-from gfast.data import batches
+from gfast.data import Collator, ForgetRetainCollator, batches
 from gfast.hf import OWN_KEYS
 from gfast.objectives import RMU, RR, UNWEIGHTED, Mix, Objective
 from gfast.ops.weights import is_pair
@@ -33,7 +33,7 @@ def sides(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_trained(batch: Any, model: nn.Module) -> None:
-    """ValueError for a batch that is none, and for a model that nothing would be trained of."""
+    """ValueError for a batch that is none, and for a model that nothing, or not its adapters, would be trained of."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a mapping, and the collator made a {type(batch).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -41,6 +41,7 @@ def check_trained(batch: Any, model: nn.Module) -> None:
             "no parameter of the model is trained: requires_grad is False for all (adapters loaded without "
             "is_trainable=True, or frozen)"
         )
+    peft_models.refuse_merged(model)
 
 
 class ReferenceJoin:
@@ -119,6 +120,31 @@ def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Calla
     while isinstance(collator, (ReferenceJoin, DealtByRows)):
         collator = collator.collator
     return collator
+
+
+def for_evaluation(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """The collator without the original's values, which an NLL has no use for, and caches have of the training data
+    alone; and without the preferred answers of gfast's pairs, whose NLL is no part of that of the forget set.
+    """
+    own = without_references(collator)
+    of_forget = own.forget if isinstance(own, ForgetRetainCollator) else own
+    return AnswersToForget(own) if isinstance(of_forget, Collator) else own
+
+
+class AnswersToForget:
+    """A collator that makes of pairs the answers to forget alone."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        return self.collator([_without_preferred(item) for item in items])
+
+
+def _without_preferred(item: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in item.items() if not str(key).startswith("preferred_")}
+    nested = isinstance(kept.get("forget"), Mapping)
+    return {**kept, "forget": _without_preferred(kept["forget"])} if nested else kept
 
 
 def first_batches(

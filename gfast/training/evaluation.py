@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from gfast import wrappers
+from gfast.data import ForgetRetain
 from gfast.model_output import model_logp
 from gfast.model_state import evaluating
-from gfast.objectives import NLL
-from gfast.training.batches import to_device, without_references
+from gfast.objectives import NLL, UNWEIGHTED
+from gfast.ops.weights import is_pair
+from gfast.packed import first_of_pairs
+from gfast.training.batches import for_evaluation, to_device
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
+
+logger = logging.getLogger("gfast")
 
 
 def own_batches(samples: int, batch_size: int, processes: int, rank: int) -> tuple[list[list[int]], int]:
@@ -62,6 +68,13 @@ class OwnBatches(DataLoader):
             if hasattr(args, f"dataloader_{name}"):
                 options[name] = getattr(args, f"dataloader_{name}")
         super().__init__(dataset, batch_sampler=indices, collate_fn=collator, **options)
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    """Whether two data sets are one, or the same pairs of the same."""
+    if not (isinstance(one, ForgetRetain) and isinstance(other, ForgetRetain)):
+        return one is other
+    return one.forget is other.forget and one.retain is other.retain and one.partners() == other.partners()
 
 
 class EvaluationNLL:
@@ -109,10 +122,14 @@ class ExactEvaluation:
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """NLL of a plain or nested batch, token mean; logits are never made, so predictions and labels are None. In the
-        mixed precision of the Trainer's steps, as any Trainer's; what callbacks measure is the model as it is saved.
+        """NLL of a plain or nested batch, token mean, of pairs that of the answers to forget; logits are never made, so
+        predictions and labels are None. In the mixed precision of the Trainer's steps, as any Trainer's; what callbacks
+        measure is the model as it is saved.
         """
         found = self._sides(self._prepare_inputs(inputs))
+        objective = self.objective.forget
+        if "completion_mask" in inputs and not isinstance(objective, UNWEIGHTED) and is_pair(objective):  # TRL's
+            found = {"forget": first_of_pairs(found["forget"])}
         sums = {}
         with torch.no_grad(), wrappers.autocast_of(self.accelerator):
             for side, batch in found.items():
@@ -127,36 +144,52 @@ class ExactEvaluation:
     _evaluation: EvaluationNLL | None = None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Trainer's; in one of several processes the batches that are its own."""
-        if self.args.world_size == 1 or (eval_dataset is None and self.eval_dataset is None):
-            with self._plain_collator():
-                return super().get_eval_dataloader(eval_dataset)
+        """Trainer's; in one of several processes the batches that are its own. Pairs of forget and retain items stay
+        the same along a run.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            return super().get_eval_dataloader()  # which says so
         key = eval_dataset if isinstance(eval_dataset, str) else None
         dataset = self.eval_dataset[key] if key is not None else eval_dataset
-        return self._own_batches(self.eval_dataset if dataset is None else dataset, key)
+        dataset = self._held(self.eval_dataset if dataset is None else dataset)
+        # As Trainer does: workers that outlive an evaluation are started once a data set. It finds its own by a name,
+        # which is one for whatever has none.
+        kept = self.__dict__.setdefault("_kept_loaders", {})
+        if key in kept and _same_items(kept[key][0], dataset):
+            return kept[key][1]
+        getattr(self, "_eval_dataloaders", {}).clear()
+        if self.args.world_size == 1:
+            with self._plain_collator():
+                loader = super().get_eval_dataloader(dataset)
+        else:
+            loader = self._own_batches(dataset)
+        if self.args.dataloader_persistent_workers:
+            kept[key] = dataset, loader
+        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Trainer's; in one of several processes the batches that are its own."""
+        test_dataset = self._held(test_dataset)
         if self.args.world_size == 1:
             with self._plain_collator():
                 return super().get_test_dataloader(test_dataset)
         return self._own_batches(test_dataset)
 
-    def _own_batches(self, dataset: Any, key: str | None = None) -> OwnBatches:
-        collator = without_references(self.data_collator)
-        # As Trainer does: workers that outlive an evaluation are started once a data set.
-        if not self.args.dataloader_persistent_workers:
-            return OwnBatches(dataset, collator, self.args)
-        kept = self.__dict__.setdefault("_own_loaders", {})
-        if key not in kept or kept[key].dataset is not dataset:
-            kept[key] = OwnBatches(dataset, collator, self.args)
-        return kept[key]
+    def _held(self, dataset: Any) -> Any:
+        """Of forget and retain items, the pairs as they are now; of the data that is trained on those of its beginning.
+        Trainings pair anew each epoch, and Accelerate's loaders count evaluations as epochs.
+        """
+        if not isinstance(dataset, ForgetRetain):
+            return dataset
+        return dataset.at_epoch(0 if dataset is self.train_dataset else dataset.epoch)
+
+    def _own_batches(self, dataset: Any) -> OwnBatches:
+        return OwnBatches(dataset, for_evaluation(self.data_collator), self.args)
 
     @contextlib.contextmanager
     def _plain_collator(self) -> Iterator[None]:
-        """Without the original's values, which an NLL has no use for, and caches have of the training data alone."""
         joined = self.data_collator
-        self.data_collator = without_references(joined)
+        self.data_collator = for_evaluation(joined)
         try:
             yield
         finally:
@@ -170,7 +203,17 @@ class ExactEvaluation:
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update(self._evaluation.metrics(self.accelerator, prefix))
+            exact = self._evaluation.metrics(self.accelerator, prefix)
+            own = next(cls for cls in type(self).__mro__ if "prediction_step" in vars(cls))
+            if exact and own is not ExactEvaluation:
+                logger.warning(
+                    "gfast: %s_loss is the NLL that super().prediction_step found, over the tokens of the data set, "
+                    "and not the mean of what prediction_step of %s returns: what that adds goes into metrics of its "
+                    "own, in an evaluate() that calls super().evaluate(...)",
+                    prefix,
+                    own.__name__,
+                )
+            output.metrics.update(exact)
         finally:
             self._evaluation = None
         return output

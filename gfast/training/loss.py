@@ -57,8 +57,8 @@ class GFastLossMixin(ExactEvaluation):
     whatever ``average_tokens_across_devices`` is; but not of BalDRO, which weighs the texts of a micro-batch against
     each other: a warning says so. Logs hold ``loss`` and, per term, ``forget_loss``, ``retain_loss``,
     ``mean_weight`` (of the forget tokens' log-prob gradients) and ``mean_inverse_confidence`` (of 1/p over the forget
-    tokens). Evaluation gives the token-mean NLL. With PDU(primal_dual=True) alpha is where the factor of the retain
-    loss starts, and ``dual`` what it has come to.
+    tokens). Evaluation gives the token-mean NLL, of pairs that of the answers to forget. With PDU(primal_dual=True)
+    alpha is where the factor of the retain loss starts, and ``dual`` what it has come to.
 
     Args (besides the Trainer's, by keyword):
         objective: an objective, a function of weights, or a Mix; without it the class's own `objective` is taken.
@@ -266,6 +266,13 @@ class GFastLossMixin(ExactEvaluation):
         local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
         return self.accelerator.reduce(local, "sum").tolist()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's: a training from its beginning, also after another one, or an attempt that did not fit."""
+        self.terms.reset()
+        for part in self._course:
+            part.load(None)
+        return super()._inner_training_loop(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
         if self._step != self.state.global_step:
@@ -283,7 +290,6 @@ class GFastLossMixin(ExactEvaluation):
             part.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, at the beginning of every training; None: it does not go on from a checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
         for part in self._course:
             part.load(checkpoint)

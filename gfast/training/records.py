@@ -9,8 +9,10 @@ key, so a run that is killed and resumed neither loses nor doubles a step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -179,6 +181,27 @@ def read_step(run_folder: str | os.PathLike[str], step: int) -> list[dict[str, A
     """The rows of one step, [] if nothing was recorded there; DamagedFile for a damaged file."""
     path = step_file(run_folder, step)
     return _read_rows(path, step) if path.exists() else []
+
+
+def say_other_training(run_folder: str) -> None:
+    """A warning where a training begins in a folder that holds records of another. `gfast unlearn` knows by run.json
+    whose they are.
+    """
+    last = max(recorded_steps(run_folder), default=0)
+    if last and not (Path(run_folder) / "run.json").exists():
+        _say_other_training(run_folder, last)
+
+
+@functools.cache
+def _say_other_training(run_folder: str, last: int) -> None:
+    logging.getLogger("gfast").warning(
+        "gfast: %s holds records of steps up to %d, and this training begins at step 0: those that it does not come to "
+        "stay, and reports show both as one run. Give another output_dir, go on with resume_from_checkpoint=True, or "
+        "delete %s",
+        run_folder,
+        last,
+        Path(run_folder) / "records",
+    )
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gfast.training.records import run_name, write_record
+from gfast.training.records import run_name, say_other_training, write_record
 
 RECORDED = ("loss", "forget_loss", "retain_loss", "mean_weight", "mean_inverse_confidence", "dual")
 
@@ -100,7 +100,8 @@ class RecordTerms(TrainerCallback):
         self._learning_rate = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.terms.reset()
+        if state.global_step == 0 and state.is_world_process_zero:
+            say_other_training(str(args.output_dir))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Later the scheduler has moved on: this is the rate that the step is taken with.

@@ -18,7 +18,7 @@ from gfast.given import whole
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
 from gfast.training.evaluation import nll_sums, own_batches
-from gfast.training.records import read_step, run_name, write_record
+from gfast.training.records import read_step, recorded_steps, run_name, say_other_training, write_record
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -47,12 +47,18 @@ class Trajectory(TrainerCallback):
         self.every, self.forget, self.retain = whole("every", every, meaning=between), forget, retain
         self.run_folder, self.run = run_folder, run
         self.seconds = 0.0  # of the training, that measurements took
+        self._before: frozenset[int] = frozenset()  # steps that were recorded when a training began at step 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        # A fresh start is always measured: what the folder holds for step 0 may be of another model.
+        # A fresh start is always measured: what the folder holds, of whatever step, may be of another model.
         step = state.global_step
+        if step == 0 and state.is_world_process_zero:
+            self._before = frozenset(recorded_steps(self._folder(args)))
+            say_other_training(str(self._folder(args)))
+        else:
+            self._before = frozenset()
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._timed(args, state, model)
 
@@ -82,7 +88,7 @@ class Trajectory(TrainerCallback):
 
     def _is_measured(self, args: Any, step: int) -> bool:
         found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
-        measured = found >= self.names()
+        measured = found >= self.names() and step not in self._before
         if distributed.is_available() and distributed.is_initialized():
             told = [measured]  # of process 0, which writes: all measure, or none
             distributed.broadcast_object_list(told)
@@ -97,6 +103,7 @@ class Trajectory(TrainerCallback):
         started = time.perf_counter()
         with wrappers.own_precision(model):
             self._measure(args, state, model)
+        self._before -= {state.global_step}
         self.seconds += time.perf_counter() - started
 
     def _measure(self, args: Any, state: Any, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import sharded, wrappers
+from gfast import peft_models, sharded, wrappers
 from gfast.geffect.data import Term, identity_factor
 from gfast.geffect.groups import assign
 from gfast.geffect.live.losses import FREED, Loss, check_factor, is_function, refuse, value_of
@@ -96,6 +96,7 @@ class GEffectMonitor:
         if accumulate not in ACCUMULATE:
             raise ValueError(f'gfast: accumulate must be "first" or "exact", not {accumulate!r}')
         wrappers.refuse_offloaded(model)
+        peft_models.refuse_merged(model)
         sharded.reshard(model)
         self.model, self.unlearn, self.objective, self.risk = model, unlearn, objective, risk
         self.accumulate, self.scaler = accumulate, scaler
