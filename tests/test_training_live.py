@@ -153,7 +153,7 @@ def test_live_and_measured_effects_are_on_one_page(tmp_path):
     from gfast.commands.report import main
 
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "page")]) in (0, None)
-    assert "<p>1 unlearning run," in (tmp_path / "page" / "report.html").read_text()
+    assert "<p>1 unlearning run followed over its optimizer steps" in (tmp_path / "page" / "report.html").read_text()
 
 
 def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
