@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 from gfast.report.figures import drawings
-from gfast.report.matched import lesson, match, matched_sentence, on_other_rows
+from gfast.report.matched import match
 from gfast.report.runs import TEXTS, Run, load_runs
-from gfast.report.tables import HARM, cells, columns_of, markdown, reading, summarize
+from gfast.report.tables import HARM, cells, columns_of, comparison, markdown, reading, summarize
 
 
 def build_report(
@@ -62,9 +62,6 @@ def build_report(
     # The full configuration of a training run is a page of its own: it is there to unfold.
     details = {key: value for key, value in common.items() if key.startswith("config.")}
     shared = flatten(dict(settings or {})) | {key: value for key, value in common.items() if key not in details}
-    said = [matched_sentence(summaries)]
-    if not on_other_rows(summaries):
-        said.append(lesson(summaries))
     page = rendered(
         "page.html.j2",
         title=title,
@@ -72,7 +69,7 @@ def build_report(
         once=all(run.once for run in runs),
         columns=columns_of(summaries),
         rows=[(cells(summary), reading(summary)) for summary in summaries],
-        comparison=" ".join(filter(None, said)),
+        comparison=comparison(summaries),
         limits=[limit for limit, _, _ in HARM[:-1]],
         figures=figures,
         formulas=[(name, Markup(value), Markup(weight)) for name, (value, weight) in _formulas(runs)],

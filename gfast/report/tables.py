@@ -228,6 +228,14 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
     return {"verdict": verdict, "tone": tone, "text": " ".join(parts)}
 
 
+def comparison(summaries: Sequence[dict[str, Any]]) -> str:
+    """What the page says of all runs together: at equal forgetting, or why they do not compare; may be empty."""
+    from gfast.report.matched import lesson, matched_sentence, on_other_rows
+
+    said = [matched_sentence(summaries), "" if on_other_rows(summaries) else lesson(summaries)]
+    return " ".join(filter(None, said))
+
+
 def _once_sentence(summary: dict[str, Any]) -> str:
     """What a step would do, of a model that was measured as it stands."""
     raises = {side: summary[f"{side}_total"] < 0 for side in SIDES}
