@@ -194,14 +194,10 @@ def _sample(
                 )
             places.append(answers.setdefault((ids, labels), len(answers)))
         fields[name] = tuple(places)
-    right = texts["gt"][0]
-    return Sample(number, question, right, tuple(answers), fields, closing=_closing(encode, question, right))
-
-
-def _closing(encode: Callable[..., tuple[list[int], list[int]]], question: str, answer: str) -> int:
-    """How many tokens end an answer; 1 where that is not known, or they share a token with it."""
-    if not isinstance(encode, (Plain, Chat)):
-        return 1
-    (whole, labels), (bare, _) = encode(question, answer), encode(question, answer, False)
-    behind = sum(label != IGNORE for label in labels[len(bare) :])
-    return behind if whole[: len(bare)] == bare else 1
+    right, found = texts["gt"][0], tuple(answers)
+    closing = 1  # where it is not known, or shares a token with the answer
+    if isinstance(encode, (Plain, Chat)):
+        (ids, labels), bare = found[fields["gt"][0]], tuple(encode(question, right, False)[0])
+        if ids[: len(bare)] == bare:
+            closing = sum(label != IGNORE for label in labels[len(bare) :])
+    return Sample(number, question, right, found, fields, closing=closing)

@@ -106,7 +106,7 @@ def draw_answers(runs: list[Run], theme: Theme) -> Figure:
 
     They are of GA, whatever the objective: a folder is shown once, at the last step at which they were measured.
     """
-    shown = {run.folder: run for run in runs if run.effects("sample") and run.texts}.values()
+    shown = {run.folder: run for run in runs if run.effect_files("sample") and run.texts}.values()
     figure = Figure(figsize=(9.2, 3.1 * len(shown) + 0.2), layout="constrained")
     grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1, 1))
     for (ax, bars), run in zip(grid, shown, strict=True):

@@ -92,8 +92,8 @@ def drawings(runs: list[Run]) -> list[Drawing]:
         "nll": _draw_nll if any(len(run.series("risk", side)[0]) > 1 for run in runs for side in SIDES) else None,
         "pareto": draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
         "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
-        "answers": draw_answers if any(run.effects("sample") and run.texts for run in runs) else None,
-        "tokens": draw_tokens if any(run.effects("token") and run.texts for run in runs) else None,
+        "answers": draw_answers if any(run.effect_files("sample") and run.texts for run in runs) else None,
+        "tokens": draw_tokens if any(run.effect_files("token") and run.texts for run in runs) else None,
     }
     return [Drawing(name, **TEXTS["figures"][name], draw=draw) for name, draw in drawn.items() if draw is not None]
 
