@@ -19,9 +19,10 @@ from gfast.metrics.log import EvaluationLog, LogSet
 from gfast.report import build_report, evaluation, figures
 from gfast.report.figures import drawings
 from gfast.report.matched import lesson, match, matched_sentence
+from gfast.report.numbers import number
 from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
-from gfast.report.tables import COLUMNS, cells, number, reading, summarize
+from gfast.report.tables import COLUMNS, cells, reading, summarize
 from gfast.training.records import write_record
 
 

@@ -22,9 +22,10 @@ from gfast.files import MANIFEST, check_manifest, file_checksum, read_json, whol
 from gfast.report.figures import Drawing
 from gfast.report.html import data_uri, flatten, rendered
 from gfast.report.matched import match, matched_sentence
+from gfast.report.numbers import number
 from gfast.report.runs import LIVE, Run, load_runs
 from gfast.report.style import Theme, signed_axis, steps_axis, zero_line
-from gfast.report.tables import FLAT_COSINE, cells, number, summarize
+from gfast.report.tables import FLAT_COSINE, cells, summarize
 from gfast.sides import SIDES
 
 _HOW = "Train with --geffect_every or --geffect_live_unlearn, or with a GEffectCallback"

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gfast.report.numbers import number
+
 # A rise of less, in nats or as a share of the NLL, is rounding: at that level all runs would be as they began.
 NOISE = 1e-3
 
@@ -85,8 +87,6 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
     """One sentence: at equal forgetting, who keeps most and who least, or why that is not known; empty where there are
     not two to compare.
     """
-    from gfast.report.tables import number
-
     if on_other_rows(summaries):
         return (
             "These runs were measured on different rows (their settings say which), so that their NLL do not compare."
@@ -117,8 +117,6 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     where they say the same as equal forgetting, there is nothing to compare, or the difference is not more than twice
     what seeds make of it (`deviation` over seeds, where there are several).
     """
-    from gfast.report.tables import number
-
     there = [one for one in summaries if one.get("matched")]
     if len(there) < 2:
         return ""

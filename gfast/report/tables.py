@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from gfast.evaluation.results import retention
+from gfast.report.matched import lesson, matched_sentence, on_other_rows
+from gfast.report.numbers import number
 from gfast.report.runs import Run
 from gfast.sides import SIDES
 
@@ -118,20 +120,6 @@ def _lowest(steps: np.ndarray, values: np.ndarray) -> dict[str, float | int] | N
     return {"value": float(values[i]), "step": int(steps[i])}
 
 
-def number(value: float | None) -> str:
-    """Three significant digits with a real minus sign; large and small numbers as powers of ten; a dash for None."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    else:
-        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return text.replace("-", "−")
-
-
 def cells(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as the texts of one table row, keyed as in `COLUMNS` and `RETENTION`."""
     found = {"objective": summary["label"]}
@@ -230,8 +218,6 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
 
 def comparison(summaries: Sequence[dict[str, Any]]) -> str:
     """What the page says of all runs together: at equal forgetting, or why they do not compare; may be empty."""
-    from gfast.report.matched import lesson, matched_sentence, on_other_rows
-
     said = [matched_sentence(summaries), "" if on_other_rows(summaries) else lesson(summaries)]
     return " ".join(filter(None, said))
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from gfast.files import readable, whole_file
 from gfast.report.figures import Drawing, draw_pareto, drawings
 from gfast.report.html import data_uri, flatten, rendered
+from gfast.report.numbers import number
 from gfast.report.runs import Run
 from gfast.report.style import Theme, run_color
-from gfast.report.tables import number
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.steps import Steps
 from gfast.reproduce.summary import CALIBRATED_COLUMNS, Results, shown, table

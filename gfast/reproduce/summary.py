@@ -15,8 +15,9 @@ from gfast.files import read_json
 from gfast.geffect import GEffect
 from gfast.objectives.registry import parse_objective
 from gfast.report.matched import difference_by_chance, lesson, match
+from gfast.report.numbers import number
 from gfast.report.runs import Run, averaged, measured_runs
-from gfast.report.tables import RETENTION, number, summarize
+from gfast.report.tables import RETENTION, summarize
 from gfast.reproduce.plan import RUNS, Plan
 from gfast.reproduce.steps import Steps
 from gfast.training.records import read_diverged
