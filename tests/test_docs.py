@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from gfast.commands.arguments import CommandParser
 from gfast.commands.parser import Parser
 from gfast.evaluation import sources
 from gfast.reproduce import study
-from gfast.reproduce.recipe import load_recipe
+from gfast.reproduce.recipe import build, load_recipe
+from gfast.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -172,3 +174,14 @@ def test_the_table_of_objectives_is_current():
         re.sub(r"\$.*?\$", "", row).count("|") == 7 for row in rows
     )
     assert all("|" not in formula for row in rows for formula in re.findall(r"\$.*?\$", row)) and page.FIGURE.exists()
+
+
+def test_the_recipe_of_a_page_has_every_key():
+    """And is one: what the page shows can be read, with all that a recipe and its parts know."""
+    text = (ROOT / "docs/reproduce.md").read_text()
+    shown = read_yaml(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    recipe = build(shown)
+    for key, part in {"": recipe, **{key: getattr(recipe, key) for key in ("load", "evaluate", "calibrate")}}.items():
+        known = {field.name for field in fields(part)}
+        assert known == set(shown[key] if key else shown), key
+    assert {field.name for field in fields(recipe.data)} <= set(re.findall(r"(\w+):", str(text)))
