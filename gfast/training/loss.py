@@ -19,6 +19,7 @@ from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
+from gfast.training.averaged import SavesAveraged
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
 from gfast.training.joint import outputs, refuse_joint
@@ -47,7 +48,7 @@ logger = logging.getLogger("gfast")
 _FREE = ("remove_unused_columns", "average_tokens_across_devices")
 
 
-class GFastLossMixin(ExactEvaluation):
+class GFastLossMixin(ExactEvaluation, SavesAveraged):
     r"""Gives a Trainer of one's own, or of TRL, the loss :math:`\gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
 
     Put it before the Trainer among the bases: ``class MyTrainer(GFastLossMixin, Trainer): objective = NPO(beta=0.1)``.
