@@ -166,5 +166,5 @@ def test_a_schedule_free_optimizer_is_measured_and_saved_at_its_average(tmp_path
     )  # fmt: skip
     assert best.state.best_model_checkpoint.endswith("checkpoint-1")  # the NLL falls
     best.evaluate()
-    for trainer, weights in ((plain, weights), (watched, weights), (resumed, weights), (best, literally.found[1][2])):
-        assert all(torch.equal(value, weights[name]) for name, value in parameters(trainer.model).items())
+    for trainer, right in ((plain, weights), (watched, weights), (resumed, weights), (best, literally.found[1][2])):
+        assert all(torch.equal(value, right[name]) for name, value in parameters(trainer.model).items())
