@@ -30,8 +30,8 @@ _UNREACHED = (
 )
 _TAKEN = (
     "gfast: a hook has taken the gradient of {!r} within the backward (an optimizer that steps there, such as LOMO, a "
-    "layerwise one, or one in register_post_accumulate_grad_hook?), so that the two gradients of a step are never there "
-    "together: step after the last retain()"
+    "layerwise one, or one in register_post_accumulate_grad_hook?), so that the two gradients of a step are never "
+    "there together: step after the last retain()"
 )
 
 
