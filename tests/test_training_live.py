@@ -177,6 +177,34 @@ def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
         plain.train()
 
 
+class OwnLoss(GFastLossMixin, Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2.0 * super().compute_loss(*args, **kwargs)
+
+
+class HalvesGradients(Trainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(0.5)
+        return loss
+
+
+class OwnStep(GFastLossMixin, HalvesGradients):
+    pass
+
+
+@pytest.mark.parametrize("kind, own", [(OwnLoss, "compute_loss of OwnLoss"), (OwnStep, "training_step of Halves")])
+@pytest.mark.parametrize("live", [dict(geffect_live=True), dict(surgery="pcgrad")], ids=str)
+def test_a_loss_or_step_that_would_not_be_called_is_refused(kind, own, live, tmp_path):
+    data, collate = pairing()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    given = dict(train_dataset=data, data_collator=collate, objective=Mix(GA(), NLL()))
+    kind(tiny_model(), args, **given)
+    with pytest.raises(ValueError, match=own):
+        kind(tiny_model(), args, **given, **live)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path):
     model = tiny_model()
     with torch.no_grad():

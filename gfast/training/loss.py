@@ -35,6 +35,7 @@ from gfast.training.options import (
     refuse_ignored_arguments,
     refuse_ignored_options,
     refuse_no_step,
+    refuse_own_steps,
     refuse_reentrant,
     say_other_labels,
     say_what_a_batch_is,
@@ -165,6 +166,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
                     f"live effects and surgery work with fixed factors, and the dual variable of "
                     f"{self.objective.forget} moves one: leave geffect_live and surgery out, or give primal_dual=False"
                 )
+            refuse_own_steps(type(self), GFastLossMixin)
             self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery, geffect_live_update)
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         if joint_forward:

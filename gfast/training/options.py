@@ -278,6 +278,24 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
             )
 
 
+def refuse_own_steps(trainer: type, mixin: type) -> None:
+    """ValueError for a loss or step of somebody's own beside live effects or surgery, which do not call it."""
+    mro = trainer.__mro__
+    at = mro.index(mixin)
+    above = [(cls, "compute_loss") for cls in mro[:at] if "compute_loss" in vars(cls)]
+    below = [
+        (cls, "training_step")
+        for cls in mro[at + 1 :]
+        if "training_step" in vars(cls) and cls.__module__.partition(".")[0] not in ("transformers", "trl", "gfast")
+    ]
+    for cls, name in above + below:
+        raise ValueError(
+            f"live effects and surgery take the forget and the retain backward of a step apart, and the {name} of "
+            f"{cls.__name__} would not be called: leave geffect_live and surgery out (GEffectCallback measures beside "
+            "any step), or take the step in a loop of your own with gfast.GEffectMonitor"
+        )
+
+
 def marked(tensor: Tensor) -> tuple[Tensor, int]:
     """A tensor, and what is another number once it has been written to."""
     return tensor, 0 if tensor.is_inference() else tensor._version
