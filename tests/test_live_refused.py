@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 from helpers.geffect_models import Rounded, tiny
+from helpers.process_group import alone
 from test_live import FORGET, RETAIN, loss
 
 import gfast
@@ -201,3 +203,20 @@ def test_an_optimizer_that_steps_within_the_backward_is_refused(steps):
     with pytest.raises(ValueError, match=r"a hook has taken the gradient of '.*weight' within the backward"):
         monitor.forget(loss(model, FORGET, GA()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_communication_hooks_that_do_not_sum_are_refused():
+    hooks = pytest.importorskip("torch.distributed.algorithms.ddp_comm_hooks")
+    power, plain = hooks.powerSGD_hook, hooks.default_hooks
+    with alone():
+        for hook, taken in (
+            (plain.allreduce_hook, True),
+            (plain.fp16_compress_hook, True),
+            (power.powerSGD_hook, False),
+            (plain.fp16_compress_wrapper(power.powerSGD_hook), False),
+            (lambda state, bucket: plain.allreduce_hook(state, bucket), False),
+        ):
+            wrapped = torch.nn.parallel.DistributedDataParallel(tiny("llama"))
+            wrapped.register_comm_hook(None, hook)
+            with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="communication hook .* mean"):
+                gfast.GEffectMonitor(wrapped)
