@@ -94,9 +94,11 @@ def test_the_effect_of_all_micro_batches_is_of_retain_losses():
 def test_after_an_error_there_are_no_gradients_and_no_hooks(where, error):
     model = tiny("llama")
     monitor = gfast.GEffectMonitor(model)
-    handle = model.model.layers[1].register_forward_hook(
-        lambda module, args, out: Stopped.apply(out if isinstance(out, torch.Tensor) else out[0], error)
-    )
+
+    def stop(module, args, out):
+        return Stopped.apply(out, error) if isinstance(out, torch.Tensor) else (Stopped.apply(out[0], error), *out[1:])
+
+    handle = model.model.layers[1].register_forward_hook(stop)
     broken = loss(model, FORGET, GA())
     handle.remove()
     with pytest.raises(type(error)):

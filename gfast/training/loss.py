@@ -28,6 +28,7 @@ from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
     check_switches,
+    ends_within_a_step,
     marked,
     refuse_another_loss,
     refuse_compiled,
@@ -229,8 +230,9 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
                 batch_samples.append(next(epoch_iterator))
             except StopIteration:
                 break
-        if not batch_samples:
-            return batch_samples, None
+        loader, step = self.callback_handler.train_dataloader, self.state.global_step
+        if not batch_samples or ends_within_a_step(len(batch_samples), num_batches, loader, step):
+            return [], None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
         found = [self._sides(batch) for batch in batch_samples]

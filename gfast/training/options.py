@@ -8,6 +8,7 @@ instead; all others are Trainer's own work and mean what they always mean.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
@@ -276,6 +277,35 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
                 base.__name__,
                 trainer.__name__,
             )
+
+
+def ends_within_a_step(found: int, wanted: int, loader: Any, step: int) -> bool:
+    """Whether a stream has ended with fewer micro-batches than the next step takes. Trainer would take their backwards,
+    but no step, and leave their gradients to the next one, beside its own and divided by another count.
+
+    Raises ValueError for a stream that has not enough for any step.
+    """
+    from transformers.trainer_utils import has_length  # not before there are data: flags are read without it
+
+    if not 0 < found < wanted or loader is None or has_length(loader):
+        return False  # Trainer knows the last step of what has a length, and that it is smaller
+    if not step:
+        raise ValueError(
+            f"the stream of training data ended after {found} of the {wanted} micro-batches of the first step "
+            "(gradient_accumulation_steps): no step could be taken"
+        )
+    _say_left_out(found, wanted)
+    return True
+
+
+@functools.cache
+def _say_left_out(found: int, wanted: int) -> None:
+    logger.warning(
+        "gfast: the stream of training data ended with %d of the %d micro-batches of a step "
+        "(gradient_accumulation_steps), which are left out; the next step begins the stream anew",
+        found,
+        wanted,
+    )
 
 
 def refuse_own_steps(trainer: type, mixin: type) -> None:
