@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 from helpers.geffect_models import Rounded, tiny
+from helpers.process_group import alone
 from test_live import FORGET, RETAIN, loss
 
 import gfast
@@ -92,9 +94,11 @@ def test_the_effect_of_all_micro_batches_is_of_retain_losses():
 def test_after_an_error_there_are_no_gradients_and_no_hooks(where, error):
     model = tiny("llama")
     monitor = gfast.GEffectMonitor(model)
-    handle = model.model.layers[1].register_forward_hook(
-        lambda module, args, out: Stopped.apply(out if isinstance(out, torch.Tensor) else out[0], error)
-    )
+
+    def stop(module, args, out):
+        return Stopped.apply(out, error) if isinstance(out, torch.Tensor) else (Stopped.apply(out[0], error), *out[1:])
+
+    handle = model.model.layers[1].register_forward_hook(stop)
     broken = loss(model, FORGET, GA())
     handle.remove()
     with pytest.raises(type(error)):
@@ -178,10 +182,43 @@ def test_a_backward_that_ends_before_the_parameters():
         assert found == pytest.approx(expected.retain[group], rel=1e-6)
 
 
-def test_an_optimizer_that_steps_within_the_backward_is_refused():
-    model = tiny("llama")
+def taken_at_once(model):
     model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def taken_later(model):
+    """As LOMO does: in the hook of whatever parameter comes next."""
+
+    def step(gradient):
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_hook(step)
+
+
+@pytest.mark.parametrize("steps", [taken_at_once, taken_later])
+def test_an_optimizer_that_steps_within_the_backward_is_refused(steps):
+    model = tiny("llama")
+    steps(model)
     monitor = gfast.GEffectMonitor(model, objective=GA())
-    with pytest.raises(ValueError, match=r"a hook has taken the gradient of 'lm_head.weight' within the backward"):
+    with pytest.raises(ValueError, match=r"a hook has taken the gradient of '.*weight' within the backward"):
         monitor.forget(loss(model, FORGET, GA()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_communication_hooks_that_do_not_sum_are_refused():
+    hooks = pytest.importorskip("torch.distributed.algorithms.ddp_comm_hooks")
+    power, plain = hooks.powerSGD_hook, hooks.default_hooks
+    with alone():
+        for hook, taken in (
+            (plain.allreduce_hook, True),
+            (plain.fp16_compress_hook, True),
+            (power.powerSGD_hook, False),
+            (plain.fp16_compress_wrapper(power.powerSGD_hook), False),
+            (lambda state, bucket: plain.allreduce_hook(state, bucket), False),
+        ):
+            wrapped = torch.nn.parallel.DistributedDataParallel(tiny("llama"))
+            wrapped.register_comm_hook(None, hook)
+            with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="communication hook .* mean"):
+                gfast.GEffectMonitor(wrapped)

@@ -22,6 +22,7 @@ from helpers.training_tiny import (  # noqa: E402
     parameters,
     tiny_model,
 )
+from torch.utils.data import IterableDataset  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import gfast  # noqa: E402
@@ -175,6 +176,60 @@ def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
     plain.objective = Mix(GA())
     with pytest.raises(ValueError, match="need a retain batch beside every forget batch"):
         plain.train()
+
+
+class Stream(IterableDataset):
+    def __init__(self, data, rows):
+        self.data, self.rows = data, rows
+
+    def __iter__(self):
+        return iter([self.data[index] for index in range(self.rows)])
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_stream_that_ends_within_a_step_leaves_nothing_to_the_next(live, tmp_path):
+    data, collate = pairing()
+
+    def train(rows):
+        options = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=1, logging_steps=1)
+        args = config(tmp_path / str(rows), retain_term="nll", geffect_live=live, optim="sgd", **options)
+        trainer = UnlearnTrainer(tiny_model(), args, train_dataset=Stream(data, rows), data_collator=collate)
+        trainer.train()
+        logs = [{name: log.get(name) for name in ("loss", "grad_norm")} for log in trainer.state.log_history[:-1]]
+        return logs, parameters(trainer.model)
+
+    (logs, found), (right, expected) = train(5), train(4)
+    assert logs == right and all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="ended after 1 of the 2 micro-batches of the first step"):
+        train(1)
+
+
+class OwnLoss(GFastLossMixin, Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2.0 * super().compute_loss(*args, **kwargs)
+
+
+class HalvesGradients(Trainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(0.5)
+        return loss
+
+
+class OwnStep(GFastLossMixin, HalvesGradients):
+    pass
+
+
+@pytest.mark.parametrize("kind, own", [(OwnLoss, "compute_loss of OwnLoss"), (OwnStep, "training_step of Halves")])
+@pytest.mark.parametrize("live", [dict(geffect_live=True), dict(surgery="pcgrad")], ids=str)
+def test_a_loss_or_step_that_would_not_be_called_is_refused(kind, own, live, tmp_path):
+    data, collate = pairing()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    given = dict(train_dataset=data, data_collator=collate, objective=Mix(GA(), NLL()))
+    kind(tiny_model(), args, **given)
+    with pytest.raises(ValueError, match=own):
+        kind(tiny_model(), args, **given, **live)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from helpers.training_tiny import collator, config, datasets, pairing, parameters, tiny_model
 from test_training import plain_nll
 from test_training_resume import measured, run
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from gfast.data import batches
 from gfast.objectives import GA
@@ -92,3 +92,79 @@ def test_a_folder_of_another_training_says_so_and_lends_no_end(tmp_path, caplog)
     total, n = plain_nll(trainer.model.eval(), [sides[1]])
     found = [row["value"] for row in read_step(tmp_path, 2) if row["quantity"] == "risk" and row["side"] == "retain"]
     assert found == [pytest.approx(float(total.detach()) / n, rel=1e-5)]
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD: it takes gradients at y, and the model is the average x = y + (1 - 1/beta)(z - y)."""
+
+    def __init__(self, parameters, lr, beta=0.5):
+        super().__init__(parameters, dict(lr=lr, beta=beta, k=0, train_mode=False))
+
+    @torch.no_grad()
+    def _to(self, training):
+        for group in self.param_groups:
+            for p in group["params"] if group["train_mode"] != training else ():
+                if "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"], 1 - group["beta"] if training else 1 - 1 / group["beta"])
+            group["train_mode"] = training
+
+    def train(self):
+        self._to(True)
+
+    def eval(self):
+        self._to(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for p in group["params"]:
+                z, share = self.state[p].setdefault("z", p.clone()), 1 / group["k"]
+                p.lerp_(z, share).add_(p.grad, alpha=group["lr"] * (group["beta"] * (1 - share) - 1))
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+class Averages(Literally):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trained, own = parameters(model), optimizer.optimizer
+        with torch.no_grad():
+            for p in model.parameters():
+                p.lerp_(own.state[p]["z"], 1 - 1 / own.param_groups[0]["beta"])
+            super().on_step_end(args, state, control, model=model)
+            self.found[state.global_step].append(parameters(model))
+            for name, p in model.named_parameters():
+                p.copy_(trained[name])
+
+
+def test_a_schedule_free_optimizer_is_measured_and_saved_at_its_average(tmp_path):
+    def train(folder, *callbacks, resume=None, **options):
+        data, collate = pairing()
+        model = tiny_model()
+        args = config(folder, objective="WGA", retain_term="nll", max_steps=3, **options)
+        trainer = UnlearnTrainer(
+            model, args, train_dataset=data, eval_dataset=data, data_collator=collate, callbacks=list(callbacks),
+            optimizers=(ScheduleFree(model.parameters(), 0.3), None),
+        )  # fmt: skip
+        trainer.train(resume)
+        return trainer
+
+    saves = dict(save_strategy="steps", save_steps=2)
+    plain = train(tmp_path / "plain", **saves)
+    literally = Averages()
+    watched = train(tmp_path / "run", NLLCallback(1, FORGET, RETAIN), literally, **saves)
+    found = risks(tmp_path / "run")
+    for step, (*right, weights) in literally.found.items():
+        assert found.loc[step, ["unlearn", "retain"]].tolist() == pytest.approx(right, rel=1e-6)
+        if step == 2:
+            saved = LlamaForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+            assert all(torch.equal(value, weights[name]) for name, value in parameters(saved).items()), step
+    resumed = train(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"), **saves)
+    best = train(
+        tmp_path / "best", literally, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_forget_loss", greater_is_better=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    assert best.state.best_model_checkpoint.endswith("checkpoint-1")  # the NLL falls
+    best.evaluate()
+    for trainer, right in ((plain, weights), (watched, weights), (resumed, weights), (best, literally.found[1][2])):
+        assert all(torch.equal(value, right[name]) for name, value in parameters(trainer.model).items())

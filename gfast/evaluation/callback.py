@@ -28,6 +28,7 @@ from gfast.given import whole
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import parse_log
 from gfast.model_state import rng_kept
+from gfast.training.averaged import averaged
 from gfast.training.processes import together
 
 logger = logging.getLogger("gfast")
@@ -96,22 +97,22 @@ class EvaluateCallback(TrainerCallback):
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) > state.global_step:
                     path.unlink()
         if state.global_step == 0:
-            self._evaluate(args, state, model)
+            self._evaluate(args, state, model, kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
         if (self.every and state.global_step % self.every == 0) or state.global_step >= state.max_steps:
-            self._evaluate(args, state, model)
+            self._evaluate(args, state, model, kwargs.get("optimizer"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
         # Only a run that was stopped early gets here unmeasured.
         if not args.load_best_model_at_end and state.global_step not in self.summaries:
-            self._evaluate(args, state, model)
+            self._evaluate(args, state, model, kwargs.get("optimizer"))
 
-    def _evaluate(self, args: Any, state: Any, model: nn.Module) -> None:
+    def _evaluate(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         units, world = self.evaluation.units(), args.world_size
         in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
         own = units if in_step or world == 1 else units[args.process_index :: world]
-        with rng_kept(), wrappers.own_precision(model):
+        with rng_kept(), wrappers.own_precision(model), averaged(optimizer):
             found = self._own(model, own, world)
         log = self.evaluation.log(found, f"step {state.global_step}", {"step": state.global_step})
         summary = summarize(parse_log(log), self.retain_log)

@@ -15,6 +15,7 @@ from gfast import wrappers
 from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import UNWEIGHTED, Objective
 from gfast.tensor_files import TensorFile, write_tensors
+from gfast.training.averaged import schedule_free
 
 WEIGHTS = ("none", "retain_conflict")
 FILE = "conflict_weights.safetensors"  # in a checkpoint
@@ -56,6 +57,8 @@ class ConflictWeights(TrainerCallback):
         due = state.global_step % self.every == 0 and state.global_step != self.step
         if self.by_sample is None or due:
             self.step = state.global_step
+            if (own := schedule_free(self.trainer.optimizer)) is not None:
+                own.train()  # at the weights that the step is taken at, whether they were saved before it or not
             with rng_kept(), gradients_kept(model), wrappers.own_precision(model):
                 self.measure(model)
 

@@ -19,6 +19,7 @@ from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS
 from gfast.sides import SETS
 from gfast.training import batches
+from gfast.training.averaged import SavesAveraged
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
 from gfast.training.joint import outputs, refuse_joint
@@ -27,6 +28,7 @@ from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
     check_switches,
+    ends_within_a_step,
     marked,
     refuse_another_loss,
     refuse_compiled,
@@ -34,6 +36,7 @@ from gfast.training.options import (
     refuse_ignored_arguments,
     refuse_ignored_options,
     refuse_no_step,
+    refuse_own_steps,
     refuse_reentrant,
     say_other_labels,
     say_what_a_batch_is,
@@ -47,7 +50,7 @@ logger = logging.getLogger("gfast")
 _FREE = ("remove_unused_columns", "average_tokens_across_devices")
 
 
-class GFastLossMixin(ExactEvaluation):
+class GFastLossMixin(ExactEvaluation, SavesAveraged):
     r"""Gives a Trainer of one's own, or of TRL, the loss :math:`\gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
 
     Put it before the Trainer among the bases: ``class MyTrainer(GFastLossMixin, Trainer): objective = NPO(beta=0.1)``.
@@ -164,6 +167,7 @@ class GFastLossMixin(ExactEvaluation):
                     f"live effects and surgery work with fixed factors, and the dual variable of "
                     f"{self.objective.forget} moves one: leave geffect_live and surgery out, or give primal_dual=False"
                 )
+            refuse_own_steps(type(self), GFastLossMixin)
             self.live = LiveSteps(self, groups, geffect_live_unlearn, surgery, geffect_live_update)
             self.add_callback(RecordLive(self.live, getattr(self.args, "record_every", 1)))
         if joint_forward:
@@ -226,8 +230,9 @@ class GFastLossMixin(ExactEvaluation):
                 batch_samples.append(next(epoch_iterator))
             except StopIteration:
                 break
-        if not batch_samples:
-            return batch_samples, None
+        loader, step = self.callback_handler.train_dataloader, self.state.global_step
+        if not batch_samples or ends_within_a_step(len(batch_samples), num_batches, loader, step):
+            return [], None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
         found = [self._sides(batch) for batch in batch_samples]

@@ -8,6 +8,7 @@ instead; all others are Trainer's own work and mean what they always mean.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
@@ -276,6 +277,53 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
                 base.__name__,
                 trainer.__name__,
             )
+
+
+def ends_within_a_step(found: int, wanted: int, loader: Any, step: int) -> bool:
+    """Whether a stream has ended with fewer micro-batches than the next step takes. Trainer would take their backwards,
+    but no step, and leave their gradients to the next one, beside its own and divided by another count.
+
+    Raises ValueError for a stream that has not enough for any step.
+    """
+    from transformers.trainer_utils import has_length  # not before there are data: flags are read without it
+
+    if not 0 < found < wanted or loader is None or has_length(loader):
+        return False  # Trainer knows the last step of what has a length, and that it is smaller
+    if not step:
+        raise ValueError(
+            f"the stream of training data ended after {found} of the {wanted} micro-batches of the first step "
+            "(gradient_accumulation_steps): no step could be taken"
+        )
+    _say_left_out(found, wanted)
+    return True
+
+
+@functools.cache
+def _say_left_out(found: int, wanted: int) -> None:
+    logger.warning(
+        "gfast: the stream of training data ended with %d of the %d micro-batches of a step "
+        "(gradient_accumulation_steps), which are left out; the next step begins the stream anew",
+        found,
+        wanted,
+    )
+
+
+def refuse_own_steps(trainer: type, mixin: type) -> None:
+    """ValueError for a loss or step of somebody's own beside live effects or surgery, which do not call it."""
+    mro = trainer.__mro__
+    at = mro.index(mixin)
+    above = [(cls, "compute_loss") for cls in mro[:at] if "compute_loss" in vars(cls)]
+    below = [
+        (cls, "training_step")
+        for cls in mro[at + 1 :]
+        if "training_step" in vars(cls) and cls.__module__.partition(".")[0] not in ("transformers", "trl", "gfast")
+    ]
+    for cls, name in above + below:
+        raise ValueError(
+            f"live effects and surgery take the forget and the retain backward of a step apart, and the {name} of "
+            f"{cls.__name__} would not be called: leave geffect_live and surgery out (GEffectCallback measures beside "
+            "any step), or take the step in a loop of your own with gfast.GEffectMonitor"
+        )
 
 
 def marked(tensor: Tensor) -> tuple[Tensor, int]:

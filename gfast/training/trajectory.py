@@ -17,6 +17,7 @@ from gfast import wrappers
 from gfast.given import whole
 from gfast.model_state import rng_kept
 from gfast.sides import SIDES
+from gfast.training.averaged import averaged
 from gfast.training.evaluation import nll_sums, own_batches
 from gfast.training.records import read_step, recorded_steps, run_name, say_other_training, write_record
 
@@ -60,17 +61,17 @@ class Trajectory(TrainerCallback):
         else:
             self._before = frozenset()
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
-            self._timed(args, state, model)
+            self._timed(args, state, model, kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if self.measures_at(state):
-            self._timed(args, state, model)
+            self._timed(args, state, model, kwargs.get("optimizer"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         # Only a run that was stopped early gets here unmeasured; with load_best_model_at_end the weights are another
         # step's.
         if not args.load_best_model_at_end and not self._is_measured(args, state.global_step):
-            self._timed(args, state, model)
+            self._timed(args, state, model, kwargs.get("optimizer"))
 
     def measures_at(self, state: Any) -> bool:
         """Whether there is a measurement at the end of this step."""
@@ -99,9 +100,9 @@ class Trajectory(TrainerCallback):
         """Objectives in whose name values are recorded."""
         raise NotImplementedError
 
-    def _timed(self, args: Any, state: Any, model: nn.Module) -> None:
+    def _timed(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         started = time.perf_counter()
-        with wrappers.own_precision(model):
+        with wrappers.own_precision(model), averaged(optimizer):
             self._measure(args, state, model)
         self._before -= {state.global_step}
         self.seconds += time.perf_counter() - started

@@ -29,9 +29,9 @@ _UNREACHED = (
     "model is sharded by FSDP2, where every backward must reduce: leave set_requires_gradient_sync(True)"
 )
 _TAKEN = (
-    "gfast: a hook has taken the gradient of {!r} within the backward (register_post_accumulate_grad_hook: an "
-    "optimizer that steps there?), so that the two gradients of a step are never there together: step after the last "
-    "retain()"
+    "gfast: a hook has taken the gradient of {!r} within the backward (an optimizer that steps there, such as LOMO, a "
+    "layerwise one, or one in register_post_accumulate_grad_hook?), so that the two gradients of a step are never "
+    "there together: step after the last retain()"
 )
 
 
@@ -92,8 +92,9 @@ class Gradients:
         grads = [getattr(p.grad, "_local_tensor", p.grad) for p in self.parameters]
         return [None if g is None else (WeakIdRef(g), g._version) for g in grads]
 
-    def sweep(self, loss: Tensor, take: Callable[[int], Any], retain_graph: bool = False) -> None:
-        """A backward with `take` called for every parameter once its gradient is complete."""
+    def sweep(self, loss: Tensor, take: Callable[[int], Any] | None, retain_graph: bool = False) -> None:
+        """A backward with `take` called for every parameter once its gradient is complete; None: all are to stay."""
+        stays, take = take is None, take or (lambda index: None)
         if self.processes.zero is not None:  # whose hooks take gradients, and hand their shards on at the end
             self.backward(loss, retain_graph=retain_graph)
             for index in range(len(self.parameters)):
@@ -125,6 +126,9 @@ class Gradients:
         parts = [index for index in sorted(self._parts) if self.parameters[index].grad is not None]
         if not came and not parts:
             raise ValueError(_UNREACHED)
+        lost = next((index for index in sorted(came) if stays and self.parameters[index].grad is None), None)
+        if lost is not None:  # later than its own hooks: in those of another parameter
+            raise ValueError(_TAKEN.format(self.names[lost]))
         for index in parts:
             take(index)
 

@@ -197,7 +197,7 @@ class GEffectMonitor:
         with self._undone():
             ddp = self.processes.replicated
             step.local |= ddp is not None and not ddp.require_backward_grad_sync
-            gradients.sweep(loss, lambda index: None, retain_graph=shared)
+            gradients.sweep(loss, None, retain_graph=shared)
             gradients.learn_parts()
             step.forgets, step.forget_factor = step.forgets + 1, factor
             step.add("forget", loss)

@@ -30,6 +30,8 @@ class Processes:
                     "gfast: a GEffectMonitor reads gradients parameter by parameter, and FSDP1 "
                     "(FullyShardedDataParallel) has them in flat pieces: shard the model with fully_shard (FSDP2)"
                 )
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                _refuse_hooks(module)
         engine = engine_of(model)
         self.zero = None if engine is None else Zero(engine, list(names), list(parameters))
         self.replicated = next(
@@ -111,6 +113,23 @@ def refuse_inner(model: nn.Module) -> None:
             "gfast: this model is inside a DistributedDataParallel, which reduces its gradients: give GEffectMonitor "
             "that one, and compute losses by calling it"
         )
+
+
+# Of a sum they give the sum, but for rounding, however often they are called.
+_SUMS = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook", "mixed_precision_hooks")
+
+
+def _refuse_hooks(wrapper: nn.parallel.DistributedDataParallel) -> None:
+    """ValueError for a communication hook of which nobody knows that it means gradients."""
+    for hook, _ in getattr(wrapper, "_comm_hooks", ()):
+        module, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", repr(hook))
+        own = module.startswith("torch.distributed.algorithms.ddp_comm_hooks.")
+        if not (own and (name in _SUMS or module.rpartition(".")[2] in _SUMS)):
+            raise ValueError(
+                f"gfast: the communication hook {name} of DistributedDataParallel may give another gradient than the "
+                f"mean over processes (compressed, with the error carried to the next), and a step with live effects "
+                f"reduces twice: leave it out, or take torch's fp16_compress_hook or bf16_compress_hook"
+            )
 
 
 def _several(wrapper: nn.Module) -> bool:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers that train at other weights than their model's (schedule-free): which are measured and saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gfast.geffect.live.processes import here
+
+
+def schedule_free(optimizer: Any) -> Any:
+    """The optimizer itself, if it has a mode to train in and one in which parameters are its model's; else None."""
+    own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has both methods, whatever it wraps
+    return own if all(callable(getattr(own, name, None)) for name in ("train", "eval")) else None
+
+
+@contextlib.contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """The parameters as they are saved; then those that are trained again, to the bit: their way there and back rounds,
+    so that they are copied.
+    """
+    own = schedule_free(optimizer)
+    if own is None or not own.state:
+        yield
+        return
+    parameters = [p for group in own.param_groups for p in group["params"]]
+    trained = [here(p.detach()).clone() for p in parameters]
+    own.eval()
+    moved = any(not torch.equal(here(p.detach()), one) for p, one in zip(parameters, trained, strict=True))
+    try:
+        yield
+    finally:
+        if moved:
+            own.train()
+            with torch.no_grad():
+                for parameter, one in zip(parameters, trained, strict=True):
+                    here(parameter.detach()).copy_(one)
+
+
+class SavesAveraged:
+    """Over a Trainer: its model is saved, and left at the end, as its evaluation takes it. Trainer has the weights that
+    a schedule-free optimizer trains at, unless an evaluation came before; the next step goes on with those.
+    """
+
+    def _average(self) -> None:
+        own = schedule_free(getattr(self, "optimizer", None))
+        if own is not None:
+            own.eval()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's."""
+        self._average()
+        super().save_model(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._average()  # or the next evaluation would take what is loaded for weights to average
+        super()._load_best_model()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._inner_training_loop(*args, **kwargs)
+        self._average()
+        return found
