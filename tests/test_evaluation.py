@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -303,6 +304,33 @@ def test_a_part_that_is_damaged_or_of_other_samples(tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match="other samples"):
         evaluation(batch_size=3).run(model, tmp_path)
+
+
+def test_a_checksum_is_of_the_rows_whatever_holds_them():
+    rows = [{"question": "Who?", "answer": answer} for answer in ("Nobody.", "All.")]
+    sums = {EvaluationSet("forget", "mine", held).checksum() for held in (rows, pandas.DataFrame(rows))}
+    assert len(sums) == 1 and EvaluationSet("forget", "mine", pandas.DataFrame(rows[::-1])).checksum() not in sums
+
+
+def test_a_folder_goes_on_with_its_own_model_and_questions(tmp_path):
+    work, model = evaluation(), taught()
+    found = work.run(model, tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    settings = copy.deepcopy(model)
+    settings.config.rope_theta = 1.0
+    for wrong in (other, settings):
+        with pytest.raises(ValueError, match="holds results of another model"):
+            work.run(wrong, tmp_path)
+    turned = [
+        replace(one, rows=[{**row, "answer": row["paraphrased_answer"]} for row in one.rows]) for one in work.sets
+    ]
+    for asked in (turned, [replace(one, generate=2) for one in work.sets]):
+        samples = [encoded(one, TOKENIZER) for one in asked]
+        with pytest.raises(ValueError, match="holds results of other rows"):
+            Evaluation(asked, samples, TOKENIZER, work.batch_size).run(model, tmp_path)
+    assert work.run(model, tmp_path) == found
 
 
 def test_a_model_without_finite_log_probabilities():
