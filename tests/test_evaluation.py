@@ -98,6 +98,24 @@ def test_scores_of_fp64_models_are_fp64():
         torch.testing.assert_close(scored.logp, logp.double(), rtol=1e-6, atol=0)
 
 
+def test_texts_that_stretch_each_others_rotary_embeddings_run_apart():
+    """Beyond a length the longest text of a batch decides which embeddings all have (LongRoPE)."""
+    scaling = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4, "rope_type": "longrope"}
+    positions = {"max_position_embeddings": 256, "original_max_position_embeddings": 40}
+    scaling |= {"type": "longrope"}  # as transformers 4 calls it
+    config = transformers.Phi3Config(**SMALL, **positions, pad_token_id=0, initializer_range=0.3, rope_scaling=scaling)
+    model, rows = transformers.Phi3ForCausalLM(config).eval(), bundled_perturbed()[0][:4]
+    rows[0] = {**rows[0], "answer": " ".join([rows[0]["answer"]] * 3)}
+    samples = encoded(EvaluationSet("forget", "bundled", rows, **FIELDS), TOKENIZER)
+    lengths = [len(ids) for sample in samples for ids, _ in sample.answers]
+    assert min(lengths) < 40 < max(lengths)
+    for sample, found in zip(samples, score(model, samples, 0), strict=True):
+        for answer, scored in zip(sample.answers, found, strict=True):
+            torch.testing.assert_close(scored.logp, alone(model, *answer)[0].float(), rtol=1e-4, atol=1e-4)
+    prompts = [samples[1].prompt, samples[0].right[0]]
+    assert generate(model, prompts, 4, [1], 0) == [generate(model, [one], 4, [1], 0)[0] for one in prompts]
+
+
 def test_a_cache_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
     model, samples = model_of("llama"), encoded(sets()[0], TOKENIZER)
     caplog.set_level("INFO", "gfast")
