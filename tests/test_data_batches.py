@@ -186,6 +186,10 @@ def test_collator_loses_nothing_of_tokenised_items():
     batch = Collator(0, pad_to_multiple_of=5)([{**item, "attention_mask": [0, 0, 1, 1], **beside}, item])
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]]
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    wide = {"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100], "attention_mask": [1, 1, 0, 0], "sample_id": 3}
+    batch = Collator(0, reference=Cache())([{**wide, "weight": [1, 2, 0, 0]}])  # padded by a tokenizer
+    assert batch["input_ids"].tolist() == [[5, 6]] and batch["weight"].tolist() == [[1, 2]]
+    assert batch["ref_logp"].shape == (1, 2)
     for key in ("position_ids", "token_type_ids", "sequence_id", "pixel_values", "ref_logp"):
         with pytest.raises(ValueError, match=f"item 1 of a batch has {key}, which this collator would leave out"):
             Collator(0)([item, {**item, key: [0, 1, 0, 1]}])

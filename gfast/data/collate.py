@@ -31,8 +31,8 @@ class Collator:
     int64.
 
     Items are `input_ids` and `labels` [T], as lists or tensors. An `attention_mask` [T] that they have is kept: what it
-    hides stays hidden. Other inputs of a model, such as `position_ids` or `token_type_ids`, would be lost here, and are
-    refused by name; texts and single numbers beside them are passed by.
+    hides stays hidden, and padding behind a text is cut off. Other inputs of a model, such as `position_ids` or
+    `token_type_ids`, would be lost here, and are refused by name; texts and single numbers beside them are passed by.
 
     Items with a `weight`, one number a token or one for all of them (a sample's), give `weight` [B, T] fp32, which
     ``gfast.model_loss`` multiplies an objective's token weights by.
@@ -76,21 +76,17 @@ class Collator:
                     "gfast: a batch mixes items with and without a preferred answer; use one kind of data set"
                 )
             items = [*items, *(_preferred(item) for item in items)]
-        for b, item in enumerate(items):
-            _refuse_what_is_lost(item, b)
-        ids = [_row(item, "input_ids", b) for b, item in enumerate(items)]
-        lengths = [len(row) for row in ids]
+        texts = [_text(item, b) for b, item in enumerate(items)]
+        lengths = [len(row) for row, _, _ in texts]
         multiple = self.pad_to_multiple_of
         padded = (max(lengths) + multiple - 1) // multiple * multiple
 
-        input_ids = torch.full((len(ids), padded), self.pad_id, dtype=torch.int64, device="cpu")  # [B, T]
+        input_ids = torch.full((len(texts), padded), self.pad_id, dtype=torch.int64, device="cpu")  # [B, T]
         labels = torch.full_like(input_ids, IGNORE)
         attention_mask = torch.zeros_like(input_ids)
-        for b, (row, item) in enumerate(zip(ids, items, strict=True)):
-            input_ids[b, : len(row)] = row
-            labels[b, : len(row)] = _row(item, "labels", b, len(row))
-            masked = item.get("attention_mask") is not None
-            attention_mask[b, : len(row)] = _row(item, "attention_mask", b, len(row)) if masked else 1
+        for b, text in enumerate(texts):
+            for row, values in zip((input_ids, labels, attention_mask), text, strict=True):
+                row[b, : len(values)] = values
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if any("weight" in item for item in items):
             batch["weight"] = _weights(items, lengths, padded)
@@ -165,6 +161,18 @@ _TAKEN = {"input_ids", "labels", "attention_mask", "weight", "sample_id"}
 _OF_TEXTS = {"special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"}
 
 
+def _text(item: dict, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, labels and attention mask [T] of an item, without padding that it has behind its text."""
+    _refuse_what_is_lost(item, b)
+    ids = _row(item, "input_ids", b)
+    labels, mask = _row(item, "labels", b, len(ids)), torch.ones_like(ids)
+    if item.get("attention_mask") is not None:
+        mask = _row(item, "attention_mask", b, len(ids))
+    seen = ((mask != 0) | (labels != IGNORE)).nonzero()
+    end = int(seen[-1]) + 1 if len(seen) else len(ids)
+    return ids[:end], labels[:end], mask[:end]
+
+
 def _refuse_what_is_lost(item: dict, b: int) -> None:
     """ValueError for arrays of numbers that are neither taken nor of the text alone: a model or loss may read them."""
     for key, value in item.items():
@@ -205,13 +213,13 @@ def _weights(items: Sequence[dict], lengths: Sequence[int], padded: int) -> Tens
     for b, (item, length) in enumerate(zip(items, lengths, strict=True)):
         if "weight" not in item:
             raise ValueError(f"gfast: item {b} of a batch has no weight, and others have one: give all or none")
-        row = torch.as_tensor(item["weight"], dtype=torch.float32, device="cpu")
-        if row.shape not in ((), (length,)):
+        row, given = torch.as_tensor(item["weight"], dtype=torch.float32, device="cpu"), len(item["input_ids"])
+        if row.shape not in ((), (given,)):
             raise ValueError(
-                f"gfast: item {b} of a batch has {length} input_ids but a weight of shape {tuple(row.shape)}: give "
+                f"gfast: item {b} of a batch has {given} input_ids but a weight of shape {tuple(row.shape)}: give "
                 f"one number a token, or one for all"
             )
-        weight[b, :length] = row
+        weight[b, :length] = row[:length] if row.dim() else row
     return weight
 
 
