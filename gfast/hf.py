@@ -24,6 +24,7 @@ from gfast.deferred import WITHOUT_GRADIENTS, DeferredLogits, deferred
 from gfast.embedding_rows import called, no_values
 from gfast.model_state import evaluating
 from gfast.own_terms import WithoutCrossEntropy
+from gfast.rotary import stretches_beyond
 from gfast.wrappers import unwrap
 
 _log = logging.getLogger("gfast")
@@ -339,13 +340,8 @@ def depends_on_width(model: nn.Module) -> bool:
     if of_its_own_kind(model) is not None:
         return True  # nothing is known of it, so nothing is cut off
     inner = unwrap(model)
-    config = getattr(inner, "config", None)
-    found = [config.to_dict()] if hasattr(config, "to_dict") else []
-    while found:  # by any name, in the configuration of any part, maybe by kind of layer
-        one = found.pop()
-        if {one.get("rope_type"), one.get("type")} & {"dynamic", "longrope", "su"}:
-            return True
-        found += [value for value in one.values() if isinstance(value, Mapping)]
+    if stretches_beyond(inner) is not None:
+        return True
     if _is_stock(inner) and _says_causal(inner):
         return False
     if inner not in _by_width:

@@ -24,8 +24,9 @@ def write_table(path: str | os.PathLike[str], table: pyarrow.Table) -> Path:
 
     metadata = table.schema.metadata or {}
     table = table.replace_schema_metadata({**metadata, _SUM: _checksum(table, metadata)})
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
+    # Into a file that Python has opened: Arrow takes paths as UTF-8, which those of another locale need not be.
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        pyarrow.parquet.write_table(table, file, write_page_checksum=True)
     return Path(path)
 
 

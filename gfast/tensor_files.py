@@ -23,6 +23,10 @@ _DESCRIPTION, _SUMS, _SUM = "gfast", "gfast_sha256", "gfast_sha256_of_all"
 def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Add the name, dtype, shape and every byte of a tensor to a digest, in pieces of 64 MiB."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    if hasattr(tensor, "__tensor_flatten__"):  # of several tensors, such as rounded weights and their scales
+        for part in tensor.__tensor_flatten__()[0]:
+            hash_tensor(digest, part, getattr(tensor, part))
+        return
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # [bytes]
     for start in range(0, flat.numel(), _CHUNK):
         digest.update(flat[start : start + _CHUNK].cpu().numpy())

@@ -17,6 +17,7 @@ from gfast.data import Collator, QADataset, batches
 from gfast.evaluation import sources
 from gfast.evaluation.attacks import QUANTIZERS, Relearning, quantize, relearn, split
 from gfast.files import read_json
+from gfast.training.fingerprints import model_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,11 @@ def test_quantized_weights(bits, by):
     else:
         assert type(rounded).__name__ == ("Linear8bitLt" if bits == "8bit" else "Linear4bit")
         assert not torch.equal(rounded.weight.float().reshape(-1)[:9], weight.reshape(-1)[:9])
+    marks = [
+        model_fingerprint(quantize(tiny_model(seed, hidden_size=64, intermediate_size=64), bits, by))
+        for seed in (0, 0, 1)
+    ]
+    assert marks[0] == marks[1] != marks[2]
 
 
 @pytest.mark.parametrize("by", QUANTIZERS)

@@ -180,6 +180,42 @@ def test_collator_takes_lists_and_items_without_ids():
         Collator(0)([])
 
 
+def test_collator_loses_nothing_of_tokenised_items():
+    item = {"input_ids": [9, 9, 5, 6], "labels": [-100, -100, 5, 6]}
+    beside = {"question": "Who?", "length": [4], "index": 7, "wrong": ["a", "b"], "token_type_ids": None}
+    batch = Collator(0, pad_to_multiple_of=5)([{**item, "attention_mask": [0, 0, 1, 1], **beside}, item])
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]]
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    wide = {"input_ids": [5, 6, 0, 0], "labels": [-100, 6, -100, -100], "attention_mask": [1, 1, 0, 0], "sample_id": 3}
+    batch = Collator(0, reference=Cache())([{**wide, "weight": [1, 2, 0, 0]}])  # padded by a tokenizer
+    assert batch["input_ids"].tolist() == [[5, 6]] and batch["weight"].tolist() == [[1, 2]]
+    assert batch["ref_logp"].shape == (1, 2)
+    for key in ("position_ids", "token_type_ids", "sequence_id", "pixel_values", "ref_logp"):
+        with pytest.raises(ValueError, match=f"item 1 of a batch has {key}, which this collator would leave out"):
+            Collator(0)([item, {**item, key: [0, 1, 0, 1]}])
+    preferred = {f"preferred_{key}": value for key, value in item.items()}
+    with pytest.raises(ValueError, match="item 1 of a batch has position_ids"):
+        Collator(0)([{**item, **preferred, "preferred_position_ids": [0, 0, 0, 1]}])
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"input_ids": [9.7, 9, 5, 6]}, "input_ids of item 0 of a batch must be whole numbers"),
+        ({"labels": [-100, float("nan"), 5, 6]}, "labels of item 0 of a batch must be whole numbers"),
+        ({"input_ids": [[9, 9, 5, 6]]}, r"must be of one text, \[T\], got \(1, 4\)"),
+        ({"input_ids": [], "labels": []}, r"must be of one text, \[T\], got \(0,\)"),
+        ({"labels": None}, "item 0 of a batch has no labels"),
+        ({"attention_mask": [1, 1]}, "4 input_ids but 2 attention_mask"),
+        ({"sample_id": 1.7}, "sample_id of item 0 of a batch is 1.7"),
+        ({"sample_id": "a1"}, "sample_id of item 0 of a batch is 'a1'"),
+    ],
+)
+def test_collator_names_what_is_no_row(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Collator(0)([{"input_ids": [9, 9, 5, 6], "labels": [-100, -100, 5, 6], **wrong}])
+
+
 def test_collator_pad_token_falls_back_to_eos():
     tokenizer = copy.deepcopy(demo_tokenizer())
     tokenizer.pad_token = None

@@ -264,3 +264,18 @@ def test_fingerprint_sees_every_change():
     ids = torch.tensor([1, 2, 3])
     one, two = ([{"input_ids": ids, "labels": labels, "sample_id": 0}] for labels in (ids, ids.clone().fill_(-100)))
     assert fingerprint(one) != fingerprint(two)
+
+
+@pytest.mark.parametrize("text", ["It says <end> here.", "It says <\uff25ND> here."])
+def test_a_special_token_that_a_normalizer_makes_of_a_text_is_refused(text):
+    from tokenizers import AddedToken, Tokenizer, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_str(demo_tokenizer().backend_tokenizer.to_str())
+    inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<END>", normalized=True, special=True)})
+    with pytest.raises(ValueError, match="the answer contains '<END>', which this tokenizer reads as a special token"):
+        QADataset([{"question": "What?", "answer": text}], tokenizer)
+    labels = QADataset([{"question": "What?", "answer": "It ENDS here."}], tokenizer)[0]["labels"].tolist()
+    assert labels.count(tokenizer.eos_token_id) == 1

@@ -100,6 +100,10 @@ def test_jsonl_streams(tmp_path):
     ("line", "message"),
     [
         (b"{nope}", r"row 3: not valid JSON .* at column 2"),
+        (
+            b'{"question": "Who?", "answer": "a", "answer": "b"}',
+            r'row 3: not readable JSON \("answer" is given twice\)',
+        ),
         (b'[{"question": "a", "answer": "b"}]', r"row 3: expected a JSON object"),
         (b'[{"question": "a",', r"row 3: not valid JSON .*each line must be an object"),
         (b'{"question": "a", "reply": "b"}', r'row 3: field "answer" is missing \(the row has question, reply\)'),

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -95,6 +96,24 @@ def test_scores_of_fp64_models_are_fp64():
         logp, _ = alone(model, *sample.answers[0])
         assert scored.logp.dtype == torch.float64
         torch.testing.assert_close(scored.logp, logp.double(), rtol=1e-6, atol=0)
+
+
+def test_texts_that_stretch_each_others_rotary_embeddings_run_apart():
+    """Beyond a length the longest text of a batch decides which embeddings all have (LongRoPE)."""
+    scaling = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4, "rope_type": "longrope"}
+    positions = {"max_position_embeddings": 256, "original_max_position_embeddings": 40}
+    scaling |= {"type": "longrope"}  # as transformers 4 calls it
+    config = transformers.Phi3Config(**SMALL, **positions, pad_token_id=0, initializer_range=0.3, rope_scaling=scaling)
+    model, rows = transformers.Phi3ForCausalLM(config).eval(), bundled_perturbed()[0][:4]
+    rows[0] = {**rows[0], "answer": " ".join([rows[0]["answer"]] * 3)}
+    samples = encoded(EvaluationSet("forget", "bundled", rows, **FIELDS), TOKENIZER)
+    lengths = [len(ids) for sample in samples for ids, _ in sample.answers]
+    assert min(lengths) < 40 < max(lengths)
+    for sample, found in zip(samples, score(model, samples, 0), strict=True):
+        for answer, scored in zip(sample.answers, found, strict=True):
+            torch.testing.assert_close(scored.logp, alone(model, *answer)[0].float(), rtol=1e-4, atol=1e-4)
+    prompts = [samples[1].prompt, samples[0].right[0]]
+    assert generate(model, prompts, 4, [1], 0) == [generate(model, [one], 4, [1], 0)[0] for one in prompts]
 
 
 def test_a_cache_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
@@ -303,6 +322,33 @@ def test_a_part_that_is_damaged_or_of_other_samples(tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match="other samples"):
         evaluation(batch_size=3).run(model, tmp_path)
+
+
+def test_a_checksum_is_of_the_rows_whatever_holds_them():
+    rows = [{"question": "Who?", "answer": answer} for answer in ("Nobody.", "All.")]
+    sums = {EvaluationSet("forget", "mine", held).checksum() for held in (rows, pandas.DataFrame(rows))}
+    assert len(sums) == 1 and EvaluationSet("forget", "mine", pandas.DataFrame(rows[::-1])).checksum() not in sums
+
+
+def test_a_folder_goes_on_with_its_own_model_and_questions(tmp_path):
+    work, model = evaluation(), taught()
+    found = work.run(model, tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    settings = copy.deepcopy(model)
+    settings.config.rope_theta = 1.0
+    for wrong in (other, settings):
+        with pytest.raises(ValueError, match="holds results of another model"):
+            work.run(wrong, tmp_path)
+    turned = [
+        replace(one, rows=[{**row, "answer": row["paraphrased_answer"]} for row in one.rows]) for one in work.sets
+    ]
+    for asked in (turned, [replace(one, generate=2) for one in work.sets]):
+        samples = [encoded(one, TOKENIZER) for one in asked]
+        with pytest.raises(ValueError, match="holds results of other rows"):
+            Evaluation(asked, samples, TOKENIZER, work.batch_size).run(model, tmp_path)
+    assert work.run(model, tmp_path) == found
 
 
 def test_a_model_without_finite_log_probabilities():

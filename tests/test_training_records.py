@@ -37,6 +37,12 @@ def test_rows_come_back_sorted_typed_and_once(tmp_path):
     assert step_file(tmp_path, 20).name == "step-00000020.parquet"
 
 
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    folder = tmp_path / "l\udce4uft"  # as Python has bytes of names that its locale does not know
+    write_record(folder, [row(20, 2.0)])
+    assert read_records(folder)["value"].tolist() == [2.0]
+
+
 def test_an_empty_or_absent_run_folder(tmp_path):
     assert read_records(tmp_path).empty
     with pytest.raises(FileNotFoundError, match="no run folder"):

@@ -276,7 +276,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     )
     check_run_folder(folder, info)
     write_run_info(folder, info | {"device": device_name(device)})
-    results = _run(evaluation, model, folder)
+    results = _run(evaluation, model, folder, f"{of_model['weights']} {arguments.quantize} {arguments.quantize_by}")
     source = {
         "model": info["model"],
         "template": arguments.template,
@@ -353,7 +353,7 @@ def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, 
     say(f"Log, samples, tables: {folder}. Page: {page.resolve()}")
 
 
-def _run(evaluation: Evaluation, model: nn.Module, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _run(evaluation: Evaluation, model: nn.Module, folder: Path, weights: str) -> dict[str, list[dict[str, Any]]]:
     units = evaluation.units()
     total = sum(len(unit.places) for unit in units)
     with Bar(total=total, unit="sample") as bar:
@@ -362,7 +362,7 @@ def _run(evaluation: Evaluation, model: nn.Module, folder: Path) -> dict[str, li
             bar.say(f"{evaluation.sets[unit.of].name}, {unit.kind}")
             bar.update(len(unit.places))
 
-        return evaluation.run(model, folder, units, done)
+        return evaluation.run(model, folder, units, done, weights)
 
 
 def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLog | None) -> list[EvaluationSet]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -29,6 +30,10 @@ class Collator:
     """Pads items on the right into a batch: `input_ids`, `attention_mask`, `labels` [B, T] and `sample_id` [B], all
     int64.
 
+    Items are `input_ids` and `labels` [T], as lists or tensors. An `attention_mask` [T] that they have is kept: what it
+    hides stays hidden, and padding behind a text is cut off. Other inputs of a model, such as `position_ids` or
+    `token_type_ids`, would be lost here, and are refused by name; texts and single numbers beside them are passed by.
+
     Items with a `weight`, one number a token or one for all of them (a sample's), give `weight` [B, T] fp32, which
     ``gfast.model_loss`` multiplies an objective's token weights by.
 
@@ -43,7 +48,8 @@ class Collator:
         pad_to_multiple_of: round T up, for tensor cores or to bound the number of shapes that get compiled.
 
     Raises:
-        ValueError: an empty batch, a tokenizer with neither padding nor EOS token, items without or with mixed entries.
+        ValueError: an empty batch, a tokenizer with neither padding nor EOS token, items without or with mixed entries,
+            rows of other lengths or that are no whole numbers, inputs that a batch would lose.
 
     Example:
         >>> from gfast.data import Collator, QADataset, bundled_authors, demo_tokenizer
@@ -70,28 +76,25 @@ class Collator:
                     "gfast: a batch mixes items with and without a preferred answer; use one kind of data set"
                 )
             items = [*items, *(_preferred(item) for item in items)]
-        ids = [torch.as_tensor(item["input_ids"], dtype=torch.int64, device="cpu") for item in items]
-        lengths = [len(row) for row in ids]
+        texts = [_text(item, b) for b, item in enumerate(items)]
+        lengths = [len(row) for row, _, _ in texts]
         multiple = self.pad_to_multiple_of
         padded = (max(lengths) + multiple - 1) // multiple * multiple
 
-        input_ids = torch.full((len(ids), padded), self.pad_id, dtype=torch.int64, device="cpu")  # [B, T]
+        input_ids = torch.full((len(texts), padded), self.pad_id, dtype=torch.int64, device="cpu")  # [B, T]
         labels = torch.full_like(input_ids, IGNORE)
         attention_mask = torch.zeros_like(input_ids)
-        for b, (row, item) in enumerate(zip(ids, items, strict=True)):
-            row_labels = torch.as_tensor(item["labels"], dtype=torch.int64, device="cpu")
-            if row_labels.shape != row.shape:
-                raise ValueError(f"gfast: item {b} of a batch has {len(row)} input_ids but {len(row_labels)} labels")
-            input_ids[b, : len(row)] = row
-            labels[b, : len(row)] = row_labels
-            attention_mask[b, : len(row)] = 1
+        for b, text in enumerate(texts):
+            for row, values in zip((input_ids, labels, attention_mask), text, strict=True):
+                row[b, : len(values)] = values
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if any("weight" in item for item in items):
             batch["weight"] = _weights(items, lengths, padded)
 
         with_ids = ["sample_id" in item for item in items]
         if all(with_ids):
-            sample_ids = [int(item["sample_id"]) for item in items]
+            sample_ids = [whole(f"gfast: the sample_id of item {b} of a batch", item["sample_id"], least=None)
+                          for b, item in enumerate(items)]  # fmt: skip
             batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64, device="cpu")  # [B]
             if self.reference is not None:
                 found = self.reference.join(sample_ids, lengths, padded)
@@ -153,19 +156,70 @@ def _is_collator(value: Any) -> bool:
     return callable(value) and not hasattr(value, "eos_token_id")
 
 
+# What a batch takes of an item, and what tokenizers say of a text that no model reads.
+_TAKEN = {"input_ids", "labels", "attention_mask", "weight", "sample_id"}
+_OF_TEXTS = {"special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"}
+
+
+def _text(item: dict, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, labels and attention mask [T] of an item, without padding that it has behind its text."""
+    _refuse_what_is_lost(item, b)
+    ids = _row(item, "input_ids", b)
+    labels, mask = _row(item, "labels", b, len(ids)), torch.ones_like(ids)
+    if item.get("attention_mask") is not None:
+        mask = _row(item, "attention_mask", b, len(ids))
+    seen = ((mask != 0) | (labels != IGNORE)).nonzero()
+    end = int(seen[-1]) + 1 if len(seen) else len(ids)
+    return ids[:end], labels[:end], mask[:end]
+
+
+def _refuse_what_is_lost(item: dict, b: int) -> None:
+    """ValueError for arrays of numbers that are neither taken nor of the text alone: a model or loss may read them."""
+    for key, value in item.items():
+        if key in _TAKEN | _OF_TEXTS or key.startswith("preferred_") or value is None:
+            continue
+        try:
+            array = value if isinstance(value, Tensor) else numpy.asarray(value)
+        except ValueError:  # rows of several lengths
+            continue
+        if array.ndim and (isinstance(array, Tensor) or array.dtype.kind in "biuf"):
+            raise ValueError(
+                f"gfast: item {b} of a batch has {key}, which this collator would leave out of the batch: take it "
+                "out of the items if neither the model nor the loss reads it, else give a collator of your own"
+            )
+
+
+def _row(item: dict, key: str, b: int, length: int | None = None) -> Tensor:
+    """An item's row of whole numbers, int64 [T]; ValueError, naming it, for anything else."""
+    if item.get(key) is None:
+        raise ValueError(
+            f"gfast: item {b} of a batch has no {key} (it has {', '.join(item)}): an item is input_ids and labels [T], "
+            "-100 where no token is scored, as gfast.data.QADataset makes them"
+        )
+    given = torch.as_tensor(item[key], device="cpu")
+    if given.dim() != 1 or not len(given):
+        raise ValueError(f"gfast: {key} of item {b} of a batch must be of one text, [T], got {tuple(given.shape)}")
+    row = given.to(torch.int64)
+    if not torch.equal(row.to(given.dtype), given):
+        raise ValueError(f"gfast: {key} of item {b} of a batch must be whole numbers, got {given.tolist()!s:.60}")
+    if length is not None and len(row) != length:
+        raise ValueError(f"gfast: item {b} of a batch has {length} input_ids but {len(row)} {key}")
+    return row
+
+
 def _weights(items: Sequence[dict], lengths: Sequence[int], padded: int) -> Tensor:
     """[B, T] fp32, 0 in the padding."""
     weight = torch.zeros(len(items), padded, device="cpu")
     for b, (item, length) in enumerate(zip(items, lengths, strict=True)):
         if "weight" not in item:
             raise ValueError(f"gfast: item {b} of a batch has no weight, and others have one: give all or none")
-        row = torch.as_tensor(item["weight"], dtype=torch.float32, device="cpu")
-        if row.shape not in ((), (length,)):
+        row, given = torch.as_tensor(item["weight"], dtype=torch.float32, device="cpu"), len(item["input_ids"])
+        if row.shape not in ((), (given,)):
             raise ValueError(
-                f"gfast: item {b} of a batch has {length} input_ids but a weight of shape {tuple(row.shape)}: give "
+                f"gfast: item {b} of a batch has {given} input_ids but a weight of shape {tuple(row.shape)}: give "
                 f"one number a token, or one for all"
             )
-        weight[b, :length] = row
+        weight[b, :length] = row[:length] if row.dim() else row
     return weight
 
 

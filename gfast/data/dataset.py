@@ -88,7 +88,7 @@ class QADataset(Dataset):
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise ValueError(f"gfast: max_length must be at least 2 (a prompt and an answer token), got {max_length!r}")
         self.template = resolve_template(tokenizer, template)
-        self.id_offset = id_offset
+        self.id_offset = whole("gfast: id_offset", id_offset, least=None)
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._weights = _weights(rows)
         encode = make_encoder(tokenizer, self.template, chat_kwargs)

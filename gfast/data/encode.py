@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -64,7 +64,7 @@ class Plain:
 
     def __call__(self, question: str, answer: str, ended: bool = True) -> tuple[list[int], list[int]]:
         """Without the end where the answer was cut (`ended` false)."""
-        _refuse_markup(self._control, question, answer)
+        _refuse_markup(self._control, self._read, question, answer)
         prompt, completion = plain_text(question, answer)
         ids, start = join(self.tokenizer, prompt, completion)
         head = self._leading
@@ -78,6 +78,10 @@ class Plain:
     @cached_property
     def _control(self) -> dict[str, int]:
         return _control(self.tokenizer, [])
+
+    @cached_property
+    def _read(self) -> Callable[[str], str | None]:
+        return _reader(self.tokenizer, self._control)
 
 
 class Chat:
@@ -106,7 +110,7 @@ class Chat:
 
     def __call__(self, question: str, answer: str, ended: bool = True) -> tuple[list[int], list[int]]:
         """Without the end, and what the template writes before it, where the answer was cut (`ended` false)."""
-        _refuse_markup(self._control, question, answer)
+        _refuse_markup(self._control, self._read, question, answer)
         context, tail = self._around(question, answer)
         prompt = self._render([_user(question)], True)
         if not context.startswith(prompt):
@@ -176,6 +180,10 @@ class Chat:
         control = _control(self.tokenizer, [conversation, self._render([_user(question)], True)])
         end = _first_marker(self._markers, conversation.rpartition(answer)[2])
         return control if end is None else {**control, end[1]: self._markers[end[1]]}
+
+    @cached_property
+    def _read(self) -> Callable[[str], str | None]:
+        return _reader(self.tokenizer, self._control)
 
 
 def _user(text: str) -> dict[str, str]:
@@ -292,10 +300,19 @@ def _control(tokenizer: Any, written: Iterable[str]) -> dict[str, int]:
     return {t: i for t, i in special_tokens(tokenizer).items() if t.strip() and (t in named or t in frame)}
 
 
-def _refuse_markup(control: Mapping[str, int], question: str, answer: str) -> None:
+def _reader(tokenizer: Any, control: Mapping[str, int]) -> Callable[[str], str | None]:
+    """Which of the tokens a text becomes that does not hold it as it is written: some are looked for in what a
+    normalizer (lower case, NFKC) has made of the text.
+    """
+    added, unknown = getattr(tokenizer, "added_tokens_decoder", {}), getattr(tokenizer, "unk_token_id", None)
+    made = {i: token for token, i in control.items() if i != unknown and getattr(added.get(i), "normalized", False)}
+    return lambda text: next((made[i] for i in _ids(tokenizer, text) if i in made), None) if made else None
+
+
+def _refuse_markup(control: Mapping[str, int], read: Callable[[str], str | None], question: str, answer: str) -> None:
     """A special token in the data would end a turn or begin one in the middle of a row."""
     for name, text in (("question", question), ("answer", answer)):
-        token = max((token for token in control if token in text), key=len, default=None)
+        token = max((token for token in control if token in text), key=len, default=None) or read(text)
         if token is not None:
             raise ValueError(
                 f"gfast: the {name} contains {token!r}, which this tokenizer reads as a special token and not as text; "

@@ -78,14 +78,14 @@ def _row(line: bytes, number: int, fields: Sequence[str]) -> dict[str, Any] | No
     if "\0" in text:
         raise ValueError(f"holds NUL bytes, as UTF-16 text or a file whose writing was interrupted does; {expected}")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         hint = _hint(text, fields) if number == 1 else ""
         reason = f"not valid JSON ({error.msg} at column {error.colno})"
         if text.lstrip().startswith("["):
             hint = "; the file looks like one JSON array, but each line must be an object of its own"
         raise ValueError(f"{reason}; {expected}{hint}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets, a name twice
         reason = str(error).partition(";")[0] if isinstance(error, ValueError) else "nested too deeply"
         raise ValueError(f"not readable JSON ({reason}); {expected}") from None
     if not isinstance(row, dict):
@@ -99,6 +99,15 @@ def _row(line: bytes, number: int, fields: Sequence[str]) -> dict[str, Any] | No
         except ValueError as error:
             raise ValueError(f"{error}; {expected}, both text{_shape(row)}") from None
     return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose names is given once: of two values Python would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" is given twice')
+    return found
 
 
 def _hint(text: str, fields: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gfast import wrappers
+from gfast.evaluation.scoring import reach
 
 logger = logging.getLogger("gfast")
 
@@ -42,7 +43,8 @@ def generate(
     how = {"max_new_tokens": limit, "eos_token_id": list(ends), "pad_token_id": pad_id}
     if temperature is not None:
         how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if len(prompts) * samples == 1 or _batches_alike(model, prompts, pad_id):
+    longest = max(map(len, prompts)) + limit
+    if len(prompts) * samples == 1 or (longest <= reach(model) and _batches_alike(model, prompts, pad_id)):
         rows = _run(model, prompts, pad_id, how | {"num_return_sequences": samples})
     else:
         rows = [_run(model, [prompt], pad_id, how)[0] for prompt in prompts for _ in range(samples)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -21,14 +23,16 @@ from gfast.data.encode import IGNORE, special_tokens
 from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
 from gfast.evaluation.generation import Generated, generate, text_of
-from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both
+from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both, tokens_checksum
 from gfast.evaluation.scoring import Scored, can_share, score
 from gfast.files import DamagedFile, read_json, write_json
 from gfast.given import whole
 from gfast.metrics.answers import OPTION_SETS
 from gfast.metrics.log import FORMAT
 from gfast.metrics.values import chosen
+from gfast.model_settings import settings_of
 from gfast.model_state import evaluating
+from gfast.training.fingerprints import model_fingerprint
 
 logger = logging.getLogger("gfast")
 
@@ -168,30 +172,41 @@ class Evaluation:
         folder: str | os.PathLike[str] | None = None,
         units: Iterable[Unit] | None = None,
         done: Callable[[Unit], None] = lambda unit: None,
+        weights: str | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
         """The results of units (None: all) by their names: of each sample a dict.
 
         folder: results are kept there as they come, whole or not at all; those that are there already are not
-        measured again. done: called after each unit.
+        measured again. done: called after each unit. weights: the fingerprint of the model's, where it is known.
 
         Raises:
-            ValueError: of all units, before any pass, what `check_model` finds.
+            ValueError: of all units, before any pass, what `check_model` finds; a folder with results of another model
+                or of other questions.
         """
         if units is None:
             self.check_model(wrappers.measured(model))
-        results = {}
+        results, of = {}, [] if folder is None else self._of(model, weights)
         with evaluating(model):
             for unit in self.units() if units is None else units:
                 path = None if folder is None else Path(folder) / PARTS / f"{unit.name}.json"
                 rows = [self.samples[unit.of][at].index for at in unit.places]
                 if path is not None and path.exists():
-                    results[unit.name] = _kept(path, rows)
+                    results[unit.name] = _kept(path, rows, of[unit.of])
                 else:
                     results[unit.name] = self._measured(model, unit)
                     if path is not None:
-                        write_json(path, {"rows": rows, "results": results[unit.name]})
+                        write_json(path, {"rows": rows, "results": results[unit.name], "of": of[unit.of]})
                 done(unit)
         return results
+
+    def _of(self, model: nn.Module, weights: str | None) -> list[dict[str, str]]:
+        """SHA-256 of what decides the results of each set: the model, and what it is asked."""
+        inner, ends = wrappers.measured(model), self.ends_for(model)
+        of_model = _sum([weights or model_fingerprint(inner, adapters=True), settings_of(inner)])
+        return [
+            {"model": of_model, "asked": _sum([tokens_checksum(some), one.name, one.generate, one.stops, ends])}
+            for one, some in zip(self.sets, self.samples, strict=True)
+        ]
 
     def _measured(self, model: nn.Module, unit: Unit) -> list[dict[str, Any]]:
         one, samples = self.sets[unit.of], [self.samples[unit.of][at] for at in unit.places]
@@ -273,11 +288,19 @@ def _asked(sample: Sample) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [*sample.answers, *([sample.reworded] if sample.reworded else [])]
 
 
-def _kept(path: Path, rows: list[int]) -> list[dict[str, Any]]:
+def _sum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(path: Path, rows: list[int], of: Mapping[str, Any]) -> list[dict[str, Any]]:
     remedy = "delete it, and it is measured again"
     value = read_json(path, remedy)
     if not isinstance(value, dict) or value.get("rows") != rows or len(value.get("results") or ()) != len(rows):
         raise DamagedFile(path, "it is of other samples", remedy)
+    there = value.get("of") or of  # earlier versions did not say
+    for key, what in (("model", "another model"), ("asked", "other rows, another prompt or other settings")):
+        if there[key] != of[key]:
+            raise ValueError(f"gfast: {path} holds results of {what}: give another folder, or delete {path.parent}")
     return value["results"]
 
 

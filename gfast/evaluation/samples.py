@@ -49,7 +49,7 @@ class EvaluationSet:
 
     def checksum(self) -> str:
         """SHA-256 of the rows."""
-        text = json.dumps([list(self.index), *self.rows], sort_keys=True, default=str)
+        text = json.dumps([list(self.index), *as_rows(self.rows)], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from gfast import hf
 from gfast.data.encode import IGNORE
 from gfast.evaluation.samples import Sample, first_label
 from gfast.model_output import ModelOutput, model_output, output_logp, shifted
+from gfast.rotary import stretches_beyond
+from gfast.wrappers import unwrap
 
 logger = logging.getLogger("gfast")
 
@@ -52,20 +55,24 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
 
     Args:
         model: a causal language model in eval mode.
-        samples: of one batch; their common prompts run together.
+        samples: of one batch; their common prompts run together, but for models and lengths at which texts of one batch
+            change each other's numbers (`reach`).
         pad_id: any token; what is padded is masked out.
         shared: run what a sample's answers have in common once.
     """
     found: list[list[Any]] = [[None] * len(sample.answers) for sample in samples]
+    answers = [(first_label(labels), len(ids)) for sample in samples for ids, labels in sample.answers]
+    # Behind the longest prompt the longest answer, padding included.
+    apart = max(start for start, _ in answers) + max(end - start for start, end in answers) + 1 > reach(model)
     with torch.no_grad():
-        starts = [_common(sample) if shared else 0 for sample in samples]
+        starts = [_common(sample) if shared and not apart else 0 for sample in samples]
         alone = [at for at, start in enumerate(starts) if start < 1]
         together = [at for at, start in enumerate(starts) if start >= 1]
         cache = _prompts(model, [samples[at].answers[0][0][: starts[at]] for at in together], pad_id)
         width = max((starts[at] for at in together), default=0)
         for group, held in ((together, cache), (alone, None)):
             place = {at: number for number, at in enumerate(group)}
-            for jobs in _passes([job for at in group for job in _jobs(at, samples[at], starts[at])]):
+            for jobs in _passes([job for at in group for job in _jobs(at, samples[at], starts[at])], apart):
                 batch = _batch(model, jobs, pad_id, width if held is not None else 0)
                 if held is not None:
                     batch |= _behind(model, held, [place[job.sample] for job in jobs])
@@ -113,11 +120,17 @@ def _jobs(at: int, sample: Sample, start: int) -> Iterator[_Job]:
         yield _Job(at, number, ids[start:], labels[start:], start)
 
 
-def _passes(jobs: list[_Job]) -> Iterator[list[_Job]]:
-    """Jobs of like length, so that little is padding, and few enough for one pass."""
+def reach(model: nn.Module) -> float:
+    """Up to how many positions what a text is given does not depend on what is beside it in a batch."""
+    beyond = stretches_beyond(unwrap(model))
+    return beyond if beyond is not None else 0 if hf.depends_on_width(model) else math.inf
+
+
+def _passes(jobs: list[_Job], apart: bool) -> Iterator[list[_Job]]:
+    """Jobs of like length, so that little is padding, and few enough for one pass; apart: each by itself."""
     jobs = sorted(jobs, key=lambda job: (-len(job.ids), job.sample, job.answer))
     while jobs:
-        count = max(1, PASS_TOKENS // len(jobs[0].ids))
+        count = 1 if apart else max(1, PASS_TOKENS // len(jobs[0].ids))
         yield jobs[:count]
         jobs = jobs[count:]
 

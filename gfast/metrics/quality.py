@@ -44,7 +44,8 @@ def forget_quality(
     Errors: ValueError where the two cannot be compared: other rows, another split, another number of perturbed answers,
     another tokenizer. ImportError without SciPy.
 
-    Source: TOFU, arXiv 2401.06121, section 2.2.1; `scipy.stats.ks_2samp`, exact up to 10,000 samples.
+    Source: TOFU, arXiv 2401.06121, section 2.2.1; `scipy.stats.ks_2samp`, exact up to 10,000 samples, and where p
+    underflows.
 
     >>> forget_quality(load_log("phi_full_wd0.01.json.gz"), load_log("phi_retain90_wd0.01.json.gz"))  # doctest: +SKIP
     ForgetQuality(pvalue=2.194e-16, statistic=0.346667, log10_p=-15.6587)
@@ -69,7 +70,7 @@ def same_distribution(values: Any, reference: Any) -> ForgetQuality:
         warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning)
         found = required("scipy.stats", "scipy", "forget_quality").ks_2samp(values, reference)
     pvalue, statistic = min(float(found.pvalue), 1.0), float(found.statistic)
-    if values.size == reference.size <= _EXACT:
+    if values.size == reference.size and (values.size <= _EXACT or pvalue < 1e-300):
         logarithm = log10_p(statistic, values.size)
         # SciPy's exact sum fails at times for a p near 1, and it turns to an approximation.
         if not math.isclose(pvalue, 10**logarithm, rel_tol=1e-6, abs_tol=1e-300):
@@ -78,7 +79,7 @@ def same_distribution(values: Any, reference: Any) -> ForgetQuality:
     if pvalue <= 0:
         raise ValueError(
             f"gfast: p of samples of {values.size} and {reference.size} underflows (D = {statistic:g}), and its "
-            f"logarithm is known for two samples of one size up to {_EXACT}"
+            "logarithm is known for two samples of one size alone"
         )
     return ForgetQuality(pvalue, statistic, math.log10(pvalue))
 

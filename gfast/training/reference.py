@@ -24,6 +24,7 @@ from gfast.training.reference_values import (
     TEXT_KEYS,
     as_it_is,
     check_layer_asked,
+    check_lengths,
     checked,
     keep_samples,
     to_model,
@@ -208,8 +209,8 @@ class ReferenceCache:
             fingerprint: the model's (`model_fingerprint`), where it is known: it is then taken for that, and not
                 computed.
 
-        Errors: ValueError when the file at `path` is for another model, other data or holds too little, and for a base
-        that is not the original.
+        Errors: ValueError when the file at `path` is for another model, other data or holds too little, for a base that
+        is not the original, and for texts that change each other's numbers in a batch (LongRoPE, dynamic NTK).
         """
         from gfast.original import adapter_name, check_reference_name, original
 
@@ -226,9 +227,11 @@ class ReferenceCache:
             return cls.load(path, model=model, dataset=dataset, **options)
         if len(dataset) == 0:
             raise ValueError("the data set is empty, so there is nothing to compute a reference for")
+        lengths = [_length(dataset[index]) for index in range(len(dataset))]
+        check_lengths(model, lengths)
         parts: dict[int, dict[str, Tensor]] = {}
         # Similar lengths together: less padding, and the result depends on it by rounding only.
-        order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
         starts = range(0, len(order), batch_size)
         bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
@@ -375,7 +378,8 @@ class ReferenceCache:
 
 
 def _length(item: Any) -> int:
-    return len(item["input_ids"]) if isinstance(item, dict) and "input_ids" in item else 0
+    texts = [item[key] for key in ("input_ids", "preferred_input_ids") if key in item] if isinstance(item, dict) else []
+    return max(map(len, texts), default=0)
 
 
 def _ints(values: Sequence[int] | Tensor) -> list[int]:

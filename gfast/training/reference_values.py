@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gfast.model_state import evaluating
+from gfast.rotary import change_each_other
+from gfast.wrappers import unwrap
 
 # What the values are of, one entry a token; files of earlier versions have none.
 TEXT_KEYS = {"input_ids": "text_input_ids", "labels": "text_labels"}
@@ -108,6 +110,17 @@ def check_padding(batch: Mapping[str, Tensor]) -> None:
         raise ValueError("the batch has no attention_mask to tell texts from padding by, which reference values need")
     if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("the batch is padded on the left; reference values are those of right-padded batches")
+
+
+def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
+    """ValueError for texts whose values are those of one batch alone: those of a cache would not be a training's."""
+    limit = change_each_other(unwrap(model), lengths)
+    if limit is not None:
+        raise ValueError(
+            f"the texts have {min(lengths)} to {max(lengths)} tokens, and beyond {limit} the longest text of a batch "
+            f"decides which rotary embeddings all of it have ({type(unwrap(model)).__name__}): values of the original "
+            f"would be those of other batches than the training's. Give max_length={limit}"
+        )
 
 
 def check_labels_attended(batch: Mapping[str, Tensor]) -> None:
