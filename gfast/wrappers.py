@@ -289,16 +289,28 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
     return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
 
 
+def _accelerated(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Modules around whose forward Accelerate has put its mixed precision, with that forward."""
+    forwards = ((module, vars(module).get("forward")) for module in chain(model))
+    return [one for one in forwards if type(getattr(one[1], "__wrapped__", None)).__name__ == "ConvertOutputsToFp32"]
+
+
+def accelerated_dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the autocast that Accelerate has put around the model's forward; None where it has not."""
+    for _, forward in _accelerated(model):
+        inside = getattr(forward.__wrapped__, "model_forward", None)
+        held = [cell.cell_contents for cell in getattr(inside, "__closure__", None) or ()]
+        for autocast in (one for one in held if isinstance(one, torch.autocast)):
+            return autocast.fast_dtype
+    return None
+
+
 @contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """The model without the mixed precision that Accelerate has put around its forward: as it is saved, and as it
     computes when it is loaded again. FSDP's stays, which casts the weights themselves.
     """
-    around = []
-    for module in chain(model):
-        forward = vars(module).get("forward")
-        if type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
-            around.append((module, forward))
+    around = _accelerated(model)
     if around and has_fsdp(model):
         _log_once(
             "what is measured along this training is in FSDP's mixed precision, and differs by its rounding from what "
