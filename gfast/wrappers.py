@@ -259,7 +259,10 @@ def only_times_backward(hook: Any) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
-def refuse_offloaded(model: nn.Module) -> None:
+_ALL_HERE = "A gradient effect needs every parameter on its device, frozen ones too"
+
+
+def refuse_offloaded(model: nn.Module, needs: str = _ALL_HERE) -> None:
     """ValueError for parameters, frozen ones too, whose values are not here while the model is not running."""
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -267,16 +270,16 @@ def refuse_offloaded(model: nn.Module) -> None:
             if getattr(one, "offload", False):
                 name = next((n for n, _ in module.named_parameters()), None)
                 if name is not None:
-                    _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)")
+                    _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)", needs)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            _refuse_absent(name, "on the meta device: its values are not in memory")
+            _refuse_absent(name, "on the meta device: its values are not in memory", needs)
 
 
-def _refuse_absent(name: str, why: str) -> None:
+def _refuse_absent(name: str, why: str, needs: str) -> None:
     raise ValueError(
-        f"the parameter {name!r} is {why}. A gradient effect needs every parameter on its device, frozen ones too: "
-        f"load the model without offloading (a smaller dtype, another device_map), or on a device with more memory"
+        f"the parameter {name!r} is {why}. {needs}: load the model without offloading (a smaller dtype, another "
+        f"device_map), or on a device with more memory"
     )
 
 

@@ -215,6 +215,22 @@ def test_samples_that_are_unknown_or_have_changed():
         ReferenceCache.build(model, [data[0], data[0]], collator())
 
 
+@pytest.mark.parametrize("kind", ["meta", "offloaded"])
+def test_a_model_without_values_is_refused_before_any_work(kind, tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    if kind == "offloaded":
+        accelerate = pytest.importorskip("accelerate")
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        model.model.layers[1].to("meta")
+    model.forward = None  # any work would fail differently
+    why = "offloaded by Accelerate" if kind == "offloaded" else "on the meta device"
+    with pytest.raises(
+        ValueError, match=f"{why}.*A fingerprint, by which a reference cache is known, is of every value"
+    ):
+        ReferenceCache.build(model, data, collator())
+
+
 def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch):
     model, (data, _) = tiny_model(), datasets()
 

@@ -234,6 +234,7 @@ class ReferenceCache:
             return cls.load(path, model=model, dataset=dataset, mixed_precision=mixed_precision, **options)
         if len(dataset) == 0:
             raise ValueError("the data set is empty, so there is nothing to compute a reference for")
+        fingerprint = fingerprint or model_fingerprint(model, adapters=adapted)
         parts: dict[int, dict[str, Tensor]] = {}
         # Similar lengths together: less padding, and the result depends on it by rounding only.
         order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
@@ -256,7 +257,7 @@ class ReferenceCache:
             {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
             head=head,
             layer=layer,
-            model_fingerprint=fingerprint or model_fingerprint(model, adapters=adapted),
+            model_fingerprint=fingerprint,
             data_fingerprint=dataset_fingerprint(dataset),
             settings=settings_of(model, adapted),
             texts={key: torch.cat([parts[i][key] for i in ids]) for key in TEXT_KEYS if key in parts[ids[0]]},
