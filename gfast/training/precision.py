@@ -31,7 +31,7 @@ def check_precision(mixed_precision: str | None) -> None:
 def in_precision(model: nn.Module, mixed_precision: str | None) -> Iterator[str]:
     """The model under that autocast, "no" for none, or for None in what it is in where it is called. Gives its name."""
     check_precision(mixed_precision)
-    kind = next((p.device.type for p in model.parameters()), "cpu")
+    kind = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
     if mixed_precision is None:
         dtype = wrappers.accelerated_dtype(model)
         yield _in_force(kind) if dtype is None else _name(dtype)
