@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import open_unlearning as ou
+from helpers.cli import flags, write_original
 from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, tiny_model
 from transformers import AutoModelForCausalLM
 
 import gfast
-from gfast import wrappers
+from gfast import cli, wrappers
 from gfast.data import Collator, ForgetRetainCollator
 from gfast.evaluation import sources
 from gfast.evaluation.results import summarize
@@ -150,3 +152,33 @@ def test_what_is_measured_has_the_original_in_the_models_own_precision(tmp_path)
     batch["ref_logp"] = gfast.model_logp(model, batch).detach()
     effect = gfast.g_effect(model, NPO(0.3), forget=batch, retain=batch)
     assert found["NPO(beta=0.3)", "unlearn", "total"] == pytest.approx(effect.total("unlearn"), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO"])
+def test_the_command_has_the_original_in_both_precisions(objective, tmp_path):
+    original = write_original(tmp_path)
+    options = dict(objective=objective, retain_term="kl", geffect_every=9, geffect_samples=2, max_steps=1)
+    found = {}
+    for precision in (True, False):
+        folder = tmp_path / f"bf16-{precision}"
+        assert cli.main(["unlearn", *flags(original, folder, bf16=precision, **options)]) == 0
+        steps = {row["quantity"]: row["value"] for row in read_step(folder, 1)}
+        assert steps["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6) and steps["retain_loss"] == 0
+        found[precision] = values(read_step(folder, 0), "g_effect")
+    names = {path.name for path in (tmp_path / "bf16-True" / "reference").iterdir()}
+    assert "retain-hidden-bf16.safetensors" in names and len(names) == 2
+    for name, value in found[False].items():  # of the model before any step, in its own precision
+        assert found[True][name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO"])
+def test_open_unlearnings_trainers_have_the_original_in_both_precisions(objective, tmp_path):
+    method = {"retain_loss_type": "KL", "geffect_every": 9, "geffect_samples": 2, "beta": 0.1}
+    found = []
+    for precision in (True, False):
+        args = dict(bf16=precision, max_steps=1, logging_steps=1)
+        log = ou.trained(objective, tmp_path / str(precision), tiny_model(), method=method, **args).state.log_history
+        step = next(one for one in log if "forget_loss" in one)
+        assert step["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6) and step["retain_loss"] == 0
+        found.append({name: value for name, value in log[0].items() if name.startswith("geffect/")})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
