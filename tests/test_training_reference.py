@@ -215,6 +215,23 @@ def test_samples_that_are_unknown_or_have_changed():
         ReferenceCache.build(model, [data[0], data[0]], collator())
 
 
+def test_values_that_depend_on_the_padded_length_are_said(caplog):
+    (data, _), rope = datasets(), {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for model in (tiny_model(), tiny_model().bfloat16()):
+        ReferenceCache.build(model, data, collator())
+    assert not caplog.messages
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=8)
+    if not hasattr(model.config, "rope_parameters"):
+        pytest.skip("transformers 4 has rope_scaling")
+    ReferenceCache.build(model, data, collator())
+    (said,) = caplog.messages
+    widest = max(len(data[index]["input_ids"]) for index in range(len(data)))
+    assert f"to {widest} tokens" in said and "ref_logp of sample" in said
+    caplog.clear()
+    ReferenceCache.build(model, data, Collator(TOKENIZER, pad_to_multiple_of=widest))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("kind", ["meta", "offloaded"])
 def test_a_model_without_values_is_refused_before_any_work(kind, tmp_path):
     model, (data, _) = tiny_model(), datasets()

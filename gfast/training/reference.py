@@ -27,6 +27,7 @@ from gfast.training.reference_values import (
     check_layer_asked,
     checked,
     keep_samples,
+    say_if_length_counts,
     to_model,
     values_of,
 )
@@ -242,11 +243,15 @@ class ReferenceCache:
         bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
         first = to_model(model, collator([dataset[order[0]]]))
+        longer = to_model(model, collator([dataset[index] for index in {order[0]: 0, order[-1]: 0}]))
+        rounds = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
         as_is = adapted is True or not peft_models.is_adapted(model)
         with (
             in_precision(model, mixed_precision) as precision,
             as_it_is(model) if as_is else original(model, first, reference),
         ):
+            rounding = 3e-2 if rounds or precision != "no" else 1e-4
+            say_if_length_counts(model, (first, longer), rounding, what, layer, head)
             for start in bar.over(starts):
                 batch = to_model(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 keep_samples(parts, values_of(model, batch, what, layer, head), batch)

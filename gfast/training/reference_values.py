@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -99,6 +100,38 @@ def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], 
         # A copy: a view would keep the whole padded batch alive.
         texts = {key: batch[key].int() for key in TEXT_KEYS if isinstance(batch.get(key), Tensor)}
         parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
+
+
+def say_if_length_counts(
+    model: nn.Module, batches: tuple[dict[str, Any], dict[str, Any]], rounding: float, *asked: Any
+) -> None:
+    """A warning where the original's values of a text are others once it is padded to a longer one's length (positions
+    that are scaled by it), as it is in other batches. asked: as ``values_of`` takes it; rounding: relative.
+    """
+    widths = [batch["input_ids"].shape[1] for batch in batches if batch.get("input_ids") is not None]
+    if len(widths) < 2 or widths[0] == widths[1]:
+        return
+    alone: dict[int, dict[str, Tensor]] = {}
+    padded: dict[int, dict[str, Tensor]] = {}
+    for parts, batch in zip((alone, padded), batches, strict=True):
+        keep_samples(parts, values_of(model, batch, *asked), batch)
+    pairs = ((i, key, one, padded[i][key]) for i, values in alone.items() for key, one in values.items())
+    for sample, key, one, other in pairs:
+        if one.shape != other.shape:  # another item at every access, which is found elsewhere
+            return
+        apart = float((one.double() - other.double()).abs().amax())
+        if apart > rounding * max(float(one.abs().amax()), 1.0):
+            logging.getLogger("gfast").warning(
+                "gfast: %s of sample %d differs by %.3g when the text is padded from %d to %d tokens (positions that are "
+                "scaled by the length of a batch?): the original's values are those of one length, and ratios to them "
+                "do not start at 1 in batches of another. Give the collator a pad_to_multiple_of of at least %d",
+                key,
+                sample,
+                apart,
+                *widths,
+                widths[1],
+            )
+            return
 
 
 def check_padding(batch: Mapping[str, Tensor]) -> None:
