@@ -122,9 +122,9 @@ def say_if_length_counts(
         apart = float((one.double() - other.double()).abs().amax())
         if apart > rounding * max(float(one.abs().amax()), 1.0):
             logging.getLogger("gfast").warning(
-                "gfast: %s of sample %d differs by %.3g when the text is padded from %d to %d tokens (positions that are "
-                "scaled by the length of a batch?): the original's values are those of one length, and ratios to them "
-                "do not start at 1 in batches of another. Give the collator a pad_to_multiple_of of at least %d",
+                "gfast: %s of sample %d differs by %.3g when the text is padded from %d to %d tokens (positions that "
+                "are scaled by the length of a batch?): the original's values are those of one length, and ratios to "
+                "them do not start at 1 in batches of another. Give the collator a pad_to_multiple_of of at least %d",
                 key,
                 sample,
                 apart,
