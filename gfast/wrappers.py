@@ -259,7 +259,10 @@ def only_times_backward(hook: Any) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
-def refuse_offloaded(model: nn.Module) -> None:
+_ALL_HERE = "A gradient effect needs every parameter on its device, frozen ones too"
+
+
+def refuse_offloaded(model: nn.Module, needs: str = _ALL_HERE) -> None:
     """ValueError for parameters, frozen ones too, whose values are not here while the model is not running."""
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -267,16 +270,16 @@ def refuse_offloaded(model: nn.Module) -> None:
             if getattr(one, "offload", False):
                 name = next((n for n, _ in module.named_parameters()), None)
                 if name is not None:
-                    _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)")
+                    _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)", needs)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            _refuse_absent(name, "on the meta device: its values are not in memory")
+            _refuse_absent(name, "on the meta device: its values are not in memory", needs)
 
 
-def _refuse_absent(name: str, why: str) -> None:
+def _refuse_absent(name: str, why: str, needs: str) -> None:
     raise ValueError(
-        f"the parameter {name!r} is {why}. A gradient effect needs every parameter on its device, frozen ones too: "
-        f"load the model without offloading (a smaller dtype, another device_map), or on a device with more memory"
+        f"the parameter {name!r} is {why}. {needs}: load the model without offloading (a smaller dtype, another "
+        f"device_map), or on a device with more memory"
     )
 
 
@@ -289,16 +292,28 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
     return get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
 
 
+def _accelerated(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Modules around whose forward Accelerate has put its mixed precision, with that forward."""
+    forwards = ((module, vars(module).get("forward")) for module in chain(model))
+    return [one for one in forwards if type(getattr(one[1], "__wrapped__", None)).__name__ == "ConvertOutputsToFp32"]
+
+
+def accelerated_dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the autocast that Accelerate has put around the model's forward; None where it has not."""
+    for _, forward in _accelerated(model):
+        inside = getattr(forward.__wrapped__, "model_forward", None)
+        held = [cell.cell_contents for cell in getattr(inside, "__closure__", None) or ()]
+        for autocast in (one for one in held if isinstance(one, torch.autocast)):
+            return autocast.fast_dtype
+    return None
+
+
 @contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """The model without the mixed precision that Accelerate has put around its forward: as it is saved, and as it
     computes when it is loaded again. FSDP's stays, which casts the weights themselves.
     """
-    around = []
-    for module in chain(model):
-        forward = vars(module).get("forward")
-        if type(getattr(forward, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
-            around.append((module, forward))
+    around = _accelerated(model)
     if around and has_fsdp(model):
         _log_once(
             "what is measured along this training is in FSDP's mixed precision, and differs by its rounding from what "

@@ -87,10 +87,16 @@ def test_optimizer_that_steps_in_the_backward_does_not_step(caplog):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_where_gradients_are_off(mode):
     model = tiny("llama")
-    expected = gfast.g_effect(model, WGA(), **data())
+
+    def measured():
+        effects = [gfast.g_effect(model, WGA(), engine=engine, **data()) for engine in ("stream", "gram")]
+        return effects, gfast.gram_effect(model, **data()).unlearn["shallow"]
+
+    expected = measured()
     with mode():
-        assert gfast.g_effect(model, WGA(), **data()) == expected
+        found = measured()
         assert not torch.is_grad_enabled()
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and not found[1].is_inference()
 
 
 def test_no_gradient_is_held_beside_the_directions(monkeypatch):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, tiny_model
+from helpers import open_unlearning as ou
+from helpers.cli import flags, write_original
+from helpers.training_tiny import TOKENIZER, collator, config, copied, datasets, pairing, tiny_model
 from transformers import AutoModelForCausalLM
 
 import gfast
-from gfast import wrappers
+from gfast import cli, wrappers
+from gfast.data import Collator, ForgetRetainCollator
 from gfast.evaluation import sources
 from gfast.evaluation.results import summarize
 from gfast.metrics.log import parse_log
-from gfast.objectives import GA, WGA
-from gfast.training import NLLCallback
+from gfast.objectives import GA, NPO, WGA
+from gfast.training import NLLCallback, ReferenceCache
 from gfast.training.evaluation import nll
 from gfast.training.records import read_step
 
@@ -79,3 +84,101 @@ def test_the_mixed_precision_of_a_training_is_put_back(tmp_path):
     assert torch.equal(gfast.model_logp(model, batch), mixed) and not torch.equal(mixed, plain)
     del model.forward
     assert torch.equal(gfast.model_logp(model, batch), plain)
+
+
+@pytest.mark.parametrize("options", [dict(bf16=True), dict(bf16=False)])
+def test_ratios_to_the_original_start_at_one(options, tmp_path, caplog):
+    """In whatever precision the training is: values of the original of another are said to be so."""
+    model, (data, collate), (forget, retain) = tiny_model(), pairing(), datasets()
+    path = tmp_path / "retain.safetensors"
+
+    def first_step(precision, folder):
+        caplog.clear()
+        build = partial(ReferenceCache.build, copied(model), collator=collator(), mixed_precision=precision)
+        caches = {"forget": build(dataset=forget), "retain": build(dataset=retain, what={"hidden"}, path=path)}
+        args = config(tmp_path / folder, objective="NPO:beta=0.3", retain_term="kl", logging_steps=1, **options)
+        trainer = gfast.UnlearnTrainer(
+            copied(model), args, references=caches, train_dataset=data, data_collator=collate
+        )
+        trainer.train()
+        return trainer.state.log_history[0], [one for one in caplog.messages if "autocast" in one]
+
+    training, other = ("bf16", "no") if options["bf16"] else ("no", "bf16")
+    logs, said = first_step(training, "same")
+    assert logs["forget_loss"] == pytest.approx(2 * math.log(2) / 0.3, rel=1e-6) and logs["mean_weight"] == 1
+    assert logs["retain_loss"] == 0 and not said
+    with pytest.raises(ValueError, match=f"computed with mixed_precision='{training}', not '{other}'"):
+        first_step(other, "other")
+    path.unlink()
+    logs, said = first_step(other, "other")
+    assert logs["mean_weight"] != 1 and logs["retain_loss"] > 0
+    assert len(said) == 2 and all(f"mixed_precision='{training}'" in one for one in said)
+    cache = ReferenceCache.build(model, forget, collator(), mixed_precision=other)
+    joined = ForgetRetainCollator(Collator(TOKENIZER, cache), collator())
+    args = config(tmp_path / "joined", objective="NPO", **options)
+    gfast.UnlearnTrainer(copied(model), args, train_dataset=data, data_collator=joined)
+    assert len([one for one in caplog.messages if "of the forget set were computed" in one]) == 2
+
+
+def test_a_reference_is_of_the_precision_that_it_is_called_in(tmp_path):
+    model, (forget, _) = tiny_model(), datasets()
+    build = partial(ReferenceCache.build, dataset=forget, collator=collator())
+    plain, mixed = build(model), build(model, path=tmp_path / "mixed.safetensors", mixed_precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, outside = build(model), build(model, mixed_precision="no")
+    args = config(tmp_path, bf16=True)
+    accelerated = gfast.UnlearnTrainer(copied(model), args).accelerator.prepare(copied(model))
+    config(tmp_path, bf16=False)
+    around, own = build(accelerated), build(accelerated, mixed_precision="no")
+    loaded = ReferenceCache.load(tmp_path / "mixed.safetensors", model=model, mixed_precision="bf16")
+    for found, expected in ((inside, mixed), (around, mixed), (loaded, mixed), (outside, plain), (own, plain)):
+        assert found.mixed_precision == expected.mixed_precision
+        assert torch.equal(found.values["ref_logp"], expected.values["ref_logp"])
+    assert (plain.mixed_precision, mixed.mixed_precision) == ("no", "bf16")
+    assert not torch.equal(plain.values["ref_logp"], mixed.values["ref_logp"])
+    with pytest.raises(ValueError, match="mixed_precision must be 'no', 'bf16', 'fp16' or None, not 'bfloat16'"):
+        build(model, mixed_precision="bfloat16")
+
+
+def test_what_is_measured_has_the_original_in_the_models_own_precision(tmp_path):
+    """And not in the training's."""
+    model, (data, collate), (forget, _) = tiny_model(), pairing(), datasets()
+    caches = {"forget": ReferenceCache.build(model, forget, collator(), mixed_precision="bf16")}
+    args = config(tmp_path, objective="NPO:beta=0.3", bf16=True, geffect_every=1)
+    trainer = gfast.UnlearnTrainer(copied(model), args, references=caches, train_dataset=data, data_collator=collate)
+    trainer.train()
+    found = values(read_step(tmp_path, 0), "g_effect")
+    batch = collator()([forget[index] for index in range(len(forget))])
+    batch["ref_logp"] = gfast.model_logp(model, batch).detach()
+    effect = gfast.g_effect(model, NPO(0.3), forget=batch, retain=batch)
+    assert found["NPO(beta=0.3)", "unlearn", "total"] == pytest.approx(effect.total("unlearn"), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO"])
+def test_the_command_has_the_original_in_both_precisions(objective, tmp_path):
+    original = write_original(tmp_path)
+    options = dict(objective=objective, retain_term="kl", geffect_every=9, geffect_samples=2, max_steps=1)
+    found = {}
+    for precision in (True, False):
+        folder = tmp_path / f"bf16-{precision}"
+        assert cli.main(["unlearn", *flags(original, folder, bf16=precision, **options)]) == 0
+        steps = {row["quantity"]: row["value"] for row in read_step(folder, 1)}
+        assert steps["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6) and steps["retain_loss"] == 0
+        found[precision] = values(read_step(folder, 0), "g_effect")
+    names = {path.name for path in (tmp_path / "bf16-True" / "reference").iterdir()}
+    assert "retain-hidden-bf16.safetensors" in names and len(names) == 2
+    for name, value in found[False].items():  # of the model before any step, in its own precision
+        assert found[True][name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO"])
+def test_open_unlearnings_trainers_have_the_original_in_both_precisions(objective, tmp_path):
+    method = {"retain_loss_type": "KL", "geffect_every": 9, "geffect_samples": 2, "beta": 0.1}
+    found = []
+    for precision in (True, False):
+        args = dict(bf16=precision, max_steps=1, logging_steps=1)
+        log = ou.trained(objective, tmp_path / str(precision), tiny_model(), method=method, **args).state.log_history
+        step = next(one for one in log if "forget_loss" in one)
+        assert step["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6) and step["retain_loss"] == 0
+        found.append({name: value for name, value in log[0].items() if name.startswith("geffect/")})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -216,6 +216,38 @@ def test_samples_that_are_unknown_or_have_changed():
         ReferenceCache.build(model, [data[0], data[0]], collator())
 
 
+def test_values_that_depend_on_the_padded_length_are_said(caplog):
+    data, _ = datasets()
+    for model in (tiny_model(), tiny_model().bfloat16()):
+        ReferenceCache.build(model, data, collator())
+    assert not caplog.messages
+    model = tiny_model()
+    model.model.norm.register_forward_hook(lambda module, args, out: out * (1 + out.shape[1] / 100))
+    ReferenceCache.build(model, data, collator())
+    (said,) = caplog.messages
+    widest = max(len(data[index]["input_ids"]) for index in range(len(data)))
+    assert f"to {widest} tokens" in said and "ref_logp of sample" in said
+    caplog.clear()
+    ReferenceCache.build(model, data, Collator(TOKENIZER, pad_to_multiple_of=widest))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["meta", "offloaded"])
+def test_a_model_without_values_is_refused_before_any_work(kind, tmp_path):
+    model, (data, _) = tiny_model(), datasets()
+    if kind == "offloaded":
+        accelerate = pytest.importorskip("accelerate")
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        model.model.layers[1].to("meta")
+    model.forward = None  # any work would fail differently
+    why = "offloaded by Accelerate" if kind == "offloaded" else "on the meta device"
+    with pytest.raises(
+        ValueError, match=f"{why}.*A fingerprint, by which a reference cache is known, is of every value"
+    ):
+        ReferenceCache.build(model, data, collator())
+
+
 def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch):
     model, (data, _) = tiny_model(), datasets()
 
@@ -243,8 +275,9 @@ def test_texts_that_stretch_each_others_rotary_embeddings_have_no_reference(kind
         ids = [torch.arange(length) % 40 + 2 for length in lengths]
         return [{"input_ids": one, "labels": one, "sample_id": number} for number, one in enumerate(ids)]
 
-    with pytest.raises(ValueError, match="8 to 30 tokens, and beyond 20 the longest text .*Give max_length=20"):
+    with pytest.raises(ValueError, match="8 to 30 tokens a text, and beyond 20 the longest .*Give max_length=20, or .* of at least 30"):
         ReferenceCache.build(model, texts(8, 30), Collator(0))
-    for data in (texts(8, 20), texts(30, 30)):
-        batch = Collator(0, ReferenceCache.build(model, data, Collator(0)))(data[:1])
+    for data, multiple in ((texts(8, 20), 1), (texts(30, 30), 1), (texts(8, 30), 30)):
+        padded = dict(pad_to_multiple_of=multiple)
+        batch = Collator(0, ReferenceCache.build(model, data, Collator(0, **padded)), **padded)(data[:1])
         assert gfast.model_loss(model, batch, NPO(beta=0.1)).loss.item() == pytest.approx(20 * math.log(2))

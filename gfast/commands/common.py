@@ -171,10 +171,11 @@ class Sides:
         batch_size: int,
         reference: str = "auto",
         build: Callable[..., ReferenceCache] = ReferenceCache.build,
+        mixed_precision: str = "no",
     ) -> ReferenceCache | None:
         """What `objectives` need of the original model on one side, from `folder` or computed and kept there.
 
-        reference: what the original is, see `ReferenceCache.build`; build: what stands in for that.
+        reference, mixed_precision: as `ReferenceCache.build`; build: what stands in for that.
         """
         objectives = list(objectives)
         what = set().union(*(needed_from_cache(objective) for objective in objectives))
@@ -185,8 +186,9 @@ class Sides:
         if len(layers) > 1:  # a batch holds the hidden states of one
             raise ValueError(f"RR of the layers {', '.join(map(str, sorted(layers)))}: give one layer at a time")
         # pairs are other samples than the answers alone
-        name = f"{side}-pairs" if isinstance(data, PreferenceDataset) else side
-        path = None if folder is None else folder / f"{name}-{'-'.join(sorted(what))}.safetensors"
+        parts = [side, *(["pairs"] if isinstance(data, PreferenceDataset) else []), *sorted(what)]
+        parts += [] if mixed_precision == "no" else [mixed_precision]
+        path = None if folder is None else folder / f"{'-'.join(parts)}.safetensors"
         found = path is not None and path.exists()
         say(f"Reference of the {side} set: {'checking ' + str(path) if found else f'computing {len(data)} samples'}")
         return build(
@@ -199,6 +201,7 @@ class Sides:
             batch_size=batch_size,
             progress=True,
             reference=reference,
+            mixed_precision=mixed_precision,
         )
 
 

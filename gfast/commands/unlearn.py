@@ -39,7 +39,7 @@ from gfast.files import MANIFEST, read_json, require_writable, write_json, write
 from gfast.geffect.data import OWN_DATA
 from gfast.locks import claimed
 from gfast.objectives import Mix
-from gfast.training.along import measurements
+from gfast.training.along import in_own_precision, measurements
 from gfast.training.batches import needed_from_cache
 from gfast.training.clock import Clock
 from gfast.training.config import UnlearnConfig
@@ -47,6 +47,7 @@ from gfast.training.conflict import check_conflict
 from gfast.training.joint import refuse_joint
 from gfast.training.live import check_live, measured_live
 from gfast.training.options import refuse_ignored_with_data, refuse_no_step
+from gfast.training.precision import of_training
 from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
@@ -203,7 +204,7 @@ def _train(
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
     callbacks: list[Any] = [] if shards.kind is None else [ShardedStart(list(references.values()))]
-    callbacks += [*_measurements(objective, both, sides, references, config), *evaluations]
+    callbacks += [*_measurements(objective, both, sides, references, config, model), *evaluations]
     if not sys.stderr.isatty():  # where transformers' bar would be one endless line
         callbacks.append(Progress(str(objective)))
     trainer = UnlearnTrainer(
@@ -352,20 +353,22 @@ def _references(
         ):
             continue
         size = config.per_device_eval_batch_size
-        cache = sides.reference(model, [objective], side, where, size, config.reference, build)
+        cache = sides.reference(model, [objective], side, where, size, config.reference, build, of_training(config))
         if cache is not None:
             found[side] = cache
     return found
 
 
 def _measurements(
-    objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig
+    objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig, model: Any
 ) -> list[Trajectory]:
     """The callbacks that measure along the run; all on the same batches."""
     if not config.geffect_every and not config.nll_every:
         return []
     own = sides.of(both.forget) if both.forget.needs & OWN_DATA else None
     collators = (sides.collator, sides.collator)
+    items = {"forget": sides.forget if own is None else own, "retain": sides.retain}
+    references = in_own_precision(references, model, items, collators, config)
     return measurements(config, objective, sides.forget, sides.retain, collators, references, own)
 
 

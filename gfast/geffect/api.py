@@ -30,6 +30,7 @@ def g_effect(
 def g_effect(
     model: nn.Module, objective: Sequence[Objective], *, forget: Batches, retain: Batches, **options: Any
 ) -> list[GEffect]: ...
+@torch.inference_mode(False)
 def g_effect(
     model: nn.Module,
     objective: Objective | Sequence[Objective],
@@ -171,6 +172,7 @@ def _effects_by(engine: str, request: Request, objectives: Sequence[Objective]) 
     return effects
 
 
+@torch.inference_mode(False)
 def pg_effect(
     model: nn.Module,
     *,
@@ -234,6 +236,7 @@ def pg_effect(
     return sample.sample_effects(Request.of(model, forget, retain, options))
 
 
+@torch.inference_mode(False)
 def token_effect(
     model: nn.Module,
     *,
@@ -299,6 +302,7 @@ def token_effect(
     return token.token_effects(Request.of(model, forget, retain, options))
 
 
+@torch.inference_mode(False)
 def gram_effect(
     model: nn.Module,
     *,
@@ -349,6 +353,7 @@ def gram_effect(
     return gram.gram_effects(Request.of(model, forget, retain, options))
 
 
+@torch.inference_mode(False)
 def risk_gradients(
     model: nn.Module,
     *,

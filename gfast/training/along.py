@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from gfast import peft_models
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.geffect.data import OWN_DATA
 from gfast.objectives import Objective
+from gfast.original import adapter_name
 from gfast.sides import SETS
 from gfast.training.batches import first_batches, needed_from_cache, without_references
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
+from gfast.training.fingerprints import model_fingerprint
 from gfast.training.reference import ReferenceCache
 from gfast.training.trajectory import NLLCallback, Trajectory, callbacks_of
 
@@ -52,6 +56,36 @@ def measurements(
     return found
 
 
+def in_own_precision(
+    references: Mapping[str, ReferenceCache],
+    model: Any,
+    items: Mapping[str, Any],
+    collators: tuple[Any, Any],
+    config: UnlearnConfig,
+) -> dict[str, ReferenceCache]:
+    """References for measurements, which are made of the model as it is saved: values of a training's mixed precision
+    are computed again without it, for the items that are measured, where the model is the original still.
+    """
+    found = dict(references)
+    for (side, data), collate in zip(items.items(), collators, strict=True):
+        cache = references.get(side)
+        if not config.geffect_every or cache is None or cache.mixed_precision in (None, "no"):
+            continue
+        adapted = peft_models.is_adapted(model) and (config.reference == "adapted" or adapter_name(config.reference))
+        if model_fingerprint(model, adapted or False) != cache.model_fingerprint:
+            logging.getLogger("gfast").warning(
+                "gfast: effects are measured of the model as it is saved, without autocast, and the original's values "
+                "of the %s set are of %s autocast: give a GEffectCallback batches of a ReferenceCache built without",
+                side,
+                cache.mixed_precision,
+            )
+            continue
+        limited = [data[index] for index in range(min(config.geffect_samples or len(data), len(data)))]
+        options = dict(batch_size=config.per_device_eval_batch_size, reference=config.reference, layer=cache.layer)
+        found[side] = ReferenceCache.build(model, limited, collate, what=cache.what, mixed_precision="no", **options)
+    return found
+
+
 def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
     """The callbacks that the configuration of an UnlearnTrainer asks for, and that it was not given.
 
@@ -78,10 +112,12 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
             f"{name} is {asked[missing[0]]}, and it is not known what to measure on: {why}. Leave {name} out and pass "
             f"callbacks=[{missing[0].__name__}({asked[missing[0]]}, forget_batches, retain_batches{more})]"
         )
-    collators, references = (collator.forget, collator.retain), dict(trainer.references)
-    for side, items, term, collate in zip(
-        SETS, (data.forget, data.retain), (both.forget, both.retain), collators, strict=True
-    ):
+    collators, references, sides = (
+        (collator.forget, collator.retain),
+        dict(trainer.references),
+        (data.forget, data.retain),
+    )
+    for side, items, term, collate in zip(SETS, sides, (both.forget, both.retain), collators, strict=True):
         needed = needed_from_cache(term) if term is not None and config.geffect_every else set()
         if needed == {"logp"} and side not in references:
             # Of adapters: a step finds their original by itself, a measurement is given it.
@@ -89,4 +125,5 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
             limited = [items[index] for index in range(min(samples, len(items)))]
             options = dict(batch_size=config.per_device_eval_batch_size, reference=config.reference)
             references[side] = ReferenceCache.build(trainer.model, limited, collate, what={"logp"}, **options)
-    return measurements(config, objective, data.forget, data.retain, collators, references)
+    references = in_own_precision(references, trainer.model, dict(zip(SETS, sides, strict=True)), collators, config)
+    return measurements(config, objective, *sides, collators, references)

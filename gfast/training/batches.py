@@ -115,6 +115,17 @@ def as_dealt(
     return DealtByRows(collator)
 
 
+def caches_of(collator: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any]:
+    """What gfast's collators join to the batches of each side."""
+    own = without_references(collator)
+    parts = {side: getattr(own, side) for side in SETS} if isinstance(own, ForgetRetainCollator) else {"forget": own}
+    return {
+        side: part.reference
+        for side, part in parts.items()
+        if isinstance(part, Collator) and part.reference is not None
+    }
+
+
 def without_references(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
     """The collator that these are around."""
     while isinstance(collator, (ReferenceJoin, DealtByRows)):

@@ -18,6 +18,7 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
     model: the reference of an adapter run is the model with its adapters off. With ``adapters`` they count too, with
     the name of one its own weights. Reads the parameters in pieces of 64 MiB. Those that FSDP2 or ZeRO-3 have sharded
     are gathered one at a time, so that the fingerprint is that of the whole model: every process must ask for it.
+    ValueError, naming it, for a parameter that has no values here (offloaded, on the meta device).
 
     >>> import torch
     >>> a = nn.Linear(2, 2)
@@ -30,6 +31,8 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
     sharded.reshard(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(_parameters(model, adapters)):
+        if sharded.local(parameter).is_meta:
+            wrappers.refuse_offloaded(model, "A fingerprint, by which a reference cache is known, is of every value")
         with sharded.whole(parameter) as values:
             hash_tensor(digest, name, values)
     return digest.hexdigest()

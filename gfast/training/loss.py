@@ -42,6 +42,7 @@ from gfast.training.options import (
     say_what_a_batch_is,
     say_what_is_not_called,
 )
+from gfast.training.precision import say_other_precision
 from gfast.training.reference import ReferenceCache
 from gfast.training.terms import StepTerms
 
@@ -147,6 +148,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
+        say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator)
         objectives = [one for one in (self.objective.forget, self.objective.retain) if one is not None]
         refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)

@@ -19,12 +19,13 @@ from gfast.model_settings import difference, settings_of
 from gfast.progress import Bar
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
+from gfast.training.precision import check_precision, in_precision
 from gfast.training.reference_values import (
     BATCH_KEY,
     TEXT_KEYS,
     as_it_is,
     check_layer_asked,
-    check_lengths,
+    check_widths,
     checked,
     keep_samples,
     to_model,
@@ -71,10 +72,12 @@ class ReferenceCache:
         data_fingerprint: str = "",
         settings: Mapping[str, Any] | None = None,
         texts: Mapping[str, Tensor] | None = None,
+        mixed_precision: str | None = None,
     ) -> None:
         """`values` maps batch keys to the rows of all samples one after another, [sum of lengths, ...]; `head` holds
         the batch entries that all samples share: `ref_head` [V, D] and, where there is one, `ref_head_bias` [V];
-        `texts` the input_ids and labels that the values are of, [sum of lengths], which batches are held to.
+        `texts` the input_ids and labels that the values are of, [sum of lengths], which batches are held to;
+        `mixed_precision` the autocast that they were computed in, None where it is not known.
         """
         self.sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)  # [S]
@@ -84,6 +87,7 @@ class ReferenceCache:
         self.model_fingerprint = model_fingerprint
         self.data_fingerprint = data_fingerprint
         self.settings = settings
+        self.mixed_precision = mixed_precision
         total = int(self.lengths.sum())
         for key, value in values.items():
             if key not in BATCH_KEY.values() or value.shape[0] != total:
@@ -189,6 +193,7 @@ class ReferenceCache:
         progress: bool = False,
         reference: str = "auto",
         fingerprint: str | None = None,
+        mixed_precision: str | None = None,
     ) -> ReferenceCache:
         """Run `model` over `dataset` once and keep what it says; with `path`, save it, or load it if it is there
         already.
@@ -208,14 +213,18 @@ class ReferenceCache:
                 is frozen, in place of the active one.
             fingerprint: the model's (`model_fingerprint`), where it is known: it is then taken for that, and not
                 computed.
+            mixed_precision: the autocast to compute in, that of the training ("bf16", "fp16", "no"): else the original
+                and the model as it starts differ by rounding. None: what the model is in where this is called.
 
-        Errors: ValueError when the file at `path` is for another model, other data or holds too little, for a base that
-        is not the original, and for texts that change each other's numbers in a batch (LongRoPE, dynamic NTK).
+        Errors: ValueError when the file at `path` is for another model, other data or another precision (where one is
+        asked for), or holds too little, for a base that is not the original, and for texts that change each other's
+        numbers in a batch (LongRoPE, dynamic NTK).
         """
         from gfast.original import adapter_name, check_reference_name, original
 
         what, batch_size = checked(what, layer), whole("batch_size", batch_size, least=1)
         check_reference_name(reference)
+        check_precision(mixed_precision)
         adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
         if reference != "adapted":
             peft_models.refuse_inner_adapters(model)
@@ -224,20 +233,26 @@ class ReferenceCache:
             adapted = adapter_name(reference)
         if path is not None and Path(path).exists():
             options = dict(what=what, layer=layer, adapted=adapted, fingerprint=fingerprint)
-            return cls.load(path, model=model, dataset=dataset, **options)
+            return cls.load(path, model=model, dataset=dataset, mixed_precision=mixed_precision, **options)
         if len(dataset) == 0:
             raise ValueError("the data set is empty, so there is nothing to compute a reference for")
-        lengths = [_length(dataset[index]) for index in range(len(dataset))]
-        check_lengths(model, lengths)
+        fingerprint = fingerprint or model_fingerprint(model, adapters=adapted)
         parts: dict[int, dict[str, Tensor]] = {}
         # Similar lengths together: less padding, and the result depends on it by rounding only.
-        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
         starts = range(0, len(order), batch_size)
         bar = Bar("Reference", len(starts), show=progress)
         head: dict[str, Tensor] = {}
         first = to_model(model, collator([dataset[order[0]]]))
+        longer = to_model(model, collator([dataset[index] for index in {order[0]: 0, order[-1]: 0}]))
+        rounds = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
         as_is = adapted is True or not peft_models.is_adapted(model)
-        with as_it_is(model) if as_is else original(model, first, reference):
+        with (
+            in_precision(model, mixed_precision) as precision,
+            as_it_is(model) if as_is else original(model, first, reference),
+        ):
+            rounding = 3e-2 if rounds or precision != "no" else 1e-4
+            check_widths(model, (first, longer), rounding, what, layer, head)
             for start in bar.over(starts):
                 batch = to_model(model, collator([dataset[index] for index in order[start : start + batch_size]]))
                 keep_samples(parts, values_of(model, batch, what, layer, head), batch)
@@ -248,10 +263,11 @@ class ReferenceCache:
             {BATCH_KEY[name]: torch.cat([parts[i][BATCH_KEY[name]] for i in ids]) for name in sorted(what)},
             head=head,
             layer=layer,
-            model_fingerprint=fingerprint or model_fingerprint(model, adapters=adapted),
+            model_fingerprint=fingerprint,
             data_fingerprint=dataset_fingerprint(dataset),
             settings=settings_of(model, adapted),
             texts={key: torch.cat([parts[i][key] for i in ids]) for key in TEXT_KEYS if key in parts[ids[0]]},
+            mixed_precision=precision,
         )
         if path is not None:
             cache.save(path)
@@ -268,6 +284,7 @@ class ReferenceCache:
             "model_fingerprint": self.model_fingerprint,
             "data_fingerprint": self.data_fingerprint,
             "settings": self.settings,
+            "mixed_precision": self.mixed_precision,
             "torch": torch.__version__,
         }
         write_tensors(path, tensors, description)
@@ -284,6 +301,7 @@ class ReferenceCache:
         layer: int | None = None,
         adapted: bool | str = False,
         fingerprint: str | None = None,
+        mixed_precision: str | None = None,
     ) -> ReferenceCache:
         """Read a cache and check that it belongs to `model` (the original one) and `dataset`, and holds `what`.
 
@@ -319,10 +337,11 @@ class ReferenceCache:
                 model_fingerprint=description["model_fingerprint"],
                 data_fingerprint=description["data_fingerprint"],
                 settings=description.get("settings"),
+                mixed_precision=description.get("mixed_precision"),
             )
         try:
             options = dict(what=what, layer=layer, adapted=adapted, fingerprint=fingerprint)
-            cache.check(model=model, dataset=dataset, **options)
+            cache.check(model=model, dataset=dataset, mixed_precision=mixed_precision, **options)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cache
@@ -336,12 +355,20 @@ class ReferenceCache:
         layer: int | None = None,
         adapted: bool | str = False,
         fingerprint: str | None = None,
+        mixed_precision: str | None = None,
     ) -> None:
         """ValueError unless this cache belongs to `model` and `dataset` (those given) and holds `what` (at `layer`);
-        adapted: of the model with its adapters on, or with the one of that name; fingerprint: as in `build`.
+        adapted: of the model with its adapters on, or with the one of that name; fingerprint, mixed_precision: as in
+        `build`.
         """
         if model is None and (adapted or fingerprint):
             raise ValueError("adapted and fingerprint say which model a cache has to be of: give model= with them")
+        check_precision(mixed_precision)
+        if None not in (mixed_precision, self.mixed_precision) and mixed_precision != self.mixed_precision:
+            raise ValueError(
+                f"the reference cache was computed with mixed_precision={self.mixed_precision!r}, not "
+                f"{mixed_precision!r}: delete the file to build it again, or give another path"
+            )
         lacking = sorted(set(what) - self.what)
         if lacking:
             raise ValueError(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,6 +104,46 @@ def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], 
         parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
 
 
+def check_widths(
+    model: nn.Module, batches: tuple[dict[str, Any], dict[str, Any]], rounding: float, *asked: Any
+) -> None:
+    """Of the shortest text, alone and padded to the longest one's length: ValueError where the model says that a text's
+    values are others then, as they are in other batches, and a warning where it does not and they are. asked: as
+    ``values_of`` takes it; rounding: relative.
+    """
+    widths = [batch["input_ids"].shape[1] for batch in batches if batch.get("input_ids") is not None]
+    if len(widths) < 2 or widths[0] == widths[1]:
+        return
+    remedy = f"give the collator a pad_to_multiple_of of at least {widths[1]}"
+    limit = change_each_other(unwrap(model), widths)
+    if limit is not None:
+        raise ValueError(
+            f"batches have {widths[0]} to {widths[1]} tokens a text, and beyond {limit} the longest text of a batch "
+            f"decides which rotary embeddings all of it have ({type(unwrap(model)).__name__}): values of the original "
+            f"would be those of other batches than the training's. Give max_length={limit}, or {remedy}"
+        )
+    alone: dict[int, dict[str, Tensor]] = {}
+    padded: dict[int, dict[str, Tensor]] = {}
+    for parts, batch in zip((alone, padded), batches, strict=True):
+        keep_samples(parts, values_of(model, batch, *asked), batch)
+    pairs = ((i, key, one, padded[i][key]) for i, values in alone.items() for key, one in values.items())
+    for sample, key, one, other in pairs:
+        if one.shape != other.shape:  # another item at every access, which is found elsewhere
+            return
+        apart = float((one.double() - other.double()).abs().amax())
+        if apart > rounding * max(float(one.abs().amax()), 1.0):
+            logging.getLogger("gfast").warning(
+                "gfast: %s of sample %d differs by %.3g when the text is padded from %d to %d tokens: the original's "
+                "values are those of one length, and ratios to them do not start at 1 in batches of another; %s",
+                key,
+                sample,
+                apart,
+                *widths,
+                remedy,
+            )
+            return
+
+
 def check_padding(batch: Mapping[str, Tensor]) -> None:
     """ValueError for texts without a mask, or padded on the left, from where many models count positions."""
     mask = batch.get("attention_mask")
@@ -110,17 +151,6 @@ def check_padding(batch: Mapping[str, Tensor]) -> None:
         raise ValueError("the batch has no attention_mask to tell texts from padding by, which reference values need")
     if mask.shape[1] > 1 and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("the batch is padded on the left; reference values are those of right-padded batches")
-
-
-def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
-    """ValueError for texts whose values are those of one batch alone: those of a cache would not be a training's."""
-    limit = change_each_other(unwrap(model), lengths)
-    if limit is not None:
-        raise ValueError(
-            f"the texts have {min(lengths)} to {max(lengths)} tokens, and beyond {limit} the longest text of a batch "
-            f"decides which rotary embeddings all of it have ({type(unwrap(model)).__name__}): values of the original "
-            f"would be those of other batches than the training's. Give max_length={limit}"
-        )
 
 
 def check_labels_attended(batch: Mapping[str, Tensor]) -> None:

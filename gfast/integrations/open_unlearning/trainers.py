@@ -47,6 +47,7 @@ from gfast.objectives import (
 from gfast.training.batches import ReferenceJoin, needed_from_cache
 from gfast.training.callback import GEffectCallback
 from gfast.training.dual import moves
+from gfast.training.precision import of_training
 from gfast.training.reference import ReferenceCache
 from gfast.training.trainer import UnlearnTrainer
 
@@ -269,11 +270,13 @@ def _caches(
         if side == "retain":
             chosen = drawn(data, sides, _epochs(config, len(data)))
             items = chosen if not isinstance(chosen, Chosen) else Chosen(items, [*chosen.indices, *measured])
-        options = dict(what=what, batch_size=config.per_device_eval_batch_size)
+        precision = of_training(config)
+        options = dict(what=what, batch_size=config.per_device_eval_batch_size, mixed_precision=precision)
         file = None
         if path is not None or config.world_size > 1:
             # without a path of the user's own it is one of this run's, whatever an earlier run has left there
-            file = Path(path or config.output_dir) / _file_name(model, items, side, what, named=path is not None)
+            name = _file_name(model, items, side, what, named=path is not None)
+            file = Path(path or config.output_dir) / (name if precision == "no" else f"{precision}-{name}")
             file.parent.mkdir(parents=True, exist_ok=True)
         with config.main_process_first(local=False, desc="the original model's values"):
             found[side] = ReferenceCache.build(model, items, collator.one, file, **options)
@@ -315,9 +318,10 @@ def _callback(
     def measured(data: Any, term: Objective | None, cache: ReferenceCache | None = None) -> list[dict[str, Any]]:
         chosen = Chosen(data, range(min(samples or len(data), len(data))))
         what = needed_from_cache(term) if term is not None else set()
-        if what and cache is None:  # adapters, which a step of training does without
+        if what and (cache is None or cache.mixed_precision != "no"):
+            # of adapters, which a step of training does without; of the model as it is saved, without mixed precision
             options = dict(what=what, batch_size=config.per_device_eval_batch_size, reference=config.reference)
-            cache = ReferenceCache.build(model, chosen, collator.one, **options)
+            cache = ReferenceCache.build(model, chosen, collator.one, mixed_precision="no", **options)
         collate = collator.one if cache is None else ReferenceJoin(collator.one, {"forget": cache})
         head = {} if cache is None else cache.head
         return [batch | head for batch in batches(chosen, collate, config.per_device_eval_batch_size)]
