@@ -102,13 +102,13 @@ def read(text: str) -> list[Row]:
     """The kernels of ncu's table, a line a metric, in the order of their launches."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, Row] = {}
+    kernels: dict[str, Row] = {}
     for line in csv.DictReader(lines[start:]):
         ours = METRICS.get(line.get("Metric Name") or "")
         if ours is not None:
-            kernel = found.setdefault(line["ID"], {"kernel": line["Kernel Name"]})
+            kernel = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"]})
             kernel[ours] = int(float(line["Metric Value"].replace(",", "")))
-    for kernel in found.values():
+    for kernel in kernels.values():
         hits, reads = kernel.pop("l2_hits", 0), kernel.pop("l2_reads", 0)
         kernel["l2_hits"] = round(hits / reads, 4) if reads else None
-    return [kernel for kernel in found.values() if {"bytes_read", "bytes_written"} <= set(kernel)]
+    return [kernel for kernel in kernels.values() if {"bytes_read", "bytes_written"} <= set(kernel)]

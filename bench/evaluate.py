@@ -47,13 +47,13 @@ def prepared(settings: Row) -> tuple[nn.Module, list[Sample], int]:
 def ours(model: nn.Module, samples: list[Sample], pad_id: int, shared: bool) -> list[list[float]]:
     """Mean loss of the answers of each sample, as `gfast evaluate` batches them."""
     order = sorted(range(len(samples)), key=lambda at: (len(samples[at].prompt), at))
-    found: dict[int, list[float]] = {}
+    losses: dict[int, list[float]] = {}
     for start in range(0, len(order), BATCH):
         places = order[start : start + BATCH]
         scored = score(model, [samples[at] for at in places], pad_id, shared)
-        for at, one in zip(places, scored, strict=True):
-            found[at] = [-float(part.logp.double().mean()) for part in one]
-    return [found[at] for at in range(len(samples))]
+        for at, parts in zip(places, scored, strict=True):
+            losses[at] = [-float(part.logp.double().mean()) for part in parts]
+    return [losses[at] for at in range(len(samples))]
 
 
 def theirs(evaluator: types.ModuleType, model: nn.Module, samples: list[Sample], pad_id: int) -> list[list[float]]:
@@ -71,15 +71,15 @@ def theirs(evaluator: types.ModuleType, model: nn.Module, samples: list[Sample],
         return {key: torch.tensor(value) for key, value in rows.items()}
 
     batches = [samples[start : start + THEIR_BATCH] for start in range(0, len(samples), THEIR_BATCH)]
-    found: list[list[float]] = [[] for _ in samples]
+    losses: list[list[float]] = [[] for _ in samples]
     for places in ([0], [1], range(2, len(samples[0].answers))):
         loader = [{str(place): padded(batch, place) for place in places} for batch in batches]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             values = evaluator.run_batchwise_evals(model, loader, evaluator.evaluate_probability, {}, "losses")
         for at, sample in enumerate(samples):
             loss = values[sample.index]["avg_loss"]
-            found[at] += loss if isinstance(loss, list) else [loss]
-    return found
+            losses[at] += loss if isinstance(loss, list) else [loss]
+    return losses
 
 
 def their_evaluator(folder: str) -> types.ModuleType:

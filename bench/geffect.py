@@ -61,14 +61,14 @@ def checked(settings: Row, names: list[str]) -> dict[str, Row]:
     if parameters(settings) > CHECK_PARAMETERS and (settings["layers"] or most + 1) > most:
         settings = settings | {"layers": most}
     model, forget, retain = setup(settings)
-    found: dict[str, Row] = {}
+    compared: dict[str, Row] = {}
     rows_for = {name: max(CHECK_ROWS, 2 * PROVIDERS[name].micro_batch) for name in names}
     for rows in sorted(set(rows_for.values())):
         truth = Truth(model, *(rows_of(batch, 0, rows) for batch in (forget, retain)))
         some = [name for name in names if rows_for[name] == rows]
-        found |= {name: _compared(truth, name, TOLERANCE[settings["dtype"]]) for name in some}
+        compared |= {name: _compared(truth, name, TOLERANCE[settings["dtype"]]) for name in some}
         del truth  # its gradients, before the next one's
-    return found
+    return compared
 
 
 def _compared(truth: Truth, name: str, tolerance: float) -> Row:
@@ -80,16 +80,16 @@ def _compared(truth: Truth, name: str, tolerance: float) -> Row:
         off = off_by(truth, values, kind) if provider.micro_batch else None
     except Exception as problem:
         return {"failed": reason(problem)}
-    found: Row = {"error": gap}
+    row: Row = {"error": gap}
     if off is not None and math.isfinite(off):
-        found["off_by"] = off
+        row["off_by"] = off
         if gap > tolerance:
-            found["unequal"] = f"off by {off:.2e} of the exact effect"
+            row["unequal"] = f"off by {off:.2e} of the exact effect"
     elif gap > (tolerance if provider.ours else NO_RESULT):
-        found["wrong"] = f"error {gap:.2e} of the norms' product against plain autograd: not timed"
+        row["wrong"] = f"error {gap:.2e} of the norms' product against plain autograd: not timed"
     elif gap > tolerance:
-        found["unequal"] = f"error {gap:.2e} of the norms' product"
-    return found
+        row["unequal"] = f"error {gap:.2e} of the norms' product"
+    return row
 
 
 def parameters(settings: Row) -> int:
@@ -113,14 +113,14 @@ def bench(settings: Row, names: list[str], args: argparse.Namespace) -> list[Row
     if settings["device"] == "cpu":  # the fresh processes that measure memory hold a model of their own
         del model
         steps = {}
-    one, forward, training, without = (times[name] for name in UNITS)
+    training_passes, forward, training, without = (times[name] for name in UNITS)
     rows: list[Row] = []
     for name, time in times.items():
         row: Row = {"name": name, **time}
         if name in good:
             provider = PROVIDERS[name]
             row |= {"kind": provider.kind, "parameters": provider.parameters, **notes[name]}
-            units = ((provider.passes, one), (provider.forwards, forward), (provider.steps, training))
+            units = ((provider.passes, training_passes), (provider.forwards, forward), (provider.steps, training))
             if provider.floor:
                 row["ratio"], row["floor"] = round(of_floor(time, *units), 4), provider.floor
                 if provider.law is not None:

@@ -97,13 +97,13 @@ NUMBERS = (
 )
 
 
-def cells(number: Number, found: list[Result]) -> list[str]:
+def cells(number: Number, results: list[Result]) -> list[str]:
     """What was measured, times its floor, the host's part, peak memory; of the newest result that has the row."""
     rows = [
-        (one.data["environment"]["date"], row)
-        for one in found
-        if one.kind == number.kind and not (number.kind == "grad_dot" and one.data["model"] != "llama-2-7b")
-        for row in one.data["rows"]
+        (result.data["environment"]["date"], row)
+        for result in results
+        if result.kind == number.kind and not (number.kind == "grad_dot" and result.data["model"] != "llama-2-7b")
+        for row in result.data["rows"]
         if "median_ms" in row and all(row.get(key) == value for key, value in number.row.items())
     ]
     if not rows:

@@ -247,19 +247,19 @@ CALLS = {"first": FIRST, "second": SECOND, "third": THIRD}
 
 def ends(stages: list[Stage]) -> list[int]:
     """By which second of its call each stage is over at the latest."""
-    total, found = 0, []
+    total, seconds = 0, []
     for stage in stages:
         total += max(step.seconds for step in stage)
-        found.append(total)
-    return found
+        seconds.append(total)
+    return seconds
 
 
 def table(stages: list[Stage]) -> list[str]:
     """A line a stage: the second by which it is over, its steps, what they are."""
     lines = []
     for end, stage in zip(ends(stages), stages, strict=True):
-        one, several = stage[0], len(stage) > 1
-        name = f"{one.name.split('_')[0]}_* ({len(stage)} at once)" if several else one.name
-        what = "; ".join(dict.fromkeys(step.what.split(":")[0] for step in stage)) if several else one.what
+        first, several = stage[0], len(stage) > 1
+        name = f"{first.name.split('_')[0]}_* ({len(stage)} at once)" if several else first.name
+        what = "; ".join(dict.fromkeys(step.what.split(":")[0] for step in stage)) if several else first.what
         lines.append(f"{end:>4}  {name:<24}{what}")
     return lines

@@ -156,13 +156,13 @@ def interleaved(
     for unit in units:
         while len(times[unit]) < min(3, rounds[unit]):  # nobody it stands beside had a turn
             times[unit].append(seconds(unit))
-    found = {name: summary(values) for name, values in times.items()}
-    for name, row in found.items():
+    summaries = {name: summary(values) for name, values in times.items()}
+    for name, row in summaries.items():
         row |= {"name": name} if name in units else {}
         row |= aside(calls[name])
         if near.get(name):
             row["beside_ms"] = {unit: [round(1e3 * value, 3) for value in ms] for unit, ms in near[name].items()}
-    return found
+    return summaries
 
 
 def _wall_seconds(step: Callable[[], object]) -> float:
@@ -281,13 +281,13 @@ def peak_in_fresh_process(
     process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        peak = receiver.recv()
     except EOFError:
-        found = "the process died"
+        peak = "the process died"
     process.join()
-    if isinstance(found, str):
-        raise RuntimeError(f"measuring memory failed: {found}")
-    return found
+    if isinstance(peak, str):
+        raise RuntimeError(f"measuring memory failed: {peak}")
+    return peak
 
 
 def _measure(sender: Connection, measure: Callable[[str], int | None], description: str, threads: int) -> None:

@@ -168,8 +168,8 @@ def checks(kind: str, data: Data) -> Iterator[Check]:
         for row in (row for row in data["rows"] if "law" in row):
             case = f"{row['provider']} {row['dtype']} {' x '.join(map(str, row['shape']))} ({row['head']}, {row['op']})"
             yield Check("soft", case, row["ratio"], row["law"], row["law_met"])
-            if found := row.get("of_memory"):
-                yield Check("soft_memory", case, found["ratio"], found["law"], found["law_met"])
+            if memory := row.get("of_memory"):
+                yield Check("soft_memory", case, memory["ratio"], memory["law"], memory["law_met"])
     elif kind == "geffect":
         yield from _effects(data)
         if not data.get("sweep"):
@@ -183,9 +183,9 @@ def _loss(row: Data) -> Iterator[Check]:
     if "law" in row:
         law = mode if row["op"] == "linear" else row["op"]
         yield Check(law, case, row["times_floor"], row["law"], row["law_met"])
-    if found := row.get("of_memory"):
+    if memory := row.get("of_memory"):
         law, of = ("memory_nograd", "") if mode == "nograd" else ("memory", f", {mode}")
-        yield Check(law, case + of, found["ratio"], found["law"], found["law_met"])
+        yield Check(law, case + of, memory["ratio"], memory["law"], memory["law_met"])
 
 
 def _live(data: Data) -> Iterator[Check]:
@@ -194,17 +194,17 @@ def _live(data: Data) -> Iterator[Check]:
     laws = dict(zip(LIVE, ("live", "live_update", "live_both"), strict=True))
     for row in (row for row in data["rows"] if "law" in row):
         yield Check(laws[row["name"]], case, row["ratio"], row["law"], row["law_met"])
-        if found := row.get("of_memory"):
-            yield Check("live_memory", case, found["ratio"], found["law"], found["law_met"])
+        if memory := row.get("of_memory"):
+            yield Check("live_memory", case, memory["ratio"], memory["law"], memory["law_met"])
 
 
 def _trainers(data: Data) -> Iterator[Check]:
     """gfast's trainers as they come, and with the two sides in one call."""
-    for one in data["cases"]:
+    for case in data["cases"]:
         for prefix, way in (("", ""), ("joint_", ", both sides in one call")):
             for law, field in (("trainer", "step_ratio"), ("trainer_memory", "memory_ratio")):
-                if (ratio := one.get(prefix + field)) is not None:
-                    yield Check(law, one["method"] + way, ratio, one["law"], ratio <= one["law"])
+                if (ratio := case.get(prefix + field)) is not None:
+                    yield Check(law, case["method"] + way, ratio, case["law"], ratio <= case["law"])
 
 
 def _host(data: Data) -> Iterator[Check]:
@@ -262,14 +262,14 @@ def _against_published(data: Data) -> Iterator[Check]:
             case = f"{name}, {model_name(data['settings'])}, {batch_name(data['settings'])}"
             for law, least, field in ((time, less, "median_ms"), (memory, smaller, "peak_extra_mb")):
                 if rows[name].get(field) and ours.get(field):
-                    found = rows[name][field] / ours[field]
-                    yield Check(law, case, found, least, found >= least)
+                    ratio = rows[name][field] / ours[field]
+                    yield Check(law, case, ratio, least, ratio >= least)
 
 
-def law_checks(found: list[Result]) -> dict[str, dict[str, list[Check]]]:
+def law_checks(results: list[Result]) -> dict[str, dict[str, list[Check]]]:
     """law -> device -> its cases."""
     out: dict[str, dict[str, list[Check]]] = {law: {} for law in LAWS}
-    for result in found:
+    for result in results:
         for check in checks(result.kind, result.data):
             out[check.law].setdefault(result.device, []).append(check)
     return out
@@ -284,20 +284,20 @@ def batch_name(settings: Data) -> str:
     return f"{settings['dtype']}, {settings['batch']} x {settings['tokens']} tokens a batch"
 
 
-def demanded(law: Law, found: list[Check]) -> str:
+def demanded(law: Law, checks: list[Check]) -> str:
     """In words, with the figures of the results."""
     figures = dict.fromkeys(
         figure(check.law, check.demanded) if check.law == "grad_dot" else f"{round(check.demanded, 2):g}"
-        for check in found
+        for check in checks
     )
     return law.demanded.format(" or ".join(figures))
 
 
-def cell(found: list[Check]) -> str:
+def cell(checks: list[Check]) -> str:
     """How many of a device's cases meet the law, and the range of the figures."""
-    if not found:
+    if not checks:
         return ""
-    law, values = found[0].law, sorted(check.value for check in found)
-    met = sum(check.met for check in found)
+    law, values = checks[0].law, sorted(check.value for check in checks)
+    met = sum(check.met for check in checks)
     span = "–".join(dict.fromkeys(figure(law, value) for value in (values[0], values[-1])))
-    return f"{met} of {len(found)}: {span}" if met == len(found) else f"**{met} of {len(found)}**: {span}"
+    return f"{met} of {len(checks)}: {span}" if met == len(checks) else f"**{met} of {len(checks)}**: {span}"

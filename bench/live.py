@@ -84,13 +84,13 @@ def check(settings: Row) -> None:
     make()
     if not all(torch.equal(p.grad, grad) for p, grad in zip(steps.model.parameters(), expected, strict=True)):
         sys.exit("a monitored step leaves other gradients than the plain one; nothing was timed")
-    found = make.monitor.effect()
+    effect = make.monitor.effect()
     steps.optimizer.zero_grad()
     truth = gfast.g_effect(steps.model, steps.objective, forget=steps.forget, retain=steps.retain, norms=True)
-    off = abs(found.total("retain") - truth.total("retain"))
+    off = abs(effect.total("retain") - truth.total("retain"))
     scale = abs(truth.total("retain") / (truth.cosine("retain") or 1.0))
     if not off <= {"fp32": 1e-5, "bf16": 2e-2}[settings["dtype"]] * scale:
-        sys.exit(f"a monitored step measures {found.total('retain')}, and g_effect {truth.total('retain')}")
+        sys.exit(f"a monitored step measures {effect.total('retain')}, and g_effect {truth.total('retain')}")
 
 
 def measure(description: str) -> int | None:
@@ -118,16 +118,16 @@ def bench(settings: Row, args: argparse.Namespace) -> list[Row]:
     check(settings)
     steps, plain = Steps(settings), "plain step"
     calls = {plain: steps.whole(plain)} | {way: steps.whole(way) for way in WAYS}
-    found = interleaved(calls, settings["device"], args.repetitions, warmup=2, budget_s=args.budget)
+    times = interleaved(calls, settings["device"], args.repetitions, warmup=2, budget_s=args.budget)
     largest = max(p.numel() * p.element_size() for p in steps.model.parameters())
     del steps, calls
     memory = {} if args.no_memory else {way: peak(settings, way) for way in (plain, *WAYS)}
     rows = []
     for way in (plain, *WAYS):
-        row: Row = {"name": way, **found[way]}
+        row: Row = {"name": way, **times[way]}
         if way != plain:
             floor = "retain side" if way.endswith("update") else plain
-            row |= {"floor": floor, "ratio": round(of_floor(found[way], (1, found[floor])), 4)}
+            row |= {"floor": floor, "ratio": round(of_floor(times[way], (1, times[floor])), 4)}
             if way in LIVE:
                 row |= verdict(row["ratio"], LIVE[way])
         if memory.get(way) is not None:

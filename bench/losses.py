@@ -58,8 +58,8 @@ def errors(case: Case, names: list[str]) -> tuple[dict[str, float | str], float]
 
     def error(step: Step, truth: tuple[torch.Tensor, ...]) -> float:
         worst = 0.0
-        for found, true in zip(step(), truth, strict=True):
-            value = float((found.double() - true.double()).norm() / true.double().norm())
+        for errors_of, true in zip(step(), truth, strict=True):
+            value = float((errors_of.double() - true.double()).norm() / true.double().norm())
             worst = max(worst, value if math.isfinite(value) else math.inf)
         return worst
 
@@ -67,30 +67,30 @@ def errors(case: Case, names: list[str]) -> tuple[dict[str, float | str], float]
     whole = small if case.mode in ("train", "frozen") else replace(small, mode="train")
     base = error(plain(whole, inputs, upcast=True), plain(whole, wide)())
     truth = plain(small, wide)()
-    found: dict[str, float | str] = {}
+    errors_of: dict[str, float | str] = {}
     for name in names:
         if PROVIDERS[name].floor:
             continue
         try:
             step = PROVIDERS[name].make(small, inputs)
             if step is not None:
-                found[name] = error(step, truth)
+                errors_of[name] = error(step, truth)
         except Exception as problem:
-            found[name] = reason(problem)
-    return found, 2 * base + torch.finfo(DTYPES[case.dtype]).eps
+            errors_of[name] = reason(problem)
+    return errors_of, 2 * base + torch.finfo(DTYPES[case.dtype]).eps
 
 
 def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[Row]:
     """One row a provider that applies: timed, wrong (not timed), failed or skipped."""
     missing = {name: why for name in names if (why := PROVIDERS[name].why_not(case.device)) is not None}
     names = [name for name in names if name not in missing]
-    found, limit = errors(case, names)
-    notes: dict[str, Row] = {name: {"failed": why} for name, why in found.items() if isinstance(why, str)}
-    for name, error in found.items():
+    error_of, limit = errors(case, names)
+    notes: dict[str, Row] = {name: {"failed": why} for name, why in error_of.items() if isinstance(why, str)}
+    for name, error in error_of.items():
         if not isinstance(error, str) and error > (limit if PROVIDERS[name].ours else NO_RESULT):
             notes[name] = {"wrong": f"error {error:.2e} exceeds {limit:.2e}: not timed", "relative_error": error}
     inputs = make_inputs(case)
-    wanted = [name for name in names if name not in notes and (name in found or PROVIDERS[name].floor)]
+    wanted = [name for name in names if name not in notes and (name in error_of or PROVIDERS[name].floor)]
     steps, first = first_calls(case, inputs, wanted, notes)
     peers = args.budget if args.peer_budget is None else args.peer_budget
     budget = {name: args.budget if PROVIDERS[name].ours or PROVIDERS[name].floor else peers for name in steps}
@@ -100,7 +100,7 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[Row]:
     common = {**asdict(case), "shape": case.shape, "valid": inputs.valid}
     rows = []
     for name in steps:
-        row = {**common, "provider": name, "relative_error": found.get(name), **times[name]}
+        row = {**common, "provider": name, "relative_error": error_of.get(name), **times[name]}
         seconds = times[name]["median_ms"] / 1e3
         if case.op != "linear":
             row["gb_per_s"] = round(bytes_moved(case) / seconds / 1e9, 2)
@@ -112,8 +112,8 @@ def bench(case: Case, names: list[str], args: argparse.Namespace) -> list[Row]:
                 row |= verdict(row["times_floor"], most)
         if "wga" in times and name == "gfast":
             row["times_wga"] = round(of_floor(times[name], (1, times["wga"])), 3)
-        if found.get(name, 0.0) > limit:
-            row["unequal"] = f"error {found[name]:.2e} exceeds {limit:.2e}"
+        if error_of.get(name, 0.0) > limit:
+            row["unequal"] = f"error {error_of[name]:.2e} exceeds {limit:.2e}"
         if not args.no_memory and name not in ("floor", "wga"):  # the floor writes into memory that is there
             try:
                 row["peak_extra_mb"] = size = peak_mb(case, name, steps[name])
@@ -171,7 +171,7 @@ def measure(description: str) -> int | None:
 
 def combinations(args: argparse.Namespace) -> list[Case]:
     """All combinations that make sense, an op's shapes together."""
-    found = []
+    cases = []
     for op in args.ops:
         default = 4096 if args.device == "cuda" else {"logits": 1024, "linear": 512, "kl": 1024}[op]
         sizes = [(name, *HEADS[name], rows) for name in args.heads for rows in args.rows or [default]]
@@ -184,7 +184,7 @@ def combinations(args: argparse.Namespace) -> list[Case]:
         for size, *chosen in itertools.product(sizes, args.dtypes, objectives, args.modes, args.batches):
             dtype, objective, mode, batch = chosen
             if op == "linear" or mode != "frozen":
-                found.append(Case(op, objective, *size, dtype, mode, batch, args.device))
-    for case in found:
+                cases.append(Case(op, objective, *size, dtype, mode, batch, args.device))
+    for case in cases:
         case.layout  # noqa: B018 - refuses rows that cannot be cut, before any work
-    return found
+    return cases

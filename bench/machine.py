@@ -101,11 +101,11 @@ def _commit() -> str:
 
 def installed(names: Sequence[str]) -> dict[str, str]:
     """Distribution -> version, of those that are installed."""
-    found = {}
+    versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def environment(device: str = "cpu") -> Row:

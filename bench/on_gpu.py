@@ -75,13 +75,13 @@ class Call:
     def words(self, step: Step) -> list[str]:
         values = {"python": [sys.executable], "traces": [str(self.work / "traces")], "workers": self.facts["workers"]}
         values["result"] = [str(self.results / f"{step.result}.json")]
-        found: list[str] = []
+        words: list[str] = []
         for word in step.command:
-            found += values[word[1:-1]] if word.startswith("{") and word[1:-1] in values else [word]
+            words += values[word[1:-1]] if word.startswith("{") and word[1:-1] in values else [word]
         if not self.dry:
-            return found
+            return words
         stub = [sys.executable, str(ROOT / "bench" / "gpu_dry.py"), step.name]
-        return [*stub, values["result"][0] if step.result else "-", *found]
+        return [*stub, values["result"][0] if step.result else "-", *words]
 
     def run(self, stage: Stage, end: float) -> None:
         """The steps of a stage at once, each until it is done or its time is over; then the archive.
@@ -252,22 +252,22 @@ def facts_of(args: argparse.Namespace, work: Path, stages: list[Stage]) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="bench/on_gpu.sh", description="Measure and test gfast on an NVIDIA GPU.")
-    found.add_argument("out", type=Path, nargs="?", default=Path("runs") / "gpu", help="folder of all.tar.gz")
-    which = found.add_mutually_exclusive_group()
+    arguments = argparse.ArgumentParser(prog="bench/on_gpu.sh", description="Measure and test gfast on an NVIDIA GPU.")
+    arguments.add_argument("out", type=Path, nargs="?", default=Path("runs") / "gpu", help="folder of all.tar.gz")
+    which = arguments.add_mutually_exclusive_group()
     for name in ("second", "third"):
         which.add_argument(f"--{name}", dest="call", action="store_const", const=name, help=f"the {name} call")
-    found.set_defaults(call="first")
-    found.add_argument("--dry", action="store_true", help="run no step: stubs in their place, on any machine")
-    found.add_argument("--plan", action="store_true", help="print the plan and run nothing")
-    found.add_argument(
+    arguments.set_defaults(call="first")
+    arguments.add_argument("--dry", action="store_true", help="run no step: stubs in their place, on any machine")
+    arguments.add_argument("--plan", action="store_true", help="print the plan and run nothing")
+    arguments.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"after which no step goes on (default: {SECONDS})"
     )
-    found.add_argument("--steps", help="names, separated by commas; default: all of the call")
-    found.add_argument(
+    arguments.add_argument("--steps", help="names, separated by commas; default: all of the call")
+    arguments.add_argument(
         "--wheels", type=Path, help="folder of wheels to measure beside gfast, installed without a network"
     )
-    return found
+    return arguments
 
 
 def main() -> int:
@@ -305,7 +305,7 @@ def main() -> int:
         for process in call.running:
             stop(process)
         call.archive()
-    bad = sum(one["outcome"].startswith(("failed", "cut")) for one in call.steps)
+    bad = sum(done["outcome"].startswith(("failed", "cut")) for done in call.steps)
     print(f"{bad} failed or cut; all of it is in {archive}" + (f", and with whole logs in {work}" * (not args.dry)))
     if args.dry:
         shutil.rmtree(work)

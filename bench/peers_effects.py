@@ -179,10 +179,10 @@ def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, B
     """Of several objectives the second's result is handed on."""
 
     def run(model: nn.Module, forget: Batch, retain: Batch) -> Sides:
-        found = gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine)
-        found = found[1] if isinstance(objective, list) else found
+        effect = gfast.g_effect(model, objective, forget=forget, retain=retain, engine=engine)
+        effect = effect[1] if isinstance(objective, list) else effect
         return {
-            side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(found, side).items()}
+            side: {group: torch.tensor(value, dtype=torch.float64) for group, value in getattr(effect, side).items()}
             for side in ("unlearn", "retain")
         }
 
@@ -191,8 +191,8 @@ def g_effect(objective, engine: str = "stream") -> Callable[[nn.Module, Batch, B
 
 def _engine(name: str, kind: str) -> Callable[[nn.Module, Batch, Batch], Sides]:
     def run(model: nn.Module, forget: Batch, retain: Batch, **options) -> Sides:
-        found = getattr(gfast, name)(model, forget=forget, retain=retain, **options)
-        sides: Sides = {"unlearn": dict(found.unlearn), "retain": dict(found.retain)}
+        effect = getattr(gfast, name)(model, forget=forget, retain=retain, **options)
+        sides: Sides = {"unlearn": dict(effect.unlearn), "retain": dict(effect.retain)}
         if kind == "token":
             return {side: {g: torch.cat(list(rows)) for g, rows in groups.items()} for side, groups in sides.items()}
         return sides

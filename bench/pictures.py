@@ -34,15 +34,17 @@ UNITS = ("floor", "plain pass", "plain forward", "training step", "pass without 
 OURS = ("gfast", "g_effect", "pg_effect", "gram_effect", "token_effect")
 
 
-def draw(found: list[Result], folder: Path) -> list[Path]:
+def draw(results: list[Result], folder: Path) -> list[Path]:
     """Every picture that there is a result for; but for the laws, of the device last measured for it, a GPU first."""
     plt.switch_backend("Agg")  # no window, no screen needed
-    if not found:
+    if not results:
         return []
-    newest_last = sorted(found, key=lambda one: (not one.device.startswith("cpu-"), one.data["environment"]["date"]))
+    newest_last = sorted(
+        results, key=lambda result: (not result.device.startswith("cpu-"), result.data["environment"]["date"])
+    )
     by_device: dict[str, dict[str, Data]] = {}
-    for one in reversed(newest_last):
-        by_device.setdefault(one.device, {})[one.name] = one.data
+    for result in reversed(newest_last):
+        by_device.setdefault(result.device, {})[result.name] = result.data
 
     def of_newest(figure_of: Callable[[dict[str, Data]], Any]) -> Any:
         for device, here in by_device.items():
@@ -56,7 +58,7 @@ def draw(found: list[Result], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(settings(LIGHT)):
         figures = {
-            "laws": law_dots(found),
+            "laws": law_dots(results),
             "losses": of_newest(lambda here: loss_bars(losses_of(here))),
             "geffect": of_newest(lambda here: effect_bars(here.get("geffect"))),
             "geffect_peers": of_newest(lambda here: effect_bars(here.get("geffect_peers"))),
@@ -81,14 +83,14 @@ def grid(rows: int, columns: int, width: float, height: float):
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
-def law_dots(found: list[Result]):
+def law_dots(results: list[Result]):
     """A line a law, a dot a case: how much of what is allowed it takes."""
-    known = {law: by_device for law, by_device in law_checks(found).items() if by_device}
+    known = {law: by_device for law, by_device in law_checks(results).items() if by_device}
     if not known:
         return None
     names = [LAWS[law].what.replace("`", "") for law in known]
     figure, ((ax,),) = grid(1, 1, 9.5, 0.25 * len(known) + 1.0)
-    devices = list(dict.fromkeys(one.device for one in found))
+    devices = list(dict.fromkeys(result.device for result in results))
     for index, device in enumerate(devices):
         dots = [
             (check.share, place + 0.6 * ((index + 0.5) / len(devices) - 0.5))
@@ -136,7 +138,7 @@ def loss_bars(data: list[Data]):
     panels = []
     for op in OPS:
         cases: dict[tuple, dict[str, Data]] = {}
-        for row in (row for one in data for row in one["rows"] if "times_floor" in row):
+        for row in (row for result in data for row in result["rows"] if "times_floor" in row):
             if (row["op"], row.get("mode", "train"), row.get("batch", "full")) == (op, "train", "full"):
                 if row["provider"] not in ("fresh_copy", "wga"):
                     key = row["objective"], row["dtype"], tuple(row["shape"])
@@ -199,7 +201,7 @@ def sweep_lines(sweeps: list[Data]):
                 ax.set_xscale("log", base=2)
                 values = sorted({row[by] for row in rows})
                 ax.set_xticks(values, [f"{v // 1024}k" if v >= 1024 else str(v) for v in values], minor=False)
-                log_axis(ax, np.concatenate([one.get_ydata() for one in ax.lines]))
+                log_axis(ax, np.concatenate([drawn.get_ydata() for drawn in ax.lines]))
                 ax.set_xlabel({"vocab": "vocabulary", "length": "tokens a sample"}.get(by, by))
                 ax.set_ylabel(unit)
         first = rows[0]

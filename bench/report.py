@@ -38,23 +38,23 @@ NO_GPU = "NVIDIA GPU"  # the column that waits for one
 
 def results(root: Path) -> list[Result]:
     """All of them, a device's together, GPUs last."""
-    found = []
+    read = []
     for path in (root / "bench" / "results").glob("*/*.json"):
         kind = next((kind for kind in KINDS if path.stem == kind or path.stem.startswith(kind + "_")), None)
         if kind is not None:
             data = json.loads(path.read_text())
             if data.get("dry_run") or data["environment"].get("dry_run"):
                 raise ValueError(f"{path} is of a dry run: nothing was measured; delete it")
-            found.append(Result(path.parent.name, kind, path.stem, data))
-    return sorted(found, key=lambda r: (is_gpu(r.device), r.device, KINDS.index(r.kind), r.name))
+            read.append(Result(path.parent.name, kind, path.stem, data))
+    return sorted(read, key=lambda r: (is_gpu(r.device), r.device, KINDS.index(r.kind), r.name))
 
 
 def is_gpu(device: str) -> bool:
     return not device.startswith("cpu-")
 
 
-def devices_of(found: list[Result]) -> list[str]:
-    return list(dict.fromkeys(result.device for result in found))
+def devices_of(results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(result.device for result in results))
 
 
 def table(header: list[str], rows: Iterable[list[str]], right: int = 0) -> str:
@@ -63,39 +63,39 @@ def table(header: list[str], rows: Iterable[list[str]], right: int = 0) -> str:
     return "\n".join(["| " + " | ".join(header) + " |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(r)} |" for r in rows)])
 
 
-def rows_of(found: list[Result], families: Iterable[tuple[tuple[str, ...], Law]]) -> str:
+def rows_of(results: list[Result], families: Iterable[tuple[tuple[str, ...], Law]]) -> str:
     """A row a family of laws, a column a device, empty where nothing was measured."""
-    known, rows = law_checks(found), []
-    waiting = [] if any(is_gpu(one.device) for one in found) else [NO_GPU]
+    known, rows = law_checks(results), []
+    waiting = [] if any(is_gpu(result.device) for result in results) else [NO_GPU]
     for names, law in families:
         by_device = {
-            device: [check for name in names for check in known[name].get(device, [])] for device in devices_of(found)
+            device: [check for name in names for check in known[name].get(device, [])] for device in devices_of(results)
         }
         if every := [check for some in by_device.values() for check in some]:
             cells = [cell(some) for some in by_device.values()]
             rows.append([law.what, demanded(law, every), *cells, *[""] * len(waiting)])
-    return table(["what", "law", *(f"`{device}`" for device in devices_of(found)), *waiting], rows)
+    return table(["what", "law", *(f"`{device}`" for device in devices_of(results)), *waiting], rows)
 
 
-def total(found: list[Result]) -> str:
-    every = [check for some in law_checks(found).values() for checks in some.values() for check in checks]
+def total(results: list[Result]) -> str:
+    every = [check for some in law_checks(results).values() for checks in some.values() for check in checks]
     return f"The laws hold in {sum(check.met for check in every)} of {len(every)} measured cases."
 
 
-def readme(found: list[Result], root: Path) -> str:
+def readme(results: list[Result], root: Path) -> str:
     more = f"Each law by itself, machines, pictures: [{PAGE.name}]({PAGE.as_posix()}); "
     more += f"[what is missed, and why]({MISSED_PAGE.as_posix()})."
-    return "\n\n".join([total(found), rows_of(found, FAMILIES), more])
+    return "\n\n".join([total(results), rows_of(results, FAMILIES), more])
 
 
-def laws(found: list[Result], root: Path) -> str:
-    return f"{total(found)}\n\n" + rows_of(found, [((name,), law) for name, law in LAWS.items()])
+def laws(results: list[Result], root: Path) -> str:
+    return f"{total(results)}\n\n" + rows_of(results, [((name,), law) for name, law in LAWS.items()])
 
 
-def missed(found: list[Result], root: Path) -> str:
+def missed(results: list[Result], root: Path) -> str:
     """Every case that misses its law: a row a law and device, the worst case first."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    for law, by_device in law_checks(found).items():
+    for law, by_device in law_checks(results).items():
         for device, some in by_device.items():
             for check in sorted(some, key=lambda check: -check.share):
                 if not check.met:
@@ -105,12 +105,12 @@ def missed(found: list[Result], root: Path) -> str:
     return table(["what", "law", "device", "missed by"], lines) if rows else "Nothing."
 
 
-def machines(found: list[Result], root: Path) -> str:
+def machines(results: list[Result], root: Path) -> str:
     """A line a device on hardware, versions and dates."""
     lines = []
-    for device in devices_of(found):
+    for device in devices_of(results):
         parts: dict[str, dict[str, None]] = {}
-        for record in (one.data["environment"] for one in found if one.device == device):
+        for record in (result.data["environment"] for result in results if result.device == device):
             commit = record["commit"]
             for part, text in (
                 ("device", record["device"]),
@@ -126,13 +126,13 @@ def machines(found: list[Result], root: Path) -> str:
     return "<sub>" + "<br>\n".join(lines) + "</sub>" if lines else ""
 
 
-def gpu(found: list[Result], root: Path) -> str:
+def gpu(results: list[Result], root: Path) -> str:
     """The numbers that must be reached, what the machine code predicts of them, and what was measured on each GPU."""
     header = ["what", "floor", "must reach", "predicted", "measured", "floors", "host", "peak memory"]
-    names, blocks = [name for name in devices_of(found) if is_gpu(name)], []
+    names, blocks = [name for name in devices_of(results) if is_gpu(name)], []
     _, code = predictions(root)
     for name in names or [None]:
-        here = [one for one in found if one.device == name]
+        here = [result for result in results if result.device == name]
         rows = [
             [number.what, number.floor, number.must, number.predicted(code), *cells(number, here)] for number in NUMBERS
         ]
@@ -141,14 +141,14 @@ def gpu(found: list[Result], root: Path) -> str:
     return "\n\n".join(blocks)
 
 
-def steps(found: list[Result], root: Path) -> str:
+def steps(results: list[Result], root: Path) -> str:
     """The steps of bench/on_gpu.sh: what each came to on each GPU, empty where it has not run."""
-    names = [name for name in devices_of(found) if is_gpu(name)]
+    names = [name for name in devices_of(results) if is_gpu(name)]
     came = {
-        (one.device, step["step"]): step["outcome"]
-        for one in sorted(found, key=lambda one: one.data["environment"]["date"])
-        if one.kind == "on_gpu"
-        for step in one.data["steps"]
+        (result.device, step["step"]): step["outcome"]
+        for result in sorted(results, key=lambda result: result.data["environment"]["date"])
+        if result.kind == "on_gpu"
+        for step in result.data["steps"]
     }
     every = [step for stages in CALLS.values() for stage in stages for step in stage]
     rows = [
@@ -163,33 +163,33 @@ def predictions(root: Path) -> tuple[str | None, dict[str, dict]]:
     path = root / "bench" / "results" / "static" / "sm_90.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     version = min(record, key=lambda text: [int(part) for part in text.split(".")], default=None)
-    return version, {label: one for label, one in record.get(version, {}).items() if "slots" in one}
+    return version, {label: figures for label, figures in record.get(version, {}).items() if "slots" in figures}
 
 
-def static(found: list[Result], root: Path) -> str:
+def static(results: list[Result], root: Path) -> str:
     """Those predictions, a row a kernel."""
     version, code = predictions(root)
     rows = []
-    for label, one in code.items():
-        figures = [f"{one['slots']:.1f}", f"{one['special']:.1f}", str(one["bytes"])]
-        capped = f"`{label}`, soft cap" if one["softcap"] else f"`{label}`"
-        rows.append([capped, *figures, one["bound"], f"{one['share_of_copy']:.0%}", ""])
+    for label, code_of_kernel in code.items():
+        figures = [f"{code_of_kernel['slots']:.1f}", f"{code_of_kernel['special']:.1f}", str(code_of_kernel["bytes"])]
+        capped = f"`{label}`, soft cap" if code_of_kernel["softcap"] else f"`{label}`"
+        rows.append([capped, *figures, code_of_kernel["bound"], f"{code_of_kernel['share_of_copy']:.0%}", ""])
     header = ["kernel", "instructions", "exponentials, roots", "bytes", "bound by", "predicted", "measured"]
     return f"Triton {version}, compute capability 9.0.\n\n" + table(header, rows, right=6)
 
 
-def pictures(found: list[Result], root: Path) -> str:
+def pictures(results: list[Result], root: Path) -> str:
     """Those that are there, in the order in which they are drawn."""
     there = {path.stem: path for path in (root / PICTURES).glob("*.png")}
     lines = [f"![{text}]({PICTURES.name}/{there[name].name})" for name, text in DRAWN.items() if name in there]
     return "\n\n".join(lines)
 
 
-def files(found: list[Result], root: Path) -> str:
+def files(results: list[Result], root: Path) -> str:
     """Links to every result."""
     lines = []
-    for device in devices_of(found):
-        names = [one.name for one in found if one.device == device]
+    for device in devices_of(results):
+        names = [result.name for result in results if result.device == device]
         links = (f"[{name}](../bench/results/{device}/{name}.json)" for name in names)
         lines.append(f"- `{device}`: " + ", ".join(links))
     return "\n".join(lines)
@@ -211,13 +211,13 @@ BLOCKS = {
 
 def filled(page: Path, blocks: dict[str, Callable[[list[Result], Path], str]], root: Path) -> str:
     """The page with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` rendered anew."""
-    text, found = (root / page).read_text(), results(root)
+    text, read = (root / page).read_text(), results(root)
     for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{page} must have one {begin} and one {end}: the results are written between them")
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n{block(found, root)}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{begin}\n{block(read, root)}\n{end}{rest.split(end)[1]}"
     return text
 
 

@@ -49,91 +49,97 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def benchmark(name: str, main: Callable, repetitions: int = 0) -> argparse.ArgumentParser:
-        one = benchmarks.add_parser(name)
-        one.set_defaults(main=main, fail=one.error)
-        one.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-        one.add_argument("--threads", type=int)
-        one.add_argument("--json", help="file name under bench/results/DEVICE, or a path; written after every case")
+        command = benchmarks.add_parser(name)
+        command.set_defaults(main=main, fail=command.error)
+        command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+        command.add_argument("--threads", type=int)
+        command.add_argument("--json", help="file name under bench/results/DEVICE, or a path; written after every case")
         if repetitions:
-            one.add_argument("--repetitions", type=int, default=repetitions, help="rounds, as far as the budget goes")
-        return one
+            command.add_argument(
+                "--repetitions", type=int, default=repetitions, help="rounds, as far as the budget goes"
+            )
+        return command
 
-    def measured(one: argparse.ArgumentParser, providers: object, separator: str, sweeps: object, budget: float):
-        one.add_argument("--providers", type=listed(providers, separator), help="default: all")
-        one.add_argument("--sweep", choices=sweeps)
-        one.add_argument("--values", type=integers, help="the sweep's values")
-        one.add_argument("--budget", type=float, default=budget, help="seconds a provider and case")
-        one.add_argument("--no-memory", action="store_true")
-        one.add_argument("--profile", action="store_true", help="a trace with named ranges, of gfast or --providers")
-        one.add_argument("--traces", type=Path, default=Path("runs") / "traces", help="folder of the traces")
+    def measured(command: argparse.ArgumentParser, providers: object, separator: str, sweeps: object, budget: float):
+        command.add_argument("--providers", type=listed(providers, separator), help="default: all")
+        command.add_argument("--sweep", choices=sweeps)
+        command.add_argument("--values", type=integers, help="the sweep's values")
+        command.add_argument("--budget", type=float, default=budget, help="seconds a provider and case")
+        command.add_argument("--no-memory", action="store_true")
+        command.add_argument(
+            "--profile", action="store_true", help="a trace with named ranges, of gfast or --providers"
+        )
+        command.add_argument("--traces", type=Path, default=Path("runs") / "traces", help="folder of the traces")
 
-    one = benchmark("losses", run_losses, repetitions=15)
-    one.add_argument("--ops", type=listed(("logits", "linear", "kl")), default="logits,linear")
-    one.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
-    one.add_argument("--rows", type=integers, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
-    one.add_argument("--objectives", type=listed(cases.OBJECTIVES), default="wga,tnpo,npo,nll")
-    one.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
-    one.add_argument("--modes", type=listed(cases.MODES), default="train", help=", ".join(cases.MODES))
-    one.add_argument("--batches", type=listed(cases.BATCHES), default="full", help=", ".join(cases.BATCHES))
-    one.add_argument("--peer-budget", type=float, help="the budget of who is neither gfast nor a floor")
-    measured(one, losses.PROVIDERS, ",", losses.SWEEPS, 20.0)
+    command = benchmark("losses", run_losses, repetitions=15)
+    command.add_argument("--ops", type=listed(("logits", "linear", "kl")), default="logits,linear")
+    command.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
+    command.add_argument("--rows", type=integers, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
+    command.add_argument("--objectives", type=listed(cases.OBJECTIVES), default="wga,tnpo,npo,nll")
+    command.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
+    command.add_argument("--modes", type=listed(cases.MODES), default="train", help=", ".join(cases.MODES))
+    command.add_argument("--batches", type=listed(cases.BATCHES), default="full", help=", ".join(cases.BATCHES))
+    command.add_argument("--peer-budget", type=float, help="the budget of who is neither gfast nor a floor")
+    measured(command, losses.PROVIDERS, ",", losses.SWEEPS, 20.0)
 
-    one = benchmark("soft_targets", run_soft_targets, repetitions=15)
-    one.add_argument("--ops", type=listed(("logits", "linear")), default="logits,linear")
-    one.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
-    one.add_argument("--rows", type=int, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
-    one.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
-    one.add_argument("--no-memory", action="store_true")
+    command = benchmark("soft_targets", run_soft_targets, repetitions=15)
+    command.add_argument("--ops", type=listed(("logits", "linear")), default="logits,linear")
+    command.add_argument("--heads", type=listed(cases.HEADS), default="small", help=", ".join(cases.HEADS) + " or all")
+    command.add_argument("--rows", type=int, help="default: 1024 from logits and 512 for linear; 4096 on a GPU")
+    command.add_argument("--dtypes", type=listed(cases.DTYPES), default="bf16,fp32")
+    command.add_argument("--no-memory", action="store_true")
 
-    one = benchmark("geffect", run_geffect, repetitions=9)
-    one.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
-    one.add_argument("--layers", type=int, help="cut the model to this depth")
-    one.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
-    one.add_argument("--batch", type=int, default=8, help="samples a batch")
-    one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
-    measured(one, geffect.PROVIDERS, ";", geffect.SWEEPS, 40.0)
+    command = benchmark("geffect", run_geffect, repetitions=9)
+    command.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
+    command.add_argument("--layers", type=int, help="cut the model to this depth")
+    command.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
+    command.add_argument("--batch", type=int, default=8, help="samples a batch")
+    command.add_argument("--tokens", type=int, default=72, help="tokens a sample")
+    measured(command, geffect.PROVIDERS, ";", geffect.SWEEPS, 40.0)
 
-    one = benchmark("grad_dot", run_grad_dot, repetitions=15)
-    one.add_argument("--model", choices=cases.MODELS, help="default: llama-2-7b on a GPU, else smollm2-135m")
-    one.add_argument("--pairs", default="bf16:bf16,bf16:fp32,fp32:fp32", help="dtypes of gradient:direction")
-    one.add_argument("--directions", type=integers, default="1,2")
+    command = benchmark("grad_dot", run_grad_dot, repetitions=15)
+    command.add_argument("--model", choices=cases.MODELS, help="default: llama-2-7b on a GPU, else smollm2-135m")
+    command.add_argument("--pairs", default="bf16:bf16,bf16:fp32,fp32:fp32", help="dtypes of gradient:direction")
+    command.add_argument("--directions", type=integers, default="1,2")
 
     benchmark("host", run_host, repetitions=40)
 
-    one = benchmark("overhead", run_overhead)
-    one.add_argument("--models", type=listed(cases.MODELS), default="tiny,smollm2-135m")
-    one.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
-    one.add_argument("--batch", type=int, default=4, help="samples a batch")
-    one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
-    one.add_argument("--steps", type=int, default=10, help="optimizer steps a run, a multiple of 10")
-    one.add_argument("--rounds", type=int, default=2, help="runs of each kind")
+    command = benchmark("overhead", run_overhead)
+    command.add_argument("--models", type=listed(cases.MODELS), default="tiny,smollm2-135m")
+    command.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
+    command.add_argument("--batch", type=int, default=4, help="samples a batch")
+    command.add_argument("--tokens", type=int, default=72, help="tokens a sample")
+    command.add_argument("--steps", type=int, default=10, help="optimizer steps a run, a multiple of 10")
+    command.add_argument("--rounds", type=int, default=2, help="runs of each kind")
 
-    one = benchmark("live", run_live, repetitions=15)
-    one.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
-    one.add_argument("--layers", type=int, help="cut the model to this depth")
-    one.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
-    one.add_argument("--objective", choices=("ga", "wga", "tnpo"), default="wga")
-    one.add_argument("--batch", type=int, default=4, help="samples a batch")
-    one.add_argument("--tokens", type=int, default=72, help="tokens a sample")
-    one.add_argument("--budget", type=float, default=60.0, help="seconds a way")
-    one.add_argument("--no-memory", action="store_true")
+    command = benchmark("live", run_live, repetitions=15)
+    command.add_argument("--model", choices=cases.MODELS, default="smollm2-135m")
+    command.add_argument("--layers", type=int, help="cut the model to this depth")
+    command.add_argument("--dtype", choices=geffect.TOLERANCE, default="fp32")
+    command.add_argument("--objective", choices=("ga", "wga", "tnpo"), default="wga")
+    command.add_argument("--batch", type=int, default=4, help="samples a batch")
+    command.add_argument("--tokens", type=int, default=72, help="tokens a sample")
+    command.add_argument("--budget", type=float, default=60.0, help="seconds a way")
+    command.add_argument("--no-memory", action="store_true")
 
-    one = benchmark("evaluate", run_evaluate)
-    one.add_argument("--model", required=True, help="folder of a model with its tokenizer, such as SmolLM2-135M's")
-    one.add_argument("--data", required=True, help="folder of TOFU's files")
-    one.add_argument("--open-unlearning", help="a checkout of open-unlearning, whose evaluator is measured too")
-    one.add_argument("--config", default="forget05_perturbed")
-    one.add_argument("--rows", type=int, default=0, help="the first so many; default: all")
-    one.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    one.add_argument("--rounds", type=int, default=3)
-    one.add_argument("--no-memory", action="store_true")
+    command = benchmark("evaluate", run_evaluate)
+    command.add_argument("--model", required=True, help="folder of a model with its tokenizer, such as SmolLM2-135M's")
+    command.add_argument("--data", required=True, help="folder of TOFU's files")
+    command.add_argument("--open-unlearning", help="a checkout of open-unlearning, whose evaluator is measured too")
+    command.add_argument("--config", default="forget05_perturbed")
+    command.add_argument("--rows", type=int, default=0, help="the first so many; default: all")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--no-memory", action="store_true")
 
     for name, main in (("tiles", run_tiles), ("counters", run_counters)):
-        one = benchmark(name, main)
-        one.add_argument("--head", choices=cases.HEADS, default="llama-3.1-8b")
-        one.add_argument("--rows", type=int, default=8192)
-        one.add_argument("--model", choices=cases.MODELS, default="llama-2-7b", help="whose tensors grad_dot is given")
-    one.add_argument("--one", help="call this op between the profiler's start and stop, and do nothing else")
+        command = benchmark(name, main)
+        command.add_argument("--head", choices=cases.HEADS, default="llama-3.1-8b")
+        command.add_argument("--rows", type=int, default=8192)
+        command.add_argument(
+            "--model", choices=cases.MODELS, default="llama-2-7b", help="whose tensors grad_dot is given"
+        )
+    command.add_argument("--one", help="call this op between the profiler's start and stop, and do nothing else")
     return top
 
 
@@ -186,8 +192,8 @@ def profile_loss(args: argparse.Namespace, case: cases.Case, name: str) -> list[
         print(f"{name}: {why or 'does not apply'}")
         return []
     trace = f"losses_{case.op}_{case.objective}_{case.mode}_{case.head}_{case.dtype}_{name}"
-    found = profiled(step, losses.RANGES, args, trace)
-    return [{**asdict(case), "shape": case.shape, "provider": name, **found}]
+    profile = profiled(step, losses.RANGES, args, trace)
+    return [{**asdict(case), "shape": case.shape, "provider": name, **profile}]
 
 
 def run_geffect(args: argparse.Namespace) -> None:
@@ -222,8 +228,8 @@ def profile_effects(args: argparse.Namespace, settings: Row) -> None:
             continue
         words = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_")
         step = partial(provider.run, model, forget, retain)
-        found = profiled(step, geffect.RANGES, args, f"geffect_{words}_{args.model}")
-        rows.append({**settings, "provider": name, **found})
+        profile = profiled(step, geffect.RANGES, args, f"geffect_{words}_{args.model}")
+        rows.append({**settings, "provider": name, **profile})
         write(args, runs=rows)
 
 

@@ -57,8 +57,8 @@ def measured(model: torch.nn.Module) -> dict[str, float]:
     data = {"forget": batches(1), "retain": batches(2)}
     held = sum((p.to_local() if hasattr(p, "to_local") else p).untyped_storage().nbytes() for p in model.parameters())
     top, effect = highest(lambda: gfast.g_effect(model, TNPO(beta=1.0), **data))
-    one = data["forget"][0]
-    plain, _ = highest(lambda: model(input_ids=one["input_ids"], labels=one["labels"]).loss.backward())
+    batch = data["forget"][0]
+    plain, _ = highest(lambda: model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward())
     rows = {"mb": held + top, "plain_mb": held + plain, "parameters_mb": held}
     return {name: size / 2**20 for name, size in rows.items()} | {"retain": effect.total("retain")}
 
@@ -74,8 +74,8 @@ def one(rank: int, processes: int, blocks: int, port: int, folder: str) -> None:
         for block in model.model.layers:
             fully_shard(block)
         fully_shard(model)
-    found = measured(model)
-    Path(folder, f"{processes}-{rank}.json").write_text(json.dumps(found))
+    measurement = measured(model)
+    Path(folder, f"{processes}-{rank}.json").write_text(json.dumps(measurement))
     if processes > 1:
         distributed.destroy_process_group()
 
@@ -89,8 +89,8 @@ def case(blocks: int, processes: int) -> dict[str, float]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         multiprocessing.spawn(one, args=(processes, blocks, port, folder), nprocs=processes)
-        found = [json.loads(Path(folder, f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
-    return max(found, key=lambda row: row["mb"])
+        measurements = [json.loads(Path(folder, f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
+    return max(measurements, key=lambda row: row["mb"])
 
 
 def main() -> None:
@@ -103,17 +103,20 @@ def main() -> None:
     for blocks in options.blocks:
         whole = case(blocks, 1)
         for processes in (1, *options.processes):
-            found = whole if processes == 1 else case(blocks, processes)
-            apart = abs(found["retain"] - whole["retain"]) / abs(whole["retain"])
+            measurement = whole if processes == 1 else case(blocks, processes)
+            apart = abs(measurement["retain"] - whole["retain"]) / abs(whole["retain"])
             assert apart < 1e-4, f"the effect differs by {apart:.1e}"
-            row = {"blocks": blocks, "processes": processes, **found}
-            row |= {"ratio": found["mb"] / whole["mb"], "plain_ratio": found["plain_mb"] / whole["plain_mb"]}
+            row = {"blocks": blocks, "processes": processes, **measurement}
+            row |= {
+                "ratio": measurement["mb"] / whole["mb"],
+                "plain_ratio": measurement["plain_mb"] / whole["plain_mb"],
+            }
             row |= {"law": LAW, "holds": row["ratio"] <= LAW} if processes == 2 else {}
             rows.append(row)
             says = f", law {LAW}: {'kept' if row['holds'] else 'broken'}" if "law" in row else ""
             print(
-                f"{blocks} blocks, {processes} processes: {found['mb']:.0f} MB in the largest, {row['ratio']:.3f} of "
-                f"one (a plain backward {row['plain_ratio']:.3f}){says}"
+                f"{blocks} blocks, {processes} processes: {measurement['mb']:.0f} MB in the largest, "
+                f"{row['ratio']:.3f} of one (a plain backward {row['plain_ratio']:.3f}){says}"
             )
     if options.json:
         Path(options.json).write_text(json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1))

@@ -88,8 +88,8 @@ def error(case: Case, name: str) -> tuple[float, float]:
     truth = plain(few, inputs, reference, name, torch.float64)()
     theirs = plain(few, inputs, reference, name, DTYPES[case.dtype])()
 
-    def worst(found: tuple[Tensor, ...]) -> float:
-        return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
+    def worst(values: tuple[Tensor, ...]) -> float:
+        return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(values, truth, strict=True))
 
     rounded = worst(tuple(t.to(DTYPES[case.dtype]) for t in truth))
     return worst(step(few, inputs, reference, name)()), 2 * max(worst(theirs), rounded) + torch.finfo(
@@ -101,14 +101,18 @@ def bench(args: argparse.Namespace, op: str, head: str, dtype: str) -> list[Row]
     rows = args.rows or (4096 if args.device == "cuda" else {"logits": 1024, "linear": 512}[op])
     case = case_of(op, head, rows, dtype, args.device)
     errors = {name: error(case, name) for name in (FLOOR, *KINDS)}
-    wrong = [f"{name}: error {found:.2e} exceeds {most:.2e}" for name, (found, most) in errors.items() if found > most]
+    wrong = [
+        f"{name}: error {measured:.2e} exceeds {most:.2e}"
+        for name, (measured, most) in errors.items()
+        if measured > most
+    ]
     if wrong:
         sys.exit(f"nothing was timed: {'; '.join(wrong)}")
     inputs, reference = inputs_of(case)
     steps = {name: step(case, inputs, reference, name) for name in errors}
     times = interleaved(steps, args.device, args.repetitions)
     peaks = {} if args.no_memory else {name: peak_mb(case, op, name, steps[name]) for name in steps}
-    found = []
+    measured = []
     for name in steps:
         row: Row = {"op": op, "provider": name, "head": head, "shape": case.shape, "dtype": dtype}
         row |= {"relative_error": errors[name][0], **times[name]}
@@ -120,8 +124,8 @@ def bench(args: argparse.Namespace, op: str, head: str, dtype: str) -> list[Row]
             if peaks.get(name) and peaks.get(FLOOR):
                 ratio = round(peaks[name] / peaks[FLOOR], 3)
                 row["of_memory"] = {"ratio": ratio, **verdict(ratio, MEMORY)}
-        found.append(row)
-    return found
+        measured.append(row)
+    return measured
 
 
 def peak_mb(case: Case, op: str, name: str, here: Step) -> float | None:
@@ -137,6 +141,6 @@ def measure(description: str) -> int | None:
     """Peak of a described case, in the fresh process."""
     *fields, name = json.loads(description)
     case = case_of(*fields)
-    one = step(case, *inputs_of(case), name)
-    one()
-    return peak_extra_bytes(one) if give_back() else None
+    call = step(case, *inputs_of(case), name)
+    call()
+    return peak_extra_bytes(call) if give_back() else None

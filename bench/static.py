@@ -43,19 +43,21 @@ class Loop(NamedTuple):
     instructions: list[str]
 
     def count(self, pattern: str) -> int:
-        return sum(bool(re.match(pattern, one)) for one in self.instructions)
+        return sum(bool(re.match(pattern, instruction)) for instruction in self.instructions)
 
     def loaded(self) -> int:
         """Bytes of global loads."""
         widths = {"128": 16, "64": 8, "U16": 2, "U8": 1}
-        parts = (one.split()[0].split(".") for one in self.instructions if one.startswith("LDG"))
+        parts = (
+            instruction.split()[0].split(".") for instruction in self.instructions if instruction.startswith("LDG")
+        )
         return sum(next((n for width, n in widths.items() if width in part), 4) for part in parts)
 
 
 def parse(sass: str) -> list[tuple[int, str, bool]]:
     """Address, instruction, whether it is predicated."""
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", sass, re.MULTILINE)
-    return [(int(address, 16), text, bool(predicate)) for address, predicate, text in found]
+    instructions = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", sass, re.MULTILINE)
+    return [(int(address, 16), text, bool(predicate)) for address, predicate, text in instructions]
 
 
 def loops(sass: str) -> list[Loop]:
@@ -66,15 +68,15 @@ def loops(sass: str) -> list[Loop]:
     jumps = [(at, int(m[1], 16), predicated) for at, text, predicated in code
              if (m := re.match(r"BRA\b.*?(0x[0-9a-f]+)", text))]  # fmt: skip
     spans = sorted({(to, at) for at, to, _ in jumps if to < at})
-    found = []
+    loops = []
     for first, last in spans:
         if any((a, b) != (first, last) and first <= a and b <= last for a, b in spans):
             continue
         over = [(at, to) for at, to, predicated in jumps if predicated and first <= at < to <= last]
         body = [text for at, text, _ in code if first <= at <= last and not any(a < at < b for a, b in over)]
         if any(text.startswith("LDG") for text in body):
-            found.append(Loop(body))
-    return found
+            loops.append(Loop(body))
+    return loops
 
 
 def facts(spec: Any, sass: str, report: Any) -> dict[str, Any]:
@@ -83,19 +85,19 @@ def facts(spec: Any, sass: str, report: Any) -> dict[str, Any]:
     known = {
         "registers": report.registers,
         "local_memory": report.spilled,
-        "local_in_loops": sum(one.count("LDL|STL") for one in hot),
-        "loads_128": all(one.count("LDG") == one.count(r"LDG\S*\.128") for one in hot),
-        "stores_128": all(one.count("STG") == one.count(r"STG\S*\.128") for one in hot),
+        "local_in_loops": sum(loop.count("LDL|STL") for loop in hot),
+        "loads_128": all(loop.count("LDG") == loop.count(r"LDG\S*\.128") for loop in hot),
+        "stores_128": all(loop.count("STG") == loop.count(r"STG\S*\.128") for loop in hot),
         "matrix": dict(Counter(m[0] for m in re.findall(r"\b((HGMMA|HMMA|IMMA|DMMA)\b)", sass))),
     }
     if name in ("row_dot", "label_factor", "stat_rows", "stat_rows_grad"):  # no one or two walks over rows
         return known
     dtype = next(word for word in words if word in aot.ITEMSIZE)
     itemsize, streams = aot.ITEMSIZE[dtype], STREAMS.get(name, 1)
-    elements = [one.loaded() / itemsize / streams for one in hot]  # of a thread and iteration
-    stored = any(one.count("STG") for one in hot)
-    slots = sum(len(one.instructions) / n for one, n in zip(hot, elements, strict=True))
-    special = sum(one.count("MUFU|FRND|F2I|I2F") / n for one, n in zip(hot, elements, strict=True))
+    elements = [loop.loaded() / itemsize / streams for loop in hot]  # of a thread and iteration
+    stored = any(loop.count("STG") for loop in hot)
+    slots = sum(len(loop.instructions) / n for loop, n in zip(hot, elements, strict=True))
+    special = sum(loop.count("MUFU|FRND|F2I|I2F") / n for loop, n in zip(hot, elements, strict=True))
     size = itemsize * (streams + stored)
     cycles = {"memory": size / COPY, "instructions": slots / ISSUE, "exponentials": special / SPECIAL}
     bound = max(cycles, key=cycles.get)
@@ -116,11 +118,11 @@ def survey(quick: bool) -> dict[str, dict[str, Any]]:
     chosen = list(aot.specs())
     if quick:
         chosen = aot.first_of_each(chosen)
-    found = {}
+    surveyed = {}
     for spec in chosen:
         compiled = aot.machine_code(spec, SM)
-        found[spec.label] = facts(spec, aot.disassembled(compiled.asm["cubin"]), aot.report(spec, SM, compiled))
-    return found
+        surveyed[spec.label] = facts(spec, aot.disassembled(compiled.asm["cubin"]), aot.report(spec, SM, compiled))
+    return surveyed
 
 
 def worse(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
@@ -144,12 +146,12 @@ def main(arguments: list[str]) -> int:
     if reason := aot.missing():
         print(f"nothing can be compiled: {reason}", file=sys.stderr)
         return 2
-    found = survey(options.quick)
-    for label, one in found.items():
-        print(f"{label:36}", *(f"{key} {value}" for key, value in one.items() if key != "dtype"), sep="  ")
+    surveyed = survey(options.quick)
+    for label, facts_of_kernel in surveyed.items():
+        print(f"{label:36}", *(f"{key} {value}" for key, value in facts_of_kernel.items() if key != "dtype"), sep="  ")
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     if options.record:
-        recorded[triton.__version__] = found
+        recorded[triton.__version__] = surveyed
         RECORDED.parent.mkdir(parents=True, exist_ok=True)
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
     if not options.check:
@@ -158,8 +160,12 @@ def main(arguments: list[str]) -> int:
     if known is None:
         print(f"Triton {triton.__version__} has no record; there are {', '.join(recorded)}", file=sys.stderr)
         return 2
-    bad = [f"{label}: {text}" for label, one in found.items() for text in worse(one, known[label])]
-    print("\n".join(bad) if bad else f"all {len(found)} as recorded or better, Triton {triton.__version__}")
+    bad = [
+        f"{label}: {text}"
+        for label, facts_of_kernel in surveyed.items()
+        for text in worse(facts_of_kernel, known[label])
+    ]
+    print("\n".join(bad) if bad else f"all {len(surveyed)} as recorded or better, Triton {triton.__version__}")
     return int(bool(bad))
 
 

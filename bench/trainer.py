@@ -159,16 +159,16 @@ def main() -> None:
 
     cases = []
     for method in args.methods:
-        found: dict[str, list[dict]] = {way: [] for way in WAYS}
+        by_way: dict[str, list[dict]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
-            for way, runs in found.items():
+            for way, runs in by_way.items():
                 command = [sys.executable, __file__, "--way", way, "--methods", method]
                 for name in ("vocab", "hidden", "layers", "batch", "tokens", "steps"):
                     command += [f"--{name}", str(getattr(args, name))]
                 own = os.environ | ({"GFAST_POOL_MIB": "0"} if way in ("lean", "joint") else {})
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
                 runs.append(json.loads(out.splitlines()[-1]))
-        cases.append(compared(method, found))
+        cases.append(compared(method, by_way))
         print(json.dumps(cases[-1]))
     settings = {
         name: getattr(args, name) for name in ("vocab", "hidden", "layers", "batch", "tokens", "steps", "repeats")
@@ -176,11 +176,11 @@ def main() -> None:
     write_json("trainer.json", {"environment": environment(), "settings": settings, "cases": cases})
 
 
-def compared(method: str, found: dict[str, list[dict]]) -> dict:
+def compared(method: str, by_way: dict[str, list[dict]]) -> dict:
     """Medians of all ways, the ratios of gfast's to the other, and how far apart the loss curves are."""
-    row: dict = {"method": method, "law": LAW, "floor_mb": round(found["gfast"][0]["floor_mb"], 1)}
+    row: dict = {"method": method, "law": LAW, "floor_mb": round(by_way["gfast"][0]["floor_mb"], 1)}
     for key in ("step_s", "memory_mb", "setup_s"):
-        values = {way: statistics.median(run[key] for run in runs) for way, runs in found.items()}
+        values = {way: statistics.median(run[key] for run in runs) for way, runs in by_way.items()}
         row |= {f"{way.replace('-', '_')}_{key}": round(value, 3) for way, value in values.items()}
         for way, name in (("gfast", ""), ("lean", "lean_"), ("joint", "joint_")):
             if key != "setup_s":
@@ -188,8 +188,8 @@ def compared(method: str, found: dict[str, list[dict]]) -> dict:
             if key == "memory_mb":
                 above = [values[each] - row["floor_mb"] for each in (way, "open-unlearning")]
                 row[f"{name}above_floor_ratio"] = round(above[0] / above[1], 3)
-    curves = [runs[0]["losses"] for runs in found.values()]
-    row["losses"] = dict(zip((way.replace("-", "_") for way in found), curves, strict=True))
+    curves = [runs[0]["losses"] for runs in by_way.values()]
+    row["losses"] = dict(zip((way.replace("-", "_") for way in by_way), curves, strict=True))
     if method == "NPO":
         pairs = [pair for curve in curves[1:] for pair in zip(curves[0], curve, strict=True)]
         apart = max(abs(a - b) / max(abs(a), abs(b)) for a, b in pairs)

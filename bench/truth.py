@@ -82,9 +82,9 @@ UNITS: dict[str, Callable[[nn.Module, Batch, Batch], object]] = {  # of floors
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """A copy of every parameter's gradient."""
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 class Truth:
@@ -146,18 +146,18 @@ class Truth:
         sums: dict[str, list[float]] = {}
         for name in left.keys() & right.keys():
             x, y = left[name].double().flatten(), right[name].double().flatten()
-            found = [float(x @ y), float(x @ x), float(y @ y)]
+            dots = [float(x @ y), float(x @ x), float(y @ y)]
             for key in (self.group[name], "total", *(["linear"] if name in self.linear else [])):
-                sums[key] = [a + b for a, b in zip(sums.get(key, [0.0, 0.0, 0.0]), found, strict=True)]
+                sums[key] = [a + b for a, b in zip(sums.get(key, [0.0, 0.0, 0.0]), dots, strict=True)]
         return {key: (sign * dot, math.sqrt(a * b)) for key, (dot, a, b) in sums.items()}
 
 
-def error(truth: Truth, found: Sides, kind: str, parameters: str = "all") -> float:
+def error(truth: Truth, sides: Sides, kind: str, parameters: str = "all") -> float:
     """Largest error of an entry relative to the product of the norms; infinite for a result of another shape."""
     worst = 0.0
     for side in ("unlearn", "retain"):
         table = truth.table(kind, side)
-        for group, values in found[side].items():
+        for group, values in sides[side].items():
             entries = values.double().cpu().reshape(-1)
             entries = entries[: len(table)] if kind == "token" else entries
             if entries.numel() != len(table):
@@ -167,16 +167,16 @@ def error(truth: Truth, found: Sides, kind: str, parameters: str = "all") -> flo
                 dot, scale = exact.get(key, (0.0, 0.0))
                 gap = abs(value - dot) / scale if scale else abs(value)
                 worst = max(worst, gap if math.isfinite(gap) else math.inf)
-    if set(found["unlearn"]) not in ({"total"}, set(truth.group.values())):
+    if set(sides["unlearn"]) not in ({"total"}, set(truth.group.values())):
         return math.inf
     return worst
 
 
-def off_by(truth: Truth, found: Sides, kind: str) -> float:
+def off_by(truth: Truth, sides: Sides, kind: str) -> float:
     """Larger error of the two sides' totals relative to the exact totals themselves."""
     gaps = []
     for side in ("unlearn", "retain"):
         exact, _ = truth.table(kind, side)[0]["total"]
-        gap = abs(float(found[side]["total"]) - exact)
+        gap = abs(float(sides[side]["total"]) - exact)
         gaps.append(gap / abs(exact) if exact else gap)
     return max(gaps)

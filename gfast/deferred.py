@@ -390,8 +390,8 @@ def deferred(
 def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
     """Why calls of a head are left as they are; None where they can be deferred."""
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        found = "no module that the model names" if linear is None else f"a {type(linear).__name__}"
-        return f"the head is {found}, not a plain nn.Linear"
+        head = "no module that the model names" if linear is None else f"a {type(linear).__name__}"
+        return f"the head is {head}, not a plain nn.Linear"
     if torch.compiler.is_compiling() or not wrappers.runs_as_written(model, linear):
         return "the head runs inside compiled code or in a replica of the model"
     if sharded.is_zero3(linear) and (_autocasts() or sharded.foreign_hooks(linear)):

@@ -31,9 +31,9 @@ def positions_of(model: nn.Module) -> int | None:
     if not isinstance(known, int):
         return None
     tokens = model.get_input_embeddings()
-    tables = [one.weight for one in model.modules() if isinstance(one, nn.Embedding) and one is not tokens]
-    sizes = [getattr(one, "ds_shape", one.shape)[0] for one in tables]  # ZeRO-3 holds the shape of the whole
-    sizes += [len(one) for name, one in model.named_buffers() if name.rpartition(".")[2] in _POSITION_BUFFERS]
+    tables = [table.weight for table in model.modules() if isinstance(table, nn.Embedding) and table is not tokens]
+    sizes = [getattr(table, "ds_shape", table.shape)[0] for table in tables]  # ZeRO-3 holds the shape of the whole
+    sizes += [len(table) for name, table in model.named_buffers() if name.rpartition(".")[2] in _POSITION_BUFFERS]
     # some have a row or two in front, for padding
     return known if any(0 <= size - known <= 2 for size in sizes) else None
 

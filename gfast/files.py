@@ -111,8 +111,8 @@ def _sync_folder(folder: Path) -> None:
 
 def errno_of(error: Exception) -> int:
     """The system's number of an error; libraries that raise errors of their own have it in the text, if at all."""
-    found = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
-    return getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
+    match = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    return getattr(error, "errno", None) or (int(match[1]) if match else errno.EIO)
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
@@ -130,11 +130,11 @@ def remove_partial_files(folders: Iterable[Path]) -> None:
 
 
 def _being_written(path: Path) -> bool:
-    found = _PARTIAL.fullmatch(path.name)
-    if found is None or found["host"] != socket.gethostname():
+    match = _PARTIAL.fullmatch(path.name)
+    if match is None or match["host"] != socket.gethostname():
         # A process that cannot be asked from here: of another machine, or of an earlier gfast.
         return time.time() - path.stat().st_mtime < 3600
-    return is_alive(int(found["pid"]))
+    return is_alive(int(match["pid"]))
 
 
 def is_alive(pid: int) -> bool:

@@ -68,10 +68,10 @@ def own_hidden(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     hidden = module.hidden({key: value for key, value in batch.items() if key not in OWN_KEYS})
     expected = batch["labels"].shape
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != expected:
-        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(
             f"gfast: {type(module).__name__}.hidden(batch) must give hidden states [B, T, D] of the labels' "
-            f"{tuple(expected)}, one for each token; it gave {found}"
+            f"{tuple(expected)}, one for each token; it gave {got}"
         )
     return hidden
 
@@ -148,7 +148,7 @@ def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
         changed = torch.where(places == last, torch.where(tokens > 0, tokens - 1, 1), tokens)
     else:
         changed = torch.where((places == last)[..., None], -tokens, tokens)
-    before, after = _seen(model, [{**batch, key: one} for one in (tokens, changed)])
+    before, after = _seen(model, [{**batch, key: ids} for ids in (tokens, changed)])
     return _differ(before[scoring], after[scoring])
 
 
@@ -241,22 +241,24 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         _looked_at_without_gradients.add(unwrap(model))
         log_materialised(model, WITHOUT_GRADIENTS)
         return answer(model, batch, False, own_terms)
-    found = logits_of(out)
-    if left_out and not (len(left_out) == 1 and left_out[0].same_as(found)):
+    logits = logits_of(out)
+    if left_out and not (len(left_out) == 1 and left_out[0].same_as(logits)):
         # a cross-entropy of other logits (an early exit, tokens further on) is a term beside that of these
         _several_cross_entropies.add(unwrap(model))
         log_materialised(model, "its own loss has other logits too")
         return answer(model, batch, False, own_terms)
-    kept = isinstance(found, DeferredLogits) and found.head() is not None
+    kept = isinstance(logits, DeferredLogits) and logits.head() is not None
     if defer and not kept and not torch.compiler.is_compiling():
         log_materialised(model, why[-1] if why else "what the model does to them is no scale or soft cap")
-    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != shape_of(batch):
-        what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"that are a {type(found).__name__}"
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape_of(batch):
+        what = (
+            f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"that are a {type(logits).__name__}"
+        )
         raise ValueError(
             f"gfast: {type(unwrap(model)).__name__} answered a batch of {tuple(shape_of(batch))} tokens with logits "
             f"{what}: they must be [B, T, V], one row a token"
         )
-    if found.is_meta:
+    if logits.is_meta:
         raise ValueError(no_values(model))
     if not own_terms:
         if torch.is_grad_enabled():
@@ -268,10 +270,10 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
             adapters = peft_models.own_loss_of_adapters(model)
             if terms or adapters:
                 _log_own_terms(type(unwrap(model)).__name__, ", ".join([*terms, *([adapters] if adapters else [])]))
-        return Answer(found, None)
+        return Answer(logits, None)
     loss = out[0] if isinstance(out, tuple) else out["loss"]
     if not left_out:  # the model computed the cross-entropy with the others
-        place = without.place_of(found.real() if isinstance(found, DeferredLogits) else found)
+        place = without.place_of(logits.real() if isinstance(logits, DeferredLogits) else logits)
         if place is None:
             raise ValueError(
                 f"gfast: own_terms: the own loss of {type(inner).__name__} has no torch.nn.functional.cross_entropy of "
@@ -281,7 +283,7 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         if place != without.which:  # that of an early exit, which the model computes first, was taken out
             _place_of_cross_entropy[inner] = place
             return answer(model, batch, defer, own_terms)
-    return Answer(found, loss)
+    return Answer(logits, loss)
 
 
 # Which of those in its own loss is that of its logits, where it is not the first.
@@ -367,10 +369,10 @@ def _seen(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor
     """Of each batch what the head reads, or logits, in evaluation mode."""
     try:
         with torch.no_grad(), evaluating(model):
-            found = [answer(model, batch).logits for batch in batches]
+            answers = [answer(model, batch).logits for batch in batches]
     finally:
         sharded.reshard(model)
-    return [x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x for x in found]
+    return [x.hidden if isinstance(x, DeferredLogits) and x.computed is None else x for x in answers]
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -56,8 +56,8 @@ def layer_hidden(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tens
 def _groups_beside_blocks(model: nn.Module) -> list[nn.Module]:
     """What FSDP2 gathers together, but for blocks and embeddings."""
     blocks = {id(module) for block in structure.blocks(unwrap(model)) for module in block.modules()}
-    found = [module for module in model.modules() if sharded.is_fsdp2(module) and id(module) not in blocks]
-    return [module for module in found if not isinstance(module, nn.Embedding)]
+    modules = [module for module in model.modules() if sharded.is_fsdp2(module) and id(module) not in blocks]
+    return [module for module in modules if not isinstance(module, nn.Embedding)]
 
 
 # Of each model and layer: is the hidden state what stands at that place between the blocks, with those hooks on them?
@@ -68,7 +68,7 @@ _states_by_place = weakref.WeakKeyDictionary()
 def _hooks(model: nn.Module) -> tuple[int, ...]:
     """By which another look is due: blocks, and hooks that may change what is between them (steering) or comes out."""
     places = (hf.decoder(model), *structure.blocks(unwrap(model)))
-    return tuple(one for place in places for one in (id(place), *place._forward_pre_hooks, *place._forward_hooks))
+    return tuple(key for place in places for key in (id(place), *place._forward_pre_hooks, *place._forward_hooks))
 
 
 def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -77,9 +77,12 @@ def _all_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, ...
         return getattr(out, "hidden_states", None) or ()
 
 
-def _same(found: Tensor | None, states: tuple[Tensor, ...]) -> bool:
+def _same(hidden: Tensor | None, states: tuple[Tensor, ...]) -> bool:
     return (
-        found is not None and len(states) == 1 and found.shape == states[0].shape and torch.allclose(found, states[0])
+        hidden is not None
+        and len(states) == 1
+        and hidden.shape == states[0].shape
+        and torch.allclose(hidden, states[0])
     )
 
 

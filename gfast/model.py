@@ -155,8 +155,8 @@ def _with_form(model: nn.Module, batch: Mapping[str, Any], output: ModelOutput) 
     if plain is model:
         return batch
     with torch.no_grad(), evaluating(plain):
-        found = model_output(plain, batch)
-    return batch if found.head is None else {**batch, "ref_head_form": form_of(found)}
+        answer = model_output(plain, batch)
+    return batch if answer.head is None else {**batch, "ref_head_form": form_of(answer)}
 
 
 def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction: str | None = None) -> bool:

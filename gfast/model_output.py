@@ -53,9 +53,9 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
     if labels is None:
         raise ValueError(f"gfast: the batch has no 'labels' (its keys are {sorted(batch)}).")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
-        found = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        got = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise ValueError(
-            f"gfast: labels must be a tensor [B, T], a row a text, and they are {found}: batches are what a collator "
+            f"gfast: labels must be a tensor [B, T], a row a text, and they are {got}: batches are what a collator "
             f"makes of items"
         )
     tokens = "inputs_embeds" if batch.get("input_ids") is None else "input_ids"

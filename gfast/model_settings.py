@@ -27,15 +27,15 @@ def settings_of(model: nn.Module, adapters: bool | str = True) -> dict[str, Any]
     """
     inner = next((module for module in model.modules() if hasattr(type(module), "base_model_prefix")), None)
     config = getattr(inner, "config", None)
-    found = dict(_flat(config.to_dict())) if hasattr(config, "to_dict") else {}
+    settings = dict(_flat(config.to_dict())) if hasattr(config, "to_dict") else {}
     scales: dict[str, set[float]] = {}
     for module in model.modules() if adapters else ():
         scaling = getattr(module, "scaling", None)
         for name, scale in scaling.items() if isinstance(scaling, Mapping) and wrappers.is_peft(module) else ():
             if isinstance(scale, (int, float)) and adapters in (True, name):
                 scales.setdefault(name, set()).add(float(scale))
-    found |= {f"the scaling of adapter {name}": sorted(values) for name, values in scales.items()}
-    return json.loads(json.dumps(found, default=str))
+    settings |= {f"the scaling of adapter {name}": sorted(values) for name, values in scales.items()}
+    return json.loads(json.dumps(settings, default=str))
 
 
 def difference(there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str | None:

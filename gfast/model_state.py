@@ -141,7 +141,7 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
     )
-    return any(getattr(one, "keywords", {}).get("use_reentrant", False) for one in functions)
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 def _checkpoints_without_dropout(module: nn.Module) -> bool:
@@ -154,5 +154,5 @@ def _checkpoints_without_dropout(module: nn.Module) -> bool:
     places, code = [vars(module)], getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "training" in code.co_names:
         places.append(vars(getattr(module, "config", module)))
-    found = (value for place in places for key, value in place.items() if "drop" in key)
-    return not any(isinstance(value, float) and value > 0 for value in found)
+    rates = (value for place in places for key, value in place.items() if "drop" in key)
+    return not any(isinstance(value, float) and value > 0 for value in rates)

@@ -43,11 +43,13 @@ def is_base_original(model: nn.Module) -> bool:
     """Whether it is known that the base is the original, whatever the adapters that are active have become."""
     active = peft_models.active_configs(model)
     known = _base_is_original.get(wrappers.measured(model), ())
-    return any(one.keys() == active.keys() and all(one[name] is active[name] for name in one) for one in known)
+    return any(
+        weights.keys() == active.keys() and all(weights[name] is active[name] for name in weights) for weights in known
+    )
 
 
 def _forget_original(inner: nn.Module, _: Any) -> None:
-    for model in [one for one in _base_is_original if peft_models.base_module(one) is inner]:
+    for model in [known for known in _base_is_original if peft_models.base_module(known) is inner]:
         del _base_is_original[model]
 
 

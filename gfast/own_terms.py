@@ -37,18 +37,18 @@ class WithoutCrossEntropy(TorchFunctionMode):
             return func(*args, **kwargs)
         given = _ARGUMENTS.bind(*args, **kwargs)
         given.apply_defaults()
-        one = given.arguments
-        if not self._of_labels(one["target"], one["ignore_index"]):
+        values = given.arguments
+        if not self._of_labels(values["target"], values["ignore_index"]):
             args, kwargs = real_arguments(args, kwargs)
             return func(*args, **kwargs)
         value = func(*args, **kwargs)
-        if isinstance(one["input"], DeferredLogits) and one["input"].computed is None:
+        if isinstance(values["input"], DeferredLogits) and values["input"].computed is None:
             return value  # left out already
         plain = value
-        if one["weight"] is not None or one["label_smoothing"]:
-            options = {name: one[name] for name in ("ignore_index", "reduction")}
-            plain = func(one["input"], one["target"], **options)
-        mean = plain.detach() if one["reduction"] == "mean" else plain.detach().sum() / max(len(self.labels), 1)
+        if values["weight"] is not None or values["label_smoothing"]:
+            options = {name: values[name] for name in ("ignore_index", "reduction")}
+            plain = func(values["input"], values["target"], **options)
+        mean = plain.detach() if values["reduction"] == "mean" else plain.detach().sum() / max(len(self.labels), 1)
         self.means.append(mean)
         if len(self.means) - 1 != self.which:
             return value
@@ -69,7 +69,7 @@ class WithoutCrossEntropy(TorchFunctionMode):
             rows = rows.float() if rows.dtype.itemsize < 4 else rows
             mean = F.cross_entropy(rows, self.rows)
         rounding = 2e-2 if logits.dtype.itemsize < 4 else 1e-4
-        near = [bool((one - mean).abs() <= rounding * max(1.0, float(mean.abs()))) for one in self.means]
+        near = [bool((value - mean).abs() <= rounding * max(1.0, float(mean.abs()))) for value in self.means]
         if True not in near:
             return None
         return self.which if self.which < len(near) and near[self.which] else near.index(True)

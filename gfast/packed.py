@@ -61,10 +61,10 @@ def _numbers(batch: Mapping[str, Any]) -> Tensor | None:
 def _numbered(ids: Tensor, labels: Tensor) -> Tensor:
     """Given numbers of texts [B, T] as 0, 1, ... in their order."""
     if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.is_floating_point() or ids.dtype == torch.bool:
-        found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        got = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(
             f"gfast: sequence_id must be integers of the shape of labels {tuple(labels.shape)}, the number of each "
-            f"token's text; it is {found}"
+            f"token's text; it is {got}"
         )
     ids = torch.unique(ids.to(labels.device), return_inverse=True)[1]
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
@@ -91,8 +91,8 @@ def _begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         begins[bounds.reshape(-1).long().clamp(0, shape.numel())] = True
         return begins[:-1].view(shape)
     ways = _by_positions(positions, shape), _by_mask(batch.get("attention_mask"), shape)
-    found = [begins for begins in ways if begins is not None]
-    return torch.stack(found).any(0) if found else None
+    known = [begins for begins in ways if begins is not None]
+    return torch.stack(known).any(0) if known else None
 
 
 def _by_positions(positions: Any, shape: torch.Size) -> Tensor | None:
@@ -221,8 +221,8 @@ def count(objective: Any, batch: Mapping[str, Any], start: int = 1) -> int:
     """
     labels = batch["labels"]
     if "preferred" in getattr(objective, "needs", ()) and (pairs := pair_numbers(batch)) is not None:
-        ids, found = pairs
-        each = labels.new_full((found, 1), IGNORE_INDEX)  # a row a text, in the order of pairs
+        ids, texts = pairs
+        each = labels.new_full((texts, 1), IGNORE_INDEX)  # a row a text, in the order of pairs
         each[ids[:, 1:][labels[:, 1:] != IGNORE_INDEX]] = 0
         return objective.count(each)
     ids = sequence_ids(batch) if objective.default_reduction == "sequence_mean" else None
@@ -252,13 +252,13 @@ def pair_numbers(batch: Mapping[str, Any]) -> tuple[Tensor, int] | None:
     if not bool(several.any()) and bool(here.any(1).all()):
         return None
     rank = present.long().cumsum(0) - 1
-    found = int(rank[-1]) + 1
-    if found % 2:
+    texts = int(rank[-1]) + 1
+    if texts % 2:
         raise ValueError(
             f"gfast: DPO needs pairs: an even number of texts, the forget answers and then the preferred ones in the "
-            f"same order; the packed rows hold {found}"
+            f"same order; the packed rows hold {texts}"
         )
-    return rank.clamp(min=0)[ids], found
+    return rank.clamp(min=0)[ids], texts
 
 
 def first_of_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +279,8 @@ def pair_ids(batch: Mapping[str, Any], size: int) -> Tensor | None:
     pairs = pair_numbers(batch)
     if pairs is None:
         return None
-    ids, found = pairs
-    return torch.nn.functional.pad(torch.where(ids >= found // 2, ids - found // 2 + size // 2, ids)[:, 1:], (0, 1))
+    ids, texts = pairs
+    return torch.nn.functional.pad(torch.where(ids >= texts // 2, ids - texts // 2 + size // 2, ids)[:, 1:], (0, 1))
 
 
 def _worded(batch: Mapping[str, Any], ids: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def round_at_zero(model: nn.Module) -> bool:
     peft = _peft_of(model)
     configs = {} if peft is None else peft.peft_config
     exact = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "LN_TUNING")
-    kinds = [str(getattr(one, "peft_type", "")).rpartition(".")[2] for one in configs.values()]
+    kinds = [str(getattr(config, "peft_type", "")).rpartition(".")[2] for config in configs.values()]
     rounds = any(getattr(c, "use_dora", False) or _start(c) == "orthogonal" for c in configs.values())
     return rounds or any(kind not in exact for kind in kinds)
 
@@ -79,13 +79,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         return
     # PEFT sets requires_grad of all adapters on the way back, and switches on those that were off before
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-    off = [one for one in peft.modules() if is_peft(one) and getattr(one, "disable_adapters", None) is True]
+    off = [layer for layer in peft.modules() if is_peft(layer) and getattr(layer, "disable_adapters", None) is True]
     try:
         with peft.disable_adapter():
             yield
     finally:
-        for one in off:
-            one.enable_adapters(False)
+        for layer in off:
+            layer.enable_adapters(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -22,8 +22,8 @@ def change_each_other(model: nn.Module, lengths: Sequence[int]) -> int | None:
     All beyond an original length have one embedding; a dynamic one is made for the longest.
     """
     shortest, longest = min(lengths), max(lengths)
-    found = (limit for original, limit in _limits(model) if shortest <= (limit if original else longest - 1))
-    return next((limit for limit in found if limit < longest), None)
+    limits = (limit for original, limit in _limits(model) if shortest <= (limit if original else longest - 1))
+    return next((limit for limit in limits if limit < longest), None)
 
 
 def _limits(model: nn.Module) -> list[tuple[bool, int]]:
@@ -32,13 +32,13 @@ def _limits(model: nn.Module) -> list[tuple[bool, int]]:
     if not hasattr(config, "to_dict"):
         return []
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found, limits = [config.to_dict()], []
-    while found:  # by any name, in the configuration of any part, maybe by kind of layer
-        one = found.pop()
-        kinds = {one.get("rope_type"), one.get("type")}
+    parts, limits = [config.to_dict()], []
+    while parts:  # by any name, in the configuration of any part, maybe by kind of layer
+        part = parts.pop()
+        kinds = {part.get("rope_type"), part.get("type")}
         for original, known in ((True, _BY_ORIGINAL), (False, _BY_LIMIT)):
             if kinds & known:
                 key = f"{'original_' if original else ''}max_position_embeddings"
-                limits.append((original, one.get(key) or getattr(text, key, None) or 0))
-        found += [value for value in one.values() if isinstance(value, Mapping)]
+                limits.append((original, part.get(key) or getattr(text, key, None) or 0))
+        parts += [value for value in part.values() if isinstance(value, Mapping)]
     return limits

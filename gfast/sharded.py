@@ -179,7 +179,7 @@ def check_shards(model: nn.Module, engine: str) -> int:
         )
     groups = [module for module in model.modules() if is_fsdp2(module)]
     reshard(model)
-    found, plain, copies = None, None, 0
+    sharded, plain, copies = None, None, 0
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ValueError(
@@ -187,7 +187,7 @@ def check_shards(model: nn.Module, engine: str) -> int:
                 f"the model with FSDP2 (fully_shard), or {instead}"
             )
         if hasattr(parameter, "device_mesh"):
-            found = found or name
+            sharded = sharded or name
             mesh, ways = parameter.device_mesh, parameter.placements
             cut = [size for size, way in zip(mesh.shape, ways, strict=True) if way.is_shard()]
             known = len(cut) == 1 and all(way.is_shard() or way.is_replicate() for way in ways)
@@ -201,24 +201,24 @@ def check_shards(model: nn.Module, engine: str) -> int:
             copies = held
         elif parameter.requires_grad:
             plain = plain or name
-    if found is None:
+    if sharded is None:
         return 0
     if engine not in ("auto", "stream"):
         raise ValueError(
-            f"gfast: the {engine} engine reads whole weights and directions, and FSDP2 shards {found!r} over the "
+            f"gfast: the {engine} engine reads whole weights and directions, and FSDP2 shards {sharded!r} over the "
             f"processes: use engine='stream', which dots shards, or {instead}"
         )
     if plain is not None:
         raise ValueError(
-            f"gfast: FSDP2 shards {found!r} but not the trainable parameter {plain!r}, whose gradient it does not sum "
-            f"over the processes: freeze that with requires_grad_(False), or shard it too"
+            f"gfast: FSDP2 shards {sharded!r} but not the trainable parameter {plain!r}, whose gradient it does not "
+            f"sum over the processes: freeze that with requires_grad_(False), or shard it too"
         )
     for group in groups:
         state = group._get_fsdp_state()
         some = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for one in filter(None, some):
-            whole = one.reduce_grads and one.all_reduce_grads
-            if not whole or one.gradient_divide_factor is not None:
+        for shard in filter(None, some):
+            whole = shard.reduce_grads and shard.all_reduce_grads
+            if not whole or shard.gradient_divide_factor is not None:
                 raise ValueError(
                     f"gfast: the {engine} engine needs FSDP2 to give the mean of the processes' gradients, and this "
                     f"model was told otherwise: set_requires_gradient_sync(True), and no set_gradient_divide_factor"

@@ -46,8 +46,8 @@ def owners(model: nn.Module) -> dict[int, list[str | int]]:
             places.append(place)
 
     where = _parts(model)[1]
-    found = model.get_submodule(where)
-    named = [("embed", model.get_input_embeddings()), *enumerate(found), ("lm", model.get_output_embeddings())]
+    blocks = model.get_submodule(where)
+    named = [("embed", model.get_input_embeddings()), *enumerate(blocks), ("lm", model.get_output_embeddings())]
     for place, module in named:
         for parameter in module.parameters() if module is not None else ():
             claim(parameter, place)
@@ -62,7 +62,7 @@ def owners(model: nn.Module) -> dict[int, list[str | int]]:
             if side == "after" and isinstance(part, nn.Module) and _stacks(part):
                 continue  # a second stack of blocks is no final norm
             for parameter in rest if side else ():
-                claim(parameter, "embed" if side == "before" else len(found))
+                claim(parameter, "embed" if side == "before" else len(blocks))
     return owners
 
 
@@ -93,20 +93,20 @@ def _stacks(module: nn.Module) -> dict[str, int]:
     Lists inside other lists are parts of blocks, and a list inside a model with a configuration of its own (a vision
     tower) is that model's.
     """
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
 
     def look(module: nn.Module, name: str) -> None:
         for key, child in module.named_children():
             inside = f"{name}.{key}" if name else key
             if isinstance(child, nn.ModuleList):
                 if any(_is_composite(item) for item in child):
-                    found[inside] = len(child)
+                    lengths[inside] = len(child)
             elif own is None or type(getattr(child, "config", own)) is type(own):
                 look(child, inside)
 
     own = getattr(module, "config", None)
     look(module, "")
-    return found
+    return lengths
 
 
 def _is_composite(module: nn.Module) -> bool:
@@ -130,12 +130,12 @@ def _side(cls: type, name: str, towards: str) -> str | None:
     reads = _reads(cls)
     ways = [(at, read.runs) for at, read in enumerate(reads) if read.name == towards]
     runs = [at for at, run in ways if run] or [at for at, _ in ways]  # len(self.layers) is no run
-    found = [(at, read.loops) for at, read in enumerate(reads) if read.name == name]
-    if not runs or not found or any(towards in loops for _, loops in found):
+    uses = [(at, read.loops) for at, read in enumerate(reads) if read.name == name]
+    if not runs or not uses or any(towards in loops for _, loops in uses):
         return None
-    if all(at < min(runs) for at, _ in found):
+    if all(at < min(runs) for at, _ in uses):
         return "before"
-    return "after" if all(at > max(runs) for at, _ in found) else None
+    return "after" if all(at > max(runs) for at, _ in uses) else None
 
 
 class _Read(NamedTuple):

@@ -172,12 +172,12 @@ class _Call(nn.Module):
 
 def accepted_by_wrappers(model: nn.Module) -> frozenset[str]:
     """Inputs that wrappers around the Hugging Face model take for themselves, such as PEFT's adapter_names."""
-    found: set[str] = set()
+    names: set[str] = set()
     for module in model.modules():
-        found |= set(getattr(module, "special_peft_forward_args", ()))
+        names |= set(getattr(module, "special_peft_forward_args", ()))
         if hasattr(type(module), "base_model_prefix"):
             break
-    return frozenset(found)
+    return frozenset(names)
 
 
 def runs_as_written(model: nn.Module, module: nn.Module) -> bool:
@@ -202,7 +202,7 @@ def backward_hooks(module: nn.Module) -> bool:
 
 def watches_backward(model: nn.Module, head: nn.Module) -> bool:
     """Whether a backward hook belongs to the head or to what is put around it (a copy that PEFT keeps, the model)."""
-    return any(backward_hooks(one) and any(part is head for part in one.modules()) for one in model.modules())
+    return any(backward_hooks(module) and any(part is head for part in module.modules()) for module in model.modules())
 
 
 def stops_safely(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
@@ -266,8 +266,8 @@ def refuse_offloaded(model: nn.Module, needs: str = _ALL_HERE) -> None:
     """ValueError for parameters, frozen ones too, whose values are not here while the model is not running."""
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "offload", False):
+        for inner in getattr(hook, "hooks", (hook,)):
+            if getattr(inner, "offload", False):
                 name = next((n for n, _ in module.named_parameters()), None)
                 if name is not None:
                     _refuse_absent(f"{path}.{name}" if path else name, "offloaded by Accelerate (device_map)", needs)

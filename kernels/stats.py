@@ -109,18 +109,18 @@ def stat_rows_kernel(logits, row_stride, labels, stats, values, ids, N, V, top: 
                 at = which * block + columns(R, K)
                 z = load_block(row, which * block, V, True, scale, softcap, R, K)
                 wanted = (at < V) & (z == best) & is_later(z, at, value, column)
-                found = tl.min(tl.min(tl.where(wanted, at, V), 1), 0)
-                if found >= V:  # masked entries are left: they do not tell blocks apart
+                place = tl.min(tl.min(tl.where(wanted, at, V), 1), 0)
+                if place >= V:  # masked entries are left: they do not tell blocks apart
                     for start in range(0, V, block):
                         at = start + columns(R, K)
                         z = load_block(row, start, V, True, scale, softcap, R, K)
                         wanted = (at < V) & (z == best) & is_later(z, at, value, column)
-                        found = tl.minimum(found, tl.min(tl.min(tl.where(wanted, at, V), 1), 0))
-                    which = found // block
+                        place = tl.minimum(place, tl.min(tl.min(tl.where(wanted, at, V), 1), 0))
+                    which = place // block
                     at = which * block + columns(R, K)
                     z = load_block(row, which * block, V, True, scale, softcap, R, K)
                 value = best
-                column = tl.minimum(found, V - 1)  # all of a row with a NaN may have come out
+                column = tl.minimum(place, V - 1)  # all of a row with a NaN may have come out
                 left = tl.where((at < V) & is_later(z, at, value, column), z, float("-inf"))
                 tops = tl.where(numbers == which, tl.max(tl.max(left, 1), 0), tops)
                 if k == 0:

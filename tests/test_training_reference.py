@@ -275,7 +275,9 @@ def test_texts_that_stretch_each_others_rotary_embeddings_have_no_reference(kind
         ids = [torch.arange(length) % 40 + 2 for length in lengths]
         return [{"input_ids": one, "labels": one, "sample_id": number} for number, one in enumerate(ids)]
 
-    with pytest.raises(ValueError, match="8 to 30 tokens a text, and beyond 20 the longest .*Give max_length=20, or .* of at least 30"):
+    with pytest.raises(
+        ValueError, match="8 to 30 tokens a text, and beyond 20 the longest .*Give max_length=20, or .* of at least 30"
+    ):
         ReferenceCache.build(model, texts(8, 30), Collator(0))
     for data, multiple in ((texts(8, 20), 1), (texts(30, 30), 1), (texts(8, 30), 30)):
         padded = dict(pad_to_multiple_of=multiple)

@@ -26,8 +26,8 @@ OBJECTIVES = pytest.mark.parametrize(
 )
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-4 if dtype == torch.float32 else 3e-2, atol=1e-4)
+def close(value: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(value.float(), wanted.float(), rtol=1e-4 if dtype == torch.float32 else 3e-2, atol=1e-4)
 
 
 def waited(step):
@@ -81,8 +81,8 @@ def test_logp(benchmark, data, dtype, op):
     benchmark.group = "log-probs"
     leaves, labels = leaves_of(op, data, dtype), data[2]
     with torch.no_grad():
-        found = benchmark(waited(lambda: getattr(gfast, op)(*leaves, labels)))
-    close(found, plain_logp(wide_logits(leaves)[1].detach(), labels), dtype)
+        values = benchmark(waited(lambda: getattr(gfast, op)(*leaves, labels)))
+    close(values, plain_logp(wide_logits(leaves)[1].detach(), labels), dtype)
 
 
 @DTYPES
@@ -90,10 +90,10 @@ def test_logp(benchmark, data, dtype, op):
 def test_logp_gradients(benchmark, data, dtype, op):
     benchmark.group = "log-probs, forward and backward"
     leaves, labels = leaves_of(op, data, dtype), data[2]
-    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, labels).sum(), *leaves)))
+    values = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, labels).sum(), *leaves)))
     wide, logits = wide_logits(leaves)
     wanted = torch.autograd.grad(plain_logp(logits, labels).sum(), wide)
-    for one, exact in zip(found[1:], wanted, strict=True):
+    for one, exact in zip(values[1:], wanted, strict=True):
         assert (one.double() - exact).norm() <= (1e-5 if dtype == torch.float32 else 3e-2) * exact.norm()
 
 
@@ -124,10 +124,10 @@ def test_kl(benchmark, data, dtype, op):
     leaves, labels = leaves_of(op, data, dtype), data[2]
     ref = leaves_of(op, (data[0], data[1].flip(1).contiguous()), dtype)
     ref = [t.detach() for t in ref]
-    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels), *leaves)))
+    values = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels), *leaves)))
     mine, other = (wide_logits(tensors)[1].detach().log_softmax(-1) for tensors in (leaves, ref))
     each = F.kl_div(mine, other, log_target=True, reduction="none").sum(-1)
-    close(found[0], each[labels != -100].mean(), dtype)
+    close(values[0], each[labels != -100].mean(), dtype)
 
 
 @DTYPES
@@ -137,12 +137,12 @@ def test_soft_targets(benchmark, data, dtype, op):
     benchmark.group = "soft targets, forward and backward"
     leaves, labels = leaves_of(op, data, dtype), data[2]
     ref = [t.detach() for t in leaves_of(op, (data[0], data[1].flip(1).contiguous()), dtype)]
-    found = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels, beta=10.0), *leaves)))
+    values = benchmark(waited(lambda: backward(getattr(gfast, op)(*leaves, *ref, labels, beta=10.0), *leaves)))
     mine, other = (wide_logits(tensors)[1].detach() for tensors in (leaves, ref))
     valid = labels != -100
     target = other - 10 * F.one_hot(labels.clamp(min=0), V)
     each = -(target.softmax(-1) * mine.log_softmax(-1)).sum(-1)
-    close(found[0], each[valid].mean(), dtype)
+    close(values[0], each[valid].mean(), dtype)
 
 
 @DTYPES
@@ -170,8 +170,8 @@ def test_grad_dot(benchmark, dtype, tensors):
     wanted = torch.zeros(5, dtype=torch.float64)
     for group, x, y in zip(groups, xs, ys, strict=True):
         wanted[group] += float(x.double() @ y.double())
-    found = benchmark(waited(lambda: gfast.grad_dot(xs, ys, groups, 5)))
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-4)
+    values = benchmark(waited(lambda: gfast.grad_dot(xs, ys, groups, 5)))
+    torch.testing.assert_close(values.cpu(), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -199,16 +199,16 @@ def model_nll(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.benchmark(group="a Hugging Face model")
 def test_model_loss(benchmark, model):
     batch, parameters = batch_of(1), list(model.parameters())
-    found = benchmark(waited(lambda: backward(gfast.model_loss(model, batch, NLL()).loss, *parameters)))
-    close(found[0], model_nll(model, batch).detach().sum() / (batch["labels"][:, 1:] != -100).sum(), torch.float32)
+    values = benchmark(waited(lambda: backward(gfast.model_loss(model, batch, NLL()).loss, *parameters)))
+    close(values[0], model_nll(model, batch).detach().sum() / (batch["labels"][:, 1:] != -100).sum(), torch.float32)
 
 
 @pytest.mark.benchmark(group="a Hugging Face model")
 def test_model_logp(benchmark, model):
     batch = batch_of(1)
     with torch.no_grad():
-        found = benchmark(waited(lambda: gfast.model_logp(model, batch)))
-        close(found.sum(), -model_nll(model, batch).sum(), torch.float32)
+        values = benchmark(waited(lambda: gfast.model_logp(model, batch)))
+        close(values.sum(), -model_nll(model, batch).sum(), torch.float32)
 
 
 def risk_gradient(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -224,17 +224,17 @@ def test_gradient_effects(benchmark, model, name):
     count = (forget["labels"][:, 1:] != -100).sum()
     function = getattr(gfast, name)
     first = (model, GA()) if name == "g_effect" else (model,)
-    found = benchmark(waited(lambda: function(*first, forget=forget, retain=retain)))
+    values = benchmark(waited(lambda: function(*first, forget=forget, retain=retain)))
     mine, other = risk_gradient(model, forget), risk_gradient(model, retain)
     wanted = -float(mine @ other)  # of GA on the retain risk; the others are its parts
     if name == "risk_gradients":
-        found = gfast.g_effect(model, GA(), forget=forget, retain=retain, directions=found)
+        values = gfast.g_effect(model, GA(), forget=forget, retain=retain, directions=values)
     if name in ("g_effect", "risk_gradients"):
-        total = found.total("retain")
+        total = values.total("retain")
     elif name == "gram_effect":  # of sums: not divided by either number of tokens
-        total = sum(float(m.sum()) for m in found.matrix.values()) / float(count) ** 2
+        total = sum(float(m.sum()) for m in values.matrix.values()) / float(count) ** 2
     else:
-        parts = [torch.cat(list(v)) if isinstance(v, list) else v for v in found.retain.values()]
+        parts = [torch.cat(list(v)) if isinstance(v, list) else v for v in values.retain.values()]
         total = sum(float(part.sum()) for part in parts) / float(count)
     assert total == pytest.approx(wanted, rel=1e-4)
 

@@ -171,11 +171,11 @@ def _json_object(text: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     # As JSON reads it, and True, False and None as Python writes them: the text "False" would be true in a template.
     try:
-        found = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        parsed = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
     # 1.10 and 1e5 as they were written: a template prints them.
-    return text if isinstance(found, float) or str(found) != text and type(found) is int else found
+    return text if isinstance(parsed, float) or str(parsed) != text and type(parsed) is int else parsed
 
 
 class CommandParser(OneLineErrors, HfArgumentParser):
@@ -272,10 +272,12 @@ class CommandParser(OneLineErrors, HfArgumentParser):
         if isinstance(value, dict) and entry.name in (*self._mappings, "objective_args", "chat_kwargs"):
             return value
         if isinstance(value, list) and several:
-            return [_text(action, one) for one in value]
+            return [_text(action, entry_of_list) for entry_of_list in value]
         if isinstance(value, (dict, list)):
             kind = "list" if isinstance(value, list) else "mapping"
-            raise ValueError(f"{entry.name} takes {'a list' if several else 'one value'}, and not the {kind} {value}")
+            raise ValueError(
+                f"{entry.name} takes {'a list' if several else 'entry_of_list value'}, and not the {kind} {value}"
+            )
         if entry.name == "stop":
             return [str(value)]  # one rule, with blanks in it
         # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as

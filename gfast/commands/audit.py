@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     criteria = Criteria(options.flat, options.harm, options.rise)
     if options.out is not None:
         require_writable(options.out)
-    page, found = audit(options.run, criteria, options.objective, options.beside, options.out)
-    print(found["verdict"])
+    page, record = audit(options.run, criteria, options.objective, options.beside, options.out)
+    print(record["verdict"])
     print(f"Page to read and sign: {page}")
-    return 0 if found["passed"] else 1
+    return 0 if record["passed"] else 1

@@ -75,13 +75,13 @@ class Rows:
 
         Of the rows that are used and not of their file, which may be moved, or written in another way.
         """
-        found = {}
+        sums = {}
         for side in ("forget", "retain"):
             if rows := getattr(self, side):
                 name = "bundled" if arguments.data == "bundled" else getattr(arguments, side)
                 text = json.dumps(rows, sort_keys=True, default=str)
-                found[f"the {side} set ({name})"] = hashlib.sha256(text.encode()).hexdigest()
-        return found
+                sums[f"the {side} set ({name})"] = hashlib.sha256(text.encode()).hexdigest()
+        return sums
 
 
 def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
@@ -101,8 +101,8 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
     for name, rows, wanted in (("forget", forget, True), ("retain", retain, need_retain)):
         if wanted and not rows:
             raise ValueError(f"the {name} set ({getattr(arguments, name)}) is empty: it has no rows to train on")
-    if found := in_both(forget, retain, "retain"):
-        say(f"WARNING: {found}. What is said of the retain set is said of them as well")
+    if overlap := in_both(forget, retain, "retain"):
+        say(f"WARNING: {overlap}. What is said of the retain set is said of them as well")
     return Rows(forget, retain)
 
 
@@ -189,8 +189,8 @@ class Sides:
         parts = [side, *(["pairs"] if isinstance(data, PreferenceDataset) else []), *sorted(what)]
         parts += [] if mixed_precision == "no" else [mixed_precision]
         path = None if folder is None else folder / f"{'-'.join(parts)}.safetensors"
-        found = path is not None and path.exists()
-        say(f"Reference of the {side} set: {'checking ' + str(path) if found else f'computing {len(data)} samples'}")
+        exists = path is not None and path.exists()
+        say(f"Reference of the {side} set: {'checking ' + str(path) if exists else f'computing {len(data)} samples'}")
         return build(
             model,
             data,
@@ -238,8 +238,8 @@ def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     import gfast
 
-    found = {"gfast": gfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"python": sys.version.split()[0]}
+    numbers = {"gfast": gfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return numbers | {"python": sys.version.split()[0]}
 
 
 def device_name(device: torch.device) -> str:

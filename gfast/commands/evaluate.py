@@ -236,7 +236,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
             options["strftime_now"] = _first_day(folder)
             say(f"The chat template may write a date: it is {options['strftime_now']}. --chat_kwargs strftime_now=... "
                 "fixes it")  # fmt: skip
-    samples = [encoded(one, tokenizer, arguments.template, options, arguments.max_length) for one in sets]
+    samples = [encoded(eval_set, tokenizer, arguments.template, options, arguments.max_length) for eval_set in sets]
     if retain_log is not None:
         check_retain_log(sets, samples, retain_log)
     plan, related = _plan(arguments, sets)
@@ -261,12 +261,12 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     info = as_text(
         {
             "model": model_arguments.model,
-            "data": f"{arguments.data}: {', '.join(one.config for one in sets)}",
-            "samples": {one.name: len(some) for one, some in zip(sets, samples, strict=True)},
-            "data_sha256": {f"the set {one.name} ({one.config})": one.checksum() for one in sets}
+            "data": f"{arguments.data}: {', '.join(eval_set.config for eval_set in sets)}",
+            "samples": {eval_set.name: len(some) for eval_set, some in zip(sets, samples, strict=True)},
+            "data_sha256": {f"the set {eval_set.name} ({eval_set.config})": eval_set.checksum() for eval_set in sets}
             | {
-                f"the set {one.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(some)
-                for one, some in zip(sets, samples, strict=True)
+                f"the set {eval_set.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(some)
+                for eval_set, some in zip(sets, samples, strict=True)
             },
             "argv": ["gfast", "evaluate", *argv],
             "versions": versions(),
@@ -286,7 +286,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     log = evaluation.log(results, Path(str(info["model"])).name, source)
     shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
     shown_settings |= {"template": arguments.template, "dtype": source["dtype"]}
-    shown_settings |= {"max_new_tokens": {one.name: one.generate for one in sets if one.generate}}
+    shown_settings |= {"max_new_tokens": {eval_set.name: eval_set.generate for eval_set in sets if eval_set.generate}}
     report(folder, log, retain_log, shown_settings | ({"weights": arguments.quantize} if arguments.quantize else {}))
     if arguments.lm_eval:
         print(harness.evaluated(model, tokenizer, arguments.lm_eval, arguments.batch_size, folder))
@@ -310,7 +310,7 @@ def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[Rele
 
 
 def _forget(sets: list[EvaluationSet]) -> EvaluationSet:
-    return next(one for one in sets if one.name == "forget")
+    return next(eval_set for eval_set in sets if eval_set.name == "forget")
 
 
 def _relearned(
@@ -325,15 +325,15 @@ def _relearned(
 ) -> None:
     """Relearn, unless the folder holds the result of the same relearning, and print the curve."""
     path, asked = folder / "relearn.json", json.loads(json.dumps([asdict(plan), related]))
-    found = read_json(path) if path.exists() else None
-    if found is None or found.get("asked") != asked:
+    relearned = read_json(path) if path.exists() else None
+    if relearned is None or relearned.get("asked") != asked:
         say(f"Relearning: {plan.steps} steps, learning rate {plan.learning_rate:g}")
-        found = relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
+        relearned = relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
                         template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
-        write_json(path, found | {"asked": asked})
-    print(curve_table(found))
+        write_json(path, relearned | {"asked": asked})
+    print(curve_table(relearned))
     with whole_file(folder / "relearn.md") as temporary:
-        temporary.write_text(curve_table(found), encoding="utf-8")
+        temporary.write_text(curve_table(relearned), encoding="utf-8")
 
 
 def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:
@@ -345,9 +345,12 @@ def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, 
     write_results(folder, log, summary)
     keys = [("set", "Set"), *((key, heading) for key, heading, _ in SET_COLUMNS)]
     keys = [(key, heading) for key, heading in keys if key == "set" or any(key in s for s in summary["sets"].values())]
-    extra = sorted({key for one in summary["sets"].values() for key in one if key.startswith("ps_")})
+    extra = sorted({key for values in summary["sets"].values() for key in values if key.startswith("ps_")})
     keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
-    rows = [{"set": name, **{key: shown(one.get(key)) for key, _ in keys[1:]}} for name, one in summary["sets"].items()]
+    rows = [
+        {"set": name, **{key: shown(values.get(key)) for key, _ in keys[1:]}}
+        for name, values in summary["sets"].items()
+    ]
     page = write_page(folder, read, retain_log, keys, rows, wholes(summary), settings)
     print(table(summary))
     say(f"Log, samples, tables: {folder}. Page: {page.resolve()}")
@@ -382,9 +385,11 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
         names = arguments.subsets or known
         sets = [sources.choices(n, arguments.hub_name or hub, n, path, tokenizer, size) for n in names]
     if arguments.ds_size is None and retain_log is not None:
-        sets = [sources.as_logged(one, retain_log) for one in sets]
+        sets = [sources.as_logged(eval_set, retain_log) for eval_set in sets]
     if arguments.max_new_tokens is not None:
-        sets = [replace(one, generate=arguments.max_new_tokens) if one.generate else one for one in sets]
+        sets = [
+            replace(eval_set, generate=arguments.max_new_tokens) if eval_set.generate else eval_set for eval_set in sets
+        ]
     return sets
 
 

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     model_arguments, data_arguments, arguments = parser.parse(argv)
     objectives = [parse_objective(text) for text in arguments.objectives]
-    if arguments.per != "objective" and any(_kind(one) != "plain" for one in objectives):
+    if arguments.per != "objective" and any(_kind(each) != "plain" for each in objectives):
         raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
     device, rank, world = joined(arguments.device)
     if rank == 0:
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         effects = by_objective(model, objectives, batches, arguments)
     else:
         one_by_one = by_part(model, batches, arguments)
-        effects = [one_by_one.g_effect(one) for one in objectives] if arguments.per == "token" else []
+        effects = [one_by_one.g_effect(each) for each in objectives] if arguments.per == "token" else []
 
     def show_and_write() -> None:
         print(in_words(one_by_one)) if one_by_one is not None else None
@@ -219,11 +219,11 @@ def prepared(
         gc.collect()
         model = load_model(model_arguments).to(device)
         sides.fit(model)
-    found = {"retain": first_batches(sides.retain, sides.collator, None, 0, batch_size)}
-    found["forget"] = first_batches(sides.forget, sides.collator, None, 0, batch_size)
+    batches = {"retain": first_batches(sides.retain, sides.collator, None, 0, batch_size)}
+    batches["forget"] = first_batches(sides.forget, sides.collator, None, 0, batch_size)
     for kind, cache in caches.items():
-        found[kind] = first_batches(sides.of(kinds[kind][0]), sides.collator, cache, 0, batch_size)
-    return model, found
+        batches[kind] = first_batches(sides.of(kinds[kind][0]), sides.collator, cache, 0, batch_size)
+    return model, batches
 
 
 def by_objective(
@@ -234,16 +234,16 @@ def by_objective(
 
     options = {"groups": arguments.groups, "engine": arguments.engine, "norms": arguments.norms or None}
     options["processes"] = "all"
-    found = {}
+    measured = {}
     for kind in ("plain", "dpo", "po"):
-        members = [one for one in objectives if _kind(one) == kind]
+        members = [each for each in objectives if _kind(each) == kind]
         if not members:
             continue
         own = batches[kind]
         extra = {"forget": own} if kind == "plain" else {"forget": batches["forget"], "objective_batches": own}
         effects = g_effect(model, members, retain=batches["retain"], progress=True, **extra, **options)
-        found.update(zip(members, effects, strict=True))
-    return [found[objective] for objective in objectives]
+        measured.update(zip(members, effects, strict=True))
+    return [measured[objective] for objective in objectives]
 
 
 def by_part(model: Any, batches: dict[str, list[dict[str, Any]]], arguments: GEffectArguments) -> Any:
@@ -281,12 +281,12 @@ def in_words(effect: Any) -> str:
 
 def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
     """The question and the pieces of the labelled answer of each forget row, for figures."""
-    found = []
+    texts = []
     for row, item in zip(rows.forget, sides.forget, strict=True):
         labelled = [at for at, label in enumerate(item["labels"].tolist()) if label != -100 and at > 0]
         pieces = token_pieces(sides.tokenizer, item["input_ids"].tolist())
-        found.append({"question": row.get("question", ""), "pieces": [pieces[at] for at in labelled]})
-    return found
+        texts.append({"question": row.get("question", ""), "pieces": [pieces[at] for at in labelled]})
+    return texts
 
 
 def _require_reference(model_arguments: ModelArguments, objectives: list[Objective]) -> None:

@@ -152,8 +152,8 @@ def _whole(arguments: ModelArguments, name: str, adapter: Adapter | None, empty:
     what = "the model" if adapter is None else _base_of(adapter)
 
     def load() -> nn.Module:
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-        missing = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
+        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        missing = sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()})
         if missing:
             raise ValueError(
                 f"its files have no weights for {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''} "

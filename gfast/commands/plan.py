@@ -91,17 +91,17 @@ def _plan(options: Any) -> dict[str, Any]:
     cached = options.samples * min(options.length, options.tokens)
     others = [planner.reference(cached), *(planner.engine(name) for name in ENGINES)]
 
-    def row(one: Any) -> dict[str, Any]:
+    def row(estimate: Any) -> dict[str, Any]:
         return {
-            "name": one.name,
-            "gb": {key: value / 1e9 for key, value in one.bytes.items()},
-            "total_gb": one.total / 1e9,
-            "fits": one.fits(machine.memory) if one.bytes else None,
-            "seconds": one.seconds if one.bytes else None,
-            "note": one.note,
+            "name": estimate.name,
+            "gb": {key: value / 1e9 for key, value in estimate.bytes.items()},
+            "total_gb": estimate.total / 1e9,
+            "fits": estimate.fits(machine.memory) if estimate.bytes else None,
+            "seconds": estimate.seconds if estimate.bytes else None,
+            "note": estimate.note,
         }
 
-    fitting = next((one for one in trainings if one.fits(machine.memory)), None)
+    fitting = next((estimate for estimate in trainings if estimate.fits(machine.memory)), None)
     second = planner.facts.parameters * work.dtype.itemsize / (options.gpus if planner.sharded else 1)
     return {
         "model": options.model,
@@ -111,8 +111,8 @@ def _plan(options: Any) -> dict[str, Any]:
         "sharing": None if options.gpus == 1 else "fsdp2" if planner.sharded else "ddp",
         "machine": {"name": machine.name, "source": machine.source, "memory_gb": machine.memory / 1e9},
         "errors": list(machine.errors),
-        "training": [row(one) for one in trainings],
-        "others": [row(one) for one in others],
+        "training": [row(estimate) for estimate in trainings],
+        "others": [row(estimate) for estimate in others],
         "recipe": None if fitting is None else fitting.name,
         "step_seconds": None if fitting is None else fitting.seconds,
         "steps": options.steps,

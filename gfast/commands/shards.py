@@ -44,7 +44,7 @@ class Shards:
             self.kind = "fsdp2"
         self._fingerprints: dict[bool, str] = {}
 
-    def load(self, arguments: ModelArguments, found: Any) -> nn.Module:
+    def load(self, arguments: ModelArguments, config: Any) -> nn.Module:
         """The model of the flags, whose configuration was found: whole on the device of each process, or as it is
         before it is sharded.
         """
@@ -55,7 +55,7 @@ class Shards:
         if efficient:
             os.environ["ACCELERATE_USE_FSDP"] = "true"  # which Accelerate does too, but later
         # Weights that are packed, or unpacked on the way, are loaded by everybody. transformers 4 does this by itself.
-        plain = not arguments.gguf_file and getattr(found, "quantization_config", None) is None
+        plain = not arguments.gguf_file and getattr(config, "quantization_config", None) is None
         empty = efficient and plain and int(transformers.__version__.split(".")[0]) >= 5
         empty = empty and self.config.local_process_index != 0
         models: list[nn.Module] = []
@@ -92,10 +92,10 @@ class Shards:
         """
         if adapters not in self._fingerprints:
             if self.kind == "zero3":
-                found = model_fingerprint(model, adapters)
+                digest = model_fingerprint(model, adapters)
             else:
-                found = self.of_main(lambda: model_fingerprint(model, adapters))
-            self._fingerprints[adapters] = found
+                digest = self.of_main(lambda: model_fingerprint(model, adapters))
+            self._fingerprints[adapters] = digest
         return self._fingerprints[adapters]
 
     def reference(

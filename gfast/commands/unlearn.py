@@ -240,7 +240,9 @@ def _train(
         "seconds": clock.seconds,
         "measuring_seconds": clock.measuring(callbacks_of(trainer)),
         "objective": str(objective),
-        "stopped": next((one.reason for one in callbacks_of(trainer) if isinstance(one, StopCallback)), None),
+        "stopped": next(
+            (callback.reason for callback in callbacks_of(trainer) if isinstance(callback, StopCallback)), None
+        ),
     }
     if trainer.is_world_process_zero():
         write_manifest(folder, deep=False)
@@ -301,7 +303,11 @@ def _refuse_what_the_trainer_would(both: Mix, sides: Sides, config: UnlearnConfi
     if config.weights != "none":
         check_conflict(both.forget, config.weights_tau, config.weights_every)
     if config.joint_forward:
-        refuse_joint([one for one in (both.forget, both.retain) if one is not None], config.own_loss_terms, config.live)
+        refuse_joint(
+            [objective for objective in (both.forget, both.retain) if objective is not None],
+            config.own_loss_terms,
+            config.live,
+        )
     if config.live:
         check_live(both, config.geffect_live_unlearn)
 
@@ -322,7 +328,11 @@ def _require_reference(model_arguments: ModelArguments, both: Mix, reference: st
     """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
     been unlearning them.
     """
-    needing = [str(one) for one in (both.forget, both.retain) if one is not None and needed_from_cache(one)]
+    needing = [
+        str(objective)
+        for objective in (both.forget, both.retain)
+        if objective is not None and needed_from_cache(objective)
+    ]
     adapter = find_adapter(model_arguments) if needing and reference == "auto" else None
     if adapter is not None:
         raise ValueError(
@@ -336,7 +346,7 @@ def _references(
     model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path, build: Any
 ) -> dict[str, Any]:
     where = Path(data_arguments.reference_cache or folder / "reference")
-    found = {}
+    caches = {}
     for side, objective in (("forget", both.forget), ("retain", both.retain)):
         if objective is None:
             continue
@@ -355,8 +365,8 @@ def _references(
         size = config.per_device_eval_batch_size
         cache = sides.reference(model, [objective], side, where, size, config.reference, build, of_training(config))
         if cache is not None:
-            found[side] = cache
-    return found
+            caches[side] = cache
+    return caches
 
 
 def _measurements(

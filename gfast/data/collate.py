@@ -97,10 +97,10 @@ class Collator:
                           for b, item in enumerate(items)]  # fmt: skip
             batch["sample_id"] = torch.tensor(sample_ids, dtype=torch.int64, device="cpu")  # [B]
             if self.reference is not None:
-                found = self.reference.join(sample_ids, lengths, padded)
+                joined = self.reference.join(sample_ids, lengths, padded)
                 if hasattr(self.reference, "check_texts"):
                     self.reference.check_texts(sample_ids, batch)
-                batch.update(found)
+                batch.update(joined)
         elif any(with_ids) or self.reference is not None:
             raise ValueError("gfast: every item needs a sample_id to find its reference values, and some have none")
         return batch

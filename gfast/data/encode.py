@@ -170,8 +170,8 @@ class Chat:
     @cached_property
     def _markers(self) -> dict[str, int]:
         """The tokens that can end a turn. Some vocabularies add plain white space, which does not."""
-        found = {**self.tokenizer.get_added_vocab(), **special_tokens(self.tokenizer)}
-        return {token: index for token, index in found.items() if token.strip()}
+        tokens = {**self.tokenizer.get_added_vocab(), **special_tokens(self.tokenizer)}
+        return {token: index for token, index in tokens.items() if token.strip()}
 
     @cached_property
     def _control(self) -> dict[str, int]:
@@ -222,10 +222,10 @@ def _options(tokenizer: Any, chat_kwargs: Mapping[str, Any] | None) -> dict[str,
 
 def chat_source(tokenizer: Any, chat_kwargs: Mapping[str, Any]) -> str:
     """The chat template that is used, of several named ones too; all of them where none is chosen."""
-    chosen, found = chat_kwargs.get("chat_template"), tokenizer.chat_template
-    if not isinstance(found, Mapping):
-        return str(chosen or found)
-    return str(found.get(chosen or "default", chosen or found))
+    chosen, template = chat_kwargs.get("chat_template"), tokenizer.chat_template
+    if not isinstance(template, Mapping):
+        return str(chosen or template)
+    return str(template.get(chosen or "default", chosen or template))
 
 
 def _stop_clock(source: str, day: Any) -> str:
@@ -322,8 +322,8 @@ def _refuse_markup(control: Mapping[str, int], read: Callable[[str], str | None]
 
 def _first_marker(markers: Mapping[str, int], text: str) -> tuple[int, str] | None:
     """Where the first of the tokens stands in the text, and which it is: the longest of those that begin there."""
-    found = [(text.find(token), -len(token), token) for token in markers if token in text]
-    if not found:
+    places = [(text.find(token), -len(token), token) for token in markers if token in text]
+    if not places:
         return None
-    at, _, token = min(found)
+    at, _, token = min(places)
     return at, token

@@ -103,11 +103,11 @@ def _row(line: bytes, number: int, fields: Sequence[str]) -> dict[str, Any] | No
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object each of whose names is given once: of two values Python would take the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" is given twice')
-    return found
+    return row
 
 
 def _hint(text: str, fields: Sequence[str]) -> str:

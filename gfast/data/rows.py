@@ -39,16 +39,16 @@ def as_rows(rows: Any) -> list[dict]:
         rows = rows.with_format(None)
     if not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
         raise TypeError(f"gfast: rows should be {WANTED}, got {type(rows).__name__}")
-    found = list(rows)
-    if not found:
+    listed = list(rows)
+    if not listed:
         raise ValueError("gfast: no rows to tokenise; the data set is empty (or an iterator that was read before)")
-    for number, row in enumerate(found, start=1):
+    for number, row in enumerate(listed, start=1):
         if not isinstance(row, Mapping):
             raise TypeError(
                 f"gfast: row {number} should be a dict with a question and an answer, got {type(row).__name__} "
                 f"{row!r:.60}"
             )
-    return [dict(row) for row in found]
+    return [dict(row) for row in listed]
 
 
 def in_both(

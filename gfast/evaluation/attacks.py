@@ -173,7 +173,7 @@ def relearn(
     curve = [
         {
             "step": step,
-            **{name: {key: one[key] for key in CURVE if key in one} for name, one in summary["sets"].items()},
+            **{name: {key: values[key] for key in CURVE if key in values} for name, values in summary["sets"].items()},
         }
         for step, summary in sorted(callback.summaries.items())
     ]
@@ -184,15 +184,15 @@ def relearn(
     }
 
 
-def curve_table(found: Mapping[str, Any]) -> str:
+def curve_table(relearned: Mapping[str, Any]) -> str:
     """The curve of a relearning as Markdown."""
-    first = found["curve"][0]
+    first = relearned["curve"][0]
     keys = [(name, key) for name in first if name != "step" for key in CURVE if key in first[name]]
     head = " | ".join(f"{name}: {key.replace('_', ' ')}" for name, key in keys)
     lines = [f"| Step | {head} |", "|---" * (len(keys) + 1) + "|"]
-    for row in found["curve"]:
+    for row in relearned["curve"]:
         lines.append(f"| {row['step']} | " + " | ".join(f"{row[name][key]:.4f}" for name, key in keys) + " |")
-    total = found["g_effect"]["total"]
+    total = relearned["g_effect"]["total"]
     lines += ["", f"G-effect of the relearning on the NLL of forget, before it starts: {total:+.4e} "
               f"({'it will fall' if total > 0 else 'it will not fall'}, to first order)"]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -74,14 +74,14 @@ class EvaluateCallback(TrainerCallback):
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         every = whole("gfast: every", every, meaning="the optimizer steps between evaluations, or 0")
-        require_libraries(retain_log, any(one.name == "holdout" for one in sets))
+        require_libraries(retain_log, any(eval_set.name == "holdout" for eval_set in sets))
         self.every, self.retain_log, self.folder = every, retain_log, folder
-        if (template != "auto" or chat_kwargs) and all(one.encode is not None for one in sets):
+        if (template != "auto" or chat_kwargs) and all(eval_set.encode is not None for eval_set in sets):
             raise ValueError(
                 "gfast: template and chat_kwargs have no effect on these sets, which write their own prompts (encode): "
                 "leave them out"
             )
-        samples = [encoded(one, tokenizer, template, chat_kwargs) for one in sets]
+        samples = [encoded(eval_set, tokenizer, template, chat_kwargs) for eval_set in sets]
         if retain_log is not None:
             check_retain_log(sets, samples, retain_log)
         self.evaluation = Evaluation(sets, samples, tokenizer, batch_size, extraction)
@@ -91,7 +91,7 @@ class EvaluateCallback(TrainerCallback):
         self.evaluation.check_model(wrappers.measured(model))
         # Of a run that is gone on with, what it found until then.
         there = read_summaries(self._folder(args)) if state.global_step else {}
-        self.summaries = {step: one for step, one in there.items() if step <= state.global_step}
+        self.summaries = {step: summary for step, summary in there.items() if step <= state.global_step}
         if state.is_world_process_zero:  # logs of later steps are of another course
             for path in self._folder(args).glob("step-*.json"):
                 if path.stem[5:].isdecimal() and int(path.stem[5:]) > state.global_step:
@@ -113,8 +113,8 @@ class EvaluateCallback(TrainerCallback):
         in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
         own = units if in_step or world == 1 else units[args.process_index :: world]
         with rng_kept(), wrappers.own_precision(model), averaged(optimizer):
-            found = self._own(model, own, world)
-        log = self.evaluation.log(found, f"step {state.global_step}", {"step": state.global_step})
+            measured = self._own(model, own, world)
+        log = self.evaluation.log(measured, f"step {state.global_step}", {"step": state.global_step})
         summary = summarize(parse_log(log), self.retain_log)
         self.summaries[state.global_step] = summary
         folder = self._folder(args)
@@ -126,8 +126,9 @@ class EvaluateCallback(TrainerCallback):
         together(write if state.is_world_process_zero else None, world)
         if state.is_world_process_zero:
             said = [
-                f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in one.items() if isinstance(value, float))
-                for name, one in summary["sets"].items()
+                f"{name}: "
+                + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))
+                for name, values in summary["sets"].items()
             ]
             logger.info("step %d, evaluation of %s", state.global_step, "; ".join([*said, *wholes(summary)]))
 

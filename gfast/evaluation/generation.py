@@ -48,11 +48,11 @@ def generate(
         rows = _run(model, prompts, pad_id, how | {"num_return_sequences": samples})
     else:
         rows = [_run(model, [prompt], pad_id, how)[0] for prompt in prompts for _ in range(samples)]
-    found = []
+    generations = []
     for row in rows:
         end = next((at for at, token in enumerate(row) if token in ends), None)
-        found.append(Generated(row if end is None else row[:end], end is not None))
-    return found
+        generations.append(Generated(row if end is None else row[:end], end is not None))
+    return generations
 
 
 def _run(model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, how: Mapping[str, Any]) -> list[list[int]]:
@@ -89,7 +89,7 @@ def _batches_alike(model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: i
         )
         # The second token's are of other texts where a tie fell the other way.
         steps = 2 if plain[0].argmax() == padded[0].argmax() else 1
-        plain, padded = (torch.stack(one[:steps]) for one in (plain, padded))
+        plain, padded = (torch.stack(rows[:steps]) for rows in (plain, padded))
         apart, size = float((plain - padded).abs().max()), float(plain.abs().max())
         # What is more than the rounding of 16 bits, TF32 or 8-bit products: it would be slow for nothing.
         _alike[inner] = not apart > 3e-2 * max(size, 1.0)

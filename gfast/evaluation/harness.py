@@ -32,8 +32,8 @@ def evaluated(model: nn.Module, tokenizer: Any, tasks: Sequence[Any], batch_size
     again.
     """
     path = folder / FILE
-    found = read_json(path, "delete it, and the tasks are run again") if path.exists() else {}
-    if found.get("tasks") != list(tasks):
+    record = read_json(path, "delete it, and the tasks are run again") if path.exists() else {}
+    if record.get("tasks") != list(tasks):
         harness = required("lm_eval", "lm-eval", "--lm_eval")
         wrap = required("lm_eval.models.huggingface", "lm-eval", "--lm_eval").HFLM
         training = model.training
@@ -41,10 +41,10 @@ def evaluated(model: nn.Module, tokenizer: Any, tasks: Sequence[Any], batch_size
         results = harness.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
         model.train(training)
         version = getattr(harness, "__version__", None)
-        found = {"tasks": list(tasks), "results": results["results"], "version": version}
-        write_json(path, found)
+        record = {"tasks": list(tasks), "results": results["results"], "version": version}
+        write_json(path, record)
     lines = ["| Task | Metric | Value |", "|---|---|---:|"]
-    for task, values in found["results"].items():
+    for task, values in record["results"].items():
         for metric, value in values.items():
             # a metric's name ends with its filter's, "acc,none"; counts of samples stand beside it
             if isinstance(value, (int, float)) and "," in metric and "stderr" not in metric:

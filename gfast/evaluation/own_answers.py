@@ -89,14 +89,16 @@ def own_answers(
             for generated in generate(model, some, max_new_tokens, ends, evaluation.pad_id, samples, temperature):
                 cut = {} if generated.ended else {CUT: True}
                 said.append({"answer": text_of(tokenizer, generated.ids), **cut})
-    found = [[one for one in said[at * samples : (at + 1) * samples] if one["answer"]] for at in range(len(rows))]
-    lost = samples * len(rows) - sum(map(len, found))
+    by_row = [
+        [answer for answer in said[at * samples : (at + 1) * samples] if answer["answer"]] for at in range(len(rows))
+    ]
+    lost = samples * len(rows) - sum(map(len, by_row))
     if lost:
         logger.info("own_answers: %d of %d answers are empty and left out", lost, samples * len(rows))
-    scale = (len(rows) + sum(map(len, found))) / len(rows)
+    scale = (len(rows) + sum(map(len, by_row))) / len(rows)
     out = []
-    for row, answers in zip(rows, found, strict=True):
+    for row, answers in zip(rows, by_row, strict=True):
         own = scale * float(row.get("weight", 1.0))
         out.append({**row, "weight": own * (1 - share) if answers else own})
-        out += [{"question": row["question"], "weight": own * share / len(answers), **one} for one in answers]
+        out += [{"question": row["question"], "weight": own * share / len(answers), **answer} for answer in answers]
     return out

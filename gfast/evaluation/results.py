@@ -53,14 +53,16 @@ def summarize(log: EvaluationLog, retain_log: EvaluationLog | None = None) -> di
     `sets`: of each set, means over its samples (NLL over its tokens). `model_utility`, `forget_quality`: by the mean of
     the truth ratio, geometric and arithmetic. `privleak`, `mia_auc`: where there is a set named holdout.
     """
-    found: dict[str, Any] = {"run": log.run, "sets": {name: _of_set(log, name) for name in log.sets}}
+    summary: dict[str, Any] = {"run": log.run, "sets": {name: _of_set(log, name) for name in log.sets}}
     if all(name in log.sets and _is_complete(log, name) for name in UTILITY_SETS):
-        found["model_utility"] = {mean: metrics.model_utility(log, mean) for mean in MEANS}
+        summary["model_utility"] = {mean: metrics.model_utility(log, mean) for mean in MEANS}
     pair = LEAK <= log.sets.keys()
     if retain_log is not None:
-        found["retain_log"] = retain_log.run
+        summary["retain_log"] = retain_log.run
         if not pair or "average_perturb_loss" in log.sets["forget"].values:
-            found["forget_quality"] = {mean: metrics.forget_quality(log, retain_log, mean)._asdict() for mean in MEANS}
+            summary["forget_quality"] = {
+                mean: metrics.forget_quality(log, retain_log, mean)._asdict() for mean in MEANS
+            }
     if pair:
         scores = [{"loss": s.values["avg_gt_loss"], "min_k": s.values.get("min_k")} for s in _pair(log)]
         aucs = {key: metrics.mia_auc(scores[0][key], scores[1][key]) for key in scores[0] if scores[0][key] is not None
@@ -70,10 +72,10 @@ def summarize(log: EvaluationLog, retain_log: EvaluationLog | None = None) -> di
             for one, other in zip(_pair(log), _pair(retain_log), strict=True):
                 check_comparable(one, other, log.path or "the log", retain_log.path or "the retain log")
             reference = metrics.mia_auc(*(s.column("min_k", "privleak") for s in _pair(retain_log)))
-        found["mia_auc"] = aucs
+        summary["mia_auc"] = aucs
         if "min_k" in aucs:
-            found["privleak"] = {"value": metrics.privleak(aucs["min_k"], reference), "auc_retain": reference}
-    return found
+            summary["privleak"] = {"value": metrics.privleak(aucs["min_k"], reference), "auc_retain": reference}
+    return summary
 
 
 def check_retain_log(
@@ -82,7 +84,7 @@ def check_retain_log(
     """ValueError, before any pass, where the retain log is of other rows, another split or another tokenizer, or lacks
     what it is given for.
     """
-    asked = {one.name: (one, some) for one, some in zip(sets, samples, strict=True)}
+    asked = {eval_set.name: (eval_set, some) for eval_set, some in zip(sets, samples, strict=True)}
     quality = "forget" in asked and asked["forget"][0].perturbed is not None
     if not quality and not LEAK <= asked.keys():
         raise ValueError(
@@ -99,12 +101,12 @@ def check_retain_log(
             _check_set(*asked[name], retain_log)
 
 
-def _check_set(one: EvaluationSet, samples: Sequence[Sample], retain_log: EvaluationLog) -> None:
-    there, config = retain_log.sets[one.name], retain_log.config_of(one.name)
-    if config not in (None, one.config):
+def _check_set(eval_set: EvaluationSet, samples: Sequence[Sample], retain_log: EvaluationLog) -> None:
+    there, config = retain_log.sets[eval_set.name], retain_log.config_of(eval_set.name)
+    if config not in (None, eval_set.config):
         raise ValueError(
-            f"the set {one.name} of the retain log {retain_log.path} is of {config}, and that of this evaluation of "
-            f"{one.config}: different splits do not compare"
+            f"the set {eval_set.name} of the retain log {retain_log.path} is of {config}, and that of this evaluation "
+            f"of {eval_set.config}: different splits do not compare"
         )
     values = {}
     for name in samples[0].fields:
@@ -113,7 +115,7 @@ def _check_set(one: EvaluationSet, samples: Sequence[Sample], retain_log: Evalua
             counts if name == "perturb" else [c[0] for c in counts], dtype=np.float64
         )
     texts = [{"index": sample.index, "ground_truth": sample.truth} for sample in samples]
-    here = LogSet(one.name, tuple(sample.index for sample in samples), values, texts)
+    here = LogSet(eval_set.name, tuple(sample.index for sample in samples), values, texts)
     check_comparable(here, there, "this evaluation", retain_log.path or "the retain log")
 
 
@@ -126,35 +128,39 @@ def _is_complete(log: EvaluationLog, name: str) -> bool:
 
 
 def _of_set(log: EvaluationLog, name: str) -> dict[str, Any]:
-    one = log.sets[name]
-    part = EvaluationLog(log.run, {name: one}, log.path)
-    found: dict[str, Any] = {"samples": len(one)}
-    values = one.values
+    log_set = log.sets[name]
+    part = EvaluationLog(log.run, {name: log_set}, log.path)
+    summary: dict[str, Any] = {"samples": len(log_set)}
+    values = log_set.values
     if {"gt_loss", "num_token_gt"} <= values.keys():
-        found["nll"] = float(values["gt_loss"].sum() / values["num_token_gt"].sum())
-    found["probability"] = metrics.probability(part)[name]
+        summary["nll"] = float(values["gt_loss"].sum() / values["num_token_gt"].sum())
+    summary["probability"] = metrics.probability(part)[name]
     if {"average_perturb_loss", "avg_paraphrased_loss"} <= values.keys():
-        found["truth_ratio"] = metrics.truth_ratio(part)[name]
+        summary["truth_ratio"] = metrics.truth_ratio(part)[name]
     for key, _, plain in SET_COLUMNS:
         if plain in values:
-            found[key] = float(values[plain].mean())
+            summary[key] = float(values[plain].mean())
     if "generation_cut" in values:
-        found["generations_cut"] = int(values["generation_cut"].sum())
-    for key, column in sorted({**values, **one.extraction}.items()):
+        summary["generations_cut"] = int(values["generation_cut"].sum())
+    for key, column in sorted({**values, **log_set.extraction}.items()):
         if key.startswith("ps_"):
-            found[key] = float(column.mean())
-    return found
+            summary[key] = float(column.mean())
+    return summary
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown: a table of the sets, then the numbers of the whole."""
     sets = summary["sets"]
-    keys = [(key, heading) for key, heading, _ in SET_COLUMNS if any(key in one for one in sets.values())]
-    extra = sorted({key for one in sets.values() for key in one if key.startswith("ps_")})
+    keys = [
+        (key, heading)
+        for key, heading, _ in SET_COLUMNS
+        if any(key in summary_of_set for summary_of_set in sets.values())
+    ]
+    extra = sorted({key for summary_of_set in sets.values() for key in summary_of_set if key.startswith("ps_")})
     keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
     lines = ["| Set | " + " | ".join(heading for _, heading in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    for name, one in sets.items():
-        lines.append(f"| {name} | " + " | ".join(shown(one.get(key)) for key, _ in keys) + " |")
+    for name, summary_of_set in sets.items():
+        lines.append(f"| {name} | " + " | ".join(shown(summary_of_set.get(key)) for key, _ in keys) + " |")
     return "\n".join([*lines, "", *wholes(summary)]) + "\n"
 
 
@@ -207,8 +213,8 @@ def write_summaries(folder: str | os.PathLike[str], summaries: Mapping[int, Mapp
 def read_summaries(folder: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
     """What `write_summaries` wrote; {} where nothing was evaluated."""
     path = Path(folder) / SUMMARIES
-    found = read_json(path, "delete it; the logs beside it have the same numbers") if path.exists() else {}
-    return {int(step): one for step, one in found.items() if step.isdecimal()}
+    by_step = read_json(path, "delete it; the logs beside it have the same numbers") if path.exists() else {}
+    return {int(step): summary for step, summary in by_step.items() if step.isdecimal()}
 
 
 def retention(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -216,8 +222,8 @@ def retention(summary: Mapping[str, Any]) -> dict[str, float]:
     sets are there, and the retain set's `retain_extraction`.
     """
     utility, retain = summary.get("model_utility", {}), summary["sets"].get("retain", {})
-    found = {"model_utility": utility.get("geometric"), "retain_extraction": retain.get("extraction_strength")}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {"model_utility": utility.get("geometric"), "retain_extraction": retain.get("extraction_strength")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def samples_table(log: Mapping[str, Any]) -> Any:
@@ -225,11 +231,11 @@ def samples_table(log: Mapping[str, Any]) -> Any:
     import pyarrow
 
     rows = []
-    for name, one in log["sets"].items():
-        texts = {text["index"]: text for text in one.get("text", ())}
-        for at, index in enumerate(one["index"]):
+    for name, log_set in log["sets"].items():
+        texts = {text["index"]: text for text in log_set.get("text", ())}
+        for at, index in enumerate(log_set["index"]):
             row = {"set": name, "index": index}
-            row |= {key: column[at] for key, column in one.items() if key not in ("index", "text", "extraction")}
+            row |= {key: column[at] for key, column in log_set.items() if key not in ("index", "text", "extraction")}
             row |= {key: value for key, value in texts.get(index, {}).items() if key != "index"}
             rows.append(row)
     keys = list(dict.fromkeys(key for row in rows for key in row))

@@ -74,7 +74,7 @@ class Evaluation:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"gfast: batch_size is {batch_size}; give 1 or more")
-        names = [one.name for one in sets]
+        names = [eval_set.name for eval_set in sets]
         if len(set(names)) < len(names):
             raise ValueError(f"gfast: two sets have one name: {', '.join(names)}")
         for kind in extraction:
@@ -99,8 +99,8 @@ class Evaluation:
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token."""
         pairs = zip(self.sets, self.samples, strict=True)
-        found = {sample.right[1][-1] for one, some in pairs if one.generate for sample in some}
-        return tuple(sorted(found | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
+        tokens = {sample.right[1][-1] for eval_set, some in pairs if eval_set.generate for sample in some}
+        return tuple(sorted(tokens | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
 
     def ends_for(self, model: nn.Module) -> tuple[int, ...]:
         """`ends`, and those at which the model itself would stop: of its generation settings (a chat model's name
@@ -115,12 +115,14 @@ class Evaluation:
         """ValueError, naming the row, for a token that the model does not know, or what `check_lengths` finds."""
         self.check_lengths(getattr(model, "config", None))
         sizes = vocabulary_sizes(model)
-        for one, samples in zip(self.sets, self.samples, strict=True):
+        for eval_set, samples in zip(self.sets, self.samples, strict=True):
             for sample in samples:
                 items = [
                     {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for ids, labels in _asked(sample)
                 ]
-                check_vocabulary(sizes, items, self.tokenizer, f"the answers of row {sample.row} of the set {one.name}")
+                check_vocabulary(
+                    sizes, items, self.tokenizer, f"the answers of row {sample.row} of the set {eval_set.name}"
+                )
 
     def check_lengths(self, config: Any) -> None:
         """ValueError, naming the row, where a sample, or a prompt with what may be generated after it, has more
@@ -129,35 +131,35 @@ class Evaluation:
         takes = _positions(config)
         if takes is None:
             return
-        for one, samples in zip(self.sets, self.samples, strict=True):
+        for eval_set, samples in zip(self.sets, self.samples, strict=True):
             for sample in samples:
                 longest, prompt = max(len(ids) for ids, _ in _asked(sample)), len(sample.prompt)
                 if longest > takes:
                     raise ValueError(
-                        f"row {sample.row} of the set {one.name} has {longest} tokens, and the model takes {takes} "
-                        "(max_position_embeddings): leave such rows out"
+                        f"row {sample.row} of the set {eval_set.name} has {longest} tokens, and the model takes "
+                        f"{takes} (max_position_embeddings): leave such rows out"
                     )
-                if one.generate and prompt + one.generate > takes:
+                if eval_set.generate and prompt + eval_set.generate > takes:
                     raise ValueError(
-                        f"the prompt of row {sample.row} of the set {one.name} has {prompt} tokens, {one.generate} "
-                        f"may be generated after it, and the model takes {takes} (max_position_embeddings): give "
-                        f"max_new_tokens of {takes - prompt} or less"
+                        f"the prompt of row {sample.row} of the set {eval_set.name} has {prompt} tokens, "
+                        f"{eval_set.generate} may be generated after it, and the model takes {takes} "
+                        f"(max_position_embeddings): give max_new_tokens of {takes - prompt} or less"
                     )
 
     def units(self) -> list[Unit]:
         """All there is to do: the same in every process and after every start."""
-        found = []
-        for of, (one, samples) in enumerate(zip(self.sets, self.samples, strict=True)):
+        units = []
+        for of, (eval_set, samples) in enumerate(zip(self.sets, self.samples, strict=True)):
             places = sorted(range(len(samples)), key=lambda at: (len(samples[at].prompt), at))
-            found += self._cut(of, "losses", places)
-            if one.generate:
-                found += self._cut(of, "generations", places)
+            units += self._cut(of, "losses", places)
+            if eval_set.generate:
+                units += self._cut(of, "generations", places)
             for kind in self.extraction:
                 first = sorted(places)[: self.extraction_samples]
                 if kind == "perturbed":
                     first = [at for at in first if samples[at].reworded]
-                found += self._cut(of, f"extraction-{kind}", first)
-        return found
+                units += self._cut(of, f"extraction-{kind}", first)
+        return units
 
     def _cut(self, of: int, kind: str, places: Sequence[int]) -> list[Unit]:
         size = self.batch_size
@@ -209,14 +211,14 @@ class Evaluation:
         ]
 
     def _measured(self, model: nn.Module, unit: Unit) -> list[dict[str, Any]]:
-        one, samples = self.sets[unit.of], [self.samples[unit.of][at] for at in unit.places]
+        eval_set, samples = self.sets[unit.of], [self.samples[unit.of][at] for at in unit.places]
         if unit.kind == "losses":
             scored = score(model, samples, self.pad_id, self._shares(model, unit.of))
-            return [losses(sample, parts, one) for sample, parts in zip(samples, scored, strict=True)]
+            return [losses(sample, parts, eval_set) for sample, parts in zip(samples, scored, strict=True)]
         if unit.kind == "generations":
-            return self._generations(model, one, samples)
+            return self._generations(model, eval_set, samples)
         kind = unit.kind.partition("-")[2]
-        return [{f"ps_{kind}": value} for value in self._extraction(model, one, samples, kind)]
+        return [{f"ps_{kind}": value} for value in self._extraction(model, eval_set, samples, kind)]
 
     def _shares(self, model: nn.Module, of: int) -> bool:
         # Asked of the same samples at every start, so that a resumed evaluation runs as it began.
@@ -230,24 +232,28 @@ class Evaluation:
             self._shared[of] = several and can_share(model, probe, self.pad_id)
         return self._shared[of]
 
-    def _generations(self, model: nn.Module, one: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
-        said = generate(model, [sample.prompt for sample in samples], one.generate, self.ends_for(model), self.pad_id)
-        found = []
+    def _generations(self, model: nn.Module, eval_set: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
+        said = generate(
+            model, [sample.prompt for sample in samples], eval_set.generate, self.ends_for(model), self.pad_id
+        )
+        rows = []
         for sample, generated in zip(samples, said, strict=True):
-            text = text_of(self.tokenizer, generated.ids, one.stops)
-            cut = not generated.ended and not any(stop in self.tokenizer.decode(generated.ids) for stop in one.stops)
+            text = text_of(self.tokenizer, generated.ids, eval_set.stops)
+            cut = not generated.ended and not any(
+                stop in self.tokenizer.decode(generated.ids) for stop in eval_set.stops
+            )
             prompt = self.tokenizer.decode(list(sample.prompt), skip_special_tokens=True)
             scores = metrics.rouge_scores(sample.truth, text)
-            found.append({**scores, "generated_tokens": len(generated.ids), "generation_cut": int(cut)})
-            found[-1]["text"] = {"prompt": prompt, "generation": text, "ground_truth": sample.truth}
-        return found
+            rows.append({**scores, "generated_tokens": len(generated.ids), "generation_cut": int(cut)})
+            rows[-1]["text"] = {"prompt": prompt, "generation": text, "ground_truth": sample.truth}
+        return rows
 
-    def _extraction(self, model: nn.Module, one: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
+    def _extraction(self, model: nn.Module, eval_set: EvaluationSet, samples: list[Sample], kind: str) -> list[float]:
         asked_as = [sample.reworded if kind == "perturbed" else sample.right for sample in samples]
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
         labelled = [[label for label in labels if label != IGNORE] for _, labels in asked_as]
         # Without the end.
-        answers = [tokens[: -one.closing] or tokens for tokens, one in zip(labelled, samples, strict=True)]
+        answers = [tokens[: -eval_set.closing] or tokens for tokens, eval_set in zip(labelled, samples, strict=True)]
         ends, takes = self.ends_for(model), _positions(getattr(model, "config", None))
         match = "similar" if kind == "similar" else "exact"
 
@@ -259,8 +265,8 @@ class Evaluation:
             said: dict[int, Generated] = {}
             for some in [list(asked)] if fits else [[at] for at in asked]:
                 limit = max(len(rest[at]) for at in some)
-                found = generate(model, [given[at] for at in some], limit, ends, self.pad_id)
-                said |= dict(zip(some, found, strict=True))
+                generations = generate(model, [given[at] for at in some], limit, ends, self.pad_id)
+                said |= dict(zip(some, generations, strict=True))
             return {at: metrics.continuation_matches(said[at].ids, rest[at], match) for at in asked}
 
         return metrics.prefix_extraction([len(answer) for answer in answers], matches)
@@ -268,14 +274,14 @@ class Evaluation:
     def log(self, results: Mapping[str, list[dict[str, Any]]], run: str, source: Mapping[str, Any]) -> dict[str, Any]:
         """The log of all units' results, in the layout that `gfast.metrics.load_log` reads."""
         sets, described = {}, {}
-        for of, one in enumerate(self.sets):
+        for of, eval_set in enumerate(self.sets):
             rows: list[dict[str, Any]] = [{} for _ in self.samples[of]]
             for unit in self.units():
                 if unit.of == of:
                     for at, values in zip(unit.places, results[unit.name], strict=True):
                         rows[at].update(values)
-            sets[one.name] = columns([sample.index for sample in self.samples[of]], rows, one.name)
-            described[one.name] = {"config": one.config, "rows": len(rows), "sha256": one.checksum()}
+            sets[eval_set.name] = columns([sample.index for sample in self.samples[of]], rows, eval_set.name)
+            described[eval_set.name] = {"config": eval_set.config, "rows": len(rows), "sha256": eval_set.checksum()}
         return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
 
 
@@ -304,7 +310,7 @@ def _kept(path: Path, rows: list[int], of: Mapping[str, Any]) -> list[dict[str, 
     return value["results"]
 
 
-def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict[str, Any]:
+def losses(sample: Sample, scored: Sequence[Scored], eval_set: EvaluationSet) -> dict[str, Any]:
     """What the log holds of a sample's losses: nats, the token that ends an answer included.
 
     Errors: NotFinite, naming set and row, for a loss that is not.
@@ -314,34 +320,35 @@ def losses(sample: Sample, scored: Sequence[Scored], one: EvaluationSet) -> dict
     for at, total in enumerate(totals):
         if not math.isfinite(total):
             raise NotFinite(
-                f"gfast: the NLL of answer {at + 1} of row {sample.row} of the set {one.name} is {total}: the model "
-                "gives no finite log-probability there, and such a sample compares with none. Are the weights finite?"
+                f"gfast: the NLL of answer {at + 1} of row {sample.row} of the set {eval_set.name} is {total}: the "
+                "model gives no finite log-probability there, and such a sample compares with none. Are the "
+                "weights finite?"
             )
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     for name, places in sample.fields.items():
         total, count = [totals[at] for at in places], sample.counts(name)
         average = [a / n for a, n in zip(total, count, strict=True)]
         several = name == "perturb"
         for key, values in ((_AVERAGES[name], average), (_NAMES[name], total), (f"num_token_{name}", count)):
-            found[key] = values if several else values[0]
+            row[key] = values if several else values[0]
     right = scored[sample.fields["gt"][0]]
     # open-unlearning's convention: what ends an answer is no part of it here
     correct, logp = right.correct[: -sample.closing].tolist(), right.logp[: -sample.closing]
-    if not one.choices:  # of a letter nothing is left
-        found["extraction_strength"] = metrics.extraction_strength(correct)
-    if correct and not one.choices:
-        found["exact_memorization"] = metrics.exact_memorization(correct)
-        found["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
-    if one.choices:
-        found["right_choice"] = int(found["gt_loss"] < min(found["perturb_loss"]))
+    if not eval_set.choices:  # of a letter nothing is left
+        row["extraction_strength"] = metrics.extraction_strength(correct)
+    if correct and not eval_set.choices:
+        row["exact_memorization"] = metrics.exact_memorization(correct)
+        row["min_k"] = metrics.min_k(np.minimum(logp.numpy(), 0), MIN_K)
+    if eval_set.choices:
+        row["right_choice"] = int(row["gt_loss"] < min(row["perturb_loss"]))
     if "perturb" in sample.fields:
-        wrong = [found["average_perturb_loss"]]
+        wrong = [row["average_perturb_loss"]]
         if "paraphrased" in sample.fields:
-            found["truth_ratio"] = float(metrics.truth_ratios([found["avg_paraphrased_loss"]], wrong)[0])
-        if one.name in OPTION_SETS:
-            share = metrics.option_probability([found["avg_gt_loss"]], wrong, "tofu")[0]
-            found["normalized_gt_loss"] = -math.log(share) if share else math.inf
-    return found
+            row["truth_ratio"] = float(metrics.truth_ratios([row["avg_paraphrased_loss"]], wrong)[0])
+        if eval_set.name in OPTION_SETS:
+            share = metrics.option_probability([row["avg_gt_loss"]], wrong, "tofu")[0]
+            row["normalized_gt_loss"] = -math.log(share) if share else math.inf
+    return row
 
 
 def columns(index: list[int], rows: Sequence[Mapping[str, Any]], name: str = "") -> dict[str, Any]:
@@ -357,9 +364,9 @@ def columns(index: list[int], rows: Sequence[Mapping[str, Any]], name: str = "")
                 "%s of the set %s is not in the log: row %d has none, as its answer has no token but the one that ends "
                 "it (%d of %d rows)", key, name, lacks[0] + 1, len(lacks), len(rows),
             )  # fmt: skip
-    found: dict[str, Any] = {"index": index, **{key: [row[key] for row in rows] for key in common}}
+    by_key: dict[str, Any] = {"index": index, **{key: [row[key] for row in rows] for key in common}}
     texts = [{"index": number, **row["text"]} for number, row in zip(index, rows, strict=True) if "text" in row]
     partial = {key for row in rows for key in row if key.startswith("ps_") and key not in common}
     for key in sorted(partial):  # of the first samples only
-        found.setdefault("extraction", {})[key] = [row[key] for row in rows if key in row]
-    return found | ({"text": texts} if texts else {})
+        by_key.setdefault("extraction", {})[key] = [row[key] for row in rows if key in row]
+    return by_key | ({"text": texts} if texts else {})

@@ -96,23 +96,28 @@ _said: set[str] = set()
 def say_rows_in_both(sets: Sequence[EvaluationSet]) -> None:
     """A warning, once, for rows of a forget set that are in another set too."""
 
-    def rows_of(one: EvaluationSet) -> list[dict[str, Any]]:
-        return [{"question": row.get(one.question), "answer": row.get(one.answer)} for row in as_rows(one.rows)]
+    def rows_of(eval_set: EvaluationSet) -> list[dict[str, Any]]:
+        return [
+            {"question": row.get(eval_set.question), "answer": row.get(eval_set.answer)}
+            for row in as_rows(eval_set.rows)
+        ]
 
-    for one in sets:
-        for other in sets if one.name.rpartition("_")[2] == "forget" else ():
-            found = None if other is one else in_both(rows_of(one), rows_of(other), other.name, one.name)
-            if found is not None and found not in _said:
-                _said.add(found)
+    for eval_set in sets:
+        for other in sets if eval_set.name.rpartition("_")[2] == "forget" else ():
+            overlap = (
+                None if other is eval_set else in_both(rows_of(eval_set), rows_of(other), other.name, eval_set.name)
+            )
+            if overlap is not None and overlap not in _said:
+                _said.add(overlap)
                 then = "Membership inference asks what tells the sets apart" if other.name == "holdout" else (
                     f"What is said of the {other.name} set is said of them as well")  # fmt: skip
-                logger.warning("gfast: %s. %s: take them out of one", found, then)
+                logger.warning("gfast: %s. %s: take them out of one", overlap, then)
 
 
 def tokens_checksum(samples: Sequence[Sample]) -> str:
     """SHA-256 of what a model is given: the same rows are other tokens under another tokenizer or template."""
     return hashlib.sha256(
-        repr([(one.index, one.answers, one.fields, one.reworded) for one in samples]).encode()
+        repr([(sample.index, sample.answers, sample.fields, sample.reworded) for sample in samples]).encode()
     ).hexdigest()
 
 
@@ -122,7 +127,7 @@ def first_label(labels: Sequence[int]) -> int:
 
 
 def encoded(
-    one: EvaluationSet,
+    eval_set: EvaluationSet,
     tokenizer: Any,
     template: str = "auto",
     chat_kwargs: Mapping[str, Any] | None = None,
@@ -134,25 +139,25 @@ def encoded(
     Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
     with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.
     """
-    encode = one.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
-    rows = as_rows(one.rows)
-    numbers = one.index or tuple(range(len(rows)))
+    encode = eval_set.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
+    rows = as_rows(eval_set.rows)
+    numbers = eval_set.index or tuple(range(len(rows)))
     samples, several = [], None
     for number, row in zip(numbers, rows, strict=True):
         try:
-            question = field_text(row, one.question)
-            texts = {"gt": [field_text(row, one.answer)]}
-            if one.answer == "answer" and is_cut(row):
+            question = field_text(row, eval_set.question)
+            texts = {"gt": [field_text(row, eval_set.answer)]}
+            if eval_set.answer == "answer" and is_cut(row):
                 raise ValueError("its answer was cut (answer_cut), so that it has no end to score: leave such rows out")
-            if one.paraphrase is not None:
-                texts["paraphrased"] = [field_text(row, one.paraphrase)]
-            if one.perturbed is not None:
-                texts["perturb"] = _wrong_answers(row, one.perturbed)
+            if eval_set.paraphrase is not None:
+                texts["paraphrased"] = [field_text(row, eval_set.paraphrase)]
+            if eval_set.perturbed is not None:
+                texts["perturb"] = _wrong_answers(row, eval_set.perturbed)
                 several = several or (number, len(texts["perturb"]))
                 if len(texts["perturb"]) != several[1]:
                     raise ValueError(
-                        f'field "{one.perturbed}" has {len(texts["perturb"])} answers, and row {several[0] + 1} has '
-                        f"{several[1]}: all rows need as many"
+                        f'field "{eval_set.perturbed}" has {len(texts["perturb"])} answers, and row {several[0] + 1} '
+                        f"has {several[1]}: all rows need as many"
                     )
             sample = _sample(number, question, texts, encode, max_length)
             if row.get(REWORDED) is not None:
@@ -161,7 +166,9 @@ def encoded(
             samples.append(sample)
         except ValueError as error:
             reason = str(error).removeprefix("gfast: ")
-            raise ValueError(f"gfast: the set {one.name} ({one.config}), row {number + 1}: {reason}") from error
+            raise ValueError(
+                f"gfast: the set {eval_set.name} ({eval_set.config}), row {number + 1}: {reason}"
+            ) from error
     return samples
 
 
@@ -194,10 +201,10 @@ def _sample(
                 )
             places.append(answers.setdefault((ids, labels), len(answers)))
         fields[name] = tuple(places)
-    right, found = texts["gt"][0], tuple(answers)
+    right, encoded = texts["gt"][0], tuple(answers)
     closing = 1  # where it is not known, or shares a token with the answer
     if isinstance(encode, (Plain, Chat)):
-        (ids, labels), bare = found[fields["gt"][0]], tuple(encode(question, right, False)[0])
+        (ids, labels), bare = encoded[fields["gt"][0]], tuple(encode(question, right, False)[0])
         if ids[: len(bare)] == bare:
             closing = sum(label != IGNORE for label in labels[len(bare) :])
-    return Sample(number, question, right, found, fields, closing=closing)
+    return Sample(number, question, right, encoded, fields, closing=closing)

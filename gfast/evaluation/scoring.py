@@ -60,7 +60,7 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
         pad_id: any token; what is padded is masked out.
         shared: run what a sample's answers have in common once.
     """
-    found: list[list[Any]] = [[None] * len(sample.answers) for sample in samples]
+    scores: list[list[Any]] = [[None] * len(sample.answers) for sample in samples]
     answers = [(first_label(labels), len(ids)) for sample in samples for ids, labels in sample.answers]
     # Behind the longest prompt the longest answer, padding included.
     apart = max(start for start, _ in answers) + max(end - start for start, end in answers) + 1 > reach(model)
@@ -77,21 +77,21 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
                 if held is not None:
                     batch |= _behind(model, held, [place[job.sample] for job in jobs])
                 for job, scored in zip(jobs, _scored(model, batch, jobs, samples), strict=True):
-                    found[job.sample][job.answer] = scored
-    return found
+                    scores[job.sample][job.answer] = scored
+    return scores
 
 
 def can_share(model: nn.Module, samples: Sequence[Sample], pad_id: int) -> bool:
     """Whether running prompts once gives this model's own losses of `samples`, up to rounding."""
     plain = score(model, samples, pad_id, shared=False)
     try:
-        found = score(model, samples, pad_id)
+        shared = score(model, samples, pad_id)
     except Exception as error:  # caches are of many kinds, and fail in as many ways
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         rounding = 3e-2 if next(model.parameters()).dtype.itemsize == 2 else 1e-4
         apart, size = 0.0, 0.0
-        for one, other in zip(plain, found, strict=True):
+        for one, other in zip(plain, shared, strict=True):
             for a, b in zip(one, other, strict=True):
                 apart = max(apart, float((a.logp - b.logp).abs().max()))
                 size = max(size, float(a.logp.abs().max()))

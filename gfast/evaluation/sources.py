@@ -39,7 +39,7 @@ def tofu(forget: str, path: str | Path | None, ds_size: int = 0, holdout: str | 
             f"It is one of {', '.join(FORGET_SPLITS)}"
         )
     options = {"answer": "answer", "perturbed": "perturbed_answer", "paraphrase": "answer"}
-    found = [
+    sets = [
         EvaluationSet("retain", "retain_perturbed", _first(load_tofu("retain_perturbed", path), ds_size), **_PERTURBED),
         EvaluationSet(
             "forget", f"{split}_perturbed", _first(load_tofu(f"{split}_perturbed", path), ds_size), **_PERTURBED
@@ -48,8 +48,8 @@ def tofu(forget: str, path: str | Path | None, ds_size: int = 0, holdout: str | 
         EvaluationSet("world_facts", "world_facts_perturbed", load_tofu("world_facts_perturbed", path), **options),
     ]
     if holdout:
-        found.append(EvaluationSet("holdout", holdout, load_tofu(holdout, path), generate=0))
-    return found
+        sets.append(EvaluationSet("holdout", holdout, load_tofu(holdout, path), generate=0))
+    return sets
 
 
 def bundled(ds_size: int = 0) -> list[EvaluationSet]:
@@ -65,14 +65,14 @@ def jsonl(files: Mapping[str, str], path: str | Path | None, ds_size: int = 0) -
     """One's own question/answer lines: name of the set -> file. Where every row has `paraphrased_answer` and
     `perturbed_answer`, as in TOFU's perturbed configurations, they are scored too.
     """
-    found = []
+    sets = []
     for name, file in files.items():
         rows = _first(load_jsonl(Path(path or "") / file), ds_size)
         have = {key: field for key, field in _PERTURBED.items() if any(field in row for row in rows)}
         if "perturbed" in have and "paraphrase" not in have:
             have["paraphrase"] = "answer"
-        found.append(EvaluationSet(name, Path(file).stem, rows, **have))
-    return found
+        sets.append(EvaluationSet(name, Path(file).stem, rows, **have))
+    return sets
 
 
 def trained(
@@ -90,14 +90,14 @@ def trained(
     trained on, and of TOFU's other sets. forget_authors: of the bundled ones.
     """
     if source == "tofu":
-        found = tofu(forget, path, ds_size)
+        sets = tofu(forget, path, ds_size)
     elif source == "jsonl":
-        found = jsonl({"forget": forget, **({"retain": retain} if retain else {})}, path, ds_size)
+        sets = jsonl({"forget": forget, **({"retain": retain} if retain else {})}, path, ds_size)
     else:
         rows = dict(zip(("forget", "retain"), bundled_perturbed(forget_authors), strict=True))
-        found = [replace(one, rows=_first(rows[one.name], ds_size)) for one in bundled()]
+        sets = [replace(eval_set, rows=_first(rows[eval_set.name], ds_size)) for eval_set in bundled()]
     limits = {"forget": max_forget, "retain": max_retain}
-    return [replace(one, rows=_first(one.rows, limits.get(one.name, 0))) for one in found]
+    return [replace(eval_set, rows=_first(eval_set.rows, limits.get(eval_set.name, 0))) for eval_set in sets]
 
 
 def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) -> list[EvaluationSet]:
@@ -107,25 +107,25 @@ def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) ->
     hub: muse-bench/MUSE-News or -Books; path: a folder with their files instead, as `<config>/<split>.jsonl` or
     `<config>_<split>.jsonl`.
     """
-    found = []
+    sets = []
     for name in ("forget", "retain"):
         few = stored(hub, "knowmem", f"{name}_qa_icl", path, ("question", "answer"))
         rows = stored(hub, "knowmem", f"{name}_qa", path, ("question", "answer"))
         encode = Continuation(tokenizer, _shots(few))
-        found.append(
+        sets.append(
             EvaluationSet(f"knowmem_{name}", f"knowmem {name}_qa", _first(rows, ds_size), generate=32,
                           stops=_NEXT_QUESTION, encode=encode)
         )  # fmt: skip
     rows = stored(hub, "verbmem", "forget", path, ("prompt", "gt"))
-    found.append(
+    sets.append(
         EvaluationSet("verbmem", "verbmem forget", _first(rows, ds_size), "prompt", "gt", generate=128,
                       encode=Continuation(tokenizer))
     )  # fmt: skip
     for name in ("forget", "holdout"):
         rows = stored(hub, "privleak", name, path, ("text",))
         texts = [{"question": row["text"], "answer": row["text"]} for row in _first(rows, ds_size)]
-        found.append(EvaluationSet(name, f"privleak {name}", texts, generate=0, encode=WholeText(tokenizer)))
-    return found
+        sets.append(EvaluationSet(name, f"privleak {name}", texts, generate=0, encode=WholeText(tokenizer)))
+    return sets
 
 
 def choices(
@@ -261,21 +261,21 @@ def _from_hub(hub: str, config: str, split: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def as_logged(one: EvaluationSet, log: EvaluationLog) -> EvaluationSet:
+def as_logged(eval_set: EvaluationSet, log: EvaluationLog) -> EvaluationSet:
     """As many of the first rows of a set as a retain log has of the same set; ValueError where its forget set is of
     others.
     """
-    if one.name not in log.sets:
-        return one
-    index = log.sets[one.name].index
+    if eval_set.name not in log.sets:
+        return eval_set
+    index = log.sets[eval_set.name].index
     if sorted(index) != list(range(len(index))):
-        if one.name == "forget":
+        if eval_set.name == "forget":
             raise ValueError(f"gfast: the forget set of {log.path} is of other rows than the first {len(index)}")
-        return one
-    if len(index) < len(one.rows):
+        return eval_set
+    if len(index) < len(eval_set.rows):
         say = "The retain log is of the first %d rows of the %s set: these are evaluated (--ds_size)"
-        logger.info(say, len(index), one.name)
-    return replace(one, rows=one.rows[: len(index)])
+        logger.info(say, len(index), eval_set.name)
+    return replace(eval_set, rows=eval_set.rows[: len(index)])
 
 
 def _first(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -36,8 +36,8 @@ class Answers:
 
     def apart(self) -> bool:
         """Whether passes since the last look found something else than those before them."""
-        found, self._apart = self._apart, []
-        return bool(found) and bool(torch.stack(found).any())
+        differences, self._apart = self._apart, []
+        return bool(differences) and bool(torch.stack(differences).any())
 
     def check(self) -> None:
         """ValueError where that is so."""

@@ -135,10 +135,10 @@ def g_effect(
             f"gfast: only the stream engine can measure the objective's norm; {engine!r} never has its gradient"
         )
     several = isinstance(objective, Sequence) and not isinstance(objective, str)
-    objectives = [as_objective(one) for one in (objective if several else [objective])]
+    objectives = [as_objective(each) for each in (objective if several else [objective])]
     if not objectives:
         raise ValueError("gfast: the list of objectives is empty")
-    used = [term for one in objectives for _, term in terms(one)]
+    used = [term for each in objectives for _, term in terms(each)]
     options = Options(
         groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, reference, processes, engine
     )

@@ -129,18 +129,18 @@ class Passes:
             losses = self._run(work, consume, done)
         # looked at once a pass: a look at every batch would wait for the device each time
         values = torch.stack(losses).tolist() if losses else []
-        found: dict[Term, dict[int, float]] = {}
+        by_term: dict[Term, dict[int, float]] = {}
         for item, value in zip(work, values, strict=True):
             if item.factor or self.processes.size == 1:
-                found.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
-        each = [[sum(found[t].values()), 1.0] if t in found else [0.0, 0.0] for t in self._terms]
+                by_term.setdefault(item.term, {})[item.index] = value  # a term of two jobs comes twice
+        each = [[sum(by_term[t].values()), 1.0] if t in by_term else [0.0, 0.0] for t in self._terms]
         each.append([float(self.data.answers.apart()), 0.0])
         sums = self.processes.sum(torch.tensor(each, dtype=torch.float64, device=self.device)).tolist()
         differs, _ = sums.pop()
         for term, (total, ran) in zip(self._terms, sums, strict=True):
             if not math.isfinite(total):
-                bad = [index for index, value in found.get(term, {}).items() if not math.isfinite(value)]
-                where = f"{found[term][bad[0]]} on batch {bad[0]}" if bad else "not finite in another process on some"
+                bad = [index for index, value in by_term.get(term, {}).items() if not math.isfinite(value)]
+                where = f"{by_term[term][bad[0]]} on batch {bad[0]}" if bad else "not finite in another process on some"
                 raise NotFinite(
                     f"gfast: {term.objective} is {where} of the {term.source} data, so there is no gradient: check the "
                     f"model's weights and, in float16, its range"

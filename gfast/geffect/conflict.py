@@ -43,13 +43,15 @@ def conflict_weights(effects: Sequence[Tensor], tau: float = 1.0) -> list[Tensor
     """
     if not 0 < tau < math.inf:
         raise ValueError(f"gfast: retain_conflict: tau must be positive and finite, not {tau}")
-    flat = torch.cat([one.reshape(-1).double() for one in effects]) if len(effects) else torch.zeros(0, device="cpu")
+    flat = (
+        torch.cat([values.reshape(-1).double() for values in effects]) if len(effects) else torch.zeros(0, device="cpu")
+    )
     if not bool(torch.isfinite(flat).all()):
         raise ValueError("gfast: retain_conflict: a token's effect is not finite")
     scale = float(flat.square().mean().sqrt()) if len(flat) else 0.0
     if scale == 0.0:
-        return [torch.ones_like(one, dtype=torch.float64) for one in effects]
-    return [torch.exp(one.double().clamp(max=0.0) / (tau * scale)) for one in effects]
+        return [torch.ones_like(values, dtype=torch.float64) for values in effects]
+    return [torch.exp(values.double().clamp(max=0.0) / (tau * scale)) for values in effects]
 
 
 def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 1.0, **options: Any) -> list[Tensor]:

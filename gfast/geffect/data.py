@@ -62,7 +62,7 @@ def terms(objective: Objective, weighted: Collection[str] = ()) -> list[tuple[fl
     parts = [(float(objective.gamma), objective.forget, _source(objective.forget))]
     if objective.retain is not None:
         parts.append((float(objective.alpha), objective.retain, "retain"))
-    return [(factor, term(one, source)) for factor, one, source in parts if factor != 0.0]
+    return [(factor, term(each, source)) for factor, each, source in parts if factor != 0.0]
 
 
 def risk_terms(risk: Objective) -> list[Term]:

@@ -295,7 +295,7 @@ class Dots:
         self._start()
 
     def _start(self) -> None:
-        self.found: list[Tensor | None] = [None] * self.count
+        self.dots: list[Tensor | None] = [None] * self.count
         self.waiting: dict[int, Tensor] = {}
         self.bytes = 0
 
@@ -305,7 +305,7 @@ class Dots:
         alone = size > self.limit
         if index in self.waiting or elsewhere or (not alone and self.bytes + size > self.limit):
             self._flush()
-        first = self.found[index] is None
+        first = self.dots[index] is None
         if alone:
             self._dot({index: x})
         else:
@@ -317,9 +317,9 @@ class Dots:
         """By parameter, since the last time: [stores + 1] fp64 on its device, the dots with the stored gradients, then
         the squared norm; None where there was no gradient."""
         self._flush()
-        found = self.found
+        finished = self.dots
         self._start()
-        return found
+        return finished
 
     def _flush(self) -> None:
         self._dot(self.waiting)
@@ -339,8 +339,8 @@ class Dots:
                 full[:, [*columns, len(present)]] = values
                 values = full
             for index, row in zip(indices, values, strict=True):
-                before = self.found[index] if self.adds else None
-                self.found[index] = row if before is None else before + row
+                before = self.dots[index] if self.adds else None
+                self.dots[index] = row if before is None else before + row
 
 
 def _nbytes(x: Tensor) -> int:
@@ -359,8 +359,8 @@ def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> 
     """The same of all other parameters, by name; without those that quantisation packs, 8-bit ones too."""
     known, named = set(names), {name: sharded.local(p) for name, p in model.named_parameters()}
     others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
-    found: dict[str, float] = {}
+    squares: dict[str, float] = {}
     for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
         some = [name for name in others if named[name].device == device]
-        found |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
-    return found
+        squares |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
+    return squares

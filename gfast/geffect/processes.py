@@ -93,17 +93,17 @@ class Processes:
         """What the function gives in this process; where it fails in one, all of them raise."""
         if self.size == 1:
             return function()
-        found: list[T] = []
-        self._told(lambda: found.append(function()))
-        return found[0]
+        results: list[T] = []
+        self._told(lambda: results.append(function()))
+        return results[0]
 
     def _told(self, function: Callable[[], Any]) -> list[Any]:
         """What the function gives in each process."""
         result, error = None, None
         try:
             result = function()
-        except Exception as found:
-            error = found
+        except Exception as raised:
+            error = raised
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, (result, None if error is None else str(error)))
         if error is not None:
@@ -111,7 +111,7 @@ class Processes:
         for rank, (_, text) in enumerate(told):
             if text is not None:
                 raise RuntimeError(f"process {rank} failed: {text}")
-        return [one for one, _ in told]
+        return [message for message, _ in told]
 
     def check_alike(self, batches: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """ValueError unless every process has the same batches."""
@@ -125,7 +125,7 @@ class Processes:
                         hash_tensor(digest, f"{source}|{index}|{key}", value)
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, digest.hexdigest())
-        other = next((rank for rank, found in enumerate(told) if found != told[0]), None)
+        other = next((rank for rank, said in enumerate(told) if said != told[0]), None)
         if other is not None:
             raise ValueError(
                 f"gfast: process {other} was given other batches than process 0. What several processes measure "

@@ -135,7 +135,7 @@ class Request:
                 with measuring(module), torch.no_grad():
                     apart = model_logp(module, to_device(rows, device))
                     together = model_logp(module, to_device(batch, device))
-                scored = [(one["labels"][:, 1:] != IGNORE_INDEX).to(device) for one in (rows, batch)]
+                scored = [(given["labels"][:, 1:] != IGNORE_INDEX).to(device) for given in (rows, batch)]
                 apart, together = (x[:, 1:][y] for x, y in zip((apart, together), scored, strict=True))
                 if len(apart) != len(together):
                     raise ValueError(

@@ -93,8 +93,10 @@ def _exchanged_in_a_row(batch: dict[str, Any]) -> dict[str, Any]:
     width = batch["labels"].shape[1]
     starts = packed.starts(batch)  # [S]
     if starts is None or len(starts) % 2:
-        found = "nothing says where its answers begin (position_ids, cu_seq_lens_q)" if starts is None else len(starts)
-        raise ValueError(f"gfast: one row [1, {width}] must hold pairs, an even number of answers; {found}")
+        answers = (
+            "nothing says where its answers begin (position_ids, cu_seq_lens_q)" if starts is None else len(starts)
+        )
+        raise ValueError(f"gfast: one row [1, {width}] must hold pairs, an even number of answers; {answers}")
     ends = [*starts[1:], width]
     batch["labels"] = batch["labels"].index_fill(1, torch.tensor(starts, device=batch["labels"].device), IGNORE_INDEX)
     scored = [bool((batch["labels"][0, a + 1 : b] != IGNORE_INDEX).any()) for a, b in zip(starts, ends, strict=True)]

@@ -44,14 +44,14 @@ def probability(log: EvaluationLog, *, convention: str = "tofu", per_sample: boo
     0.9909385566...
     """
     chosen("convention", convention, EPSILON)
-    found = {}
-    for name, one in log.sets.items():
-        right = one.column("avg_gt_loss", "probability")
+    values = {}
+    for name, log_set in log.sets.items():
+        right = log_set.column("avg_gt_loss", "probability")
         if name in OPTION_SETS:
-            found[name] = option_probability(right, one.column("average_perturb_loss", "probability"), convention)
+            values[name] = option_probability(right, log_set.column("average_perturb_loss", "probability"), convention)
         else:
-            found[name] = np.exp(-right)
-    return _given(found, per_sample)
+            values[name] = np.exp(-right)
+    return _given(values, per_sample)
 
 
 def truth_ratio(
@@ -77,15 +77,15 @@ def truth_ratio(
 
     >>> truth_ratio(log, "arithmetic")["retain"]  # doctest: +SKIP
     """
-    found = {}
-    for name, one in log.sets.items():
-        if name in (*UTILITY_SETS, "forget") or "average_perturb_loss" in one.values:
-            ratios = _from_logs(ratios_of(one, mean, convention))
+    by_set = {}
+    for name, log_set in log.sets.items():
+        if name in (*UTILITY_SETS, "forget") or "average_perturb_loss" in log_set.values:
+            ratios = _from_logs(ratios_of(log_set, mean, convention))
             kind = "closer_to_1_better" if name in FORGET_SETS else "true_better"
-            found[name] = ratios if per_sample else aggregate(ratios, kind, convention)
-    if not found:
+            by_set[name] = ratios if per_sample else aggregate(ratios, kind, convention)
+    if not by_set:
         raise ValueError(f"gfast: truth_ratio needs perturbed answers, and no set of {log.path or 'the log'} has any")
-    return found
+    return by_set
 
 
 def rouge(log: EvaluationLog, kind: str = "rougeL_recall", *, per_sample: bool = False) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def rouge(log: EvaluationLog, kind: str = "rougeL_recall", *, per_sample: bool =
     0.9854496939...
     """
     chosen("kind", kind, ("rougeL_recall", "rouge1_recall", "rougeL_f1"))
-    return _given({name: one.column(kind, "rouge") for name, one in log.sets.items()}, per_sample)
+    return _given({name: log_set.column(kind, "rouge") for name, log_set in log.sets.items()}, per_sample)
 
 
 def model_utility(log: EvaluationLog, mean: str = "geometric", *, convention: str = "tofu") -> float:
@@ -122,7 +122,7 @@ def model_utility(log: EvaluationLog, mean: str = "geometric", *, convention: st
         log.of(name, "model_utility")
     part = EvaluationLog(log.run, {name: log.sets[name] for name in UTILITY_SETS}, log.path)
     nine = [rouge(part), probability(part, convention=convention), truth_ratio(part, mean, convention=convention)]
-    values = [one[name] for one in nine for name in UTILITY_SETS]
+    values = [values_of_sets[name] for values_of_sets in nine for name in UTILITY_SETS]
     if min(values) <= 0:
         return 0.0
     return float(required("scipy.stats", "scipy", "model_utility").hmean(values))
@@ -181,9 +181,9 @@ def _from_logs(ratios: np.ndarray) -> np.ndarray:
     return np.exp(np.minimum(ratios, 709))
 
 
-def ratios_of(one: LogSet, mean: str, convention: str) -> np.ndarray:
+def ratios_of(log_set: LogSet, mean: str, convention: str) -> np.ndarray:
     """log R [S] of a set of a log."""
-    columns = [one.column(name, "the truth ratio") for name in ("avg_paraphrased_loss", "average_perturb_loss")]
+    columns = [log_set.column(name, "the truth ratio") for name in ("avg_paraphrased_loss", "average_perturb_loss")]
     return log_ratios(*columns, mean, convention)
 
 
@@ -234,11 +234,11 @@ def rouge_scores(truth: str, generation: str) -> dict[str, float]:
     scorer = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
     letters = [char for char in truth.lower() if char.isalnum()]
     words = _Words() if 2 * sum(char.isascii() for char in letters) < len(letters) else None
-    found = scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=words).score(truth, generation)
+    scores = scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=words).score(truth, generation)
     return {
-        "rouge1_recall": found["rouge1"].recall,
-        "rougeL_recall": found["rougeL"].recall,
-        "rougeL_f1": found["rougeL"].fmeasure,
+        "rouge1_recall": scores["rouge1"].recall,
+        "rougeL_recall": scores["rougeL"].recall,
+        "rougeL_f1": scores["rougeL"].fmeasure,
     }
 
 
@@ -262,5 +262,5 @@ def _pair(right: Any, wrong: Any) -> tuple[np.ndarray, np.ndarray]:
     return right, wrong
 
 
-def _given(found: Mapping[str, np.ndarray], per_sample: bool) -> dict[str, Any]:
-    return {name: values if per_sample else float(values.mean()) for name, values in found.items()}
+def _given(by_set: Mapping[str, np.ndarray], per_sample: bool) -> dict[str, Any]:
+    return {name: values if per_sample else float(values.mean()) for name, values in by_set.items()}

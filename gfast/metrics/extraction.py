@@ -45,9 +45,9 @@ def prefix_extraction(
     searched = set(ends)
     while searched:
         asked = {at: sum(ends[at]) // 2 for at in sorted(searched)}
-        for at, found in matches(asked).items():
+        for at, extracted in matches(asked).items():
             low, high = ends[at]
-            ends[at] = (low, asked[at]) if found else (asked[at], high)
+            ends[at] = (low, asked[at]) if extracted else (asked[at], high)
             low, high = ends[at]
             if high == 0 or high - low == 1 and (low > 0 or asked[at] == 0):
                 searched.discard(at)

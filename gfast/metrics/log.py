@@ -83,8 +83,8 @@ class EvaluationLog:
     def config_of(self, name: str) -> str | None:
         """Which data a set is of, where the log says so."""
         sets = self.source.get("sets")
-        one = sets.get(name) if isinstance(sets, Mapping) else None
-        return str(one["config"]) if isinstance(one, Mapping) and "config" in one else None
+        described = sets.get(name) if isinstance(sets, Mapping) else None
+        return str(described["config"]) if isinstance(described, Mapping) and "config" in described else None
 
     def of(self, name: str, needed_by: str) -> LogSet:
         """A set by its name; ValueError that says which metric lacks it."""
@@ -220,8 +220,8 @@ class _Reader:
         extraction = entry.get("extraction", {})
         if not isinstance(extraction, Mapping):
             raise self.wrong(f"extraction should map kinds to lists, got {extraction!r:.40}")
-        found = {key: numbers(f"{self.path}, set {self.name}: {key}", column) for key, column in extraction.items()}
-        return LogSet(self.name, index, values, tuple(self._text(entry.get("text", ()), set(index))), found)
+        extracted = {key: numbers(f"{self.path}, set {self.name}: {key}", column) for key, column in extraction.items()}
+        return LogSet(self.name, index, values, tuple(self._text(entry.get("text", ()), set(index))), extracted)
 
     def _index(self, index: Any) -> tuple[int, ...]:
         if not isinstance(index, Sequence) or isinstance(index, str) or not index:

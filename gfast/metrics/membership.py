@@ -182,7 +182,7 @@ def _relative(value: float, reference: float) -> float:
 
 
 def _auc(name: str, value: float) -> float:
-    found = float(numbers(name, [value])[0])
-    if not 0 <= found <= 1:
-        raise ValueError(f"gfast: {name} is {found:g}; an AUC lies between 0 and 1 (not in percent)")
-    return found
+    auc = float(numbers(name, [value])[0])
+    if not 0 <= auc <= 1:
+        raise ValueError(f"gfast: {name} is {auc:g}; an AUC lies between 0 and 1 (not in percent)")
+    return auc

@@ -34,14 +34,14 @@ def extraction_strength(correct: Any, floor: str = "definition") -> float:
     (0.75, 0.0, 0.5)
     """
     chosen("floor", floor, FLOORS)
-    found = right_or_wrong("correct", correct)
-    if not found.size:
+    right = right_or_wrong("correct", correct)
+    if not right.size:
         return 0.0
-    wrong = np.flatnonzero(~found)
+    wrong = np.flatnonzero(~right)
     start = int(wrong[-1]) + 1 if wrong.size else 0
     if floor == "open-unlearning":
-        start = min(start, found.size - 1)
-    return 1 - start / found.size
+        start = min(start, right.size - 1)
+    return 1 - start / right.size
 
 
 def exact_memorization(correct: Any) -> float | None:
@@ -60,5 +60,5 @@ def exact_memorization(correct: Any) -> float | None:
     >>> exact_memorization([1, 0, 1, 1]), exact_memorization([])
     (0.75, None)
     """
-    found = right_or_wrong("correct", correct)
-    return float(found.mean()) if found.size else None
+    right = right_or_wrong("correct", correct)
+    return float(right.mean()) if right.size else None

@@ -68,8 +68,8 @@ def same_distribution(values: Any, reference: Any) -> ForgetQuality:
     values, reference = numbers("the model's values", values), numbers("the retain model's values", reference)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning)
-        found = required("scipy.stats", "scipy", "forget_quality").ks_2samp(values, reference)
-    pvalue, statistic = min(float(found.pvalue), 1.0), float(found.statistic)
+        test = required("scipy.stats", "scipy", "forget_quality").ks_2samp(values, reference)
+    pvalue, statistic = min(float(test.pvalue), 1.0), float(test.statistic)
     if values.size == reference.size and (values.size <= _EXACT or pvalue < 1e-300):
         logarithm = log10_p(statistic, values.size)
         # SciPy's exact sum fails at times for a p near 1, and it turns to an approximation.

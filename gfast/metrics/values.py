@@ -38,43 +38,43 @@ def numbers(name: str, values: Any, dimensions: int = 1) -> np.ndarray:
         values = values.detach().cpu()
         values = values.double() if values.is_floating_point() else values
     try:
-        found = np.asarray(values)
-        if found.dtype == object or found.dtype.kind in "USMmc":
+        array = np.asarray(values)
+        if array.dtype == object or array.dtype.kind in "USMmc":
             raise ValueError
-        found = found.astype(np.float64)
+        array = array.astype(np.float64)
     except (ValueError, TypeError):
         raise ValueError(f"gfast: {name} must be numbers, in rows of one length, got {values!r:.80}") from None
-    if found.ndim != dimensions:
-        raise ValueError(f"gfast: {name} must have {dimensions} dimension(s), got shape {found.shape}")
-    if not found.size:
+    if array.ndim != dimensions:
+        raise ValueError(f"gfast: {name} must have {dimensions} dimension(s), got shape {array.shape}")
+    if not array.size:
         raise ValueError(f"gfast: {name} is empty")
-    bad = np.argwhere(~np.isfinite(found))
+    bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         where = ", ".join(map(str, bad[0]))
-        raise ValueError(f"gfast: {name}[{where}] is {found[tuple(bad[0])]}; every value must be finite")
-    return found
+        raise ValueError(f"gfast: {name}[{where}] is {array[tuple(bad[0])]}; every value must be finite")
+    return array
 
 
 def log_probabilities(name: str, values: Any) -> np.ndarray:
     """log p [N] in nats, none above 0 by more than rounding."""
-    found = numbers(name, values)
-    if found.max() > 1e-3:
-        at = int(found.argmax())
+    array = numbers(name, values)
+    if array.max() > 1e-3:
+        at = int(array.argmax())
         raise ValueError(
-            f"gfast: {name}[{at}] is {found[at]:g}, and a log-probability is at most 0; give log p, in nats"
+            f"gfast: {name}[{at}] is {array[at]:g}, and a log-probability is at most 0; give log p, in nats"
         )
-    return found
+    return array
 
 
 def right_or_wrong(name: str, values: Any) -> np.ndarray:
     """bool [N]; ValueError for anything but True and False (or 1 and 0)."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
-    found = np.asarray(list(values) if isinstance(values, Iterator) else values)
-    if found.ndim != 1:
+    array = np.asarray(list(values) if isinstance(values, Iterator) else values)
+    if array.ndim != 1:
         raise ValueError(
             f"gfast: {name} must be of one sample: a list [N] of right (1) or wrong (0), got {values!r:.80}"
         )
-    if found.size and (found.dtype.kind not in "biuf" or not np.isin(found, (0, 1)).all()):
+    if array.size and (array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all()):
         raise ValueError(f"gfast: {name} must hold only right (1) and wrong (0), got {values!r:.80}")
-    return found.astype(bool)
+    return array.astype(bool)

@@ -117,14 +117,14 @@ def parse_parameters(parameters: Mapping[str, Any] | list[str] | str | None) -> 
     """
     if isinstance(parameters, Mapping):
         return {n: _value(f"{n}={v}", v) if isinstance(v, str) else v for n, v in parameters.items()}
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for entry in parameters.split() if isinstance(parameters, str) else parameters or ():
         name, equals, value = str(entry).partition("=")
         number = _value(entry, value if equals and name.isidentifier() else "")
-        if name in found:
-            raise ValueError(f"objective_args give {name} twice, as {found[name]} and as {number}: leave one out")
-        found[name] = number
-    return found
+        if name in parsed:
+            raise ValueError(f"objective_args give {name} twice, as {parsed[name]} and as {number}: leave one out")
+        parsed[name] = number
+    return parsed
 
 
 def _value(entry: str, text: str) -> Any:

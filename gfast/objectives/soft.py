@@ -252,7 +252,7 @@ class JensUn(OfLabel):
         object.__setattr__(self, "target_ids", (given,) if isinstance(given, int) else tuple(given))
         super().__post_init__()
         fine = self.target_ids and all(
-            isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in self.target_ids
+            isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in self.target_ids
         )
         self._require(bool(fine), "target_ids must be token ids (whole numbers >= 0), at least one.")
 

@@ -112,8 +112,8 @@ def check_normalizer(name: str, normalizer: float | Tensor) -> None:
     """It divides: one positive number. A tensor is looked at where that costs no waiting."""
     shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
     if shape or not isinstance(normalizer, (Tensor, Real)):
-        found = f"a tensor of shape {shape}" if shape else repr(normalizer)
-        raise ValueError(f"gfast: {name}: normalizer must be one number, as a 0-dim tensor is, not {found}.")
+        got = f"a tensor of shape {shape}" if shape else repr(normalizer)
+        raise ValueError(f"gfast: {name}: normalizer must be one number, as a 0-dim tensor is, not {got}.")
     if isinstance(normalizer, Tensor) and not (runs_now(normalizer) and reads_are_free(normalizer.device)):
         return
     if not 0 < float(normalizer) < math.inf:

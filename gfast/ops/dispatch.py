@@ -165,8 +165,9 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     name, needed = _CUDA_KERNELS[op]
     if not _dispatches(name, "CUDA"):
         return f"gfast._C holds no CUDA kernel {name}; build the package again"
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < needed:
-        return f"the CUDA kernel needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(device)) < needed:
+        least, own = (f"{major}.{minor}" for major, minor in (needed, capability))
+        return f"the CUDA kernel needs compute capability {least}, this GPU has {own}"
     return ""
 
 

@@ -115,8 +115,8 @@ def _backward(ctx, *grads):
         outputs, given = zip(*((x, g) for x, g in list(pairs)[:5] if g is not None), strict=True)
         need = ctx.needs_input_grad[:3]
         wanted = [x for x, flag in zip((hidden, weight, bias), need, strict=True) if flag]
-        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
-        return *(next(found) if flag else None for flag in need), *(None,) * 6
+        gradients = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
+        return *(next(gradients) if flag else None for flag in need), *(None,) * 6
     return _refusing_backward(ctx, next(x for x in grads[:5] if x is not None), *grads)
 
 
@@ -142,13 +142,13 @@ def _linear_row_stats(
     """The fields of ``RowStats`` and the statistics [N, 6]; for what is no tensor see ``LocalHead.options``."""
     chunk_rows = unpacked("linear_token_stats", hidden, labels, sizes, group, impl)[1]
     head = ChunkedHead(hidden, weight, bias, labels, chunk_rows[0], valid_rows(labels))
-    chosen, found = select("token_stats", impl, hidden.device, head.dtype), []
+    chosen, chunks = select("token_stats", impl, hidden.device, head.dtype), []
     for start, stop in row_chunks(head.rows, head.chunk):
         rows = head.logits(start, stop)
-        found.append(stat_rows(rows, head.labels[start:stop], top, 1.0, True, *form, chosen))
+        chunks.append(stat_rows(rows, head.labels[start:stop], top, 1.0, True, *form, chosen))
     dtype = stats_dtype(hidden.dtype)
     empty = [hidden.new_empty((0, k), dtype=d) for k, d in ((6, dtype), (top, dtype), (top, torch.int64))]
-    stats, values, ids = (head.scatter(torch.cat(x)) for x in (zip(*found, strict=True) if found else zip(empty)))
+    stats, values, ids = (head.scatter(torch.cat(x)) for x in (zip(*chunks, strict=True) if chunks else zip(empty)))
     return *(x.clone() for x in rows_of_stats(stats, values, ids)[:4]), values, ids, stats
 
 
@@ -202,7 +202,7 @@ def linear_token_stats(
     top = min(2, head.shard.vocab)
     if wants_literal(name, impl, *head.inputs):
         check_literal(name, head)
-        found = head_row_stats_reference(*head.inputs, head.labels, top, form)
+        stats = head_row_stats_reference(*head.inputs, head.labels, top, form)
     else:
-        found = head_row_stats(head, top, form, impl)
-    return padded(found, 2).token_stats(labels)
+        stats = head_row_stats(head, top, form, impl)
+    return padded(stats, 2).token_stats(labels)

@@ -136,12 +136,12 @@ def parts(spec: StatSpec, stats: RowStats, labels: Tensor, ids: Tensor | None, c
     return Parts(value, weight, zero, torch.cat([labels.clamp(min=0)[:, None], columns], 1), adds)
 
 
-def times_given(found: Parts, given: Tensor | None) -> Parts:
+def times_given(row_parts: Parts, given: Tensor | None) -> Parts:
     """Of values times the weights that were given [n], if any."""
     if given is None:
-        return found
-    scaled = [x * given for x in (found.value, found.weight, found.mean)]
-    return Parts(*scaled, found.columns, found.adds * given[:, None])
+        return row_parts
+    scaled = [x * given for x in (row_parts.value, row_parts.weight, row_parts.mean)]
+    return Parts(*scaled, row_parts.columns, row_parts.adds * given[:, None])
 
 
 class _Rows:
@@ -156,18 +156,20 @@ class _Rows:
 
     def read(self, part: slice, logits: Tensor, labels: Tensor, form) -> None:
         spec = self.spec
-        found = stat_rows(logits, labels, self.top, 1.0 / spec.temperature, spec.soft, *form, self.impl)
-        self.stats[part], self.values[part], self.ids[part] = found
+        statistics = stat_rows(logits, labels, self.top, 1.0 / spec.temperature, spec.soft, *form, self.impl)
+        self.stats[part], self.values[part], self.ids[part] = statistics
 
     def of(self, part: slice) -> RowStats:
         return rows_of_stats(self.stats[part], self.values[part], self.ids[part])
 
-    def write(self, some: slice, part: slice, logits: Tensor, labels: Tensor, found: Parts, factor, form, out) -> None:
+    def write(
+        self, some: slice, part: slice, logits: Tensor, labels: Tensor, row_parts: Parts, factor, form, out
+    ) -> None:
         """The gradient of rows ``part``, which are rows ``some`` of ``found``."""
-        zero = torch.zeros_like(found.mean[some])
-        dense = torch.stack([found.weight[some], zero, found.mean[some]], 1) * factor
-        adds = (found.adds[some] * factor).to(dense.dtype)
-        given = self.stats[part], dense, found.columns[some].contiguous(), adds
+        zero = torch.zeros_like(row_parts.mean[some])
+        dense = torch.stack([row_parts.weight[some], zero, row_parts.mean[some]], 1) * factor
+        adds = (row_parts.adds[some] * factor).to(dense.dtype)
+        given = self.stats[part], dense, row_parts.columns[some].contiguous(), adds
         stat_rows_grad(logits, labels, *given, self.spec.soft, *form, out, self.impl)
 
 
@@ -177,12 +179,12 @@ def _fake_logits(logits, labels, per_row, factor, kind, numbers, count, with_gra
     return *per_row, logits.new_empty(rows if with_grad else 0, vocab), logits.new_empty((), dtype=dtype)
 
 
-def _room(found: Parts, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _room(row_parts: Parts, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """What a gradient of ``dtype`` at ``factor`` is multiplied by to stay within the range, 0-dim: a power of two, 1
     unless a row's factors are beyond what was expected."""
-    if dtype != torch.float16 or not found.adds.numel():
+    if dtype != torch.float16 or not row_parts.adds.numel():
         return torch.ones_like(factor)
-    rows = torch.cat([x.reshape(-1) for x in (found.mean, found.weight, found.adds)]).abs()
+    rows = torch.cat([x.reshape(-1) for x in (row_parts.mean, row_parts.weight, row_parts.adds)]).abs()
     top = factor * rows.nan_to_num(0.0, posinf=0.0).amax()
     return torch.exp2((15.0 - torch.log2(top).ceil()).clamp(-100.0, 0.0))
 
@@ -195,11 +197,11 @@ def _into(logits, labels, per_row, factor, spec: StatSpec, count: int, out, impl
     rows.read(every, logits, labels, (1.0, 0.0))
     stats = rows.of(every)
     ids, given = per_row
-    found = times_given(parts(spec, stats, labels, ids, count), given)
-    room = torch.ones_like(factor) if out is None else _room(found, factor, out.dtype)
+    row_parts = times_given(parts(spec, stats, labels, ids, count), given)
+    room = torch.ones_like(factor) if out is None else _room(row_parts, factor, out.dtype)
     if out is not None:
-        rows.write(every, every, logits, labels, found, factor * room, (1.0, 0.0), out)
-    return found.value, stats.logp.clone(), found.weight, room
+        rows.write(every, every, logits, labels, row_parts, factor * room, (1.0, 0.0), out)
+    return row_parts.value, stats.logp.clone(), row_parts.weight, room
 
 
 @python_op("stat_loss", _fake_logits)
@@ -218,8 +220,8 @@ def _stat_logits(
     label_factor("unlearn_loss", labels, logits.shape[1], stats_dtype(logits.dtype), chosen)
     out = fresh((logits.shape[0] if with_grad else 0, logits.shape[1]), logits.dtype, logits.device)
     spec, rows = StatSpec(kind, tuple(numbers)), unit_stride(logits)
-    *found, room = _into(rows, labels, per_row, factor, spec, count, out if with_grad else None, chosen)
-    return *found, out, room
+    *row_parts, room = _into(rows, labels, per_row, factor, spec, count, out if with_grad else None, chosen)
+    return *row_parts, out, room
 
 
 def _fake_head(head, labels, per_row, factor, *rest):
@@ -261,14 +263,14 @@ def _stat_head(
             part, logits = slice(start + a, start + b), chunked.logits(start + a, start + b)
             rows.read(part, logits, chunked.labels[part], form)
         stats = rows.of(span)
-        found = parts(spec, stats, chunked.labels[span], None if ids is None else ids[span], count)
-        found = times_given(found, None if given is None else given[span])
-        value[span], logp[span], weight[span] = found.value, stats.logp, found.weight
+        row_parts = parts(spec, stats, chunked.labels[span], None if ids is None else ids[span], count)
+        row_parts = times_given(row_parts, None if given is None else given[span])
+        value[span], logp[span], weight[span] = row_parts.value, stats.logp, row_parts.weight
         for a, b in pieces if wanted else ():
             part = slice(start + a, start + b)
             if len(pieces) > 1:  # a sequence longer than a chunk: its logits are gone, compute them again
                 logits = chunked.logits(part.start, part.stop)
-            rows.write(slice(a, b), part, logits, chunked.labels[part], found, factor, form, logits)
+            rows.write(slice(a, b), part, logits, chunked.labels[part], row_parts, factor, form, logits)
             chunked.add_gradients(part.start, part.stop, logits)
     return *map(chunked.scatter, (value, logp, weight)), *shard.gradients(chunked)
 

@@ -281,7 +281,7 @@ def token_stats(logits: Tensor, labels: Tensor, *, impl: str = "auto") -> TokenS
     rows, flat, top = logits.reshape(-1, vocab), labels.reshape(-1).long(), min(2, vocab)
     if wants_literal(name, impl, logits):
         check_literal_labels(name, flat, vocab)
-        found = row_stats_reference(rows, flat, top)
+        stats = row_stats_reference(rows, flat, top)
     else:
-        found = row_stats(rows, flat, top, True, impl)
-    return padded(found, 2).token_stats(labels)
+        stats = row_stats(rows, flat, top, True, impl)
+    return padded(stats, 2).token_stats(labels)

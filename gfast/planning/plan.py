@@ -46,8 +46,8 @@ class Machine:
     def load(cls, path: str | Path) -> Machine:
         """What `gfast plan --measure` wrote. ValueError for another file."""
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**found, "errors": tuple(found.get("errors", ()))})
+            profile = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{**profile, "errors": tuple(profile.get("errors", ()))})
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"gfast: {path} is no machine profile ({error}); gfast plan --measure FILE writes one"
@@ -106,11 +106,11 @@ def read_config(source: str) -> Any:
 
     path = Path(source)
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        kind = found.pop("model_type", None)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = settings.pop("model_type", None)
         if kind is None:
             raise ValueError(f"gfast: {source} is no model's configuration: it has no model_type")
-        return AutoConfig.for_model(kind, **found)
+        return AutoConfig.for_model(kind, **settings)
     if not path.is_dir() and (source.startswith((".", "/")) or source.endswith(".json")):
         raise ValueError(f"gfast: there is no file or folder {source}")
     return AutoConfig.from_pretrained(source)

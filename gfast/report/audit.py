@@ -68,36 +68,40 @@ class Criteria:
 
     def outcome(self, forget: Mapping[str, float] | None, retain: Mapping[str, float] | None, total: int) -> list[str]:
         """What is wrong with the NLL after all updates, in words; empty where nothing is."""
-        found = [] if forget and retain else ["the NLL of both sets was not measured (--nll_every)"]
-        for nll in [one for one in (forget, retain) if one and (one["first_step"], one["last_step"]) != (0, total)][:1]:
-            found.append(
+        faults = [] if forget and retain else ["the NLL of both sets was not measured (--nll_every)"]
+        for nll in [
+            course
+            for course in (forget, retain)
+            if course and (course["first_step"], course["last_step"]) != (0, total)
+        ][:1]:
+            faults.append(
                 f"the NLL was measured from step {nll['first_step']} to {nll['last_step']}, and the run is one of "
                 f"{total} updates"
             )
         if forget and not forget["after"] > forget["before"]:
-            found.append(f"the forget NLL did not rise ({number(forget['before'])} to {number(forget['after'])})")
+            faults.append(f"the forget NLL did not rise ({number(forget['before'])} to {number(forget['after'])})")
         if retain and not retain["after"] <= self.rise * retain["before"]:
-            found.append(
+            faults.append(
                 f"the retain NLL rose from {number(retain['before'])} to {number(retain['after'])}, more than "
                 f"{self.rise:g} times its start"
             )
-        return found
+        return faults
 
     def faults(self, values: Mapping[str, float | None]) -> list[str]:
         """What is wrong with an update, in words; empty where nothing is."""
         unlearn, retain = values["unlearn"], values["retain"]
-        found = [f"{side} effect not recorded" for side in SIDES if values[side] is None]
-        found += [f"{side} effect is {values[side]}" for side in SIDES if _broken(values[side])]
+        faults = [f"{side} effect not recorded" for side in SIDES if values[side] is None]
+        faults += [f"{side} effect is {values[side]}" for side in SIDES if _broken(values[side])]
         if unlearn is not None and not _broken(unlearn):
             if unlearn >= 0:
-                found.append("did not remove: unlearn effect not negative")
+                faults.append("did not remove: unlearn effect not negative")
             elif _at_most(values["unlearn_cosine"], self.flat):
-                found.append(f"did not remove: unlearn effect flat (cosine within {self.flat:g})")
+                faults.append(f"did not remove: unlearn effect flat (cosine within {self.flat:g})")
         if retain is not None and not _broken(retain) and retain < 0:
             allowed = self.harm * abs(unlearn) if unlearn is not None and not _broken(unlearn) else 0.0
             if retain < -allowed and not _at_most(values["retain_cosine"], self.flat):
-                found.append("did not spare: retain effect negative")
-        return found
+                faults.append("did not spare: retain effect negative")
+        return faults
 
 
 def _broken(value: float | None) -> bool:
@@ -135,26 +139,26 @@ def audit(
         ValueError: no update was measured, or several objectives are recorded and none is named.
         DamagedFile: records, settings or a model that are not what was written.
 
-    >>> page, found = audit("run")      # doctest: +SKIP
-    >>> found["passed"], found["verdict"]     # doctest: +SKIP
+    >>> page, record = audit("run")      # doctest: +SKIP
+    >>> record["passed"], record["verdict"]     # doctest: +SKIP
     """
     folder = Path(run_folder)
     runs = load_runs([folder, *(Path(other) for other in beside)])
-    own = [one for one in runs if one.folder == folder]
+    own = [each for each in runs if each.folder == folder]
     run = _with_nll_of_sets(_chosen(own, objective), own)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
-    total = result.get("steps") or max(int(one.steps[-1]) for one in own)
+    total = result.get("steps") or max(int(each.steps[-1]) for each in own)
     updates = [_update(run, step, criteria) for step in _measured(run) if step < total]
     if not updates:
         raise ValueError(
             f"gfast: {folder} has a G-effect after its last update only, which judges none of them. {_HOW}"
         )
-    failed = [one for one in updates if one["faults"]]
-    summaries = [summarize(run), *(summarize(one) for one in runs if one.folder != folder)]
+    failed = [each for each in updates if each["faults"]]
+    summaries = [summarize(run), *(summarize(each) for each in runs if each.folder != folder)]
     match(summaries)
     forget, retain = summaries[0]["forget_nll"], summaries[0]["retain_nll"]
     outcome = criteria.outcome(forget, retain, total)
-    found = {
+    record = {
         "passed": not failed and not outcome,
         "verdict": _verdict(updates, failed, total, outcome),
         "outcome_faults": outcome,
@@ -165,33 +169,33 @@ def audit(
         "criteria": asdict(criteria),
         "objective": run.objective,
         "nll": {"forget": forget, "retain": retain},
-        "matched": [{"run": one["label"], **one["matched"]} for one in summaries if one["matched"]],
+        "matched": [{"run": each["label"], **each["matched"]} for each in summaries if each["matched"]],
         "fingerprints": _fingerprints(folder, run),
         "settings": run.info,
         "made": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    page = _page(run, found, failed, summaries)
+    page = _page(run, record, failed, summaries)
     out = folder if out is None else Path(out)
-    write_json(out / "audit.json", _finite(found))
+    write_json(out / "audit.json", _finite(record))
     with whole_file(out / "audit.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return out / "audit.html", found
+    return out / "audit.html", record
 
 
-def _page(run: Run, found: dict[str, Any], failed: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> str:
+def _page(run: Run, record: dict[str, Any], failed: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> str:
     drawing = Drawing(
         "audit",
         "Every measured update",
         "Above, the G-effect on the forget set (gold, wanted below zero) and on the retain set (blue, wanted at or "
         "above zero); below, the NLL of both sets. Updates that did not pass are crossed.",
-        lambda runs, theme: _draw(runs[0], [one["step"] for one in failed], theme),
+        lambda runs, theme: _draw(runs[0], [update["step"] for update in failed], theme),
     )
     pictures = drawing.render([run])
     settings = {key: value for key, value in flatten(run.info).items() if not key.startswith("data_sha256")}
     return rendered(
         "audit.html.j2",
         title=f"Audit of {run.name}",
-        found=found,
+        record=record,
         live=run.objective.endswith(LIVE),
         failed=failed,
         number=number,
@@ -249,7 +253,7 @@ def _with_nll_of_sets(run: Run, own: list[Run]) -> Run:
     """
     if not run.of_batches:
         return run
-    beside = next((one for one in own if one.objective == run.objective.removesuffix(LIVE)), None)
+    beside = next((other for other in own if other.objective == run.objective.removesuffix(LIVE)), None)
     records = [run.records[run.records["quantity"] != "risk"]]
     if beside is not None:
         records.append(beside.records[beside.records["quantity"] == "risk"])
@@ -281,17 +285,19 @@ def _update(run: Run, step: int, criteria: Criteria) -> dict[str, Any]:
 
 def _at(run: Run, quantity: str, side: str, group: str, step: int) -> float | None:
     steps, values = run.series(quantity, side, group)
-    found = values[steps == step]
-    return float(found[-1]) if len(found) else None
+    matching = values[steps == step]
+    return float(matching[-1]) if len(matching) else None
 
 
 def _verdict(updates: list[dict[str, Any]], failed: list[dict[str, Any]], total: int, outcome: list[str]) -> str:
     measured = f"{len(updates)} measured of {total} updates" if len(updates) < total else f"{total} updates"
     if failed:
         kinds = {
-            "did not remove what they should": sum(any("remove" in fault for fault in one["faults"]) for one in failed),
-            "did not spare the rest": sum(any("spare" in fault for fault in one["faults"]) for one in failed),
-            "cannot be judged": sum(any("did not" not in fault for fault in one["faults"]) for one in failed),
+            "did not remove what they should": sum(
+                any("remove" in fault for fault in update["faults"]) for update in failed
+            ),
+            "did not spare the rest": sum(any("spare" in fault for fault in update["faults"]) for update in failed),
+            "cannot be judged": sum(any("did not" not in fault for fault in update["faults"]) for update in failed),
         }
         said = ", ".join(f"{count} {words}" for words, count in kinds.items() if count)
         end = f"; and {' and '.join(outcome)}" if outcome else ""

@@ -50,7 +50,7 @@ def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.nda
     """(step, weights [S], unlearn effects [S], retain effects [S]) of a run, samples without labels left out; empty
     where the objective has no weight a sample or nothing was recorded.
     """
-    objective, found = objective_of(run), []
+    objective, by_step = objective_of(run), []
     for step, effect in run.effects("sample") if objective is not None else ():
         try:
             weight = effect.weights(objective)
@@ -58,22 +58,22 @@ def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.nda
             return []
         kept = (effect.tokens > 0).numpy()
         sides = (effect.total(side).numpy()[kept] for side in SIDES)
-        found.append((step, weight.numpy()[kept], *sides))
-    return found
+        by_step.append((step, weight.numpy()[kept], *sides))
+    return by_step
 
 
 def draw_samples(runs: list[Run], theme: Theme) -> Figure:
     """Mean weight over steps, and the joint distribution of both effects of a sample by the range of its weight."""
-    data = [(run, found) for run in runs if (found := weighted_samples(run))]
-    ranges = [r for r in WEIGHT_RANGES if any(_in(w, r).any() for _, found in data for _, w, _, _ in found)]
+    data = [(run, by_step) for run in runs if (by_step := weighted_samples(run))]
+    ranges = [r for r in WEIGHT_RANGES if any(_in(w, r).any() for _, by_step in data for _, w, _, _ in by_step)]
     columns = 1 + len(ranges)
     figure = Figure(figsize=(2.5 * columns + 0.8, 2.6 * len(data) + 0.5), layout="constrained")
     grid = figure.subplots(len(data), columns, squeeze=False)
-    effects = np.concatenate([np.concatenate((u, r)) for _, found in data for _, _, u, r in found])
-    for i, (row, (run, found)) in enumerate(zip(grid, data, strict=True)):
-        steps = [step for step, *_ in found]
+    effects = np.concatenate([np.concatenate((u, r)) for _, by_step in data for _, _, u, r in by_step])
+    for i, (row, (run, by_step)) in enumerate(zip(grid, data, strict=True)):
+        steps = [step for step, *_ in by_step]
         low, mean, high = (
-            [f(w) for _, w, _, _ in found]
+            [f(w) for _, w, _, _ in by_step]
             for f in (lambda w: np.quantile(w, 0.1), np.mean, lambda w: np.quantile(w, 0.9))
         )
         row[0].fill_between(steps, low, high, color=theme.faint, linewidth=0)
@@ -83,7 +83,7 @@ def draw_samples(runs: list[Run], theme: Theme) -> Figure:
         steps_axis(row[0])
         shades = LinearSegmentedColormap.from_list("steps", [theme.faint, run_color(theme, i)])
         for ax, limits in zip(row[1:], ranges, strict=True):
-            _joint(ax, found, limits, effects, shades, theme)
+            _joint(ax, by_step, limits, effects, shades, theme)
     for ax, limits in zip(grid[0, 1:], ranges, strict=True):
         title = f"weight above {limits[0]:g}" if math.isinf(limits[1]) else f"weight {limits[0]:g} to {limits[1]:g}"
         ax.set_title(title, fontweight="bold")
@@ -140,10 +140,12 @@ def _in(weight: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return above & ((weight < limits[1]) | (limits[1] == 1.0) & (weight == 1.0))
 
 
-def _joint(ax: Axes, found: list, limits: tuple[float, float], effects: np.ndarray, shades: Any, theme: Theme) -> None:
-    points = [(k, u[_in(w, limits)], r[_in(w, limits)]) for k, (_, w, u, r) in enumerate(found)]
+def _joint(
+    ax: Axes, by_step: list, limits: tuple[float, float], effects: np.ndarray, shades: Any, theme: Theme
+) -> None:
+    points = [(k, u[_in(w, limits)], r[_in(w, limits)]) for k, (_, w, u, r) in enumerate(by_step)]
     x, y = (np.concatenate([point[side] for point in points]) for side in (1, 2))
-    color = np.concatenate([np.full(len(u), k) for k, u, _ in points]) / max(len(found) - 1, 1)
+    color = np.concatenate([np.full(len(u), k) for k, u, _ in points]) / max(len(by_step) - 1, 1)
     zero_line(ax, theme)
     ax.axvline(0, color=theme.ink, linewidth=0.9, zorder=1)
     for axis in (ax.xaxis, ax.yaxis):
@@ -208,14 +210,14 @@ def draw_tokens(runs: list[Run], theme: Theme) -> Figure:
 def _block(run: Run, step: int, effect: Any, texts: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list]]]:
     """A heading, and of each answer its question and its lines of (x, width, text, font size, retain effect)."""
     objective = objective_of(run)
-    weights, sized = [np.ones(len(one)) for one in effect.logp], "token"
+    weights, sized = [np.ones(len(each)) for each in effect.logp], "token"
     if objective is not None:
         try:
-            weights, sized = [one.numpy() for one in effect.weights(objective)], "weight"
+            weights, sized = [each.numpy() for each in effect.weights(objective)], "weight"
         except ValueError:
             pass
-    retain = [one.numpy() for one in effect.total("retain")]
-    top = max((float(np.abs(one).max()) for one in weights if len(one)), default=1.0) or 1.0
+    retain = [each.numpy() for each in effect.total("retain")]
+    top = max((float(np.abs(each).max()) for each in weights if len(each)), default=1.0) or 1.0
     answers = []
     for weight, values, text in list(zip(weights, retain, texts, strict=False))[:MAX_ANSWERS]:
         if len(values):

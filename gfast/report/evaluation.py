@@ -44,7 +44,7 @@ def write_page(
         rows=rows,
         lines=lines,
         figures=figures,
-        samples={name: list(one.text)[:SHOWN] for name, one in log.sets.items() if one.text},
+        samples={name: list(log_set.text)[:SHOWN] for name, log_set in log.sets.items() if log_set.text},
         settings=flatten(dict(settings)),
     )
     path = Path(folder) / "evaluation.html"
@@ -55,7 +55,7 @@ def write_page(
 
 def drawings(log: EvaluationLog, retain_log: EvaluationLog | None) -> list[Drawing]:
     """The figures that these logs have data for."""
-    found = [
+    drawn = [
         Drawing(
             "probability",
             "How likely the right answers are",
@@ -66,7 +66,7 @@ def drawings(log: EvaluationLog, retain_log: EvaluationLog | None) -> list[Drawi
     ]
     if "forget" in log.sets and "average_perturb_loss" in log.sets["forget"].values:
         against = " of both models: forget quality is the p-value of the largest vertical gap" if retain_log else ""
-        found.append(
+        drawn.append(
             Drawing(
                 "truth-ratio",
                 "Truth ratios of the forget set",
@@ -75,7 +75,7 @@ def drawings(log: EvaluationLog, retain_log: EvaluationLog | None) -> list[Drawi
                 _ratios,
             )
         )
-    return found
+    return drawn
 
 
 def _probabilities(logs: list[EvaluationLog], theme: Theme) -> Figure:
@@ -91,9 +91,12 @@ def _ratios(logs: list[EvaluationLog], theme: Theme) -> Figure:
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     ax = figure.subplots()
     for at, log in enumerate(logs):
-        one = EvaluationLog(log.run, {"forget": log.sets["forget"]})
+        forget_alone = EvaluationLog(log.run, {"forget": log.sets["forget"]})
         _steps(
-            ax, truth_ratio(one, per_sample=True)["forget"], run_color(theme, at), log.run if at == 0 else "retain log"
+            ax,
+            truth_ratio(forget_alone, per_sample=True)["forget"],
+            run_color(theme, at),
+            log.run if at == 0 else "retain log",
         )
     ax.set_xscale("log")
     low, high = ax.get_xlim()

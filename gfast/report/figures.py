@@ -252,8 +252,8 @@ def _draw_heat(runs: list[Run], theme: Theme) -> Figure:
             steps = run.series("g_effect", side, "total")[0]
             cells = np.full((len(groups), len(steps)), np.nan)
             for i, group in enumerate(groups):
-                at, found = run.series("g_effect", side, group)
-                cells[i, np.searchsorted(steps, at)] = found
+                at, effects = run.series("g_effect", side, group)
+                cells[i, np.searchsorted(steps, at)] = effects
             mesh = ax.pcolormesh(np.arange(len(steps) + 1), np.arange(len(groups) + 1), cells, norm=norm, cmap=colors)
             shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 6)).astype(int))
             ax.set_xticks(shown + 0.5, [str(steps[i]) for i in shown])
@@ -293,7 +293,7 @@ def _objective_legend(figure: Figure, runs: list[Run], theme: Theme, has: Callab
         for i, run in enumerate(runs)
         if has(run)
     ]
-    inches = 0.085 * max(len(str(one.get_label())) for one in handles) + 0.65  # of an entry
+    inches = 0.085 * max(len(str(handle.get_label())) for handle in handles) + 0.65  # of an entry
     columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
@@ -312,7 +312,9 @@ def _draw_training(runs: list[Run], theme: Theme) -> Figure:
         else:
             ax.set_ylim(bottom=min(0.0, values.min() * 1.05))
         ax.set_title(_TRAINING[name], fontweight="bold")
-    _objective_legend(figure, runs, theme, lambda run: bool(_values([run], [(one, "", "") for one in present]).size))
+    _objective_legend(
+        figure, runs, theme, lambda run: bool(_values([run], [(quantity, "", "") for quantity in present]).size)
+    )
     return figure
 
 
@@ -330,7 +332,9 @@ def _draw_nll(runs: list[Run], theme: Theme) -> Figure:
         if logarithmic:
             log_axis(ax, values)
     forget.set_ylabel("NLL (nats per answer token)")
-    _objective_legend(figure, runs, theme, lambda run: bool(_values([run], [("risk", one, "") for one in SIDES]).size))
+    _objective_legend(
+        figure, runs, theme, lambda run: bool(_values([run], [("risk", each, "") for each in SIDES]).size)
+    )
     return figure
 
 
@@ -344,7 +348,7 @@ def draw_pareto(runs: list[Run], theme: Theme, level: float | None = None) -> Fi
     for i, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
         color = run_color(theme, i)
         for course, width, alpha in (
-            *((summarize(one)["course"], 0.8, 0.45) for one in run.seeds),
+            *((summarize(seed_run)["course"], 0.8, 0.45) for seed_run in run.seeds),
             (summary["course"], 1.9, 1.0),
         ):
             if len(course) < 2:

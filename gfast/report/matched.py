@@ -31,16 +31,18 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     >>> runs[0]["matched"]
     {'forget_nll': 2.0, 'retain_nll': 1.1, 'step': 5.0}
     """
-    reached = {at: max(forget for _, forget, _ in one["course"]) for at, one in enumerate(summaries) if _rises(one)}
+    reached = {
+        at: max(forget for _, forget, _ in summary["course"]) for at, summary in enumerate(summaries) if _rises(summary)
+    }
     if level is None and len(reached) > 1:
         level = min(reached.values())
-    asked = {str(one["evaluated_on"]) for one in summaries if one.get("evaluated_on")}
-    for at, one in enumerate(summaries):
-        reaches = level is not None and at in reached and one["course"][0][1] < level <= reached[at]
+    asked = {str(summary["evaluated_on"]) for summary in summaries if summary.get("evaluated_on")}
+    for at, summary in enumerate(summaries):
+        reaches = level is not None and at in reached and summary["course"][0][1] < level <= reached[at]
         reaches = reaches and not on_other_rows(summaries)
-        one["matched"] = _at(one["course"], level) if reaches else None
-        if one["matched"] and len(asked) < 2:
-            one["matched"] |= _kept(one.get("retention", ()), one["matched"]["step"])
+        summary["matched"] = _at(summary["course"], level) if reaches else None
+        if summary["matched"] and len(asked) < 2:
+            summary["matched"] |= _kept(summary.get("retention", ()), summary["matched"]["step"])
 
 
 def on_other_rows(summaries: Sequence[dict[str, Any]]) -> bool:
@@ -48,7 +50,9 @@ def on_other_rows(summaries: Sequence[dict[str, Any]]) -> bool:
     these differ where the runs begin: the same texts with other weights are the same rows.
     """
     starts = {
-        str(one["measured_on"]): one["course"][0][1:] for one in summaries if one.get("measured_on") and one["course"]
+        str(summary["measured_on"]): summary["course"][0][1:]
+        for summary in summaries
+        if summary.get("measured_on") and summary["course"]
     }
     first = next(iter(starts.values()), None)
     return any(not np.allclose(start, first, rtol=NOISE, atol=NOISE) for start in starts.values())
@@ -74,13 +78,13 @@ def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
 
 
 def _kept(retention: Sequence[tuple[int, dict[str, float]]], step: float) -> dict[str, float]:
-    found = {}
+    levels = {}
     for name in sorted({name for _, values in retention for name in values}):
         steps, kept = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
         # Between two alone, such as a run's ends, a line says nothing of the way.
         if len(steps) > 2 and steps[0] <= step <= steps[-1]:
-            found[name] = float(np.interp(step, steps, kept))
-    return found
+            levels[name] = float(np.interp(step, steps, kept))
+    return levels
 
 
 def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
@@ -91,10 +95,10 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
         return (
             "These runs were measured on different rows (their settings say which), so that their NLL do not compare."
         )
-    kept = {one["label"]: one["matched"]["retain_nll"] for one in summaries if one.get("matched")}
+    kept = {summary["label"]: summary["matched"]["retain_nll"] for summary in summaries if summary.get("matched")}
     if len(kept) < 2:
         return ""
-    level = next(one["matched"]["forget_nll"] for one in summaries if one.get("matched"))
+    level = next(summary["matched"]["forget_nll"] for summary in summaries if summary.get("matched"))
     least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
     if kept[least] == kept[most]:
         return f"At a forget NLL of {number(level)} all have one retain NLL ({number(kept[least])})."
@@ -117,15 +121,17 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     where they say the same as equal forgetting, there is nothing to compare, or the difference is not more than twice
     what seeds make of it (`deviation` over seeds, where there are several).
     """
-    there = [one for one in summaries if one.get("matched")]
+    there = [summary for summary in summaries if summary.get("matched")]
     if len(there) < 2:
         return ""
-    ends = {one["label"]: (one["course"][-1][1], one["course"][-1][2]) for one in there}
-    kept = {one["label"]: one["matched"]["retain_nll"] for one in there}
+    ends = {summary["label"]: (summary["course"][-1][1], summary["course"][-1][2]) for summary in there}
+    kept = {summary["label"]: summary["matched"]["retain_nll"] for summary in there}
     mild, best = min(ends, key=lambda label: ends[label][1]), min(kept, key=kept.__getitem__)
     if mild == best:
         return ""
-    chance = difference_by_chance([one["matched"].get("deviation") for one in there if one["label"] in (mild, best)])
+    chance = difference_by_chance(
+        [summary["matched"].get("deviation") for summary in there if summary["label"] in (mild, best)]
+    )
     if chance is not None and kept[mild] - kept[best] <= 2 * chance:
         return ""
     why = (

@@ -48,8 +48,8 @@ class Run:
         if len(self.seeds) < 2:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         series = [dict(zip(*map(list, run.series(quantity, side, group)), strict=True)) for run in self.seeds]
-        steps = sorted(set.intersection(*(set(one) for one in series)))
-        values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)  # [seeds, steps]
+        steps = sorted(set.intersection(*(set(by_step) for by_step in series)))
+        values = np.array([[by_step[step] for step in steps] for by_step in series], dtype=np.float64)  # [seeds, steps]
         return np.array(steps, np.int64), values.min(axis=0), values.max(axis=0)
 
     @property
@@ -101,8 +101,8 @@ class Run:
         from gfast.training.records import token_texts_file
 
         path = token_texts_file(self.folder)
-        found = read_json(path) if path.exists() else []
-        return found["samples"] if isinstance(found, dict) else found  # earlier versions wrote the list alone
+        content = read_json(path) if path.exists() else []
+        return content["samples"] if isinstance(content, dict) else content  # earlier versions wrote the list alone
 
     @property
     def record_files(self) -> list[Path]:
@@ -163,14 +163,14 @@ def averaged(runs: list[Run], label: str) -> Run:
     frame = pd.concat([run.records for run in runs])
     frame["empty"] = frame["value"].isna()
     key = ["step", "quantity", "side", "group"]
-    found = frame.groupby(key, as_index=False).agg(
+    means = frame.groupby(key, as_index=False).agg(
         run=("run", "first"), objective=("objective", "first"), epoch=("epoch", "first"), value=("value", "mean"),
         count=("step", "size"), empty=("empty", "any"),
     )  # fmt: skip
-    found.loc[found["empty"], "value"] = np.nan  # a mean that leaves a seed out would be of others
-    found = found[found["count"] == len(runs)].drop(columns=["count", "empty"])
+    means.loc[means["empty"], "value"] = np.nan  # a mean that leaves a seed out would be of others
+    means = means[means["count"] == len(runs)].drop(columns=["count", "empty"])
     first = runs[0]
-    return Run(first.folder, label, label, first.objective, first.info, found.reset_index(drop=True), tuple(runs))
+    return Run(first.folder, label, label, first.objective, first.info, means.reset_index(drop=True), tuple(runs))
 
 
 def distinct_names(folders: list[Path]) -> dict[Path, str]:

@@ -57,7 +57,7 @@ def settings(theme: Theme) -> dict[str, Any]:
 def recolor(svg: bytes, old: Theme, new: Theme) -> bytes:
     """An SVG drawn in one theme in the colours of another; colours that belong to no theme stay as they are."""
     colors = dict(zip(_colors(old), _colors(new), strict=True))
-    return re.sub(r"#[0-9a-f]{6}\b", lambda found: colors.get(found[0], found[0]), svg.decode()).encode()
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: colors.get(match[0], match[0]), svg.decode()).encode()
 
 
 def _colors(theme: Theme) -> tuple[str, ...]:

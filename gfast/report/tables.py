@@ -72,10 +72,10 @@ def summarize(run: Run) -> dict[str, Any]:
         "retain_total": float(retain.sum()) if len(retain) else None,
         "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
         "course": [] if run.of_batches else _course(run),
-        "retention": [[step, retention(one)] for step, one in sorted(run.evaluations.items())],
+        "retention": [[step, retention(values)] for step, values in sorted(run.evaluations.items())],
         "measured_on": run.measured_on,
-        "evaluated_on": next(({name: one.get("samples") for name, one in found["sets"].items()}
-                              for _, found in sorted(run.evaluations.items())), None),
+        "evaluated_on": next(({name: values.get("samples") for name, values in evaluation["sets"].items()}
+                              for _, evaluation in sorted(run.evaluations.items())), None),
         "peaks_by_group": {
             group: {
                 side: _lowest(*_clean(run, "g_effect", side, group)[:2]) for side in SIDES
@@ -122,32 +122,32 @@ def _lowest(steps: np.ndarray, values: np.ndarray) -> dict[str, float | int] | N
 
 def cells(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as the texts of one table row, keyed as in `COLUMNS` and `RETENTION`."""
-    found = {"objective": summary["label"]}
+    row = {"objective": summary["label"]}
     for key in ("forget_nll", "retain_nll"):
         ends = summary[key]
-        found[key] = f"{number(ends['before'])} → {number(ends['after'])}" if ends else "–"
+        row[key] = f"{number(ends['before'])} → {number(ends['after'])}" if ends else "–"
         if ends and summary["once"]:
-            found[key] = number(ends["before"])
+            row[key] = number(ends["before"])
         if ends and ends["last_step"] < summary["last_step"]:  # killed or diverged: it is not that of the end
-            found[key] += f" (step {ends['last_step']})"
+            row[key] += f" (step {ends['last_step']})"
     for key, count in (("unlearn_peak", "unlearn_negative"), ("retain_damage", "retain_negative")):
         lowest = summary[key]
         none = "never below 0" if summary[count] else "–"
-        found[key] = f"{number(lowest['value'])} ({lowest['step']})" if lowest else none
+        row[key] = f"{number(lowest['value'])} ({lowest['step']})" if lowest else none
     counted = summary["retain_negative"]
-    found["retain_negative"] = f"{counted['steps']} of {counted['of']}" if counted else "–"
-    found["damage_ratio"] = number(summary["damage_ratio"])
-    found["effect_ratio"] = number(summary["effect_ratio"])
+    row["retain_negative"] = f"{counted['steps']} of {counted['of']}" if counted else "–"
+    row["damage_ratio"] = number(summary["damage_ratio"])
+    row["effect_ratio"] = number(summary["effect_ratio"])
     matched = summary.get("matched")
-    found["matched"] = f"{number(matched['retain_nll'])} at {number(matched['forget_nll'])}" if matched else "–"
+    row["matched"] = f"{number(matched['retain_nll'])} at {number(matched['forget_nll'])}" if matched else "–"
     for key, _ in RETENTION:
-        found[key] = number((matched or {}).get(key))
-    return found
+        row[key] = number((matched or {}).get(key))
+    return row
 
 
 def columns_of(summaries: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """Key and heading of the table's columns."""
-    there = {key for one in summaries for key in one.get("matched") or {}}
+    there = {key for summary in summaries for key in summary.get("matched") or {}}
     return *COLUMNS, *(column for column in RETENTION if column[0] in there)
 
 

@@ -91,7 +91,8 @@ def write_page(plan: Plan, steps: Steps) -> Path:
         versions=_versions(results),
     )
     markdown = "\n".join(
-        f"## {one['title']}\n\n{table(one['columns'], one['rows'])}\n{one['note']}\n" for one in tables
+        f"## {described['title']}\n\n{table(described['columns'], described['rows'])}\n{described['note']}\n"
+        for described in tables
     )
     _write(out / "tables.md", readable("\n".join([*sentences, "", markdown])).encode())
     values = {"sentences": sentences, "objectives": results.rows, "grid": grid, "sizes": sizes, "cost": cost}
@@ -104,23 +105,25 @@ def write_page(plan: Plan, steps: Steps) -> Path:
 def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
     """Title, figure and runs, in the order of the page: what all have in common, then each figure of the recipe."""
     every = list(results.runs.values())
-    found = [(one.title, one, every) for one in drawings(every) if one.name in ("pareto", "nll", "training")]
-    found.sort(key=lambda entry: entry[1].name != "pareto")
-    if found and found[0][1].name == "pareto":
-        title, one, _ = found[0]
-        found[0] = title, replace(one, draw=partial(draw_pareto, level=results.level)), every
+    drawn = [
+        (drawing.title, drawing, every) for drawing in drawings(every) if drawing.name in ("pareto", "nll", "training")
+    ]
+    drawn.sort(key=lambda entry: entry[1].name != "pareto")
+    if drawn and drawn[0][1].name == "pareto":
+        title, drawing, _ = drawn[0]
+        drawn[0] = title, replace(drawing, draw=partial(draw_pareto, level=results.level)), every
     groups = results.recipe.figures or {"All objectives": tuple(results.runs)}
     if sum(bool(row.get("matched")) for row in results.rows) > 1:
         title, caption = MATCHED
         draw = partial(_draw_matched, results=results, groups=groups)
-        found.insert(1, (title, Drawing("matched", title, caption, draw), every))
+        drawn.insert(1, (title, Drawing("matched", title, caption, draw), every))
     for number_of, (title, names) in enumerate(groups.items(), 1):
         runs = [results.runs[name] for name in names if name in results.runs]
-        for one in drawings(runs):
-            if one.name.startswith("geffect"):
-                named = replace(one, name=f"{one.name}-{number_of}")
-                found.append((f"{title}: {one.title}", named, runs))
-    return found
+        for drawing in drawings(runs):
+            if drawing.name.startswith("geffect"):
+                named = replace(drawing, name=f"{drawing.name}-{number_of}")
+                drawn.append((f"{title}: {drawing.title}", named, runs))
+    return drawn
 
 
 def _draw_matched(_: list[Run], theme: Theme, results: Results, groups: Mapping[str, Sequence[str]]) -> Figure:

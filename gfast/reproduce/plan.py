@@ -52,7 +52,7 @@ class Plan:
         if recipe.evaluate is not None:
             require_libraries(retain_log=True)
             sets = work.evaluation_sets(recipe.data, recipe.evaluate)
-        self.scored = any(one.name == "forget" and one.perturbed for one in sets)
+        self.scored = any(eval_set.name == "forget" and eval_set.perturbed for eval_set in sets)
         self.asker = work.Asker(recipe, sets, recipe.chat_kwargs)
         self._data(recipe.data)
         self.base = self._base()
@@ -81,7 +81,7 @@ class Plan:
                 self._unlearn(f"sizes/{data.name}/{name}", name, recipe.objectives[name], first, data)
 
     def _add(self, step: Step) -> str:
-        if step.name not in {one.name for one in self.steps}:
+        if step.name not in {known.name for known in self.steps}:
             self.steps.append(step)
         return step.name
 
@@ -237,14 +237,14 @@ class Plan:
         asked = {key: value for key, value in asdict(self.recipe.evaluate).items() if key != "along"}
         return {
             "asked": asked, "template": self.recipe.template, "chat_kwargs": self.asker.chat_kwargs,
-            "rows": {one.name: one.checksum() for one in self.asker.sets},
+            "rows": {eval_set.name: eval_set.checksum() for eval_set in self.asker.sets},
         }  # fmt: skip
 
     def _load(self) -> dict[str, Any]:
         """How models are loaded and asked, where it is not the usual way: it decides the numbers too."""
         recipe = self.recipe
-        found = {"load": asdict(recipe.load)} if recipe.load != Load() else {}
-        return found | ({"tokenizer": recipe.tokenizer} if recipe.tokenizer else {})
+        inputs = {"load": asdict(recipe.load)} if recipe.load != Load() else {}
+        return inputs | ({"tokenizer": recipe.tokenizer} if recipe.tokenizer else {})
 
     def _calibrate(self, name: str, unlearned: str) -> None:
         taught, needs, decides = self._model(self.taught)
@@ -294,13 +294,13 @@ class Plan:
         known = {}
         for name, flags in self.recipe.objectives.items():
             if set(flags) <= {"objective", "objective_args"}:
-                one = f"{flags['objective']}:{','.join(flags.get('objective_args', ()))}"
-                known[str(parse_objective(one))] = f"runs/{name}/seed{self.recipe.seeds[0]}"
-        found = {}
+                setting = f"{flags['objective']}:{','.join(flags.get('objective_args', ()))}"
+                known[str(parse_objective(setting))] = f"runs/{name}/seed{self.recipe.seeds[0]}"
+        folders = {}
         for text in self.recipe.grid.objectives if self.recipe.grid else ():
             label = str(parse_objective(text))
-            found[text] = known.get(label, f"grid/runs/{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-')}")
-        return found
+            folders[text] = known.get(label, f"grid/runs/{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-')}")
+        return folders
 
 
 def steps_of(flags: dict[str, Any], rows: int, processes: int = 1) -> dict[str, Any]:

@@ -137,8 +137,8 @@ class Grid:
     def __post_init__(self) -> None:
         _at_least("grid", self, step=1)
         for text in self.objectives:
-            one = parse_objective(text)
-            if one.key in ("dpo", "po", "rmu", "rr", "kl", "nll"):
+            objective = parse_objective(text)
+            if objective.key in ("dpo", "po", "rmu", "rr", "kl", "nll"):
                 raise ValueError(f"grid.objectives: {text} is no weighting of the forget answers' tokens")
 
 
@@ -242,10 +242,10 @@ def processes_of(launch: str | None) -> int | None:
     except ValueError as error:
         raise ValueError(f"launch is {launch!r}: {error}") from None
     words = [word.replace("-", "_").lstrip("_") for entry in entries for word in entry.split("=", 1)]
-    found = dict(zip(words, words[1:], strict=False))
-    of_node = next((found[key] for key in ("nproc_per_node", "num_processes", "num_gpus") if key in found), "")
+    values = dict(zip(words, words[1:], strict=False))
+    of_node = next((values[key] for key in ("nproc_per_node", "num_processes", "num_gpus") if key in values), "")
     # accelerate's number is that of all machines
-    nodes = "1" if "num_processes" in found else found.get("nnodes", found.get("num_nodes", "1"))
+    nodes = "1" if "num_processes" in values else values.get("nnodes", values.get("num_nodes", "1"))
     return int(of_node) * int(nodes) if of_node.isdecimal() and nodes.isdecimal() else None
 
 
@@ -332,10 +332,10 @@ def objective_flags(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(flags, dict) or not isinstance(flags.get("objective"), str):
         raise ValueError(f"{where} should be an objective, as in WGA:alpha=0.5, or a mapping with objective")
     _check_flags({key: value for key, value in flags.items() if key != "objective"}, where)
-    one = parse_objective(flags["objective"])
-    values = {entry.name: getattr(one, entry.name) for entry in fields(one)}
+    objective = parse_objective(flags["objective"])
+    values = {entry.name: getattr(objective, entry.name) for entry in fields(objective)}
     arguments = [f"{name}={value!r}" for name, value in values.items()]
-    return {**flags, "objective": type(one).__name__, **({"objective_args": arguments} if arguments else {})}
+    return {**flags, "objective": type(objective).__name__, **({"objective_args": arguments} if arguments else {})}
 
 
 def _check_flags(flags: Any, where: str) -> None:

@@ -207,14 +207,14 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "
     >>> difference({"flags": {"seed": 0}}, {"flags": {"seed": 1}})
     ['flags.seed was 0 and is 1']
     """
-    found = []
+    differences = []
     for name in sorted({*there, *here}):
         old, new = there.get(name), here.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += difference(old, new, f"{where}{name}.")
+            differences += difference(old, new, f"{where}{name}.")
         elif old != new:
-            found.append(f"{where}{name} was {old!r:.80} and is {new!r:.80}")
-    return found
+            differences.append(f"{where}{name} was {old!r:.80} and is {new!r:.80}")
+    return differences
 
 
 def _plain(value: Any) -> Any:

@@ -87,9 +87,11 @@ class Results:
         self.summaries = {
             name: list(map(self._summary, runs, self.recipe.seeds)) for name, runs in self.by_seed.items()
         }
-        every = [one for summaries in self.summaries.values() for one in summaries]
+        every = [summary for summaries in self.summaries.values() for summary in summaries]
         match(every, self.recipe.match_at)
-        self.level = next((one["matched"]["forget_nll"] for one in every if one["matched"]), self.recipe.match_at)
+        self.level = next(
+            (summary["matched"]["forget_nll"] for summary in every if summary["matched"]), self.recipe.match_at
+        )
         # The mean of those that did not diverge, where there are any.
         kept = {name: [run for run in runs if self._place(run) not in self.diverged]
                 for name, runs in self.by_seed.items()}  # fmt: skip
@@ -98,8 +100,8 @@ class Results:
         self.rows += [self._row(name) for name in self.recipe.objectives]
 
     def _runs(self, name: str) -> list[Run]:
-        found = measured_runs([self.plan.out / f"runs/{name}/seed{seed}" for seed in self.recipe.seeds])
-        return [replace(run, name=name, label=name) for run in found]
+        runs = measured_runs([self.plan.out / f"runs/{name}/seed{seed}" for seed in self.recipe.seeds])
+        return [replace(run, name=name, label=name) for run in runs]
 
     def _place(self, run: Run) -> str:
         return run.folder.relative_to(self.plan.out).as_posix()
@@ -111,12 +113,12 @@ class Results:
 
     def _summary(self, run: Run, seed: int) -> dict[str, Any]:
         """Of a run, with its own evaluations between those of before and after it."""
-        found = self._summarized(run)
+        summary = self._summarized(run)
         if self._place(run) in self.diverged:
-            return found
-        ends = ((0, self._evaluation("taught")), (found["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
-        kept = dict(found["retention"]) | {step: retention(one) for step, one in ends if one}
-        return found | {"retention": sorted(kept.items())}
+            return summary
+        ends = ((0, self._evaluation("taught")), (summary["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
+        kept = dict(summary["retention"]) | {step: retention(evaluation) for step, evaluation in ends if evaluation}
+        return summary | {"retention": sorted(kept.items())}
 
     def _evaluation(self, name: str) -> dict[str, Any]:
         return self._of(f"evaluations/{name}", "summary.json")
@@ -128,42 +130,42 @@ class Results:
     def _of_seeds(self, kind: str, name: str, file: str) -> list[dict[str, Any]]:
         """What was made of the runs of an objective; {} of one that diverged."""
         places = [f"{name}/seed{seed}" for seed in self.recipe.seeds]
-        return [{} if f"runs/{one}" in self.diverged else self._of(f"{kind}/{one}", file) for one in places]
+        return [{} if f"runs/{place}" in self.diverged else self._of(f"{kind}/{place}", file) for place in places]
 
-    def _asked(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    def _asked(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
         """What evaluations say, over seeds."""
-        sets = [one.get("sets", {}) for one in found]
-        quality = [one.get("forget_quality", {}).get("geometric", {}).get("log10_p") for one in found]
+        sets = [result.get("sets", {}) for result in results]
+        quality = [result.get("forget_quality", {}).get("geometric", {}).get("log10_p") for result in results]
         return {
             "forget_quality": spread(quality),
-            "model_utility": spread([one.get("model_utility", {}).get("geometric") for one in found]),
+            "model_utility": spread([result.get("model_utility", {}).get("geometric") for result in results]),
             **{
-                f"{side}_extraction": spread([one.get(side, {}).get("extraction_strength") for one in sets])
+                f"{side}_extraction": spread([result.get(side, {}).get("extraction_strength") for result in sets])
                 for side in ("forget", "retain")
             },
         }
 
     def _before(self, name: str) -> dict[str, Any]:
-        found = self._evaluation(name)
+        evaluated = self._evaluation(name)
         label = {"taught": "before unlearning", "retain-model": "retain model"}[name]
-        ends = {f"{side}_nll": (found["sets"][side]["nll"], None) for side in ("forget", "retain")}
-        return {"name": name, "objective": label, **ends, **self._asked([found])}
+        ends = {f"{side}_nll": (evaluated["sets"][side]["nll"], None) for side in ("forget", "retain")}
+        return {"name": name, "objective": label, **ends, **self._asked([evaluated])}
 
     def _row(self, name: str) -> dict[str, Any]:
         summaries = self.summaries[name]
-        matched = [one["matched"] or {} for one in summaries]
+        matched = [summary["matched"] or {} for summary in summaries]
         objective = self.by_seed[name][0].objective.replace("()", "")
         calibrated = self._of_seeds("calibrated", name, "calibration.json")
-        left = [one.get("sets", {}).get("forget", {}).get("extraction_strength") for one in calibrated]
+        left = [summary.get("sets", {}).get("forget", {}).get("extraction_strength") for summary in calibrated]
         return {
             "name": name,
             "objective": f"{name}: {objective}",
-            "matched": spread([one.get("retain_nll") for one in matched]),
-            **{f"matched_{key}": spread([one.get(key) for one in matched]) for key, _ in RETENTION},
-            "ratio": spread([one["effect_ratio"] for one in summaries]),
-            **{f"{side}_nll": spread([_end(one, side) for one in summaries]) for side in ("forget", "retain")},
+            "matched": spread([summary.get("retain_nll") for summary in matched]),
+            **{f"matched_{key}": spread([summary.get(key) for summary in matched]) for key, _ in RETENTION},
+            "ratio": spread([summary["effect_ratio"] for summary in summaries]),
+            **{f"{side}_nll": spread([_end(summary, side) for summary in summaries]) for side in ("forget", "retain")},
             **self._asked(self._of_seeds("evaluations", name, "summary.json")),
-            "share": spread([one.get("share") for one in calibrated]),
+            "share": spread([summary.get("share") for summary in calibrated]),
             "calibrated_extraction": spread(left),
         }  # fmt: skip
 
@@ -181,36 +183,36 @@ class Results:
         """What the numbers say: whether the model knew, who keeps most at equal forgetting, and whether that is more
         than chance.
         """
-        found = []
+        sentences = []
         taught = self._evaluation("taught").get("sets", {})
         if {"forget", "retain"} <= taught.keys():
             nlls = {side: taught[side]["nll"] for side in ("forget", "retain")}
             badly = sum(nll >= 0.5 for nll in nlls.values())
             knew = "both of them" if badly == 2 else "one of them"
             knew = f"{knew} badly, so there is little to forget or to damage: teach longer" if badly else "both"
-            found.append(
+            sentences.append(
                 f"Before unlearning the model had an NLL of {number(nlls['forget'])} per answer token on the forget "
                 f"set and of {number(nlls['retain'])} on the retain set: it knew {knew}."
             )
         if self.diverged:
             each = [f"{place} at step {mark['step']} ({mark['why']})" for place, mark in self.diverged.items()]
-            found.append(f"Diverged, and a dash where it counts: {'; '.join(each)}.")
+            sentences.append(f"Diverged, and a dash where it counts: {'; '.join(each)}.")
         there = {row["name"]: row["matched"] for row in self.rows if row.get("matched")}
         if len(there) > 1:
             best, worst = min(there, key=lambda n: there[n][0]), max(there, key=lambda n: there[n][0])
-            found.append(
+            sentences.append(
                 f"At a forget NLL of {number(self.level)}, {best} has the lowest retain NLL ({cell(there[best])}) and "
                 f"{worst} the highest ({cell(there[worst])})."
                 if best != worst
                 else f"At a forget NLL of {number(self.level)} all have one retain NLL ({cell(there[best])})."
             )
-            found[-1] += _by_chance(there[best], there[worst])
+            sentences[-1] += _by_chance(there[best], there[worst])
         for key, heading in RETENTION:
             kept = {row["name"]: row[f"matched_{key}"] for row in self.rows if row.get(f"matched_{key}")}
             if len(kept) > 1:
                 most, least = max(kept, key=lambda n: kept[n][0]), min(kept, key=lambda n: kept[n][0])
                 what = heading[0].lower() + heading[1:].partition(" at ")[0]
-                found.append(
+                sentences.append(
                     f"There the {what} is highest with {most} ({cell(kept[most])}) and lowest with {least} "
                     f"({cell(kept[least])})." + _by_chance(kept[most], kept[least])
                     if kept[most][0] != kept[least][0]
@@ -221,7 +223,7 @@ class Results:
              "matched": dict(zip(("retain_nll", "deviation"), there[name], strict=True))}
             for name in there
         ]  # fmt: skip
-        found += filter(None, [lesson(ends)])
+        sentences += filter(None, [lesson(ends)])
         left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
         if len(left) > 1:
             best, most = (pick(left, key=lambda n: left[n][0]) for pick in (min, max))
@@ -232,13 +234,15 @@ class Results:
                 else f"{best} leaves least to extract of the forget set ({cell(left[best])}, {most} most, "
                 f"{cell(left[most])}"
             )
-            found.append(f"At equal retention, {who}; before unlearning {before}).{_by_chance(left[best], left[most])}")
+            sentences.append(
+                f"At equal retention, {who}; before unlearning {before}).{_by_chance(left[best], left[most])}"
+            )
         if len(self.recipe.seeds) == 1 and max(len(there), len(left)) > 1:
-            found.append(
+            sentences.append(
                 "Each objective has one seed: how much of such differences is chance, only several seeds can say "
                 "(seeds=[0,1,2])."
             )
-        return found
+        return sentences
 
     def grid(self) -> dict[str, Any] | None:
         """Parameters by one measurement of token effects, beside real runs, and how the two rank them."""
@@ -248,7 +252,7 @@ class Results:
         if f"runs/{grid.run}/seed{self.recipe.seeds[0]}" in self.diverged:
             return None  # the run whose model was to be measured
         effects = read_json(out / "grid" / "effects" / "geffect.json")["effects"]
-        predicted = {one.objective: one for one in map(GEffect.from_dict, effects)}
+        predicted = {each.objective: each for each in map(GEffect.from_dict, effects)}
         runs = {text: measured_runs([out / folder])[0] for text, folder in self.plan.grid_runs().items()}
         summaries = {text: self._summarized(run) for text, run in runs.items()}
         match(list(summaries.values()), self.recipe.match_at)
@@ -263,7 +267,7 @@ class Results:
                 "matched": matched["retain_nll"] if matched else None,
                 "forget_nll": _end(summary, "forget"),
             })  # fmt: skip
-        level = next((one["matched"]["forget_nll"] for one in summaries.values() if one["matched"]), None)
+        level = next((each["matched"]["forget_nll"] for each in summaries.values() if each["matched"]), None)
         return {"rows": rows, "level": level, "rank": rank_correlation(rows), "run": grid.run, "step": grid.step}
 
     def sizes(self) -> list[dict[str, Any]]:
@@ -274,28 +278,29 @@ class Results:
             places = {recipe.data.name: f"runs/{name}/seed{first}"}
             places |= {data.name: f"sizes/{data.name}/{name}" for data in map(recipe.with_size, recipe.sizes.data)}
             summaries = [self._summarized(measured_runs([self.plan.out / place])[0]) for place in places.values()]
-            summaries = [one | {"measured_on": None} for one in summaries]  # other rows are what is asked about
+            summaries = [summary | {"measured_on": None} for summary in summaries]  # other rows are what is asked about
             match(summaries, recipe.match_at)
-            for data, one in zip(places, summaries, strict=True):
+            for data, summary in zip(places, summaries, strict=True):
                 rows.append({
                     "objective": name, "data": data, "rows": self.plan.sizes[data][0],
-                    "matched": (one["matched"] or {}).get("retain_nll"),
-                    "level": (one["matched"] or {}).get("forget_nll"),
-                    "ratio": one["effect_ratio"], "forget_nll": _end(one, "forget"), "retain_nll": _end(one, "retain"),
+                    "matched": (summary["matched"] or {}).get("retain_nll"),
+                    "level": (summary["matched"] or {}).get("forget_nll"),
+                    "ratio": summary["effect_ratio"],
+                    "forget_nll": _end(summary, "forget"), "retain_nll": _end(summary, "retain"),
                 })  # fmt: skip
         return sorted(rows, key=lambda row: (row["objective"], row["rows"]))
 
     def cost(self) -> list[dict[str, Any]]:
         """Seconds by kind of step, and of trainings what measuring took of them."""
-        found: dict[str, list[tuple[float, float | None]]] = {}
+        by_kind: dict[str, list[tuple[float, float | None]]] = {}
         for step in self.steps.steps:
             kind = step.name.partition("/")[0]
             key = step.name.rpartition("/")[0] if kind == "runs" else kind
             result = self.plan.out / step.name / "result.json"
             measuring = read_json(result).get("measuring_seconds") if result.exists() else None
-            found.setdefault(key, []).append((self.steps.record(step.name).get("seconds", 0.0), measuring))
+            by_kind.setdefault(key, []).append((self.steps.record(step.name).get("seconds", 0.0), measuring))
         rows = []
-        for key, times in found.items():
+        for key, times in by_kind.items():
             seconds, measuring = sum(time for time, _ in times), [time for _, time in times if time is not None]
             rows.append({
                 "what": key, "steps": len(times), "seconds": seconds, "each": seconds / len(times),

@@ -65,10 +65,10 @@ def write_data(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str
 def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:
     """What every model is asked: of the rows that it was taught, and of TOFU's other sets."""
     places, limits = (data.forget, data.retain, data.path), dict(max_forget=data.max_forget, max_retain=data.max_retain)
-    found = sources.trained(data.source, *places, options.rows, **limits, forget_authors=data.forget_authors)
+    sets = sources.trained(data.source, *places, options.rows, **limits, forget_authors=data.forget_authors)
     if options.max_new_tokens is not None:
-        found = [replace(one, generate=options.max_new_tokens) for one in found]
-    return found
+        sets = [replace(eval_set, generate=options.max_new_tokens) for eval_set in sets]
+    return sets
 
 
 def fresh_config(sizes: Mapping[str, Any]) -> Any:
@@ -107,13 +107,13 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     >>> words({"seed": 1, "objective_args": ["alpha=1", "beta=2"], "stop": None})
     ['--seed', '1', '--objective_args', 'alpha=1', 'beta=2']
     """
-    found = []
+    arguments = []
     for name, value in flags.items():
         if isinstance(value, dict):
             value = json.dumps(value)
         several = value if isinstance(value, (list, tuple)) else [value]
-        found += [f"--{name}", *(str(one) for one in several)] if value is not None else []
-    return found
+        arguments += [f"--{name}", *(str(value_of_flag) for value_of_flag in several)] if value is not None else []
+    return arguments
 
 
 def train(
@@ -133,9 +133,9 @@ def train(
     except (NotFinite, RuntimeError):  # the second of processes of their own
         if not may_diverge or read_diverged(folder) is None:
             raise
-    found = _not_finite(folder) if may_diverge else None
-    if found is not None:
-        write_diverged(folder, *found)
+    diverged = _not_finite(folder) if may_diverge else None
+    if diverged is not None:
+        write_diverged(folder, *diverged)
     if along is not None:
         free()
         unless_diverged(folder, partial(along, folder))
@@ -222,7 +222,7 @@ class Asker:
 
     def evaluation(self, tokenizer: Any) -> Evaluation:
         """What every model is asked, as this tokenizer writes it. Errors name the row that cannot be asked."""
-        samples = [encoded(one, tokenizer, self.recipe.template, self.chat_kwargs) for one in self.sets]
+        samples = [encoded(eval_set, tokenizer, self.recipe.template, self.chat_kwargs) for eval_set in self.sets]
         asked = self.recipe.evaluate
         return Evaluation(self.sets, samples, tokenizer, asked.batch_size, asked.extraction, asked.extraction_samples)
 
@@ -240,32 +240,34 @@ class Asker:
         with Bar(f"Evaluating {name}", len(units)) as bar:
             results = evaluation.run(loaded, folder, units, lambda unit: bar.update())
         log = evaluation.log(results, name, {"dtype": str(next(loaded.parameters()).dtype)})
-        found = summarize(parse_log(log, str(folder / LOG_FILE)), None if retain_log is None else load_log(retain_log))
-        write_results(folder, log, found)
+        summary = summarize(
+            parse_log(log, str(folder / LOG_FILE)), None if retain_log is None else load_log(retain_log)
+        )
+        write_results(folder, log, summary)
         del loaded
         free()
-        return found
+        return summary
 
     def along(self, name: str, every: int, folder: Path) -> None:
         """Evaluate the checkpoints of a run that are before its end: numbers by step in `evaluations/summaries.json`,
         where the report of a run looks for them.
         """
         there, end = folder / "evaluations", read_json(folder / "result.json")["steps"]
-        found = read_summaries(there)
+        summaries = read_summaries(there)
         for step in range(every, end, every):
-            if step not in found:
+            if step not in summaries:
                 checkpoint = f"checkpoint-{step}"
-                found[step] = self.evaluate(
+                summaries[step] = self.evaluate(
                     f"{name} at step {step}", str(folder / checkpoint), there / checkpoint, None
                 )
-                write_summaries(there, found)
+                write_summaries(there, summaries)
 
     def calibrate(
         self, name: str, taught: str, unlearned: str, plan: Calibration, folder: Path, retain_log: Path | None
     ) -> None:
         """Mix, find the largest share that keeps the retain set, and evaluate that mixture."""
         tokenizer = load_tokenizer(self.arguments(taught))
-        retain = next(one for one in self.sets if one.name == "retain")
+        retain = next(eval_set for eval_set in self.sets if eval_set.name == "retain")
         samples = [encoded(retain, tokenizer, self.recipe.template, self.chat_kwargs)]
         retain = replace(retain, generate=0)  # the losses say whether it is kept
         evaluation = Evaluation([retain], samples, tokenizer, self.recipe.evaluate.batch_size)
@@ -295,9 +297,9 @@ class Asker:
         mix(model, original, changed, share)
         del other
         original.clear(), changed.clear()
-        found = self.evaluate(name, taught, folder, retain_log, model)
+        summary = self.evaluate(name, taught, folder, retain_log, model)
         values = {"share": share, "metric": plan.metric, "level": plan.keep * whole, "curve": curve}
-        write_json(folder / "calibration.json", values | {"sets": found["sets"]})
+        write_json(folder / "calibration.json", values | {"sets": summary["sets"]})
 
 
 def shares(resolution: float) -> list[float]:
@@ -307,8 +309,8 @@ def shares(resolution: float) -> list[float]:
     [1.0, 0.6, 0.2, 0.0]
     """
     count = int(1 / resolution + 1e-9)
-    found = [round(1 - at * resolution, 12) for at in range(count + 1)]
-    return found if found[-1] == 0 else [*found, 0.0]
+    mixes = [round(1 - at * resolution, 12) for at in range(count + 1)]
+    return mixes if mixes[-1] == 0 else [*mixes, 0.0]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def measurements(
     cache = references.get("forget")
     asked = first_batches(forget, collators[0], cache if own is None else None, samples, size)
     kept = first_batches(retain, collators[1], references.get("retain"), samples, size)
-    found: list[Trajectory] = []
+    callbacks: list[Trajectory] = []
     if config.geffect_every:
         # Training has just freed its own gradient: the one that norms need takes its place.
         options: dict[str, Any] = {"norms": True, "groups": config.groups}
@@ -50,10 +50,10 @@ def measurements(
             options["reference"] = config.reference
         if own is not None:
             options["objective_batches"] = first_batches(own, collators[0], cache, samples, size)
-        found.append(GEffectCallback(config.geffect_every, asked, kept, objective, **options))
+        callbacks.append(GEffectCallback(config.geffect_every, asked, kept, objective, **options))
     if config.nll_every:
-        found.append(NLLCallback(config.nll_every, asked, kept, label=str(objective)))
-    return found
+        callbacks.append(NLLCallback(config.nll_every, asked, kept, label=str(objective)))
+    return callbacks
 
 
 def in_own_precision(
@@ -66,7 +66,7 @@ def in_own_precision(
     """References for measurements, which are made of the model as it is saved: values of a training's mixed precision
     are computed again without it, for the items that are measured, where the model is the original still.
     """
-    found = dict(references)
+    caches = dict(references)
     for (side, data), collate in zip(items.items(), collators, strict=True):
         cache = references.get(side)
         if not config.geffect_every or cache is None or cache.mixed_precision in (None, "no"):
@@ -82,8 +82,8 @@ def in_own_precision(
             continue
         limited = [data[index] for index in range(min(config.geffect_samples or len(data), len(data)))]
         options = dict(batch_size=config.per_device_eval_batch_size, reference=config.reference, layer=cache.layer)
-        found[side] = ReferenceCache.build(model, limited, collate, what=cache.what, mixed_precision="no", **options)
-    return found
+        caches[side] = ReferenceCache.build(model, limited, collate, what=cache.what, mixed_precision="no", **options)
+    return caches
 
 
 def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
@@ -92,9 +92,11 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
     Raises ValueError where its data do not say what to measure on.
     """
     config: UnlearnConfig = trainer.args
-    given = [one for one in callbacks_of(trainer) if isinstance(one, Trajectory)]
+    given = [callback for callback in callbacks_of(trainer) if isinstance(callback, Trajectory)]
     asked = {GEffectCallback: config.geffect_every, NLLCallback: config.nll_every}
-    missing = [kind for kind, every in asked.items() if every and not any(isinstance(one, kind) for one in given)]
+    missing = [
+        kind for kind, every in asked.items() if every and not any(isinstance(callback, kind) for callback in given)
+    ]
     if not missing or trainer.train_dataset is None:
         return []
     data, collator, both = trainer.train_dataset, without_references(trainer.data_collator), trainer.objective

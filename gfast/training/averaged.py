@@ -30,15 +30,18 @@ def averaged(optimizer: Any) -> Iterator[None]:
     parameters = [p for group in own.param_groups for p in group["params"]]
     trained = [here(p.detach()).clone() for p in parameters]
     own.eval()
-    moved = any(not torch.equal(here(p.detach()), one) for p, one in zip(parameters, trained, strict=True))
+    moved = any(
+        not torch.equal(here(p.detach()), trained_weights)
+        for p, trained_weights in zip(parameters, trained, strict=True)
+    )
     try:
         yield
     finally:
         if moved:
             own.train()
             with torch.no_grad():
-                for parameter, one in zip(parameters, trained, strict=True):
-                    here(parameter.detach()).copy_(one)
+                for parameter, trained_weights in zip(parameters, trained, strict=True):
+                    here(parameter.detach()).copy_(trained_weights)
 
 
 class SavesAveraged:
@@ -61,6 +64,6 @@ class SavesAveraged:
         super()._load_best_model()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
         self._average()
-        return found
+        return output

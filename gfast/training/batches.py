@@ -80,10 +80,10 @@ class DealtByRows:
             if isinstance(value, Tensor) and value.dim()
         }
         first = next(iter(rows), None)
-        for name, found in rows.items():
-            if found != rows[first]:
+        for name, count in rows.items():
+            if count != rows[first]:
                 raise ValueError(
-                    f"a batch has {rows[first]} rows of {first} and {found} of {name}, and the main process deals out "
+                    f"a batch has {rows[first]} rows of {first} and {count} of {name}, and the main process deals out "
                     f"to all as many of each: {_DEAL}"
                 )
         return batch
@@ -165,8 +165,8 @@ def first_batches(
     if isinstance(cache, PendingReference) and cache.pending:
         return Later(lambda: first_batches(data, collator, cache, samples, batch_size))
     limited = [data[index] for index in range(min(samples or len(data), len(data)))]
-    found = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
-    return found if cache is None else [{**batch, **cache.head} for batch in found]
+    cut = batches(limited, collator if cache is None else ReferenceJoin(collator, {"forget": cache}), batch_size)
+    return cut if cache is None else [{**batch, **cache.head} for batch in cut]
 
 
 def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,9 +176,9 @@ def join(cache: ReferenceCache, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     check_padding(batch)
     check_labels_attended(batch)
     mask = batch["attention_mask"]
-    found = cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
+    joined = cache.join(batch["sample_id"], mask.sum(1), mask.shape[1])
     cache.check_texts(batch["sample_id"], batch)
-    return found
+    return joined
 
 
 def own_numbers(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -70,10 +70,10 @@ class GEffectCallback(Trajectory):
     ) -> None:
         super().__init__(every, forget, retain, run_folder, run)
         several = isinstance(objectives, Sequence)
-        self.objectives = [as_objective(one) for one in (objectives if several else [objectives])]
+        self.objectives = [as_objective(each) for each in (objectives if several else [objectives])]
         if not self.objectives:
             raise ValueError("give at least one objective to measure the G-effect of")
-        moving = next((one for one in self.objectives if moves(one)), None)
+        moving = next((each for each in self.objectives if moves(each)), None)
         if moving is not None:
             raise ValueError(
                 f"the factors of {moving} change along a run, and a G-effect is measured with fixed ones: measure its "

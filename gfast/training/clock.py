@@ -25,7 +25,9 @@ class Clock(TrainerCallback, ExportableState):
         return self.before + time.perf_counter() - self.started
 
     def measuring(self, callbacks: list[TrainerCallback]) -> float:
-        return self.measuring_before + sum(one.seconds for one in callbacks if isinstance(one, Trajectory))
+        return self.measuring_before + sum(
+            callback.seconds for callback in callbacks if isinstance(callback, Trajectory)
+        )
 
     def state(self) -> dict[str, Any]:
         spent = {"before": self.seconds, "measuring_before": self.measuring(callbacks_of(calling_trainer()))}

@@ -50,8 +50,8 @@ class ConflictWeights(TrainerCallback):
                 f"the checkpoint {folder} has no {FILE}, the weights by retain conflict that the run goes on with: it "
                 "is one of a run without; start a run of its own in another output folder"
             )
-        found = TensorFile(Path(folder) / FILE, "go on from the checkpoint before it")
-        self.by_sample = {int(name): found.get(name) for name in found.names}
+        tensors = TensorFile(Path(folder) / FILE, "go on from the checkpoint before it")
+        self.by_sample = {int(name): tensors.get(name) for name in tensors.names}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         due = state.global_step % self.every == 0 and state.global_step != self.step
@@ -72,13 +72,13 @@ class ConflictWeights(TrainerCallback):
             )
             for start in range(0, len(data), size)
         ]
-        for found in made:
-            if "retain" not in found or "sample_id" not in found["forget"]:
+        for sides in made:
+            if "retain" not in sides or "sample_id" not in sides["forget"]:
                 raise ValueError(
                     "weights='retain_conflict' measures forget items against retain items, by the sample_id of the "
                     "former: train on gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
-        forget, retain = ([found[side] for found in made] for side in ("forget", "retain"))
+        forget, retain = ([sides[side] for sides in made] for side in ("forget", "retain"))
         processes = "all" if self.trainer.accelerator.num_processes > 1 else "auto"
         weights = retain_conflict(model, forget=forget, retain=retain, tau=self.tau, processes=processes)
         self.by_sample = {}
@@ -90,14 +90,14 @@ class ConflictWeights(TrainerCallback):
         """[B, T] of a forget batch, on its device."""
         if batch.get("weight") is not None:
             raise ValueError("weights='retain_conflict' gives the tokens weights, and the data has a 'weight' too")
-        labels, found = batch["labels"], self.by_sample
+        labels, by_sample = batch["labels"], self.by_sample
         samples = batch["sample_id"].tolist()
-        missing = [sample for sample in samples if found is None or sample not in found]
+        missing = [sample for sample in samples if by_sample is None or sample not in by_sample]
         if missing:
             raise ValueError(f"weights='retain_conflict' has not measured sample {missing[0]} of the forget data")
         valid = labels != -100
         valid[:, 0] = False
-        values = torch.cat([found[sample] for sample in samples]).to(labels.device)
+        values = torch.cat([by_sample[sample] for sample in samples]).to(labels.device)
         if len(values) != int(valid.sum()):
             raise ValueError("weights='retain_conflict': a sample has other labels than when it was measured")
         return torch.ones(labels.shape, device=labels.device).masked_scatter(valid, values)

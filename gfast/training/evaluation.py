@@ -108,10 +108,10 @@ class EvaluationNLL:
             packed = accelerator.reduce(packed, "sum")
         rows = {name: row for name, row in zip(names, packed.tolist(), strict=True)}
         total = [sum(column) for column in zip(*rows.values(), strict=True)]
-        found = {f"{prefix}_loss": total[0] / max(total[1], 1.0)}
+        losses = {f"{prefix}_loss": total[0] / max(total[1], 1.0)}
         if self._nested:
-            found |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
-        return found
+            losses |= {f"{prefix}_{side}_loss": row[0] / max(row[1], 1.0) for side, row in rows.items()}
+        return losses
 
 
 class ExactEvaluation:
@@ -126,18 +126,18 @@ class ExactEvaluation:
         predictions and labels are None. In the mixed precision of the Trainer's steps, as any Trainer's; what callbacks
         measure is the model as it is saved.
         """
-        found = self._sides(self._prepare_inputs(inputs))
+        sides = self._sides(self._prepare_inputs(inputs))
         objective = self.objective.forget
         if "completion_mask" in inputs and not isinstance(objective, UNWEIGHTED) and is_pair(objective):  # TRL's
-            found = {"forget": first_of_pairs(found["forget"])}
+            sides = {"forget": first_of_pairs(sides["forget"])}
         sums = {}
         with torch.no_grad(), wrappers.autocast_of(self.accelerator):
-            for side, batch in found.items():
+            for side, batch in sides.items():
                 logp = model_logp(model, batch)  # [B, T]
                 tokens = (batch["labels"][..., 1:] != -100).sum()
                 sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
         if self._evaluation is not None:
-            self._evaluation.add(sums, nested=len(found) > 1)
+            self._evaluation.add(sums, nested=len(sides) > 1)
         total = sum(sums.values())
         return (total[0] / total[1].clamp(min=1)).float(), None, None
 

@@ -24,7 +24,7 @@ def refuse_joint(objectives: Sequence[Objective], own_loss_terms: bool, live: bo
         why = "live effects and surgery need the gradients of both sides apart"
     elif own_loss_terms:
         why = "the terms that a model adds to its own loss would be those of both sides together"
-    elif named := [str(one) for one in objectives if isinstance(one, (RMU, RR))]:
+    elif named := [str(objective) for objective in objectives if isinstance(objective, (RMU, RR))]:
         why = f"{named[0]} stops at a layer inside the model"
     if why is not None:
         raise ValueError(f"joint_forward has no use here: {why}; leave it out")
@@ -59,13 +59,13 @@ def outputs(model: nn.Module, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
         torch.ones_like(batch["input_ids"]) if batch.get("attention_mask") is None else batch["attention_mask"]
         for batch in sides.values()
     ]
-    mask = torch.cat([_widened(one.to(masks[0].dtype), width) for one in masks])
+    mask = torch.cat([_widened(mask_of_side.to(masks[0].dtype), width) for mask_of_side in masks])
     output = model_output(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
-    found, start = {}, 0
+    by_side, start = {}, 0
     for side, (rows, length) in shapes.items():
-        found[side] = output._replace(value=output.value[start : start + rows, :length])
+        by_side[side] = output._replace(value=output.value[start : start + rows, :length])
         start += rows
-    return found
+    return by_side
 
 
 _JOINED = frozenset({"input_ids", "attention_mask"})

@@ -73,16 +73,16 @@ class LiveSteps:
         if self._monitor is not None:
             self._monitor.reset()
         sides = [self.trainer._sides(batch) for batch in batches]
-        for found in sides:
-            if "retain" not in found or "labels" not in found["retain"]:
+        for parts in sides:
+            if "retain" not in parts or "labels" not in parts["retain"]:
                 raise ValueError(
                     "a live G-effect and surgery need a retain batch beside every forget batch, and the batches hold "
-                    f"only {', '.join(found)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
+                    f"only {', '.join(parts)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
         # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
         own = self.trainer._own_loss_terms
-        self._apart = {side for found in sides for side in found if own or self.trainer.weighs(found[side], side)}
-        tokens = [count(NLL(), found["retain"]) for found in sides]
+        self._apart = {side for parts in sides for side in parts if own or self.trainer.weighs(parts[side], side)}
+        tokens = [count(NLL(), parts["retain"]) for parts in sides]
         counts = [count(NLL(), sides[-1]["forget"]), tokens[0], sum(tokens)]
         forget, first, retain = self.trainer._over_processes(counts)
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
@@ -168,18 +168,20 @@ class LiveSteps:
             if last or self.surgery is not None:
                 monitor.retain(None, risk=risk, last=last)
         else:
-            found: list[Tensor] = []
+            values: list[Tensor] = []
 
             def loss() -> Tensor:
-                one = mix.alpha * self._compute(model, trainer._side_loss, part, mix.retain, "retain", mix.alpha)
-                found.append(one.detach())
-                return one * self._processes
+                retain_loss = mix.alpha * self._compute(
+                    model, trainer._side_loss, part, mix.retain, "retain", mix.alpha
+                )
+                values.append(retain_loss.detach())
+                return retain_loss * self._processes
 
             own = risk if first and (mix.retain != NLL() or "retain" in self._apart) else None
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
             share = share or math.nan  # of no labels there is no effect
             monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
-            value = value + found[0] - trainer._constant()
+            value = value + values[0] - trainer._constant()
         trainer.terms.add({"loss": value})
         if last:
             self._finished(monitor)
@@ -193,11 +195,13 @@ class LiveSteps:
         # FSDP and ZeRO free what a second backward would need
         shares = measures and not trainer._own_loss_terms and not monitor.processes.sharded
         shares = shares and not isinstance(mix.forget, UNWEIGHTED)
-        found = self._compute(
+        computed = self._compute(
             model, trainer._side_loss, batch, mix.forget, "forget", mix.gamma,
             *([self._risk_counts["forget"]] if shares else []),
         )  # fmt: skip
-        loss, risk = found if shares else (found, partial(self._risk, model, batch, "forget") if measures else None)
+        loss, risk = (
+            computed if shares else (computed, partial(self._risk, model, batch, "forget") if measures else None)
+        )
         if shares:
             risk = risk * self._processes
         monitor.forget(mix.gamma * self._processes * loss, risk=risk, factor=mix.gamma)

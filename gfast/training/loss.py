@@ -149,7 +149,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
         say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator)
-        objectives = [one for one in (self.objective.forget, self.objective.retain) if one is not None]
+        objectives = [each for each in (self.objective.forget, self.objective.retain) if each is not None]
         refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
         self._heads = {side: cache.head for side, cache in self.references.items()}
@@ -237,12 +237,12 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
             return [], None
         self._check_batch(batch_samples[0])
         self._micro_batches = len(batch_samples)
-        found = [self._sides(batch) for batch in batch_samples]
+        sides = [self._sides(batch) for batch in batch_samples]
         counts = self._over_processes(
-            [sum(batches.count(objective, one[side]) for one in found) for side, objective, _ in self._parts]
+            [sum(batches.count(objective, by_side[side]) for by_side in sides) for side, objective, _ in self._parts]
         )
         first = self._parts if self._step < 0 else []  # the losses of the first step are held to what was counted
-        self._counted = {side: [marked(one[side]["labels"]) for one in found] for side, *_ in first}
+        self._counted = {side: [marked(by_side[side]["labels"]) for by_side in sides] for side, *_ in first}
         empty = [side for (side, _, _), count in zip(self._parts, counts, strict=True) if not count]
         if empty and not self._said_empty:
             self._said_empty = True
@@ -317,17 +317,17 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         batches.check_trained(batch, self.model)
         if len(self._parts) > 1 and self.live is None and not self._joint:  # both in one backward
             refuse_reentrant(self.model_wrapped)
-        found = self._sides(batch)
+        sides = self._sides(batch)
         for side, objective, _ in self._parts:
-            if side not in found:
+            if side not in sides:
                 raise ValueError(
-                    f"the objective {self.objective} has a {side} term, but the batches hold only {', '.join(found)}; "
+                    f"the objective {self.objective} has a {side} term, but the batches hold only {', '.join(sides)}; "
                     "use gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
-            if "labels" not in found[side]:
-                raise ValueError(f"the {side} batch has no labels (its keys are {sorted(found[side])})")
-            if self._reference_model(objective, found[side]) is None:
-                batches.require_reference(found[side], objective, side, self.model, self._heads)
+            if "labels" not in sides[side]:
+                raise ValueError(f"the {side} batch has no labels (its keys are {sorted(sides[side])})")
+            if self._reference_model(objective, sides[side]) is None:
+                batches.require_reference(sides[side], objective, side, self.model, self._heads)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -335,14 +335,14 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         """The weighted sum of the terms, each divided by its count over the whole optimizer step."""
         if return_outputs:
             raise ValueError("gfast computes losses without logits, so there are no outputs to return")
-        found = self._sides(inputs)
+        sides = self._sides(inputs)
         self.terms.start_step(self.state.global_step if self._stepping else None)
 
         def losses(module: Any) -> Tensor:
             total = None
-            answers = outputs(module, {side: found[side] for side, _, _ in self._parts}) if self._joint else {}
+            answers = outputs(module, {side: sides[side] for side, _, _ in self._parts}) if self._joint else {}
             for side, objective, factor in self._parts:
-                loss = factor * self._side_loss(module, found[side], objective, side, factor, answer=answers.get(side))
+                loss = factor * self._side_loss(module, sides[side], objective, side, factor, answer=answers.get(side))
                 total = loss if total is None else total + loss
             return total - self._constant()
 

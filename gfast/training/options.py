@@ -279,7 +279,7 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
             )
 
 
-def ends_within_a_step(found: int, wanted: int, loader: Any, step: int) -> bool:
+def ends_within_a_step(came: int, wanted: int, loader: Any, step: int) -> bool:
     """Whether a stream has ended with fewer micro-batches than the next step takes. Trainer would take their backwards,
     but no step, and leave their gradients to the next one, beside its own and divided by another count.
 
@@ -287,23 +287,23 @@ def ends_within_a_step(found: int, wanted: int, loader: Any, step: int) -> bool:
     """
     from transformers.trainer_utils import has_length  # not before there are data: flags are read without it
 
-    if not 0 < found < wanted or loader is None or has_length(loader):
+    if not 0 < came < wanted or loader is None or has_length(loader):
         return False  # Trainer knows the last step of what has a length, and that it is smaller
     if not step:
         raise ValueError(
-            f"the stream of training data ended after {found} of the {wanted} micro-batches of the first step "
+            f"the stream of training data ended after {came} of the {wanted} micro-batches of the first step "
             "(gradient_accumulation_steps): no step could be taken"
         )
-    _say_left_out(found, wanted)
+    _say_left_out(came, wanted)
     return True
 
 
 @functools.cache
-def _say_left_out(found: int, wanted: int) -> None:
+def _say_left_out(came: int, wanted: int) -> None:
     logger.warning(
         "gfast: the stream of training data ended with %d of the %d micro-batches of a step "
         "(gradient_accumulation_steps), which are left out; the next step begins the stream anew",
-        found,
+        came,
         wanted,
     )
 
@@ -333,8 +333,10 @@ def marked(tensor: Tensor) -> tuple[Tensor, int]:
 
 def say_other_labels(labels: Tensor, counted: dict[str, list[tuple[Tensor, int]]], side: str) -> None:
     """A warning, once, where a loss is of other labels than those, each `marked`, that were counted."""
-    kept = [one for one, version in counted[side] if marked(one)[1] == version]
-    if not any(labels is one for one in kept) and not any(_equal(labels, one) for one in kept):
+    kept = [counted_labels for counted_labels, version in counted[side] if marked(counted_labels)[1] == version]
+    if not any(labels is counted_labels for counted_labels in kept) and not any(
+        _equal(labels, counted_labels) for counted_labels in kept
+    ):
         del counted[side]
         logger.warning(
             "gfast: the labels of a %s batch are not those that the collator made, whose number in the whole step the "

@@ -30,9 +30,9 @@ class PendingReference(ReferenceCache):
 
     def fill(self, model: nn.Module) -> None:
         """Compute it, with all processes."""
-        found, head = self._build(model), self.head
-        head.update(found.head)  # the trainer has the dictionary itself
-        vars(self).update(vars(found), head=head, _build=None)
+        built, head = self._build(model), self.head
+        head.update(built.head)  # the trainer has the dictionary itself
+        vars(self).update(vars(built), head=head, _build=None)
 
 
 class Later(Sequence):

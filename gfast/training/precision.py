@@ -73,14 +73,14 @@ def say_other_precision(caches: Mapping[str, Any], accelerator: Any) -> None:
     """A warning where values of the original are of another precision than the training's."""
     training = of_accelerator(accelerator)
     for side, cache in caches.items():
-        found = getattr(cache, "mixed_precision", None)
-        if found is not None and found != training:
+        own = getattr(cache, "mixed_precision", None)
+        if own is not None and own != training:
             _logger.warning(
                 "gfast: the original's values of the %s set were computed %s, and this training runs %s: they differ "
                 "by rounding where nothing has been trained yet, so that ratios to the original do not start at 1, nor "
                 "KL at 0. Build them with ReferenceCache.build(..., mixed_precision=%r)",
                 side,
-                _words(found),
+                _words(own),
                 _words(training),
                 training,
             )

@@ -15,8 +15,8 @@ def together(action: Callable[[], Any] | None, processes: int) -> None:
     try:
         if action is not None:
             action()
-    except Exception as found:
-        error = found
+    except Exception as raised:
+        error = raised
     if processes > 1:
         from accelerate.utils import gather_object
 

@@ -247,13 +247,13 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
     """True if `run_folder` already holds this very run, False if it is free; ValueError if it holds another."""
     run_folder = Path(run_folder)
     if (run_folder / "run.json").exists():
-        found = read_run_info(run_folder)
-        if found.get("fingerprint") != fingerprint(_identity(info)):
+        recorded = read_run_info(run_folder)
+        if recorded.get("fingerprint") != fingerprint(_identity(info)):
             raise ValueError(
-                f"{run_folder} holds another run: {_difference(_identity(found), _identity(info))}. "
+                f"{run_folder} holds another run: {_difference(_identity(recorded), _identity(info))}. "
                 "Give another output folder, or the settings of that run to resume it"
             )
-        _check_data(run_folder, found.get("data_sha256") or {}, info.get("data_sha256") or {})
+        _check_data(run_folder, recorded.get("data_sha256") or {}, info.get("data_sha256") or {})
         return True
     leftovers = sorted(p.name for p in run_folder.glob("checkpoint-*")) if run_folder.is_dir() else []
     if leftovers or recorded_steps(run_folder):

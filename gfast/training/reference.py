@@ -165,10 +165,10 @@ class ReferenceCache:
             differ = {key: value != self.texts[key][start:end] for key, value in here.items()}
             if "input_ids" in differ and bool(differ["input_ids"].any()):
                 place = int(differ["input_ids"].nonzero()[0])
-                found, kept = int(here["input_ids"][place]), int(self.texts["input_ids"][start + place])
+                token, kept = int(here["input_ids"][place]), int(self.texts["input_ids"][start + place])
                 raise ValueError(
                     f"sample {sample_id} is another text than the one of that sample_id in the reference cache (its "
-                    f"token {place} is {found}, not {kept}): give samples the sample_id that they had, or {again}"
+                    f"token {place} is {token}, not {kept}): give samples the sample_id that they had, or {again}"
                 )
             if "labels" in differ and "ref_logp" in self.values:
                 bad = differ["labels"] & (here["labels"] != -100)
@@ -380,21 +380,21 @@ class ReferenceCache:
                 f"the reference cache holds hidden states of layer {self.layer}, not {layer}; build it again"
             )
         if dataset is not None:
-            found = dataset_fingerprint(dataset)
-            if found != self.data_fingerprint:
+            actual = dataset_fingerprint(dataset)
+            if actual != self.data_fingerprint:
                 raise ValueError(
                     f"the reference cache is for other data (fingerprint {self.data_fingerprint[:12]}, this data has "
-                    f"{found[:12]}): "
+                    f"{actual[:12]}): "
                     "the rows, the tokenizer, the template or max_length differ. Use that data, or delete the file to "
                     "build it again"
                 )
         if model is not None:
-            found = fingerprint or model_fingerprint(model, adapters=adapted)
-            if found != self.model_fingerprint:
+            actual = fingerprint or model_fingerprint(model, adapters=adapted)
+            if actual != self.model_fingerprint:
                 raise ValueError(
                     f"the reference cache is for another model (fingerprint {self.model_fingerprint[:12]}, this model "
                     "has "
-                    f"{found[:12]}): the weights or their dtype differ. Load the original model, or delete the file "
+                    f"{actual[:12]}): the weights or their dtype differ. Load the original model, or delete the file "
                     "to build it again"
                 )
             if (other := difference(self.settings, settings_of(model, adapted))) is not None:

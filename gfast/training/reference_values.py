@@ -63,7 +63,7 @@ def values_of(
     from gfast.model_output import model_logp, model_output
 
     check_padding(batch)
-    found = {}
+    values = {}
     if "hidden" in what:
         output = model_output(model, batch)
         if output.head is None:
@@ -76,19 +76,19 @@ def values_of(
             head |= output.head.over(output.value, lambda _: {n: _copied(x) for n, x in own.items() if x is not None})
             form = (output.head.logit_scale, output.head.softcap or 0.0)
             head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
-        found["ref_hidden"] = output.value  # [B, T, D]
+        values["ref_hidden"] = output.value  # [B, T, D]
     if "logp" in what:
-        found["ref_logp"] = model_logp(model, batch)  # [B, T]
+        values["ref_logp"] = model_logp(model, batch)  # [B, T]
     if "layer_hidden" in what:
-        found["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
-    return found
+        values["ref_layer_hidden"] = layer_hidden(model, batch, layer)  # [B, T, D]
+    return values
 
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+def keep_samples(parts: dict[int, dict[str, Tensor]], values: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     """Each row of a batch without its padding, by its sample_id; with the texts that the values are of."""
     ids, mask = batch.get("sample_id"), batch["attention_mask"].bool()
     check_labels_attended(batch)
@@ -101,7 +101,7 @@ def keep_samples(parts: dict[int, dict[str, Tensor]], found: dict[str, Tensor], 
             )
         # A copy: a view would keep the whole padded batch alive.
         texts = {key: batch[key].int() for key in TEXT_KEYS if isinstance(batch.get(key), Tensor)}
-        parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**found, **texts}.items()}
+        parts[sample_id] = {key: x[row].cpu()[mask[row].cpu()].clone() for key, x in {**values, **texts}.items()}
 
 
 def check_widths(

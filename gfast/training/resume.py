@@ -52,11 +52,11 @@ def _is_complete(checkpoint: Path, step: int) -> bool:
 
 def checkpoint_to_resume(run_folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint that training can go on from, or None: one with more than weights."""
-    found = last_checkpoint(run_folder)
-    if found is None or not _is_weights_alone(found):
-        return found
+    checkpoint = last_checkpoint(run_folder)
+    if checkpoint is None or not _is_weights_alone(checkpoint):
+        return checkpoint
     # What `save_only_model` writes: with one setting for a whole run, all of its checkpoints are like that.
-    logger.warning("%s holds weights alone (save_only_model): the run starts again from step 0", found)
+    logger.warning("%s holds weights alone (save_only_model): the run starts again from step 0", checkpoint)
     return None
 
 

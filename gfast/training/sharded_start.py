@@ -23,13 +23,13 @@ class ShardedStart(TrainerCallback):
     """
 
     def __init__(self, references: Sequence[ReferenceCache]) -> None:
-        self.references = [one for one in references if isinstance(one, PendingReference)]
+        self.references = [reference for reference in references if isinstance(reference, PendingReference)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
         check_loaded(model, args.world_size)
-        for one in self.references:
+        for reference in self.references:
             with rng_kept():
-                one.fill(model)
+                reference.fill(model)
         sharded.reshard(model)
 
 

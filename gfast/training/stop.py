@@ -123,7 +123,7 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.text = " ".join(text.split())
-        self.tokens = [(found.lastgroup, found[0], found.start() + 1) for found in _TOKEN.finditer(self.text)]
+        self.tokens = [(match.lastgroup, match[0], match.start() + 1) for match in _TOKEN.finditer(self.text)]
         self.at = 0
 
     def rule(self) -> Rule:
@@ -262,13 +262,15 @@ class StopCallback(TrainerCallback):
     def check(self, trainer: Any) -> None:
         """Whether everything that the rules are about is measured by the Trainer's callbacks."""
         callbacks = callbacks_of(trainer)
-        measuring = [one for one in callbacks if isinstance(one, Trajectory | RecordLive)]
-        require_measured(self.rules, frozenset().union(*(one.measures for one in measuring)))
+        measuring = [callback for callback in callbacks if isinstance(callback, Trajectory | RecordLive)]
+        require_measured(self.rules, frozenset().union(*(callback.measures for callback in measuring)))
         for quantity in sorted(frozenset().union(*(rule.needs for rule in self.rules))):
-            able = [one for one in measuring if quantity in one.measures]
+            able = [callback for callback in measuring if quantity in callback.measures]
             name = self._name(quantity, able, str(getattr(trainer, "objective", "")))
-            self._sources[quantity] = name, [one for one in able if name in one.names()]
-            late = [one for one in able if self in callbacks and callbacks.index(one) > callbacks.index(self)]
+            self._sources[quantity] = name, [callback for callback in able if name in callback.names()]
+            late = [
+                callback for callback in able if self in callbacks and callbacks.index(callback) > callbacks.index(self)
+            ]
             if late:
                 raise ValueError(
                     f"gfast: {type(late[0]).__name__} measures after StopCallback has looked: give that after it"
@@ -278,8 +280,8 @@ class StopCallback(TrainerCallback):
         """The objective that a quantity is read from: the Trainer's own before others, and what callbacks measure on
         whole sets before what a step does on its batches.
         """
-        live = set().union(*(one.names() for one in able if isinstance(one, RecordLive)))
-        names = set().union(*(one.names() for one in able)) - live
+        live = set().union(*(callback.names() for callback in able if isinstance(callback, RecordLive)))
+        names = set().union(*(callback.names() for callback in able)) - live
         if self.objective is None:
             chosen = [own] if own in names else [*(names or live)]
         else:
@@ -297,29 +299,29 @@ class StopCallback(TrainerCallback):
         self._look(args, state, control, range(state.global_step + 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sources = [one for _, several in self._sources.values() for one in several]
-        measured = {one.step_of(state) for one in sources if one.measures_at(state)}
+        sources = [callback for _, several in self._sources.values() for callback in several]
+        measured = {callback.step_of(state) for callback in sources if callback.measures_at(state)}
         if measured:
             self._look(args, state, control, measured)
 
     def _look(self, args: Any, state: Any, control: Any, steps: Collection[int]) -> None:
         """Take in the measurements of these steps, and see whether a rule holds at the last of its own."""
         folder = Path(args.output_dir if self.run_folder is None else self.run_folder)
-        found: list[str | None] = [None]
+        decided: list[str | None] = [None]
 
         def decide() -> None:
             for step in recorded_steps(folder):
                 if step in steps:
                     self._course[step] = self._values(folder, step, state)
-            found[0] = self._decide(folder, state, {step for step in steps if step >= state.global_step - 1})
+            decided[0] = self._decide(folder, state, {step for step in steps if step >= state.global_step - 1})
 
         together(decide if state.is_world_process_zero else None, args.world_size)
         if args.world_size > 1:
             from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(found)
-        if found[0] is not None:
-            self.reason = found[0]
+            broadcast_object_list(decided)
+        if decided[0] is not None:
+            self.reason = decided[0]
             logger.warning("gfast: training ends: %s", self.reason)
             control.should_training_stop = control.should_save = True
 
@@ -328,7 +330,9 @@ class StopCallback(TrainerCallback):
         for row in read_step(folder, step):
             for quantity, (name, sources) in self._sources.items():
                 key = (row["objective"], row["quantity"], row["side"], row["group"])
-                last = max(one.step_of(state) for one in sources)  # beyond are the rows of a run that was killed
+                last = max(
+                    callback.step_of(state) for callback in sources
+                )  # beyond are the rows of a run that was killed
                 if key == (name, *QUANTITIES[quantity][:3]) and step <= last:
                     values[quantity] = row["value"]
         return values

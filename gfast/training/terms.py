@@ -77,10 +77,10 @@ def _finish(sums: Mapping[str, Tensor], steps: int, accelerator: Any) -> dict[st
     packed = torch.stack([sums[name] for name in names])
     if accelerator is not None and accelerator.num_processes > 1:
         packed = accelerator.reduce(packed, "sum")
-    found = dict(zip(names, packed.tolist(), strict=True))
-    tokens = found.pop("_tokens", 0.0)
-    weight, inverse = found.pop("_weight", 0.0), found.pop("_inverse", 0.0)
-    finished = {name: value / max(steps, 1) for name, value in found.items()}
+    totals = dict(zip(names, packed.tolist(), strict=True))
+    tokens = totals.pop("_tokens", 0.0)
+    weight, inverse = totals.pop("_weight", 0.0), totals.pop("_inverse", 0.0)
+    finished = {name: value / max(steps, 1) for name, value in totals.items()}
     if tokens:
         finished["mean_weight"] = weight / tokens
         finished["mean_inverse_confidence"] = inverse / tokens

@@ -108,7 +108,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
         Errors: FolderInUse where another process trains into the output folder; DamagedFile for a checkpoint that is
         not as it was saved.
         """
-        for stop in [one for one in callbacks_of(self) if isinstance(one, StopCallback)]:
+        for stop in [callback for callback in callbacks_of(self) if isinstance(callback, StopCallback)]:
             self.remove_callback(stop)
             self.add_callback(stop)  # after whatever measures
             stop.check(self)
@@ -116,8 +116,8 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             main, processes = self.is_world_process_zero(), self.accelerator.num_processes
             together((lambda: stack.enter_context(claimed(self.args.output_dir))) if main else None, processes)
             if resume_from_checkpoint is True:
-                found = checkpoint_to_resume(self.args.output_dir)
-                resume_from_checkpoint = None if found is None else str(found)
+                checkpoint = checkpoint_to_resume(self.args.output_dir)
+                resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
             if resume_from_checkpoint:
                 # Once a machine: each sees its own disk.
                 local = self.is_local_process_zero()

@@ -88,8 +88,8 @@ class Trajectory(TrainerCallback):
         return Path(args.output_dir if self.run_folder is None else self.run_folder)
 
     def _is_measured(self, args: Any, step: int) -> bool:
-        found = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
-        measured = found >= self.names() and step not in self._before
+        recorded = {row["objective"] for row in read_step(self._folder(args), step) if row["quantity"] == self.quantity}
+        measured = recorded >= self.names() and step not in self._before
         if distributed.is_available() and distributed.is_initialized():
             told = [measured]  # of process 0, which writes: all measure, or none
             distributed.broadcast_object_list(told)
@@ -161,8 +161,12 @@ class NLLCallback(Trajectory):
 
     def _beside(self) -> list[Trajectory]:
         """Other callbacks of this Trainer that record the NLL under the same name."""
-        others = [one for one in callbacks_of(calling_trainer()) if isinstance(one, Trajectory) and one is not self]
-        return [one for one in others if one.names() >= self.names()]
+        others = [
+            callback
+            for callback in callbacks_of(calling_trainer())
+            if isinstance(callback, Trajectory) and callback is not self
+        ]
+        return [callback for callback in others if callback.names() >= self.names()]
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

@@ -41,9 +41,9 @@ class Order:
         self.done = True
         alone: dict[str, list[Tensor]] = defaultdict(list)
         rows = batch["labels"].shape[0]
-        one = {key: x[row : row + 1] if _length(x) == rows else x for key, x in batch.items()}
+        text = {key: x[row : row + 1] if _length(x) == rows else x for key, x in batch.items()}
         with torch.no_grad(), self._reading(lambda site, x: alone[site.name].append(x.clone())):
-            answer(one)
+            answer(text)
         with self._reading(partial(self._compare, alone, row, *batch["labels"].shape)):
             yield
 

@@ -238,8 +238,8 @@ class RowPass:
             times = torch.where(forward.labels != IGNORE_INDEX, times, 0)
         if stat_spec_of(objective) is not None:  # by entropy; the batch's own weights are in them already
             with torch.no_grad():
-                found = output_loss(ModelOutput(forward.head, forward.output.detach()), batch, objective).weight
-            return Seeds(given=nn.functional.pad(found[:, 1:], (0, 1)))
+                weight = output_loss(ModelOutput(forward.head, forward.output.detach()), batch, objective).weight
+            return Seeds(given=nn.functional.pad(weight[:, 1:], (0, 1)))
         spec = spec_of(objective)
         if spec is not None and spec.level == "token":
             return Seeds(spec, None, ref if spec.uses_ref else None, times)

@@ -29,24 +29,24 @@ def differentiable_forward(model: nn.Module) -> Iterator[None]:
         ("_attn_implementation", ("sdpa", "eager"), attention),
         ("_experts_implementation", ("eager",), "eager"),
     )
-    configs = {id(found): found for m in inner.modules() if (found := getattr(m, "config", None)) is not None}
+    configs = {id(value): value for m in inner.modules() if (value := getattr(m, "config", None)) is not None}
     changed: list[tuple[Any, str, Any]] = []
     try:
         for config in configs.values():
             for key, fine, instead in switches:
                 # the attribute behind the property, whose setter would reach into other configurations
                 name = f"{key}_internal" if hasattr(config, f"{key}_internal") else key
-                found = getattr(config, name, None)
-                if found is not None and found not in fine:
-                    changed.append((config, name, found))
+                value = getattr(config, name, None)
+                if value is not None and value not in fine:
+                    changed.append((config, name, value))
                     setattr(config, name, instead)
-                    _log_switch(type(inner).__name__, key.strip("_"), str(found), instead)
+                    _log_switch(type(inner).__name__, key.strip("_"), str(value), instead)
         yield
     finally:
-        for config, name, found in reversed(changed):
-            setattr(config, name, found)
+        for config, name, value in reversed(changed):
+            setattr(config, name, value)
 
 
 @functools.cache
-def _log_switch(model: str, what: str, found: str, instead: str) -> None:
-    _log.warning("%s: %s %r has no forward mode; %r is used for this measurement", model, what, found, instead)
+def _log_switch(model: str, what: str, value: str, instead: str) -> None:
+    _log.warning("%s: %s %r has no forward mode; %r is used for this measurement", model, what, value, instead)

@@ -91,8 +91,8 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
     """
     data, processes = request.data, request.processes
     risks = [Term(request.risk, source) for source in SETS]
-    for one in (*terms, *risks):
-        check_weighted(one, "gram")
+    for each in (*terms, *risks):
+        check_weighted(each, "gram")
     dots = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
     factors = {term: identity_factor(term, request.risk) for term in terms}
     others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]

@@ -38,8 +38,8 @@ def value_of(loss: Loss, what: str) -> Tensor:
     loss = loss() if is_function(loss) else loss
     loss = getattr(loss, "loss", loss)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        refuse(f"the {what} must be one number, and it is {found}")
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        refuse(f"the {what} must be one number, and it is {got}")
     if not loss.requires_grad:
         refuse(
             f"the {what} has no graph, so there is no gradient: compute it with gradients on (not in torch.no_grad()), "

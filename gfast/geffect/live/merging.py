@@ -180,10 +180,10 @@ class Gradients:
             self.set_aside()
         if self.late:
             self.backward(loss)
-            found = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-            if not found:
+            gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+            if not gradients:
                 raise ValueError(_UNREACHED)
-            self._take(self._with_zeros(found, range(len(self.parameters))), rows, adds)
+            self._take(self._with_zeros(gradients, range(len(self.parameters))), rows, adds)
         else:
             self._merge_on_the_way(loss, rows, adds)
         if self.torn and self.surgery is not None:
@@ -238,17 +238,17 @@ class Gradients:
 
     def _take(self, gradients: dict[int, Tensor], rows: Rows, adds: bool) -> None:
         """Complete gradients: their rows, and what becomes of them and of those set aside."""
-        found = self._dots(gradients)
+        dots = self._dots(gradients)
         pairs = {i: (r, self.aside.pop(i, None)) for i, r in gradients.items()}
         if self.surgery is None:
             merged = {i: r if u is None else _added(u, r) for i, (r, u) in pairs.items()}
         else:
-            merged = self._operated(pairs, found, adds)
+            merged = self._operated(pairs, dots, adds)
             ms, rs = [here(m) for m in merged.values()], [here(r) for r, _ in pairs.values()]
             if ms:
                 for index, values in zip(pairs, grad_dots(ms, [rs], range(len(ms)), len(ms)), strict=True):
-                    found[index][RM : MM + 1] = values
-        rows.update(found)
+                    dots[index][RM : MM + 1] = values
+        rows.update(dots)
         for index, m in merged.items():
             parameter = self.parameters[index]
             # a second part may have come while the first waited
@@ -300,9 +300,9 @@ class Gradients:
 def merged_squares(parameters: list[nn.Parameter]) -> Tensor:
     """Squared norms [P] of the gradients that are there."""
     there = [i for i, p in enumerate(parameters) if p.grad is not None]
-    found = grad_dots([here(parameters[i].grad) for i in there], [], range(len(there)), len(there))[:, 0]
-    out = torch.zeros(len(parameters), dtype=torch.float64, device=found.device)
-    out[there] = found
+    squares = grad_dots([here(parameters[i].grad) for i in there], [], range(len(there)), len(there))[:, 0]
+    out = torch.zeros(len(parameters), dtype=torch.float64, device=squares.device)
+    out[there] = squares
     return out
 
 
@@ -313,9 +313,9 @@ def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
     alone = [i for i in rs if us[i] is None]
     if both:
         r, u = [here(rs[i]) for i in both], [here(us[i]) for i in both]
-        found = grad_dots(r + u, [u + u], range(2 * len(both)), 2 * len(both))  # [2n, 2]: (ru, rr), then (uu, uu)
+        dots = grad_dots(r + u, [u + u], range(2 * len(both)), 2 * len(both))  # [2n, 2]: (ru, rr), then (uu, uu)
         n = len(both)
-        table = torch.cat([found[:n], found[n:, 1:], found.new_zeros(n, COLUMNS - 3)], 1)
+        table = torch.cat([dots[:n], dots[n:, 1:], dots.new_zeros(n, COLUMNS - 3)], 1)
         out |= dict(zip(both, table, strict=True))
     if alone:
         r = [here(rs[i]) for i in alone]

@@ -136,15 +136,15 @@ class GEffectMonitor:
             ValueError: it is of other parameters, or of another surgery; nothing of it is taken.
         """
         places = {unwrap_name(name): index for index, name in enumerate(self.gradients.names)}
-        found: dict[int, Tensor] = {}
+        averages: dict[int, Tensor] = {}
         for name, value in state.items():
             if self.surgery is None or self.surgery.kind != "gru":
                 refuse(f"the state holds averages of gru, and the monitor's surgery is {self.surgery}")
             parameter = self.gradients.parameters[places[name]] if name in places else None
             if parameter is None or here(value).shape != here(parameter).shape:
                 refuse(f"the state holds an average of {name!r} {tuple(value.shape)}, which is no parameter here")
-            found[places[name]] = like(parameter, value)
-        self.gradients.averages = found
+            averages[places[name]] = like(parameter, value)
+        self.gradients.averages = averages
 
     def reset(self) -> None:
         """Give up a step that was begun: no gradients, and the next call starts a new one."""
@@ -392,8 +392,8 @@ class GEffectMonitor:
     def _check_unchanged(self) -> None:
         step, gradients = self._step, self.gradients
         now = self._weights(), gradients.marks()
-        for what, found, before in zip(("", "the gradient of "), now, (step.weights, step.gradients), strict=True):
-            changed = [name for name, x, y in zip(gradients.names, found, before, strict=False) if x != y]
+        for what, current, before in zip(("", "the gradient of "), now, (step.weights, step.gradients), strict=True):
+            changed = [name for name, x, y in zip(gradients.names, current, before, strict=False) if x != y]
             if changed:
                 self.reset()
                 refuse(

@@ -53,7 +53,7 @@ class Processes:
                 f"gfast: the parameters are sharded over {len(meshes)} device meshes, such as those of experts; a "
                 f"GEffectMonitor sums over one"
             )
-        whole = [name for name, one in zip(names, shards, strict=True) if not one]
+        whole = [name for name, cut in zip(names, shards, strict=True) if not cut]
         if whole and meshes and any(map(is_fsdp2, model.modules())):  # tensor parallelism has them alike everywhere
             raise ValueError(
                 f"gfast: FSDP2 shards the model, but not its trainable parameter {whole[0]!r}, whose gradient it does "
@@ -70,7 +70,7 @@ class Processes:
     def sums(self, table: Tensor) -> Tensor:
         """Rows [P, columns] of dot products of shards, summed over the processes that hold the others."""
         for dimension, group in enumerate(self._groups):
-            cut = [self.zero is not None or (bool(one) and one[dimension]) for one in self._shards]
+            cut = [self.zero is not None or (bool(shard) and shard[dimension]) for shard in self._shards]
             whole = table.clone()
             distributed.all_reduce(whole, group=group)
             table = torch.where(torch.tensor(cut, device=table.device)[:, None], whole, table)
@@ -107,8 +107,8 @@ def refuse_inner(model: nn.Module) -> None:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
     kind, own = nn.parallel.DistributedDataParallel, {id(module) for module in model.modules()}
-    wrappers = [one for one in gc.get_objects() if type(one) is kind and id(one) not in own]
-    if any(module is model for one in wrappers for module in one.modules()):
+    wrappers = [wrapper for wrapper in gc.get_objects() if type(wrapper) is kind and id(wrapper) not in own]
+    if any(module is model for wrapper in wrappers for module in wrapper.modules()):
         raise ValueError(
             "gfast: this model is inside a DistributedDataParallel, which reduces its gradients: give GEffectMonitor "
             "that one, and compute losses by calling it"

@@ -81,12 +81,12 @@ class Surgery:
 
     def factors(self, uv: Tensor, vv: Tensor, uu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(a, b, c) of m = a u + b r + c v from a unit's dots (fp64); v is gru's average, else r."""
-        one, zero = torch.ones_like(uv), torch.zeros_like(uv)
+        ones, zero = torch.ones_like(uv), torch.zeros_like(uv)
         harm = torch.where((uv < 0) & (vv > 0), uv / vv.clamp(min=torch.finfo(vv.dtype).tiny), zero)
         if self.kind == "pcgrad":
             back = torch.where((uv < 0) & (uu > 0), uv / uu.clamp(min=torch.finfo(uu.dtype).tiny), zero)
-            return one - back, one, -harm
-        return one, one, -harm
+            return ones - back, ones, -harm
+        return ones, ones, -harm
 
 
 def average(before: Tensor | None, newest: Tensor, moving: float, scale: float = 1.0) -> Tensor:

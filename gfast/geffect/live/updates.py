@@ -77,8 +77,8 @@ class Updates:
         self._fresh = False
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         counts = [i for i, state in enumerate(states) if isinstance(state.get("step"), Tensor)]
-        found = torch.stack([here(states[i]["step"]).float().reshape(()) for i in counts]).tolist() if counts else []
-        now = dict(zip(counts, found, strict=True))
+        steps = torch.stack([here(states[i]["step"]).float().reshape(()) for i in counts]).tolist() if counts else []
+        now = dict(zip(counts, steps, strict=True))
         for index, count in now.items():  # a fused optimizer that found infinities has taken no step
             if count == self._counts.get(index, 0.0):
                 self._taken[index] = None

@@ -123,8 +123,8 @@ class Zero:
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         if self.whole:  # the engine's own tensor, which it lets go of in `clear`
-            found = [fragment.reshape(-1) for fragment in self._fragments(parameter)]
-            return found[0] if found else self.shards[0].new_zeros(0)
+            fragments = [fragment.reshape(-1) for fragment in self._fragments(parameter)]
+            return fragments[0] if fragments else self.shards[0].new_zeros(0)
         from deepspeed.utils import safe_get_local_grad
 
         gradient = safe_get_local_grad(parameter)  # in fp32 the engine's own, which stays

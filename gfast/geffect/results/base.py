@@ -128,7 +128,7 @@ class Effect:
             raise DamagedFile(path, f"it is no effect written by gfast ({error})", remedy) from error
         if name != Path(path).name and _IN_A_RUN.fullmatch(name) and _IN_A_RUN.fullmatch(Path(path).name):
             raise DamagedFile(path, f"it is {name} under another name", f"give it its name back, {remedy}")
-        kind_class = {getattr(one, "kind", None): one for one in Effect.__subclasses__()}.get(kind)
+        kind_class = {getattr(subclass, "kind", None): subclass for subclass in Effect.__subclasses__()}.get(kind)
         if kind_class is None or not issubclass(kind_class, cls):
             raise ValueError(f"gfast: {path} holds a {kind} effect, not a {getattr(cls, 'kind', 'known')} one")
         rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]

@@ -181,7 +181,7 @@ class EffectHistory(Effect):
         # GEffect reads what was measured and leaves out what follows from it: cosines and cumulative effects
         by_step = rows_by(rows, "step")
         pairs = zip(by_step.values(), scalars["effects"], strict=True)
-        return cls(list(by_step), [GEffect._from_rows(found, own) for found, own in pairs])
+        return cls(list(by_step), [GEffect._from_rows(rows_of_step, own) for rows_of_step, own in pairs])
 
     def __repr__(self) -> str:
         steps = ", ".join(map(str, self.steps[:6])) + (", ..." if len(self.steps) > 6 else "")

@@ -172,9 +172,9 @@ class GEffect(Effect):
         norms = by_quantity.get("risk_norm", {})
         if "objective_norm" in by_quantity:
             norms["objective"] = by_quantity["objective_norm"][""]
-        found = by_quantity["g_effect"]
-        nothing = dict.fromkeys(next(iter(found.values())), math.nan)
-        sides = {side: found.get(side, nothing) for side in SIDES}
+        effects = by_quantity["g_effect"]
+        nothing = dict.fromkeys(next(iter(effects.values())), math.nan)
+        sides = {side: effects.get(side, nothing) for side in SIDES}
         return cls(**scalars, **sides, norms=norms, errors=by_quantity.get("standard_error", {}))
 
     def __repr__(self) -> str:

@@ -114,7 +114,7 @@ class TokenEffect(Effect):
             )
 
         def summed(tokens: list[Tensor]) -> Tensor:
-            return torch.stack([one.sum() for one in tokens])
+            return torch.stack([values.sum() for values in tokens])
 
         sides = ({group: summed(tokens) for group, tokens in self._side(side).items()} for side in SIDES)
         ref = None if self.ref_logp is None else summed(self.ref_logp)
@@ -122,7 +122,7 @@ class TokenEffect(Effect):
 
     def _sizes(self) -> Tensor:
         """Labelled tokens of each sample, int64 [S]."""
-        return torch.tensor([len(one) for one in self.logp], device="cpu")
+        return torch.tensor([len(values) for values in self.logp], device="cpu")
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, sample, token, value}; the quantity is token_effect, logp, ref_logp,
@@ -137,7 +137,7 @@ class TokenEffect(Effect):
         for quantity in ("ref_logp", "weight"):
             if getattr(self, quantity) is not None:
                 rows += self._token_rows(getattr(self, quantity), quantity=quantity)
-        rows += [{"quantity": "tokens", "sample": s, "value": float(len(one))} for s, one in enumerate(self.logp)]
+        rows += [{"quantity": "tokens", "sample": s, "value": float(len(values))} for s, values in enumerate(self.logp)]
         return rows + self._norm_rows()
 
     def _token_rows(self, tokens: list[Tensor], **keys: str) -> Iterator[dict[str, Any]]:
@@ -158,7 +158,7 @@ class TokenEffect(Effect):
         return cls(
             *({g: list(v.split(sizes)) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES),
             logp=split(by_quantity["logp"]),
-            labels=[one.long() for one in split(by_quantity["label"])],
+            labels=[values.long() for values in split(by_quantity["label"])],
             positions=list(places.split(sizes)),
             norms=norms_of(by_quantity),
             **{key: split(by_quantity[key]) if key in by_quantity else None for key in ("ref_logp", "weight")},

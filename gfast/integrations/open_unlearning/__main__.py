@@ -20,23 +20,21 @@ def with_configs(arguments: list[str]) -> list[str]:
     >>> with_configs(["hydra.searchpath=[file://mine]"])
     ['hydra.searchpath=[file://mine,pkg://gfast.integrations.open_unlearning.configs]']
     """
-    name, found = "hydra.searchpath=", []
+    name, kept = "hydra.searchpath=", []
     for argument in arguments:
         if argument.startswith(name):
             given = argument[len(name) :].strip().removeprefix("[").removesuffix("]").strip()
             argument = f"{name}[{given + ',' if given else ''}{CONFIGS}]"
-        found.append(argument)
-    return found if any(one.startswith(name) for one in found) else [*found, f"{name}[{CONFIGS}]"]
+        kept.append(argument)
+    return kept if any(one.startswith(name) for one in kept) else [*kept, f"{name}[{CONFIGS}]"]
 
 
 def main(arguments: list[str]) -> None:
     replace = "--replace" in arguments[:1]
     arguments = arguments[1:] if replace else arguments
     if not arguments or not os.path.isfile(arguments[0]):
-        found = f"there is no file {arguments[0]}" if arguments else "no script is given"
-        sys.exit(
-            f"{found}; in a clone of open-unlearning: python -m gfast.integrations.open_unlearning src/train.py ..."
-        )
+        why = f"there is no file {arguments[0]}" if arguments else "no script is given"
+        sys.exit(f"{why}; in a clone of open-unlearning: python -m gfast.integrations.open_unlearning src/train.py ...")
     script = arguments[0]
     sys.argv = [script, *with_configs(arguments[1:])]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as Python does for a script

@@ -150,9 +150,9 @@ def drawn(data: Any, sides: Mapping[str, Items], epochs: int) -> Any:
     """The retain items that a training of so many epochs draws."""
     if type(data) is not ForgetRetain:
         return sides["retain"]
-    found: set[int] = set()
+    partners: set[int] = set()
     for epoch in range(epochs):
         data.set_epoch(epoch)
-        found.update(data.partners())
+        partners.update(data.partners())
     data.set_epoch(0)
-    return Chosen(sides["retain"], found)
+    return Chosen(sides["retain"], partners)

@@ -230,10 +230,10 @@ def _pdu(loss_names: Any, options: Mapping[str, Any]) -> PDU:
 
 def _check_collator(collator: Any) -> None:
     """ValueError for a collator that does more than pad: gfast collates the same items by their lengths."""
-    found = type(collator).__name__
-    if collator is not None and found not in ("DataCollatorForSupervisedDataset", "PlainOrPairs"):
+    kind = type(collator).__name__
+    if collator is not None and kind not in ("DataCollatorForSupervisedDataset", "PlainOrPairs"):
         raise ValueError(
-            f"the data_collator {found} would not be run: gfast's trainers collate open-unlearning's items themselves "
+            f"the data_collator {kind} would not be run: gfast's trainers collate open-unlearning's items themselves "
             f"(by their lengths, with ids). Leave it out, or put what it does into the data set"
         )
 
@@ -261,7 +261,7 @@ def _caches(
     measured: Iterable[int],
 ) -> dict[str, ReferenceCache]:
     """Values of the original model for the items that will be drawn, built by one process and read by the others."""
-    found = {}
+    caches = {}
     for side, term in (("forget", objective.forget), ("retain", objective.retain)):
         what = needed_from_cache(term) if term is not None else set()
         if not what:
@@ -279,8 +279,8 @@ def _caches(
             file = Path(path or config.output_dir) / (name if precision == "no" else f"{precision}-{name}")
             file.parent.mkdir(parents=True, exist_ok=True)
         with config.main_process_first(local=False, desc="the original model's values"):
-            found[side] = ReferenceCache.build(model, items, collator.one, file, **options)
-    return found
+            caches[side] = ReferenceCache.build(model, items, collator.one, file, **options)
+    return caches
 
 
 def _file_name(model: Any, items: Any, side: str, what: set[str], named: bool) -> str:
