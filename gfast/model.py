@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import peft_models, wrappers
+from gfast import peft_models, precision, wrappers
 from gfast.deferred import Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import ModelOutput, form_of, labels_of, logits_of, model_output, shifted, unshifted
@@ -173,6 +173,8 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not peft_models.is_adapted(model):
         _refuse_lack(objective, lacking[0])
+    if len(lacking) < len(needs):
+        precision.say_other(model, batch)
     if isinstance(objective, RR) and batch.get("ref_layer") is not None:
         other = [layer for layer in batch["ref_layer"].tolist() if layer != objective.layer]
         if other:

@@ -184,7 +184,7 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in batch.items():
         if (
             isinstance(value, Tensor)
-            and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer")
+            and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer", "ref_precision")
             and key not in whole
         ):
             raise ValueError(

@@ -148,7 +148,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
-        say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator)
+        say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator, self.model)
         objectives = [each for each in (self.objective.forget, self.objective.retain) if each is not None]
         refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
