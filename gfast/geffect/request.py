@@ -26,6 +26,7 @@ from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
 from gfast.original import REFERENCE_KEYS, check_reference_name
 from gfast.progress import Bar
+from gfast.rotary import refuse_cut
 from gfast.sides import SETS
 
 _log = logging.getLogger("gfast")
@@ -98,6 +99,7 @@ class Request:
         for term in used:
             for batch in data.batches[term.source] if term.objective.needs & REFERENCE_KEYS else ():
                 precision.say_other(model, batch)
+        refuse_cut(hf.unwrap(alone), data.batches)
         _say_what_has_no_label(data)
         processes.check_alike(data.batches)
         whole = _check_whole(used, data)

@@ -19,6 +19,7 @@ from gfast.model_state import evaluating
 from gfast.objectives import NLL, UNWEIGHTED
 from gfast.ops.weights import is_pair
 from gfast.packed import first_of_pairs
+from gfast.rotary import refuse_cut, stretches_beyond, unstretched
 from gfast.training.batches import for_evaluation, to_device
 
 if TYPE_CHECKING:
@@ -234,6 +235,9 @@ def nll_of_sides(
 
 def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
+    if stretches_beyond(wrappers.unwrap(model)) is not None:
+        batches = list(batches)
+        refuse_cut(wrappers.unwrap(model), {"measured": batches}, afresh=True)
     total, tokens = nll_sums(model, batches).tolist()
     return total / max(tokens, 1.0)
 
@@ -248,6 +252,8 @@ def nll_sums(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
     with evaluating(model):
         for batch in batches:
             batch = to_device(batch, device)
-            sums[0] -= model_logp(model, batch).double().sum()
+            with unstretched(model):
+                logp = model_logp(model, batch)
+            sums[0] -= logp.double().sum()
             sums[1] += (batch["labels"][..., 1:] != -100).sum()
     return sums

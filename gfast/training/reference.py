@@ -18,6 +18,7 @@ from gfast.given import whole
 from gfast.model_settings import difference, settings_of
 from gfast.precision import key_of
 from gfast.progress import Bar
+from gfast.rotary import unstretched
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.precision import check_precision, in_precision
@@ -251,6 +252,7 @@ class ReferenceCache:
         with (
             in_precision(model, mixed_precision) as precision,
             as_it_is(model) if as_is else original(model, first, reference),
+            unstretched(model),
         ):
             rounding = 3e-2 if rounds or precision != "no" else 1e-4
             check_widths(model, (first, longer), rounding, what, layer, head)
