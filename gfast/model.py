@@ -28,7 +28,7 @@ from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
 from gfast.ops.weights import check_given, check_reference, default_reduction, is_pair, kernel_spec
 from gfast.original import REFERENCE_KEYS, check_reference_name, with_reference
-from gfast.packed import pair_ids, sequence_ids
+from gfast.packed import check_pairs, pair_ids, sequence_ids
 
 
 def model_loss(
@@ -166,6 +166,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
     labels = labels_of(batch)
+    check_pairs(batch, objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
     if batch.get("weight") is not None:
         check_weighs(objective, "model_loss")
     check_given("model_loss", objective, batch.get("weight"), labels)

@@ -14,9 +14,10 @@ from gfast import wrappers
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
-from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
+from gfast.objectives import PDU, RMU, RR, UNWEIGHTED, Mix, Objective, as_objective
+from gfast.ops.weights import is_pair
 from gfast.original import check_reference_name, with_reference
-from gfast.packed import BOUNDS
+from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.averaged import SavesAveraged
@@ -326,6 +327,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
                 )
             if "labels" not in sides[side]:
                 raise ValueError(f"the {side} batch has no labels (its keys are {sorted(sides[side])})")
+            check_pairs(sides[side], objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
             if self._reference_model(objective, sides[side]) is None:
                 batches.require_reference(sides[side], objective, side, self.model, self._heads)
 
