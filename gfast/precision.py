@@ -54,11 +54,17 @@ def key_of(mixed_precision: str | None, rows: int) -> dict[str, Tensor]:
 
 def say_other(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """A warning, once for a model, where a batch says that its values of the original are of another precision than
-    the one that the model runs in here.
+    the one that the model runs in here. ValueError where something has cast its log-probs, which are no less than fp32.
     """
-    given = batch.get("ref_precision")
+    given, logp = batch.get("ref_precision"), batch.get("ref_logp")
     if not isinstance(given, Tensor) or given.dim() != 2 or not 1 <= given.shape[1] <= len(_NAMES):
         return
+    if isinstance(logp, Tensor) and logp.dtype.itemsize < 4:
+        raise ValueError(
+            f"gfast: the original's log-probs in a batch, ref_logp, have been cast to {str(logp.dtype)[6:]}, which "
+            f"rounds them by up to a hundredth of a nat a token: cast no batch of a ReferenceCache. Lightning does by "
+            f"precision='bf16-true' and '16-true': load the model in 16 bits and leave precision='32-true' instead"
+        )
     own, running = _NAMES[given.shape[1] - 1], of_model(model)
     if own != running and is_new(model, own, running):
         _logger.warning(

@@ -146,6 +146,10 @@ def test_a_loop_and_effects_say_that_the_original_is_of_another_precision(own, c
     value, messages = said(wrong, loss, pieces)
     assert value != [at_start] * 2 and len(messages) == 1
     assert f"mixed_precision='{'bf16' if wrong else 'no'}'" in messages[0] and said(wrong, loss)[1] == []
+    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    for refused in (loss, lambda of, objective: gfast.g_effect(model, objective, forget=of, retain=of)):
+        with pytest.raises(ValueError, match="ref_logp, have been cast to bfloat16.*precision='32-true'"):
+            refused(narrow, NPO(beta=0.3))
     for engine in ("stream", "sample"):
         other, options = copied(model), dict(forget=batch, retain=batch, engine=engine)
         for autocast in (right, wrong):

@@ -39,6 +39,7 @@ from gfast.training.options import (
     refuse_no_step,
     refuse_own_steps,
     refuse_reentrant,
+    refuse_search,
     say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
@@ -261,6 +262,10 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
             self.live.begin(batch_samples)
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
         return batch_samples, int(sum(counts))
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, refused: it writes over the objective."""
+        refuse_search(type(self).__name__)
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, of data that make a step."""
