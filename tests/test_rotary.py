@@ -70,6 +70,8 @@ def test_packed_texts_are_held_to_the_longest_of_their_row(kind):
     with pytest.raises(ValueError, match="texts of 8 beside 30 tokens"):
         effect(model, [batch], "stream")
     within = {key: torch.cat([value[:, :15], value[:, 30:]], 1) for key, value in batch.items()}
+    place = (within["position_ids"] == 0).cumsum(1)
+    within["attention_mask"] = ((place[..., None] == place[:, None]) & torch.ones(23, 23).tril().bool())[:, None]
     expected = [{"input_ids": one, "labels": one} for one in (ids[:, :15], ids[:, 30:])]
     assert effect(model, [within], "stream") == pytest.approx(effect(model, expected, "stream"), rel=1e-5)
     assert gfast.model_loss(model, batch, NPO(), ref_logp=torch.zeros(ids.shape)).loss.isfinite()  # a training's own
