@@ -79,7 +79,7 @@ def say_other(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 def is_new(model: nn.Module, own: str, running: str) -> bool:
     """Whether nobody has said so of this model yet; from now on somebody has."""
-    said = _said.setdefault(wrappers.unwrap(model), set())
+    said = _said.setdefault(list(wrappers.chain(model))[-1], set())
     new = (own, running) not in said
     said.add((own, running))
     return new

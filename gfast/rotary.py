@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import packed
+from gfast import packed, wrappers
 from gfast.ops.checks import IGNORE_INDEX
 
 _BY_ORIGINAL, _BY_LIMIT = {"longrope", "su"}, {"dynamic"}
@@ -52,10 +52,11 @@ def refuse_cut(model: nn.Module, sets: Mapping[str, Iterable[Mapping[str, Any]]]
     if len(longer) > 1 and not afresh:
         found.append((min(dynamic), min(longer), max(longer), "batches have"))
     for limit, shortest, longest, who in found[:1]:
+        *_, inner = wrappers.chain(model)
         by_length = ", longer ones by their length" if dynamic else ""
         raise ValueError(
             f"gfast: {who} texts of {shortest} beside {longest} tokens, padding included, and beyond {limit} the "
-            f"longest decides which rotary embeddings all have ({type(model).__name__}): these numbers would not be "
+            f"longest decides which rotary embeddings all have ({type(inner).__name__}): these numbers would not be "
             f"those of each text alone, and depend on how the data are cut into batches. Give max_length={limit}, "
             f"batches cut at that length (texts of up to {limit} tokens apart from longer ones{by_length}), or all "
             f"padded to one width beyond the longest text (a collator's pad_to_multiple_of={longest + 1} or more)"
@@ -102,7 +103,8 @@ def unstretched(model: nn.Module) -> Iterator[None]:
 
 def _limits(model: nn.Module) -> list[tuple[bool, int]]:
     """(whether by the original length, up to where) of all that stretch."""
-    config = getattr(model, "config", None)
+    *_, inner = wrappers.chain(model)  # of one of its own kind, itself
+    config = getattr(inner, "config", None)
     if not hasattr(config, "to_dict"):
         return []
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

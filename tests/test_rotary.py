@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.small_models import stretching
+from helpers.training_tiny import config
 
 import gfast
 from gfast.data import Collator
@@ -82,6 +83,16 @@ def test_a_callback_refuses_before_it_measures():
     callback = NLLCallback(1, batches, batches, label="NLL")
     with pytest.raises(ValueError, match="a batch of the unlearn data has texts of 8 beside 30"):
         callback._measure(None, None, stretching("longrope"))
+
+
+def test_a_trainer_says_that_its_evaluation_is_of_its_batches(tmp_path, caplog):
+    model = stretching("longrope")
+    trainer = gfast.UnlearnTrainer(model, config(tmp_path))
+    for lengths, said in (((8, 8), 0), ((30, 8), 1), ((30, 8), 1)):
+        (batch,) = cut(texts(*lengths), 2)
+        found, *_ = trainer.prediction_step(model, batch, prediction_loss_only=True)
+        assert found.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        assert sum("texts of 8 beside 30" in one and "batches as they are" in one for one in caplog.messages) == said
 
 
 def test_evaluations_find_dynamic_embeddings_afresh():

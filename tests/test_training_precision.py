@@ -21,6 +21,7 @@ from gfast.evaluation.results import summarize
 from gfast.metrics.log import parse_log
 from gfast.objectives import GA, NPO, WGA
 from gfast.training import NLLCallback, ReferenceCache
+from gfast.training.batches import ReferenceJoin
 from gfast.training.evaluation import nll
 from gfast.training.records import read_step
 
@@ -146,6 +147,8 @@ def test_a_loop_and_effects_say_that_the_original_is_of_another_precision(own, c
     value, messages = said(wrong, loss, pieces)
     assert value != [at_start] * 2 and len(messages) == 1
     assert f"mixed_precision='{'bf16' if wrong else 'no'}'" in messages[0] and said(wrong, loss)[1] == []
+    joined = ReferenceJoin(lambda items: {**collator()(items), "ref_logp": batch["ref_logp"]}, {"forget": cache})
+    assert "ref_precision" not in joined([forget[index] for index in range(4)])  # those are of nobody knows what
     narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
     for refused in (loss, lambda of, objective: gfast.g_effect(model, objective, forget=of, retain=of)):
         with pytest.raises(ValueError, match="ref_logp, have been cast to bfloat16.*precision='32-true'"):

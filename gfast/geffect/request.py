@@ -99,7 +99,7 @@ class Request:
         for term in used:
             for batch in data.batches[term.source] if term.objective.needs & REFERENCE_KEYS else ():
                 precision.say_other(model, batch)
-        refuse_cut(hf.unwrap(alone), data.batches)
+        refuse_cut(alone, data.batches)
         _say_what_has_no_label(data)
         processes.check_alike(data.batches)
         whole = _check_whole(used, data)

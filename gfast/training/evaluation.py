@@ -134,6 +134,7 @@ class ExactEvaluation:
         sums = {}
         with torch.no_grad(), wrappers.autocast_of(self.accelerator):
             for side, batch in sides.items():
+                self._say_cut(model, side, batch)
                 logp = model_logp(model, batch)  # [B, T]
                 tokens = (batch["labels"][..., 1:] != -100).sum()
                 sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
@@ -143,6 +144,18 @@ class ExactEvaluation:
         return (total[0] / total[1].clamp(min=1)).float(), None, None
 
     _evaluation: EvaluationNLL | None = None
+    _said_cut = False
+
+    def _say_cut(self, model: Any, side: str, batch: Mapping[str, Any]) -> None:
+        """A warning, once, where this Trainer's batches decide what texts are given; what callbacks measure is refused
+        then.
+        """
+        if not self._said_cut:
+            try:
+                refuse_cut(model, {side: [batch]}, afresh=True)
+            except ValueError as error:
+                self._said_cut = True
+                logger.warning("%s. The loss of this evaluation is of its batches as they are", error)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Trainer's; in one of several processes the batches that are its own. Pairs of forget and retain items stay
@@ -235,9 +248,9 @@ def nll_of_sides(
 
 def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
-    if stretches_beyond(wrappers.unwrap(model)) is not None:
+    if stretches_beyond(model) is not None:
         batches = list(batches)
-        refuse_cut(wrappers.unwrap(model), {"measured": batches}, afresh=True)
+        refuse_cut(model, {"measured": batches}, afresh=True)
     total, tokens = nll_sums(model, batches).tolist()
     return total / max(tokens, 1.0)
 

@@ -188,7 +188,7 @@ class NLLCallback(Trajectory):
         with rng_kept():
             for side, batches in zip(SIDES, (self.forget, self.retain), strict=True):
                 batches = list(batches() if callable(batches) else batches)
-                refuse_cut(wrappers.unwrap(model), {side: batches}, afresh=True)
+                refuse_cut(model, {side: batches}, afresh=True)
                 values[side] = _shared_nll(model, batches, args.world_size, args.process_index)
         trainer = calling_trainer()
         if trainer is not None:
