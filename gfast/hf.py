@@ -32,7 +32,7 @@ _log = logging.getLogger("gfast")
 # What a batch carries for gfast; the model gets everything else.
 OWN_KEYS = frozenset(
     "labels weight ref_logp ref_hidden ref_head ref_head_bias ref_head_form ref_output ref_layer_hidden ref_layer "
-    "sample_id sequence_id".split()
+    "ref_precision sample_id sequence_id".split()
 )
 
 # What transformers' models hand on to attention through **kwargs: where the texts of packed rows begin.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import peft_models, wrappers
+from gfast import peft_models, precision, wrappers
 from gfast.deferred import Head
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import ModelOutput, form_of, labels_of, logits_of, model_output, shifted, unshifted
@@ -28,7 +28,7 @@ from gfast.ops.unlearn_loss import unlearn_loss
 from gfast.ops.vocab_parallel import is_sharded, rows_like
 from gfast.ops.weights import check_given, check_reference, default_reduction, is_pair, kernel_spec
 from gfast.original import REFERENCE_KEYS, check_reference_name, with_reference
-from gfast.packed import pair_ids, sequence_ids
+from gfast.packed import check_pairs, pair_ids, sequence_ids
 
 
 def model_loss(
@@ -166,6 +166,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
     labels = labels_of(batch)
+    check_pairs(batch, objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
     if batch.get("weight") is not None:
         check_weighs(objective, "model_loss")
     check_given("model_loss", objective, batch.get("weight"), labels)
@@ -173,6 +174,8 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     lacking = [key for key in sorted(needs) if batch.get(key) is None]
     if lacking and not peft_models.is_adapted(model):
         _refuse_lack(objective, lacking[0])
+    if len(lacking) < len(needs):
+        precision.say_other(model, batch)
     if isinstance(objective, RR) and batch.get("ref_layer") is not None:
         other = [layer for layer in batch["ref_layer"].tolist() if layer != objective.layer]
         if other:

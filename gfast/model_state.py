@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfast.rotary import unstretched
+
 
 @contextlib.contextmanager
 def _not_packing(model: nn.Module) -> Iterator[None]:
@@ -100,7 +102,13 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
             module.training = training and checkpoints and _checkpoints_without_dropout(module)
         for table in tables:
             table.clear()
-        with _not_packing(model), gradients_kept(model), torch.inference_mode(False), torch.enable_grad():
+        with (
+            _not_packing(model),
+            gradients_kept(model),
+            unstretched(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         for table, before in zip(tables, hooks, strict=True):

@@ -184,7 +184,7 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in batch.items():
         if (
             isinstance(value, Tensor)
-            and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer")
+            and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer", "ref_precision")
             and key not in whole
         ):
             raise ValueError(
@@ -259,6 +259,21 @@ def pair_numbers(batch: Mapping[str, Any]) -> tuple[Tensor, int] | None:
             f"same order; the packed rows hold {texts}"
         )
     return rank.clamp(min=0)[ids], texts
+
+
+class Pairs(dict[str, Any]):
+    """A batch known to be of pairs: answers to forget, and as many preferred ones, which no other objective may take
+    for answers to forget.
+    """
+
+
+def check_pairs(batch: Mapping[str, Any], objective: Any, pairs: bool) -> None:
+    """ValueError for pairs before an objective that is not of pairs."""
+    if isinstance(batch, Pairs) and not pairs:
+        raise ValueError(
+            f"gfast: the batch holds pairs, answers to forget and then preferred ones, and {objective} would unlearn "
+            f"both: use an objective of pairs (DPO), or give it the first half of the rows"
+        )
 
 
 def first_of_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:

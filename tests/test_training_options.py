@@ -175,6 +175,13 @@ def test_an_argument_without_effect_is_refused_by_name(tmp_path, name):
         trainer_of(tmp_path, arguments={name: REFUSED_ARGUMENTS[name]})
 
 
+def test_a_search_that_writes_over_the_objective_is_refused(tmp_path):
+    trainer = UnlearnTrainer(None, config(tmp_path), model_init=lambda: tiny_model())
+    with pytest.raises(ValueError, match="hyperparameter_search cannot be used with UnlearnTrainer.*for each trial"):
+        trainer.hyperparameter_search(n_trials=1, backend="optuna")
+    assert str(trainer.objective.forget) == "GA()"
+
+
 def test_options_of_several_processes(tmp_path, monkeypatch):
     args = config(tmp_path)
     args.average_tokens_across_devices = False

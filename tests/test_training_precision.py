@@ -21,6 +21,7 @@ from gfast.evaluation.results import summarize
 from gfast.metrics.log import parse_log
 from gfast.objectives import GA, NPO, WGA
 from gfast.training import NLLCallback, ReferenceCache
+from gfast.training.batches import ReferenceJoin
 from gfast.training.evaluation import nll
 from gfast.training.records import read_step
 
@@ -118,6 +119,45 @@ def test_ratios_to_the_original_start_at_one(options, tmp_path, caplog):
     args = config(tmp_path / "joined", objective="NPO", **options)
     gfast.UnlearnTrainer(copied(model), args, train_dataset=data, data_collator=joined)
     assert len([one for one in caplog.messages if "of the forget set were computed" in one]) == 2
+
+
+@pytest.mark.parametrize("own", ["no", "bf16"])
+def test_a_loop_and_effects_say_that_the_original_is_of_another_precision(own, caplog):
+    """Once for a model, and of objectives that compare with it; batches that do not say theirs go without."""
+    model, (forget, _) = tiny_model(), datasets()
+    cache = ReferenceCache.build(model, forget, collator(), mixed_precision=own)
+    batch = Collator(TOKENIZER, cache)([forget[index] for index in range(4)])
+    silent = {key: value for key, value in batch.items() if key != "ref_precision"}
+    pieces = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+
+    def said(autocast, measure, of=batch, objective=NPO(beta=0.3)):  # noqa: B008 - frozen
+        caplog.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = measure(of, objective)
+        return value, [one for one in caplog.messages if "autocast" in one]
+
+    def loss(of, objective):
+        return [gfast.model_loss(model, one, objective).loss.item() for one in (of if isinstance(of, list) else [of])]
+
+    right, wrong = own == "bf16", own != "bf16"
+    at_start = pytest.approx(2 * math.log(2) / 0.3, rel=1e-6)
+    assert said(right, loss) == ([at_start], []) and said(wrong, loss, objective=GA())[1] == []
+    value, messages = said(wrong, loss, silent)
+    assert value != [at_start] and messages == []
+    value, messages = said(wrong, loss, pieces)
+    assert value != [at_start] * 2 and len(messages) == 1
+    assert f"mixed_precision='{'bf16' if wrong else 'no'}'" in messages[0] and said(wrong, loss)[1] == []
+    joined = ReferenceJoin(lambda items: {**collator()(items), "ref_logp": batch["ref_logp"]}, {"forget": cache})
+    assert "ref_precision" not in joined([forget[index] for index in range(4)])  # those are of nobody knows what
+    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    for refused in (loss, lambda of, objective: gfast.g_effect(model, objective, forget=of, retain=of)):
+        with pytest.raises(ValueError, match="ref_logp, have been cast to bfloat16.*precision='32-true'"):
+            refused(narrow, NPO(beta=0.3))
+    for engine in ("stream", "sample"):
+        other, options = copied(model), dict(forget=batch, retain=batch, engine=engine)
+        for autocast in (right, wrong):
+            messages = said(autocast, lambda _, one, o=options, m=other: gfast.g_effect(m, one, **o))[1]
+            assert len(messages) == (autocast == wrong)
 
 
 def test_a_reference_is_of_the_precision_that_it_is_called_in(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
+from helpers.small_models import stretching
 from helpers.training_tiny import FORGET_ROWS, TOKENIZER, collator, config, copied, datasets, pairing, tiny_model
 
 import gfast
@@ -263,13 +263,7 @@ def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_texts_that_stretch_each_others_rotary_embeddings_have_no_reference(kind):
     """Their values are those of one batch: NPO of the original itself was 11.5 for 13.9 in other batches."""
-    scaling = {"type": kind, "rope_type": kind, "rope_theta": 1e4}
-    scaling |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 2.0}
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
-    limits = {"original_max_position_embeddings": 20, "max_position_embeddings": 99 if kind == "longrope" else 20}
-    name = "Phi3" if kind == "longrope" else "Llama"
-    config = getattr(transformers, f"{name}Config")(vocab_size=50, **sizes, **limits, rope_scaling=scaling)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = stretching(kind)
 
     def texts(*lengths):
         ids = [torch.arange(length) % 40 + 2 for length in lengths]

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from gfast.data import batches
 from gfast.objectives import GA
+from gfast.training.averaged import averaged
 from gfast.training.callback import GEffectCallback
 from gfast.training.records import read_records, read_step
 from gfast.training.trainer import UnlearnTrainer
@@ -135,6 +136,20 @@ class Averages(Literally):
             self.found[state.global_step].append(parameters(model))
             for name, p in model.named_parameters():
                 p.copy_(trained[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_optimizer_that_has_not_moved_stays_in_its_mode(training):
+    """In a warm-up whose rate is 0 its average is where it trains."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = ScheduleFree([parameter], 0.0)
+    optimizer.train()
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    getattr(optimizer, "train" if training else "eval")()
+    with averaged(optimizer):
+        assert not optimizer.param_groups[0]["train_mode"]
+    assert optimizer.param_groups[0]["train_mode"] == training and parameter.tolist() == [1, 1]
 
 
 def test_a_schedule_free_optimizer_is_measured_and_saved_at_its_average(tmp_path):

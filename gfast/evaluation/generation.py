@@ -14,6 +14,7 @@ from torch import nn
 
 from gfast import wrappers
 from gfast.evaluation.scoring import reach
+from gfast.rotary import unstretched
 
 logger = logging.getLogger("gfast")
 
@@ -68,7 +69,7 @@ def _generated(
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     options = {"synced_gpus": True} if wrappers.has_fsdp(model) else {}
-    with _settings(model, how), torch.no_grad():
+    with _settings(model, how), torch.no_grad(), unstretched(model):
         return wrappers.measured(model).generate(input_ids=ids, attention_mask=mask, **options)
 
 

@@ -22,7 +22,7 @@ from gfast import hf
 from gfast.data.encode import IGNORE
 from gfast.evaluation.samples import Sample, first_label
 from gfast.model_output import ModelOutput, model_output, output_logp, shifted
-from gfast.rotary import stretches_beyond
+from gfast.rotary import stretches_beyond, unstretched
 from gfast.wrappers import unwrap
 
 logger = logging.getLogger("gfast")
@@ -64,7 +64,7 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
     answers = [(first_label(labels), len(ids)) for sample in samples for ids, labels in sample.answers]
     # Behind the longest prompt the longest answer, padding included.
     apart = max(start for start, _ in answers) + max(end - start for start, end in answers) + 1 > reach(model)
-    with torch.no_grad():
+    with torch.no_grad(), unstretched(model):
         starts = [_common(sample) if shared and not apart else 0 for sample in samples]
         alone = [at for at, start in enumerate(starts) if start < 1]
         together = [at for at, start in enumerate(starts) if start >= 1]
@@ -76,8 +76,9 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
                 batch = _batch(model, jobs, pad_id, width if held is not None else 0)
                 if held is not None:
                     batch |= _behind(model, held, [place[job.sample] for job in jobs])
-                for job, scored in zip(jobs, _scored(model, batch, jobs, samples), strict=True):
-                    scores[job.sample][job.answer] = scored
+                with unstretched(model):
+                    for job, scored in zip(jobs, _scored(model, batch, jobs, samples), strict=True):
+                        scores[job.sample][job.answer] = scored
     return scores
 
 

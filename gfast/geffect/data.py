@@ -28,7 +28,7 @@ BY_POSITION = frozenset(
     "weight ref_logp ref_hidden ref_layer_hidden".split()
 )
 NOT_BY_POSITION = frozenset(
-    "sample_id ref_head ref_head_bias ref_head_form ref_layer pixel_values image_grid_thw".split()
+    "sample_id ref_head ref_head_bias ref_head_form ref_layer ref_precision pixel_values image_grid_thw".split()
 )
 
 

@@ -145,7 +145,9 @@ def _parts(batch: Mapping[str, Any], rows: int) -> list[Mapping[str, Any]]:
     """The rows of a batch in several, at most `rows` in each; the batch itself where it is not known what is whose."""
     count = len(batch["labels"])
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    by_row = {key: value for key, value in tensors.items() if key in BY_POSITION | {"sample_id", "ref_layer"}}
+    by_row = {
+        key: value for key, value in tensors.items() if key in BY_POSITION | {"sample_id", "ref_layer", "ref_precision"}
+    }
     known = all(key in BY_POSITION | NOT_BY_POSITION - {"pixel_values", "image_grid_thw"} for key in tensors)
     whole = all(value.dim() > 0 and len(value) == count for value in by_row.values())
     if not (known and whole) or count <= rows or texts(batch) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfast import hf, packed, peft_models, wrappers
+from gfast import hf, packed, peft_models, precision, wrappers
 from gfast.geffect.backward import Passes
 from gfast.geffect.contributions.coverage import refuse_gradient_hooks
 from gfast.geffect.data import Data, Term, risk_terms, to_device
@@ -24,8 +24,9 @@ from gfast.model_output import model_logp
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
-from gfast.original import check_reference_name
+from gfast.original import REFERENCE_KEYS, check_reference_name
 from gfast.progress import Bar
+from gfast.rotary import refuse_cut
 from gfast.sides import SETS
 
 _log = logging.getLogger("gfast")
@@ -95,6 +96,10 @@ class Request:
         adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)
         used = [*used, *risk_terms(options.risk)]
         data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
+        for term in used:
+            for batch in data.batches[term.source] if term.objective.needs & REFERENCE_KEYS else ():
+                precision.say_other(model, batch)
+        refuse_cut(alone, data.batches)
         _say_what_has_no_label(data)
         processes.check_alike(data.batches)
         whole = _check_whole(used, data)

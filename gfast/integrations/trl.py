@@ -29,8 +29,8 @@ def dpo_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
             that start again or cu_seq_lens_q [2B + 1].
 
     Returns:
-        The batch with its halves exchanged and labels: the answers' tokens, -100 elsewhere. A new dict; tensors without
-        a row or token of their own stay as they are.
+        The batch with its halves exchanged and labels: the answers' tokens, -100 elsewhere. A new dict, which
+        objectives that are not of pairs refuse as it is; tensors without a row or token of their own stay as they are.
 
     Raises:
         ValueError: a batch that lacks input_ids or completion_mask, an odd number of answers, an answer without tokens,
@@ -74,7 +74,7 @@ def dpo_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         by_row = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
         return torch.cat(value.chunk(2)[::-1]) if by_row else value
 
-    return {key: exchanged(value) for key, value in given.items()}
+    return packed.Pairs({key: exchanged(value) for key, value in given.items()})
 
 
 def _check_answers(present: Tensor) -> None:
@@ -102,7 +102,7 @@ def _exchanged_in_a_row(batch: dict[str, Any]) -> dict[str, Any]:
     scored = [bool((batch["labels"][0, a + 1 : b] != IGNORE_INDEX).any()) for a, b in zip(starts, ends, strict=True)]
     _check_answers(torch.tensor(scored, device="cpu"))
     cut = starts[len(starts) // 2]
-    out = dict(batch)
+    out = packed.Pairs(batch)
     for key, value in batch.items():
         if not isinstance(value, Tensor):
             continue

@@ -29,8 +29,9 @@ def averaged(optimizer: Any) -> Iterator[None]:
         return
     parameters = [p for group in own.param_groups for p in group["params"]]
     trained = [here(p.detach()).clone() for p in parameters]
+    training = any(group.get("train_mode", False) for group in own.param_groups)
     own.eval()
-    moved = any(
+    moved = training or any(  # which nothing does while a warm-up's rate is 0
         not torch.equal(here(p.detach()), trained_weights)
         for p, trained_weights in zip(parameters, trained, strict=True)
     )

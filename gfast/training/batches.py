@@ -59,6 +59,8 @@ class ReferenceJoin:
             cache = self.caches.get(side)
             if cache is not None:
                 joined = join(cache, part)
+                if joined.keys() & part.keys():  # what it has is of a precision that the cache does not know
+                    joined.pop("ref_precision", None)
                 part.update({key: value for key, value in joined.items() if key not in part})
         return batch
 

@@ -19,6 +19,7 @@ from gfast.model_state import evaluating
 from gfast.objectives import NLL, UNWEIGHTED
 from gfast.ops.weights import is_pair
 from gfast.packed import first_of_pairs
+from gfast.rotary import refuse_cut, stretches_beyond, unstretched
 from gfast.training.batches import for_evaluation, to_device
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class ExactEvaluation:
         sums = {}
         with torch.no_grad(), wrappers.autocast_of(self.accelerator):
             for side, batch in sides.items():
+                self._say_cut(model, side, batch)
                 logp = model_logp(model, batch)  # [B, T]
                 tokens = (batch["labels"][..., 1:] != -100).sum()
                 sums[side] = torch.stack([-logp.double().sum(), tokens.double()])
@@ -142,6 +144,18 @@ class ExactEvaluation:
         return (total[0] / total[1].clamp(min=1)).float(), None, None
 
     _evaluation: EvaluationNLL | None = None
+    _said_cut = False
+
+    def _say_cut(self, model: Any, side: str, batch: Mapping[str, Any]) -> None:
+        """A warning, once, where this Trainer's batches decide what texts are given; what callbacks measure is refused
+        then.
+        """
+        if not self._said_cut:
+            try:
+                refuse_cut(model, {side: [batch]}, afresh=True)
+            except ValueError as error:
+                self._said_cut = True
+                logger.warning("%s. The loss of this evaluation is of its batches as they are", error)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Trainer's; in one of several processes the batches that are its own. Pairs of forget and retain items stay
@@ -234,6 +248,9 @@ def nll_of_sides(
 
 def nll(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     """Mean negative log-likelihood over all valid tokens of the batches, in eval mode."""
+    if stretches_beyond(model) is not None:
+        batches = list(batches)
+        refuse_cut(model, {"measured": batches}, afresh=True)
     total, tokens = nll_sums(model, batches).tolist()
     return total / max(tokens, 1.0)
 
@@ -248,6 +265,8 @@ def nll_sums(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
     with evaluating(model):
         for batch in batches:
             batch = to_device(batch, device)
-            sums[0] -= model_logp(model, batch).double().sum()
+            with unstretched(model):
+                logp = model_logp(model, batch)
+            sums[0] -= logp.double().sum()
             sums[1] += (batch["labels"][..., 1:] != -100).sum()
     return sums

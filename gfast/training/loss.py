@@ -14,9 +14,10 @@ from gfast import wrappers
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
-from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
+from gfast.objectives import PDU, RMU, RR, UNWEIGHTED, Mix, Objective, as_objective
+from gfast.ops.weights import is_pair
 from gfast.original import check_reference_name, with_reference
-from gfast.packed import BOUNDS
+from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.averaged import SavesAveraged
@@ -38,6 +39,7 @@ from gfast.training.options import (
     refuse_no_step,
     refuse_own_steps,
     refuse_reentrant,
+    refuse_search,
     say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
@@ -148,7 +150,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         if self.references:
             self.data_collator = batches.ReferenceJoin(self.data_collator, self.references)
         batches.check_layers(self.references, self.objective)
-        say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator)
+        say_other_precision(self.references | batches.caches_of(self.data_collator), self.accelerator, self.model)
         objectives = [each for each in (self.objective.forget, self.objective.retain) if each is not None]
         refuse_cut_texts(self.args, objectives, type(self).__name__)
         self.data_collator = batches.as_dealt(self.data_collator, objectives, self.accelerator, self.train_dataset)
@@ -261,6 +263,10 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
         return batch_samples, int(sum(counts))
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, refused: it writes over the objective."""
+        refuse_search(type(self).__name__)
+
     def get_train_dataloader(self) -> Any:
         """Trainer's, of data that make a step."""
         refuse_no_step(self.args, self.train_dataset)
@@ -326,6 +332,7 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
                 )
             if "labels" not in sides[side]:
                 raise ValueError(f"the {side} batch has no labels (its keys are {sorted(sides[side])})")
+            check_pairs(sides[side], objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
             if self._reference_model(objective, sides[side]) is None:
                 batches.require_reference(sides[side], objective, side, self.model, self._heads)
 

@@ -174,6 +174,17 @@ def refuse_ignored_arguments(
             raise ValueError(f"{name} cannot be used with {trainer}: {_NO_PREDICTIONS}; {_INSTEAD}")
 
 
+def refuse_search(trainer: str) -> None:
+    """ValueError for transformers' search, which keeps its own score where a trainer has its objective, and sets
+    options of a trainer whose loss, records and references are made.
+    """
+    raise ValueError(
+        f"hyperparameter_search cannot be used with {trainer}: it writes its score over the trainer's objective, and "
+        f"what it sets of an objective would have no effect. Make a trainer for each trial, with a folder of its own "
+        f"(optuna: study.optimize(lambda trial: train(trial)), which returns what is to be optimised)"
+    )
+
+
 def refuse_no_step(args: Any, dataset: Any) -> None:
     """ValueError for a training that would end before its first step, as far as that is known of data and options."""
     if args.max_steps <= 0 and args.num_train_epochs <= 0:

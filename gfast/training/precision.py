@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from gfast import wrappers
+from gfast.precision import DTYPES, device_kind, in_force, is_new, of_model, words
 
-# By the names that Trainer and Accelerate have for them.
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _logger = logging.getLogger("gfast")
 
 
@@ -31,26 +30,16 @@ def check_precision(mixed_precision: str | None) -> None:
 def in_precision(model: nn.Module, mixed_precision: str | None) -> Iterator[str]:
     """The model under that autocast, "no" for none, or for None in what it is in where it is called. Gives its name."""
     check_precision(mixed_precision)
-    kind = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
     if mixed_precision is None:
-        dtype = wrappers.accelerated_dtype(model)
-        yield _in_force(kind) if dtype is None else _name(dtype)
+        yield of_model(model)
         return
     dtype = DTYPES[mixed_precision]
-    with torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(device_kind(model), dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         if dtype is not None:
             yield mixed_precision
             return
         with wrappers.own_precision(model):
             yield mixed_precision
-
-
-def _in_force(kind: str) -> str:
-    return _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "no"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
 def of_training(args: Any) -> str:
@@ -66,25 +55,22 @@ def of_training(args: Any) -> str:
 def of_accelerator(accelerator: Any) -> str:
     """The autocast of what an Accelerator has prepared."""
     with wrappers.autocast_of(accelerator):
-        return _in_force(accelerator.device.type)
+        return in_force(accelerator.device.type)
 
 
-def say_other_precision(caches: Mapping[str, Any], accelerator: Any) -> None:
-    """A warning where values of the original are of another precision than the training's."""
+def say_other_precision(caches: Mapping[str, Any], accelerator: Any, model: nn.Module) -> None:
+    """A warning where values of the original are of another precision than the training's, of each side before it."""
     training = of_accelerator(accelerator)
     for side, cache in caches.items():
         own = getattr(cache, "mixed_precision", None)
         if own is not None and own != training:
+            is_new(model, own, training)  # a loss of theirs need not say it again
             _logger.warning(
                 "gfast: the original's values of the %s set were computed %s, and this training runs %s: they differ "
                 "by rounding where nothing has been trained yet, so that ratios to the original do not start at 1, nor "
                 "KL at 0. Build them with ReferenceCache.build(..., mixed_precision=%r)",
                 side,
-                _words(own),
-                _words(training),
+                words(own),
+                words(training),
                 training,
             )
-
-
-def _words(mixed_precision: str) -> str:
-    return "without autocast" if mixed_precision == "no" else f"under {mixed_precision} autocast"

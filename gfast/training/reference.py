@@ -16,7 +16,9 @@ from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
 from gfast.given import whole
 from gfast.model_settings import difference, settings_of
+from gfast.precision import key_of
 from gfast.progress import Bar
+from gfast.rotary import unstretched
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.precision import check_precision, in_precision
@@ -130,8 +132,8 @@ class ReferenceCache:
     def join(
         self, sample_ids: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor, padded_length: int
     ) -> dict[str, Tensor]:
-        """The values of a batch, right-padded with zeros to [B, padded_length, ...], and `ref_layer` [B], of
-        which layer hidden states are; what a Collator adds to its batch.
+        """The values of a batch, right-padded with zeros to [B, padded_length, ...], `ref_layer` [B], of which layer
+        hidden states are, and `ref_precision`, what they were computed in; what a Collator adds to its batch.
 
         Errors: ValueError for an unknown sample and for a sample whose token count differs from the one it was built
         with.
@@ -151,7 +153,7 @@ class ReferenceCache:
                 joined[key][row, :length] = value
         if "ref_layer_hidden" in joined and self.layer is not None:
             joined["ref_layer"] = torch.full((len(sample_ids),), self.layer, device="cpu")
-        return joined
+        return joined | key_of(self.mixed_precision, len(sample_ids))
 
     def check_texts(self, sample_ids: Sequence[int] | Tensor, batch: Mapping[str, Tensor]) -> None:
         """ValueError where a right-padded batch has other tokens than those that the values are of, or a label of
@@ -250,6 +252,7 @@ class ReferenceCache:
         with (
             in_precision(model, mixed_precision) as precision,
             as_it_is(model) if as_is else original(model, first, reference),
+            unstretched(model),
         ):
             rounding = 3e-2 if rounds or precision != "no" else 1e-4
             check_widths(model, (first, longer), rounding, what, layer, head)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from gfast import wrappers
 from gfast.given import whole
 from gfast.model_state import rng_kept
+from gfast.rotary import refuse_cut
 from gfast.sides import SIDES
 from gfast.training.averaged import averaged
 from gfast.training.evaluation import nll_sums, own_batches
@@ -187,6 +188,7 @@ class NLLCallback(Trajectory):
         with rng_kept():
             for side, batches in zip(SIDES, (self.forget, self.retain), strict=True):
                 batches = list(batches() if callable(batches) else batches)
+                refuse_cut(model, {side: batches}, afresh=True)
                 values[side] = _shared_nll(model, batches, args.world_size, args.process_index)
         trainer = calling_trainer()
         if trainer is not None:

@@ -25,6 +25,21 @@ def tiny(kind: str):
     return transformers.AutoModelForCausalLM.from_config(config).double().eval()
 
 
+def stretching(kind: str):
+    """Of 20 positions, beyond which its rotary embeddings stretch: "longrope" or "dynamic"."""
+    torch.manual_seed(0)
+    scaling = {"type": kind}
+    if kind == "dynamic" or hasattr(transformers.Phi3Config(pad_token_id=0), "rope_parameters"):
+        scaling |= {"rope_type": kind, "rope_theta": 1e4}  # as transformers 5 calls it; of Phi-3's 4 wants no more
+    scaling |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 8.0}
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    limits = {"original_max_position_embeddings": 20, "max_position_embeddings": 99 if kind == "longrope" else 20}
+    name = "Phi3" if kind == "longrope" else "Llama"
+    more = dict(pad_token_id=0, initializer_range=0.3, rope_scaling=scaling)
+    config = getattr(transformers, f"{name}Config")(**sizes, **limits, **more)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
 def batch_of(seed=0, B=4, T=8, V=61):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, V, (B, T), generator=generator)
