@@ -275,9 +275,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             return [_text(action, entry_of_list) for entry_of_list in value]
         if isinstance(value, (dict, list)):
             kind = "list" if isinstance(value, list) else "mapping"
-            raise ValueError(
-                f"{entry.name} takes {'a list' if several else 'entry_of_list value'}, and not the {kind} {value}"
-            )
+            raise ValueError(f"{entry.name} takes {'a list' if several else 'one value'}, and not the {kind} {value}")
         if entry.name == "stop":
             return [str(value)]  # one rule, with blanks in it
         # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as
