@@ -101,14 +101,11 @@ def _combine(
         else:
             square = None
 
-    def named(values: Tensor) -> dict[str, float]:
-        return dict(zip(groups.names, values.tolist(), strict=True))
-
-    norms = {side: named(gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
+    norms = {side: groups.named(gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
     if square is not None:
-        norms["objective"] = named(square.clamp(min=0.0).sqrt())
+        norms["objective"] = groups.named(square.clamp(min=0.0).sqrt())
     errors = _errors(groups, *parts[0]) if len(parts) == 1 and not any(plan.known) else {}
-    return GEffect(str(plan.objective), named(total[:, 0]), named(total[:, 1]), norms, risk, counts, errors)
+    return GEffect(str(plan.objective), *map(groups.named, total.unbind(1)), norms, risk, counts, errors)
 
 
 def _errors(groups: GroupMap, factor: float, part: Measured) -> dict[str, dict[str, float]]:

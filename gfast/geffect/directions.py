@@ -78,10 +78,7 @@ class Directions:
 
     def norms(self) -> dict[str, dict[str, float]]:
         """Side ("unlearn", "retain") -> {group: norm of the risk's gradient}."""
-        return {
-            side: dict(zip(self.groups.names, self.gram[:, k, k].sqrt().tolist(), strict=True))
-            for k, side in enumerate(SIDES)
-        }
+        return {side: self.groups.named(self.gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
 
     def check(self, model: nn.Module, groups: GroupMap, risk: Objective) -> None:
         """Raise ValueError unless these are directions of this model, grouping and risk, and say what differs."""
@@ -290,7 +287,7 @@ class Dots:
     ) -> None:
         self.stores, self.count, self.adds = stores, len(parameters), adds
         waits = waits and all(type(store) is Store for store in stores)
-        largest = max((_nbytes(sharded.local(parameter)) for parameter in parameters), default=0)
+        largest = max((sharded.local(parameter).nbytes for parameter in parameters), default=0)
         self.limit = GATHERED * largest if waits else 0
         self._start()
 
@@ -301,7 +298,7 @@ class Dots:
 
     def add(self, index: int, x: Tensor) -> bool:
         """Take a parameter's gradient; returns whether it is its first."""
-        size, elsewhere = _nbytes(x), any(x.device != y.device for y in self.waiting.values())
+        size, elsewhere = x.nbytes, any(x.device != y.device for y in self.waiting.values())
         alone = size > self.limit
         if index in self.waiting or elsewhere or (not alone and self.bytes + size > self.limit):
             self._flush()
@@ -341,10 +338,6 @@ class Dots:
             for index, row in zip(indices, values, strict=True):
                 before = self.dots[index] if self.adds else None
                 self.dots[index] = row if before is None else before + row
-
-
-def _nbytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 def parameter_squares(model: nn.Module, names: list[str], processes: Processes) -> Tensor:
