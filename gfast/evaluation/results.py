@@ -12,7 +12,7 @@ import numpy as np
 
 from gfast import metrics
 from gfast.evaluation.samples import EvaluationSet, Sample
-from gfast.files import read_json, whole_file, write_json
+from gfast.files import read_json, write_json, write_whole
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
 from gfast.metrics.log import LOG_FILE, LogSet
@@ -201,8 +201,7 @@ def write_results(folder: str | os.PathLike[str], log: Mapping[str, Any], summar
     write_json(folder / LOG_FILE, log)
     write_table(folder / "samples.parquet", samples_table(log))
     write_json(folder / "summary.json", summary)
-    with whole_file(folder / "table.md") as temporary:
-        temporary.write_text(table(summary), encoding="utf-8")
+    write_whole(folder / "table.md", table(summary))
 
 
 def write_summaries(folder: str | os.PathLike[str], summaries: Mapping[int, Mapping[str, Any]]) -> None:
