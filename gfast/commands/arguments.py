@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from gfast.commands.parser import OneLineErrors, Parser
 from gfast.data.tofu import COMPLEMENTS
 from gfast.words import did_you_mean
-from gfast.yaml_text import read_yaml
+from gfast.yaml_text import read_yaml_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
@@ -237,14 +237,9 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def _from_yaml(self, path: Path) -> dict[str, Any]:
-        import yaml
-
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
-        try:
-            values = read_yaml(path.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        values = read_yaml_file(path)
         if values is None:
             return {}
         if not isinstance(values, dict):

@@ -23,11 +23,11 @@ from torch import nn
 
 from gfast import metrics
 from gfast.commands.arguments import CommandParser, ModelArguments, parse_options
-from gfast.commands.common import as_text, device_name, say, show_log, versions
+from gfast.commands.common import as_text, device_name, first_day, say, show_log, versions
 from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
 from gfast.data import load_jsonl
-from gfast.data.encode import chat_source, resolve_template
+from gfast.data.encode import writes_date
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, harness, sources
 from gfast.evaluation.attacks import (
     BITS,
@@ -52,14 +52,14 @@ from gfast.evaluation.results import (
 )
 from gfast.evaluation.run import EXTRACTIONS
 from gfast.evaluation.samples import tokens_checksum
-from gfast.files import read_json, require_writable, whole_file, write_json
+from gfast.files import read_json, require_writable, write_json, write_whole
 from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import parse_log
 from gfast.metrics.values import required
 from gfast.progress import Bar
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.records import check_run_folder, read_run_info, write_run_info
+from gfast.training.records import check_run_folder, write_run_info
 
 SOURCES = ("bundled", "tofu", "jsonl", "muse", "wmdp", "mmlu")
 DEMO = "<demo>"  # no name of a model
@@ -231,11 +231,9 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     tokenizer = load_tokenizer(model_arguments)
     sets = _sets(arguments, tokenizer, retain_log)
     options = dict(arguments.chat_kwargs)
-    if resolve_template(tokenizer, arguments.template) == "chat" and "strftime_now" not in options:
-        if "strftime_now" in chat_source(tokenizer, options):
-            options["strftime_now"] = _first_day(folder)
-            say(f"The chat template may write a date: it is {options['strftime_now']}. --chat_kwargs strftime_now=... "
-                "fixes it")  # fmt: skip
+    if writes_date(tokenizer, arguments.template, options):
+        day = options["strftime_now"] = first_day(folder, {"created": time.strftime("%Y-%m-%d")})
+        say(f"The chat template may write a date: it is {day}. --chat_kwargs strftime_now={day} fixes it")
     samples = [encoded(eval_set, tokenizer, arguments.template, options, arguments.max_length) for eval_set in sets]
     if retain_log is not None:
         check_retain_log(sets, samples, retain_log)
@@ -332,8 +330,7 @@ def _relearned(
                         template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
         write_json(path, relearned | {"asked": asked})
     print(curve_table(relearned))
-    with whole_file(folder / "relearn.md") as temporary:
-        temporary.write_text(curve_table(relearned), encoding="utf-8")
+    write_whole(folder / "relearn.md", curve_table(relearned))
 
 
 def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:
@@ -391,13 +388,6 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
             replace(eval_set, generate=arguments.max_new_tokens) if eval_set.generate else eval_set for eval_set in sets
         ]
     return sets
-
-
-def _first_day(folder: Path) -> str:
-    """The date on which the evaluation of the folder was first started."""
-    if (folder / "run.json").exists():
-        return str(read_run_info(folder).get("created"))[:10]
-    return time.strftime("%Y-%m-%d")
 
 
 def _taught(folder: Path) -> Path:
