@@ -15,11 +15,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from gfast import metrics
 from gfast.commands.arguments import CommandParser, ModelArguments, parse_options
@@ -81,74 +82,63 @@ class EvaluateArguments:
 
     _argument_group_name = "evaluation"
 
-    data: str = field(
+    data: str = HfArg(
         default="bundled",
-        metadata={
-            "help": "bundled (a small set of fictitious authors), tofu, jsonl (one's own question/answer lines), muse, "
-            "wmdp or mmlu.",
-            "choices": SOURCES,
-        },
+        help="bundled (a small set of fictitious authors), tofu, jsonl (one's own question/answer lines), muse, "
+        "wmdp or mmlu.",
+        metadata={"choices": SOURCES},
     )
-    data_path: str | None = field(
-        default=None, metadata={"help": "Local folder with the data's files; without it they come from the hub."}
+    data_path: str | None = HfArg(
+        default=None, help="Local folder with the data's files; without it they come from the hub."
     )
-    hub_name: str | None = field(
-        default=None, metadata={"help": "Data set on the hub: muse-bench/MUSE-News, cais/wmdp, cais/mmlu if not given."}
+    hub_name: str | None = HfArg(
+        default=None, help="Data set on the hub: muse-bench/MUSE-News, cais/wmdp, cais/mmlu if not given."
     )
-    forget: str = field(default="forget10", metadata={"help": "TOFU's forget split, or a JSON lines file."})
-    retain: str | None = field(default=None, metadata={"help": "With jsonl: the file of the retain set."})
-    holdout: str | None = field(
+    forget: str = HfArg(default="forget10", help="TOFU's forget split, or a JSON lines file.")
+    retain: str | None = HfArg(default=None, help="With jsonl: the file of the retain set.")
+    holdout: str | None = HfArg(
+        default=None, help="Rows like the forget set's that no model saw, for membership inference and PrivLeak."
+    )
+    subsets: list[str] | None = HfArg(
+        default=None, help="Of wmdp and mmlu: configurations; wmdp-bio wmdp-chem wmdp-cyber, all."
+    )
+    ds_size: int | None = HfArg(
         default=None,
-        metadata={"help": "Rows like the forget set's that no model saw, for membership inference and PrivLeak."},
+        help="Only the first so many rows of a set, of tofu's of retain and forget; 0: all. If not given, as "
+        "many as the retain log has.",
     )
-    subsets: list[str] | None = field(
-        default=None, metadata={"help": "Of wmdp and mmlu: configurations; wmdp-bio wmdp-chem wmdp-cyber, all."}
+    retain_log: str | None = HfArg(
+        default=None, help="Log of the model that never saw the forget set: forget quality needs it."
     )
-    ds_size: int | None = field(
+    extraction: list[str] | None = HfArg(
+        default=None, help="Also the paper's extraction strength by free generation: exact, similar, perturbed."
+    )
+    extraction_samples: int = HfArg(default=50, help="Of how many samples of a set.")
+    batch_size: int = HfArg(default=16, help="Samples at a time; it changes results by rounding only.")
+    max_new_tokens: int | None = HfArg(default=None, help="Tokens to generate at most; by data if not given.")
+    max_length: int | None = HfArg(
+        default=None, help="Refuse samples of more tokens; what the model takes if not given."
+    )
+    template: str = HfArg(default="auto", help="Prompt format: chat, plain, or auto.")
+    chat_kwargs: list[str] | None = HfArg(default=None, help="Options of the chat template, as name=value or JSON.")
+    relearn: int = HfArg(
+        default=0, help="Fine-tune for so many steps on a part of the forget set, and report what comes back."
+    )
+    relearn_rows: int = HfArg(default=0, help="On the first so many rows of it; a tenth if not given.")
+    relearn_data: str | None = HfArg(default=None, help="On a JSON lines file of related data instead.")
+    relearn_learning_rate: float = HfArg(default=1e-5, help="Learning rate of the fine-tuning (AdamW).")
+    relearn_lora_r: int = HfArg(default=0, help="With LoRA adapters of this rank; 0: all parameters.")
+    quantize: str | None = HfArg(
+        default=None, help="4bit or 8bit: round the model's weights first, all but the head's."
+    )
+    quantize_by: str = HfArg(default="torchao", help="torchao or bitsandbytes.", metadata={"choices": QUANTIZERS})
+    lm_eval: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Only the first so many rows of a set, of tofu's of retain and forget; 0: all. If not given, as "
-            "many as the retain log has."
-        },
+        help="Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
+        "come from the hub.",
     )
-    retain_log: str | None = field(
-        default=None, metadata={"help": "Log of the model that never saw the forget set: forget quality needs it."}
-    )
-    extraction: list[str] | None = field(
-        default=None,
-        metadata={"help": "Also the paper's extraction strength by free generation: exact, similar, perturbed."},
-    )
-    extraction_samples: int = field(default=50, metadata={"help": "Of how many samples of a set."})
-    batch_size: int = field(default=16, metadata={"help": "Samples at a time; it changes results by rounding only."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to generate at most; by data if not given."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Refuse samples of more tokens; what the model takes if not given."}
-    )
-    template: str = field(default="auto", metadata={"help": "Prompt format: chat, plain, or auto."})
-    chat_kwargs: list[str] | None = field(
-        default=None, metadata={"help": "Options of the chat template, as name=value or JSON."}
-    )
-    relearn: int = field(
-        default=0,
-        metadata={"help": "Fine-tune for so many steps on a part of the forget set, and report what comes back."},
-    )
-    relearn_rows: int = field(default=0, metadata={"help": "On the first so many rows of it; a tenth if not given."})
-    relearn_data: str | None = field(default=None, metadata={"help": "On a JSON lines file of related data instead."})
-    relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning (AdamW)."})
-    relearn_lora_r: int = field(default=0, metadata={"help": "With LoRA adapters of this rank; 0: all parameters."})
-    quantize: str | None = field(
-        default=None, metadata={"help": "4bit or 8bit: round the model's weights first, all but the head's."}
-    )
-    quantize_by: str = field(default="torchao", metadata={"help": "torchao or bitsandbytes.", "choices": QUANTIZERS})
-    lm_eval: list[str] | None = field(
-        default=None,
-        metadata={"help": "Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
-                  "come from the hub."},
-    )  # fmt: skip
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
-    output_dir: str = field(default="gfast-evaluation", metadata={"help": "Folder for the log, tables and the page."})
+    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1; a GPU if there is one.")
+    output_dir: str = HfArg(default="gfast-evaluation", help="Folder for the log, tables and the page.")
 
     def __post_init__(self) -> None:
         if self.data not in SOURCES:
@@ -188,12 +178,10 @@ class EvaluateArguments:
 class EvaluatedModel(ModelArguments):
     """Which model to evaluate."""
 
-    model: str | None = field(
+    model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "The model: a name on the hub, a local folder, or a PEFT adapter. If not given, a small one that "
-            "is taught the bundled data first (half a minute)."
-        },
+        help="The model: a name on the hub, a local folder, or a PEFT adapter. If not given, a small one that "
+        "is taught the bundled data first (half a minute).",
     )
 
     def __post_init__(self) -> None:

@@ -21,11 +21,12 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
@@ -57,36 +58,28 @@ class GEffectArguments:
 
     _argument_group_name = "measurement"
 
-    objectives: list[str] = field(
+    objectives: list[str] = HfArg(
         default_factory=lambda: ["GA"],
-        metadata={"help": "Objectives, with parameters after a colon: GA WGA:alpha=0.5 SatImp:beta1=5,beta2=1."},
+        help="Objectives, with parameters after a colon: GA WGA:alpha=0.5 SatImp:beta1=5,beta2=1.",
     )
-    reference_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "The original model (or adapter) for objectives that need it; the model itself if not given."
-        },
+    reference_model: str | None = HfArg(
+        default=None, help="The original model (or adapter) for objectives that need it; the model itself if not given."
     )
-    groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
-    per: str = field(
+    groups: str = HfArg(default="paper", help="Parameter groups: paper or layer.")
+    per: str = HfArg(
         default="objective",
-        metadata={"help": "objective, or sample or token: effects of each forget answer or of each of its tokens."},
+        help="objective, or sample or token: effects of each forget answer or of each of its tokens.",
     )
-    engine: str = field(
-        default="auto",
-        metadata={"help": "stream, sample, token or gram: one way of several to the same numbers; auto: stream."},
+    engine: str = HfArg(
+        default="auto", help="stream, sample, token or gram: one way of several to the same numbers; auto: stream."
     )
-    norms: bool = field(default=False, metadata={"help": "Measure cosines too; holds one more gradient."})
-    batch_size: int = field(
-        default=8, metadata={"help": "Samples a forward pass; it changes results by rounding only."}
+    norms: bool = HfArg(default=False, help="Measure cosines too; holds one more gradient.")
+    batch_size: int = HfArg(default=8, help="Samples a forward pass; it changes results by rounding only.")
+    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1; a GPU if there is one.")
+    output_dir: str | None = HfArg(
+        default=None, help="Run folder for records (Parquet), geffect.json; none: only print."
     )
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Run folder for records (Parquet), geffect.json; none: only print."}
-    )
-    step: int = field(
-        default=0, metadata={"help": "The optimizer step to record the effect under, for series of models."}
-    )
+    step: int = HfArg(default=0, help="The optimizer step to record the effect under, for series of models.")
 
     def __post_init__(self) -> None:
         if self.per not in ("objective", "sample", "token"):

@@ -20,12 +20,13 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gfast import peft_models
@@ -90,16 +91,12 @@ class AlongArguments:
 
     _argument_group_name = "evaluation"
 
-    evaluate_every: int = field(
+    evaluate_every: int = HfArg(
         default=0,
-        metadata={
-            "help": "Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
-            "report then has what the model keeps at equal forgetting."
-        },
+        help="Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
+        "report then has what the model keeps at equal forgetting.",
     )
-    evaluate_rows: int = field(
-        default=0, metadata={"help": "Of the forget and retain sets only the first so many rows; 0: all."}
-    )
+    evaluate_rows: int = HfArg(default=0, help="Of the forget and retain sets only the first so many rows; 0: all.")
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "evaluate_rows"):
