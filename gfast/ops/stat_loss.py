@@ -163,13 +163,13 @@ class _Rows:
         return rows_of_stats(self.stats[part], self.values[part], self.ids[part])
 
     def write(
-        self, some: slice, part: slice, logits: Tensor, labels: Tensor, row_parts: Parts, factor, form, out
+        self, within: slice, part: slice, logits: Tensor, labels: Tensor, row_parts: Parts, factor, form, out
     ) -> None:
-        """The gradient of rows ``part``, which are rows ``some`` of ``found``."""
-        zero = torch.zeros_like(row_parts.mean[some])
-        dense = torch.stack([row_parts.weight[some], zero, row_parts.mean[some]], 1) * factor
-        adds = (row_parts.adds[some] * factor).to(dense.dtype)
-        given = self.stats[part], dense, row_parts.columns[some].contiguous(), adds
+        """The gradient of rows ``part``, which are rows ``within`` of ``row_parts``."""
+        zero = torch.zeros_like(row_parts.mean[within])
+        dense = torch.stack([row_parts.weight[within], zero, row_parts.mean[within]], 1) * factor
+        adds = (row_parts.adds[within] * factor).to(dense.dtype)
+        given = self.stats[part], dense, row_parts.columns[within].contiguous(), adds
         stat_rows_grad(logits, labels, *given, self.spec.soft, *form, out, self.impl)
 
 
