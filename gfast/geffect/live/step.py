@@ -30,6 +30,7 @@ class Monitored(Protocol):
     risk: Objective
     identity: float | None  # c where the forget gradient is c times the forget risk's
     unlearn: bool
+    accumulate: str
     held: bool
     surgery: Surgery | None
     scaler: Any
