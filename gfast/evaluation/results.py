@@ -148,16 +148,17 @@ def _of_set(log: EvaluationLog, name: str) -> dict[str, Any]:
     return summary
 
 
+def columns_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Key and heading of every number that a set of the summary has."""
+    present = {key for summary_of_set in summary["sets"].values() for key in summary_of_set}
+    extra = sorted(key for key in present if key.startswith("ps_"))
+    columns = [(key, heading) for key, heading, _ in SET_COLUMNS if key in present]
+    return columns + [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown: a table of the sets, then the numbers of the whole."""
-    sets = summary["sets"]
-    keys = [
-        (key, heading)
-        for key, heading, _ in SET_COLUMNS
-        if any(key in summary_of_set for summary_of_set in sets.values())
-    ]
-    extra = sorted({key for summary_of_set in sets.values() for key in summary_of_set if key.startswith("ps_")})
-    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    sets, keys = summary["sets"], columns_of(summary)
     lines = ["| Set | " + " | ".join(heading for _, heading in keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for name, summary_of_set in sets.items():
         lines.append(f"| {name} | " + " | ".join(shown(summary_of_set.get(key)) for key, _ in keys) + " |")
