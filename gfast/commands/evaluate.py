@@ -42,8 +42,8 @@ from gfast.evaluation.attacks import (
     split,
 )
 from gfast.evaluation.results import (
-    SET_COLUMNS,
     check_retain_log,
+    columns_of,
     require_libraries,
     shown,
     summarize,
@@ -244,22 +244,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     settings |= {"chat_kwargs": options, "ends": evaluation.ends_for(model), **of_model}
     if arguments.quantize is not None:
         model = quantize(model, arguments.quantize, arguments.quantize_by)
-    info = as_text(
-        {
-            "model": model_arguments.model,
-            "data": f"{arguments.data}: {', '.join(eval_set.config for eval_set in sets)}",
-            "samples": {eval_set.name: len(some) for eval_set, some in zip(sets, samples, strict=True)},
-            "data_sha256": {f"the set {eval_set.name} ({eval_set.config})": eval_set.checksum() for eval_set in sets}
-            | {
-                f"the set {eval_set.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(some)
-                for eval_set, some in zip(sets, samples, strict=True)
-            },
-            "argv": ["gfast", "evaluate", *argv],
-            "versions": versions(),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "config": {"command": "evaluate", **settings},
-        }
-    )
+    info = _described(str(model_arguments.model), arguments.data, evaluation, settings, argv)
     check_run_folder(folder, info)
     write_run_info(folder, info | {"device": device_name(device)})
     results = _run(evaluation, model, folder, f"{of_model['weights']} {arguments.quantize} {arguments.quantize_by}")
@@ -269,7 +254,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
         "dtype": str(model.dtype),
         "weights": settings["weights"],
     }
-    log = evaluation.log(results, Path(str(info["model"])).name, source)
+    log = evaluation.log(results, Path(info["model"]).name, source)
     shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
     shown_settings |= {"template": arguments.template, "dtype": source["dtype"]}
     shown_settings |= {"max_new_tokens": {eval_set.name: eval_set.generate for eval_set in sets if eval_set.generate}}
@@ -279,6 +264,30 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     if plan is not None:
         _relearned(model, tokenizer, sets, plan, related, arguments, options, folder)
     return 0
+
+
+def _described(
+    model: str, data: str, evaluation: Evaluation, settings: dict[str, Any], argv: list[str]
+) -> dict[str, Any]:
+    """run.json: of what the evaluation is, and how it asks."""
+    asked = list(zip(evaluation.sets, evaluation.samples, strict=True))
+    rows = {f"the set {eval_set.name} ({eval_set.config})": eval_set.checksum() for eval_set, _ in asked}
+    tokens = {
+        f"the set {eval_set.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(samples)
+        for eval_set, samples in asked
+    }
+    return as_text(
+        {
+            "model": model,
+            "data": f"{data}: {', '.join(eval_set.config for eval_set, _ in asked)}",
+            "samples": {eval_set.name: len(samples) for eval_set, samples in asked},
+            "data_sha256": rows | tokens,
+            "argv": ["gfast", "evaluate", *argv],
+            "versions": versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "config": {"command": "evaluate", **settings},
+        }
+    )
 
 
 def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[Relearning | None, Any]:
@@ -328,10 +337,7 @@ def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, 
     read = parse_log(log, str(folder / "log.json"))
     summary = summarize(read, retain_log)
     write_results(folder, log, summary)
-    keys = [("set", "Set"), *((key, heading) for key, heading, _ in SET_COLUMNS)]
-    keys = [(key, heading) for key, heading in keys if key == "set" or any(key in s for s in summary["sets"].values())]
-    extra = sorted({key for values in summary["sets"].values() for key in values if key.startswith("ps_")})
-    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    keys = [("set", "Set"), *columns_of(summary)]
     rows = [
         {"set": name, **{key: shown(values.get(key)) for key, _ in keys[1:]}}
         for name, values in summary["sets"].items()
@@ -347,7 +353,7 @@ def _run(evaluation: Evaluation, model: nn.Module, folder: Path, weights: str) -
     with Bar(total=total, unit="sample") as bar:
 
         def done(unit: Any) -> None:
-            bar.say(f"{evaluation.sets[unit.of].name}, {unit.kind}")
+            bar.say(f"{evaluation.sets[unit.at_set].name}, {unit.kind}")
             bar.update(len(unit.places))
 
         return evaluation.run(model, folder, units, done, weights)

@@ -118,12 +118,9 @@ class Plan:
             options["strftime_now"] = read_json(path)["date"]
             say(f"The chat template may write a date: it is {options['strftime_now']} in all steps")
 
-    def _is_step(self, model: str) -> bool:
-        return any(step.name == model for step in self.steps)
-
     def _model(self, model: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
         """Where a model is, the step that makes it, and what else decides it: the files of a folder, or a name."""
-        if self._is_step(model):
+        if any(step.name == model for step in self.steps):
             return str(self.out / model), (model,), {}
         folder = Path(model)
         if not folder.is_dir():
