@@ -265,8 +265,8 @@ def _sum_over_processes(passes: Passes, into: Store) -> None:
     """A gradient's sums over this process's batches become those over all."""
     sums = [into.sum_of(index) for index in range(len(passes.parameters))]
     there = passes.processes.sum(torch.tensor([x is not None for x in sums], dtype=torch.int32, device=passes.device))
-    for index, (own, parameter, some) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
-        if some:
+    for index, (own, parameter, count) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
+        if count:
             wide = sum_dtype(parameter) if own is None else sum_dtype(own)
             own = torch.zeros_like(parameter, dtype=wide) if own is None else own.to(wide)
             into.put(index, passes.processes.sum(own.detach()))
@@ -354,6 +354,6 @@ def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> 
     others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
     squares: dict[str, float] = {}
     for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
-        some = [name for name in others if named[name].device == device]
-        squares |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
+        same_device = [name for name in others if named[name].device == device]
+        squares |= zip(same_device, parameter_squares(model, same_device, processes).tolist(), strict=True)
     return squares

@@ -207,8 +207,8 @@ class Gradients:
 
         def flush(unit: int | None) -> None:
             nonlocal size
-            some = {i: waiting.pop(i) for i in list(waiting) if unit is None or self.units[i] == unit}
-            self._take(some, rows, adds)
+            ready = {i: waiting.pop(i) for i in list(waiting) if unit is None or self.units[i] == unit}
+            self._take(ready, rows, adds)
             size = 0
 
         def take(index: int) -> None:
