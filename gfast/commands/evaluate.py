@@ -29,18 +29,7 @@ from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
 from gfast.data import load_jsonl
 from gfast.data.encode import writes_date
-from gfast.evaluation import Evaluation, EvaluationSet, encoded, harness, sources
-from gfast.evaluation.attacks import (
-    BITS,
-    QUANTIZERS,
-    Relearning,
-    check_trainable,
-    curve_table,
-    quantize,
-    relearn,
-    require_quantizer,
-    split,
-)
+from gfast.evaluation import Evaluation, EvaluationSet, attacks, encoded, harness, sources
 from gfast.evaluation.results import (
     check_retain_log,
     columns_of,
@@ -131,7 +120,9 @@ class EvaluateArguments:
     quantize: str | None = HfArg(
         default=None, help="4bit or 8bit: round the model's weights first, all but the head's."
     )
-    quantize_by: str = HfArg(default="torchao", help="torchao or bitsandbytes.", metadata={"choices": QUANTIZERS})
+    quantize_by: str = HfArg(
+        default="torchao", help="torchao or bitsandbytes.", metadata={"choices": attacks.QUANTIZERS}
+    )
     lm_eval: list[str] | None = HfArg(
         default=None,
         help="Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
@@ -156,9 +147,9 @@ class EvaluateArguments:
         for kind in self.extraction or ():
             if kind not in EXTRACTIONS:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
-        if self.quantize is not None and self.quantize not in BITS:
-            raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(BITS)}")
-        if self.quantize is None and self.quantize_by != QUANTIZERS[0]:
+        if self.quantize is not None and self.quantize not in attacks.BITS:
+            raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(attacks.BITS)}")
+        if self.quantize is None and self.quantize_by != attacks.QUANTIZERS[0]:
             raise ValueError("--quantize_by says how to round: give the bits, --quantize 4bit or 8bit")
         if self.hub_name and self.data_path:
             raise ValueError("--hub_name has no use beside --data_path, where the data are read from")
@@ -227,12 +218,12 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
         check_retain_log(sets, samples, retain_log)
     plan, related = _plan(arguments, sets)
     if arguments.quantize is not None:
-        require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
+        attacks.require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
     if arguments.lm_eval:
         harness.require_tasks(arguments.lm_eval)
     model = load_model(model_arguments).to(device)
     if plan is not None:
-        check_trainable(model, plan)
+        attacks.check_trainable(model, plan)
     kinds = arguments.extraction or ()
     evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
     evaluation.check_model(model)
@@ -243,7 +234,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
     settings |= {"chat_kwargs": options, "ends": evaluation.ends_for(model), **of_model}
     if arguments.quantize is not None:
-        model = quantize(model, arguments.quantize, arguments.quantize_by)
+        model = attacks.quantize(model, arguments.quantize, arguments.quantize_by)
     info = _described(str(model_arguments.model), arguments.data, evaluation, settings, argv)
     check_run_folder(folder, info)
     write_run_info(folder, info | {"device": device_name(device)})
@@ -290,17 +281,17 @@ def _described(
     )
 
 
-def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[Relearning | None, Any]:
+def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[attacks.Relearning | None, Any]:
     """How to relearn, and on which related data; ValueError, before any pass, where it cannot be done."""
     if not arguments.relearn:
         return None, None
-    plan = Relearning(
+    plan = attacks.Relearning(
         arguments.relearn, arguments.relearn_rows, arguments.relearn_learning_rate, lora_r=arguments.relearn_lora_r
     )
     if plan.lora_r:
         required("peft", "peft", "--relearn_lora_r")
     related = None if arguments.relearn_data is None else load_jsonl(arguments.relearn_data)
-    split(_forget(sets), plan, related)
+    attacks.split(_forget(sets), plan, related)
     return plan, related
 
 
@@ -312,7 +303,7 @@ def _relearned(
     model: nn.Module,
     tokenizer: Any,
     sets: list[EvaluationSet],
-    plan: Relearning,
+    plan: attacks.Relearning,
     related: Any,
     arguments: EvaluateArguments,
     options: dict[str, Any],
@@ -323,11 +314,11 @@ def _relearned(
     relearned = read_json(path) if path.exists() else None
     if relearned is None or relearned.get("asked") != asked:
         say(f"Relearning: {plan.steps} steps, learning rate {plan.learning_rate:g}")
-        relearned = relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
+        relearned = attacks.relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
                         template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
         write_json(path, relearned | {"asked": asked})
-    print(curve_table(relearned))
-    write_whole(folder / "relearn.md", curve_table(relearned))
+    print(attacks.curve_table(relearned))
+    write_whole(folder / "relearn.md", attacks.curve_table(relearned))
 
 
 def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:
