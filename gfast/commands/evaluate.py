@@ -315,7 +315,8 @@ def _relearned(
     if relearned is None or relearned.get("asked") != asked:
         say(f"Relearning: {plan.steps} steps, learning rate {plan.learning_rate:g}")
         relearned = attacks.relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
-                        template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
+                                    template=arguments.template, chat_kwargs=options,
+                                    batch_size=arguments.batch_size)  # fmt: skip
         write_json(path, relearned | {"asked": asked})
     print(attacks.curve_table(relearned))
     write_whole(folder / "relearn.md", attacks.curve_table(relearned))

@@ -46,19 +46,19 @@ class Store:
     """
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.gradients: list[Tensor | None] = [None] * count
+        self.kept: list[Tensor | None] = [None] * count
         self.dtype, self.device = dtype, device
 
     def add(self, index: int, grad: Tensor, single: bool) -> Tensor:
         """Add a batch's gradient; returns the sum so far on the device. A `single` one is taken over, not copied."""
-        before = self.gradients[index]
+        before = self.kept[index]
         if before is None:
-            self.gradients[index] = grad if single else grad.to(sum_dtype(grad))
+            self.kept[index] = grad if single else grad.to(sum_dtype(grad))
         elif before.dtype == sum_dtype(before):
             before.add_(grad)
         else:
-            self.gradients[index] = before.to(sum_dtype(before)).add_(grad)
-        return self.gradients[index]
+            self.kept[index] = before.to(sum_dtype(before)).add_(grad)
+        return self.kept[index]
 
     def sum_of(self, index: int) -> Tensor | None:
         """The sum so far of one parameter, on the device."""
@@ -66,31 +66,31 @@ class Store:
 
     def put(self, index: int, total: Tensor) -> None:
         """In the place of a parameter's sum."""
-        self.gradients[index] = None
+        self.kept[index] = None
         self.add(index, total, single=False)
 
     def finish(self) -> None:
         """All batches are in: round to the dtype, one at a time, so that no second copy of all of them exists."""
-        for index, gradient in enumerate(self.gradients):
-            if gradient is not None:
-                self.gradients[index] = self._narrow(gradient)
+        for index, kept in enumerate(self.kept):
+            if kept is not None:
+                self.kept[index] = self._narrow(kept)
 
-    def _narrow(self, gradient: Tensor) -> Tensor:
-        narrower = gradient.dtype != torch.float64 and gradient.dtype.itemsize > self.dtype.itemsize
-        return gradient.to(self.dtype) if narrower else gradient
+    def _narrow(self, kept: Tensor) -> Tensor:
+        narrower = kept.dtype != torch.float64 and kept.dtype.itemsize > self.dtype.itemsize
+        return kept.to(self.dtype) if narrower else kept
 
     def get(self, index: int) -> Tensor | None:
         """The gradient of one parameter on the device; None is zero."""
-        return self.gradients[index]
+        return self.kept[index]
 
     def move_to(self, device: torch.device) -> None:
         """Serve a model that is on another device now."""
         if device != self.device:
-            self.gradients = [None if gradient is None else gradient.to(device) for gradient in self.gradients]
+            self.kept = [None if kept is None else kept.to(device) for kept in self.kept]
             self.device = device
 
     def close(self) -> None:
-        self.gradients = []
+        self.kept = []
 
     def __repr__(self) -> str:
         return f"on {self.device}"
@@ -111,27 +111,27 @@ class HostStore(Store):
         self._stream: torch.cuda.Stream | None = None
 
     def add(self, index: int, grad: Tensor, single: bool) -> Tensor:
-        before = self.gradients[index]
+        before = self.kept[index]
         if before is None:
-            self.gradients[index] = self._to_host(grad, grad.dtype if single else sum_dtype(grad))
+            self.kept[index] = self._to_host(grad, grad.dtype if single else sum_dtype(grad))
             return grad
         if before.dtype != sum_dtype(before):
-            self.gradients[index] = before = before.to(sum_dtype(before))
+            self.kept[index] = before = before.to(sum_dtype(before))
         before.add_(grad.to(before.device))
         return before.to(grad.device)
 
     def sum_of(self, index: int) -> Tensor | None:
-        gradient = self.gradients[index]
-        return None if gradient is None else gradient.to(self.device)
+        kept = self.kept[index]
+        return None if kept is None else kept.to(self.device)
 
     def _to_host(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         host = torch.empty(grad.shape, dtype=dtype, device="cpu", pin_memory=grad.is_cuda)
         return host.copy_(grad)
 
     def finish(self) -> None:
-        for index, gradient in enumerate(self.gradients):
-            if gradient is not None and (narrow := self._narrow(gradient)) is not gradient:
-                self.gradients[index] = narrow.pin_memory() if gradient.is_pinned() else narrow
+        for index, kept in enumerate(self.kept):
+            if kept is not None and (narrow := self._narrow(kept)) is not kept:
+                self.kept[index] = narrow.pin_memory() if kept.is_pinned() else narrow
 
     def get(self, index: int) -> Tensor | None:
         if self.device.type != "cuda":
@@ -151,16 +151,16 @@ class HostStore(Store):
         return grad
 
     def _copy(self, index: int) -> Tensor | None:
-        gradient = self._host(index)
-        if gradient is None:
+        kept = self._host(index)
+        if kept is None:
             return None
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
-            return gradient.to(self.device, non_blocking=True)
+            return kept.to(self.device, non_blocking=True)
 
     def _host(self, index: int) -> Tensor | None:
-        return self.gradients[index]
+        return self.kept[index]
 
     def move_to(self, device: torch.device) -> None:
         self.device, self._stream = device, None
@@ -191,8 +191,8 @@ class FileStore(HostStore):
 
     def finish(self) -> None:
         super().finish()
-        self.write(self.path, dict(zip(self.names, self.gradients, strict=True)))
-        self.gradients = [None] * len(self.names)
+        self.write(self.path, dict(zip(self.names, self.kept, strict=True)))
+        self.kept = [None] * len(self.names)
         self._open()
 
     @staticmethod
@@ -210,7 +210,7 @@ class FileStore(HostStore):
 
     def _host(self, index: int) -> Tensor | None:
         if self._file is None:
-            return self.gradients[index]
+            return self.kept[index]
         name = self.names[index]
         return self._file.get(name) if name in self._file.names else None
 
