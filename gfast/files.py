@@ -89,6 +89,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file by `whole_file`; a text as UTF-8."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
 def _sync(path: Path) -> None:
     # Without fsync a full disk or a power cut can surface after the rename, and the rename would then have replaced a
     # good file.
@@ -173,9 +180,7 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> Path:
     text = json.dumps(value, ensure_ascii=False, **options) + "\n"
     if not _is_unicode(text):
         text = json.dumps(value, **options) + "\n"  # lone surrogates (see `readable`) survive as escapes
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
+    return write_whole(path, text)
 
 
 def _json_checksum(value: Any) -> str:

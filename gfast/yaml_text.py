@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -26,3 +27,13 @@ def read_yaml(text: str) -> Any:
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+
+
+def read_yaml_file(path: Path) -> Any:
+    """The values of a YAML file; ValueError, naming it, for one that is none."""
+    import yaml
+
+    try:
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error

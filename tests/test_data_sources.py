@@ -19,6 +19,7 @@ from gfast.data import (
     load_tofu,
     refusals,
 )
+from gfast.evaluation import sources
 
 
 def test_bundled_authors_are_distinct_and_well_formed():
@@ -173,6 +174,8 @@ def test_tofu_from_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install datasets.*path="):
         load_tofu("forget05")
+    with pytest.raises(ImportError, match=r"cais/wmdp .*pip install datasets.*--data_path"):
+        sources.stored("cais/wmdp", "wmdp-bio", "test", None, ("question",))
 
 
 def test_demo_tokenizer_round_trips_any_text():

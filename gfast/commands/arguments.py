@@ -8,17 +8,17 @@ import datetime
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import HfArg, string_to_bool
 
 from gfast.commands.parser import OneLineErrors, Parser
 from gfast.data.tofu import COMPLEMENTS
 from gfast.words import did_you_mean
-from gfast.yaml_text import read_yaml
+from gfast.yaml_text import read_yaml_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("tofu", "jsonl", "bundled")
@@ -30,30 +30,25 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str | None = field(
+    model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "The original model: a name on the hub or a local folder; or a PEFT adapter, such as the folder "
-            "of a LoRA run. Required."
-        },
+        help="The original model: a name on the hub or a local folder; or a PEFT adapter, such as the folder "
+        "of a LoRA run. Required.",
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={"help": "Of an adapter: the model it sits on; that of its adapter_config.json if not given."},
+    base_model: str | None = HfArg(
+        default=None, help="Of an adapter: the model it sits on; that of its adapter_config.json if not given."
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Its tokenizer; the model's own if not given."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the parameters.", "choices": DTYPES})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
+    tokenizer: str | None = HfArg(default=None, help="Its tokenizer; the model's own if not given.")
+    dtype: str = HfArg(default="float32", help="Precision of the parameters.", metadata={"choices": DTYPES})
+    attn_implementation: str | None = HfArg(
+        default=None, help="Attention of transformers: sdpa, eager, flash_attention_2."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that the model or its tokenizer brings along."}
-    )
-    gguf_file: str | None = field(default=None, metadata={"help": "The GGUF file in the model's folder to load from."})
-    lora_r: int = field(default=0, metadata={"help": "Put new LoRA adapters of this rank over the model; 0: none."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
-    lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter; all linear layers if not given."}
+    trust_remote_code: bool = HfArg(default=False, help="Run Python code that the model or its tokenizer brings along.")
+    gguf_file: str | None = HfArg(default=None, help="The GGUF file in the model's folder to load from.")
+    lora_r: int = HfArg(default=0, help="Put new LoRA adapters of this rank over the model; 0: none.")
+    lora_alpha: int = HfArg(default=16, help="Scale of the LoRA adapters.")
+    lora_targets: list[str] | None = HfArg(
+        default=None, help="Modules that get an adapter; all linear layers if not given."
     )
 
     def __post_init__(self) -> None:
@@ -75,46 +70,36 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data: str = field(
+    data: str = HfArg(
         default="tofu",
-        metadata={
-            "help": "tofu (forget and retain are its configurations), jsonl (they are files of question/answer lines) "
-            "or bundled (a small set of fictitious authors).",
-            "choices": SOURCES,
-        },
+        help="tofu (forget and retain are its configurations), jsonl (they are files of question/answer lines) "
+        "or bundled (a small set of fictitious authors).",
+        metadata={"choices": SOURCES},
     )
-    data_path: str | None = field(
+    data_path: str | None = HfArg(
+        default=None, help="Local folder with the TOFU or JSON lines files; without it TOFU comes from the hub."
+    )
+    forget: str = HfArg(default="forget01", help="The forget set: TOFU configuration or JSON lines file.")
+    retain: str | None = HfArg(
         default=None,
-        metadata={"help": "Local folder with the TOFU or JSON lines files; without it TOFU comes from the hub."},
+        help="The retain set: TOFU configuration (if not given, what is left without the forget set: retain99 "
+        "of forget01) or JSON lines file.",
     )
-    forget: str = field(default="forget01", metadata={"help": "The forget set: TOFU configuration or JSON lines file."})
-    retain: str | None = field(
+    max_forget: int = HfArg(default=0, help="Use only the first so many forget rows; 0: all.")
+    max_retain: int = HfArg(default=0, help="Use only the first so many retain rows; 0: all.")
+    max_length: int = HfArg(default=512, help="Longest sample in tokens; longer answers are cut.")
+    template: str = HfArg(default="auto", help="Prompt format: chat, plain, or auto (chat if the tokenizer has one).")
+    chat_kwargs: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "The retain set: TOFU configuration (if not given, what is left without the forget set: retain99 "
-            "of forget01) or JSON lines file."
-        },
+        help="Options of the chat template, as name=value or JSON (enable_thinking=false); in YAML a mapping "
+        "will do. strftime_now=2026-03-01 is the date of a template that writes today's; without it the day of the "
+        "run's first start.",
     )
-    max_forget: int = field(default=0, metadata={"help": "Use only the first so many forget rows; 0: all."})
-    max_retain: int = field(default=0, metadata={"help": "Use only the first so many retain rows; 0: all."})
-    max_length: int = field(default=512, metadata={"help": "Longest sample in tokens; longer answers are cut."})
-    template: str = field(
-        default="auto", metadata={"help": "Prompt format: chat, plain, or auto (chat if the tokenizer has one)."}
+    refusals: str | None = HfArg(
+        default=None, help="File of refusal lines for PO and DPO; a bundled list if not given."
     )
-    chat_kwargs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Options of the chat template, as name=value or JSON (enable_thinking=false); in YAML a mapping "
-            "will do. strftime_now=2026-03-01 is the date of a template that writes today's; without it the day of the "
-            "run's first start."
-        },
-    )
-    refusals: str | None = field(
-        default=None, metadata={"help": "File of refusal lines for PO and DPO; a bundled list if not given."}
-    )
-    reference_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder to keep the original model's values in; OUTPUT_DIR/reference if not given."},
+    reference_cache: str | None = HfArg(
+        default=None, help="Folder to keep the original model's values in; OUTPUT_DIR/reference if not given."
     )
 
     def __post_init__(self) -> None:
@@ -237,14 +222,9 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def _from_yaml(self, path: Path) -> dict[str, Any]:
-        import yaml
-
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration file {path}")
-        try:
-            values = read_yaml(path.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        values = read_yaml_file(path)
         if values is None:
             return {}
         if not isinstance(values, dict):
@@ -275,9 +255,7 @@ class CommandParser(OneLineErrors, HfArgumentParser):
             return [_text(action, entry_of_list) for entry_of_list in value]
         if isinstance(value, (dict, list)):
             kind = "list" if isinstance(value, list) else "mapping"
-            raise ValueError(
-                f"{entry.name} takes {'a list' if several else 'entry_of_list value'}, and not the {kind} {value}"
-            )
+            raise ValueError(f"{entry.name} takes {'a list' if several else 'one value'}, and not the {kind} {value}")
         if entry.name == "stop":
             return [str(value)]  # one rule, with blanks in it
         # As text, argparse converts and checks it like a flag: YAML reads 1e-5 as text, 1 as an integer, and no as

@@ -29,7 +29,7 @@ from gfast.data import (
     load_tofu,
     refusals,
 )
-from gfast.data.encode import chat_source, resolve_template
+from gfast.data.encode import writes_date
 from gfast.data.ids import vocabulary_sizes
 from gfast.data.rows import in_both
 from gfast.files import readable
@@ -94,8 +94,8 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
             "question/answer lines, --retain FILE"
         )
     else:
-        forget = _side(arguments, arguments.forget)
-        retain = _side(arguments, arguments.retain) if need_retain else []
+        forget = rows_of(arguments.data, arguments.data_path, arguments.forget)
+        retain = rows_of(arguments.data, arguments.data_path, arguments.retain) if need_retain else []
     forget = forget[: arguments.max_forget or None]
     retain = retain[: arguments.max_retain or None] if need_retain else []
     for name, rows, wanted in (("forget", forget, True), ("retain", retain, need_retain)):
@@ -106,10 +106,9 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
     return Rows(forget, retain)
 
 
-def _side(arguments: DataArguments, name: str) -> list[dict[str, Any]]:
-    if arguments.data == "tofu":
-        return load_tofu(name, arguments.data_path)
-    return load_jsonl(Path(arguments.data_path or "") / name)
+def rows_of(source: str, path: str | None, name: str) -> list[dict[str, Any]]:
+    """The rows of a TOFU configuration, or of a JSON lines file; `path`: the folder, if it is given."""
+    return load_tofu(name, path) if source == "tofu" else load_jsonl(Path(path or "") / name)
 
 
 class Sides:
@@ -127,10 +126,9 @@ class Sides:
         self._rows, self._seed = rows, seed
         self._sizes: dict[str, int | None] | None = None
         options = dict(arguments.chat_kwargs)
-        if resolve_template(tokenizer, arguments.template) == "chat" and today and "strftime_now" not in options:
-            if "strftime_now" in chat_source(tokenizer, options):
-                options["strftime_now"] = today
-                say(f"The chat template may write a date: it is {today}. --chat_kwargs strftime_now={today} fixes it")
+        if writes_date(tokenizer, arguments.template, options) and today:
+            options["strftime_now"] = today
+            say(f"The chat template may write a date: it is {today}. --chat_kwargs strftime_now={today} fixes it")
         self.chat_kwargs = options
         self._options = {"template": arguments.template, "max_length": arguments.max_length, "chat_kwargs": options}
         self.forget = self._encoded("forget", QADataset, rows.forget)

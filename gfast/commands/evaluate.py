@@ -15,34 +15,24 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from gfast import metrics
 from gfast.commands.arguments import CommandParser, ModelArguments, parse_options
-from gfast.commands.common import as_text, device_name, say, show_log, versions
+from gfast.commands.common import as_text, device_name, first_day, say, show_log, versions
 from gfast.commands.geffect import usable_device
 from gfast.commands.models import check_model, load_model, load_tokenizer
 from gfast.data import load_jsonl
-from gfast.data.encode import chat_source, resolve_template
-from gfast.evaluation import Evaluation, EvaluationSet, encoded, harness, sources
-from gfast.evaluation.attacks import (
-    BITS,
-    QUANTIZERS,
-    Relearning,
-    check_trainable,
-    curve_table,
-    quantize,
-    relearn,
-    require_quantizer,
-    split,
-)
+from gfast.data.encode import writes_date
+from gfast.evaluation import Evaluation, EvaluationSet, attacks, encoded, harness, sources
 from gfast.evaluation.results import (
-    SET_COLUMNS,
     check_retain_log,
+    columns_of,
     require_libraries,
     shown,
     summarize,
@@ -52,14 +42,14 @@ from gfast.evaluation.results import (
 )
 from gfast.evaluation.run import EXTRACTIONS
 from gfast.evaluation.samples import tokens_checksum
-from gfast.files import read_json, require_writable, whole_file, write_json
+from gfast.files import read_json, require_writable, write_json, write_whole
 from gfast.locks import claimed
 from gfast.metrics import EvaluationLog
 from gfast.metrics.log import parse_log
 from gfast.metrics.values import required
 from gfast.progress import Bar
 from gfast.training.fingerprints import model_fingerprint
-from gfast.training.records import check_run_folder, read_run_info, write_run_info
+from gfast.training.records import check_run_folder, write_run_info
 
 SOURCES = ("bundled", "tofu", "jsonl", "muse", "wmdp", "mmlu")
 DEMO = "<demo>"  # no name of a model
@@ -81,74 +71,65 @@ class EvaluateArguments:
 
     _argument_group_name = "evaluation"
 
-    data: str = field(
+    data: str = HfArg(
         default="bundled",
-        metadata={
-            "help": "bundled (a small set of fictitious authors), tofu, jsonl (one's own question/answer lines), muse, "
-            "wmdp or mmlu.",
-            "choices": SOURCES,
-        },
+        help="bundled (a small set of fictitious authors), tofu, jsonl (one's own question/answer lines), muse, "
+        "wmdp or mmlu.",
+        metadata={"choices": SOURCES},
     )
-    data_path: str | None = field(
-        default=None, metadata={"help": "Local folder with the data's files; without it they come from the hub."}
+    data_path: str | None = HfArg(
+        default=None, help="Local folder with the data's files; without it they come from the hub."
     )
-    hub_name: str | None = field(
-        default=None, metadata={"help": "Data set on the hub: muse-bench/MUSE-News, cais/wmdp, cais/mmlu if not given."}
+    hub_name: str | None = HfArg(
+        default=None, help="Data set on the hub: muse-bench/MUSE-News, cais/wmdp, cais/mmlu if not given."
     )
-    forget: str = field(default="forget10", metadata={"help": "TOFU's forget split, or a JSON lines file."})
-    retain: str | None = field(default=None, metadata={"help": "With jsonl: the file of the retain set."})
-    holdout: str | None = field(
+    forget: str = HfArg(default="forget10", help="TOFU's forget split, or a JSON lines file.")
+    retain: str | None = HfArg(default=None, help="With jsonl: the file of the retain set.")
+    holdout: str | None = HfArg(
+        default=None, help="Rows like the forget set's that no model saw, for membership inference and PrivLeak."
+    )
+    subsets: list[str] | None = HfArg(
+        default=None, help="Of wmdp and mmlu: configurations; wmdp-bio wmdp-chem wmdp-cyber, all."
+    )
+    ds_size: int | None = HfArg(
         default=None,
-        metadata={"help": "Rows like the forget set's that no model saw, for membership inference and PrivLeak."},
+        help="Only the first so many rows of a set, of tofu's of retain and forget; 0: all. If not given, as "
+        "many as the retain log has.",
     )
-    subsets: list[str] | None = field(
-        default=None, metadata={"help": "Of wmdp and mmlu: configurations; wmdp-bio wmdp-chem wmdp-cyber, all."}
+    retain_log: str | None = HfArg(
+        default=None, help="Log of the model that never saw the forget set: forget quality needs it."
     )
-    ds_size: int | None = field(
+    extraction: list[str] | None = HfArg(
+        default=None, help="Also the paper's extraction strength by free generation: exact, similar, perturbed."
+    )
+    extraction_samples: int = HfArg(default=50, help="Of how many samples of a set.")
+    batch_size: int = HfArg(default=16, help="Samples at a time; it changes results by rounding only.")
+    max_new_tokens: int | None = HfArg(default=None, help="Tokens to generate at most; by data if not given.")
+    max_length: int | None = HfArg(
+        default=None, help="Refuse samples of more tokens; what the model takes if not given."
+    )
+    template: str = HfArg(default="auto", help="Prompt format: chat, plain, or auto.")
+    chat_kwargs: list[str] | None = HfArg(default=None, help="Options of the chat template, as name=value or JSON.")
+    relearn: int = HfArg(
+        default=0, help="Fine-tune for so many steps on a part of the forget set, and report what comes back."
+    )
+    relearn_rows: int = HfArg(default=0, help="On the first so many rows of it; a tenth if not given.")
+    relearn_data: str | None = HfArg(default=None, help="On a JSON lines file of related data instead.")
+    relearn_learning_rate: float = HfArg(default=1e-5, help="Learning rate of the fine-tuning (AdamW).")
+    relearn_lora_r: int = HfArg(default=0, help="With LoRA adapters of this rank; 0: all parameters.")
+    quantize: str | None = HfArg(
+        default=None, help="4bit or 8bit: round the model's weights first, all but the head's."
+    )
+    quantize_by: str = HfArg(
+        default="torchao", help="torchao or bitsandbytes.", metadata={"choices": attacks.QUANTIZERS}
+    )
+    lm_eval: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Only the first so many rows of a set, of tofu's of retain and forget; 0: all. If not given, as "
-            "many as the retain log has."
-        },
+        help="Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
+        "come from the hub.",
     )
-    retain_log: str | None = field(
-        default=None, metadata={"help": "Log of the model that never saw the forget set: forget quality needs it."}
-    )
-    extraction: list[str] | None = field(
-        default=None,
-        metadata={"help": "Also the paper's extraction strength by free generation: exact, similar, perturbed."},
-    )
-    extraction_samples: int = field(default=50, metadata={"help": "Of how many samples of a set."})
-    batch_size: int = field(default=16, metadata={"help": "Samples at a time; it changes results by rounding only."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to generate at most; by data if not given."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Refuse samples of more tokens; what the model takes if not given."}
-    )
-    template: str = field(default="auto", metadata={"help": "Prompt format: chat, plain, or auto."})
-    chat_kwargs: list[str] | None = field(
-        default=None, metadata={"help": "Options of the chat template, as name=value or JSON."}
-    )
-    relearn: int = field(
-        default=0,
-        metadata={"help": "Fine-tune for so many steps on a part of the forget set, and report what comes back."},
-    )
-    relearn_rows: int = field(default=0, metadata={"help": "On the first so many rows of it; a tenth if not given."})
-    relearn_data: str | None = field(default=None, metadata={"help": "On a JSON lines file of related data instead."})
-    relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning (AdamW)."})
-    relearn_lora_r: int = field(default=0, metadata={"help": "With LoRA adapters of this rank; 0: all parameters."})
-    quantize: str | None = field(
-        default=None, metadata={"help": "4bit or 8bit: round the model's weights first, all but the head's."}
-    )
-    quantize_by: str = field(default="torchao", metadata={"help": "torchao or bitsandbytes.", "choices": QUANTIZERS})
-    lm_eval: list[str] | None = field(
-        default=None,
-        metadata={"help": "Also these tasks of lm-eval (pip install 'gfast[lm-eval]'), as in wmdp mmlu; their data "
-                  "come from the hub."},
-    )  # fmt: skip
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
-    output_dir: str = field(default="gfast-evaluation", metadata={"help": "Folder for the log, tables and the page."})
+    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1; a GPU if there is one.")
+    output_dir: str = HfArg(default="gfast-evaluation", help="Folder for the log, tables and the page.")
 
     def __post_init__(self) -> None:
         if self.data not in SOURCES:
@@ -166,9 +147,9 @@ class EvaluateArguments:
         for kind in self.extraction or ():
             if kind not in EXTRACTIONS:
                 raise ValueError(f"extraction is {kind!r}; choose from {', '.join(EXTRACTIONS)}")
-        if self.quantize is not None and self.quantize not in BITS:
-            raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(BITS)}")
-        if self.quantize is None and self.quantize_by != QUANTIZERS[0]:
+        if self.quantize is not None and self.quantize not in attacks.BITS:
+            raise ValueError(f"quantize is {self.quantize!r}; choose one of {', '.join(attacks.BITS)}")
+        if self.quantize is None and self.quantize_by != attacks.QUANTIZERS[0]:
             raise ValueError("--quantize_by says how to round: give the bits, --quantize 4bit or 8bit")
         if self.hub_name and self.data_path:
             raise ValueError("--hub_name has no use beside --data_path, where the data are read from")
@@ -188,12 +169,10 @@ class EvaluateArguments:
 class EvaluatedModel(ModelArguments):
     """Which model to evaluate."""
 
-    model: str | None = field(
+    model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "The model: a name on the hub, a local folder, or a PEFT adapter. If not given, a small one that "
-            "is taught the bundled data first (half a minute)."
-        },
+        help="The model: a name on the hub, a local folder, or a PEFT adapter. If not given, a small one that "
+        "is taught the bundled data first (half a minute).",
     )
 
     def __post_init__(self) -> None:
@@ -231,22 +210,20 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     tokenizer = load_tokenizer(model_arguments)
     sets = _sets(arguments, tokenizer, retain_log)
     options = dict(arguments.chat_kwargs)
-    if resolve_template(tokenizer, arguments.template) == "chat" and "strftime_now" not in options:
-        if "strftime_now" in chat_source(tokenizer, options):
-            options["strftime_now"] = _first_day(folder)
-            say(f"The chat template may write a date: it is {options['strftime_now']}. --chat_kwargs strftime_now=... "
-                "fixes it")  # fmt: skip
+    if writes_date(tokenizer, arguments.template, options):
+        day = options["strftime_now"] = first_day(folder, {"created": time.strftime("%Y-%m-%d")})
+        say(f"The chat template may write a date: it is {day}. --chat_kwargs strftime_now={day} fixes it")
     samples = [encoded(eval_set, tokenizer, arguments.template, options, arguments.max_length) for eval_set in sets]
     if retain_log is not None:
         check_retain_log(sets, samples, retain_log)
     plan, related = _plan(arguments, sets)
     if arguments.quantize is not None:
-        require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
+        attacks.require_quantizer(arguments.quantize, arguments.quantize_by)  # before the model is loaded
     if arguments.lm_eval:
         harness.require_tasks(arguments.lm_eval)
     model = load_model(model_arguments).to(device)
     if plan is not None:
-        check_trainable(model, plan)
+        attacks.check_trainable(model, plan)
     kinds = arguments.extraction or ()
     evaluation = Evaluation(sets, samples, tokenizer, arguments.batch_size, kinds, arguments.extraction_samples)
     evaluation.check_model(model)
@@ -257,23 +234,8 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     of_model = {"weights": model_fingerprint(model, adapters=True), "dtype": str(model.dtype)}
     settings |= {"chat_kwargs": options, "ends": evaluation.ends_for(model), **of_model}
     if arguments.quantize is not None:
-        model = quantize(model, arguments.quantize, arguments.quantize_by)
-    info = as_text(
-        {
-            "model": model_arguments.model,
-            "data": f"{arguments.data}: {', '.join(eval_set.config for eval_set in sets)}",
-            "samples": {eval_set.name: len(some) for eval_set, some in zip(sets, samples, strict=True)},
-            "data_sha256": {f"the set {eval_set.name} ({eval_set.config})": eval_set.checksum() for eval_set in sets}
-            | {
-                f"the set {eval_set.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(some)
-                for eval_set, some in zip(sets, samples, strict=True)
-            },
-            "argv": ["gfast", "evaluate", *argv],
-            "versions": versions(),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "config": {"command": "evaluate", **settings},
-        }
-    )
+        model = attacks.quantize(model, arguments.quantize, arguments.quantize_by)
+    info = _described(str(model_arguments.model), arguments.data, evaluation, settings, argv)
     check_run_folder(folder, info)
     write_run_info(folder, info | {"device": device_name(device)})
     results = _run(evaluation, model, folder, f"{of_model['weights']} {arguments.quantize} {arguments.quantize_by}")
@@ -283,7 +245,7 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
         "dtype": str(model.dtype),
         "weights": settings["weights"],
     }
-    log = evaluation.log(results, Path(str(info["model"])).name, source)
+    log = evaluation.log(results, Path(info["model"]).name, source)
     shown_settings = {key: info[key] for key in ("model", "data", "samples", "versions")}
     shown_settings |= {"template": arguments.template, "dtype": source["dtype"]}
     shown_settings |= {"max_new_tokens": {eval_set.name: eval_set.generate for eval_set in sets if eval_set.generate}}
@@ -295,17 +257,41 @@ def _evaluate(model_arguments: ModelArguments, arguments: EvaluateArguments, fol
     return 0
 
 
-def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[Relearning | None, Any]:
+def _described(
+    model: str, data: str, evaluation: Evaluation, settings: dict[str, Any], argv: list[str]
+) -> dict[str, Any]:
+    """run.json: of what the evaluation is, and how it asks."""
+    asked = list(zip(evaluation.sets, evaluation.samples, strict=True))
+    rows = {f"the set {eval_set.name} ({eval_set.config})": eval_set.checksum() for eval_set, _ in asked}
+    tokens = {
+        f"the set {eval_set.name} as token ids (tokenizer, template, questions in front)": tokens_checksum(samples)
+        for eval_set, samples in asked
+    }
+    return as_text(
+        {
+            "model": model,
+            "data": f"{data}: {', '.join(eval_set.config for eval_set, _ in asked)}",
+            "samples": {eval_set.name: len(samples) for eval_set, samples in asked},
+            "data_sha256": rows | tokens,
+            "argv": ["gfast", "evaluate", *argv],
+            "versions": versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "config": {"command": "evaluate", **settings},
+        }
+    )
+
+
+def _plan(arguments: EvaluateArguments, sets: list[EvaluationSet]) -> tuple[attacks.Relearning | None, Any]:
     """How to relearn, and on which related data; ValueError, before any pass, where it cannot be done."""
     if not arguments.relearn:
         return None, None
-    plan = Relearning(
+    plan = attacks.Relearning(
         arguments.relearn, arguments.relearn_rows, arguments.relearn_learning_rate, lora_r=arguments.relearn_lora_r
     )
     if plan.lora_r:
         required("peft", "peft", "--relearn_lora_r")
     related = None if arguments.relearn_data is None else load_jsonl(arguments.relearn_data)
-    split(_forget(sets), plan, related)
+    attacks.split(_forget(sets), plan, related)
     return plan, related
 
 
@@ -317,7 +303,7 @@ def _relearned(
     model: nn.Module,
     tokenizer: Any,
     sets: list[EvaluationSet],
-    plan: Relearning,
+    plan: attacks.Relearning,
     related: Any,
     arguments: EvaluateArguments,
     options: dict[str, Any],
@@ -328,12 +314,12 @@ def _relearned(
     relearned = read_json(path) if path.exists() else None
     if relearned is None or relearned.get("asked") != asked:
         say(f"Relearning: {plan.steps} steps, learning rate {plan.learning_rate:g}")
-        relearned = relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
-                        template=arguments.template, chat_kwargs=options, batch_size=arguments.batch_size)  # fmt: skip
+        relearned = attacks.relearn(model, tokenizer, _forget(sets), plan, folder / "relearning", data=related,
+                                    template=arguments.template, chat_kwargs=options,
+                                    batch_size=arguments.batch_size)  # fmt: skip
         write_json(path, relearned | {"asked": asked})
-    print(curve_table(relearned))
-    with whole_file(folder / "relearn.md") as temporary:
-        temporary.write_text(curve_table(relearned), encoding="utf-8")
+    print(attacks.curve_table(relearned))
+    write_whole(folder / "relearn.md", attacks.curve_table(relearned))
 
 
 def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, settings: dict[str, Any]) -> None:
@@ -343,10 +329,7 @@ def report(folder: Path, log: dict[str, Any], retain_log: EvaluationLog | None, 
     read = parse_log(log, str(folder / "log.json"))
     summary = summarize(read, retain_log)
     write_results(folder, log, summary)
-    keys = [("set", "Set"), *((key, heading) for key, heading, _ in SET_COLUMNS)]
-    keys = [(key, heading) for key, heading in keys if key == "set" or any(key in s for s in summary["sets"].values())]
-    extra = sorted({key for values in summary["sets"].values() for key in values if key.startswith("ps_")})
-    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    keys = [("set", "Set"), *columns_of(summary)]
     rows = [
         {"set": name, **{key: shown(values.get(key)) for key, _ in keys[1:]}}
         for name, values in summary["sets"].items()
@@ -362,7 +345,7 @@ def _run(evaluation: Evaluation, model: nn.Module, folder: Path, weights: str) -
     with Bar(total=total, unit="sample") as bar:
 
         def done(unit: Any) -> None:
-            bar.say(f"{evaluation.sets[unit.of].name}, {unit.kind}")
+            bar.say(f"{evaluation.sets[unit.at_set].name}, {unit.kind}")
             bar.update(len(unit.places))
 
         return evaluation.run(model, folder, units, done, weights)
@@ -391,13 +374,6 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
             replace(eval_set, generate=arguments.max_new_tokens) if eval_set.generate else eval_set for eval_set in sets
         ]
     return sets
-
-
-def _first_day(folder: Path) -> str:
-    """The date on which the evaluation of the folder was first started."""
-    if (folder / "run.json").exists():
-        return str(read_run_info(folder).get("created"))[:10]
-    return time.strftime("%Y-%m-%d")
 
 
 def _taught(folder: Path) -> Path:

@@ -21,21 +21,22 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
-from gfast.commands.models import check_model, find_adapter, load_model, load_reference, load_tokenizer
+from gfast.commands.models import check_model, load_model, load_reference, load_tokenizer, require_original
 from gfast.data import token_pieces
 from gfast.files import require_writable, write_json
 from gfast.geffect import ENGINES
 from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
-from gfast.training.batches import first_batches, needed_from_cache
+from gfast.training.batches import first_batches
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.fingerprints import model_fingerprint
 from gfast.training.processes import together
@@ -57,36 +58,28 @@ class GEffectArguments:
 
     _argument_group_name = "measurement"
 
-    objectives: list[str] = field(
+    objectives: list[str] = HfArg(
         default_factory=lambda: ["GA"],
-        metadata={"help": "Objectives, with parameters after a colon: GA WGA:alpha=0.5 SatImp:beta1=5,beta2=1."},
+        help="Objectives, with parameters after a colon: GA WGA:alpha=0.5 SatImp:beta1=5,beta2=1.",
     )
-    reference_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "The original model (or adapter) for objectives that need it; the model itself if not given."
-        },
+    reference_model: str | None = HfArg(
+        default=None, help="The original model (or adapter) for objectives that need it; the model itself if not given."
     )
-    groups: str = field(default="paper", metadata={"help": "Parameter groups: paper or layer."})
-    per: str = field(
+    groups: str = HfArg(default="paper", help="Parameter groups: paper or layer.")
+    per: str = HfArg(
         default="objective",
-        metadata={"help": "objective, or sample or token: effects of each forget answer or of each of its tokens."},
+        help="objective, or sample or token: effects of each forget answer or of each of its tokens.",
     )
-    engine: str = field(
-        default="auto",
-        metadata={"help": "stream, sample, token or gram: one way of several to the same numbers; auto: stream."},
+    engine: str = HfArg(
+        default="auto", help="stream, sample, token or gram: one way of several to the same numbers; auto: stream."
     )
-    norms: bool = field(default=False, metadata={"help": "Measure cosines too; holds one more gradient."})
-    batch_size: int = field(
-        default=8, metadata={"help": "Samples a forward pass; it changes results by rounding only."}
+    norms: bool = HfArg(default=False, help="Measure cosines too; holds one more gradient.")
+    batch_size: int = HfArg(default=8, help="Samples a forward pass; it changes results by rounding only.")
+    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1; a GPU if there is one.")
+    output_dir: str | None = HfArg(
+        default=None, help="Run folder for records (Parquet), geffect.json; none: only print."
     )
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1; a GPU if there is one."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Run folder for records (Parquet), geffect.json; none: only print."}
-    )
-    step: int = field(
-        default=0, metadata={"help": "The optimizer step to record the effect under, for series of models."}
-    )
+    step: int = HfArg(default=0, help="The optimizer step to record the effect under, for series of models.")
 
     def __post_init__(self) -> None:
         if self.per not in ("objective", "sample", "token"):
@@ -134,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.reference_model is not None:
         check_model(model_arguments, arguments.reference_model)
     else:
-        _require_reference(model_arguments, objectives)
+        require_original(model_arguments, objectives, "--reference_model {name}", "--reference_model {base}")
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
     model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
     measured = {"name": model_arguments.model, "fingerprint": ""}
@@ -149,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         effects = [one_by_one.g_effect(each) for each in objectives] if arguments.per == "token" else []
 
     def show_and_write() -> None:
-        print(in_words(one_by_one)) if one_by_one is not None else None
+        if one_by_one is not None:
+            print(in_words(one_by_one))
         for effect in effects:
             print(effect)
             if arguments.norms:
@@ -287,20 +281,6 @@ def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
         pieces = token_pieces(sides.tokenizer, item["input_ids"].tolist())
         texts.append({"question": row.get("question", ""), "pieces": [pieces[at] for at in labelled]})
     return texts
-
-
-def _require_reference(model_arguments: ModelArguments, objectives: list[Objective]) -> None:
-    """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
-    unlearned them.
-    """
-    needing = [str(objective) for objective in objectives if needed_from_cache(objective)]
-    adapter = find_adapter(model_arguments) if needing else None
-    if adapter is not None:
-        raise ValueError(
-            f"{', '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
-            f"{adapter.base}: say which is the original, --reference_model {adapter.base} (the adapter has unlearned) "
-            f"or --reference_model {adapter.name} (the adapter has learned the data)"
-        )
 
 
 def _kind(objective: Objective) -> str:

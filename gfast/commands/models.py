@@ -8,7 +8,7 @@ flag takes a model, it takes an adapter too. Its base is the one that its adapte
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.files import MANIFEST, check_manifest, read_json
+from gfast.objectives import Objective
+from gfast.training.batches import needed_from_cache
 from gfast.training.resume import last_checkpoint
 
 # What a model is computed from; not what there is to train on, nor the texts that people change in a model's folder (a
@@ -63,6 +65,23 @@ def find_adapter(arguments: ModelArguments, name: str | None = None) -> Adapter 
             "(PEFT's merge_and_unload), and give the result with --base_model"
         )
     return Adapter(name, base, None if arguments.base_model else config.get("revision"))
+
+
+def require_original(
+    arguments: ModelArguments, objectives: Iterable[Objective | None], adapted: str, base: str
+) -> None:
+    """ValueError where it would be a guess what the original model is that objectives compare with: an adapter may have
+    learned the data, or have been unlearning them. adapted, base: the flags for the model with and without it.
+    """
+    needing = [str(objective) for objective in objectives if objective is not None and needed_from_cache(objective)]
+    adapter = find_adapter(arguments) if needing else None
+    if adapter is not None:
+        adapted, base = (flag.format(name=adapter.name, base=adapter.base) for flag in (adapted, base))
+        raise ValueError(
+            f"{' and '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
+            f"{adapter.base}: say which is the original, {adapted} (the adapter has learned the data: the model with "
+            f"it) or {base} (the adapter has been unlearning: the model without it)"
+        )
 
 
 def check_model(arguments: ModelArguments, name: str | None = None) -> Any:

@@ -20,18 +20,19 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
-from gfast.commands.models import check_model, find_adapter, load_tokenizer
+from gfast.commands.models import check_model, load_tokenizer, require_original
 from gfast.commands.shards import Shards
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.errors import NotFinite
@@ -90,16 +91,12 @@ class AlongArguments:
 
     _argument_group_name = "evaluation"
 
-    evaluate_every: int = field(
+    evaluate_every: int = HfArg(
         default=0,
-        metadata={
-            "help": "Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
-            "report then has what the model keeps at equal forgetting."
-        },
+        help="Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
+        "report then has what the model keeps at equal forgetting.",
     )
-    evaluate_rows: int = field(
-        default=0, metadata={"help": "Of the forget and retain sets only the first so many rows; 0: all."}
-    )
+    evaluate_rows: int = HfArg(default=0, help="Of the forget and retain sets only the first so many rows; 0: all.")
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "evaluate_rows"):
@@ -159,15 +156,15 @@ def _train(
     folder: Path,
 ) -> int:
     objective = config.build_objective()
-    both = objective if isinstance(objective, Mix) else Mix(objective)
+    mix = objective if isinstance(objective, Mix) else Mix(objective)
     live = config.live
     nll = {name for name in QUANTITIES if name.endswith("_nll")}
     measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
     if live and config.record_every:
         apart = config.own_loss_terms or config.weights != "none"
-        measured |= measured_live(both.forget, config.geffect_live_unlearn, apart)
+        measured |= measured_live(mix.forget, config.geffect_live_unlearn, apart)
     require_measured(parse_rules(config.stop), measured)
-    need_retain = both.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
+    need_retain = mix.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, along, config, rows, argv)
     shards = Shards(config)
@@ -179,11 +176,12 @@ def _train(
         return 0
     checkpoint = _checkpoint(config, folder)
     model_config = check_model(model_arguments)
-    _require_reference(model_arguments, both, config.reference)
+    if config.reference == "auto":
+        require_original(model_arguments, (mix.forget, mix.retain), "--reference adapted", "--reference base")
     tokenizer = load_tokenizer(model_arguments)
     seed = config.seed if config.data_seed is None else config.data_seed  # of what is drawn among the data
     sides = Sides(rows, tokenizer, data_arguments, seed, today=first_day(folder, info))
-    _refuse_what_the_trainer_would(both, sides, config)
+    _refuse_what_the_trainer_would(mix, sides, config)
     evaluations = _evaluations(along, data_arguments, sides, config)
     kept = f"{len(rows.retain)} retain rows" if need_retain else "the retain set has no part: no --retain_term"
     say(f"Data: {len(rows.forget)} forget rows, {kept}")
@@ -196,15 +194,15 @@ def _train(
         info |= {"device": device_name(config.device), "model_fingerprint": print_of_model}
     shards.of_main(lambda: write_run_info(folder, info))
     build = ReferenceCache.build if shards.kind is None else partial(shards.reference, checkpoint=checkpoint)
-    references = _references(model, both, sides, data_arguments, config, folder, build)
-    data = sides.of(both.forget)
+    references = _references(model, mix, sides, data_arguments, config, folder, build)
+    data = sides.of(mix.forget)
     collator: Any = sides.collator
-    if both.retain is not None or config.live:
+    if mix.retain is not None or config.live:
         data, collator = _paired(data, sides.retain, seed), ForgetRetainCollator(sides.collator)
     from gfast.training.trainer import UnlearnTrainer  # seconds of import, which errors of the flags do without
 
     callbacks: list[Any] = [] if shards.kind is None else [ShardedStart(list(references.values()))]
-    callbacks += [*_measurements(objective, both, sides, references, config, model), *evaluations]
+    callbacks += [*_measurements(objective, mix, sides, references, config, model), *evaluations]
     if not sys.stderr.isatty():  # where transformers' bar would be one endless line
         callbacks.append(Progress(str(objective)))
     trainer = UnlearnTrainer(
@@ -222,33 +220,38 @@ def _train(
         say(f"Resuming from {checkpoint}")
     trainer.add_callback(clock := Clock())
     try:
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved_so_far(folder, trainer.state.global_step)) from None
     except NotFinite as error:
         if shards.main:
             write_diverged(folder, trainer.state.global_step, str(error))
         raise
-    if trainer.is_world_process_zero():
+    _save(trainer, shards, folder, clock, str(objective))
+    return 0
+
+
+def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: str) -> None:
+    """The trained model, and what its run came to."""
+    main, steps = trainer.is_world_process_zero(), trainer.state.global_step
+    if main:
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
     shards.gather_when_saved(trainer)
     trainer.save_model()
+    callbacks = callbacks_of(trainer)
     result = {
-        "steps": output.global_step,
+        "steps": steps,
         "train_loss": _mean_loss(trainer.state.log_history),
         "seconds": clock.seconds,
-        "measuring_seconds": clock.measuring(callbacks_of(trainer)),
-        "objective": str(objective),
-        "stopped": next(
-            (callback.reason for callback in callbacks_of(trainer) if isinstance(callback, StopCallback)), None
-        ),
+        "measuring_seconds": clock.measuring(callbacks),
+        "objective": objective,
+        "stopped": next((callback.reason for callback in callbacks if isinstance(callback, StopCallback)), None),
     }
-    if trainer.is_world_process_zero():
+    if main:
         write_manifest(folder, deep=False)
         write_json(folder / "result.json", result)
-        say(f"Finished {output.global_step} steps. Model and records: {folder}. Figures: gfast report {folder}")
-    return 0
+        say(f"Finished {steps} steps. Model and records: {folder}. Figures: gfast report {folder}")
 
 
 def describe(
@@ -295,21 +298,21 @@ def _paired(forget: Any, retain: Any, seed: int = 0) -> ForgetRetain:
         return ForgetRetain(forget, retain, seed=seed)
 
 
-def _refuse_what_the_trainer_would(both: Mix, sides: Sides, config: UnlearnConfig) -> None:
+def _refuse_what_the_trainer_would(mix: Mix, sides: Sides, config: UnlearnConfig) -> None:
     """Its errors of flags and data, which would come once the model is loaded and its reference has been computed."""
-    nested = both.retain is not None or config.live
+    nested = mix.retain is not None or config.live
     refuse_no_step(config, sides.forget)
     refuse_ignored_with_data(config, _paired(sides.forget, sides.retain) if nested else sides.forget)
     if config.weights != "none":
-        check_conflict(both.forget, config.weights_tau, config.weights_every)
+        check_conflict(mix.forget, config.weights_tau, config.weights_every)
     if config.joint_forward:
         refuse_joint(
-            [objective for objective in (both.forget, both.retain) if objective is not None],
+            [objective for objective in (mix.forget, mix.retain) if objective is not None],
             config.own_loss_terms,
             config.live,
         )
     if config.live:
-        check_live(both, config.geffect_live_unlearn)
+        check_live(mix, config.geffect_live_unlearn)
 
 
 def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
@@ -324,30 +327,12 @@ def _checkpoint(config: UnlearnConfig, folder: Path) -> Path | None:
     return Path(asked)
 
 
-def _require_reference(model_arguments: ModelArguments, both: Mix, reference: str) -> None:
-    """ValueError where it would be a guess what the original model is: an adapter may have learned the data, or have
-    been unlearning them.
-    """
-    needing = [
-        str(objective)
-        for objective in (both.forget, both.retain)
-        if objective is not None and needed_from_cache(objective)
-    ]
-    adapter = find_adapter(model_arguments) if needing and reference == "auto" else None
-    if adapter is not None:
-        raise ValueError(
-            f"{' and '.join(needing)} compares with the original model, and {adapter.name} is an adapter over "
-            f"{adapter.base}: say which is the original, --reference adapted (the adapter has learned the data: the "
-            f"model as it starts) or --reference base (the adapter has been unlearning: the model without it)"
-        )
-
-
 def _references(
-    model: Any, both: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path, build: Any
+    model: Any, mix: Mix, sides: Sides, data_arguments: DataArguments, config: UnlearnConfig, folder: Path, build: Any
 ) -> dict[str, Any]:
     where = Path(data_arguments.reference_cache or folder / "reference")
     caches = {}
-    for side, objective in (("forget", both.forget), ("retain", both.retain)):
+    for side, objective in (("forget", mix.forget), ("retain", mix.retain)):
         if objective is None:
             continue
         # With adapters the original is at hand, and hidden states of a large retain set would fill the disk. What a
@@ -370,12 +355,12 @@ def _references(
 
 
 def _measurements(
-    objective: Any, both: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig, model: Any
+    objective: Any, mix: Mix, sides: Sides, references: dict[str, Any], config: UnlearnConfig, model: Any
 ) -> list[Trajectory]:
     """The callbacks that measure along the run; all on the same batches."""
     if not config.geffect_every and not config.nll_every:
         return []
-    own = sides.of(both.forget) if both.forget.needs & OWN_DATA else None
+    own = sides.of(mix.forget) if mix.forget.needs & OWN_DATA else None
     collators = (sides.collator, sides.collator)
     items = {"forget": sides.forget if own is None else own, "retain": sides.retain}
     references = in_own_precision(references, model, items, collators, config)

@@ -228,6 +228,13 @@ def chat_source(tokenizer: Any, chat_kwargs: Mapping[str, Any]) -> str:
     return str(template.get(chosen or "default", chosen or template))
 
 
+def writes_date(tokenizer: Any, template: str, chat_kwargs: Mapping[str, Any]) -> bool:
+    """Whether prompts may hold today's date: of a chat template that asks for it, with no day among its options."""
+    if resolve_template(tokenizer, template) != "chat" or "strftime_now" in chat_kwargs:
+        return False
+    return "strftime_now" in chat_source(tokenizer, chat_kwargs)
+
+
 def _stop_clock(source: str, day: Any) -> str:
     """The template with a `strftime_now` of its own, which writes a date that does not move.
 

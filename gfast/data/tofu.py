@@ -38,21 +38,25 @@ def load_tofu(config: str = "forget01", path: str | Path | None = None) -> list[
     if path is not None:
         return _from_folder(config, Path(path))
     advice = f"pass path= (--data_path) with a local folder that holds {config}.json (JSON lines, as on the hub)"
+    return from_hub(HUB_NAME, config, "train", advice)
+
+
+def from_hub(name: str, config: str, split: str, advice: str) -> list[dict]:
+    """The rows of a data set on the hub. Errors: ImportError, RuntimeError, with the advice what to do without it."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"gfast: loading TOFU from the hub needs the datasets library: pip install datasets; or {advice}"
+            f"gfast: loading {name} from the hub needs the datasets library: pip install datasets; or {advice}"
         ) from error
     try:
-        data = load_dataset(HUB_NAME, config, split="train")
+        return [dict(row) for row in load_dataset(name, config, split=split)]
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise RuntimeError(
-            f'gfast: cannot load configuration "{config}" of {HUB_NAME} from the Hugging Face hub '
+            f"gfast: cannot load {config} ({split}) of {name} from the Hugging Face hub "
             f"({type(error).__name__}: {reason}); {advice}"
         ) from error
-    return [dict(row) for row in data]
 
 
 def _from_folder(config: str, folder: Path) -> list[dict]:

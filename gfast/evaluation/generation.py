@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gfast import wrappers
-from gfast.evaluation.scoring import reach
+from gfast.evaluation.scoring import left_padded, reach
 from gfast.rotary import unstretched
 
 logger = logging.getLogger("gfast")
@@ -65,9 +65,7 @@ def _run(model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, how: M
 def _generated(
     model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, how: Mapping[str, Any], width: int
 ) -> Any:
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # [B, P]
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids, mask = left_padded(prompts, pad_id, width, next(model.parameters()).device)
     options = {"synced_gpus": True} if wrappers.has_fsdp(model) else {}
     with _settings(model, how), torch.no_grad(), unstretched(model):
         return wrappers.measured(model).generate(input_ids=ids, attention_mask=mask, **options)

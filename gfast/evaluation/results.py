@@ -12,7 +12,7 @@ import numpy as np
 
 from gfast import metrics
 from gfast.evaluation.samples import EvaluationSet, Sample
-from gfast.files import read_json, whole_file, write_json
+from gfast.files import read_json, write_json, write_whole
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
 from gfast.metrics.log import LOG_FILE, LogSet
@@ -148,16 +148,17 @@ def _of_set(log: EvaluationLog, name: str) -> dict[str, Any]:
     return summary
 
 
+def columns_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Key and heading of every number that a set of the summary has."""
+    present = {key for summary_of_set in summary["sets"].values() for key in summary_of_set}
+    extra = sorted(key for key in present if key.startswith("ps_"))
+    columns = [(key, heading) for key, heading, _ in SET_COLUMNS if key in present]
+    return columns + [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown: a table of the sets, then the numbers of the whole."""
-    sets = summary["sets"]
-    keys = [
-        (key, heading)
-        for key, heading, _ in SET_COLUMNS
-        if any(key in summary_of_set for summary_of_set in sets.values())
-    ]
-    extra = sorted({key for summary_of_set in sets.values() for key in summary_of_set if key.startswith("ps_")})
-    keys += [(key, f"PS, {key.removeprefix('ps_')}") for key in extra]
+    sets, keys = summary["sets"], columns_of(summary)
     lines = ["| Set | " + " | ".join(heading for _, heading in keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for name, summary_of_set in sets.items():
         lines.append(f"| {name} | " + " | ".join(shown(summary_of_set.get(key)) for key, _ in keys) + " |")
@@ -201,8 +202,7 @@ def write_results(folder: str | os.PathLike[str], log: Mapping[str, Any], summar
     write_json(folder / LOG_FILE, log)
     write_table(folder / "samples.parquet", samples_table(log))
     write_json(folder / "summary.json", summary)
-    with whole_file(folder / "table.md") as temporary:
-        temporary.write_text(table(summary), encoding="utf-8")
+    write_whole(folder / "table.md", table(summary))
 
 
 def write_summaries(folder: str | os.PathLike[str], summaries: Mapping[int, Mapping[str, Any]]) -> None:

@@ -50,7 +50,7 @@ class Unit:
     """Work that is done and kept as a whole: samples of one set, by their places in it."""
 
     name: str
-    of: int
+    at_set: int
     kind: str
     places: tuple[int, ...]
 
@@ -149,22 +149,22 @@ class Evaluation:
     def units(self) -> list[Unit]:
         """All there is to do: the same in every process and after every start."""
         units = []
-        for of, (eval_set, samples) in enumerate(zip(self.sets, self.samples, strict=True)):
+        for at_set, (eval_set, samples) in enumerate(zip(self.sets, self.samples, strict=True)):
             places = sorted(range(len(samples)), key=lambda at: (len(samples[at].prompt), at))
-            units += self._cut(of, "losses", places)
+            units += self._cut(at_set, "losses", places)
             if eval_set.generate:
-                units += self._cut(of, "generations", places)
+                units += self._cut(at_set, "generations", places)
             for kind in self.extraction:
                 first = sorted(places)[: self.extraction_samples]
                 if kind == "perturbed":
                     first = [at for at in first if samples[at].reworded]
-                units += self._cut(of, f"extraction-{kind}", first)
+                units += self._cut(at_set, f"extraction-{kind}", first)
         return units
 
-    def _cut(self, of: int, kind: str, places: Sequence[int]) -> list[Unit]:
+    def _cut(self, at_set: int, kind: str, places: Sequence[int]) -> list[Unit]:
         size = self.batch_size
         return [
-            Unit(f"{self.sets[of].name}-{kind}-{number:05d}", of, kind, tuple(places[start : start + size]))
+            Unit(f"{self.sets[at_set].name}-{kind}-{number:05d}", at_set, kind, tuple(places[start : start + size]))
             for number, start in enumerate(range(0, len(places), size))
         ]
 
@@ -187,17 +187,17 @@ class Evaluation:
         """
         if units is None:
             self.check_model(wrappers.measured(model))
-        results, of = {}, [] if folder is None else self._of(model, weights)
+        results, deciding = {}, [] if folder is None else self._of(model, weights)
         with evaluating(model):
             for unit in self.units() if units is None else units:
                 path = None if folder is None else Path(folder) / PARTS / f"{unit.name}.json"
-                rows = [self.samples[unit.of][at].index for at in unit.places]
+                rows = [self.samples[unit.at_set][at].index for at in unit.places]
                 if path is not None and path.exists():
-                    results[unit.name] = _kept(path, rows, of[unit.of])
+                    results[unit.name] = _kept(path, rows, deciding[unit.at_set])
                 else:
                     results[unit.name] = self._measured(model, unit)
                     if path is not None:
-                        write_json(path, {"rows": rows, "results": results[unit.name], "of": of[unit.of]})
+                        write_json(path, {"rows": rows, "results": results[unit.name], "of": deciding[unit.at_set]})
                 done(unit)
         return results
 
@@ -211,26 +211,26 @@ class Evaluation:
         ]
 
     def _measured(self, model: nn.Module, unit: Unit) -> list[dict[str, Any]]:
-        eval_set, samples = self.sets[unit.of], [self.samples[unit.of][at] for at in unit.places]
+        eval_set, samples = self.sets[unit.at_set], [self.samples[unit.at_set][at] for at in unit.places]
         if unit.kind == "losses":
-            scored = score(model, samples, self.pad_id, self._shares(model, unit.of))
+            scored = score(model, samples, self.pad_id, self._shares(model, unit.at_set))
             return [losses(sample, parts, eval_set) for sample, parts in zip(samples, scored, strict=True)]
         if unit.kind == "generations":
             return self._generations(model, eval_set, samples)
         kind = unit.kind.partition("-")[2]
         return [{f"ps_{kind}": value} for value in self._extraction(model, eval_set, samples, kind)]
 
-    def _shares(self, model: nn.Module, of: int) -> bool:
+    def _shares(self, model: nn.Module, at_set: int) -> bool:
         # Asked of the same samples at every start, so that a resumed evaluation runs as it began.
-        if of not in self._shared:
-            samples = self.samples[of]
+        if at_set not in self._shared:
+            samples = self.samples[at_set]
             several = any(len(sample.answers) > 1 for sample in samples)
             # Of unlike lengths, so that the shorter one's prompt is padded.
             most = max(len(sample.answers) for sample in samples)
             probe = sorted((s for s in samples if len(s.answers) == most), key=lambda s: (len(s.prompt), s.index))
             probe = probe if len(probe) < 3 else [probe[0], probe[-1]]
-            self._shared[of] = several and can_share(model, probe, self.pad_id)
-        return self._shared[of]
+            self._shared[at_set] = several and can_share(model, probe, self.pad_id)
+        return self._shared[at_set]
 
     def _generations(self, model: nn.Module, eval_set: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
         said = generate(
@@ -253,7 +253,7 @@ class Evaluation:
         prompts = [ids[: first_label(labels)] for ids, labels in asked_as]
         labelled = [[label for label in labels if label != IGNORE] for _, labels in asked_as]
         # Without the end.
-        answers = [tokens[: -eval_set.closing] or tokens for tokens, eval_set in zip(labelled, samples, strict=True)]
+        answers = [tokens[: -sample.closing] or tokens for tokens, sample in zip(labelled, samples, strict=True)]
         ends, takes = self.ends_for(model), _positions(getattr(model, "config", None))
         match = "similar" if kind == "similar" else "exact"
 
@@ -274,13 +274,13 @@ class Evaluation:
     def log(self, results: Mapping[str, list[dict[str, Any]]], run: str, source: Mapping[str, Any]) -> dict[str, Any]:
         """The log of all units' results, in the layout that `gfast.metrics.load_log` reads."""
         sets, described = {}, {}
-        for of, eval_set in enumerate(self.sets):
-            rows: list[dict[str, Any]] = [{} for _ in self.samples[of]]
+        for at_set, eval_set in enumerate(self.sets):
+            rows: list[dict[str, Any]] = [{} for _ in self.samples[at_set]]
             for unit in self.units():
-                if unit.of == of:
+                if unit.at_set == at_set:
                     for at, values in zip(unit.places, results[unit.name], strict=True):
                         rows[at].update(values)
-            sets[eval_set.name] = columns([sample.index for sample in self.samples[of]], rows, eval_set.name)
+            sets[eval_set.name] = columns([sample.index for sample in self.samples[at_set]], rows, eval_set.name)
             described[eval_set.name] = {"config": eval_set.config, "rows": len(rows), "sha256": eval_set.checksum()}
         return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
 
@@ -298,14 +298,14 @@ def _sum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(path: Path, rows: list[int], of: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _kept(path: Path, rows: list[int], deciding: Mapping[str, Any]) -> list[dict[str, Any]]:
     remedy = "delete it, and it is measured again"
     value = read_json(path, remedy)
     if not isinstance(value, dict) or value.get("rows") != rows or len(value.get("results") or ()) != len(rows):
         raise DamagedFile(path, "it is of other samples", remedy)
-    there = value.get("of") or of  # earlier versions did not say
+    there = value.get("of") or deciding  # earlier versions did not say
     for key, what in (("model", "another model"), ("asked", "other rows, another prompt or other settings")):
-        if there[key] != of[key]:
+        if there[key] != deciding[key]:
             raise ValueError(f"gfast: {path} holds results of {what}: give another folder, or delete {path.parent}")
     return value["results"]
 

@@ -136,16 +136,23 @@ def _passes(jobs: list[_Job], apart: bool) -> Iterator[list[_Job]]:
         jobs = jobs[count:]
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, width], with the padding in front."""
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def _prompts(model: nn.Module, prompts: list[tuple[int, ...]], pad_id: int) -> Any:
     """The key-value cache of prompts, padded on the left; None where there are none."""
     if not prompts:
         return None
     from transformers import DynamicCache
 
-    cache, device = DynamicCache(), next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # [B, P]
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    cache, width = DynamicCache(), max(map(len, prompts))
+    ids, mask = left_padded(prompts, pad_id, width, next(model.parameters()).device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     given = {hf.cache_argument(model): cache, "use_cache": True}
     model_output(model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **given})

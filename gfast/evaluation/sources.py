@@ -12,6 +12,7 @@ from typing import Any
 
 from gfast.data import bundled_perturbed, iter_jsonl, load_jsonl, load_tofu
 from gfast.data.encode import IGNORE, NO_END, join, leading
+from gfast.data.tofu import from_hub
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.log import EvaluationLog
 from gfast.words import did_you_mean
@@ -111,7 +112,8 @@ def muse(hub: str, path: str | Path | None, tokenizer: Any, ds_size: int = 0) ->
     for name in ("forget", "retain"):
         few = stored(hub, "knowmem", f"{name}_qa_icl", path, ("question", "answer"))
         rows = stored(hub, "knowmem", f"{name}_qa", path, ("question", "answer"))
-        encode = Continuation(tokenizer, _shots(few))
+        shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in few)
+        encode = Continuation(tokenizer, shots)
         sets.append(
             EvaluationSet(f"knowmem_{name}", f"knowmem {name}_qa", _first(rows, ds_size), generate=32,
                           stops=_NEXT_QUESTION, encode=encode)
@@ -193,10 +195,6 @@ class WholeText:
         return ids, [IGNORE, *ids[1:]]
 
 
-def _shots(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows)
-
-
 def stored(hub: str, config: str, split: str, path: str | Path | None, fields: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a data set on the hub, or of a folder that has its files: `<config>/<split>.parquet`, .jsonl or .json
     (JSON lines), or its parts `<config>/<split>-00000-of-00002.*`; `<config>_<split>.*`; of `test` `<config>.*`.
@@ -204,7 +202,7 @@ def stored(hub: str, config: str, split: str, path: str | Path | None, fields: S
     Errors: FileNotFoundError, naming what was looked for; ValueError for a row without one of `fields`, as text.
     """
     if path is None:
-        rows = _from_hub(hub, config, split)
+        rows = from_hub(hub, config, split, f"give --data_path with a folder that holds {config}/{split}.jsonl")
         where = f"{hub}, {config} {split}"
     else:
         files = _files(Path(path), config, split)
@@ -246,19 +244,6 @@ def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
         return pyarrow.parquet.read_table(file).to_pylist()
     return list(iter_jsonl(file, fields))
-
-
-def _from_hub(hub: str, config: str, split: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        return [dict(row) for row in load_dataset(hub, config, split=split)]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise RuntimeError(
-            f"gfast: cannot load {config} {split} of {hub} from the Hugging Face hub ({type(error).__name__}: "
-            f"{reason}); give --data_path with a folder that holds {config}/{split}.jsonl"
-        ) from error
 
 
 def as_logged(eval_set: EvaluationSet, log: EvaluationLog) -> EvaluationSet:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from gfast.geffect.combine import Measured, finished, jobs_of, plans
+from gfast.geffect.combine import Measured, finished, jobs_of, planned
 from gfast.geffect.data import terms
 from gfast.geffect.directions import Directions
 from gfast.geffect.engines import gram, sample, stream, token
@@ -154,8 +154,8 @@ def _effects_by(engine: str, request: Request, objectives: Sequence[Objective]) 
     """G-effects by the engine "sample", "token" or "gram": each dots every term's gradient with the risks' in its own
     way."""
     directed = engine != "gram"  # without directions nothing follows from them: GA and NLL are measured like all others
-    wanted = plans(objectives, request.risk if directed else None, False, request.data.weighted)
-    jobs = jobs_of(wanted)
+    plans = planned(objectives, request.risk if directed else None, False, request.data.weighted)
+    jobs = jobs_of(plans)
     terms = [term for ((_, term),) in jobs]  # without norms every job is one term
     if directed:
         with request.directions() as directions:
@@ -166,9 +166,10 @@ def _effects_by(engine: str, request: Request, objectives: Sequence[Objective]) 
         products = torch.zeros(len(request.groups.names), 2, 2, dtype=torch.float64, device="cpu")
         risks = {}
     measured = {job: Measured(values, None) for job, values in zip(jobs, dots, strict=True)}
-    effects = finished(wanted, request, products, measured, risks)
-    for effect in effects if not directed else ():
-        effect.norms = {}
+    effects = finished(plans, request, products, measured, risks)
+    if not directed:
+        for effect in effects:
+            effect.norms = {}  # of the zeros in the place of the directions' products
     return effects
 
 

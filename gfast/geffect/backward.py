@@ -154,7 +154,7 @@ class Passes:
         """The losses."""
         position, losses, output = 0, [], None
         came: set[int] = set()  # in this backward
-        known = set(self._in_parts)
+        in_parts = set(self._in_parts)
         sharded_over = self.processes.size if self.processes.sharded else 1
         stream = torch.cuda.current_stream(self.device) if sharded_over > 1 and self.device.type == "cuda" else None
         held: dict[int, Tensor] = {}  # gradients that are known to come in parts, until the backward is through
@@ -181,7 +181,7 @@ class Passes:
                 came.add(index)
                 if index in held:
                     held[index] = held[index].to(sum_dtype(grad)).add_(grad)
-                elif index in known:
+                elif index in in_parts:
                     held[index] = grad
                 else:
                     consume(index, grad, position)
@@ -211,7 +211,7 @@ class Passes:
                     consume(index, grad, position)
                 held.clear()
                 came.clear()
-                known = set(self._in_parts)
+                in_parts = set(self._in_parts)
                 output = output if again else None
                 del loss, out
                 if done is not None:

@@ -34,14 +34,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an objective is measured: known[0] G_forget + known[1] G_retain + the jobs, each times its factor."""
+    """How an objective is measured: multiples[0] G_forget + multiples[1] G_retain + the jobs, each times its factor."""
 
     objective: Objective
-    known: tuple[float, float]
+    multiples: tuple[float, float]
     jobs: tuple[tuple[float, Job], ...]
 
 
-def plans(
+def planned(
     objectives: Sequence[Objective], risk: Objective | None, norms: bool, weighted: Collection[str] = ()
 ) -> list[Plan]:
     """What follows from the directions by construction, and what needs passes: all of it where there are none (risk
@@ -50,19 +50,19 @@ def plans(
     return [_plan(objective, risk, norms, weighted) for objective in objectives]
 
 
-def jobs_of(some: Sequence[Plan]) -> list[Job]:
+def jobs_of(plans: Sequence[Plan]) -> list[Job]:
     """The distinct jobs of the plans, in order."""
-    return list(dict.fromkeys(job for plan in some for _, job in plan.jobs))
+    return list(dict.fromkeys(job for plan in plans for _, job in plan.jobs))
 
 
 def finished(
-    wanted: Sequence[Plan], request: Request, gram: Tensor, measured: dict[Job, Measured], risks: dict[str, float]
+    plans: Sequence[Plan], request: Request, gram: Tensor, measured: dict[Job, Measured], risks: dict[str, float]
 ) -> list[GEffect]:
     """Results from the directions' dot products [G, 2, 2] and the measured jobs, by linearity."""
     data, risk, groups = request.data, request.risk, request.groups
     counts = risk_counts(data, risk)
     results = []
-    for plan in wanted:
+    for plan in plans:
         parts = [(factor, measured[job]) for factor, job in plan.jobs]
         split = terms(plan.objective, data.weighted)
         own = {}
@@ -75,23 +75,23 @@ def finished(
 
 
 def _plan(objective: Objective, risk: Objective | None, norms: bool, weighted: Collection[str]) -> Plan:
-    known, rest = [0.0, 0.0], []
+    multiples, rest = [0.0, 0.0], []
     for factor, term in terms(objective, weighted):
         identity = None if risk is None else identity_factor(term, risk)
         if identity is None:
             rest.append((factor, term))
         else:
-            known[SETS.index(term.source)] += factor * identity
+            multiples[SETS.index(term.source)] += factor * identity
     if norms and len(rest) > 1:  # the norm of a sum needs its terms accumulated into one gradient
-        return Plan(objective, tuple(known), ((1.0, tuple(rest)),))
-    return Plan(objective, tuple(known), tuple((factor, ((1.0, term),)) for factor, term in rest))
+        return Plan(objective, tuple(multiples), ((1.0, tuple(rest)),))
+    return Plan(objective, tuple(multiples), tuple((factor, ((1.0, term),)) for factor, term in rest))
 
 
 def _combine(
     plan: Plan, risk: str, groups: GroupMap, counts: dict[str, int], gram: Tensor, parts: list[tuple[float, Measured]]
 ) -> GEffect:
     """One objective's result from the directions' dot products and its measured parts."""
-    coefficients = torch.tensor(plan.known, dtype=torch.float64, device="cpu")  # [2]
+    coefficients = torch.tensor(plan.multiples, dtype=torch.float64, device="cpu")  # [2]
     total = gram @ coefficients  # [G, 2]
     square: Tensor | None = torch.einsum("gij,i,j->g", gram, coefficients, coefficients)  # [G]
     for factor, part in parts:
@@ -101,14 +101,11 @@ def _combine(
         else:
             square = None
 
-    def named(values: Tensor) -> dict[str, float]:
-        return dict(zip(groups.names, values.tolist(), strict=True))
-
-    norms = {side: named(gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
+    norms = {side: groups.named(gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
     if square is not None:
-        norms["objective"] = named(square.clamp(min=0.0).sqrt())
-    errors = _errors(groups, *parts[0]) if len(parts) == 1 and not any(plan.known) else {}
-    return GEffect(str(plan.objective), named(total[:, 0]), named(total[:, 1]), norms, risk, counts, errors)
+        norms["objective"] = groups.named(square.clamp(min=0.0).sqrt())
+    errors = _errors(groups, *parts[0]) if len(parts) == 1 and not any(plan.multiples) else {}
+    return GEffect(str(plan.objective), *map(groups.named, total.unbind(1)), norms, risk, counts, errors)
 
 
 def _errors(groups: GroupMap, factor: float, part: Measured) -> dict[str, dict[str, float]]:

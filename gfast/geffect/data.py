@@ -165,10 +165,11 @@ class Data:
         self.batches = {"forget": as_batches(forget, "forget"), "retain": as_batches(retain, "retain")}
         if objective_batches is not None:
             self.batches["objective"] = as_batches(objective_batches, "objective_batches")
-        self.weighted = frozenset(source for source, some in self.batches.items() if some[0].get("weight") is not None)
+        sources = self.batches.items()
+        self.weighted = frozenset(source for source, batches in sources if batches[0].get("weight") is not None)
         self._check(used, _REFERENCE_KEYS if adapters else _REFERENCE_KEYS_WITHOUT_ADAPTERS)
         if not fixed_width:
-            self.batches = {source: [trimmed(batch) for batch in some] for source, some in self.batches.items()}
+            self.batches = {source: [trimmed(batch) for batch in batches] for source, batches in self.batches.items()}
 
     def count(self, term: Term) -> int:
         """The global count that the term's reduction divides by."""
@@ -179,10 +180,10 @@ class Data:
         batches = self.batches[term.source]
         return [(index, batches[index]) for index, count in enumerate(self._counts(term)) if count]
 
-    def shared(self, some: Iterable[Term]) -> list[tuple[Mapping[str, Any], list[Term]]]:
+    def shared(self, terms: Iterable[Term]) -> list[tuple[Mapping[str, Any], list[Term]]]:
         """Every batch that has something to count for one of the terms, with those it has: their forward is one."""
         by_batch: dict[tuple[str, int], list[Term]] = {}
-        for term in some:
+        for term in terms:
             for index, _ in self.counted(term):
                 by_batch.setdefault((term.source, index), []).append(term)
         return [(self.batches[source][index], by_batch[source, index]) for source, index in sorted(by_batch)]

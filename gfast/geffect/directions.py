@@ -78,10 +78,7 @@ class Directions:
 
     def norms(self) -> dict[str, dict[str, float]]:
         """Side ("unlearn", "retain") -> {group: norm of the risk's gradient}."""
-        return {
-            side: dict(zip(self.groups.names, self.gram[:, k, k].sqrt().tolist(), strict=True))
-            for k, side in enumerate(SIDES)
-        }
+        return {side: self.groups.named(self.gram[:, k, k].sqrt()) for k, side in enumerate(SIDES)}
 
     def check(self, model: nn.Module, groups: GroupMap, risk: Objective) -> None:
         """Raise ValueError unless these are directions of this model, grouping and risk, and say what differs."""
@@ -268,8 +265,8 @@ def _sum_over_processes(passes: Passes, into: Store) -> None:
     """A gradient's sums over this process's batches become those over all."""
     sums = [into.sum_of(index) for index in range(len(passes.parameters))]
     there = passes.processes.sum(torch.tensor([x is not None for x in sums], dtype=torch.int32, device=passes.device))
-    for index, (own, parameter, some) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
-        if some:
+    for index, (own, parameter, count) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
+        if count:
             wide = sum_dtype(parameter) if own is None else sum_dtype(own)
             own = torch.zeros_like(parameter, dtype=wide) if own is None else own.to(wide)
             into.put(index, passes.processes.sum(own.detach()))
@@ -290,7 +287,7 @@ class Dots:
     ) -> None:
         self.stores, self.count, self.adds = stores, len(parameters), adds
         waits = waits and all(type(store) is Store for store in stores)
-        largest = max((_nbytes(sharded.local(parameter)) for parameter in parameters), default=0)
+        largest = max((sharded.local(parameter).nbytes for parameter in parameters), default=0)
         self.limit = GATHERED * largest if waits else 0
         self._start()
 
@@ -301,7 +298,7 @@ class Dots:
 
     def add(self, index: int, x: Tensor) -> bool:
         """Take a parameter's gradient; returns whether it is its first."""
-        size, elsewhere = _nbytes(x), any(x.device != y.device for y in self.waiting.values())
+        size, elsewhere = x.nbytes, any(x.device != y.device for y in self.waiting.values())
         alone = size > self.limit
         if index in self.waiting or elsewhere or (not alone and self.bytes + size > self.limit):
             self._flush()
@@ -343,10 +340,6 @@ class Dots:
                 self.dots[index] = row if before is None else before + row
 
 
-def _nbytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
 def parameter_squares(model: nn.Module, names: list[str], processes: Processes) -> Tensor:
     """Squared norms of parameters, fp64 [P] on the CPU: they tell one set of weights from another at one read."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
@@ -361,6 +354,6 @@ def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> 
     others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
     squares: dict[str, float] = {}
     for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
-        some = [name for name in others if named[name].device == device]
-        squares |= zip(some, parameter_squares(model, some, processes).tolist(), strict=True)
+        same_device = [name for name in others if named[name].device == device]
+        squares |= zip(same_device, parameter_squares(model, same_device, processes).tolist(), strict=True)
     return squares

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from gfast import hf
 from gfast.wrappers import unwrap_name
@@ -25,6 +25,10 @@ class GroupMap:
 
     names: list[str]
     index: dict[str, int]
+
+    def named(self, values: Tensor) -> dict[str, float]:
+        """Values [G] by the groups' names."""
+        return dict(zip(self.names, values.tolist(), strict=True))
 
 
 def assign(model: nn.Module, groups: str | Callable[[str], str] = "paper") -> GroupMap:

@@ -118,8 +118,8 @@ class Processes:
         if self.size == 1:
             return
         digest = hashlib.sha256()
-        for source, some in sorted(batches.items()):
-            for index, batch in enumerate(some):
+        for source, set_batches in sorted(batches.items()):
+            for index, batch in enumerate(set_batches):
                 for key, value in sorted(batch.items()):
                     if isinstance(value, Tensor):
                         hash_tensor(digest, f"{source}|{index}|{key}", value)

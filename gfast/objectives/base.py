@@ -26,6 +26,7 @@ class Objective:
         gradient: its form in words, where it does not follow from ``spec``.
         of_batch: whether the sequences of a batch are weighed against each other, so that cutting data into other
             batches gives another loss.
+        positive, not_negative: arguments that must be above 0, and at least 0.
     """
 
     key: ClassVar[str] = ""
@@ -35,6 +36,8 @@ class Objective:
     whole_weights: ClassVar[bool] = False
     gradient: ClassVar[str] = ""
     of_batch: ClassVar[bool] = False
+    positive: ClassVar[tuple[str, ...]] = ()
+    not_negative: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -49,6 +52,10 @@ class Objective:
                 object.__setattr__(self, field.name, int(value))  # 2.0 is no place in a list
             if field.type == "bool":
                 self._require(isinstance(value, bool), f"{field.name} must be True or False.")
+        for name in self.not_negative:
+            self._require(getattr(self, name) >= 0, f"{name} must be >= 0.")
+        for name in self.positive:
+            self._require(getattr(self, name) > 0, f"{name} must be > 0.")
 
     def count(self, labels: Tensor) -> int:
         """What the default reduction divides by: valid tokens, sequences with a valid token, or pairs.

@@ -183,10 +183,7 @@ class TPO(StatObjective):
     floor: float = -1e4
     key: ClassVar[str] = "tpo"
     default_reduction: ClassVar[str] = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def stat_spec(self) -> StatSpec:
         return StatSpec("logit", (float(self.beta), float(self.floor)))

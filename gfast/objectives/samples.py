@@ -27,10 +27,7 @@ class _Balanced(Objective):
     default_reduction: ClassVar[str] = "sequence_mean"
     gradient: ClassVar[str] = "one weight a sequence, from all of the batch"
     of_batch: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def weigh(
         self, logp: Tensor, ref_logp: Tensor, valid: Tensor, sequence_id: Tensor, count: int

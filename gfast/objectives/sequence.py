@@ -36,10 +36,7 @@ class NPO(WeightedObjective):
     key: ClassVar[str] = "npo"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
     default_reduction: ClassVar[str] = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec("sequence", beta=float(self.beta), uses_ref=True)
@@ -66,10 +63,7 @@ class SimNPO(WeightedObjective):
     delta: float = 0.0
     key: ClassVar[str] = "simnpo"
     default_reduction: ClassVar[str] = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec("sequence", beta=float(self.beta), delta=float(self.delta), length_norm=True)
@@ -98,10 +92,7 @@ class DPO(WeightedObjective):
     key: ClassVar[str] = "dpo"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp", "preferred"})
     default_reduction: ClassVar[str] = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec("pair", beta=float(self.beta), uses_ref=True)

@@ -99,10 +99,7 @@ class SimSat(WeightedObjective):
 
     beta: float = 5.0
     key: ClassVar[str] = "simsat"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta >= 0, "beta must be >= 0.")
+    not_negative: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec(p_pow=float(self.beta))
@@ -124,10 +121,7 @@ class SimImp(WeightedObjective):
 
     beta: float = 5.0
     key: ClassVar[str] = "simimp"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta >= 0, "beta must be >= 0.")
+    not_negative: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec(q_pow=float(self.beta))
@@ -154,10 +148,7 @@ class TNPO(WeightedObjective):
     beta: float = 1.0
     key: ClassVar[str] = "tnpo"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.beta > 0, "beta must be > 0.")
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec(beta=float(self.beta), uses_ref=True)
@@ -181,11 +172,8 @@ class WTNPO(WeightedObjective):
     beta: float = 1.0
     key: ClassVar[str] = "wtnpo"
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logp"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.alpha >= 0, "alpha must be >= 0.")
-        self._require(self.beta > 0, "beta must be > 0.")
+    not_negative: ClassVar[tuple[str, ...]] = ("alpha",)
+    positive: ClassVar[tuple[str, ...]] = ("beta",)
 
     def spec(self) -> WeightSpec:
         return WeightSpec(p_pow=float(self.alpha), beta=float(self.beta), uses_ref=True)

@@ -68,7 +68,7 @@ def differentiable_once(literal: Callable = lambda ctx: None) -> Callable:
                 return backward(ctx, *grads)
             defined = literal(ctx)
             if defined is not None:
-                return _differentiated(*defined, grads[0], ctx.needs_input_grad)
+                return differentiated(*defined, grads[0], ctx.needs_input_grad)
             output = ctx.saved_tensors[-1]
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
@@ -82,7 +82,9 @@ def differentiable_once(literal: Callable = lambda ctx: None) -> Callable:
     return decorate
 
 
-def _differentiated(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]) -> tuple:
+def differentiated(
+    output: Tensor | Sequence[Tensor], inputs: Sequence[Tensor | None], grad, needed: Sequence[bool]
+) -> tuple:
     """A recorded backward: the gradients of as many inputs, None for what else is in ``needed``."""
     wanted = [x for x, need in zip(inputs, needed[: len(inputs)], strict=True) if need]
     gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))

@@ -331,6 +331,17 @@ def finished_stats(top: Tensor, others: Tensor, target: Tensor) -> tuple[Tensor,
     return distance - log_total, torch.stack([m, log_total], dim=1)
 
 
+def fake_backward(hidden: Tensor, weight: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """``fake_gradients`` of an op whose last argument says which are wanted."""
+    return fake_gradients(hidden, weight, rest[-1])
+
+
+def fake_values(head: list[Tensor | None], *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values [N] of the rows, and ``fake_backward``."""
+    hidden, weight, _ = head
+    return hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype)), *fake_backward(hidden, weight, *rest)
+
+
 def fake_gradients(hidden: Tensor, weight: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of ``ChunkedHead.gradients`` for tracing."""
     shapes = hidden.shape, weight.shape, weight.shape[:1]

@@ -87,6 +87,17 @@ def local_head(name: str, hidden, weight, bias, labels, chunk_rows: int | None, 
     return LocalHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), shard, chunks)
 
 
+def reference_head(name: str, head: LocalHead, hidden, weight, bias, labels, chunk_rows: int | None) -> LocalHead:
+    """What a model with this head is compared with: constants, in the dtype of its hidden states."""
+    given = [None if x is None else x.detach().to(head.hidden.dtype) for x in (hidden, weight, bias)]
+    ref = local_head(name, *given, labels, chunk_rows)
+    if ref.shard.vocab != head.shard.vocab:
+        raise ValueError(
+            f"gfast: {name}: the heads have different vocabularies: {head.shard.vocab} and {ref.shard.vocab}."
+        )
+    return ref
+
+
 def prepare_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
     """Checks, and the casts autocast would make: hidden, weight and bias in one dtype, gradients flow through the
     casts."""

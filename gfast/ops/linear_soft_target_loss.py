@@ -8,8 +8,8 @@ from torch import Tensor
 from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.gradients import summed_scale, with_gradients
-from gfast.ops.head import ChunkedHead, fake_gradients, sums_are_wide
-from gfast.ops.linear_inputs import check_map, local_head, unpacked
+from gfast.ops.head import ChunkedHead, fake_values, sums_are_wide
+from gfast.ops.linear_inputs import check_map, local_head, reference_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.registration import python_op
 from gfast.ops.soft_target_loss import kind_number, lowering, soft_rows, soft_target_reference
@@ -30,13 +30,7 @@ def linear_soft_target_reference(
     return soft_target_reference(z, target, labels, beta, kind)
 
 
-def _fake_soft(head, ref_head, labels, *rest):
-    hidden, weight, _ = head
-    value = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
-    return value, *fake_gradients(hidden, weight, rest[-1])
-
-
-@python_op("linear_soft_target", _fake_soft)
+@python_op("linear_soft_target", fake_values)
 def _linear_soft_target(
     head: list[Tensor | None],
     ref_head: list[Tensor | None],
@@ -141,13 +135,7 @@ def linear_soft_target_loss(
     head = local_head(name, hidden, weight, bias, labels, chunk_rows, buffers=1 if ref_weight is None else 2)
     dtype, ref_inputs = head.hidden.dtype, []
     if ref_weight is not None:
-        given = [None if x is None else x.detach().to(dtype) for x in (ref_hidden, ref_weight, ref_bias)]
-        ref = local_head(name, *given, labels, chunk_rows)
-        if ref.shard.vocab != head.shard.vocab:
-            raise ValueError(
-                f"gfast: {name}: the heads have different vocabularies: {head.shard.vocab} and {ref.shard.vocab}."
-            )
-        ref_inputs = list(ref.inputs)
+        ref_inputs = list(reference_head(name, head, ref_hidden, ref_weight, ref_bias, labels, chunk_rows).inputs)
     wide = stats_dtype(dtype)
     flat, factor = kl_factor(name, labels, reduction, normalizer, wide)
     lower = lowering(name, beta, labels, wide)

@@ -13,8 +13,8 @@ from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
 from gfast.ops.derivatives import wants_literal
 from gfast.ops.dispatch import select
 from gfast.ops.gradients import summed_scale, with_gradients
-from gfast.ops.head import ChunkedHead, fake_gradients, sums_are_wide
-from gfast.ops.linear_inputs import check_map, local_head, unpacked
+from gfast.ops.head import ChunkedHead, fake_values, sums_are_wide
+from gfast.ops.linear_inputs import check_map, local_head, reference_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.registration import python_op
 from gfast.ops.token_kl import kl_factor, kl_rows, token_kl_reference
@@ -112,13 +112,7 @@ def _kl_rows_of(shard: Shard, logits, ref_logits, labels, factor, form, out, imp
     return torch.where(labels != IGNORE_INDEX, kl, 0.0).to(stats_dtype(logits.dtype))
 
 
-def _fake_kl(head, ref_head, labels, *rest):
-    hidden, weight, _ = head
-    kl = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
-    return kl, *fake_gradients(hidden, weight, rest[-1])
-
-
-@python_op("linear_token_kl", _fake_kl)
+@python_op("linear_token_kl", fake_values)
 def _linear_token_kl(
     head: list[Tensor | None],
     ref_head: list[Tensor | None],
@@ -198,13 +192,7 @@ def linear_token_kl(
     check_alike(name, weight, ref_weight)
     head = local_head(name, hidden, weight, bias, labels, chunk_rows, buffers=2)
     dtype = head.hidden.dtype
-    ref_hidden, ref_weight = ref_hidden.detach().to(dtype), ref_weight.detach().to(dtype)
-    ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
-    ref = local_head(name, ref_hidden, ref_weight, ref_bias, labels, chunk_rows)
-    if ref.shard.vocab != head.shard.vocab:
-        raise ValueError(
-            f"gfast: {name}: the heads have different vocabularies: {head.shard.vocab} and {ref.shard.vocab}."
-        )
+    ref = reference_head(name, head, ref_hidden, ref_weight, ref_bias, labels, chunk_rows)
     flat, factor = kl_factor(name, labels, reduction, normalizer, stats_dtype(dtype))
     form = check_map(name, logit_scale, softcap)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gfast.ops.checks import check_chunk_rows
 from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
 from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
-from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.head import ChunkedHead, fake_backward
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.registration import python_op
 from gfast.ops.token_logp import capped, fake_logp, stats_dtype, token_logp_reference
@@ -21,11 +21,7 @@ def linear_token_logp_reference(hidden, weight, labels, bias=None, logit_scale=1
     return token_logp_reference(capped(logits, logit_scale, softcap or 0.0), labels)
 
 
-def _fake_backward(hidden, weight, *rest):
-    return fake_gradients(hidden, weight, rest[-1])
-
-
-@python_op("linear_token_logp_backward", _fake_backward)
+@python_op("linear_token_logp_backward", fake_backward)
 def _linear_token_logp_backward(
     hidden: Tensor,
     weight: Tensor,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from gfast.ops.checks import check_chunk_rows
 from gfast.ops.chunks import row_chunks, rows_at_once, valid_rows
-from gfast.ops.derivatives import differentiable_once, wants_literal
+from gfast.ops.derivatives import wants_literal
 from gfast.ops.dispatch import select
-from gfast.ops.head import ChunkedHead, fake_gradients
+from gfast.ops.head import ChunkedHead, fake_backward
 from gfast.ops.linear_inputs import LocalHead, check_map, local_head, unpacked
 from gfast.ops.linear_token_logp import check_literal
 from gfast.ops.registration import python_op
@@ -17,8 +17,11 @@ from gfast.ops.token_logp import capped, stats_dtype
 from gfast.ops.token_stats import (
     RowStats,
     TokenStats,
+    any_given,
     factors,
+    fake_row_stats,
     padded,
+    row_stats_backward,
     row_stats_reference,
     rows_of_stats,
     stat_rows,
@@ -41,11 +44,7 @@ def head_row_stats_reference(hidden, weight, bias, labels, top: int, form, tempe
     return row_stats_reference(logits, labels, top, temperature)
 
 
-def _fake_backward(hidden, weight, *rest):
-    return fake_gradients(hidden, weight, rest[-1])
-
-
-@python_op("linear_token_stats_backward", _fake_backward)
+@python_op("linear_token_stats_backward", fake_backward)
 def _linear_row_stats_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -83,51 +82,30 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, labels, ids, stats, logp)
 
 
-def _given(grads) -> bool:
-    return any(x is not None for x in grads)
-
-
 def _backward_once(ctx, *grads):
     rest = (None,) * 6
-    if not _given(grads[:5]):
+    if not any_given(grads[:5]):
         return None, None, None, *rest
     *tensors, labels, ids, stats, _ = ctx.saved_tensors
     need = [bool(flag) for flag in ctx.needs_input_grad[:3]]
     given = factors(grads, labels, ids, stats.dtype)
-    options = _given(grads[:2]), ctx.sizes, ctx.form, ctx.impl, need
+    options = any_given(grads[:2]), ctx.sizes, ctx.form, ctx.impl, need
     gradients = _linear_row_stats_backward(*tensors, labels, stats, *given, *options)
     cast = [x.to(y.dtype) if wanted else None for x, y, wanted in zip(gradients, tensors, need, strict=True)]
     return (*cast, *rest)
 
 
-@differentiable_once()
-def _refusing_backward(ctx, _any, *grads):
-    return _backward_once(ctx, *grads)
-
-
-def _backward(ctx, *grads):
-    """See ``token_stats._backward``."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _given(grads[:5]):
-        return _backward_once(ctx, *grads)
-    if ctx.impl == "reference":
-        hidden, weight, bias, labels, *_ = ctx.saved_tensors
-        pairs = zip(head_row_stats_reference(hidden, weight, bias, labels, ctx.top, ctx.form), grads, strict=False)
-        outputs, given = zip(*((x, g) for x, g in list(pairs)[:5] if g is not None), strict=True)
-        need = ctx.needs_input_grad[:3]
-        wanted = [x for x, flag in zip((hidden, weight, bias), need, strict=True) if flag]
-        gradients = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
-        return *(next(gradients) if flag else None for flag in need), *(None,) * 6
-    return _refusing_backward(ctx, next(x for x in grads[:5] if x is not None), *grads)
+def _literal(ctx):
+    hidden, weight, bias, labels, *_ = ctx.saved_tensors
+    stats = head_row_stats_reference(hidden, weight, bias, labels, ctx.top, ctx.form)
+    return stats, [hidden, weight, bias]
 
 
 def _fake_stats(hidden, weight, bias, labels, top, *_):
-    dtype, rows = stats_dtype(hidden.dtype), hidden.shape[0]
-    per_row = [hidden.new_empty(rows, dtype=dtype) for _ in range(4)]
-    ids = hidden.new_empty((rows, top), dtype=torch.int64)
-    return *per_row, hidden.new_empty((rows, top), dtype=dtype), ids, hidden.new_empty((rows, 6), dtype=dtype)
+    return fake_row_stats(hidden, top)
 
 
-@python_op("linear_token_stats", _fake_stats, _setup, _backward)
+@python_op("linear_token_stats", _fake_stats, _setup, row_stats_backward(_backward_once, _literal))
 def _linear_row_stats(
     hidden: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ from gfast.ops.gradients import kept_scale, with_gradients
 from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
 from gfast.ops.registration import python_op
-from gfast.ops.token_kl import kl_factor, token_kl_reference
+from gfast.ops.token_kl import fake_values, kl_factor, token_kl_reference
 from gfast.ops.token_logp import capped, finite_slope, stats_dtype, unit_stride
 
 KINDS = ("kl", "cross_entropy", "js")  # as kernels number them
@@ -76,12 +76,7 @@ def soft_rows(logits, target, labels, lower, factor, kind: int, form: list[float
     return launch(logits, target, labels, lower, factor, kind, *form, out)
 
 
-def _fake_soft(logits, target, labels, lower, factor, kind, with_grad, impl):
-    rows, vocab = logits.shape
-    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if with_grad else 0, vocab)
-
-
-@python_op("soft_target", _fake_soft)
+@python_op("soft_target", fake_values)
 def _soft_target(
     logits: Tensor,
     target: Tensor | None,

@@ -163,13 +163,13 @@ class _Rows:
         return rows_of_stats(self.stats[part], self.values[part], self.ids[part])
 
     def write(
-        self, some: slice, part: slice, logits: Tensor, labels: Tensor, row_parts: Parts, factor, form, out
+        self, within: slice, part: slice, logits: Tensor, labels: Tensor, row_parts: Parts, factor, form, out
     ) -> None:
-        """The gradient of rows ``part``, which are rows ``some`` of ``found``."""
-        zero = torch.zeros_like(row_parts.mean[some])
-        dense = torch.stack([row_parts.weight[some], zero, row_parts.mean[some]], 1) * factor
-        adds = (row_parts.adds[some] * factor).to(dense.dtype)
-        given = self.stats[part], dense, row_parts.columns[some].contiguous(), adds
+        """The gradient of rows ``part``, which are rows ``within`` of ``row_parts``."""
+        zero = torch.zeros_like(row_parts.mean[within])
+        dense = torch.stack([row_parts.weight[within], zero, row_parts.mean[within]], 1) * factor
+        adds = (row_parts.adds[within] * factor).to(dense.dtype)
+        given = self.stats[part], dense, row_parts.columns[within].contiguous(), adds
         stat_rows_grad(logits, labels, *given, self.spec.soft, *form, out, self.impl)
 
 
@@ -328,72 +328,84 @@ def check_vocab(name: str, objective, spec: StatSpec, vocab: int) -> None:
 
 def logits_loss(terms: Terms, spec: StatSpec, logits: Tensor, impl: str, inplace: bool) -> LossOutput:
     """``unlearn_loss`` of this family."""
-    own, tokens, dtype, vocab = StatTerms(spec, terms), terms.tokens, stats_dtype(logits.dtype), logits.shape[-1]
+    stat_terms, tokens, dtype, vocab = StatTerms(spec, terms), terms.tokens, stats_dtype(logits.dtype), logits.shape[-1]
     check_vocab(terms.name, terms.objective, spec, vocab)
     top, flat = spec.top(vocab), logits.reshape(-1, vocab)
     if wants_literal(terms.name, impl, logits):
         check_literal_labels(terms.name, tokens.labels, vocab)
-        return own.literal(row_stats_reference(flat, tokens.labels, top, spec.temperature))
+        return stat_terms.literal(row_stats_reference(flat, tokens.labels, top, spec.temperature))
     options, rows = (spec.kind, list(spec.numbers), tokens.count), flat.detach()
     factor = terms.factor(dtype)
     if terms.reduction == "none":
         if inplace:
             raise ValueError(NOT_ONE_NUMBER.format(name=terms.name))
         if not spec.weighted:
-            return own.literal(row_stats(flat, tokens.labels, top, spec.soft, impl))
-        weight = _stat_logits(rows, tokens.labels, own.per_row(dtype), factor, *options, False, impl)[2]
-        return own.each(token_logp(flat, tokens.labels, impl=impl), weight)
+            return stat_terms.literal(row_stats(flat, tokens.labels, top, spec.soft, impl))
+        weight = _stat_logits(rows, tokens.labels, stat_terms.per_row(dtype), factor, *options, False, impl)[2]
+        return stat_terms.each(token_logp(flat, tokens.labels, impl=impl), weight)
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    inner, late = kept_scale(factor, logits.dtype, *own.kept(factor)) if wanted else (factor, None)
+    inner, late = kept_scale(factor, logits.dtype, *stat_terms.kept(factor)) if wanted else (factor, None)
     if inplace and wanted and not torch.compiler.is_compiling():
         chosen = select("token_stats", impl, logits.device, logits.dtype)
         label_factor(terms.name, tokens.labels, vocab, dtype, chosen)  # before the logits are touched
         memory = Overwritten(terms.name, logits)
         memory.start()
-        of = rows, tokens.labels, own.per_row(dtype), inner, spec, tokens.count, rows, chosen
+        of = rows, tokens.labels, stat_terms.per_row(dtype), inner, spec, tokens.count, rows, chosen
         value, logp, weight, room = _into(*of)
         late = None if late is None else late / room
-        return own.finished(memory.finished(value.sum() * factor, late), logp, weight)
-    of = rows, tokens.labels, own.per_row(dtype), inner, *options, wanted, impl
+        return stat_terms.finished(memory.finished(value.sum() * factor, late), logp, weight)
+    of = rows, tokens.labels, stat_terms.per_row(dtype), inner, *options, wanted, impl
     value, logp, weight, gradient, room = _stat_logits(*of)
     late = None if late is None else late / room
     total = value.sum()
     if not wanted:
-        return own.finished(total * factor, logp, weight)
+        return stat_terms.finished(total * factor, logp, weight)
 
     def literal(logits: Tensor) -> Tensor:
-        return own.literal(row_stats_reference(logits.reshape(flat.shape), tokens.labels, top, spec.temperature)).loss
+        return stat_terms.literal(
+            row_stats_reference(logits.reshape(flat.shape), tokens.labels, top, spec.temperature)
+        ).loss
 
     defined = literal if impl == "reference" else None
     loss = with_gradients(terms.name, total, factor, [logits], [gradient.view(logits.shape)], late, defined)
-    return own.finished(loss, logp, weight)
+    return stat_terms.finished(loss, logp, weight)
 
 
 def head_loss(terms: Terms, spec: StatSpec, head: LocalHead, form: tuple[float, float], impl: str) -> LossOutput:
     """``linear_unlearn_loss`` of this family."""
-    own, tokens, top = StatTerms(spec, terms), terms.tokens, spec.top(head.shard.vocab)
+    stat_terms, tokens, top = StatTerms(spec, terms), terms.tokens, spec.top(head.shard.vocab)
     check_whole(terms.name, terms.objective, head)
     check_vocab(terms.name, terms.objective, spec, head.shard.vocab)
 
     def literal(*inputs: Tensor | None) -> LossOutput:
-        return own.literal(head_row_stats_reference(*inputs, head.labels, top, form, spec.temperature))
+        return stat_terms.literal(head_row_stats_reference(*inputs, head.labels, top, form, spec.temperature))
 
     if wants_literal(terms.name, impl, *head.inputs):
         check_literal(terms.name, head)
         return literal(*head.inputs)
     factor, need, none = terms.factor(stats_dtype(head.hidden.dtype)), head.wanted(), terms.reduction == "none"
     if none and not spec.weighted:
-        return own.literal(head_row_stats(head, top, form, impl))
-    inner, late = summed_scale(factor, head.hidden.dtype, sums_are_wide(head.hidden), *own.kept(factor, summed=True))
+        return stat_terms.literal(head_row_stats(head, top, form, impl))
+    inner, late = summed_scale(
+        factor, head.hidden.dtype, sums_are_wide(head.hidden), *stat_terms.kept(factor, summed=True)
+    )
     sequences = [tokens.count, sequence_length(terms.labels, terms.sequence_id)]
-    given = head.detached(), head.labels, own.per_row(factor.dtype), inner, spec.kind, list(spec.numbers), sequences
+    given = (
+        head.detached(),
+        head.labels,
+        stat_terms.per_row(factor.dtype),
+        inner,
+        spec.kind,
+        list(spec.numbers),
+        sequences,
+    )
     wanted = [False] * 3 if none else need
     value, logp, weight, *gradients = _stat_head(*given, *head.options(form, impl), wanted)
     if none:
-        return own.each(flat_logp(head, form, impl), weight)
+        return stat_terms.each(flat_logp(head, form, impl), weight)
     total = value.sum()
     if not any(need):
-        return own.finished(total * factor, logp, weight)
+        return stat_terms.finished(total * factor, logp, weight)
     defined = (lambda *inputs: literal(*inputs).loss) if impl == "reference" else None
     loss = with_gradients(terms.name, total, factor, head.inputs, gradients, late, defined)
-    return own.finished(loss, logp, weight)
+    return stat_terms.finished(loss, logp, weight)

@@ -47,12 +47,13 @@ def kl_rows(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_s
     return launch(logits, ref_logits, labels, factor, scale, softcap, ref_scale, ref_softcap, out)
 
 
-def _fake_kl(logits, ref_logits, labels, factor, with_grad, impl):
+def fake_values(logits, *rest):
+    """Values [N] and a gradient [N, V] for tracing; the last two arguments of the op are with_grad and impl."""
     rows, vocab = logits.shape
-    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if with_grad else 0, vocab)
+    return logits.new_empty(rows, dtype=stats_dtype(logits.dtype)), logits.new_empty(rows if rest[-2] else 0, vocab)
 
 
-@python_op("token_kl", _fake_kl)
+@python_op("token_kl", fake_values)
 def _token_kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, factor: Tensor, with_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gfast.ops.checks import IGNORE_INDEX, check_rows
-from gfast.ops.derivatives import check_literal_labels, differentiable_once, wants_literal
+from gfast.ops.derivatives import check_literal_labels, differentiable_once, differentiated, wants_literal
 from gfast.ops.dispatch import kernel, select
 from gfast.ops.labels import label_factor
 from gfast.ops.memory import fresh
@@ -149,11 +150,16 @@ def rows_of_stats(stats: Tensor, values: Tensor, ids: Tensor) -> RowStats:
     return RowStats((label - top) - log_total, entropy, mean, label, values, ids)
 
 
+def fake_row_stats(rows: Tensor, top: int) -> tuple[Tensor, ...]:
+    """The fields of ``RowStats`` and the statistics [N, 6] of logits or hidden states [N, ...] for tracing."""
+    dtype, count = stats_dtype(rows.dtype), rows.shape[0]
+    per_row = [rows.new_empty(count, dtype=dtype) for _ in range(4)]
+    ids = rows.new_empty((count, top), dtype=torch.int64)
+    return *per_row, rows.new_empty((count, top), dtype=dtype), ids, rows.new_empty((count, 6), dtype=dtype)
+
+
 def _fake_stats(logits, labels, top, soft, impl):
-    dtype, rows = stats_dtype(logits.dtype), logits.shape[0]
-    per_row = [logits.new_empty(rows, dtype=dtype) for _ in range(4)]
-    ids = logits.new_empty((rows, top), dtype=torch.int64)
-    return *per_row, logits.new_empty((rows, top), dtype=dtype), ids, logits.new_empty((rows, 6), dtype=dtype)
+    return fake_row_stats(logits, top)
 
 
 def _fake_gradient(logits, *_):
@@ -190,37 +196,51 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, labels, ids, stats, logp)
 
 
-def _given(grads) -> bool:
+def any_given(grads) -> bool:
     return any(x is not None for x in grads)
+
+
+def row_stats_backward(once: Callable, literal: Callable) -> Callable:
+    """The backward of an op that gives the fields of ``RowStats``. Recorded, it must refuse or be the definition's,
+    whichever of the outputs the gradient comes from.
+
+    Args:
+        once: the backward that is not recorded, of ctx and the gradients.
+        literal: of ctx, ``RowStats`` by the definition and the inputs they are a function of.
+    """
+
+    @differentiable_once()
+    def refusing(ctx, _any, *grads):
+        return once(ctx, *grads)
+
+    def backward(ctx, *grads):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any_given(grads[:5]):
+            return once(ctx, *grads)
+        if ctx.impl != "reference":
+            return refusing(ctx, next(x for x in grads[:5] if x is not None), *grads)
+        stats, inputs = literal(ctx)
+        pairs = zip(stats[:5], grads[:5], strict=True)
+        outputs, given = zip(*((x, g) for x, g in pairs if g is not None), strict=True)
+        return differentiated(outputs, inputs, given, ctx.needs_input_grad)
+
+    return backward
 
 
 def _backward_once(ctx, *grads):
     rest = (None,) * 4
-    if not _given(grads[:5]):
+    if not any_given(grads[:5]):
         return None, *rest
     logits, labels, ids, stats, _ = ctx.saved_tensors
     given = factors(grads, labels, ids, stats.dtype)
-    return _row_stats_gradient(logits, labels, stats, *given, _given(grads[:2]), ctx.impl), *rest
+    return _row_stats_gradient(logits, labels, stats, *given, any_given(grads[:2]), ctx.impl), *rest
 
 
-@differentiable_once()
-def _refusing_backward(ctx, _any, *grads):
-    return _backward_once(ctx, *grads)
+def _literal(ctx):
+    logits, labels, *_ = ctx.saved_tensors
+    return row_stats_reference(logits, labels, ctx.top), [logits]
 
 
-def _backward(ctx, *grads):
-    """Recorded, it must refuse or be the definition's, whichever of the outputs the gradient comes from."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _given(grads[:5]):
-        return _backward_once(ctx, *grads)
-    if ctx.impl == "reference":
-        logits, labels, *_ = ctx.saved_tensors
-        pairs = zip(row_stats_reference(logits, labels, ctx.top)[:5], grads[:5], strict=True)
-        outputs, given = zip(*((x, g) for x, g in pairs if g is not None), strict=True)
-        return *torch.autograd.grad(outputs, [logits], given, create_graph=True), *(None,) * 4
-    return _refusing_backward(ctx, next(x for x in grads[:5] if x is not None), *grads)
-
-
-@python_op("token_stats", _fake_stats, _setup, _backward)
+@python_op("token_stats", _fake_stats, _setup, row_stats_backward(_backward_once, _literal))
 def _row_stats(
     logits: Tensor, labels: Tensor, top: int, soft: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

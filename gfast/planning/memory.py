@@ -47,9 +47,11 @@ def build_model(config: Any, dtype: torch.dtype) -> nn.Module:
 class _Counted(TorchDispatchMode):
     """Bytes of what operations return and is still referenced: now, and at their highest."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        for x in (*model.parameters(), *model.buffers()):  # what is counted is beside them
+            self.known.add(x.untyped_storage())
         self.now = self.highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -140,9 +142,7 @@ def _counted_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module,
 
     with FakeTensorMode():
         model = build_model(config, dtype).eval()
-        with _Counted() as counted:
-            for parameter in (*model.parameters(), *model.buffers()):
-                counted.known.add(parameter.untyped_storage())
+        with _Counted(model) as counted:
             yield model, counted
 
 
@@ -220,9 +220,7 @@ def _halves(
                     parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         ids = torch.zeros(work.rows, work.length, dtype=torch.int64)
         upper: list[int] = []
-        with _Counted() as counted:
-            for parameter in (*model.parameters(), *model.buffers()):
-                counted.known.add(parameter.untyped_storage())
+        with _Counted(model) as counted:
 
             def half(_: Tensor) -> None:
                 upper.append(counted.highest)
@@ -239,14 +237,10 @@ def _halves(
             grad, own = _head_step(hidden, head, device)
             if keep_gradients:
                 head.grad = own if head.grad is None else head.grad
-            if not _tied(model, head):
+            if model.get_input_embeddings().weight is not head:
                 del own  # else it waits for the embeddings' share, which the backward ends with
             hidden.backward(grad)
     return (upper[0] if upper else 0, counted.highest)
-
-
-def _tied(model: nn.Module, head: Tensor) -> bool:
-    return model.get_input_embeddings().weight is head
 
 
 def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Tensor | None]:

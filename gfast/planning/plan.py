@@ -183,6 +183,7 @@ class Planner:
     ) -> None:
         self.config, self.work, self.machine, self.devices = config, work, machine, devices
         self.sharded = devices > 1 if sharded is None else sharded and devices > 1
+        self.split = devices if self.sharded else 1  # devices that hold a part each
         self._steps: dict[tuple[bool, bool, int, bool], int] = {}
         try:
             self.facts = facts(config)
@@ -199,7 +200,7 @@ class Planner:
         trained = recipe.rank * model.linear_rims if recipe.rank else model.parameters
         own = max(size, 4) if recipe.rank else size  # PEFT keeps adapters in fp32
         states = (recipe.state_bytes or 2.0 * own) * trained
-        split = self.devices if self.sharded else 1
+        split = self.split
         keeps = not recipe.rank and not self.sharded
         held = {
             "weights": (model.parameters * size + (trained * own if recipe.rank else 0)) / split,
@@ -208,7 +209,7 @@ class Planner:
             "step": float(self._step(checkpoints, keeps, recipe.rank)),
             # DDP copies gradients into buckets of its own, unless gradient_as_bucket_view is asked for
             "buckets": float(trained * own) if self.devices > 1 and not self.sharded else 0.0,
-            "gathered": self._gathered() if self.sharded else 0.0,
+            "gathered": self._gathered(),
         }
         forward, head = model.forward_flops(self.work), model.head_flops(self.work)
         again = forward if checkpoints else 0.0
@@ -220,19 +221,19 @@ class Planner:
 
     def reference(self, samples_tokens: int) -> Estimate:
         """Log-probs of the original of so many tokens, once."""
-        size, split = self.work.dtype.itemsize, self.devices if self.sharded else 1
+        size, split = self.work.dtype.itemsize, self.split
         batches = -(-samples_tokens // self.work.tokens)
         flops = self.facts.forward_flops(self.work) + self.facts.head_flops(self.work)
         held = {
             "weights": self.facts.parameters * size / split,
             "forward": float(forward_bytes(self.config, self.work, self._kind)),
-            "gathered": self._gathered() if self.sharded else 0.0,
+            "gathered": self._gathered(),
         }
         return Estimate("reference cache", held, batches * self._seconds(flops, passes=1))
 
     def engine(self, name: str) -> Estimate:
         """A G-effect of one objective on as many tokens of each set, in one batch each."""
-        size, model, split = self.work.dtype.itemsize, self.facts, self.devices if self.sharded else 1
+        size, model, split = self.work.dtype.itemsize, self.facts, self.split
         if self.sharded and name != "stream":
             return Estimate(f"g_effect, {name}", {}, float("nan"), "refuses models that FSDP2 shards")
         one = float(size) * model.parameters
@@ -248,7 +249,7 @@ class Planner:
             "weights": model.parameters * size / split,
             "directions": directions / split,
             "step": step,
-            "gathered": self._gathered() if self.sharded else 0.0,
+            "gathered": self._gathered(),
         }
         forward = model.forward_flops(self.work) + model.head_flops(self.work)
         note = "at most, down to half of it" if name == "gram" else ""
@@ -256,6 +257,8 @@ class Planner:
 
     def _gathered(self) -> float:
         """What FSDP2 has whole at a time: two blocks and the group of embeddings or head, and a block's gradient."""
+        if not self.sharded:
+            return 0.0
         return self.work.dtype.itemsize * float(3 * self.facts.block + 2 * self.facts.largest)
 
     @property

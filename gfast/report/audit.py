@@ -18,9 +18,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gfast.files import MANIFEST, check_manifest, file_checksum, read_json, whole_file, write_json
+from gfast.files import MANIFEST, check_manifest, file_checksum, read_json, write_json, write_whole
 from gfast.report.figures import Drawing
-from gfast.report.html import data_uri, flatten, rendered
+from gfast.report.html import flatten, rendered
 from gfast.report.matched import match, matched_sentence
 from gfast.report.numbers import number
 from gfast.report.runs import LIVE, Run, load_runs
@@ -177,9 +177,7 @@ def audit(
     page = _page(run, record, failed, summaries)
     out = folder if out is None else Path(out)
     write_json(out / "audit.json", _finite(record))
-    with whole_file(out / "audit.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return out / "audit.html", record
+    return write_whole(out / "audit.html", page), record
 
 
 def _page(run: Run, record: dict[str, Any], failed: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> str:
@@ -190,7 +188,6 @@ def _page(run: Run, record: dict[str, Any], failed: list[dict[str, Any]], summar
         "above zero); below, the NLL of both sets. Updates that did not pass are crossed.",
         lambda runs, theme: _draw(runs[0], [update["step"] for update in failed], theme),
     )
-    pictures = drawing.render([run])
     settings = {key: value for key, value in flatten(run.info).items() if not key.startswith("data_sha256")}
     return rendered(
         "audit.html.j2",
@@ -200,7 +197,7 @@ def _page(run: Run, record: dict[str, Any], failed: list[dict[str, Any]], summar
         failed=failed,
         number=number,
         run=run,
-        figure={"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)},
+        figure={"drawing": drawing, **drawing.render([run]).uris()},
         matched=matched_sentence(summaries),
         rows=[cells(summary) for summary in summaries] if len(summaries) > 1 else [],
         settings={key: value for key, value in settings.items() if not key.startswith("config.")},

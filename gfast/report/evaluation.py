@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gfast.files import whole_file
+from gfast.files import write_whole
 from gfast.metrics import EvaluationLog, probability, truth_ratio
 from gfast.report.figures import Drawing
-from gfast.report.html import data_uri, flatten, rendered
+from gfast.report.html import flatten, rendered
 from gfast.report.style import Theme, run_color
 
 # Samples of each set whose generations are on the page.
@@ -33,10 +33,7 @@ def write_page(
 ) -> Path:
     """Write evaluation.html to `folder`; it holds everything that it shows, and needs no network."""
     logs = [log] if retain_log is None else [log, retain_log]
-    figures = []
-    for drawing in drawings(log, retain_log):
-        pictures = drawing.render(logs)
-        figures.append({"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)})
+    figures = [{"drawing": drawing, **drawing.render(logs).uris()} for drawing in drawings(log, retain_log)]
     page = rendered(
         "evaluation.html.j2",
         title=f"Evaluation of {log.run}",
@@ -47,10 +44,7 @@ def write_page(
         samples={name: list(log_set.text)[:SHOWN] for name, log_set in log.sets.items() if log_set.text},
         settings=flatten(dict(settings)),
     )
-    path = Path(folder) / "evaluation.html"
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return write_whole(Path(folder) / "evaluation.html", page)
 
 
 def drawings(log: EvaluationLog, retain_log: EvaluationLog | None) -> list[Drawing]:

@@ -7,6 +7,7 @@ Values are spread over many orders of magnitude: shared axes are symmetric-log, 
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Callable, Collection, Iterable
@@ -54,6 +55,11 @@ class Pictures(NamedTuple):
     png: bytes
     light: bytes
     dark: bytes
+
+    def uris(self) -> dict[str, str]:
+        """ "light" and "dark", as a page holds them within itself."""
+        svgs = {"light": self.light, "dark": self.dark}
+        return {name: "data:image/svg+xml;base64," + base64.b64encode(svg).decode() for name, svg in svgs.items()}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gfast.files import readable, write_whole
 from gfast.report.figures import drawings
 from gfast.report.matched import match
 from gfast.report.runs import TEXTS, Run, load_runs
@@ -47,8 +47,6 @@ def build_report(
     """
     from markupsafe import Markup
 
-    from gfast.files import readable, whole_file
-
     out = Path(out)
     runs = load_runs([Path(folder) for folder in run_folders])
     summaries = [summarize(run) for run in runs]
@@ -56,8 +54,8 @@ def build_report(
     figures = []
     for drawing in drawings(runs):
         pictures = drawing.render(runs)
-        _write(out / "figures" / f"{drawing.name}.png", pictures.png)
-        figures.append({"drawing": drawing, "light": data_uri(pictures.light), "dark": data_uri(pictures.dark)})
+        write_whole(out / "figures" / f"{drawing.name}.png", pictures.png)
+        figures.append({"drawing": drawing, **pictures.uris()})
     common = shared_settings(runs)
     # The full configuration of a training run is a page of its own: it is there to unfold.
     details = {key: value for key, value in common.items() if key.startswith("config.")}
@@ -79,25 +77,14 @@ def build_report(
         files=[(run, [(_link(path, out), path.name) for path in run.record_files]) for run in runs],
         samples=list(samples),
     )
-    _write(out / "table.md", readable(markdown(summaries)).encode())
-    _write(out / "table.json", (json.dumps(summaries, indent=2, ensure_ascii=False) + "\n").encode())
-    with whole_file(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return out / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    from gfast.files import whole_file
-
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
+    write_whole(out / "table.md", readable(markdown(summaries)))
+    write_whole(out / "table.json", json.dumps(summaries, indent=2, ensure_ascii=False) + "\n")
+    return write_whole(out / "report.html", page)
 
 
 def rendered(template: str, **values: Any) -> str:
     """A page of this package, with every text that is not Markup escaped."""
     import jinja2
-
-    from gfast.files import readable
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gfast.report", "."),
@@ -107,10 +94,6 @@ def rendered(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return readable(environment.get_template(template).render(**values))
-
-
-def data_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _link(path: Path, out: Path) -> str:

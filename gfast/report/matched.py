@@ -68,11 +68,11 @@ def _rises(summary: dict[str, Any]) -> bool:
 
 def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
     first = next(at for at, (_, forget, _) in enumerate(course) if forget >= level)
-    (step, forget, kept), (next_step, next_forget, next_kept) = course[first - 1], course[first]
+    (step, forget, retain), (next_step, next_forget, next_retain) = course[first - 1], course[first]
     share = (level - forget) / (next_forget - forget)
     return {
         "forget_nll": level,
-        "retain_nll": kept + share * (next_kept - kept),
+        "retain_nll": retain + share * (next_retain - retain),
         "step": step + share * (next_step - step),
     }
 
@@ -95,17 +95,17 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
         return (
             "These runs were measured on different rows (their settings say which), so that their NLL do not compare."
         )
-    kept = {summary["label"]: summary["matched"]["retain_nll"] for summary in summaries if summary.get("matched")}
-    if len(kept) < 2:
+    nlls = {summary["label"]: summary["matched"]["retain_nll"] for summary in summaries if summary.get("matched")}
+    if len(nlls) < 2:
         return ""
     level = next(summary["matched"]["forget_nll"] for summary in summaries if summary.get("matched"))
-    least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
-    if kept[least] == kept[most]:
-        return f"At a forget NLL of {number(level)} all have one retain NLL ({number(kept[least])})."
+    least, most = min(nlls, key=nlls.__getitem__), max(nlls, key=nlls.__getitem__)
+    if nlls[least] == nlls[most]:
+        return f"At a forget NLL of {number(level)} all have one retain NLL ({number(nlls[least])})."
     return (
-        f"At a forget NLL of {number(level)}, which {'all' if len(kept) == len(summaries) else len(kept)} of them "
-        f"reach, {least} has the lowest retain NLL ({number(kept[least])}) and {most} the highest "
-        f"({number(kept[most])}). Each is one run: how much of that is chance, only runs of several seeds can say."
+        f"At a forget NLL of {number(level)}, which {'all' if len(nlls) == len(summaries) else len(nlls)} of them "
+        f"reach, {least} has the lowest retain NLL ({number(nlls[least])}) and {most} the highest "
+        f"({number(nlls[most])}). Each is one run: how much of that is chance, only runs of several seeds can say."
     )
 
 
@@ -125,21 +125,21 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     if len(there) < 2:
         return ""
     ends = {summary["label"]: (summary["course"][-1][1], summary["course"][-1][2]) for summary in there}
-    kept = {summary["label"]: summary["matched"]["retain_nll"] for summary in there}
-    mild, best = min(ends, key=lambda label: ends[label][1]), min(kept, key=kept.__getitem__)
+    nlls = {summary["label"]: summary["matched"]["retain_nll"] for summary in there}
+    mild, best = min(ends, key=lambda label: ends[label][1]), min(nlls, key=nlls.__getitem__)
     if mild == best:
         return ""
     chance = difference_by_chance(
         [summary["matched"].get("deviation") for summary in there if summary["label"] in (mild, best)]
     )
-    if chance is not None and kept[mild] - kept[best] <= 2 * chance:
+    if chance is not None and nlls[mild] - nlls[best] <= 2 * chance:
         return ""
     why = (
         "because it forgot least" if ends[mild][0] == min(end for end, _ in ends.values()) else "at another forget NLL"
     )
-    place = 1 + sum(value < kept[mild] for value in kept.values())
+    place = 1 + sum(value < nlls[mild] for value in nlls.values())
     return (
         f"Compare at equal forgetting: by its end point {mild} looks gentlest (retain NLL {number(ends[mild][1])}), "
-        f"{why} ({number(ends[mild][0])}); where all forgot as much it is number {place} of {len(kept)} "
-        f"({number(kept[mild])}, {best} {number(kept[best])})."
+        f"{why} ({number(ends[mild][0])}); where all forgot as much it is number {place} of {len(nlls)} "
+        f"({number(nlls[mild])}, {best} {number(nlls[best])})."
     )

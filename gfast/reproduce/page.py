@@ -12,9 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gfast.files import readable, whole_file
+from gfast.files import readable, write_whole
 from gfast.report.figures import Drawing, draw_pareto, drawings
-from gfast.report.html import data_uri, flatten, rendered
+from gfast.report.html import flatten, rendered
 from gfast.report.numbers import number
 from gfast.report.runs import Run
 from gfast.report.style import Theme, run_color
@@ -75,10 +75,8 @@ def write_page(plan: Plan, steps: Steps) -> Path:
     figures = []
     for title, drawing, runs in _drawn(results):
         pictures = drawing.render(runs)
-        _write(out / "figures" / f"{drawing.name}.png", pictures.png)
-        caption = drawing.caption
-        figures.append({"title": title, "name": drawing.name, "caption": caption, "light": data_uri(pictures.light),
-                        "dark": data_uri(pictures.dark)})  # fmt: skip
+        write_whole(out / "figures" / f"{drawing.name}.png", pictures.png)
+        figures.append({"title": title, "name": drawing.name, "caption": drawing.caption, **pictures.uris()})
     sentences = results.sentences()
     page = rendered(
         "study.html.j2",
@@ -94,12 +92,10 @@ def write_page(plan: Plan, steps: Steps) -> Path:
         f"## {described['title']}\n\n{table(described['columns'], described['rows'])}\n{described['note']}\n"
         for described in tables
     )
-    _write(out / "tables.md", readable("\n".join([*sentences, "", markdown])).encode())
+    write_whole(out / "tables.md", readable("\n".join([*sentences, "", markdown])))
     values = {"sentences": sentences, "objectives": results.rows, "grid": grid, "sizes": sizes, "cost": cost}
-    _write(out / "tables.json", (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-    with whole_file(out / "study.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return out / "study.html"
+    write_whole(out / "tables.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return write_whole(out / "study.html", page)
 
 
 def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
@@ -173,8 +169,3 @@ def _plain(value: Any) -> Any:
 def _versions(results: Results) -> dict[str, str]:
     info = next(iter(results.by_seed.values()))[0].info
     return flatten({key: info[key] for key in ("versions", "device", "created") if key in info})
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)

@@ -17,7 +17,7 @@ from typing import Any
 
 from gfast.commands.common import say
 from gfast.commands.models import DECIDING, check_model, load_tokenizer
-from gfast.data.encode import chat_source, resolve_template
+from gfast.data.encode import writes_date
 from gfast.evaluation.results import require_libraries
 from gfast.files import read_json, write_json
 from gfast.objectives.registry import parse_objective
@@ -110,21 +110,17 @@ class Plan:
 
     def _fix_date(self) -> None:
         """A chat template that writes today's date writes one date in all steps, however long they take."""
-        options, tokenizer = self.asker.chat_kwargs, self.tokenizer
-        if resolve_template(tokenizer, self.recipe.template) == "chat" and "strftime_now" not in options:
-            if "strftime_now" in chat_source(tokenizer, options):
-                path = self.out / "steps" / "date.json"
-                if not path.exists():
-                    write_json(path, {"date": time.strftime("%Y-%m-%d")})
-                options["strftime_now"] = read_json(path)["date"]
-                say(f"The chat template may write a date: it is {options['strftime_now']} in all steps")
-
-    def _is_step(self, model: str) -> bool:
-        return any(step.name == model for step in self.steps)
+        options = self.asker.chat_kwargs
+        if writes_date(self.tokenizer, self.recipe.template, options):
+            path = self.out / "steps" / "date.json"
+            if not path.exists():
+                write_json(path, {"date": time.strftime("%Y-%m-%d")})
+            options["strftime_now"] = read_json(path)["date"]
+            say(f"The chat template may write a date: it is {options['strftime_now']} in all steps")
 
     def _model(self, model: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
         """Where a model is, the step that makes it, and what else decides it: the files of a folder, or a name."""
-        if self._is_step(model):
+        if any(step.name == model for step in self.steps):
             return str(self.out / model), (model,), {}
         folder = Path(model)
         if not folder.is_dir():

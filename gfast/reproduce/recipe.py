@@ -16,7 +16,7 @@ from gfast.evaluation.run import EXTRACTION_SAMPLES, EXTRACTIONS
 from gfast.objectives.registry import parse_objective
 from gfast.training.config import UnlearnConfig
 from gfast.words import did_you_mean
-from gfast.yaml_text import read_yaml
+from gfast.yaml_text import read_yaml, read_yaml_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 # Other names of recipes.
@@ -264,10 +264,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
             f"there is no recipe {name}{did_you_mean(name, [*known, *ALIASES]) or ':'} the recipes are "
             f"{', '.join(known)}, or give a file that ends with .yaml"
         )
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} should map names to values, as in `seeds: [0, 1]`")
     for change in changes:

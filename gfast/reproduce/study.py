@@ -33,7 +33,8 @@ def study(name: str, changes: Sequence[str], out: Path | None, redo: Sequence[st
             for step in steps.steps:
                 kind, why = steps.state(step)
                 print(f"{kind:<8}{step.name}: {step.what}" + (f" ({why})" if why else ""))
-                print(f"        {step.command}") if step.command else None
+                if step.command:
+                    print(f"        {step.command}")
             return 0
         program = shlex.split(recipe.launch)[0] if recipe.launch else None
         if program is not None and shutil.which(program) is None:

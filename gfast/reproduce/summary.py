@@ -197,47 +197,47 @@ class Results:
         if self.diverged:
             each = [f"{place} at step {mark['step']} ({mark['why']})" for place, mark in self.diverged.items()]
             sentences.append(f"Diverged, and a dash where it counts: {'; '.join(each)}.")
-        there = {row["name"]: row["matched"] for row in self.rows if row.get("matched")}
-        if len(there) > 1:
-            best, worst = min(there, key=lambda n: there[n][0]), max(there, key=lambda n: there[n][0])
+        matched = {row["name"]: row["matched"] for row in self.rows if row.get("matched")}
+        if len(matched) > 1:
+            best, worst = min(matched, key=lambda n: matched[n][0]), max(matched, key=lambda n: matched[n][0])
             sentences.append(
-                f"At a forget NLL of {number(self.level)}, {best} has the lowest retain NLL ({cell(there[best])}) and "
-                f"{worst} the highest ({cell(there[worst])})."
+                f"At a forget NLL of {number(self.level)}, {best} has the lowest retain NLL ({cell(matched[best])}) "
+                f"and {worst} the highest ({cell(matched[worst])})."
                 if best != worst
-                else f"At a forget NLL of {number(self.level)} all have one retain NLL ({cell(there[best])})."
+                else f"At a forget NLL of {number(self.level)} all have one retain NLL ({cell(matched[best])})."
             )
-            sentences[-1] += _by_chance(there[best], there[worst])
+            sentences[-1] += _by_chance(matched[best], matched[worst])
         for key, heading in RETENTION:
-            kept = {row["name"]: row[f"matched_{key}"] for row in self.rows if row.get(f"matched_{key}")}
-            if len(kept) > 1:
-                most, least = max(kept, key=lambda n: kept[n][0]), min(kept, key=lambda n: kept[n][0])
+            retained = {row["name"]: row[f"matched_{key}"] for row in self.rows if row.get(f"matched_{key}")}
+            if len(retained) > 1:
+                most, least = max(retained, key=lambda n: retained[n][0]), min(retained, key=lambda n: retained[n][0])
                 what = heading[0].lower() + heading[1:].partition(" at ")[0]
                 sentences.append(
-                    f"There the {what} is highest with {most} ({cell(kept[most])}) and lowest with {least} "
-                    f"({cell(kept[least])})." + _by_chance(kept[most], kept[least])
-                    if kept[most][0] != kept[least][0]
-                    else f"There the {what} is that of all alike ({cell(kept[most])})."
+                    f"There the {what} is highest with {most} ({cell(retained[most])}) and lowest with {least} "
+                    f"({cell(retained[least])})." + _by_chance(retained[most], retained[least])
+                    if retained[most][0] != retained[least][0]
+                    else f"There the {what} is that of all alike ({cell(retained[most])})."
                 )
         ends = [
             {"label": name, "course": summarize(self.runs[name])["course"],
-             "matched": dict(zip(("retain_nll", "deviation"), there[name], strict=True))}
-            for name in there
+             "matched": dict(zip(("retain_nll", "deviation"), matched[name], strict=True))}
+            for name in matched
         ]  # fmt: skip
         sentences += filter(None, [lesson(ends)])
-        left = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
-        if len(left) > 1:
-            best, most = (pick(left, key=lambda n: left[n][0]) for pick in (min, max))
-            alike, before = left[best][0] == left[most][0], cell(self.rows[0]["forget_extraction"])
+        extracted = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
+        if len(extracted) > 1:
+            best, most = (pick(extracted, key=lambda n: extracted[n][0]) for pick in (min, max))
+            alike, before = extracted[best][0] == extracted[most][0], cell(self.rows[0]["forget_extraction"])
             who = (
-                f"all leave as much to extract of the forget set ({cell(left[best])}"
+                f"all leave as much to extract of the forget set ({cell(extracted[best])}"
                 if alike
-                else f"{best} leaves least to extract of the forget set ({cell(left[best])}, {most} most, "
-                f"{cell(left[most])}"
+                else f"{best} leaves least to extract of the forget set ({cell(extracted[best])}, {most} most, "
+                f"{cell(extracted[most])}"
             )
             sentences.append(
-                f"At equal retention, {who}; before unlearning {before}).{_by_chance(left[best], left[most])}"
+                f"At equal retention, {who}; before unlearning {before}).{_by_chance(extracted[best], extracted[most])}"
             )
-        if len(self.recipe.seeds) == 1 and max(len(there), len(left)) > 1:
+        if len(self.recipe.seeds) == 1 and max(len(matched), len(extracted)) > 1:
             sentences.append(
                 "Each objective has one seed: how much of such differences is chance, only several seeds can say "
                 "(seeds=[0,1,2])."

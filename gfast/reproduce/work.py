@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from gfast.commands.arguments import ModelArguments
-from gfast.commands.common import say
+from gfast.commands.common import rows_of, say
 from gfast.commands.models import load_model, load_tokenizer
-from gfast.data import bundled_authors, load_jsonl, load_tofu
+from gfast.data import bundled_authors
 from gfast.errors import NotFinite
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.results import read_summaries, summarize, write_results, write_summaries
-from gfast.files import read_json, whole_file, write_json
+from gfast.files import read_json, write_json, write_whole
 from gfast.metrics import load_log
 from gfast.metrics.log import LOG_FILE, parse_log
 from gfast.progress import Bar
@@ -44,10 +44,7 @@ def data_rows(data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if data.source == "bundled":
         forget, retain = bundled_authors(data.forget_authors)
     else:
-        forget, retain = (
-            load_tofu(name, data.path) if data.source == "tofu" else load_jsonl(Path(data.path or "") / name)
-            for name in (data.forget, data.retain)
-        )
+        forget, retain = (rows_of(data.source, data.path, name) for name in (data.forget, data.retain))
     forget, retain = forget[: data.max_forget or None], retain[: data.max_retain or None]
     for name, rows in (("forget", forget), ("retain", retain)):
         if not rows:
@@ -58,8 +55,7 @@ def data_rows(data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def write_data(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The sets as JSON lines, and both together, retain first as in TOFU's `full`."""
     for name, rows in zip(DATA_FILES, (forget, retain, [*retain, *forget]), strict=True):
-        with whole_file(folder / name) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_whole(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def evaluation_sets(data: Data, options: Evaluated) -> list[EvaluationSet]:

@@ -48,7 +48,7 @@ class HeadProduct:
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
-    def some(self, rows: Tensor | slice) -> HeadProduct:
+    def select(self, rows: Tensor | slice) -> HeadProduct:
         """The same for some of the rows."""
         kept = {name: getattr(self, name)[rows] for name in ("a", "labels", "logp", "stats", "coef")}
         return replace(self, **kept)

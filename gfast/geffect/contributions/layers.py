@@ -4,15 +4,13 @@ The sample and gram engines never form a weight gradient. For each row t of a mo
 gradient of a parameter gets one of three contributions, and every supported module reduces to them:
 
     OuterProduct    b_t a_t^T          a Linear's weight (transposed in GPT-2's Conv1D); HeadProduct where b is not kept
-    RowLookup   b_t at row id_t    an embedding
-    RowSum      v_t                a bias (v = b), a norm's weight (v = b * x_hat)
+    RowLookup       b_t at row id_t    an embedding
+    RowSum          v_t                a bias (v = b), a norm's weight (v = b * x_hat)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from gfast import module_kinds
 from gfast.deferred import DeferredLogits
 from gfast.geffect.contributions.head import HeadProduct
+from gfast.geffect.contributions.tried import computes, norm_unit, normalized
 from gfast.geffect.groups import GroupMap
 from gfast.ops.dispatch import compiled
 
@@ -46,7 +45,7 @@ class OuterProduct:
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.a.dtype, self.b.dtype)
 
-    def some(self, rows: Tensor | slice) -> OuterProduct:
+    def select(self, rows: Tensor | slice) -> OuterProduct:
         """The same for some of the rows."""
         return OuterProduct(self.a[rows], self.b[rows])
 
@@ -74,7 +73,7 @@ class RowLookup:
     def rows(self) -> int:
         return len(self.b)
 
-    def some(self, rows: Tensor | slice) -> RowLookup:
+    def select(self, rows: Tensor | slice) -> RowLookup:
         """The same for some of the rows."""
         return RowLookup(self.ids[rows], self.b[rows])
 
@@ -151,11 +150,11 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
         kind, why = module_kinds.kind_of(module), f"gfast has no rule for a {type(module).__name__}"
         if module_kinds.is_routed(path):
             kind, why = None, "experts of a mixture see tokens in an order of their own"
-        elif "forward" in vars(module) and kind not in (None, "norm") and not _computes(module, kind):
+        elif "forward" in vars(module) and kind not in (None, "norm") and not computes(module, kind):
             kind, why = None, "its forward was replaced by one that computes something else"
         elif kind == "embedding" and (module.max_norm is not None or module.scale_grad_by_freq):
             kind, why = None, "an embedding with max_norm or scale_grad_by_freq has no gradient by rows"
-        unit = _norm_unit(module) if kind == "norm" else 1.0
+        unit = norm_unit(module) if kind == "norm" else 1.0
         if kind is None or unit is None:
             name = next(iter(own.values()))
             shape = tuple(model.get_parameter(name).shape)
@@ -253,21 +252,21 @@ class Watch:
             return None
         self.ran.add(site.name)
         if site.kind == "embedding":
-            kept, scale = module_kinds.embedding_lookup(module, args, kwargs)
+            read, scale = module_kinds.embedding_lookup(module, args, kwargs)
         else:
-            kept, scale = (*args, *kwargs.values())[0], 1.0
-            if len(args) + len(kwargs) != 1 or not isinstance(kept, Tensor) or not isinstance(output, Tensor):
+            read, scale = (*args, *kwargs.values())[0], 1.0
+            if len(args) + len(kwargs) != 1 or not isinstance(read, Tensor) or not isinstance(output, Tensor):
                 raise ValueError(
                     f"gfast: the {self.engine} engine cannot attribute the module {site.name!r}: it was called with "
                     f"more than one tensor. Freeze it, or use engine='stream'"
                 )
-            kept = kept.detach()
+            read = read.detach()
             if isinstance(output, DeferredLogits):  # they come with the head's, unless somebody asks for logits
-                output.when_real.append(partial(self._seen, site, kept, scale))
+                output.when_real.append(partial(self._seen, site, read, scale))
                 return None
-        return self._seen(site, kept, scale, output)
+        return self._seen(site, read, scale, output)
 
-    def _seen(self, site: Site, kept: Tensor, scale: Any, output: Tensor) -> Tensor | None:
+    def _seen(self, site: Site, read: Tensor, scale: Any, output: Tensor) -> Tensor | None:
         """Keep what the output's backward will need; the output in place of the module's, if it is another."""
         result = None
         if not output.requires_grad:
@@ -280,7 +279,7 @@ class Watch:
             # the same, but for autograd no view: of one that is changed in place the node leaves the graph
             output = result = torch.ops.aten._unsafe_view(output, output.shape)
         # a Variable's version counts in-place changes, which autograd does not look for when the weight is frozen
-        call = [kept, kept._version, scale]
+        call = [read, read._version, scale]
         # of its node, and so after the hooks on the tensor itself, which may change its gradient
         output.grad_fn.register_prehook(partial(self._backward, site, call, output.output_nr))
         return result
@@ -289,20 +288,20 @@ class Watch:
         grad = grads[place]
         if grad is None:
             return
-        kept, version, scale = call
+        read, version, scale = call
         if not self.again:
             call.clear()  # the input is not needed any longer
-        if kept._version != version:
+        if read._version != version:
             raise ValueError(
                 f"gfast: the input of {site.name!r} was changed in place after the module had read it: the "
                 f"{self.engine} engine cannot attribute it. Freeze it, or use engine='stream'"
             )
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            for name, contribution in self._contributions(site, kept, grad.detach(), scale):
+            for name, contribution in self._contributions(site, read, grad.detach(), scale):
                 self.consume(name, contribution)
 
     def _contributions(
-        self, site: Site, kept: Tensor, grad: Tensor, scale: Tensor | float
+        self, site: Site, read: Tensor, grad: Tensor, scale: Tensor | float
     ) -> Iterator[tuple[str, Contribution]]:
         weight, bias = site.parameters.get("weight"), site.parameters.get("bias")
         size = grad.shape[-1] if site.kind != "norm" else site.module.weight.numel()
@@ -317,16 +316,16 @@ class Watch:
         b = grad.reshape(-1, size)  # [n, D_out]
         if weight is not None:
             if site.kind == "embedding":
-                ids = kept.reshape(-1)
+                ids = read.reshape(-1)
                 b = b * scale if isinstance(scale, Tensor) or scale != 1.0 else b
                 if site.module.padding_idx is not None:
                     b = b.masked_fill((ids == site.module.padding_idx)[:, None], 0.0)
                 yield weight, RowLookup(ids, b)
             elif site.kind == "norm":
-                x_hat = _normalized(site, kept).reshape(-1, size)  # [n, D], fp32 or fp64
+                x_hat = normalized(site.module, read, site.unit).reshape(-1, size)  # [n, D], fp32 or fp64
                 yield weight, RowSum(x_hat.mul_(b))
             else:
-                a = kept.reshape(-1, kept.shape[-1])  # [n, D_in]
+                a = read.reshape(-1, read.shape[-1])  # [n, D_in]
                 yield weight, OuterProduct(a, b) if site.kind == "linear" else OuterProduct(b, a)
         if bias is not None:
             yield bias, RowSum(b)
@@ -334,79 +333,3 @@ class Watch:
 
 def _drop_grad(tensor: Tensor) -> None:
     tensor.grad = None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@contextmanager
-def _with_weight(module: nn.Module, fill: float | Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """The module with another weight and a bias of zero, in `dtype`."""
-    own = dict(module._parameters)
-    try:
-        for attribute, parameter in own.items():
-            if parameter is not None:
-                value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                module._parameters[attribute] = value + fill if attribute == "weight" else value
-        yield
-    finally:
-        module._parameters.update(own)
-
-
-def _normalized(site: Site, x: Tensor) -> Tensor:
-    """x_hat, by the module's own code: what it returns with the weight at which it passes x_hat on."""
-    x = _wide(x)
-    with _with_weight(site.module, site.unit, x.dtype):
-        out = site.module.forward(x)
-    return out.clone() if out.data_ptr() == x.data_ptr() else _wide(out)
-
-
-def _computes(module: nn.Module, kind: str) -> bool:
-    """Does a module whose forward was replaced (as offloading does) still compute what its kind says? Tried once."""
-    weight, bias = module.weight, module._parameters.get("bias")
-    try:
-        with torch.no_grad():
-            if kind == "embedding":
-                x = torch.ones(1, 2, dtype=torch.int64, device=weight.device)  # ids, or a mask of positions
-                ids, scale = module_kinds.embedding_lookup(module, (x,), {})
-                expected = weight[ids] * scale
-            else:
-                matrix = weight if kind == "linear" else weight.t()
-                drawn = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-                x = torch.randn(2, matrix.shape[1], **drawn).to(weight.device, weight.dtype)
-                expected = nn.functional.linear(x, matrix, bias)
-            out = module.forward(x)
-            return bool((out - expected).norm() <= 0.01 * expected.norm())  # twice the rounding of 16 bits
-    except (RuntimeError, TypeError, IndexError):
-        return False
-
-
-def _norm_unit(module: nn.Module) -> float | None:
-    """The weight with which a norm returns x_hat: 1, or 0 where it multiplies by 1 + w; None for something else.
-
-    Tried on two rows: the output must be x_hat * (w + 1 - unit) element by element.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return None
-    drawn = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-    x = torch.randn(1, 2, *weight.shape, **drawn).to(weight.device)  # as a model's: some unpack their shape
-    other = torch.randn(weight.shape, **drawn).to(weight.device)
-
-    def output(fill: float | Tensor) -> Tensor:
-        with _with_weight(module, fill, x.dtype):
-            return module.forward(x.clone())
-
-    try:
-        with torch.no_grad():
-            for unit in (1.0, 0.0):
-                x_hat = output(unit)
-                if not torch.isfinite(x_hat).all() or not x_hat.any():
-                    continue
-                expected = x_hat * (other + 1.0 - unit)
-                if torch.allclose(output(other), expected, rtol=1e-4, atol=1e-5 * math.sqrt(weight.numel())):
-                    return unit
-    except Exception:
-        return None  # not a function of one tensor of the weight's width: somebody's code, which may raise anything
-    return None

@@ -3,7 +3,7 @@
     seed = sum_i w_i grad logp_i        (w detached)
 
 The decoder runs to its final hidden states, the head goes chunk by chunk (logits, their gradient in the same memory,
-dH), and dH runs back through the decoder. What each trainable parameter gets is handed over row by row, see `modules`.
+dH), and dH runs back through the decoder. What each trainable parameter gets is handed over row by row, see `layers`.
 Several seeds of one batch take one forward and a backward each, through the same graph.
 """
 
@@ -193,7 +193,7 @@ class RowPass:
         return logp
 
     def _head_contributions(self, forward: _Forward, seeds: Seeds, consume: Consumer) -> Tensor:
-        """Hands over what the head gets, and leaves dH in `one.chunks`; log-probs [n] of the rows that count."""
+        """Hands over what the head gets, and leaves dH in `forward.chunks`; log-probs [n] of the rows that count."""
         head, names, chunks = forward.head, forward.names, forward.chunks
         seeds = Seeds(*(chunks.select(x).contiguous() if isinstance(x, Tensor) else x for x in _flat(seeds)))
         place = torch.arange(chunks.rows, device=forward.output.device) if chunks.index is None else chunks.index  # [n]
@@ -203,8 +203,8 @@ class RowPass:
         for start, stop in row_chunks(chunks.rows, chunks.chunk):
             part = slice(start, stop)
             rows = chunks.logits(start, stop)  # [chunk, V]
-            some = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
-            chunk_results.append(self._rows_gradient(rows, chunks.labels[part], some, scale, cap, rows))
+            chunk_seeds = Seeds(*(x[part] if isinstance(x, Tensor) else x for x in seeds))
+            chunk_results.append(self._rows_gradient(rows, chunks.labels[part], chunk_seeds, scale, cap, rows))
             chunks.add_gradients(start, stop, rows)
             if "weight" in names and not forward.tiled:
                 consume(names["weight"], OuterProduct(chunks.hidden[part], rows), place[part])

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def gram_effects(request: Request) -> GramEffect:
         source: torch.cat([(batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu() for batch in batches[source]])
         for source in SETS
     }
-    starts = {source: _starts(batches[source]) for source in SETS}
+    starts = {s: list(accumulate((len(batch["labels"]) for batch in batches[s]), initial=0)) for s in SETS}
     total = {source: len(tokens[source]) for source in SETS}
     groups = request.groups.names
     out = {s: torch.zeros(total["forget"], len(groups), total[s], dtype=torch.float64, device="cpu") for s in SETS}
@@ -97,25 +98,25 @@ def objective_dots(request: Request, terms: Sequence[Term]) -> list[Tensor]:
     factors = {term: identity_factor(term, request.risk) for term in terms}
     others = [(side, other) for side, risk in enumerate(risks) for _, other in data.counted(risk)]
 
-    def add(side: int, some: Sequence[Term], values: Tensor) -> None:  # [K, 1, G, 1]
-        for term, value in zip(some, values, strict=True):
+    def add(side: int, batch_terms: Sequence[Term], values: Tensor) -> None:  # [K, 1, G, 1]
+        for term, value in zip(batch_terms, values, strict=True):
             dots[term][:, side] += value[0, :, 0] / (data.count(term) * data.count(risks[side]))
 
     def measure() -> None:
         with _Pairs(request, by_sample=False) as pairs:
-            for batch, some in data.shared(terms)[processes.rank :: processes.size]:
+            for batch, batch_terms in data.shared(terms)[processes.rank :: processes.size]:
                 sides = [side for side, other in others if other is batch]
                 # one whose gradient is the risk's, times a factor, stands for it: no backward of the risk is needed
-                known = next((which for which, term in enumerate(some) if factors[term] is not None), None)
+                known = next((which for which, term in enumerate(batch_terms) if factors[term] is not None), None)
                 risk = risks[sides[0]] if sides and known is None else None
-                same = pairs.keep(batch, some, risk, known if sides else None)
+                same = pairs.keep(batch, batch_terms, risk, known if sides else None)
                 for side, other in others:
                     if other is not batch:
-                        add(side, some, pairs.cross(other, risks[side]))
+                        add(side, batch_terms, pairs.cross(other, risks[side]))
                 if sides and known is not None:  # after the others, which leave less to do
-                    same = factors[some[known]] * pairs.with_kept(known)
+                    same = factors[batch_terms[known]] * pairs.with_kept(known)
                 for side in sides:
-                    add(side, some, same)
+                    add(side, batch_terms, same)
 
     processes.together(measure)
     return [_of_all(request, dots[term]) for term in terms]
@@ -187,13 +188,13 @@ class _Pairs:
     def with_kept(self, which: int) -> Tensor:
         """The same of the kept batch's samples with themselves, under the seeds of one of the terms."""
         self.table = self._table(len(self.kept), self.samples)
-        for name, some in self.kept[which].items():
+        for name, rows in self.kept[which].items():
             if name not in self.own_done:
                 self.own_done.add(name)
-                self.own_table[self.position[name]] += self._own(some)
+                self.own_table[self.position[name]] += self._own(rows)
             for number, kept in enumerate(self.kept):
                 if number != which:
-                    self._add_products(number, name, kept.get(name, []), some)
+                    self._add_products(number, name, kept.get(name, []), rows)
         self.table[which] = self.own_table
         return self._by_group(self.table)
 
@@ -211,11 +212,11 @@ class _Pairs:
         )
 
     def _run(self, batch: _Batch, *seeds: Seed, heads: int = 1) -> None:
-        given, batch = batch, to_device(batch, self.passes.device)
+        host_batch, batch = batch, to_device(batch, self.passes.device)
         self.shape = batch["labels"].shape
         if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
             logp = self.seeded.run(batch, *seeds, heads=heads)
-            self.passes.data.answers.add(given, logp, self.passes.parameters[0].dtype)
+            self.passes.data.answers.add(host_batch, logp, self.passes.parameters[0].dtype)
             self.passes.data.answers.check()
         self.inputs, self.selected = InputProducts(), Selected()  # what they hold belongs to this batch
         self.bar.update()
@@ -264,10 +265,3 @@ def _of_all(request: Request, values: Tensor) -> Tensor:
     """What each process has measured a part of, summed."""
     device = next(request.model.parameters()).device
     return request.processes.sum(values.to(device)).cpu() if request.processes.size > 1 else values
-
-
-def _starts(batches: list[_Batch]) -> list[int]:
-    starts = [0]
-    for batch in batches:
-        starts.append(starts[-1] + batch["labels"].shape[0])
-    return starts

@@ -170,9 +170,9 @@ def _by_gradients(left: Rows, right: Rows, own: bool) -> tuple[Tensor, Tensor | 
     buffer = torch.zeros(total, tile, d_in, dtype=dtype, device=a.device)
     out = torch.zeros(samples, total, dtype=torch.float64, device=a.device)
     for first in range(0, d_out, whole):
-        some = [rows.contribution.columns(first, min(first + whole, d_out)) for rows in (left, right)]
-        for start in range(0, some[0].shape[1], tile):
-            parts = [b[:, start : start + tile].to(dtype) for b in some]
+        b_columns = [rows.contribution.columns(first, min(first + whole, d_out)) for rows in (left, right)]
+        for start in range(0, b_columns[0].shape[1], tile):
+            parts = [b[:, start : start + tile].to(dtype) for b in b_columns]
             width = parts[0].shape[1]
             _gradient_block(left, parts[0], buffer[:samples, :width])
             _gradient_block(right, parts[1], buffer[samples:, :width])
@@ -205,7 +205,7 @@ def _mixed(left: Rows, right: Rows) -> Tensor:
         part, ids = slice(start, start + _BLOCK_ROWS), right.contribution.ids
         if not isinstance(left.contribution, RowLookup):  # row u of the embedding meets column ids_u of the head's b
             terms = _mm(left.contribution.a[part], right.contribution.b)
-            factor = left.contribution.some(part).at(ids)
+            factor = left.contribution.select(part).at(ids)
         else:
             terms = _mm(left.contribution.b[part], right.contribution.b)
             factor = left.contribution.ids[part, None] == ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -43,11 +44,7 @@ class Rows:
 
     def bounds(self) -> list[tuple[int, int]]:
         """First row and the one after the last of each sample."""
-        out, start = [], 0
-        for count in self.counts:
-            out.append((start, start + count))
-            start += count
-        return out
+        return list(pairwise(accumulate(self.counts, initial=0)))
 
     def within(self, rows: slice) -> list[int]:
         """Rows of each sample among some of them."""
@@ -67,7 +64,7 @@ class Selected:
         self._known: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def of(self, contribution: OuterProduct, kept: Tensor | None) -> tuple[OuterProduct, Tensor | None]:
-        """`contribution.some(kept)` (None: all), or a few rows of zeros more where those of its input are there
+        """`contribution.select(kept)` (None: all), or a few rows of zeros more where those of its input are there
         already; and which rows these are.
         """
         key = contribution.a.data_ptr()
@@ -119,7 +116,7 @@ def rows_of(contribution: Contribution, owner: Tensor | None, samples: int, sele
     if isinstance(contribution, OuterProduct):
         contribution, kept = (selected or Selected()).of(contribution, kept)
     elif kept is not None:
-        contribution = contribution.some(kept.to(used.device))
+        contribution = contribution.select(kept.to(used.device))
     if not owners:
         each = max(1, total // samples)
         counts = [each] * samples if kept is None else torch.bincount(kept // each, minlength=samples).tolist()

@@ -108,8 +108,8 @@ class Streams(Tensor):
             for i in where:
                 part = leaves[i].parts.get(stream)
                 given[i] = leaves[i]._zeros() if part is None else part
-            some_args, some_kwargs = pytree.tree_unflatten(given, layout)
-            outs.append(func(*some_args, **some_kwargs))
+            stream_args, stream_kwargs = pytree.tree_unflatten(given, layout)
+            outs.append(func(*stream_args, **stream_kwargs))
         if func._schema.is_mutable:
             return args[0]
         base = leaves[where[0]]
@@ -128,13 +128,13 @@ class Streams(Tensor):
         missing = [stream for stream in streams if stream not in self.parts]
         if not missing:
             return
-        some = next(iter(self.parts.values()))
+        first = next(iter(self.parts.values()))
         members = [member for ref in self.family if (member := ref()) is not None]
         if any(member.dtype != self.dtype for member in members):
             raise ForwardModeError("it writes into a tensor of which there are views of another dtype")
-        size = some.untyped_storage().nbytes() // some.element_size()
+        size = first.untyped_storage().nbytes() // first.element_size()
         for stream in missing:
-            room = some.new_zeros(size)
+            room = first.new_zeros(size)
             for member in members:
                 part = next(iter(member.parts.values()))
                 member.parts[stream] = room.as_strided(part.shape, part.stride(), part.storage_offset())
@@ -293,8 +293,8 @@ def attention(
     parts = []
     for start, stop in row_chunks(rows, run):
         mask = attn_mask[..., start:stop, :] if by_row else attn_mask
-        some = query[..., start:stop, :]
-        parts.append(F.scaled_dot_product_attention(some, key, value, mask, dropout_p, is_causal, **options))
+        queries = query[..., start:stop, :]
+        parts.append(F.scaled_dot_product_attention(queries, key, value, mask, dropout_p, is_causal, **options))
     out = torch.cat(parts, -2)
     return out.transpose(1, 2).contiguous().transpose(1, 2) if out.dim() == 4 else out
 

@@ -71,8 +71,8 @@ def objective_dots(request: Request, directions: Directions, terms: Sequence[Ter
     work = request.data.shared(terms)
     measured = _measure_batches(request, directions, sites, work)
     out = {term: torch.zeros(len(request.groups.names), 2, dtype=torch.float64, device="cpu") for term in terms}
-    for (_, some), (dots, _) in zip(work, measured, strict=True):
-        for term, values in zip(some, dots, strict=True):
+    for (_, batch_terms), (dots, _) in zip(work, measured, strict=True):
+        for term, values in zip(batch_terms, dots, strict=True):
             out[term] += values.sum(0)
     return [out[term] / max(request.data.count(term), 1) for term in terms]
 
@@ -118,7 +118,7 @@ def _measure_own(
         passes = request.passes(bar)
         with RowPass(passes.module, sites, "sample", passes.loss_scale) as seeded:
             for batch, terms in work:
-                given, batch = batch, to_device(batch, passes.device)
+                host_batch, batch = batch, to_device(batch, passes.device)
                 size = batch["labels"].numel()
                 rows = batch["labels"].shape[0]
                 shape = (len(position), 2, rows)
@@ -126,7 +126,7 @@ def _measure_own(
                 if bool((shifted(batch["labels"]) != IGNORE_INDEX).any()):
                     seeds = [(term, partial(consume, which)) for which, term in enumerate(terms)]
                     logp = seeded.run(batch, *seeds)
-                    request.data.answers.add(given, logp, passes.parameters[0].dtype)
+                    request.data.answers.add(host_batch, logp, passes.parameters[0].dtype)
                     logp = logp.double().sum(1)
                 else:
                     logp = torch.zeros(rows, dtype=torch.float64, device="cpu")

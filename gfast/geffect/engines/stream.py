@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gfast.geffect.backward import Job, Passes, job_label
-from gfast.geffect.combine import Measured, finished, jobs_of, plans
+from gfast.geffect.combine import Measured, finished, jobs_of, planned
 from gfast.geffect.data import Term
 from gfast.geffect.directions import Dots, accumulate
 from gfast.geffect.request import Request
@@ -23,9 +23,9 @@ from gfast.sides import SETS
 def stream_effects(request: Request, objectives: Sequence[Objective], norms: bool) -> list[GEffect]:
     """G-effects of several objectives against the same two risk gradients; see `gfast.g_effect`."""
     risk, given = request.risk, request.options.directions
-    wanted = plans(objectives, risk, norms, request.data.weighted)
-    jobs = jobs_of(wanted)
-    alone = given is None and len(jobs) == 1 and not any(any(plan.known) for plan in wanted)
+    plans = planned(objectives, risk, norms, request.data.weighted)
+    jobs = jobs_of(plans)
+    alone = given is None and len(jobs) == 1 and not any(any(plan.multiples) for plan in plans)
     with Bar("g_effect", show=request.options.progress) as bar, measuring(request.model):
         passes = request.passes(bar)
         swapped = _swapped(passes, risk, jobs[0], request.options.dtype) if alone else None
@@ -41,7 +41,7 @@ def stream_effects(request: Request, objectives: Sequence[Objective], norms: boo
             measured = _measure_jobs(passes, directions.stores, jobs, norms)
             if given is None:
                 directions.close()
-    return finished(wanted, request, gram, measured, risks)
+    return finished(plans, request, gram, measured, risks)
 
 
 def _gram_of_risks(passes: Passes, request: Request) -> Tensor:
@@ -75,13 +75,13 @@ def _swapped(
     risks = [((1.0, Term(risk, source)),) for source in SETS]
     if passes.batches(job) != 1 or max(map(passes.batches, risks)) > 1 or passes.processes.replicated:
         return None
-    own, of_risks = passes.work(job), [passes.work(risk_job) for risk_job in risks]
+    objective_work, risks_work = passes.work(job), [passes.work(risk_job) for risk_job in risks]
     stored = store_for("device", dtype, "forget", passes.names, passes.device)
     squares, gathered = Dots([], passes.parameters), Dots([stored], passes.parameters)
     tables: list[Tensor] = []
 
     def consume(index: int, grad: Tensor, position: int) -> None:
-        if position < len(own):
+        if position < len(objective_work):
             squares.add(index, stored.add(index, grad, single=True))
         elif not gathered.add(index, grad):
             raise ValueError(
@@ -90,18 +90,18 @@ def _swapped(
             )
 
     def done() -> None:
-        of_own = len(tables) < len(own)
-        tables.append(passes.table((squares if of_own else gathered).rows(), 1 if of_own else 2))
-        if len(tables) == len(own):
+        of_objective = len(tables) < len(objective_work)
+        tables.append(passes.table((squares if of_objective else gathered).rows(), 1 if of_objective else 2))
+        if len(tables) == len(objective_work):
             stored.finish()
 
     # in one go: the objective and the risk on the forget set's batch share its forward
-    passes.backward([*own, *of_risks[0], *of_risks[1]], consume, done)
+    passes.backward([*objective_work, *risks_work[0], *risks_work[1]], consume, done)
     square = passes.by_group(tables.pop(0), job_label(job))[:, 0]
     gram = torch.zeros(passes.num_groups, 2, 2, dtype=torch.float64, device="cpu")
     sums_of_risks = torch.zeros(passes.num_groups, 2, dtype=torch.float64, device="cpu")
-    for side, some in enumerate(of_risks):
-        if some:
+    for side, risk_work in enumerate(risks_work):
+        if risk_work:
             sums = passes.by_group(tables.pop(0), job_label(risks[side]))  # [G, 2]
             sums_of_risks[:, side], gram[:, side, side] = sums.unbind(1)
     return gram, {job: Measured(sums_of_risks, square)}

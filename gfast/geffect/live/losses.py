@@ -33,6 +33,14 @@ def is_function(loss: Loss) -> bool:
     return callable(loss) and not isinstance(loss, Tensor)
 
 
+def shares_forward(risk: Loss | None, sharded: bool) -> bool:
+    """Whether a risk comes with a graph, which may be that of the loss beside it; ValueError for one of shards."""
+    shared = risk is not None and not is_function(risk)
+    if shared and sharded:
+        refuse(FREED)
+    return shared
+
+
 def value_of(loss: Loss, what: str) -> Tensor:
     """The scalar of a loss, with a graph."""
     loss = loss() if is_function(loss) else loss

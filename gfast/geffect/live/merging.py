@@ -57,7 +57,7 @@ class Gradients:
         self.scale = 1.0  # a GradScaler's in this step
         self._newest: dict[int, Tensor] = {}  # what they become if the step is not dropped
         self.updates: Updates | None = None  # where the last update is dotted with the new gradients
-        self._limit = GATHERED * max(_bytes(here(p)) for p in parameters)
+        self._limit = GATHERED * max(here(p).nbytes for p in parameters)
         # Gradients or units are complete only at the end: those of all processes, or of all parameters.
         whole = surgery is not None and (surgery.scope == "global" or processes.sharded)
         self.late = whole or processes.zero is not None or (held and processes.replicated is not None)
@@ -164,7 +164,7 @@ class Gradients:
             if index in waiting:
                 flush()
             waiting[index], parameter.grad = parameter.grad, None
-            if sum(_bytes(here(r)) for r in waiting.values()) > self._limit:
+            if sum(here(r).nbytes for r in waiting.values()) > self._limit:
                 flush()
 
         self.sweep(loss, take, retain_graph)
@@ -207,8 +207,8 @@ class Gradients:
 
         def flush(unit: int | None) -> None:
             nonlocal size
-            some = {i: waiting.pop(i) for i in list(waiting) if unit is None or self.units[i] == unit}
-            self._take(some, rows, adds)
+            ready = {i: waiting.pop(i) for i in list(waiting) if unit is None or self.units[i] == unit}
+            self._take(ready, rows, adds)
             size = 0
 
         def take(index: int) -> None:
@@ -224,7 +224,7 @@ class Gradients:
                 if not left[unit]:
                     flush(unit)
                 return
-            size += _bytes(here(waiting[index]))
+            size += here(waiting[index]).nbytes
             if at_once or size > self._limit:
                 flush(None)
 
@@ -332,7 +332,3 @@ def _added(x: Tensor, y: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided else x.to_dense()
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

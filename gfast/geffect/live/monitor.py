@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gfast import peft_models, sharded, wrappers
 from gfast.geffect.data import Term, identity_factor
 from gfast.geffect.groups import assign
-from gfast.geffect.live.losses import FREED, Loss, check_factor, is_function, refuse, value_of
+from gfast.geffect.live.calls import check_parameters, check_retain
+from gfast.geffect.live.losses import Loss, check_factor, refuse, shares_forward, value_of
 from gfast.geffect.live.merging import Gradients
 from gfast.geffect.live.processes import Processes, here, like, refuse_inner
 from gfast.geffect.live.step import LiveStep
@@ -179,7 +180,7 @@ class GEffectMonitor:
                 refuse_inner(self.model)
             if self.processes.zero is not None and self.dropped is None:
                 self.processes.zero.begin()
-            self._check_parameters()
+            check_parameters(self.model, self.gradients, self.processes.sharded)
             step.weights = self._weights()
             step.updated = self._updates is not None and self._updates.begin()
             gradients.updates = self._updates if step.updated else None
@@ -190,9 +191,7 @@ class GEffectMonitor:
                 f"forget(factor={factor:g}) after factor={step.forget_factor:g} in one step: it is what the objective "
                 f"is multiplied by in the sum of the micro-batches' losses, the same for each"
             )
-        shared = risk is not None and not is_function(risk)
-        if shared and self.processes.sharded:
-            refuse(FREED)
+        shared = shares_forward(risk, self.processes.sharded)
         loss = value_of(loss, "forget loss")
         with self._undone():
             ddp = self.processes.replicated
@@ -231,24 +230,7 @@ class GEffectMonitor:
                 if self._finished is not None and gradients.none() is False
                 else "retain was called before forget: a step is monitor.forget(loss_u), then monitor.retain(loss_r)"
             )
-        if risk is not None and self.accumulate == "exact" and (step.retains or not last):
-            refuse(
-                "accumulate='exact' measures the retain losses of all micro-batches, and a risk= beside them on "
-                "the first alone: give one retain loss with the risk of all retain data, or accumulate='first'"
-            )
-        if loss is None and (risk is None or ((step.retains or not last) and self.surgery is None)):
-            refuse("retain(None) is a step without a retain loss: one call, with risk= to measure the effect on")
-        if step.retains and self.surgery is not None and step.retain_loss != (loss is not None):
-            refuse("a step has a retain loss in every retain() or in none: this one and those before it differ")
-        shared = risk is not None and not is_function(risk)
-        if shared and self.processes.sharded:
-            refuse(FREED)
-        if self.processes.replicated is not None and risk is not None:
-            if shared or not (loss is None or is_function(loss)):
-                refuse(
-                    "DDP reduces the first backward after a forward, which here is the risk's: give both the loss and "
-                    "risk= as functions that compute them"
-                )
+        shared = check_retain(self, step, loss, risk, last)
         check_factor(factor)
         self._check_unchanged()
         ddp = self.processes.replicated
@@ -368,21 +350,6 @@ class GEffectMonitor:
             self.processes.zero.backward(loss, retain_graph)
         else:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
-
-    def _check_parameters(self) -> None:
-        """That the parameters that are trained are still those that the monitor was made with."""
-        now = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        before = dict(zip(self.gradients.names, self.gradients.parameters, strict=True))
-        changed = [name for name in {**before, **now} if name not in now or name not in before]
-        if not self.processes.sharded:  # FSDP2 has others in their place between a forward and its backward
-            changed += [name for name in before if now.get(name) is not before[name]]
-        if changed:
-            what = "another one" if changed[0] in now and changed[0] in before else "trained"
-            what = "not trained any more, or gone" if changed[0] not in now else what
-            refuse(
-                f"{changed[0]!r} is {what} since the GEffectMonitor was made: make a new one after parameters are "
-                f"frozen, added or replaced"
-            )
 
     def _weights(self) -> list[tuple[int, bool]]:
         if self.processes.zero is not None:

@@ -30,6 +30,7 @@ class Monitored(Protocol):
     risk: Objective
     identity: float | None  # c where the forget gradient is c times the forget risk's
     unlearn: bool
+    accumulate: str
     held: bool
     surgery: Surgery | None
     scaler: Any
@@ -115,7 +116,7 @@ class LiveStep:
 
     def update(self, monitor: Monitored) -> GEffect:
         """<grad R, update> of the optimizer's step before this one."""
-        names, sums = monitor.groups.names, self.sums
+        groups, sums = monitor.groups, self.sums
         own_pass = self.own_risk or not self.retain_loss
         retain = sums[:, RD] / ((1.0 if own_pass else self.retain_factor) * self.scale)
         unlearn = torch.full_like(retain, math.nan)
@@ -123,11 +124,8 @@ class LiveStep:
             unlearn = sums[:, UD] / (monitor.identity * self.forget_factor * self.scale)
         elif monitor.unlearn and self.unlearn_rows:
             unlearn = sums[:, UNLEARN_RD] / self.scale
-        sides = {
-            side: dict(zip(names, values.tolist(), strict=True))
-            for side, values in (("unlearn", unlearn), ("retain", retain))
-        }
-        return GEffect("last update", **sides, norms={}, risk=str(monitor.risk), risks=self.risks(monitor))
+        sides = groups.named(unlearn), groups.named(retain)
+        return GEffect("last update", *sides, norms={}, risk=str(monitor.risk), risks=self.risks(monitor))
 
     def risks(self, monitor: Monitored) -> dict[str, float]:
         """What is known of R on the batches of the step."""
@@ -141,11 +139,11 @@ class LiveStep:
 
     def result(self, monitor: Monitored, max_norm: float | None, of: str) -> GEffect:
         """The effect on the scale of the losses themselves."""
-        names, sums, objective = monitor.groups.names, self.sums, monitor.objective
+        groups, sums, objective = monitor.groups, self.sums, monitor.objective
         f, q = self.forget_factor * self.scale, self.retain_factor * self.scale
         step_norm = math.sqrt(max(float(sums[:, MM].sum()), 0.0)) / self.scale
         clip = 1.0 if max_norm is None else min(1.0, max_norm / (step_norm + 1e-6))
-        nothing = torch.full((len(names),), math.nan, dtype=torch.float64, device="cpu")
+        nothing = torch.full((len(groups.names),), math.nan, dtype=torch.float64, device="cpu")
         if of == "forget":
             retain, own = sums[:, UR] / (f * q), sums[:, UU].sqrt() / abs(f)
         else:
@@ -170,16 +168,11 @@ class LiveStep:
             which = "all" if monitor.held and not self.own_risk else "the first"
             how["retain"] += f", on {which} of {self.retains} micro-batches"
         norms["retain"] = sums[:, RR].sqrt() / abs(q)
-        norms["objective"] = own
+        norms["objective"] = clip * own
         if monitor.surgery is not None:
             how["surgery"] = str(monitor.surgery)
-
-        def named(values: Tensor) -> dict[str, float]:
-            return dict(zip(names, values.tolist(), strict=True))
-
         label = str(objective) if of == "forget" else f"step of {objective}"
-        scaled = {side: named(clip * values) for side, values in (("unlearn", unlearn), ("retain", retain))}
-        norms["objective"] = clip * norms["objective"]
-        known = {side: named(values) for side, values in norms.items() if not bool(values.isnan().any())}
+        scaled = groups.named(clip * unlearn), groups.named(clip * retain)
+        known = {side: groups.named(values) for side, values in norms.items() if not bool(values.isnan().any())}
         how |= {"step_norm": step_norm, "clip": clip}
-        return GEffect(label, **scaled, norms=known, risk=str(monitor.risk), risks=self.risks(monitor), measured=how)
+        return GEffect(label, *scaled, norms=known, risk=str(monitor.risk), risks=self.risks(monitor), measured=how)

@@ -186,4 +186,4 @@ def row_values(rows: Sequence[Mapping[str, Any]]) -> Tensor:
 
 def tensors_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Group -> fp64 [its rows]. The total is left out: it follows from the groups."""
-    return {group: row_values(some) for group, some in rows_by(rows, "group").items() if group != "total"}
+    return {group: row_values(group_rows) for group, group_rows in rows_by(rows, "group").items() if group != "total"}

@@ -89,7 +89,8 @@ class GramEffect(Effect):
     @classmethod
     def _from_rows(cls, rows: Sequence[Mapping[str, Any]], scalars: Mapping[str, Any]) -> GramEffect:
         by_quantity = rows_by(rows, "quantity")
-        tokens = {source: row_values(some).long() for source, some in rows_by(by_quantity["tokens"], "side").items()}
+        counted = rows_by(by_quantity["tokens"], "side")
+        tokens = {source: row_values(set_rows).long() for source, set_rows in counted.items()}
         effects = rows_by(by_quantity["gram"], "side")
         size = len(tokens["forget"])
         sides = ({g: v.view(size, -1) for g, v in tensors_by_group(effects[side]).items()} for side in SIDES)

@@ -150,8 +150,8 @@ class TokenEffect(Effect):
         by_quantity = rows_by(rows, "quantity")
         sizes = [int(row["value"]) for row in by_quantity["tokens"]]
 
-        def split(some: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-            return list(row_values(some).split(sizes))
+        def split(rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+            return list(row_values(rows).split(sizes))
 
         effects = rows_by(by_quantity["token_effect"], "side")
         places = torch.tensor([int(row["token"]) for row in by_quantity["logp"]], dtype=torch.int64, device="cpu")

@@ -58,15 +58,15 @@ _ALONE = ("GradAscent", "CEU")  # without a retain loss
 # Name -> what makes the forget objective, and the defaults of open-unlearning's class, or of the fork's that has one
 # (gfast's where there is none).
 METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
-    "GradAscent": (lambda: GA(), {}),
-    "GradDiff": (lambda: GA(), {}),
-    "NPO": (lambda beta: NPO(beta), {"beta": 1.0}),
-    "DPO": (lambda beta: DPO(beta), {"beta": 1.0}),
-    "SimNPO": (lambda beta, delta: SimNPO(beta, delta), {"beta": 1.0, "delta": 0.0}),
+    "GradAscent": (GA, {}),
+    "GradDiff": (GA, {}),
+    "NPO": (NPO, {"beta": 1.0}),
+    "DPO": (DPO, {"beta": 1.0}),
+    "SimNPO": (SimNPO, {"beta": 1.0, "delta": 0.0}),
     "WGA": (lambda beta: WGA(beta), {"beta": 1.0}),
-    "SatImp": (lambda beta1, beta2: SatImp(beta1, beta2), {"beta1": 5.0, "beta2": 1.0, "alpha": 0.1}),
-    "SimSat": (lambda beta: SimSat(beta), {"beta": 5.0}),
-    "SimImp": (lambda beta: SimImp(beta), {"beta": 5.0}),
+    "SatImp": (SatImp, {"beta1": 5.0, "beta2": 1.0, "alpha": 0.1}),
+    "SimSat": (SimSat, {"beta": 5.0}),
+    "SimImp": (SimImp, {"beta": 5.0}),
     "DrNPO": (lambda beta, beta_dv_forget: BalDRO(beta, beta_dv_forget), {"beta": 1.0, "beta_dv_forget": 1.0}),
     "GroupNPO": (lambda beta, sampling_ratio: BalDROG(beta, sampling_ratio), {"beta": 1.0, "sampling_ratio": 0.5}),
     "PDU": (
@@ -80,16 +80,16 @@ METHODS: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
             "dual_warmup_epochs": 0,
         },
     ),
-    "TNPO": (lambda beta: TNPO(beta), {"beta": 1.0}),
+    "TNPO": (TNPO, {"beta": 1.0}),
     "WTNPO": (lambda beta, wga_beta: WTNPO(wga_beta, beta), {"beta": 1.0, "wga_beta": 1.0}),
-    "BST": (lambda lambda_bst, top_k: BST(lambda_bst, top_k), {"lambda_bst": 0.5, "top_k": 20}),
-    "UNDIAL": (lambda beta: UNDIAL(beta), {"beta": 1.0}),
-    "CEU": (lambda: CEU(), {_FIRST: 1}),
+    "BST": (BST, {"lambda_bst": 0.5, "top_k": 20}),
+    "UNDIAL": (UNDIAL, {"beta": 1.0}),
+    "CEU": (CEU, {_FIRST: 1}),
     "JensUn": (lambda target_ids: JensUn(target_ids or ()), {"target_ids": None, "retain_loss_type": "JensUn"}),
     "ETW": (ETW, {"temperature": 1.0}),
     "MASC": (MASC, {"rho": 0.7, "eta": 0.25, "k": 10, "beta": 1.0}),
     "SHRED": (SHRED, {"share": 0.5}),
-    "Unilogit": (lambda: Unilogit(), {}),
+    "Unilogit": (Unilogit, {}),
 }
 # What open-unlearning has and this adapter has not, and why.
 LACKING = {
@@ -101,12 +101,8 @@ _OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geff
 
 def make_trainers(base: type) -> dict[str, type]:
     """Classes by the name of open-unlearning's, over its FinetuneTrainer."""
-    made = {}
-    for name, (make, defaults) in METHODS.items():
-        made[name] = _trainer(name, base, make, defaults)
-    for name, why in LACKING.items():
-        made[name] = _refusal(name, why)
-    return made
+    made = {name: _trainer(name, base, make, defaults) for name, (make, defaults) in METHODS.items()}
+    return made | {name: _refusal(name, why) for name, why in LACKING.items()}
 
 
 def _refusal(name: str, why: str) -> type:
