@@ -21,6 +21,7 @@ from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
 from gfast.training import batches
 from gfast.training.averaged import SavesAveraged
+from gfast.training.counting import CountedSteps
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
 from gfast.training.joint import outputs, refuse_joint
@@ -29,14 +30,11 @@ from gfast.training.live import LiveSteps, RecordLive, loss_and_risk
 from gfast.training.options import (
     REFUSED,
     check_switches,
-    ends_within_a_step,
-    marked,
     refuse_another_loss,
     refuse_compiled,
     refuse_cut_texts,
     refuse_ignored_arguments,
     refuse_ignored_options,
-    refuse_no_step,
     refuse_own_steps,
     refuse_reentrant,
     refuse_search,
@@ -53,7 +51,7 @@ logger = logging.getLogger("gfast")
 _FREE = ("remove_unused_columns", "average_tokens_across_devices")
 
 
-class GFastLossMixin(ExactEvaluation, SavesAveraged):
+class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
     r"""Gives a Trainer of one's own, or of TRL, the loss :math:`\gamma L_{forget}(D_u) + \alpha L_{retain}(D_r)`.
 
     Put it before the Trainer among the bases: ``class MyTrainer(GFastLossMixin, Trainer): objective = NPO(beta=0.1)``.
@@ -177,13 +175,8 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         if joint_forward:
             refuse_joint(objectives, own_loss_terms, self.live is not None)
         self.add_callback(KnownOriginal())
-        self._normalizers: dict[str, float] = {}
-        self._micro_batches = 1
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
-    _said_empty = False
-    _step = -1  # the number of finished steps when micro-batches were last counted
-    _counted: Any = {}  # side -> labels of the first step's micro-batches, and their versions
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
@@ -222,62 +215,9 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         wanted = set(objective.needs) & {"ref_logp"} - set(batch)
         return getattr(self, "ref_model", None) if wanted else None
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: Any = None
-    ) -> tuple[list[Any], int | None]:
-        """The micro-batches of one optimizer step, and what their terms are to be divided by, over all processes."""
-        batch_samples = []
-        # Trainer looks whether a run is finished after a step: one that is resumed at its end would take one too many.
-        finished = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        for _ in range(0 if finished else num_batches):
-            try:
-                batch_samples.append(next(epoch_iterator))
-            except StopIteration:
-                break
-        loader, step = self.callback_handler.train_dataloader, self.state.global_step
-        if not batch_samples or ends_within_a_step(len(batch_samples), num_batches, loader, step):
-            return [], None
-        self._check_batch(batch_samples[0])
-        self._micro_batches = len(batch_samples)
-        sides = [self._sides(batch) for batch in batch_samples]
-        counts = self._over_processes(
-            [sum(batches.count(objective, by_side[side]) for by_side in sides) for side, objective, _ in self._parts]
-        )
-        first = self._parts if self._step < 0 else []  # the losses of the first step are held to what was counted
-        self._counted = {side: [marked(by_side[side]["labels"]) for by_side in sides] for side, *_ in first}
-        empty = [side for (side, _, _), count in zip(self._parts, counts, strict=True) if not count]
-        if empty and not self._said_empty:
-            self._said_empty = True
-            logger.warning(
-                "gfast: no token of the %s batches of step %d has a label that is scored (all are -100: a mask that "
-                "found no answer?), so that this term has no gradient there",
-                empty[0],
-                self.state.global_step + 1,
-            )
-        self._normalizers = {
-            side: float(max(count, 1)) for (side, _, _), count in zip(self._parts, counts, strict=True)
-        }
-        self._step = self.state.global_step
-        if self.live is not None:
-            self.live.begin(batch_samples)
-        # Not None: otherwise Trainer 4.x would divide the loss by the number of micro-batches.
-        return batch_samples, int(sum(counts))
-
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, refused: it writes over the objective."""
         refuse_search(type(self).__name__)
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, of data that make a step."""
-        refuse_no_step(self.args, self.train_dataset)
-        return super().get_train_dataloader()
-
-    def _over_processes(self, counts: list[int]) -> list[int]:
-        """Sums over all processes."""
-        if self.accelerator.num_processes == 1:
-            return counts
-        local = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
-        return self.accelerator.reduce(local, "sum").tolist()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's: a training from its beginning, also after another one, or an attempt that did not fit."""
@@ -359,18 +299,6 @@ class GFastLossMixin(ExactEvaluation, SavesAveraged):
         self.terms.add({"loss": loss})
         # Data parallelism averages gradients over processes; the terms of a step are divided by the global count.
         return loss * self.accelerator.num_processes if self._stepping else loss
-
-    @property
-    def _stepping(self) -> bool:
-        """Whether a loss is part of a step that is being taken, whatever mode the model is in: some train with dropout
-        off. One that a callback computes after the step, or without gradients, is not.
-        """
-        return self.is_in_train and torch.is_grad_enabled() and self._step == self.state.global_step
-
-    @property
-    def _parts_of_step(self) -> int:
-        """The micro-batches of all processes that a loss is one of."""
-        return self._micro_batches * self.accelerator.num_processes if self._stepping else 1
 
     def _constant(self) -> float:
         """This micro-batch's share of what PDU takes off the retain loss, which has no gradient."""
