@@ -123,9 +123,9 @@ def bench(args: argparse.Namespace) -> list[Row]:
     steps = {name: step_of(name, settings | where, model, samples, pad_id) for name in names}
     losses = {name: step() for name, step in steps.items()}  # the warm-up too
     apart = {
-        name: max(abs(a - b) for one, other in zip(losses["gfast"], found, strict=True)
+        name: max(abs(a - b) for one, other in zip(losses["gfast"], by_sample, strict=True)
                   for a, b in zip(one, other, strict=True))
-        for name, found in losses.items()
+        for name, by_sample in losses.items()
     }  # fmt: skip
     # Nats a token. Theirs sums fp32 terms over a strided vocabulary, one by one, which costs it two digits.
     for name, difference in apart.items():

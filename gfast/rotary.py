@@ -40,7 +40,7 @@ def refuse_cut(model: nn.Module, sets: Mapping[str, Iterable[Mapping[str, Any]]]
     """
     limits = _limits(model)
     dynamic = [limit for original, limit in limits if not original]
-    found, longer = [], set()
+    cuts, longer = [], set()
     for name, batches in sets.items() if limits else ():
         seen = [(width, lengths) for width, lengths in map(_reach, batches) if lengths]
         longer |= {width for width, _ in seen if dynamic and width >= min(dynamic)}
@@ -48,10 +48,10 @@ def refuse_cut(model: nn.Module, sets: Mapping[str, Iterable[Mapping[str, Any]]]
             continue
         for width, lengths in seen:
             limit = change_each_other(model, (min(lengths), width))
-            found += [] if limit is None else [(limit, min(lengths), width, f"a batch of the {name} data has")]
+            cuts += [] if limit is None else [(limit, min(lengths), width, f"a batch of the {name} data has")]
     if len(longer) > 1 and not afresh:
-        found.append((min(dynamic), min(longer), max(longer), "batches have"))
-    for limit, shortest, longest, who in found[:1]:
+        cuts.append((min(dynamic), min(longer), max(longer), "batches have"))
+    for limit, shortest, longest, who in cuts[:1]:
         *_, inner = wrappers.chain(model)
         by_length = ", longer ones by their length" if dynamic else ""
         raise ValueError(
