@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -283,15 +284,22 @@ def check_manifest(
     return True
 
 
-def require_writable(folder: str | os.PathLike[str]) -> Path:
+def require_writable(folder: str | os.PathLike[str], model: bool = False) -> Path:
     """Create `folder` if need be and prove that a file can be written there, so that hours of work do not end in an
-    error.
+    error. model: one of transformers' too, whose libraries in Rust take no other names than those in UTF-8.
     """
     folder = Path(folder)
     try:
+        if model:
+            str(folder.resolve()).encode()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"gfast: cannot write to the folder {readable(str(folder))}: this Python takes names of files for "
+            f"{sys.getfilesystemencoding()}, and this one is not. Set PYTHONUTF8=1, or choose another folder"
+        ) from error
     except FileExistsError as error:
         raise OSError(error.errno, f"{folder} is a file; give a folder to write the run to") from error
     except OSError as error:

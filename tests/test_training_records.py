@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 
 import pytest
 
@@ -147,3 +149,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         files.require_writable(tmp_path / "file")
     with pytest.raises(OSError, match="cannot write to the folder|choose another"):
         files.require_writable("/proc/gfast")
+    if sys.platform != "linux":
+        return  # other file systems have no such names
+    name = os.fsdecode(b"gr\xfcn")  # as any name beyond ASCII is in a locale that has no more
+    assert files.require_writable(tmp_path / name).is_dir()
+    with pytest.raises(ValueError, match=r"gr\\xfcn: this Python takes names of files for .*Set PYTHONUTF8=1"):
+        files.require_writable(tmp_path / name, model=True)

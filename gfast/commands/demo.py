@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = Plan(**(QUICK if options.quick else {}) | given)
     if plan.steps < 1 or not plan.learning_rate > 0:
         parser.error("--steps and --learning_rate must be positive")
-    require_writable(options.out)
+    require_writable(options.out, model=True)
     with claimed(options.out):
         begin(options.out, plan)
         from gfast.demo import run  # transformers' trainer: seconds of import, which an error above does without

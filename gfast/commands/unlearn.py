@@ -140,7 +140,7 @@ def run(
             )
     if getattr(config, "overwrite_output_dir", False):
         raise ValueError(f"--overwrite_output_dir has no use here: delete {config.output_dir}, or give another folder")
-    folder = require_writable(config.output_dir)
+    folder = require_writable(config.output_dir, model=True)
     with contextlib.ExitStack() as stack:
         main = config.process_index == 0
         together((lambda: stack.enter_context(claimed(folder))) if main else None, config.world_size)

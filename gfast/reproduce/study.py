@@ -23,7 +23,7 @@ from gfast.reproduce.steps import Step, Steps
 def study(name: str, changes: Sequence[str], out: Path | None, redo: Sequence[str], only_plan: bool) -> int:
     """Run what is to be run of a recipe, and write its page."""
     recipe = load_recipe(name, changes)
-    out = require_writable(out or Path(f"gfast-{Path(name).stem}"))
+    out = require_writable(out or Path(f"gfast-{Path(name).stem}"), model=True)
     show_log()
     transformers.utils.logging.disable_progress_bar()
     with claimed(out):
