@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from gfast.data import batches
 from gfast.objectives import GA
-from gfast.training.averaged import averaged
+from gfast.training.averaged import averaged, refuse_flat
 from gfast.training.callback import GEffectCallback
+from gfast.training.config import UnlearnConfig
 from gfast.training.records import read_records, read_step
 from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback
@@ -183,3 +184,11 @@ def test_a_schedule_free_optimizer_is_measured_and_saved_at_its_average(tmp_path
     best.evaluate()
     for trainer, right in ((plain, weights), (watched, weights), (resumed, weights), (best, literally.found[1][2])):
         assert all(torch.equal(value, right[name]) for name, value in parameters(trainer.model).items())
+
+
+def test_a_schedule_free_optimizer_under_deepspeed_is_refused(tmp_path):
+    args = UnlearnConfig(str(tmp_path), optim="schedule_free_adamw", use_cpu=True)
+    refuse_flat(args, False)
+    refuse_flat(UnlearnConfig(str(tmp_path), use_cpu=True), True)
+    with pytest.raises(ValueError, match="optim='schedule_free_adamw' under DeepSpeed.*DDP or FSDP2"):
+        refuse_flat(args, True)

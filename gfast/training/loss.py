@@ -20,7 +20,7 @@ from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
 from gfast.training import batches
-from gfast.training.averaged import SavesAveraged
+from gfast.training.averaged import SavesAveraged, refuse_flat
 from gfast.training.counting import CountedSteps
 from gfast.training.dual import DualVariable, check_dual, moves
 from gfast.training.evaluation import ExactEvaluation
@@ -134,6 +134,7 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         super().__init__(*trainer_positional, **trainer_arguments)
         refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
         refuse_compiled(self.accelerator)
+        refuse_flat(self.args, self.is_deepspeed_enabled)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot share one count: start one process a "
