@@ -166,7 +166,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], objective, reduction
     if isinstance(objective, Mix):
         raise TypeError("gfast: the terms of a Mix see different batches: call model_loss once a term and add.")
     labels = labels_of(batch)
-    check_pairs(batch, objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
+    check_pairs(batch, objective)
     if batch.get("weight") is not None:
         check_weighs(objective, "model_loss")
     check_given("model_loss", objective, batch.get("weight"), labels)

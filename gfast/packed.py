@@ -267,12 +267,12 @@ class Pairs(dict[str, Any]):
     """
 
 
-def check_pairs(batch: Mapping[str, Any], objective: Any, pairs: bool) -> None:
+def check_pairs(batch: Mapping[str, Any], objective: Any) -> None:
     """ValueError for pairs before an objective that is not of pairs."""
-    if isinstance(batch, Pairs) and not pairs:
+    if isinstance(batch, Pairs) and "preferred" not in getattr(objective, "needs", ()):
         raise ValueError(
-            f"gfast: the batch holds pairs, answers to forget and then preferred ones, and {objective} would unlearn "
-            f"both: use an objective of pairs (DPO), or give it the first half of the rows"
+            f"gfast: the batch holds pairs, answers to forget and then preferred ones, and {objective} would take "
+            f"both for answers to forget: use an objective of pairs (DPO), or give it the first half of the rows"
         )
 
 

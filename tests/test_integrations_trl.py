@@ -62,6 +62,16 @@ def test_halves_are_exchanged_and_answers_labelled():
     assert (out["attention_mask"].sum(1) == torch.tensor([4, 5, 5, 3])).all()
 
 
+@pytest.mark.parametrize("engine", ["stream", "gram"])
+def test_effects_take_no_pairs_for_answers_to_forget(engine):
+    model, pairs = tiny_model(), dpo_batch(preferences()[0])
+    plain = dict(pairs)
+    assert gfast.g_effect(model, WGA(), forget=plain, retain=plain, engine=engine).unlearn
+    for sides in (dict(forget=pairs, retain=plain), dict(forget=plain, retain=pairs)):
+        with pytest.raises(ValueError, match="holds pairs.* take both for answers to forget"):
+            gfast.g_effect(model, WGA(), **sides, engine=engine)
+
+
 @pytest.mark.parametrize("bounds", [False, True])
 def test_a_padding_free_row_is_the_padded_batch(bounds):
     batch, texts, masks = preferences()

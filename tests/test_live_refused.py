@@ -222,3 +222,8 @@ def test_communication_hooks_that_do_not_sum_are_refused():
             wrapped.register_comm_hook(None, hook)
             with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="communication hook .* mean"):
                 gfast.GEffectMonitor(wrapped)
+        wrapped = torch.nn.parallel.DistributedDataParallel(tiny("llama"))
+        monitor = gfast.GEffectMonitor(wrapped)
+        wrapped.register_comm_hook(None, power.powerSGD_hook)
+        with pytest.raises(ValueError, match="communication hook .* mean"):
+            monitor.forget(loss(wrapped, FORGET, GA()))

@@ -188,7 +188,12 @@ def test_a_schedule_free_optimizer_is_measured_and_saved_at_its_average(tmp_path
 
 def test_a_schedule_free_optimizer_under_deepspeed_is_refused(tmp_path):
     args = UnlearnConfig(str(tmp_path), optim="schedule_free_adamw", use_cpu=True)
-    refuse_flat(args, False)
-    refuse_flat(UnlearnConfig(str(tmp_path), use_cpu=True), True)
+    refuse_flat(args, None, False)
+    refuse_flat(UnlearnConfig(str(tmp_path), use_cpu=True), None, True)
     with pytest.raises(ValueError, match="optim='schedule_free_adamw' under DeepSpeed.*DDP or FSDP2"):
-        refuse_flat(args, True)
+        refuse_flat(args, None, True)
+    given = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    refuse_flat(args, given, True)  # which is taken in the place of optim
+    given.train = given.eval = lambda: None
+    with pytest.raises(ValueError, match="the SGD that was given under DeepSpeed"):
+        refuse_flat(UnlearnConfig(str(tmp_path), use_cpu=True), given, True)

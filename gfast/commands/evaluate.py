@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     model_arguments, arguments = parser.parse(argv)
     show_log()
-    folder = require_writable(arguments.output_dir)
+    folder = require_writable(arguments.output_dir, model=model_arguments.model is None)
     with claimed(folder):
         try:
             return _evaluate(model_arguments, arguments, folder, list(sys.argv[1:] if argv is None else argv))

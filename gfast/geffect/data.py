@@ -223,6 +223,9 @@ class Data:
             )
         if len(own) > 1:
             raise ValueError("gfast: DPO and PO take different objective_batches: measure them in two calls")
+        for source in SETS:
+            for batch in self.batches[source]:
+                packed.check_pairs(batch, f"an effect on {source}=")
         for term in used:
             for index, batch in enumerate(self.batches[term.source]):
                 if term.objective.needs & {"weight"} or term.objective.weight_range is not None:

@@ -114,11 +114,8 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
             f"{name} is {asked[missing[0]]}, and it is not known what to measure on: {why}. Leave {name} out and pass "
             f"callbacks=[{missing[0].__name__}({asked[missing[0]]}, forget_batches, retain_batches{more})]"
         )
-    collators, references, sides = (
-        (collator.forget, collator.retain),
-        dict(trainer.references),
-        (data.forget, data.retain),
-    )
+    collators, sides = (collator.forget, collator.retain), (data.forget, data.retain)
+    references = dict(trainer.references)
     for side, items, term, collate in zip(SETS, sides, (both.forget, both.retain), collators, strict=True):
         needed = needed_from_cache(term) if term is not None and config.geffect_every else set()
         if needed == {"logp"} and side not in references:

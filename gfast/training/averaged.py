@@ -18,14 +18,16 @@ def schedule_free(optimizer: Any) -> Any:
     return own if all(callable(getattr(own, name, None)) for name in ("train", "eval")) else None
 
 
-def refuse_flat(args: Any, deepspeed: bool) -> None:
+def refuse_flat(args: Any, optimizer: Any, deepspeed: bool) -> None:
     """ValueError for such an optimizer under DeepSpeed, whose partitions it would move, and not the model's parameters:
     what is measured and saved would be what is trained.
     """
     name = str(getattr(args.optim, "value", args.optim))
-    if deepspeed and name.startswith("schedule_free"):
+    given = None if optimizer is None else schedule_free(optimizer)
+    if deepspeed and (given is not None or (optimizer is None and name.startswith("schedule_free"))):
+        what = f"optim={name!r}" if given is None else f"the {type(given).__name__} that was given"
         raise ValueError(
-            f"optim={name!r} under DeepSpeed: nothing but its own flat copy of the weights would change to their "
+            f"{what} under DeepSpeed: nothing but its own flat copy of the weights would change to their "
             f"average, so that what is measured and saved would not be the model. Take another optimizer, or DDP or "
             f"FSDP2 (fsdp='full_shard' with fsdp_config={{'fsdp_version': 2}})"
         )

@@ -14,8 +14,7 @@ from gfast import wrappers
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
-from gfast.objectives import PDU, RMU, RR, UNWEIGHTED, Mix, Objective, as_objective
-from gfast.ops.weights import is_pair
+from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
 from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
@@ -134,7 +133,7 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         super().__init__(*trainer_positional, **trainer_arguments)
         refuse_ignored_options(self.args, self._refused_options, type(self).__name__)
         refuse_compiled(self.accelerator)
-        refuse_flat(self.args, self.is_deepspeed_enabled)
+        refuse_flat(self.args, self.optimizer, self.is_deepspeed_enabled)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot share one count: start one process a "
@@ -273,7 +272,7 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
                 )
             if "labels" not in sides[side]:
                 raise ValueError(f"the {side} batch has no labels (its keys are {sorted(sides[side])})")
-            check_pairs(sides[side], objective, not isinstance(objective, UNWEIGHTED) and is_pair(objective))
+            check_pairs(sides[side], objective)
             if self._reference_model(objective, sides[side]) is None:
                 batches.require_reference(sides[side], objective, side, self.model, self._heads)
 

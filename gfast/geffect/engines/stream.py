@@ -135,7 +135,7 @@ def _stream(passes: Passes, stores: list[Store], jobs: Sequence[Job]) -> list[tu
     """
     work = [(number, item) for number, job in enumerate(jobs) for item in passes.work(job)]
     if not passes.processes.sharded:  # whose processes run the same work at a time
-        work.sort(key=lambda job: (job[1].term.source, job[1].index, not job[1].needs_forward_alone))  # stable
+        work.sort(key=lambda entry: (entry[1].term.source, entry[1].index, not entry[1].needs_forward_alone))  # stable
     gathered = Dots(stores, passes.parameters, adds=True)
     tables: list[list[Tensor]] = [[] for _ in jobs]
     left = iter([number for number, _ in work])

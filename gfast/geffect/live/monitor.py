@@ -16,7 +16,7 @@ from gfast.geffect.groups import assign
 from gfast.geffect.live.calls import check_parameters, check_retain
 from gfast.geffect.live.losses import Loss, check_factor, refuse, shares_forward, value_of
 from gfast.geffect.live.merging import Gradients
-from gfast.geffect.live.processes import Processes, here, like, refuse_inner
+from gfast.geffect.live.processes import Processes, here, like, refuse_hooks, refuse_inner
 from gfast.geffect.live.step import LiveStep
 from gfast.geffect.live.surgery import Surgery
 from gfast.geffect.live.updates import Updates
@@ -178,6 +178,7 @@ class GEffectMonitor:
                 )
             if self._finished is None:  # once: DDP may be put around a model after its monitor is made
                 refuse_inner(self.model)
+                refuse_hooks(self.model)  # which are registered then, too
             if self.processes.zero is not None and self.dropped is None:
                 self.processes.zero.begin()
             check_parameters(self.model, self.gradients, self.processes.sharded)

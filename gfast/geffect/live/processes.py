@@ -30,8 +30,7 @@ class Processes:
                     "gfast: a GEffectMonitor reads gradients parameter by parameter, and FSDP1 "
                     "(FullyShardedDataParallel) has them in flat pieces: shard the model with fully_shard (FSDP2)"
                 )
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                _refuse_hooks(module)
+        refuse_hooks(model)
         engine = engine_of(model)
         self.zero = None if engine is None else Zero(engine, list(names), list(parameters))
         self.replicated = next(
@@ -119,9 +118,10 @@ def refuse_inner(model: nn.Module) -> None:
 _SUMS = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook", "mixed_precision_hooks")
 
 
-def _refuse_hooks(wrapper: nn.parallel.DistributedDataParallel) -> None:
-    """ValueError for a communication hook of which nobody knows that it means gradients."""
-    for hook, _ in getattr(wrapper, "_comm_hooks", ()):
+def refuse_hooks(model: nn.Module) -> None:
+    """ValueError for a communication hook of DDP of which nobody knows that it means gradients."""
+    wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    for hook, _ in (each for wrapper in wrappers for each in getattr(wrapper, "_comm_hooks", ())):
         module, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", repr(hook))
         own = module.startswith("torch.distributed.algorithms.ddp_comm_hooks.")
         if not (own and (name in _SUMS or module.rpartition(".")[2] in _SUMS)):
