@@ -107,8 +107,9 @@ KINDS = {
 }
 
 
-def config_of_kind(kind):
-    sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, vocab_size=4096)
+def config_of_kind(kind, blocks=4):
+    sizes = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, vocab_size=4096)
+    sizes["num_hidden_layers"] = blocks
     return AutoConfig.for_model(kind.removesuffix("-tied"), **sizes | KINDS[kind])
 
 
@@ -227,6 +228,17 @@ def test_a_deep_model_is_measured_with_few_blocks(checkpoints):
     for keeps in (True, False):
         whole = max(plan_memory._halves(config, work, keeps, "cpu"))
         assert plan.step_bytes(config, work, keeps, "cpu") == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tangents_of_a_deep_model_are_those_of_its_last_blocks(kind):
+    """Where tangents of all groups meet; GPT-2's positions are a group beside its matrix that the head shares."""
+    config, work = config_of_kind(kind, blocks=7), plan.Work(2, 32, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_memory, "_FEW", 7)
+        whole = plan_memory.tangent_bytes(config, work)
+    assert plan_memory.tangent_bytes(config, work) == pytest.approx(whole, rel=0.04)
+    assert plan_memory.tangent_bytes(config_of_kind(kind, blocks=4), work) < 0.9 * whole
 
 
 def test_numbers_of_a_model_are_those_of_the_model():

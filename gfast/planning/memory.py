@@ -23,6 +23,8 @@ from gfast import hf
 from gfast.ops import head as op
 from gfast.ops.chunks import default_chunk_rows
 
+_FEW = 4  # blocks that stand for a deep model's
+
 
 @dataclass(frozen=True)
 class Work:
@@ -116,19 +118,31 @@ def forward_bytes(config: Any, work: Work, device: str = "cuda") -> int:
 
 
 def tangent_bytes(config: Any, work: Work, device: str = "cuda") -> int:
-    """The most that a forward holds with tangents along two directions of every parameter, beside the directions: of
-    all groups in the last blocks, however many there are.
+    """The most that a forward holds with tangents along two directions of every parameter, beside the directions.
+
+    It is highest in the last blocks, where every group has tangents: of a deep model a few blocks are measured, as its
+    last ones are, and the tangents of all groups before them come in with the embeddings.
     """
     from gfast.geffect.engines.forward_mode import differentiable_forward
     from gfast.geffect.engines.jvp import tangents_along
     from gfast.geffect.groups import assign
 
-    with _counted_model(_few_blocks(config), work.dtype) as (model, counted):
-        groups, parameters = assign(model), dict(model.named_parameters())
+    last = config.get_text_config().num_hidden_layers > _FEW
+    with _counted_model(_few_blocks(config, 2) if last else config, work.dtype) as (model, counted):
+        parameters = dict(model.named_parameters())
+        if last:
+            units = hf.parameter_units(model)
+            deep = len({unit for unit in units.values() if str(unit).startswith("embed")}) + 2  # shallow and middle
+            moved = {name: [*range(deep)] if str(unit).startswith("embed") else [deep + (unit == "lm")]
+                     for name, unit in units.items()}  # fmt: skip
+        else:
+            moved = {name: [group] for name, group in assign(model).index.items()}
         along = {}
-        for name, group in groups.index.items():
+        for name, groups in moved.items():
             sides = [torch.empty_like(parameters[name]) for _ in range(2)]
-            along[parameters[name]] = [(2 * group + side, lambda x=x: x) for side, x in enumerate(sides)]
+            along[parameters[name]] = [
+                (2 * group + side, lambda x=x: x) for group in groups for side, x in enumerate(sides)
+            ]
         of_directions, counted.highest = counted.now, counted.now
         with differentiable_forward(model), tangents_along(along, model):
             _hidden(model, work)
@@ -163,12 +177,12 @@ def _of_depth(config: Any, measure: Callable[[Any], Sequence[int]]) -> int:
     return max(y + (y - x) * (layers - 6) // 2 for x, y in zip(few, more, strict=True))
 
 
-def _few_blocks(config: Any) -> Any:
-    """The configuration with 4 blocks, or with as many as it takes to have one of every kind."""
+def _few_blocks(config: Any, few: int = _FEW) -> Any:
+    """The configuration with `few` blocks, or with as many as it takes to have one of every kind."""
     text = config.get_text_config()
     kinds = list(getattr(text, "layer_types", None) or ())
-    count = next((n for n in range(4, len(kinds)) if set(kinds[:n]) == set(kinds)), text.num_hidden_layers)
-    return _with_blocks(config, min(count if kinds else 4, text.num_hidden_layers))
+    count = next((n for n in range(few, len(kinds)) if set(kinds[:n]) == set(kinds)), text.num_hidden_layers)
+    return _with_blocks(config, min(count if kinds else few, text.num_hidden_layers))
 
 
 def _with_blocks(config: Any, count: int) -> Any:
@@ -209,7 +223,9 @@ def _halves(
     with FakeTensorMode():
         model = build_model(config, work.dtype)
         if work.checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            # the older name warns since transformers 5.24
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "preserve_rng_state": False})
         if rank:
             _adapt(model, rank)
         model.train(training)
