@@ -247,8 +247,8 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         _several_cross_entropies.add(unwrap(model))
         log_materialised(model, "its own loss has other logits too")
         return answer(model, batch, False, own_terms)
-    kept = isinstance(logits, DeferredLogits) and logits.head() is not None
-    if defer and not kept and not torch.compiler.is_compiling():
+    is_deferred = isinstance(logits, DeferredLogits) and logits.head() is not None
+    if defer and not is_deferred and not torch.compiler.is_compiling():
         log_materialised(model, why[-1] if why else "what the model does to them is no scale or soft cap")
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape_of(batch):
         what = (

@@ -72,13 +72,13 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Take the gradients away and put the same tensors back afterwards, so that work in between neither sees nor
     changes them.
     """
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in kept:
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
         parameter.grad = None
     try:
         yield
     finally:
-        for parameter, gradient in kept:
+        for parameter, gradient in gradients:
             parameter.grad = gradient
 
 

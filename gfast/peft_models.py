@@ -204,8 +204,8 @@ def _vanishing(peft: nn.Module) -> Iterator[nn.Parameter]:
         of_base = getattr(module, "original_module", None)
         of_base = getattr(module, "base_layer", None) if of_base is None else of_base
         if is_peft(module) and isinstance(of_base, nn.Module):
-            kept = {id(parameter) for parameter in of_base.parameters()}
-            yield from (parameter for parameter in module.parameters() if id(parameter) not in kept)
+            base = {id(parameter) for parameter in of_base.parameters()}
+            yield from (parameter for parameter in module.parameters() if id(parameter) not in base)
 
 
 def active_module(module: nn.Module | None) -> nn.Module | None:

@@ -82,13 +82,13 @@ def unstretched(model: nn.Module) -> Iterator[None]:
     """Dynamic embeddings as they are before any text, and as they were again afterwards: they stay as the longest text
     has made them, so that what is measured would depend on what came before, and what is trained on what is measured.
     """
-    kept = []
+    stretched = []
     for module in model.modules():
         cached = [name for name in vars(module) if name.endswith("max_seq_len_cached")]
         if cached and "dynamic" in str(getattr(module, "rope_type", "")):
-            kept.append((module, {name: getattr(module, name) for name in cached}, dict(module._buffers)))
+            stretched.append((module, {name: getattr(module, name) for name in cached}, dict(module._buffers)))
     try:
-        for module, lengths, buffers in kept:
+        for module, lengths, buffers in stretched:
             vars(module).update(dict.fromkeys(lengths, module.original_max_seq_len))
             for name, buffer in buffers.items():
                 if name.endswith("inv_freq") and "original" not in name:
@@ -96,7 +96,7 @@ def unstretched(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = original.to(buffer.device)
         yield
     finally:
-        for module, lengths, buffers in kept:
+        for module, lengths, buffers in stretched:
             vars(module).update(lengths)
             module._buffers.update(buffers)
 

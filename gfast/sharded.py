@@ -102,14 +102,14 @@ def without_hooks(linear: nn.Module) -> Iterator[None]:
 def _hooks_off(*chosen: tuple[nn.Module, str, Callable[[Any], bool]]) -> Iterator[None]:
     """Modules without those hooks of a table that a function chooses; order and all put back."""
     tables = [(getattr(module, name), takes) for module, name, takes in chosen]
-    kept = [dict(table) for table, _ in tables]
+    before = [dict(table) for table, _ in tables]
     try:
         for table, takes in tables:
             for key in [key for key, hook in table.items() if takes(hook)]:
                 del table[key]
         yield
     finally:
-        for (table, _), hooks in zip(tables, kept, strict=True):
+        for (table, _), hooks in zip(tables, before, strict=True):
             table.clear()
             table.update(hooks)
 

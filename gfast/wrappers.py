@@ -107,9 +107,9 @@ def _hooks_within(wrapper: nn.Module, module: nn.Module) -> Iterator[None]:
     """Forward hooks that somebody has put on a wrapper see what its module is given and answers, and may change it, as
     in any other call of the wrapper; they would see the loss.
     """
-    handles, kept = [], []
+    handles, tables = [], []
     for table in (wrapper._forward_pre_hooks, wrapper._forward_hooks):
-        kept.append((table, table.copy()))
+        tables.append((table, table.copy()))
         own = {key: hook for key, hook in table.items() if _foreign(hook)}
         for key in own:
             del table[key]
@@ -130,7 +130,7 @@ def _hooks_within(wrapper: nn.Module, module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for table, before in kept:
+        for table, before in tables:
             table.clear()
             table.update(before)
 

@@ -87,8 +87,9 @@ def wheel(sdist, tmp_path_factory) -> Path:
         pytest.skip("building needs cmake")
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", out, sdist]
-    # Little optimisation: what is tested is what gets into the wheel, and that it loads.
-    env = {**os.environ, "GFAST_CUDA": "0", "MAX_JOBS": "2", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O1"}
+    # Quickly: what is tested is what gets into the wheel, and that it loads.
+    quick = "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DGFAST_ISAS=default"
+    env = {**os.environ, "GFAST_CUDA": "0", "MAX_JOBS": "2", "CMAKE_ARGS": quick}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("gfast-*.whl")

@@ -142,8 +142,8 @@ def _says_yes(name: str) -> bool:
 
 
 def _refuse_kept_buffers(model: nn.Module) -> None:
-    kept = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    name = next((name for name, _ in model.named_buffers() if name in kept), None)
+    saved = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    name = next((name for name, _ in model.named_buffers() if name in saved), None)
     if name is not None:
         raise ValueError(
             f"{type(model).__name__} saves a buffer, {name!r}, which Accelerate cannot hand from one process to the "

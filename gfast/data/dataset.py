@@ -168,8 +168,8 @@ def refused(
     if not lines:
         raise ValueError("gfast: no refusals to choose from; pass at least one or None for the bundled list")
     choices = [int(torch.randint(len(lines), (), generator=seeded(seed, i), device="cpu")) for i in range(len(rows))]
-    kept = [{key: value for key, value in row.items() if key != CUT} for row in rows]
-    return [{**row, answer: lines[choice]} for row, choice in zip(kept, choices, strict=True)]
+    uncut = [{key: value for key, value in row.items() if key != CUT} for row in rows]
+    return [{**row, answer: lines[choice]} for row, choice in zip(uncut, choices, strict=True)]
 
 
 class RefusalDataset(QADataset):

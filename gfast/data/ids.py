@@ -109,13 +109,13 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         if held is not None and held.startswith(done) and text.startswith(held):
             pieces[-1], done = held[len(done) :], held  # it was that very character
         held = None
-        kept = len(os.path.commonprefix([done, text]))
+        shared = len(os.path.commonprefix([done, text]))
         # Some decoders change the end of what they wrote before, as WordPiece's does at an apostrophe.
         for at in range(len(pieces) - 1, -1, -1):
-            if len(done) == kept:
+            if len(done) == shared:
                 break
-            shorter = max(len(pieces[at]) - (len(done) - kept), 0)
+            shorter = max(len(pieces[at]) - (len(done) - shared), 0)
             pieces[at], done = pieces[at][:shorter], done[: len(done) - len(pieces[at]) + shorter]
-        pieces.append(text[kept:])
+        pieces.append(text[shared:])
         done = text
     return pieces

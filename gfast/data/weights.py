@@ -43,5 +43,5 @@ def top_tokens(scores: Tensor, labels: Tensor, share: float = 0.2) -> Tensor:
     order = order.gather(-1, first)
     rank = order.argsort(-1)
     # k of n exactly: 0.3 * 10 is a little more than 3
-    kept = torch.ceil(share * valid.sum(-1, keepdim=True).double() - 1e-9)
-    return ((rank < kept) & valid).float()
+    count = torch.ceil(share * valid.sum(-1, keepdim=True).double() - 1e-9)
+    return ((rank < count) & valid).float()

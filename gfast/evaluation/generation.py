@@ -106,14 +106,14 @@ def _settings(model: nn.Module, how: Mapping[str, Any]) -> Iterator[None]:
     owners = [
         m for m in wrappers.measured(model).modules() if hasattr(m, "generation_config") and hasattr(m, "generate")
     ]
-    kept = [owner.generation_config for owner in owners]
+    configs = [owner.generation_config for owner in owners]
     config = GenerationConfig(**{"do_sample": False, "use_cache": True, **how})
     try:
         for owner in owners:
             owner.generation_config = config
         yield
     finally:
-        for owner, before in zip(owners, kept, strict=True):
+        for owner, before in zip(owners, configs, strict=True):
             owner.generation_config = before
 
 

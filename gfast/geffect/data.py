@@ -134,10 +134,10 @@ def trimmed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if any(isinstance(x, Tensor) and key not in BY_POSITION | NOT_BY_POSITION for key, x in batch.items()):
         return batch
     needed = ((mask.to(labels.device) != 0) | (labels != IGNORE_INDEX)).any(0).nonzero()  # [columns, 1]
-    kept = int(needed.max()) + 1 if len(needed) else width
-    if kept == width:
+    used = int(needed.max()) + 1 if len(needed) else width
+    if used == width:
         return batch
-    short = {key: batch[key][:, :kept] for key in BY_POSITION if isinstance(batch.get(key), Tensor)}
+    short = {key: batch[key][:, :used] for key in BY_POSITION if isinstance(batch.get(key), Tensor)}
     return {**batch, **short}
 
 
@@ -248,16 +248,16 @@ def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
         labels = labels.clone()
         labels[:, :1] = -100  # nothing scores the first
         labelled = labels != -100  # [B, T]
-        kept = labelled.flip(1).cumsum(1).flip(1) > 0
+        scored = labelled.flip(1).cumsum(1).flip(1) > 0
         if mask is not None and mask.shape == labels.shape:
-            kept &= mask != 0
+            scored &= mask != 0
         given = {key: value.cpu() for key, value in sorted(batch.items()) if isinstance(value, Tensor)}
         given = {key: value for key, value in given.items() if key not in _NOT_OF_THE_ROW}
         by_token = {key: value for key, value in given.items() if value.shape[:2] == labels.shape}
         by_row = {key: value for key, value in given.items() if key not in by_token and len(value) == len(labels)}
         # what belongs to the batch as a whole, such as the patches of all its images
         whole = b"".join(_bytes(key, value) for key, value in given.items() if not {key} & {*by_token, *by_row})
-        for row, (targets, keep) in enumerate(zip(labels.long(), kept, strict=True)):
+        for row, (targets, keep) in enumerate(zip(labels.long(), scored, strict=True)):
             if bool(keep.any()):  # a row without a label adds nothing to a risk
                 parts = [_bytes("labels", targets[keep]), whole]
                 parts += [_bytes(key, value[row][keep]) for key, value in by_token.items()]

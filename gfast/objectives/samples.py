@@ -119,6 +119,6 @@ class BalDROG(_Balanced):
         sums = torch.zeros_like(length).index_add(0, sequence_id, torch.where(valid, logp, 0).double())
         known = torch.where(length > 0, sums / length.clamp(min=1), -torch.inf)  # [S]
         rank = known.argsort(descending=True, stable=True).argsort()
-        kept = (self.share * (length > 0).sum().double()).floor().clamp(min=1)
-        share = torch.where((rank < kept) & (length > 0), 1 / kept, 0.0)
+        count = (self.share * (length > 0).sum().double()).floor().clamp(min=1)
+        share = torch.where((rank < count) & (length > 0), 1 / count, 0.0)
         return share, (share * value).sum()

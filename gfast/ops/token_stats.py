@@ -55,8 +55,8 @@ class RowStats(NamedTuple):
         columns = torch.arange(self.ids.shape[1], device=labels.device)
         is_label = self.ids == labels[:, None]  # [N, k]
         at = torch.where(is_label.any(1), is_label.int().argmax(1), self.ids.shape[1] - 1)  # which one is left out
-        kept = columns[:-1] + (columns[:-1] >= at[:, None])
-        return self.values.gather(1, kept), self.ids.gather(1, kept)
+        others = columns[:-1] + (columns[:-1] >= at[:, None])
+        return self.values.gather(1, others), self.ids.gather(1, others)
 
     def token_stats(self, labels: Tensor) -> TokenStats:
         """The public fields, from the two largest logits, of labels [...]."""

@@ -180,11 +180,11 @@ def check_given(name: str, objective, weight: Tensor | None, labels: Tensor) -> 
     allowed = getattr(objective, "weight_range", None)
     if allowed is None or not runs_now(weight) or not runs_now(labels):
         return
-    kept = torch.where(labels != IGNORE_INDEX, weight, allowed[0])
-    good = (kept >= allowed[0]) & (kept <= allowed[1])
+    checked = torch.where(labels != IGNORE_INDEX, weight, allowed[0])
+    good = (checked >= allowed[0]) & (checked <= allowed[1])
     words = f"weights v in [{allowed[0]:g}, {allowed[1]:g}]"
     if objective.whole_weights:
-        good, words = good & (kept == kept.round()), f"weights v that are {allowed[0]:g} or {allowed[1]:g}"
+        good, words = good & (checked == checked.round()), f"weights v that are {allowed[0]:g} or {allowed[1]:g}"
     if not reads_are_free(weight.device):
         torch._assert_async(good.all(), f"gfast: {name}: {objective} takes {words}")
     elif not bool(good.all()):

@@ -98,14 +98,14 @@ def step_bytes(
 def seeded_bytes(config: Any, work: Work, device: str = "cuda") -> int:
     """What a forward keeps for a backward that forms no gradient of a weight, with the head's part of that backward."""
 
-    def kept(some: Any) -> Sequence[int]:
+    def after_forward(some: Any) -> Sequence[int]:
         with _counted_model(some, work.dtype) as (model, counted):
             hidden = _hidden(model, work)
             counted.highest = counted.now
             _head_step(hidden, hf.output_layer(model).weight.detach(), device)
             return [counted.highest]
 
-    return _of_depth(config, kept)
+    return _of_depth(config, after_forward)
 
 
 def forward_bytes(config: Any, work: Work, device: str = "cuda") -> int:

@@ -56,9 +56,9 @@ def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.nda
             weight = effect.weights(objective)
         except ValueError:
             return []
-        kept = (effect.tokens > 0).numpy()
-        sides = (effect.total(side).numpy()[kept] for side in SIDES)
-        by_step.append((step, weight.numpy()[kept], *sides))
+        counted = (effect.tokens > 0).numpy()
+        sides = (effect.total(side).numpy()[counted] for side in SIDES)
+        by_step.append((step, weight.numpy()[counted], *sides))
     return by_step
 
 

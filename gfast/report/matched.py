@@ -80,10 +80,10 @@ def _at(course: Sequence[Sequence[float]], level: float) -> dict[str, float]:
 def _kept(retention: Sequence[tuple[int, dict[str, float]]], step: float) -> dict[str, float]:
     levels = {}
     for name in sorted({name for _, values in retention for name in values}):
-        steps, kept = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
+        steps, retained = zip(*((at, values[name]) for at, values in retention if name in values), strict=True)
         # Between two alone, such as a run's ends, a line says nothing of the way.
         if len(steps) > 2 and steps[0] <= step <= steps[-1]:
-            levels[name] = float(np.interp(step, steps, kept))
+            levels[name] = float(np.interp(step, steps, retained))
     return levels
 
 

@@ -192,20 +192,21 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
             "tone": "plain",
             "text": f"{said} No {missing} G-effect was recorded, so nothing is said of the two together.",
         }
-    forget, kept = summary["forget_nll"], summary["retain_nll"]
+    forget, retain_nll = summary["forget_nll"], summary["retain_nll"]
     if summary["once"]:
         parts = [_once_sentence(summary)]
-        if forget and kept:
+        if forget and retain_nll:
             parts.append(
-                f"NLL is {number(forget['before'])} on the forget set and {number(kept['before'])} on the retain set."
+                f"NLL is {number(forget['before'])} on the forget set and {number(retain_nll['before'])} on the retain "
+                "set."
             )
     else:
         parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
-    if forget and kept and not summary["once"]:
-        gained, lost = forget["after"] - forget["before"], kept["after"] - kept["before"]
+    if forget and retain_nll and not summary["once"]:
+        gained, lost = forget["after"] - forget["before"], retain_nll["after"] - retain_nll["before"]
         sentence = (
             f"NLL went from {number(forget['before'])} to {number(forget['after'])} on the forget set and from "
-            f"{number(kept['before'])} to {number(kept['after'])} on the retain set"
+            f"{number(retain_nll['before'])} to {number(retain_nll['after'])} on the retain set"
         )
         if gained > 0 and lost > 0:
             sentence += f": {number(lost / gained)} nats lost on retain for each nat forgotten"
@@ -267,13 +268,13 @@ def _retain_sentence(summary: dict[str, Any]) -> str:
 def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     """The worse of two ratios decides: retain harm per unlearning, to first order (G-effect) and in NLL."""
     once = summary["once"]
-    forget, kept = (None, None) if once else (summary["forget_nll"], summary["retain_nll"])
+    forget, retain_nll = (None, None) if once else (summary["forget_nll"], summary["retain_nll"])
     gained = forget["after"] - forget["before"] if forget else None
     if not summary["unlearn_peak"] or (gained is not None and gained <= 0):
         return "would not unlearn" if once else "did not unlearn", "bad"
     ratios = [summary["damage_ratio"]]
-    if gained is not None and kept:
-        ratios.append((kept["after"] - kept["before"]) / gained)
+    if gained is not None and retain_nll:
+        ratios.append((retain_nll["after"] - retain_nll["before"]) / gained)
     ratio = max(r for r in ratios if r is not None)
     for limit, words, tone in HARM:
         if ratio < limit:

@@ -123,15 +123,15 @@ def _drawn(results: Results) -> list[tuple[str, Drawing, list[Run]]]:
 
 
 def _draw_matched(_: list[Run], theme: Theme, results: Results, groups: Mapping[str, Sequence[str]]) -> Figure:
-    kept = {row["name"]: row["matched"] for row in results.rows if row.get("matched")}
+    matched = {row["name"]: row["matched"] for row in results.rows if row.get("matched")}
     grouped = {name for names in groups.values() for name in names}
-    every = *groups.values(), [name for name in kept if name not in grouped]
-    rows = [some for names in every if (some := [name for name in names if name in kept])]
+    every = *groups.values(), [name for name in matched if name not in grouped]
+    rows = [some for names in every if (some := [name for name in names if name in matched])]
     figure = Figure(figsize=(7.6, 1.0 + 0.27 * sum(map(len, rows)) + 0.16 * len(rows)), layout="constrained")
     ax, place, places = figure.subplots(), 0.0, {}
     for at, names in enumerate(rows):
         for name in names:
-            mean, deviation = kept[name]
+            mean, deviation = matched[name]
             ax.errorbar(mean, place, xerr=deviation, color=run_color(theme, at), marker="D", markersize=5, capsize=3)
             places[place] = name
             place += 1.0

@@ -93,9 +93,11 @@ class Results:
             (summary["matched"]["forget_nll"] for summary in every if summary["matched"]), self.recipe.match_at
         )
         # The mean of those that did not diverge, where there are any.
-        kept = {name: [run for run in runs if self._place(run) not in self.diverged]
+        converged = {name: [run for run in runs if self._place(run) not in self.diverged]
                 for name, runs in self.by_seed.items()}  # fmt: skip
-        self.runs = {name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in kept.items() if runs}
+        self.runs = {
+            name: averaged(runs, name) if len(runs) > 1 else runs[0] for name, runs in converged.items() if runs
+        }
         self.rows = [self._before(name) for name in ("taught", "retain-model") if self._evaluation(name)]
         self.rows += [self._row(name) for name in self.recipe.objectives]
 
@@ -117,8 +119,8 @@ class Results:
         if self._place(run) in self.diverged:
             return summary
         ends = ((0, self._evaluation("taught")), (summary["last_step"], self._evaluation(f"{run.name}/seed{seed}")))
-        kept = dict(summary["retention"]) | {step: retention(evaluation) for step, evaluation in ends if evaluation}
-        return summary | {"retention": sorted(kept.items())}
+        retained = dict(summary["retention"]) | {step: retention(evaluation) for step, evaluation in ends if evaluation}
+        return summary | {"retention": sorted(retained.items())}
 
     def _evaluation(self, name: str) -> dict[str, Any]:
         return self._of(f"evaluations/{name}", "summary.json")

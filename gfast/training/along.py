@@ -41,7 +41,7 @@ def measurements(
     samples, size = config.geffect_samples, config.per_device_eval_batch_size
     cache = references.get("forget")
     asked = first_batches(forget, collators[0], cache if own is None else None, samples, size)
-    kept = first_batches(retain, collators[1], references.get("retain"), samples, size)
+    retain_batches = first_batches(retain, collators[1], references.get("retain"), samples, size)
     callbacks: list[Trajectory] = []
     if config.geffect_every:
         # Training has just freed its own gradient: the one that norms need takes its place.
@@ -50,9 +50,9 @@ def measurements(
             options["reference"] = config.reference
         if own is not None:
             options["objective_batches"] = first_batches(own, collators[0], cache, samples, size)
-        callbacks.append(GEffectCallback(config.geffect_every, asked, kept, objective, **options))
+        callbacks.append(GEffectCallback(config.geffect_every, asked, retain_batches, objective, **options))
     if config.nll_every:
-        callbacks.append(NLLCallback(config.nll_every, asked, kept, label=str(objective)))
+        callbacks.append(NLLCallback(config.nll_every, asked, retain_batches, label=str(objective)))
     return callbacks
 
 

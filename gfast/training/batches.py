@@ -155,9 +155,9 @@ class AnswersToForget:
 
 
 def _without_preferred(item: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in item.items() if not str(key).startswith("preferred_")}
-    nested = isinstance(kept.get("forget"), Mapping)
-    return {**kept, "forget": _without_preferred(kept["forget"])} if nested else kept
+    rest = {key: value for key, value in item.items() if not str(key).startswith("preferred_")}
+    nested = isinstance(rest.get("forget"), Mapping)
+    return {**rest, "forget": _without_preferred(rest["forget"])} if nested else rest
 
 
 def first_batches(

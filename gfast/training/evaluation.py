@@ -168,9 +168,9 @@ class ExactEvaluation:
         dataset = self._held(self.eval_dataset if dataset is None else dataset)
         # As Trainer does: workers that outlive an evaluation are started once a data set. It finds its own by a name,
         # which is one for whatever has none.
-        kept = self.__dict__.setdefault("_kept_loaders", {})
-        if key in kept and _same_items(kept[key][0], dataset):
-            return kept[key][1]
+        loaders = self.__dict__.setdefault("_kept_loaders", {})
+        if key in loaders and _same_items(loaders[key][0], dataset):
+            return loaders[key][1]
         getattr(self, "_eval_dataloaders", {}).clear()
         if self.args.world_size == 1:
             with self._plain_collator():
@@ -178,7 +178,7 @@ class ExactEvaluation:
         else:
             loader = self._own_batches(dataset)
         if self.args.dataloader_persistent_workers:
-            kept[key] = dataset, loader
+            loaders[key] = dataset, loader
         return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

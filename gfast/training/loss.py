@@ -195,9 +195,9 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh:
-            kept = {*self._signature_columns, *OWN_KEYS, *BOUNDS, *SETS}
+            columns = {*self._signature_columns, *OWN_KEYS, *BOUNDS, *SETS}
             # without its preferred half, a batch of pairs would be taken for half as many pairs
-            self._signature_columns = sorted(kept | {f"preferred_{name}" for name in kept})
+            self._signature_columns = sorted(columns | {f"preferred_{name}" for name in columns})
 
     @property
     def _parts(self) -> list[tuple[str, Objective, float]]:

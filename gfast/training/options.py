@@ -344,9 +344,9 @@ def marked(tensor: Tensor) -> tuple[Tensor, int]:
 
 def say_other_labels(labels: Tensor, counted: dict[str, list[tuple[Tensor, int]]], side: str) -> None:
     """A warning, once, where a loss is of other labels than those, each `marked`, that were counted."""
-    kept = [counted_labels for counted_labels, version in counted[side] if marked(counted_labels)[1] == version]
-    if not any(labels is counted_labels for counted_labels in kept) and not any(
-        _equal(labels, counted_labels) for counted_labels in kept
+    unchanged = [counted_labels for counted_labels, version in counted[side] if marked(counted_labels)[1] == version]
+    if not any(labels is counted_labels for counted_labels in unchanged) and not any(
+        _equal(labels, counted_labels) for counted_labels in unchanged
     ):
         del counted[side]
         logger.warning(

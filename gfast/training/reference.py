@@ -167,10 +167,10 @@ class ReferenceCache:
             differ = {key: value != self.texts[key][start:end] for key, value in here.items()}
             if "input_ids" in differ and bool(differ["input_ids"].any()):
                 place = int(differ["input_ids"].nonzero()[0])
-                token, kept = int(here["input_ids"][place]), int(self.texts["input_ids"][start + place])
+                token, cached = int(here["input_ids"][place]), int(self.texts["input_ids"][start + place])
                 raise ValueError(
                     f"sample {sample_id} is another text than the one of that sample_id in the reference cache (its "
-                    f"token {place} is {token}, not {kept}): give samples the sample_id that they had, or {again}"
+                    f"token {place} is {token}, not {cached}): give samples the sample_id that they had, or {again}"
                 )
             if "labels" in differ and "ref_logp" in self.values:
                 bad = differ["labels"] & (here["labels"] != -100)

@@ -50,8 +50,8 @@ class HeadProduct:
 
     def select(self, rows: Tensor | slice) -> HeadProduct:
         """The same for some of the rows."""
-        kept = {name: getattr(self, name)[rows] for name in ("a", "labels", "logp", "stats", "coef")}
-        return replace(self, **kept)
+        chosen = {name: getattr(self, name)[rows] for name in ("a", "labels", "logp", "stats", "coef")}
+        return replace(self, **chosen)
 
     def used(self) -> Tensor:
         """Which rows are not zero (NaN is something), bool [n]."""

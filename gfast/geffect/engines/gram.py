@@ -238,10 +238,10 @@ class _Pairs:
         for which, kept in enumerate(self.kept):
             self._add_products(which, name, kept.get(name, []), rows)
 
-    def _add_products(self, which: int, name: str, kept: list[Rows], others: list[Rows]) -> None:
+    def _add_products(self, which: int, name: str, rows: list[Rows], others: list[Rows]) -> None:
         # forming gradients of the kept samples serves their own products too
-        joint = self.wants_own == which and len(kept) == 1 and name not in self.own_done
-        for left in kept:
+        joint = self.wants_own == which and len(rows) == 1 and name not in self.own_done
+        for left in rows:
             for right in others:
                 values, own = products(left, right, joint, self.inputs)
                 self.table[which, self.position[name]] += values
@@ -249,13 +249,13 @@ class _Pairs:
                     self.own_table[self.position[name]] = own
                     self.own_done.add(name)
 
-    def _own(self, kept: list[Rows]) -> Tensor:
+    def _own(self, rows: list[Rows]) -> Tensor:
         """Products of a parameter's kept contributions with themselves, [S, S]: of all pairs of the uses of a module
         that is called several times, or of a tied matrix."""
         total = self.own_table.new_zeros(self.samples, self.samples)
-        for first, left in enumerate(kept):
+        for first, left in enumerate(rows):
             total += own_products(left)
-            for right in kept[first + 1 :]:
+            for right in rows[first + 1 :]:
                 values = products(left, right, own=False)[0]
                 total += values + values.t()
         return total

@@ -39,8 +39,8 @@ class InputProducts:
 
     def of(self, left: Rows, right: Rows) -> Tensor | None:
         """Those of these two, if they are kept."""
-        x, y, kept = self._last.get(left is right, (None, None, None))
-        return kept if x is left.contribution.a and y is right.contribution.a else None
+        x, y, last = self._last.get(left is right, (None, None, None))
+        return last if x is left.contribution.a and y is right.contribution.a else None
 
     def keep(self, left: Rows, right: Rows, made: Tensor) -> Tensor:
         self._last[left is right] = left.contribution.a, right.contribution.a, made

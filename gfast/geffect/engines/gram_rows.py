@@ -63,17 +63,17 @@ class Selected:
         # by place in memory: input, rows of it (None: all), their entries
         self._known: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
 
-    def of(self, contribution: OuterProduct, kept: Tensor | None) -> tuple[OuterProduct, Tensor | None]:
+    def of(self, contribution: OuterProduct, wanted: Tensor | None) -> tuple[OuterProduct, Tensor | None]:
         """`contribution.select(kept)` (None: all), or a few rows of zeros more where those of its input are there
         already; and which rows these are.
         """
         key = contribution.a.data_ptr()
         known = self._known.get(key)
-        if known is None or not (same_memory(known[0], contribution.a) and _serve(known[1], kept, contribution.rows)):
+        if known is None or not (same_memory(known[0], contribution.a) and _serve(known[1], wanted, contribution.rows)):
             if not self._every:
                 self._known.clear()
-            entries = contribution.a if kept is None else _selected(contribution.a, kept)
-            known = self._known[key] = contribution.a, kept, entries
+            entries = contribution.a if wanted is None else _selected(contribution.a, wanted)
+            known = self._known[key] = contribution.a, wanted, entries
         rows = known[1]
         return OuterProduct(known[2], contribution.b if rows is None else _selected(contribution.b, rows)), rows
 
@@ -83,16 +83,16 @@ def _selected(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(0, rows.to(x.device))
 
 
-def _serve(known: Tensor | None, kept: Tensor | None, total: int) -> bool:
+def _serve(known: Tensor | None, wanted_rows: Tensor | None, total: int) -> bool:
     """Whether rows that are there (None: all) hold those that are wanted, and not many more."""
-    count, wanted = (total if rows is None else len(rows) for rows in (known, kept))
+    count, wanted = (total if rows is None else len(rows) for rows in (known, wanted_rows))
     if wanted > count or wanted <= _FULL * count:
         return False
-    if known is None or kept is None:
+    if known is None or wanted_rows is None:
         return known is None
     if wanted == count:
-        return torch.equal(kept, known)
-    return bool(torch.isin(kept, known, assume_unique=True).all())
+        return torch.equal(wanted_rows, known)
+    return bool(torch.isin(wanted_rows, known, assume_unique=True).all())
 
 
 def rows_of(contribution: Contribution, owner: Tensor | None, samples: int, selected: Selected | None = None) -> Rows:
@@ -111,17 +111,17 @@ def rows_of(contribution: Contribution, owner: Tensor | None, samples: int, sele
     # the one look at the device: all that follows from it is worked out on the host
     seen = used[None] if owner is None else torch.stack([used.long(), owner])
     there, *owners = seen.cpu()
-    kept: Tensor | None = there.nonzero()[:, 0]
-    kept = None if len(kept) > _FULL * total else kept
+    rows: Tensor | None = there.nonzero()[:, 0]
+    rows = None if len(rows) > _FULL * total else rows
     if isinstance(contribution, OuterProduct):
-        contribution, kept = (selected or Selected()).of(contribution, kept)
-    elif kept is not None:
-        contribution = contribution.select(kept.to(used.device))
+        contribution, rows = (selected or Selected()).of(contribution, rows)
+    elif rows is not None:
+        contribution = contribution.select(rows.to(used.device))
     if not owners:
         each = max(1, total // samples)
-        counts = [each] * samples if kept is None else torch.bincount(kept // each, minlength=samples).tolist()
+        counts = [each] * samples if rows is None else torch.bincount(rows // each, minlength=samples).tolist()
     else:
-        counts = torch.bincount(owners[0] if kept is None else owners[0][kept], minlength=samples).tolist()
+        counts = torch.bincount(owners[0] if rows is None else owners[0][rows], minlength=samples).tolist()
     return Rows(contribution, counts)
 
 

@@ -20,13 +20,13 @@ def with_configs(arguments: list[str]) -> list[str]:
     >>> with_configs(["hydra.searchpath=[file://mine]"])
     ['hydra.searchpath=[file://mine,pkg://gfast.integrations.open_unlearning.configs]']
     """
-    name, kept = "hydra.searchpath=", []
+    name, words = "hydra.searchpath=", []
     for argument in arguments:
         if argument.startswith(name):
             given = argument[len(name) :].strip().removeprefix("[").removesuffix("]").strip()
             argument = f"{name}[{given + ',' if given else ''}{CONFIGS}]"
-        kept.append(argument)
-    return kept if any(one.startswith(name) for one in kept) else [*kept, f"{name}[{CONFIGS}]"]
+        words.append(argument)
+    return words if any(one.startswith(name) for one in words) else [*words, f"{name}[{CONFIGS}]"]
 
 
 def main(arguments: list[str]) -> None:

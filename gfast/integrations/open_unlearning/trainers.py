@@ -328,8 +328,8 @@ def _callback(
         own = measured(Originals(forget), None)
     else:
         own = measured(forget, objective.forget, references.get("forget"))
-    kept = measured(sides["retain"], objective.retain, references.get("retain"))
-    return GEffectCallback(every, own, kept, objective, reference=config.reference, **options)
+    of_retain = measured(sides["retain"], objective.retain, references.get("retain"))
+    return GEffectCallback(every, own, of_retain, objective, reference=config.reference, **options)
 
 
 class Originals:
