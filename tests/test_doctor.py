@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gfast import cli
+from gfast.ops import dispatch
 
 
 def test_doctor(capsys):
@@ -39,3 +40,9 @@ def test_doctor_says_the_one_thing_to_do(changes, advice, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert advice in said[-2]
+
+
+def test_kernels_for_nvidia_gpus_are_not_taken_on_others(monkeypatch):
+    """Triton's compiler for AMD refuses their options, in an error of its own at the first launch."""
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert "NVIDIA" in dispatch.why_not("unlearn_loss", "triton", "cuda")

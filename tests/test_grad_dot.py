@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import gfast
+from gfast.geffect.directions import frozen_squares, parameter_squares
+from gfast.geffect.live.merging import merged_squares
+from gfast.geffect.processes import Processes
 from gfast.ops import dispatch
-from gfast.ops.grad_dot import grad_dot, grad_dots
+from gfast.ops.grad_dot import dots_of_each, grad_dot, grad_dots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(3,), (257, 129), (0, 7), (64, 64), (1,), (2, 3, 5), (70001,), ()]
@@ -261,6 +264,42 @@ def test_bad_arguments(case):
 def test_bad_arguments_without_the_extension(case, monkeypatch):
     monkeypatch.setattr(sys.modules["gfast.ops.grad_dot"], "_choose", lambda impl, device: "reference")
     test_bad_arguments(case)
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on a second GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device("cuda", 1))
+
+    def detach(self):
+        return super().detach().as_subclass(Elsewhere)
+
+
+def test_parameters_on_several_devices_are_dotted_where_they_are(monkeypatch):
+    """Of a model spread over GPUs, as by device_map="auto": no call gets tensors of two devices."""
+
+    def of_one_device(xs, directions, groups, num_groups):
+        xs, *directions = [list(tensors) for tensors in (xs, *directions)]
+        assert len({x.device for tensors in (xs, *directions) for x in tensors}) == 1
+        plain = [[x.as_subclass(torch.Tensor) for x in tensors] for tensors in (xs, *directions)]
+        return grad_dots(plain[0], plain[1:], groups, num_groups)
+
+    monkeypatch.setattr(sys.modules["gfast.ops.grad_dot"], "grad_dots", of_one_device)
+    plain = make(torch.float32, 1), make(torch.float32, 2)
+    xs, ys = ([x.as_subclass(Elsewhere) if i % 3 else x for i, x in enumerate(tensors)] for tensors in plain)
+    expected = grad_dots(plain[0], [plain[1]], range(len(xs)), len(xs))
+    assert torch.equal(dots_of_each(xs, [ys]), expected)
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5))
+    squares = [p.detach().double().square().sum().item() for p in model.parameters()]
+    model[1].weight = torch.nn.Parameter(model[1].weight.detach().as_subclass(Elsewhere))
+    names = [name for name, _ in model.named_parameters()]
+    assert parameter_squares(model, names, Processes()).tolist() == pytest.approx(squares)
+    assert frozen_squares(model, names, Processes()) == {}
+    for p in model.parameters():
+        p.grad = p.detach()
+    assert merged_squares(list(model.parameters())).tolist() == pytest.approx(squares)
 
 
 def test_no_python_for_each_tensor():

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from gfast.objectives import DPO, GA, KL, NLL, RMU
-from gfast.training.batches import as_dealt
+from gfast.training.batches import as_dealt, to_device
 from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_options
 from gfast.training.trainer import UnlearnTrainer
@@ -403,3 +403,12 @@ def test_batches_that_one_process_deals_out_to_all(dispatch, data):
         as_dealt(collate, [DPO(), NLL()], accelerator, data)
     for own in (SimpleNamespace(num_processes=1), SimpleNamespace(num_processes=2, dispatch_batches=False)):
         assert as_dealt(collate, [DPO()], own, data) is collate
+
+
+def test_a_batch_on_its_way_to_the_host_is_waited_for(monkeypatch):
+    """From a GPU `non_blocking=True` gives memory that the values have not reached yet, and nothing waits for them."""
+    asked = {}
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: asked.update({device.type: non_blocking}))
+    for kind in ("cpu", "cuda"):
+        to_device({"forget": {"labels": torch.ones(1)}}, torch.device(kind))
+    assert asked == {"cpu": False, "cuda": True}

@@ -23,7 +23,7 @@ from gfast.geffect.processes import Processes
 from gfast.geffect.storage import FileStore, Store, store_for, sum_dtype
 from gfast.model_settings import difference, settings_of
 from gfast.objectives import Objective
-from gfast.ops.grad_dot import grad_dots
+from gfast.ops.grad_dot import dots_of_each
 from gfast.sides import SETS, SIDES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -324,13 +324,13 @@ class Dots:
 
     def _dot(self, gradients: dict[int, Tensor]) -> None:
         by_present: dict[tuple[bool, ...], list[int]] = {}  # a gradient that is not stored is zero
-        stored = {index: [store.get(index) for store in self.stores] for index in gradients}
+        stored = {i: [_beside(x, store.get(i)) for store in self.stores] for i, x in gradients.items()}
         for index, ys in stored.items():
             by_present.setdefault(tuple(y is not None for y in ys), []).append(index)
         for present, indices in by_present.items():
             columns = [column for column, there in enumerate(present) if there]
             xs, ys = [gradients[i] for i in indices], [[stored[i][c] for i in indices] for c in columns]
-            values = grad_dots(xs, ys, range(len(xs)), len(xs))  # [n, columns + 1]
+            values = dots_of_each(xs, ys)  # [n, columns + 1]
             if not all(present):
                 full = values.new_zeros(len(xs), len(present) + 1)
                 full[:, [*columns, len(present)]] = values
@@ -340,11 +340,15 @@ class Dots:
                 self.dots[index] = row if before is None else before + row
 
 
+def _beside(x: Tensor, y: Tensor | None) -> Tensor | None:
+    """y on the device of x: stores of the host and of files lend all on that of the model's first parameter."""
+    return None if y is None else y.to(x.device)
+
+
 def parameter_squares(model: nn.Module, names: list[str], processes: Processes) -> Tensor:
     """Squared norms of parameters, fp64 [P] on the CPU: they tell one set of weights from another at one read."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
-    groups = list(range(len(names)))
-    squares = grad_dots([sharded.local(parameters[name].detach()) for name in names], [], groups, len(names))[:, 0]
+    squares = dots_of_each([sharded.local(parameters[name].detach()) for name in names], [])[:, 0]
     return (processes.dots(squares) if processes.sharded else squares).cpu()
 
 
@@ -352,8 +356,4 @@ def frozen_squares(model: nn.Module, names: list[str], processes: Processes) -> 
     """The same of all other parameters, by name; without those that quantisation packs, 8-bit ones too."""
     known, named = set(names), {name: sharded.local(p) for name, p in model.named_parameters()}
     others = [n for n, p in named.items() if n not in known and wrappers.is_whole(p) and p.dtype.itemsize > 1]
-    squares: dict[str, float] = {}
-    for device in dict.fromkeys(named[name].device for name in others):  # a frozen part may lie on another
-        same_device = [name for name in others if named[name].device == device]
-        squares |= zip(same_device, parameter_squares(model, same_device, processes).tolist(), strict=True)
-    return squares
+    return dict(zip(others, parameter_squares(model, others, processes).tolist(), strict=True)) if others else {}

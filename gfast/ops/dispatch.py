@@ -148,6 +148,8 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if impl == "triton":
         if op == "grad_dot":
             return "grad_dot has no Triton kernel"
+        if kind == "cuda" and torch.version.hip:
+            return f"the Triton kernels are for NVIDIA GPUs, and torch {torch.__version__} is built for AMD's (ROCm)"
         if _triton_missing() or kind == "cuda":
             return _triton_missing()
         if kind == "cpu" and _interpreting():

@@ -89,6 +89,20 @@ def grad_dots(
         return torch.ops.gfast.grad_dots(xs, ys, groups, num_groups, len(directions))
 
 
+def dots_of_each(xs: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> Tensor:
+    """``grad_dots`` of every tensor by itself, [len(xs), num_dirs + 1] on the first one's device. Those of a model that
+    lies on several devices are dotted where they are."""
+    devices = dict.fromkeys(x.device for x in xs)
+    if len(devices) < 2:
+        return grad_dots(xs, directions, range(len(xs)), len(xs))
+    out = torch.empty(len(xs), len(directions) + 1, dtype=torch.float64, device=xs[0].device)
+    for device in devices:
+        there = [i for i, x in enumerate(xs) if x.device == device]
+        own = [[tensors[i] for i in there] for tensors in (xs, *directions)]
+        out[there] = grad_dots(own[0], own[1:], range(len(there)), len(there)).to(out.device)
+    return out
+
+
 def grad_dot(
     xs: Sequence[Tensor], ys: Sequence[Tensor], groups: Sequence[int], num_groups: int, *, impl: str = "auto"
 ) -> Tensor:

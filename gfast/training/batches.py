@@ -195,7 +195,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         if isinstance(value, Mapping):
             moved[key] = to_device(value, device)
         else:
-            moved[key] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            # to the host it waits: values of a copy that has not arrived yet would be read there
+            moved[key] = value.to(device, non_blocking=device.type != "cpu") if isinstance(value, Tensor) else value
     return moved
 
 

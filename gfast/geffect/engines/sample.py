@@ -108,10 +108,11 @@ def _measure_own(
             direction = directions.get(side, name)
             if direction is None:
                 continue
+            direction = direction.to(passes.parameters[position[name]].device)  # of a model on several
             values = contribution_dots(contribution, direction)  # [n]
             if place is not None:  # not index_add: its order on a GPU is not fixed
                 values = values.new_zeros(size).index_copy_(0, place, values)
-            table[position[name], side] += values.view(table.shape[2], -1).sum(1)
+            table[position[name], side] += values.view(table.shape[2], -1).sum(1).to(table.device)
 
     measured = []
     with Bar("sample effects", show=request.options.progress) as bar, measuring(model, checkpoints=False):

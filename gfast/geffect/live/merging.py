@@ -18,7 +18,7 @@ from gfast.geffect.directions import GATHERED
 from gfast.geffect.live.processes import Processes, here
 from gfast.geffect.live.surgery import Surgery, average, combined, sign_aligned, units_of
 from gfast.geffect.live.updates import Updates
-from gfast.ops.grad_dot import grad_dots
+from gfast.ops.grad_dot import dots_of_each
 
 # Columns of a parameter's row: dots of its forget (u), new (r) and merged (m) gradients, and with the last update (d).
 UR, RR, UU, RM, MM, RD, UD = range(7)
@@ -156,7 +156,7 @@ class Gradients:
 
         def flush() -> None:
             for index, row in self._dots(waiting).items():
-                rows[index] = rows[index] + row if index in rows else row
+                rows[index] = rows[index].to(row.device) + row if index in rows else row
             waiting.clear()
 
         def take(index: int) -> None:
@@ -246,7 +246,7 @@ class Gradients:
             merged = self._operated(pairs, dots, adds)
             ms, rs = [here(m) for m in merged.values()], [here(r) for r, _ in pairs.values()]
             if ms:
-                for index, values in zip(pairs, grad_dots(ms, [rs], range(len(ms)), len(ms)), strict=True):
+                for index, values in zip(pairs, dots_of_each(ms, [rs]), strict=True):
                     dots[index][RM : MM + 1] = values
         rows.update(dots)
         for index, m in merged.items():
@@ -300,7 +300,7 @@ class Gradients:
 def merged_squares(parameters: list[nn.Parameter]) -> Tensor:
     """Squared norms [P] of the gradients that are there."""
     there = [i for i, p in enumerate(parameters) if p.grad is not None]
-    squares = grad_dots([here(parameters[i].grad) for i in there], [], range(len(there)), len(there))[:, 0]
+    squares = dots_of_each([here(parameters[i].grad) for i in there], [])[:, 0]
     out = torch.zeros(len(parameters), dtype=torch.float64, device=squares.device)
     out[there] = squares
     return out
@@ -313,14 +313,14 @@ def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
     alone = [i for i in rs if us[i] is None]
     if both:
         r, u = [here(rs[i]) for i in both], [here(us[i]) for i in both]
-        dots = grad_dots(r + u, [u + u], range(2 * len(both)), 2 * len(both))  # [2n, 2]: (ru, rr), then (uu, uu)
+        dots = dots_of_each(r + u, [u + u])  # [2n, 2]: (ru, rr), then (uu, uu)
         n = len(both)
         table = torch.cat([dots[:n], dots[n:, 1:], dots.new_zeros(n, COLUMNS - 3)], 1)
         out |= dict(zip(both, table, strict=True))
     if alone:
         r = [here(rs[i]) for i in alone]
         table = r[0].new_zeros(len(alone), COLUMNS, dtype=torch.float64)
-        table[:, RR] = grad_dots(r, [], range(len(r)), len(r))[:, 0]
+        table[:, RR] = dots_of_each(r, [])[:, 0]
         out |= dict(zip(alone, table, strict=True))
     return out
 

@@ -106,7 +106,7 @@ def combined(u: Tensor | None, r: Tensor, v: Tensor, factors: tuple[Tensor, Tens
     Where nothing is removed it is u + r bit for bit.
     """
     wide = torch.float64 if r.dtype == torch.float64 else torch.float32
-    a, b, c = (factor.to(wide) for factor in factors)
+    a, b, c = (factor.to(r.device, wide) for factor in factors)  # of a unit that may lie on several devices
     if v is r:
         b, v = (b + c if adds else c), None
     elif not adds:

@@ -77,7 +77,8 @@ class Updates:
         self._fresh = False
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         counts = [i for i, state in enumerate(states) if isinstance(state.get("step"), Tensor)]
-        steps = torch.stack([here(states[i]["step"]).float().reshape(()) for i in counts]).tolist() if counts else []
+        steps = [here(states[i]["step"]).float().reshape(()) for i in counts]  # fused, each where its parameter is
+        steps = torch.stack([step.to(steps[0].device) for step in steps]).tolist() if steps else []
         now = dict(zip(counts, steps, strict=True))
         for index, count in now.items():  # a fused optimizer that found infinities has taken no step
             if count == self._counts.get(index, 0.0):
