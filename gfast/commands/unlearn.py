@@ -32,7 +32,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
-from gfast.commands.models import check_model, load_tokenizer, require_original
+from gfast.commands.models import check_model, load_tokenizer, refuse_over_model, require_original
 from gfast.commands.shards import Shards
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.errors import NotFinite
@@ -169,6 +169,8 @@ def _train(
     info = describe(model_arguments, data_arguments, along, config, rows, argv)
     shards = Shards(config)
     known = shards.of_main(lambda: check_run_folder(folder, info))
+    if not known:
+        shards.of_main(lambda: refuse_over_model(folder))
     if known and shards.of_main((folder / "result.json").exists):
         done = shards.of_main(lambda: read_json(folder / "result.json"))
         why = f" (it was ended by its {done['stopped']})" if done.get("stopped") else ""
@@ -189,10 +191,10 @@ def _train(
     model = shards.load(model_arguments, model_config)
     sides.fit(model)
 
-    if not known:  # the model as it starts, which reads all of its parameters
-        print_of_model = shards.fingerprint(model, peft_models.is_adapted(model))
-        info |= {"device": device_name(config.device), "model_fingerprint": print_of_model}
-    shards.of_main(lambda: write_run_info(folder, info))
+    # The model as it starts and what it reads, which a run goes on with.
+    print_of_model = shards.fingerprint(model, peft_models.is_adapted(model))
+    info |= {"model_fingerprint": print_of_model, "tokens_sha256": sides.checksums(mix.forget)}
+    shards.of_main(lambda: write_run_info(folder, info | {"device": device_name(config.device)}))
     build = ReferenceCache.build if shards.kind is None else partial(shards.reference, checkpoint=checkpoint)
     references = _references(model, mix, sides, data_arguments, config, folder, build)
     data = sides.of(mix.forget)
@@ -337,18 +339,22 @@ def _references(
             continue
         # With adapters the original is at hand, and hidden states of a large retain set would fill the disk. What a
         # G-effect measures by batches has to have those of a layer.
-        needed = needed_from_cache(objective)
-        measured = config.geffect_every and "layer_hidden" in needed
+        what = needed_from_cache(objective)
+        measured = config.geffect_every and "layer_hidden" in what
         if (
             peft_models.is_adapted(model)
             and config.reference != "adapted"
-            and needed != {"logp"}
+            and what != {"logp"}
             and not data_arguments.reference_cache
             and not measured
         ):
+            # A step finds log-probs by itself, as it does hidden states; a measurement is given them.
+            what = what & {"logp"} if config.geffect_every else set()
+        if not what:
             continue
         size = config.per_device_eval_batch_size
-        cache = sides.reference(model, [objective], side, where, size, config.reference, build, of_training(config))
+        options = dict(reference=config.reference, build=build, mixed_precision=of_training(config))
+        cache = sides.reference(model, [objective], side, where, size, what=what, **options)
         if cache is not None:
             caches[side] = cache
     return caches
