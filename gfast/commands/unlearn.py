@@ -17,6 +17,7 @@ checkpoint of it or one on the hub) goes on with that adapter; `--lora_r` over i
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -236,6 +237,7 @@ def _train(
 def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: str) -> None:
     """The trained model, and what its run came to."""
     main, steps = trainer.is_world_process_zero(), trainer.state.global_step
+    last = trainer.terms.of_step(trainer.accelerator).get("loss", 0.0)  # which Trainer's log leaves out if it is NaN
     if main:
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
@@ -244,7 +246,7 @@ def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: s
     callbacks = callbacks_of(trainer)
     result = {
         "steps": steps,
-        "train_loss": _mean_loss(trainer.state.log_history),
+        "train_loss": _mean_loss(trainer.state.log_history) if math.isfinite(last) else None,
         "seconds": clock.seconds,
         "measuring_seconds": clock.measuring(callbacks),
         "objective": objective,
@@ -253,6 +255,8 @@ def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: s
     if main:
         write_manifest(folder, deep=False)
         write_json(folder / "result.json", result)
+        if not math.isfinite(last):
+            say(f"WARNING: the loss of the last step is {last}: the run has diverged, and its model with it")
         say(f"Finished {steps} steps. Model and records: {folder}. Figures: gfast report {folder}")
 
 
