@@ -237,7 +237,7 @@ def _train(
 def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: str) -> None:
     """The trained model, and what its run came to."""
     main, steps = trainer.is_world_process_zero(), trainer.state.global_step
-    last = trainer.terms.of_step(trainer.accelerator).get("loss", 0.0)  # which Trainer's log leaves out if it is NaN
+    last = trainer.terms.of_last_step(trainer.accelerator).get("loss", 0.0)  # Trainer's log leaves NaN out
     if main:
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
