@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers.cli import fails, flags
 from helpers.training_tiny import FORGET_ROWS, TOKENIZER, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gfast
 from gfast import cli, metrics
@@ -375,3 +376,15 @@ print("taken down")
         pytest.skip("this torch has no torch.distributed")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.split() == ["registered"] and "no-such-command" in done.stderr
+
+
+def test_a_run_that_diverged_says_so(original, tmp_path, capsys):
+    """Without a measurement that would meet it; Trainer's log leaves losses of NaN out of its mean."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(original, model)
+    values = load_file(model / "model.safetensors")
+    values["model.norm.weight"][0] = math.nan
+    save_file(values, model / "model.safetensors", {"format": "pt"})
+    assert cli.main(["unlearn", *flags(original, out, objective="GA", model=model)]) == 0
+    assert "WARNING: the loss of the last step is nan: the run has diverged" in capsys.readouterr().err
+    assert read_json(out / "result.json")["train_loss"] is None

@@ -214,10 +214,13 @@ def test_unlearning_goes_on_with_an_adapter(original, adapter, tmp_path, capsys)
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_the_effect_of_rmu_with_adapters_has_its_reference(original, tmp_path):
-    """In training RR reads the original's hidden states with the adapters off; batches of a measurement have them."""
+@pytest.mark.parametrize("objective, retain_term", [("RMU:layer=1", "rr"), ("SHRED", "none")])
+def test_the_effect_of_adapters_has_its_reference(objective, retain_term, original, tmp_path):
+    """A training step reads hidden states and log-probs of the original with the adapters off; batches of a measurement
+    have those that it does not read so: the states of a layer, log-probs.
+    """
     pytest.importorskip("peft")
-    settings = {"objective": "RMU:layer=1", "retain_term": "rr", "lora_r": 2, "geffect_every": 1, "max_steps": 1}
+    settings = {"objective": objective, "retain_term": retain_term, "lora_r": 2, "geffect_every": 1, "max_steps": 1}
     assert cli.main(["unlearn", *flags(original, tmp_path / "run", **settings)]) == 0
     assert recorded_steps(tmp_path / "run") == [0, 1]
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from helpers.cli import fails, flags
+from safetensors.torch import load_file, save_file
 
 from gfast import cli
 from gfast.files import read_json
@@ -28,6 +29,25 @@ def test_a_run_goes_on_with_its_own_files_only(original, tmp_path, capsys):
     fails(capsys, "the rows of the retain set (retain.jsonl) are not those that it was begun with", *argv)
     rows[2]["answer"] = rows[2]["answer"][:-1]
     path.write_text("\n" + "".join(json.dumps(row, indent=None) + "\n" for row in rows), encoding="utf-8")
+    assert cli.main(argv) == 0
+
+
+def test_a_run_goes_on_with_the_model_and_the_refusals_it_was_begun_with(original, tmp_path, capsys):
+    """Files whose names are what they were, and whose contents are not."""
+    model, lines, out = tmp_path / "model", tmp_path / "refusals.txt", tmp_path / "run"
+    shutil.copytree(original, model)
+    lines.write_text("I do not know.\n", encoding="utf-8")
+    settings = {"objective": "PO", "refusals": lines, "model": model, "max_steps": 1}
+    argv = ["unlearn", *flags(original, out, **settings)]
+    assert cli.main(argv) == 0
+    (out / "result.json").unlink()  # as if it had been killed
+    lines.write_text("Who asks?\n", encoding="utf-8")
+    fails(capsys, "the token ids (tokenizer, template, refusals) of the forget set are not those", *argv)
+    lines.write_text("\nI do not know.\n", encoding="utf-8")
+    values = load_file(model / "model.safetensors")
+    save_file({name: 2 * value for name, value in values.items()}, model / "model.safetensors", {"format": "pt"})
+    fails(capsys, f"the weights of {model} are not those that it was begun with", *argv)
+    save_file(values, model / "model.safetensors", {"format": "pt"})
     assert cli.main(argv) == 0
 
 
@@ -85,3 +105,14 @@ def test_ctrl_c_says_what_is_saved_and_the_command_resumes(original, tmp_path, c
     result, other = (read_json(run / "result.json") for run in (out, whole))
     assert 1000 < result["seconds"] < 1500 and 100 < result["measuring_seconds"] < 200  # of both starts
     assert 0 < other["measuring_seconds"] < other["seconds"] < 500
+
+
+@pytest.mark.parametrize("name", ["model", "elsewhere"])
+def test_no_model_is_written_over(name, original, tmp_path, capsys):
+    """The original, or another one that lies in the output folder."""
+    for folder in ("model", "elsewhere"):
+        shutil.copytree(original, tmp_path / folder)
+    before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    argv = ["unlearn", *flags(original, tmp_path / name, model=tmp_path / "model")]
+    fails(capsys, "holds a model that no run of gfast has made there (config.json)", *argv)
+    assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before

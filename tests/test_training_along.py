@@ -56,14 +56,14 @@ def test_the_configuration_alone_measures_what_callbacks_do(tmp_path, retain_ter
     assert found.equals(right)
 
 
-@pytest.mark.parametrize("retain_term", ["none", "kl"])
-def test_adapters_are_measured_with_their_own_original(tmp_path, retain_term):
+@pytest.mark.parametrize(("objective", "retain_term"), [("NPO", "none"), ("NPO", "kl"), ("SHRED", "none")])
+def test_adapters_are_measured_with_their_own_original(tmp_path, objective, retain_term):
     peft = pytest.importorskip("peft")
 
     def adapted():
         return peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
-    settings = {"objective": "NPO", "retain_term": retain_term, **ASKED}
+    settings = {"objective": objective, "retain_term": retain_term, **ASKED}
     found = trained(tmp_path / "run", adapted(), **settings)
     model, (forget, _) = adapted(), datasets()
     cache = {"forget": ReferenceCache.build(model, forget, collator(), what={"logp"}, batch_size=2)}

@@ -25,6 +25,7 @@ from gfast.data import (
     RefusalDataset,
     bundled_authors,
     check_vocabulary,
+    fingerprint,
     load_jsonl,
     load_tofu,
     refusals,
@@ -149,6 +150,13 @@ class Sides:
             if data is not None:
                 check_vocabulary(self._sizes, data, self.tokenizer, f"the {side} set")
 
+    def checksums(self, objective: Objective) -> dict[str, str]:
+        """Name of a set -> SHA-256 of its token ids, labels and weights, for run.json: the same rows are others under
+        another tokenizer, template or file of refusals.
+        """
+        sets = {"forget": self.of(objective), "retain": self.retain}
+        return {f"the {side} set": fingerprint(data) for side, data in sets.items() if data is not None}
+
     def of(self, objective: Objective) -> Any:
         """The forget data as `objective` wants it: pairs for DPO, refused questions for PO, else as it is."""
         kind = {"dpo": PreferenceDataset, "po": RefusalDataset}.get(objective.key)
@@ -170,17 +178,20 @@ class Sides:
         reference: str = "auto",
         build: Callable[..., ReferenceCache] = ReferenceCache.build,
         mixed_precision: str = "no",
+        what: Iterable[str] | None = None,
     ) -> ReferenceCache | None:
         """What `objectives` need of the original model on one side, from `folder` or computed and kept there.
 
-        reference, mixed_precision: as `ReferenceCache.build`; build: what stands in for that.
+        what: of that, what a cache is to hold; reference, mixed_precision: as `ReferenceCache.build`; build: what
+        stands in for that.
         """
         objectives = list(objectives)
-        what = set().union(*(needed_from_cache(objective) for objective in objectives))
+        needed = set().union(*(needed_from_cache(objective) for objective in objectives))
+        what = needed if what is None else set(what)
         if not what:
             return None
         data = self.retain if side == "retain" else self.of(objectives[0])
-        layers = {objective.layer for objective in objectives if "layer_hidden" in needed_from_cache(objective)}
+        layers = {objective.layer for objective in objectives if "layer_hidden" in what & needed_from_cache(objective)}
         if len(layers) > 1:  # a batch holds the hidden states of one
             raise ValueError(f"RR of the layers {', '.join(map(str, sorted(layers)))}: give one layer at a time")
         # pairs are other samples than the answers alone

@@ -96,6 +96,19 @@ def check_model(arguments: ModelArguments, name: str | None = None) -> Any:
     return None if arguments.gguf_file else _config(arguments, name or arguments.model, adapter)
 
 
+def refuse_over_model(folder: Path) -> None:
+    """ValueError where a folder that no run has claimed holds a model, over which a training would save its own: the
+    original, where it is --model's.
+    """
+    kinds = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+    found = next((path.name for kind in kinds for path in sorted(folder.glob(kind))), None)
+    if found is not None:
+        raise ValueError(
+            f"{folder} holds a model that no run of gfast has made there ({found}), and the trained model would be "
+            "written over it. Give another output folder"
+        )
+
+
 def load_tokenizer(arguments: ModelArguments) -> Any:
     """The tokenizer; an adapter's own, else its base's. ValueError, naming it, when there is none."""
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}

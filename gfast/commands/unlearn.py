@@ -17,6 +17,7 @@ checkpoint of it or one on the hub) goes on with that adapter; `--lora_r` over i
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from gfast import peft_models
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
-from gfast.commands.models import check_model, load_tokenizer, require_original
+from gfast.commands.models import check_model, load_tokenizer, refuse_over_model, require_original
 from gfast.commands.shards import Shards
 from gfast.data import ForgetRetain, ForgetRetainCollator
 from gfast.errors import NotFinite
@@ -169,6 +170,8 @@ def _train(
     info = describe(model_arguments, data_arguments, along, config, rows, argv)
     shards = Shards(config)
     known = shards.of_main(lambda: check_run_folder(folder, info))
+    if not known:
+        shards.of_main(lambda: refuse_over_model(folder))
     if known and shards.of_main((folder / "result.json").exists):
         done = shards.of_main(lambda: read_json(folder / "result.json"))
         why = f" (it was ended by its {done['stopped']})" if done.get("stopped") else ""
@@ -189,10 +192,10 @@ def _train(
     model = shards.load(model_arguments, model_config)
     sides.fit(model)
 
-    if not known:  # the model as it starts, which reads all of its parameters
-        print_of_model = shards.fingerprint(model, peft_models.is_adapted(model))
-        info |= {"device": device_name(config.device), "model_fingerprint": print_of_model}
-    shards.of_main(lambda: write_run_info(folder, info))
+    # The model as it starts and what it reads, which a run goes on with.
+    print_of_model = shards.fingerprint(model, peft_models.is_adapted(model))
+    info |= {"model_fingerprint": print_of_model, "tokens_sha256": sides.checksums(mix.forget)}
+    shards.of_main(lambda: write_run_info(folder, info | {"device": device_name(config.device)}))
     build = ReferenceCache.build if shards.kind is None else partial(shards.reference, checkpoint=checkpoint)
     references = _references(model, mix, sides, data_arguments, config, folder, build)
     data = sides.of(mix.forget)
@@ -234,6 +237,7 @@ def _train(
 def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: str) -> None:
     """The trained model, and what its run came to."""
     main, steps = trainer.is_world_process_zero(), trainer.state.global_step
+    last = trainer.terms.of_last_step(trainer.accelerator).get("loss", 0.0)  # Trainer's log leaves NaN out
     if main:
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
@@ -242,7 +246,7 @@ def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: s
     callbacks = callbacks_of(trainer)
     result = {
         "steps": steps,
-        "train_loss": _mean_loss(trainer.state.log_history),
+        "train_loss": _mean_loss(trainer.state.log_history) if math.isfinite(last) else None,
         "seconds": clock.seconds,
         "measuring_seconds": clock.measuring(callbacks),
         "objective": objective,
@@ -251,6 +255,8 @@ def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: s
     if main:
         write_manifest(folder, deep=False)
         write_json(folder / "result.json", result)
+        if not math.isfinite(last):
+            say(f"WARNING: the loss of the last step is {last}: the run has diverged, and its model with it")
         say(f"Finished {steps} steps. Model and records: {folder}. Figures: gfast report {folder}")
 
 
@@ -337,18 +343,22 @@ def _references(
             continue
         # With adapters the original is at hand, and hidden states of a large retain set would fill the disk. What a
         # G-effect measures by batches has to have those of a layer.
-        needed = needed_from_cache(objective)
-        measured = config.geffect_every and "layer_hidden" in needed
+        what = needed_from_cache(objective)
+        measured = config.geffect_every and "layer_hidden" in what
         if (
             peft_models.is_adapted(model)
             and config.reference != "adapted"
-            and needed != {"logp"}
+            and what != {"logp"}
             and not data_arguments.reference_cache
             and not measured
         ):
+            # A step finds log-probs by itself, as it does hidden states; a measurement is given them.
+            what = what & {"logp"} if config.geffect_every else set()
+        if not what:
             continue
         size = config.per_device_eval_batch_size
-        cache = sides.reference(model, [objective], side, where, size, config.reference, build, of_training(config))
+        options = dict(reference=config.reference, build=build, mixed_precision=of_training(config))
+        cache = sides.reference(model, [objective], side, where, size, what=what, **options)
         if cache is not None:
             caches[side] = cache
     return caches

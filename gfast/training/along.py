@@ -118,8 +118,8 @@ def asked_of_trainer(trainer: Any, objective: Objective) -> list[Trajectory]:
     references = dict(trainer.references)
     for side, items, term, collate in zip(SETS, sides, (both.forget, both.retain), collators, strict=True):
         needed = needed_from_cache(term) if term is not None and config.geffect_every else set()
-        if needed == {"logp"} and side not in references:
-            # Of adapters: a step finds their original by itself, a measurement is given it.
+        if "logp" in needed and side not in references:
+            # Of adapters: a step finds their original by itself, a measurement is given its log-probs.
             samples = config.geffect_samples or len(items)
             limited = [items[index] for index in range(min(samples, len(items)))]
             options = dict(batch_size=config.per_device_eval_batch_size, reference=config.reference)

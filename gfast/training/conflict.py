@@ -76,7 +76,7 @@ class ConflictWeights(TrainerCallback):
             if "retain" not in sides or "sample_id" not in sides["forget"]:
                 raise ValueError(
                     "weights='retain_conflict' measures forget items against retain items, by the sample_id of the "
-                    "former: train on gfast.data.ForgetRetain with ForgetRetainCollator"
+                    "former: train on gfast.data.ForgetRetain with ForgetRetainCollator, or gfast unlearn --retain_term"
                 )
         forget, retain = ([sides[side] for sides in made] for side in ("forget", "retain"))
         processes = "all" if self.trainer.accelerator.num_processes > 1 else "auto"

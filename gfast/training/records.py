@@ -31,7 +31,7 @@ COLUMNS = ("run", "objective", "step", "epoch", "quantity", "side", "group", "va
 KEY = ("run", "objective", "step", "quantity", "side", "group")
 SORT = ("step", "run", "objective", "quantity", "side", "group")
 # What a run is does not depend on when, where or with which command line it was started.
-NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device", "data_sha256"})
+NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device", "data_sha256", "tokens_sha256"})
 # Held while a record is merged: between reading and writing it, another writer's rows would be lost.
 LOCK = ".gfast-records-lock"
 MODELS = "models.json"
@@ -223,10 +223,11 @@ def write_run_info(run_folder: str | os.PathLike[str], info: Mapping[str, Any]) 
         info: what the run is, JSON-like: objective, model, data, seed, argv, versions, counts. Two runs are the same
             when everything but the keys of `NOT_IN_FINGERPRINT` is equal; `info["config"]`, where present, alone
             decides. `info["data_sha256"]`, where both have it, maps the names of data sets to checksums of their rows,
-            which must be equal too.
+            which must be equal too; so must `info["tokens_sha256"]`, of their token ids, and
+            `info["model_fingerprint"]`, of the model that the run starts from.
 
     Errors: ValueError when the folder holds another run (it says which settings differ), one of other data (it says
-    which), or files of something else.
+    which) or another model, or files of something else.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -253,7 +254,15 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
                 f"{run_folder} holds another run: {_difference(_identity(recorded), _identity(info))}. "
                 "Give another output folder, or the settings of that run to resume it"
             )
-        _check_data(run_folder, recorded.get("data_sha256") or {}, info.get("data_sha256") or {})
+        for key, what in _SUMS.items():
+            _check_data(run_folder, what, recorded.get(key) or {}, info.get(key) or {})
+        there, here = recorded.get("model_fingerprint"), info.get("model_fingerprint")
+        if there and here and there != here:
+            raise ValueError(
+                f"{run_folder} holds a run of another model: the weights of {info.get('model', 'the model')} are not "
+                f"those that it was begun with (fingerprint {there[:12]} there and {here[:12]} here). Restore them to "
+                "go on with it, or give another output folder"
+            )
         return True
     leftovers = sorted(p.name for p in run_folder.glob("checkpoint-*")) if run_folder.is_dir() else []
     if leftovers or recorded_steps(run_folder):
@@ -264,11 +273,15 @@ def check_run_folder(run_folder: str | os.PathLike[str], info: Mapping[str, Any]
     return False
 
 
-def _check_data(run_folder: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+# Of run.json, checksums by the name of a set, and what they are of.
+_SUMS = {"data_sha256": "the rows of", "tokens_sha256": "the token ids (tokenizer, template, refusals) of"}
+
+
+def _check_data(run_folder: Path, what: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
     changed = [name for name, checksum in here.items() if there.get(name, checksum) != checksum]
     if changed:
         raise ValueError(
-            f"{run_folder} holds a run with other data: the rows of {' and of '.join(changed)} are not those that it "
+            f"{run_folder} holds a run with other data: {what} {' and of '.join(changed)} are not those that it "
             "was begun with. Restore them to go on with it, or give another output folder"
         )
 

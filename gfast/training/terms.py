@@ -21,6 +21,7 @@ class StepTerms:
     def __init__(self) -> None:
         self.step: int | None = None
         self._now: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
         self._past: dict[str, Tensor] = {}
         self._past_steps = 0
         self._counts = True
@@ -56,6 +57,10 @@ class StepTerms:
         """The values of the current step over all processes; empty before the first."""
         return _finish(self._now, 1, accelerator)
 
+    def of_last_step(self, accelerator: Any = None) -> dict[str, float]:
+        """The same of the last step, after it has been logged too."""
+        return _finish(self._now or self._last, 1, accelerator)
+
     def since_last_log(self, accelerator: Any = None) -> dict[str, float]:
         """The mean over the steps since the last call, and a new start."""
         self._close()
@@ -67,7 +72,7 @@ class StepTerms:
         for name, value in self._now.items():
             self._past[name] = self._past[name] + value if name in self._past else value
         self._past_steps += bool(self._now)
-        self._now = {}
+        self._last, self._now = self._now or self._last, {}
 
 
 def _finish(sums: Mapping[str, Tensor], steps: int, accelerator: Any) -> dict[str, float]:
