@@ -231,11 +231,9 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
         given["labels"] = batch["labels"].long()  # a cross-entropy takes no int32
     left_out: list[DeferredLogits] = []
     inner = unwrap(model)
-    without = (
-        WithoutCrossEntropy(batch["labels"].long(), _place_of_cross_entropy.get(inner, 0))
-        if own_terms
-        else nullcontext()
-    )
+    without: Any = nullcontext()
+    if own_terms:
+        without = WithoutCrossEntropy(given["labels"], _place_of_cross_entropy.get(inner, 0))
     with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why, without:
         out = called(model, given)
     if WITHOUT_GRADIENTS in why and torch.is_grad_enabled():
