@@ -168,6 +168,8 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant, frozen):
     expected = gfast.g_effect(model.eval(), [GA(), WGA()], **data())
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if frozen and hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # which newer versions of transformers enable by themselves
     ran = []
     model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     function = model.model.layers[2]._gradient_checkpointing_func
