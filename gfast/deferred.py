@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gfast import sharded, wrappers
+from gfast.forwards import exchanged, forward_in_place
 from gfast.ops.linear_inputs import as_autocast
 
 
@@ -347,7 +348,7 @@ def deferred(
         yield [why]
         return
     parallel, zero3 = wrappers.is_vocab_parallel(model, linear), sharded.is_zero3(linear)
-    own, group = vars(linear).get("forward"), sharded.group_of(model, linear)
+    group = sharded.group_of(model, linear)
     reasons: list[str] = []
     graded = torch.is_grad_enabled()
 
@@ -372,19 +373,14 @@ def deferred(
             logits.gathers = partial(sharded.gathered, group, linear, weight)
         return logits
 
-    linear.forward = forward
     token, asked = _left_out.set(left_out), _why.set(reasons)
     try:
         alone = sharded.ungathered(model, linear) if zero3 else nullcontext()
-        with sharded.without_hooks(linear) if parallel else alone:
+        with exchanged(linear, forward), sharded.without_hooks(linear) if parallel else alone:
             yield reasons
     finally:
         _left_out.reset(token)
         _why.reset(asked)
-        if own is None:
-            del linear.forward
-        else:
-            linear.forward = own
 
 
 def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
@@ -400,7 +396,7 @@ def _not_deferrable(model: nn.Module, linear: nn.Module | None) -> str | None:
         return "the head's weight is made of other parameters before each call (pruning, weight normalisation)"
     if wrappers.watches_backward(model, linear):
         return "a backward hook on the head is to see the gradient of its logits"
-    if "forward" in vars(linear) and not wrappers.is_vocab_parallel(model, linear):
+    if forward_in_place(linear) is not None and not wrappers.is_vocab_parallel(model, linear):
         return "something has put a forward of its own in the place of the head's (offloading, another library)"
     return None
 

@@ -228,12 +228,12 @@ def answer(model: nn.Module, batch: Mapping[str, Any], defer: bool = True, own_t
     if torch.is_grad_enabled():
         wrappers.refuse_packed(model)
     if own_terms:
-        given["labels"] = batch["labels"]
+        given["labels"] = batch["labels"].long()  # a cross-entropy takes no int32
     left_out: list[DeferredLogits] = []
     inner = unwrap(model)
-    without = (
-        WithoutCrossEntropy(batch["labels"], _place_of_cross_entropy.get(inner, 0)) if own_terms else nullcontext()
-    )
+    without: Any = nullcontext()
+    if own_terms:
+        without = WithoutCrossEntropy(given["labels"], _place_of_cross_entropy.get(inner, 0))
     with deferred(model, output_layer(model) if defer else None, left_out if own_terms else None) as why, without:
         out = called(model, given)
     if WITHOUT_GRADIENTS in why and torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from gfast.rotary import unstretched
@@ -90,7 +91,7 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
     Hooks on accumulated gradients are taken off for the time, because optimizers that step in such a hook would change
     the model. Modules that checkpoint activations keep doing so: they only do it in training mode, and losing it could
     run out of memory; those with dropout of their own are put in evaluation mode all the same, and with `checkpoints`
-    False all, where the inputs of modules are kept in any case.
+    False all, where the inputs of modules are kept in any case. What is checkpointed re-entrantly is not so inside.
     """
     modules = [(module, module.training) for module in model.modules()]
     tables = [table for p in model.parameters() if (table := getattr(p, "_post_accumulate_grad_hooks", None))]
@@ -104,6 +105,7 @@ def measuring(model: nn.Module, checkpoints: bool = True) -> Iterator[None]:
             table.clear()
         with (
             _not_packing(model),
+            _not_reentrant(model),
             gradients_kept(model),
             unstretched(model),
             torch.inference_mode(False),
@@ -140,6 +142,26 @@ def uncompiled() -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def _not_reentrant(model: nn.Module) -> Iterator[None]:
+    """A re-entrant checkpoint gives the parameters in it no gradient where none of its inputs asks for one: below them
+    all is frozen (embeddings under adapters), or a batch has inputs_embeds. The other kind is exact there too.
+    """
+    name, kept = "_gradient_checkpointing_func", []
+    for module in model.modules():
+        function = vars(module).get(name)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
+            kept.append((module, function))
+    try:
+        for module, function in kept:
+            if function.func is torch.utils.checkpoint.checkpoint:
+                setattr(module, name, functools.partial(function, use_reentrant=False))
+        yield
+    finally:
+        for module, function in kept:
+            setattr(module, name, function)
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:

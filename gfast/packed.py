@@ -21,6 +21,15 @@ from torch import Tensor
 from gfast.ops.checks import IGNORE_INDEX
 
 
+def length_of(value: Any) -> int | None:
+    """How many rows an entry of a batch may be of: of a tensor its first dimension, of a list (PEFT's adapter_names)
+    its length; None of anything else.
+    """
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
 def texts(batch: Mapping[str, Any]) -> Tensor | None:
     """The number of each token's text, int64 [B, T]; None where no row holds two texts with labels, and nothing but the
     rows says what a text is.
@@ -183,12 +192,13 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
     whole = {"ref_head", "ref_head_bias", "ref_head_form"}
     for key, value in batch.items():
         if (
-            isinstance(value, Tensor)
+            (isinstance(value, Tensor) or length_of(value) is not None)
             and key not in (*_BY_TOKEN, *BOUNDS, "sample_id", "ref_layer", "ref_precision")
             and key not in whole
         ):
+            what = tuple(value.shape) if isinstance(value, Tensor) else f"({len(value)} of them)"
             raise ValueError(
-                f"gfast: {key!r} {tuple(value.shape)} of a packed batch belongs to rows, and effects of samples look "
+                f"gfast: {key!r} {what} of a packed batch belongs to rows, and effects of samples look "
                 f"at the texts in them one by one: unpack the batch, one text a row"
             )
     ids = texts(batch).reshape(-1)  # [B T]

@@ -12,6 +12,7 @@ from helpers.geffect_models import gradient, tiny
 
 import gfast
 from gfast import model_state, peft_models
+from gfast.geffect import processes
 from gfast.hidden_states import layer_hidden
 from gfast.model_output import model_output
 from gfast.objectives import GA, KL, NLL, NPO, RR, TNPO, WGA, Mix
@@ -63,6 +64,20 @@ def test_adapters_by_sample():
         off = gfast.model_logp(model, batch)
     torch.testing.assert_close(logp, torch.cat([off[:1], on[1:]]))
     assert not torch.allclose(on[:1], off[:1])
+    for engine in ("sample", "gram"):  # the adapter sees some samples alone
+        with pytest.raises(ValueError, match=f"the {engine} engine cannot attribute the module .*lora_"):
+            gfast.g_effect(model, WGA(), engine=engine, forget=mixed, retain=batch)
+    directions = gfast.risk_gradients(model, forget=mixed, retain=mixed)
+    turned = mixed | {"adapter_names": mixed["adapter_names"][::-1]}
+    with pytest.raises(ValueError, match="measured on other forget data"):
+        gfast.g_effect(model, GA(), forget=turned, retain=mixed, directions=directions)
+    for part, name in zip(processes._parts(mixed, 1), mixed["adapter_names"], strict=True):
+        assert part["adapter_names"] == [name]
+    row = {key: batch[key].reshape(1, -1) for key in ("input_ids", "labels")} | {"adapter_names": ["__base__"]}
+    row["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(rows)[None]
+    row["labels"] = torch.where(row["position_ids"] == 0, -100, row["labels"])
+    with pytest.raises(ValueError, match="'adapter_names' .1 of them. of a packed batch belongs to rows"):
+        gfast.pg_effect(model, forget=row, retain=batch)
 
 
 def start(model, values: float) -> None:

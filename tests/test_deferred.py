@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -272,3 +275,25 @@ def test_a_head_that_is_called_where_gradients_are_off(off):
         weight, model.lm_head.weight.grad = model.lm_head.weight.grad, None
         plain.square().sum().backward()
         assert weight.equal(model.lm_head.weight.grad) and hidden.grad.equal(expected.grad)
+
+
+def test_threads_that_call_one_model_defer_their_own_calls():
+    model, hidden = Model(), torch.ones(2, 6)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def longer():
+        with deferred(model, model.lm_head):
+            entered.set()
+            assert go_on.wait(60)
+            return model(hidden)
+
+    with ThreadPoolExecutor(2) as pool:
+        with deferred(model, model.lm_head):
+            other = pool.submit(longer)
+            assert entered.wait(60)
+            here, plain = model(hidden), pool.submit(model, hidden).result()
+        go_on.set()
+        there = other.result()
+    assert type(here) is type(there) is DeferredLogits
+    assert type(plain) is torch.Tensor and torch.equal(plain, here.real())
+    assert "forward" not in vars(model.lm_head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,9 @@ BINARY = {
     "in place on a view of what moves less": in_place_on_a_view_of_what_moves_less,
     "arithmetic": lambda x, y: x * y + x / y - torch.sub(x, y, alpha=2) + torch.add(x, y, alpha=3),
     "broadcast": lambda x, y: x[:, None] * y[0] + x[:, :1] - y.sum(0, keepdim=True),
+    "dimensions of one entry": lambda x, y: (x.view(2, 1, 1, 3) + y.view(1, 1, 2, 3).permute(2, 0, 1, 3)).permute(
+        1, 2, 3, 0
+    ),
     "cat": lambda x, y: torch.cat([x, torch.ones(2, 1, dtype=x.dtype), y], -1),
     "stack": lambda x, y: torch.stack((x, y), dim=1),
     "matmul": lambda x, y: x @ y.T,
@@ -156,6 +160,44 @@ def test_two_arguments(name, streams, derived):
         check(lambda x, y: function(x * 1.5, y + 0.25), [parameter(2, 3), parameter(2, 3, seed=1)], streams)
     else:
         check(function, [parameter(2, 3), parameter(2, 3, seed=1)], streams)
+
+
+NORMS = {
+    "layer norm": lambda x, w: F.layer_norm(x, (8,), w, w),
+    "group norm": lambda x, w: F.group_norm(x, 2, w, w),
+    "vector norm": lambda x, w: torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_tangents_have_the_dtype_of_16_bit_numbers_that_fp32_weights_scale(name):
+    """As in fp32 norms between 16-bit layers, under autocast too: else the next matrix product fails."""
+    x, w = parameter(3, 8), parameter(8, seed=1)
+    matrix = torch.randn(8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def function(x, w, dtype, wide):
+        y = NORMS[name](x.to(dtype), w.to(wide))
+        return F.linear(y.expand(3, 8), matrix.to(y.dtype))
+
+    along = directions_for([x, w], [(0,), (1,)])
+    ((value, found),) = run(lambda x, w: function(x, w, torch.bfloat16, torch.float32), [x, w], along)
+    ((_, right),) = run(lambda x, w: function(x.float(), w, torch.float32, torch.float32), [x, w], along)
+    for stream, tangent in right.items():
+        assert found[stream].dtype == value.dtype
+        assert (found[stream] - tangent).norm() <= 2e-2 * tangent.norm()
+
+
+def test_threads_take_forward_mode_in_turn():
+    def once(seed):
+        x = parameter(2, 3, seed=seed)
+        along = directions_for([x], [(0,)])
+        return run(lambda x: (x * x).sin(), [x], along)[0][1][0] - (x * x).cos() * 2 * x * along[x][0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for apart in pool.map(once, range(40)):
+            assert apart.abs().max() < 1e-12
+    with forward_ad.dual_level(), pytest.raises(forward.ForwardModeError, match="gfast: this is within .*dual_level"):
+        once(0)
 
 
 def test_in_place_on_views():

@@ -160,17 +160,24 @@ def test_a_pair_of_single_batches_stores_no_more_gradients_than_needed(monkeypat
         assert {side: pytest.approx(values, rel=1e-9) for side, values in other.norms.items()} == one.norms
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant):
+@pytest.mark.parametrize(("reentrant", "frozen"), [(True, False), (True, True), (False, False)])
+def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant, frozen):
+    """frozen: nothing below the blocks has a gradient, with which a re-entrant checkpoint gives theirs none either."""
     model = tiny("llama")
+    model.model.embed_tokens.requires_grad_(not frozen)
     expected = gfast.g_effect(model.eval(), [GA(), WGA()], **data())
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if frozen and hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # which newer versions of transformers enable by themselves
     ran = []
     model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    function = model.model.layers[2]._gradient_checkpointing_func
     found = gfast.g_effect(model, [GA(), WGA()], **data())
+    assert model.model.layers[2]._gradient_checkpointing_func is function
     for one, other in zip(found, expected, strict=True):
         assert one.unlearn == pytest.approx(other.unlearn, rel=1e-9)
+        assert one.unlearn["shallow"] < 0
     assert len(ran) == 2 * 6  # six batches, each with a recomputed forward
 
 

@@ -60,6 +60,8 @@ def test_halves_are_exchanged_and_answers_labelled():
     assert answers == [*REJECTED, *CHOSEN]
     assert all((batch[key] == value).all() for key, value in kept.items())  # a new dict
     assert (out["attention_mask"].sum(1) == torch.tensor([4, 5, 5, 3])).all()
+    named = dpo_batch({**batch, "adapter_names": ["a", "a", "b", "b"]})  # of the rows, in PEFT's models
+    assert named["adapter_names"] == ["b", "b", "a", "a"]
 
 
 @pytest.mark.parametrize("engine", ["stream", "gram"])

@@ -255,6 +255,7 @@ def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
         given = {key: value for key, value in given.items() if key not in _NOT_OF_THE_ROW}
         by_token = {key: value for key, value in given.items() if value.shape[:2] == labels.shape}
         by_row = {key: value for key, value in given.items() if key not in by_token and len(value) == len(labels)}
+        lists = {key: x for key, x in sorted(batch.items()) if type(x) in (list, tuple) and len(x) == len(labels)}
         # what belongs to the batch as a whole, such as the patches of all its images
         whole = b"".join(_bytes(key, value) for key, value in given.items() if not {key} & {*by_token, *by_row})
         for row, (targets, keep) in enumerate(zip(labels.long(), scored, strict=True)):
@@ -262,6 +263,7 @@ def _fingerprint(batches: list[Mapping[str, Any]]) -> str:
                 parts = [_bytes("labels", targets[keep]), whole]
                 parts += [_bytes(key, value[row][keep]) for key, value in by_token.items()]
                 parts += [_bytes(key, value[row]) for key, value in by_row.items()]
+                parts += [f"{key}|{value[row]!r}|".encode() for key, value in lists.items()]  # adapter_names
                 rows.append(hashlib.sha256(b"".join(parts)).digest())
     return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
 

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from gfast import sharded
 from gfast.geffect.data import BY_POSITION, NOT_BY_POSITION
-from gfast.packed import texts
+from gfast.packed import length_of, texts
 from gfast.tensor_files import hash_tensor
 
 T = TypeVar("T")
@@ -123,6 +123,8 @@ class Processes:
                 for key, value in sorted(batch.items()):
                     if isinstance(value, Tensor):
                         hash_tensor(digest, f"{source}|{index}|{key}", value)
+                    elif length_of(value) is not None:
+                        digest.update(f"{source}|{index}|{key}|{value!r}".encode())
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, digest.hexdigest())
         other = next((rank for rank, said in enumerate(told) if said != told[0]), None)
@@ -148,8 +150,9 @@ def _parts(batch: Mapping[str, Any], rows: int) -> list[Mapping[str, Any]]:
     by_row = {
         key: value for key, value in tensors.items() if key in BY_POSITION | {"sample_id", "ref_layer", "ref_precision"}
     }
+    by_row |= {key: value for key, value in batch.items() if key not in tensors and length_of(value) == count}
     known = all(key in BY_POSITION | NOT_BY_POSITION - {"pixel_values", "image_grid_thw"} for key in tensors)
-    whole = all(value.dim() > 0 and len(value) == count for value in by_row.values())
+    whole = all(length_of(value) == count for value in by_row.values())
     if not (known and whole) or count <= rows or texts(batch) is not None:
         return [batch]
     return [

@@ -71,8 +71,10 @@ def dpo_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("gfast: rows that hold several answers must be one row [1, T], as TRL's padding_free makes it")
 
     def exchanged(value: Any) -> Any:
-        by_row = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-        return torch.cat(value.chunk(2)[::-1]) if by_row else value
+        if packed.length_of(value) != rows:
+            return value
+        first, second = value[: rows // 2], value[rows // 2 :]
+        return torch.cat([second, first]) if isinstance(value, Tensor) else [*second, *first]
 
     return packed.Pairs({key: exchanged(value) for key, value in given.items()})
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gfast import module_kinds
 from gfast.geffect.contributions.layers import Site
+from gfast.packed import length_of
 
 # How far apart, of its own norm, the inputs of a sample by itself and in a batch may be: the number of rows decides how
 # kernels sum. Those of other tokens are about as far apart as they are long.
@@ -41,7 +42,7 @@ class Order:
         self.done = True
         alone: dict[str, list[Tensor]] = defaultdict(list)
         rows = batch["labels"].shape[0]
-        text = {key: x[row : row + 1] if _length(x) == rows else x for key, x in batch.items()}
+        text = {key: x[row : row + 1] if length_of(x) == rows else x for key, x in batch.items()}
         with torch.no_grad(), self._reading(lambda site, x: alone[site.name].append(x.clone())):
             answer(text)
         with self._reading(partial(self._compare, alone, row, *batch["labels"].shape)):
@@ -93,16 +94,11 @@ def _alike(own: Tensor, expected: Tensor) -> bool:
     return not (own.double() - expected.double()).norm() > limit * expected.double().norm()
 
 
-def _length(x: Any) -> int | None:
-    """Of a tensor's first dimension, if it has one."""
-    return x.shape[0] if isinstance(x, Tensor) and x.dim() else None
-
-
 def _whole_row(batch: Mapping[str, Any]) -> int | None:
-    """A sample that fills its row, of a batch of several; None where there is none, or where a tensor has neither a row
-    a sample nor one for all."""
+    """A sample that fills its row, of a batch of several; None where there is none, or where an entry has neither a
+    row a sample nor one for all."""
     rows = batch["labels"].shape[0]
-    if rows < 2 or any(_length(x) not in (None, 1, rows) for x in batch.values()):
+    if rows < 2 or any(length_of(x) not in (None, 1, rows) for x in batch.values()):
         return None
     mask = batch.get("attention_mask")
     if mask is None:

@@ -14,6 +14,7 @@ error that names the module, never a gap. Tangents stop where gradients would: a
 from __future__ import annotations
 
 import re
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ _ABOUT = frozenset(
 )
 _LINEAR_GETTERS = frozenset("T mT H mH real".split())
 _RAW = frozenset("data_ptr numpy __array__ storage untyped_storage __dlpack__ __cuda_array_interface__".split())
+_lock = threading.RLock()  # PyTorch has one level of forward mode for all threads
 _NO_RULE = re.compile(r"forward AD|forward.mode|jvp")  # what torch and gfast call it in their errors
 
 
@@ -66,7 +68,8 @@ class Streams(Tensor):
     @staticmethod
     def __new__(cls, parts: dict[int, Tensor], base: Streams | None = None) -> Streams:
         if len({part.stride() for part in parts.values()}) > 1:
-            parts = {stream: part.contiguous() for stream, part in parts.items()}
+            # contiguous() alone keeps the strides of dimensions of one entry, and views would differ by them
+            parts = {stream: part.contiguous().view(-1).view(part.shape) for stream, part in parts.items()}
         stream, form = next(iter(parts.items()))
         out = Tensor._make_wrapper_subclass(
             cls,
@@ -187,7 +190,8 @@ class Tangents(TorchFunctionMode):
             return attention(*given, **options)
         if func is F.embedding:
             return embedding(*given, **options)
-        return func(*given, **options)
+        out = func(*given, **options)
+        return out if _writes(name, options) else _of_its_dtype(out)
 
     def _read(self, tensor: Tensor) -> Tensor:
         """What a torch function reads in place of a tensor: of a parameter its dual."""
@@ -208,6 +212,18 @@ class Tangents(TorchFunctionMode):
                 del self._duals[next(iter(self._duals))]
             self._duals[id(tensor)] = _dual(*known)
         return self._duals[id(tensor)]
+
+
+def _of_its_dtype(out: Any) -> Any:
+    """What a torch function gives, with tangents of its own dtype: norms of 16-bit numbers by fp32 weights have fp32
+    ones, with which the next function fails.
+    """
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        return out
+    value, tangent = forward_ad.unpack_dual(out)
+    if tangent is None or tangent.dtype == out.dtype:
+        return out
+    return forward_ad.make_dual(value, tangent.to(out.dtype))
 
 
 def _dual(parameter: nn.Parameter, streams: Sequence[tuple[int, Callable[[], Tensor | None]]]) -> Tensor:
@@ -300,6 +316,19 @@ def attention(
 
 
 @contextmanager
+def _level() -> Iterator[None]:
+    """Forward mode, for one thread after the other."""
+    with _lock:
+        if forward_ad._current_level >= 0:
+            raise ForwardModeError(
+                "gfast: this is within torch.autograd.forward_ad.dual_level(), and PyTorch nests none: measure tokens "
+                "outside of it"
+            )
+        with forward_ad.dual_level():
+            yield
+
+
+@contextmanager
 def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
     """Context in which model code carries tangents (see `Tangents`); `model` names modules in errors."""
     running: list[nn.Module] = []  # whose forward has begun and not ended, innermost last
@@ -308,9 +337,9 @@ def tangents_along(directions: Along, model: nn.Module) -> Iterator[None]:
         while running and running.pop() is not module:  # one that an error has left
             pass
 
-    hooks = [module.register_forward_pre_hook(lambda m, _: running.append(m)) for module in model.modules()]
-    hooks += [module.register_forward_hook(end) for module in model.modules()]
-    with forward_ad.dual_level():
+    with _level():
+        hooks = [module.register_forward_pre_hook(lambda m, _: running.append(m)) for module in model.modules()]
+        hooks += [module.register_forward_hook(end) for module in model.modules()]
         try:
             # in torch's own functions attention has no forward mode but this, and scripted code may lose tangents
             with Tangents(directions), sdpa_kernel(SDPBackend.MATH), torch.jit.optimized_execution(False):
