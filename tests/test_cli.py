@@ -222,6 +222,9 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
     assert cli.main([*command, "--output_dir", str(tmp_path / "third")]) == 0
     compared = json.loads((tmp_path / "third" / "geffect.json").read_text())["effects"][0]["unlearn"]
     assert compared != written["effects"][2]["unlearn"]
+    again = ["geffect", "--model", str(taught), *data, "--output_dir", str(tmp_path / "third"), "--objectives"]
+    fails(capsys, "holds measurements of step 0 with another reference model", *again, "NPO")
+    assert cli.main([*again, "GA"]) == 0
     # a step's measurements are of one model
     command = ["geffect", "--model", str(taught), *data, "--output_dir", str(tmp_path / "before")]
     fails(capsys, f"holds measurements of step 0 of another model ({original})", *command)

@@ -36,6 +36,7 @@ from gfast.files import require_writable, write_json
 from gfast.geffect import ENGINES
 from gfast.objectives import Objective
 from gfast.objectives.registry import parse_objective
+from gfast.peft_models import is_adapted
 from gfast.training.batches import first_batches
 from gfast.training.evaluation import nll_of_sides
 from gfast.training.fingerprints import model_fingerprint
@@ -129,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         require_original(model_arguments, objectives, "--reference_model {name}", "--reference_model {base}")
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
-    model, batches = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
-    measured = {"name": model_arguments.model, "fingerprint": ""}
+    model, batches, reference = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
+    measured = {"name": model_arguments.model, **reference}
     if folder is not None:
         measured = as_text(measured | {"fingerprint": model_fingerprint(model, adapters=True)})
         check_step_model(folder, arguments.step, measured)
@@ -194,8 +195,10 @@ def prepared(
     data_arguments: DataArguments,
     arguments: GEffectArguments,
     device: torch.device,
-) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
-    """The model, and the batches of both sets and of each kind of objective: plain, dpo, po."""
+) -> tuple[Any, dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """The model; the batches of both sets and of each kind of objective: plain, dpo, po; and the fingerprint of the
+    reference model, where an objective has one.
+    """
     kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
@@ -207,6 +210,9 @@ def prepared(
         for kind, members in kinds.items()
         if members
     }
+    reference = {}
+    if any(caches.values()) and arguments.output_dir is not None:  # of adapters that were not given, the model without
+        reference = {"reference": model_fingerprint(model, adapters=first is not None and is_adapted(model))}
     if arguments.reference_model is not None:
         # The two models are never in memory together.
         del model
@@ -217,7 +223,7 @@ def prepared(
     batches["forget"] = first_batches(sides.forget, sides.collator, None, 0, batch_size)
     for kind, cache in caches.items():
         batches[kind] = first_batches(sides.of(kinds[kind][0]), sides.collator, cache, 0, batch_size)
-    return model, batches
+    return model, batches, reference
 
 
 def by_objective(

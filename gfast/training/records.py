@@ -101,7 +101,7 @@ def check_step_model(run_folder: str | os.PathLike[str], step: int, model: Mappi
     """Of the steps of a series, whose models are not those of one run, the model of each, with this one; ValueError
     where the folder has another at this step, beside whose measurements its own would stand as if of one.
 
-    model: its `name` and `fingerprint`.
+    model: its `name` and `fingerprint`; `reference`, the fingerprint of the original model, where an objective has one.
     """
     path = Path(run_folder) / MODELS
     known = read_json(path, "delete it, and the records of the steps that are measured again") if path.exists() else {}
@@ -111,7 +111,13 @@ def check_step_model(run_folder: str | os.PathLike[str], step: int, model: Mappi
             f"{run_folder} holds measurements of step {step} of another model ({there['name']}): give this one a "
             f"--step of its own, as in a series of models, or another --output_dir"
         )
-    return {**known, str(step): dict(model)}
+    before, now = there.get("reference"), model.get("reference")
+    if before and now and before != now:
+        raise ValueError(
+            f"{run_folder} holds measurements of step {step} with another reference model: give that one as "
+            f"--reference_model, or another --output_dir"
+        )
+    return {**known, str(step): {**there, **model}}
 
 
 def write_step_model(run_folder: str | os.PathLike[str], step: int, model: Mapping[str, str]) -> None:
