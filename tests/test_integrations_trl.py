@@ -117,6 +117,9 @@ def test_what_is_no_batch_of_preferences_is_refused():
         dpo_batch({**batch, "ref_chosen_logps": torch.zeros(2)})
     with pytest.raises(ValueError, match="3 rows are no pairs"):
         dpo_batch({key: value[:3] for key, value in batch.items()})
+    three = {key: torch.cat([value, value[:2]]) for key, value in batch.items()}  # as TPOTrainer's collator has them
+    with pytest.raises(ValueError, match="rows 0 and 3 of 6 answer different prompts"):
+        dpo_batch(three)
     empty = {**batch, "completion_mask": batch["completion_mask"].clone()}
     empty["completion_mask"][3] = 0
     with pytest.raises(ValueError, match="the rejected answer 1 of a batch has no tokens"):

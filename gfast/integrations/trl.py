@@ -34,7 +34,8 @@ def dpo_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: a batch that lacks input_ids or completion_mask, an odd number of answers, an answer without tokens,
-            sums of log-probs that TRL computed ahead (they are no log-probs of tokens).
+            rows of a pair whose prompts differ (batches of three answers a prompt), sums of log-probs that TRL computed
+            ahead (they are no log-probs of tokens).
 
     Source: arXiv 2305.18290.
 
@@ -67,6 +68,7 @@ def dpo_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     if rows % 2:
         raise ValueError(f"gfast: {rows} rows are no pairs: dpo_batch takes the chosen and then the rejected answers")
     _check_answers((labels[:, 1:] != IGNORE_INDEX).any(1))
+    _check_prompts(ids, completion, batch.get("attention_mask"))
     if packed.texts(given) is not None:
         raise ValueError("gfast: rows that hold several answers must be one row [1, T], as TRL's padding_free makes it")
 
@@ -87,6 +89,25 @@ def _check_answers(present: Tensor) -> None:
         raise ValueError(
             f"gfast: the {which} of a batch has no tokens (cut off by max_length?), so that it is no part of a pair; "
             f"leave such pairs out of the data"
+        )
+
+
+def _check_prompts(ids: Tensor, completion: Tensor, mask: Tensor | None) -> None:
+    """The answers of a pair are to one prompt: its tokens [2B, T], counted back from the answer, are the same as far as
+    both rows have them (TRL may have cut their beginnings).
+    """
+    back = completion.int().argmax(1, keepdim=True) - 1 - torch.arange(ids.shape[1], device=ids.device)
+    there, place = back >= 0, back.clamp(min=0)
+    if mask is not None:
+        there = there & mask.gather(1, place).bool()
+    tokens, half = ids.gather(1, place), ids.shape[0] // 2
+    differ = ((tokens[:half] != tokens[half:]) & there[:half] & there[half:]).any(1)
+    if bool(differ.any()):
+        first = int(differ.nonzero()[0])
+        raise ValueError(
+            f"gfast: rows {first} and {first + half} of {2 * half} answer different prompts, so they are no pair: "
+            f"dpo_batch takes the chosen answers of all prompts and then the rejected ones, as TRL's "
+            f"DataCollatorForPreference makes them (that of TPOTrainer adds a third answer: include_reference=False)"
         )
 
 
