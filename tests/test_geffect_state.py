@@ -102,7 +102,7 @@ def test_works_where_gradients_are_off(mode):
 def test_no_gradient_is_held_beside_the_directions(monkeypatch):
     model = tiny("gpt2")
     alive_grads, alive_bytes, seen, dotted = [], [], [], 0
-    original = directions_of.grad_dots
+    original = directions_of.dots_of_each
 
     def watched(xs, directions, *args, **options):
         nonlocal dotted
@@ -113,7 +113,7 @@ def test_no_gradient_is_held_beside_the_directions(monkeypatch):
             dotted += len(xs)
         return original(xs, directions, *args, **options)
 
-    monkeypatch.setattr(directions_of, "grad_dots", watched)
+    monkeypatch.setattr(directions_of, "dots_of_each", watched)
     gfast.g_effect(model, WGA(), **data())
     assert dotted == 2 * len(list(model.parameters()))
     # the largest gradient, and a sixteenth of it that waits to be dotted together
@@ -141,13 +141,13 @@ def test_single_batch_takes_the_gradient_itself_as_direction(monkeypatch):
 @pytest.mark.parametrize("objective, stored", [(GA(), 1), (WGA(), 1), (Mix(WGA(), NLL()), 2), ([WGA(), GA()], 2)])
 def test_a_pair_of_single_batches_stores_no_more_gradients_than_needed(monkeypatch, objective, stored):
     model, sizes = tiny("tied_llama"), []
-    original = directions_of.grad_dots
+    original = directions_of.dots_of_each
 
     def watched(xs, directions, *args, **options):
         sizes.append(len(directions))
         return original(xs, directions, *args, **options)
 
-    monkeypatch.setattr(directions_of, "grad_dots", watched)
+    monkeypatch.setattr(directions_of, "dots_of_each", watched)
     pair = dict(forget=batches(1, sizes=(5,)), retain=batches(2, sizes=(5,)))
     found = gfast.g_effect(model, objective, **pair)
     assert max(sizes) == stored

@@ -16,7 +16,7 @@ from gfast.geffect import backward, directions  # noqa: E402
 from gfast.hidden_states import layer_hidden  # noqa: E402
 from gfast.model_output import model_output  # noqa: E402
 from gfast.objectives import DPO, GA, KL, NLL, NPO, RMU, TNPO, WGA, Mix, SatImp  # noqa: E402
-from gfast.ops.grad_dot import grad_dots  # noqa: E402
+from gfast.ops.grad_dot import dots_of_each  # noqa: E402
 
 
 def forwards(model, run) -> int:
@@ -173,12 +173,12 @@ def test_small_gradients_are_dotted_together(objective, data, monkeypatch):
 
     def counted(xs, *args):
         if xs[0].data_ptr() in weights:  # what tells them from those of another model
-            return grad_dots(xs, *args)
+            return dots_of_each(xs, *args)
         assert len(xs) == 1 or sum(x.numel() * x.element_size() for x in xs) <= most
         calls.append(len(xs))
-        return grad_dots(xs, *args)
+        return dots_of_each(xs, *args)
 
-    monkeypatch.setattr(directions, "grad_dots", counted)
+    monkeypatch.setattr(directions, "dots_of_each", counted)
 
     def measured():
         calls.clear()
