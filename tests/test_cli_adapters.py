@@ -267,6 +267,7 @@ def test_code_of_a_model_is_not_run_unasked(original, with_code, tmp_path, capsy
     fails(capsys, "--trust_remote_code true", "unlearn", *flags(original, tmp_path / "run", model=with_code))
 
 
+@pytest.mark.slow
 def test_code_of_a_model_runs_when_asked(original, with_code, tmp_path):
     command = geffect(original, with_code, tmp_path / "out", trust_remote_code="true")
     kept = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}

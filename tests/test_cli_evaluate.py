@@ -208,6 +208,7 @@ def test_multiple_choice_from_a_folder(model, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_log(model, tmp_path):
     command = [sys.executable, "-m", "gfast.cli", *flags(model, tmp_path / "killed", batch_size=1, ds_size=12)]
     assert cli.main(flags(model, tmp_path / "whole", batch_size=1, ds_size=12)) == 0

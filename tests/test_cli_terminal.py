@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from helpers.cli import fails, flags
-from helpers.marks import slow_when
 from helpers.training_tiny import FORGET_ROWS, RETAIN_ROWS, TOKENIZER, tiny_model
 
 from gfast import cli
@@ -42,7 +41,7 @@ def wide(tmp_path_factory):
     return folder
 
 
-@slow_when(lambda p: p.kind != "ascii")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(POOR))
 def test_any_text_can_be_shown_on_any_terminal(wide, tmp_path, kind):
     # With an ASCII file system the Rust libraries that write a model take no other path.

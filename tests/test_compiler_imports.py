@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 ALLOWED = {
     "gfast.model_state",  # sets the compiler's stance where somebody else has imported it
@@ -32,6 +34,7 @@ def test_no_op_imports_the_compiler():
     assert held == [] and importers == set()
 
 
+@pytest.mark.slow
 def test_models_engines_and_the_trainer_import_no_more_of_it_than_transformers_does():
     """transformers imports it itself, with PreTrainedModel, and every optimizer of PyTorch does when it is made."""
     _, importers = found("models")

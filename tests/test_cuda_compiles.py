@@ -17,6 +17,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", sorted(p.name for p in (CSRC / "cuda").glob("*.cpp")))
 def test_host_code_against_the_real_headers(source, tmp_path):
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *([str(Path(NVCC).resolve().parents[1])] if NVCC else [])]

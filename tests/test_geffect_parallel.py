@@ -8,7 +8,7 @@ from helpers.marks import slow_when
 from helpers.training_tiny import in_processes
 
 
-@slow_when(lambda p: p.world > 2)
+@slow_when(lambda p: p.name == "sharded")
 @pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in geffect_parallel.CASES), ("sharded", 4)])
 def test_processes_measure_what_one_does(name, world):
     in_processes(geffect_parallel.check, name, world=world)

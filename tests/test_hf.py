@@ -273,7 +273,7 @@ def test_unwrap_name(name, plain):
     assert wrappers.unwrap_name(name) == plain
 
 
-@slow_when(lambda p: p.kind == "compiled")
+@slow_when(lambda p: p.kind != "data parallel")
 @pytest.mark.parametrize("kind", ["compiled", "data parallel", "both"])
 def test_compiled_and_data_parallel_wrappers(kind):
     model, batch = make("llama"), make_batch()

@@ -8,7 +8,7 @@ from helpers.marks import slow_when
 from helpers.training_tiny import in_processes
 
 
-@slow_when(lambda p: p.name not in ("ddp", "fsdp2"))
+@slow_when(lambda p: p.name != "ddp")
 @pytest.mark.parametrize(
     "name", ["ddp", "fsdp2", "ddp, tied", "fsdp2, tied", "ddp, adapters", "fsdp2, adapters", "ddp, views"]
 )

@@ -149,7 +149,7 @@ def planner_of(config, dtype, *several):
     return plan.Planner(config, plan.Work(4, 128, dtype), machine, *several)
 
 
-@slow_when(lambda p: p.kind != "gpt2")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -230,6 +230,7 @@ def test_a_deep_model_is_measured_with_few_blocks(checkpoints):
         assert plan.step_bytes(config, work, keeps, "cpu") == pytest.approx(whole, rel=0.01)
 
 
+@slow_when(lambda p: p.kind != "gpt2")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_tangents_of_a_deep_model_are_those_of_its_last_blocks(kind):
     """Where tangents of all groups meet; GPT-2's positions are a group beside its matrix that the head shares."""

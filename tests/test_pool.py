@@ -149,6 +149,7 @@ def test_a_setting_that_is_no_number_is_refused(name, value):
     assert done.returncode == 1 and f"ValueError: gfast: {name}='{value}' is not a whole number from 0" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
 def test_a_fork_amid_other_threads_leaves_a_pool_that_works():
     code = """

@@ -73,6 +73,7 @@ def test_help_loads_no_trainer(tmp_path):
     one_by_one(steps, {name: MODULES[module] for name, (module, _) in cli.COMMANDS.items()}, tmp_path)
 
 
+@pytest.mark.slow
 def test_help_of_a_training_leaves_peft_alone(tmp_path):
     pytest.importorskip("peft")
     code = """
