@@ -154,8 +154,8 @@ def _sees_ahead(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
 
 def _is_stock(model: nn.Module) -> bool:
     """Whether the model's class is one of transformers' own, maybe sharded: FSDP2 makes a class of its own of it."""
-    own = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
-    return own.__module__.startswith("transformers.models.")
+    kind = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    return kind.__module__.startswith("transformers.models.")
 
 
 def inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

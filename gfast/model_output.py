@@ -115,9 +115,9 @@ def output_logp(output: ModelOutput, labels: Tensor, *, impl: str = "auto") -> T
 
 def model_output(model: nn.Module, batch: Mapping[str, Any], own_terms: bool = False) -> ModelOutput:
     """What the model answers to a batch, by its own call."""
-    own = hf.of_its_own_kind(model)
-    if own is not None:
-        return _own_output(own, batch, own_terms)
+    is_own_kind = hf.of_its_own_kind(model)
+    if is_own_kind is not None:
+        return _own_output(is_own_kind, batch, own_terms)
     logits, terms = hf.answer(model, batch, own_terms=own_terms)
     head = logits.head() if isinstance(logits, DeferredLogits) else None
     if head is None:

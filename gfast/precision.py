@@ -65,23 +65,23 @@ def say_other(model: nn.Module, batch: Mapping[str, Any]) -> None:
             f"rounds them by up to a hundredth of a nat a token: cast no batch of a ReferenceCache. Lightning does by "
             f"precision='bf16-true' and '16-true': load the model in 16 bits and leave precision='32-true' instead"
         )
-    own, running = _NAMES[given.shape[1] - 1], of_model(model)
-    if own != running and is_new(model, own, running):
+    built_in, running = _NAMES[given.shape[1] - 1], of_model(model)
+    if built_in != running and is_new(model, built_in, running):
         _logger.warning(
             "gfast: the original's values in a batch were computed %s, and the model runs %s: they differ by rounding "
             "where nothing has been trained yet, so that ratios to the original do not start at 1, nor KL at 0. Build "
             "them with ReferenceCache.build(..., mixed_precision=%r)",
-            words(own),
+            words(built_in),
             words(running),
             running,
         )
 
 
-def is_new(model: nn.Module, own: str, running: str) -> bool:
+def is_new(model: nn.Module, built_in: str, running: str) -> bool:
     """Whether nobody has said so of this model yet; from now on somebody has."""
     said = _said.setdefault(list(wrappers.chain(model))[-1], set())
-    new = (own, running) not in said
-    said.add((own, running))
+    new = (built_in, running) not in said
+    said.add((built_in, running))
     return new
 
 

@@ -31,15 +31,15 @@ def gathered(group: nn.Module | None, linear: nn.Module, weight: Tensor, hidden:
     """
     freed = is_freed(weight)
     if group is None and (freed or is_zero3(linear)):
-        own = vars(linear).get("forward")
+        patched = vars(linear).get("forward")
         linear.forward = compute
         try:
             return linear(hidden)
         finally:
-            if own is None:
+            if patched is None:
                 del linear.forward
             else:
-                linear.forward = own
+                linear.forward = patched
     if freed:
         group.unshard()
     try:

@@ -101,10 +101,10 @@ def _stacks(module: nn.Module) -> dict[str, int]:
             if isinstance(child, nn.ModuleList):
                 if any(_is_composite(item) for item in child):
                     lengths[inside] = len(child)
-            elif own is None or type(getattr(child, "config", own)) is type(own):
+            elif config is None or type(getattr(child, "config", config)) is type(config):
                 look(child, inside)
 
-    own = getattr(module, "config", None)
+    config = getattr(module, "config", None)
     look(module, "")
     return lengths
 

@@ -110,16 +110,16 @@ def _hooks_within(wrapper: nn.Module, module: nn.Module) -> Iterator[None]:
     handles, tables = [], []
     for table in (wrapper._forward_pre_hooks, wrapper._forward_hooks):
         tables.append((table, table.copy()))
-        own = {key: hook for key, hook in table.items() if _foreign(hook)}
-        for key in own:
+        foreign = {key: hook for key, hook in table.items() if _foreign(hook)}
+        for key in foreign:
             del table[key]
         # around the module's own hooks: before what comes before its forward, and after what comes after it
         if table is wrapper._forward_pre_hooks:
-            for key, hook in reversed(own.items()):
+            for key, hook in reversed(foreign.items()):
                 options = dict(prepend=True, with_kwargs=key in wrapper._forward_pre_hooks_with_kwargs)
                 handles.append(module.register_forward_pre_hook(_of(wrapper, hook), **options))
         else:
-            for key, hook in own.items():
+            for key, hook in foreign.items():
                 options = dict(
                     with_kwargs=key in wrapper._forward_hooks_with_kwargs,
                     always_call=key in wrapper._forward_hooks_always_called,
@@ -327,11 +327,11 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         )
     try:
         for module, _ in around:
-            own = module._original_forward
-            if getattr(own, "__func__", own) is type(module).forward:
+            original = module._original_forward
+            if getattr(original, "__func__", original) is type(module).forward:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = original
         yield
     finally:
         for module, forward in around:
@@ -369,8 +369,8 @@ def chain(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _wrapped_key(module: nn.Module) -> str | None:
-    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    if _is_hf(module) or not any(cls.__module__.split(".")[0] in _WRAPPERS_OF for cls in own):
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    if _is_hf(module) or not any(cls.__module__.split(".")[0] in _WRAPPERS_OF for cls in classes):
         return None
     return next((key for key in _WRAPPED if key in module._modules), None)
 

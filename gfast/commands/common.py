@@ -216,10 +216,10 @@ class Sides:
 
 def run_info(command: str, model: str, arguments: DataArguments, rows: Rows, argv: Sequence[str]) -> dict[str, Any]:
     """What run.json says of every command's run."""
-    own = [] if arguments.data == "bundled" else [arguments.forget, *([arguments.retain] if rows.retain else [])]
+    files = [] if arguments.data == "bundled" else [arguments.forget, *([arguments.retain] if rows.retain else [])]
     return {
         "model": model,
-        "data": f"{arguments.data}: {' / '.join(own)}" if own else arguments.data,
+        "data": f"{arguments.data}: {' / '.join(files)}" if files else arguments.data,
         "samples": {"forget": len(rows.forget), "retain": len(rows.retain)},
         "data_sha256": rows.checksums(arguments),
         "argv": ["gfast", command, *argv],

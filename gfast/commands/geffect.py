@@ -239,8 +239,8 @@ def by_objective(
         members = [each for each in objectives if _kind(each) == kind]
         if not members:
             continue
-        own = batches[kind]
-        extra = {"forget": own} if kind == "plain" else {"forget": batches["forget"], "objective_batches": own}
+        of_kind = batches[kind]
+        extra = {"forget": of_kind} if kind == "plain" else {"forget": batches["forget"], "objective_batches": of_kind}
         effects = g_effect(model, members, retain=batches["retain"], progress=True, **extra, **options)
         measured.update(zip(members, effects, strict=True))
     return [measured[objective] for objective in objectives]

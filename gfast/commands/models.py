@@ -44,14 +44,14 @@ def find_adapter(arguments: ModelArguments, name: str | None = None) -> Adapter 
 
     Errors: ValueError for flags that do not go with an adapter, or need one.
     """
-    own, name = name is None, name or arguments.model
+    is_model, name = name is None, name or arguments.model
     file = _file(name, "adapter_config.json")
     if file is None:
-        if own and arguments.base_model:
+        if is_model and arguments.base_model:
             raise ValueError(f"--base_model is for adapters, and {name} is none: it has no adapter_config.json")
         return None
     config = read_json(file)
-    if own and arguments.lora_r:
+    if is_model and arguments.lora_r:
         raise ValueError(
             f"{name} is an adapter (rank {config.get('r', 'unknown')}), and --lora_r would put a second one over it. "
             "Leave --lora_r out to go on with this one, or merge it into its base first (PEFT's merge_and_unload)"

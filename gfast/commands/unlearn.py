@@ -370,11 +370,11 @@ def _measurements(
     """The callbacks that measure along the run; all on the same batches."""
     if not config.geffect_every and not config.nll_every:
         return []
-    own = sides.of(mix.forget) if mix.forget.needs & OWN_DATA else None
+    forget_data = sides.of(mix.forget) if mix.forget.needs & OWN_DATA else None
     collators = (sides.collator, sides.collator)
-    items = {"forget": sides.forget if own is None else own, "retain": sides.retain}
+    items = {"forget": sides.forget if forget_data is None else forget_data, "retain": sides.retain}
     references = in_own_precision(references, model, items, collators, config)
-    return measurements(config, objective, sides.forget, sides.retain, collators, references, own)
+    return measurements(config, objective, sides.forget, sides.retain, collators, references, forget_data)
 
 
 def _evaluations(along: AlongArguments, data: DataArguments, sides: Sides, config: UnlearnConfig) -> list[Any]:

@@ -205,9 +205,9 @@ def _placeholder(text: str) -> str:
 def _options(tokenizer: Any, chat_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """chat_kwargs as `apply_chat_template` takes them."""
     options = dict(chat_kwargs or {})
-    own = [name for name in OWN_OPTIONS if name in options]
-    if own:
-        raise ValueError(f"gfast: chat_kwargs cannot set {', '.join(own)}: gfast renders the conversation itself")
+    reserved = [name for name in OWN_OPTIONS if name in options]
+    if reserved:
+        raise ValueError(f"gfast: chat_kwargs cannot set {', '.join(reserved)}: gfast renders the conversation itself")
     source = chat_source(tokenizer, options)
     unread = [n for n in options if n != "chat_template" and not re.search(rf"\b{re.escape(str(n))}\b", source)]
     if unread:

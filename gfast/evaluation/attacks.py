@@ -231,8 +231,8 @@ def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
         api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
     else:
         for name, module in wanted.items():
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, _by_bitsandbytes(api, module, bits))
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _by_bitsandbytes(api, module, bits))
     logger.info("%d Linear layers hold weights of %s, by %s", len(wanted), bits, by)
     return model
 

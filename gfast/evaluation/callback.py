@@ -111,9 +111,9 @@ class EvaluateCallback(TrainerCallback):
     def _evaluate(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         units, world = self.evaluation.units(), args.world_size
         in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
-        own = units if in_step or world == 1 else units[args.process_index :: world]
+        share = units if in_step or world == 1 else units[args.process_index :: world]
         with rng_kept(), wrappers.own_precision(model), averaged(optimizer):
-            measured = self._own(model, own, world)
+            measured = self._own(model, share, world)
         log = self.evaluation.log(measured, f"step {state.global_step}", {"step": state.global_step})
         summary = summarize(parse_log(log), self.retain_log)
         self.summaries[state.global_step] = summary
@@ -135,10 +135,10 @@ class EvaluateCallback(TrainerCallback):
     def _folder(self, args: Any) -> Path:
         return Path(args.output_dir) / "evaluations" if self.folder is None else Path(self.folder)
 
-    def _own(self, model: nn.Module, own: Sequence[Any], world: int) -> dict[str, Any]:
+    def _own(self, model: nn.Module, share: Sequence[Any], world: int) -> dict[str, Any]:
         """The results of all units: those of this process's, and what the others found. All fail where one does."""
         results: dict[str, Any] = {}
-        together(lambda: results.update(self.evaluation.run(model, units=own)), world)
+        together(lambda: results.update(self.evaluation.run(model, units=share)), world)
         if world > 1:
             from accelerate.utils import gather_object
 

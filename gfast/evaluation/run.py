@@ -106,9 +106,9 @@ class Evaluation:
         """`ends`, and those at which the model itself would stop: of its generation settings (a chat model's name
         several) what the tokenizer knows as special tokens. Those of a model made for another vocabulary name words.
         """
-        own = getattr(getattr(wrappers.measured(model), "generation_config", None), "eos_token_id", None)
+        eos = getattr(getattr(wrappers.measured(model), "generation_config", None), "eos_token_id", None)
         special = set(special_tokens(self.tokenizer).values())
-        named = [own] if isinstance(own, int) else own or ()
+        named = [eos] if isinstance(eos, int) else eos or ()
         return tuple(sorted({*self.ends, *(int(token) for token in named if int(token) in special)}))
 
     def check_model(self, model: nn.Module) -> None:

@@ -163,9 +163,9 @@ def _prompts(model: nn.Module, prompts: list[tuple[int, ...]], pad_id: int) -> A
 
 def _behind(model: nn.Module, cache: Any, places: list[int]) -> dict[str, Any]:
     """What a batch needs to run behind prompts: a copy of the cache with the prompt of each of its rows."""
-    own = copy.deepcopy(cache)
-    own.batch_select_indices(torch.tensor(places, device=next(model.parameters()).device))
-    return {hf.cache_argument(model): own, "use_cache": True}
+    copied = copy.deepcopy(cache)
+    copied.batch_select_indices(torch.tensor(places, device=next(model.parameters()).device))
+    return {hf.cache_argument(model): copied, "use_cache": True}
 
 
 def _batch(model: nn.Module, jobs: list[_Job], pad_id: int, width: int) -> dict[str, Any]:

@@ -232,8 +232,8 @@ def pg_effect(
         >>> samples.total("unlearn").shape
         torch.Size([2])
     """
-    own = dict(processes=processes, engine="sample")
-    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **own)
+    fixed = dict(processes=processes, engine="sample")
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **fixed)
     return sample.sample_effects(Request.of(model, forget, retain, options))
 
 
@@ -298,8 +298,8 @@ def token_effect(
         [5, 5]
         >>> grid = [tokens.g_effect(WGA(alpha=alpha)) for alpha in (0.0, 0.5, 1.0)]
     """
-    own = dict(processes=processes, engine="token")
-    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **own)
+    fixed = dict(processes=processes, engine="token")
+    options = Options(groups, risk, direction_dtype, direction_storage, directions, loss_scale, progress, **fixed)
     return token.token_effects(Request.of(model, forget, retain, options))
 
 

@@ -97,18 +97,18 @@ class Passes:
             for factor, term in job
             for index, batch in self.data.counted(term)
         ]
-        own = every[self.processes.rank :: self.processes.size]
+        share = every[self.processes.rank :: self.processes.size]
         if not self.processes.sharded:
-            return own
-        return own + [item._replace(factor=0.0) for item in self.processes.rounds(every)[len(own) :]]
+            return share
+        return share + [item._replace(factor=0.0) for item in self.processes.rounds(every)[len(share) :]]
 
     def of_all(self, job: Job, table: Tensor) -> Tensor:
         """A table [work, ...] of a job's work in this process as [batches, ...], which their sum completes."""
         if not self.processes.replicated:
             return table
         every = table.new_zeros(max(self.batches(job), 1), *table.shape[1:])
-        own = every[self.processes.rank :: self.processes.size]
-        own += table[: len(own)]
+        share = every[self.processes.rank :: self.processes.size]
+        share += table[: len(share)]
         return every
 
     def shares(self, term: Term) -> list[int]:

@@ -104,9 +104,9 @@ def retain_conflict(model: nn.Module, *, forget: Any, retain: Any, tau: float = 
         valid = batch["labels"].cpu() != IGNORE_INDEX
         valid[:, 0] = False  # nothing scores the first
         stop = start + int(valid.sum())
-        own, texts = values[start:stop], packed.texts(batch)
+        of_batch, texts = values[start:stop], packed.texts(batch)
         if texts is not None:  # in the order of the label tokens
-            own = torch.empty_like(own).index_copy_(0, packed.by_text(texts.cpu()[valid])[0], own)
-        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, own))
+            of_batch = torch.empty_like(of_batch).index_copy_(0, packed.by_text(texts.cpu()[valid])[0], of_batch)
+        weights.append(torch.ones_like(valid, dtype=torch.float32).masked_scatter(valid, of_batch))
         start = stop
     return weights

@@ -211,17 +211,17 @@ class Data:
         return self._known_counts[term]
 
     def _check(self, used: list[Term], reference_keys: frozenset[str]) -> None:
-        own = {need: term for term in used for need in term.objective.needs & OWN_DATA}
-        if own and "objective" not in self.batches:
-            need, term = next(iter(own.items()))
+        needs = {need: term for term in used for need in term.objective.needs & OWN_DATA}
+        if needs and "objective" not in self.batches:
+            need, term = next(iter(needs.items()))
             data = "pairs (rejected rows, then preferred rows)" if need == "preferred" else "forget questions refused"
             raise ValueError(f"gfast: {term.objective} has data of its own ({data}): pass it as objective_batches=")
-        if not own and "objective" in self.batches:
+        if not needs and "objective" in self.batches:
             raise ValueError(
                 "gfast: objective_batches are for objectives with data of their own (DPO, PO), and there is none: the "
                 "others are measured on forget=; leave objective_batches out, or give them as forget="
             )
-        if len(own) > 1:
+        if len(needs) > 1:
             raise ValueError("gfast: DPO and PO take different objective_batches: measure them in two calls")
         for source in SETS:
             for batch in self.batches[source]:

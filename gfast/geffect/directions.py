@@ -265,11 +265,11 @@ def _sum_over_processes(passes: Passes, into: Store) -> None:
     """A gradient's sums over this process's batches become those over all."""
     sums = [into.sum_of(index) for index in range(len(passes.parameters))]
     there = passes.processes.sum(torch.tensor([x is not None for x in sums], dtype=torch.int32, device=passes.device))
-    for index, (own, parameter, count) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
+    for index, (total, parameter, count) in enumerate(zip(sums, passes.parameters, there.tolist(), strict=True)):
         if count:
-            wide = sum_dtype(parameter) if own is None else sum_dtype(own)
-            own = torch.zeros_like(parameter, dtype=wide) if own is None else own.to(wide)
-            into.put(index, passes.processes.sum(own.detach()))
+            wide = sum_dtype(parameter) if total is None else sum_dtype(total)
+            total = torch.zeros_like(parameter, dtype=wide) if total is None else total.to(wide)
+            into.put(index, passes.processes.sum(total.detach()))
 
 
 class Dots:

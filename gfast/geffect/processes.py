@@ -79,8 +79,8 @@ class Processes:
 
     def rounds(self, items: Sequence[T]) -> list[T]:
         """This process's share, and so many of others' behind it that every process has as many."""
-        own = list(items[self.rank :: self.size])
-        return own + list(items[: -(-len(items) // self.size) - len(own)])
+        share = list(items[self.rank :: self.size])
+        return share + list(items[: -(-len(items) // self.size) - len(share)])
 
     def each(self, items: Sequence[T], measure: Callable[[list[T]], list[Any]]) -> list[Any]:
         """What `measure` gives of every item, each measured by one of the processes; on the CPU."""

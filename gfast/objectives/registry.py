@@ -91,12 +91,12 @@ def parse_objective(text: str, more: Mapping[str, Any] | list[str] | str | None 
     """
     name, opened, parameters = re.match(r"([^(:]*)([(:]?)(.*)", re.sub(r"\s", "", text)).groups()
     parameters = parameters.removesuffix(")") if opened == "(" else parameters
-    own = parse_parameters(re.sub(r",(?![^(\[]*[)\]])", " ", parameters))  # not those of a list
+    given = parse_parameters(re.sub(r",(?![^(\[]*[)\]])", " ", parameters))  # not those of a list
     beside = parse_parameters(more)
-    twice = sorted(set(own) & set(beside))
+    twice = sorted(set(given) & set(beside))
     if twice:
         raise ValueError(f"{twice[0]} is given twice, by {text!r} and by objective_args: leave one out")
-    return named(name, own | beside)
+    return named(name, given | beside)
 
 
 def named(name: str, parameters: Mapping[str, Any]) -> Objective:

@@ -168,8 +168,8 @@ def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype |
     if not _dispatches(name, "CUDA"):
         return f"gfast._C holds no CUDA kernel {name}; build the package again"
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(device)) < needed:
-        least, own = (f"{major}.{minor}" for major, minor in (needed, capability))
-        return f"the CUDA kernel needs compute capability {least}, this GPU has {own}"
+        least, here = (f"{major}.{minor}" for major, minor in (needed, capability))
+        return f"the CUDA kernel needs compute capability {least}, this GPU has {here}"
     return ""
 
 

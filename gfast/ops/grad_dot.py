@@ -98,8 +98,8 @@ def dots_of_each(xs: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -
     out = torch.empty(len(xs), len(directions) + 1, dtype=torch.float64, device=xs[0].device)
     for device in devices:
         there = [i for i, x in enumerate(xs) if x.device == device]
-        own = [[tensors[i] for i in there] for tensors in (xs, *directions)]
-        out[there] = grad_dots(own[0], own[1:], range(len(there)), len(there)).to(out.device)
+        lists = [[tensors[i] for i in there] for tensors in (xs, *directions)]
+        out[there] = grad_dots(lists[0], lists[1:], range(len(there)), len(there)).to(out.device)
     return out
 
 

@@ -250,11 +250,11 @@ def _halves(
             watched = blocks[len(blocks) // 2].register_forward_hook(watch)
             hidden = hf.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
             watched.remove()
-            grad, own = _head_step(hidden, head, device)
+            grad, head_grad = _head_step(hidden, head, device)
             if keep_gradients:
-                head.grad = own if head.grad is None else head.grad
+                head.grad = head_grad if head.grad is None else head.grad
             if model.get_input_embeddings().weight is not head:
-                del own  # else it waits for the embeddings' share, which the backward ends with
+                del head_grad  # else it waits for the embeddings' share, which the backward ends with
             hidden.backward(grad)
     return (upper[0] if upper else 0, counted.highest)
 
@@ -265,8 +265,8 @@ def _head_step(hidden: Tensor, weight: Tensor, device: str) -> tuple[Tensor, Ten
     rows = min(default_chunk_rows(vocab, size, torch.device(device)), tokens)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     of_hidden = torch.empty_like(hidden)
-    own = weight.requires_grad
-    total = torch.empty(vocab, size, dtype=wide if rows < tokens else weight.dtype) if own else None
+    trained = weight.requires_grad
+    total = torch.empty(vocab, size, dtype=wide if rows < tokens else weight.dtype) if trained else None
     logits = torch.empty(rows, vocab, dtype=hidden.dtype)
     del logits
-    return of_hidden, total.to(weight.dtype) if own else None
+    return of_hidden, total.to(weight.dtype) if trained else None

@@ -198,24 +198,24 @@ class Planner:
         """A step of an objective that needs the original (from a cache): one forward and backward over the tokens."""
         size, model = self.work.dtype.itemsize, self.facts
         trained = recipe.rank * model.linear_rims if recipe.rank else model.parameters
-        own = max(size, 4) if recipe.rank else size  # PEFT keeps adapters in fp32
-        states = (recipe.state_bytes or 2.0 * own) * trained
+        adapter_size = max(size, 4) if recipe.rank else size  # PEFT keeps adapters in fp32
+        states = (recipe.state_bytes or 2.0 * adapter_size) * trained
         split = self.split
         keeps = not recipe.rank and not self.sharded
         held = {
-            "weights": (model.parameters * size + (trained * own if recipe.rank else 0)) / split,
+            "weights": (model.parameters * size + (trained * adapter_size if recipe.rank else 0)) / split,
             "optimizer": states / split,
-            "gradients": 0.0 if keeps else trained * own / split,
+            "gradients": 0.0 if keeps else trained * adapter_size / split,
             "step": float(self._step(checkpoints, keeps, recipe.rank)),
             # DDP copies gradients into buckets of its own, unless gradient_as_bucket_view is asked for
-            "buckets": float(trained * own) if self.devices > 1 and not self.sharded else 0.0,
+            "buckets": float(trained * adapter_size) if self.devices > 1 and not self.sharded else 0.0,
             "gathered": self._gathered(),
         }
         forward, head = model.forward_flops(self.work), model.head_flops(self.work)
         again = forward if checkpoints else 0.0
         units = 2 if recipe.rank else 3  # frozen weights have no gradient
         seconds = self._seconds(units * forward + again + units * head, passes=units, reduces=trained)
-        moved = trained * (3 * own + 2 * (recipe.state_bytes or 2.0 * own)) / split
+        moved = trained * (3 * adapter_size + 2 * (recipe.state_bytes or 2.0 * adapter_size)) / split
         name = recipe.name + (", checkpoints" if checkpoints else "")
         return Estimate(name, held, seconds + moved / self.machine.bandwidth * self.machine.overhead)
 

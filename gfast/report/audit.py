@@ -144,10 +144,10 @@ def audit(
     """
     folder = Path(run_folder)
     runs = load_runs([folder, *(Path(other) for other in beside)])
-    own = [each for each in runs if each.folder == folder]
-    run = _with_nll_of_sets(_chosen(own, objective), own)
+    of_folder = [each for each in runs if each.folder == folder]
+    run = _with_nll_of_sets(_chosen(of_folder, objective), of_folder)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
-    total = result.get("steps") or max(int(each.steps[-1]) for each in own)
+    total = result.get("steps") or max(int(each.steps[-1]) for each in of_folder)
     updates = [_update(run, step, criteria) for step in _measured(run) if step < total]
     if not updates:
         raise ValueError(
@@ -165,7 +165,7 @@ def audit(
         "updates": updates,
         "of_updates": total,
         "finished": bool(result),
-        "stopped": result.get("stopped") or _stopped(own),
+        "stopped": result.get("stopped") or _stopped(of_folder),
         "criteria": asdict(criteria),
         "objective": run.objective,
         "nll": {"forget": forget, "retain": retain},
@@ -244,13 +244,13 @@ def _chosen(runs: list[Run], objective: str | None) -> Run:
     return measured[names.index(wanted)]
 
 
-def _with_nll_of_sets(run: Run, own: list[Run]) -> Run:
+def _with_nll_of_sets(run: Run, of_folder: list[Run]) -> Run:
     """A run of live effects with the NLL of whole sets that was recorded beside it: that of a step's batch is another
     batch's at every step, and says nothing of a rise.
     """
     if not run.of_batches:
         return run
-    beside = next((other for other in own if other.objective == run.objective.removesuffix(LIVE)), None)
+    beside = next((other for other in of_folder if other.objective == run.objective.removesuffix(LIVE)), None)
     records = [run.records[run.records["quantity"] != "risk"]]
     if beside is not None:
         records.append(beside.records[beside.records["quantity"] == "risk"])

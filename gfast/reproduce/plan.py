@@ -145,13 +145,13 @@ class Plan:
         rows = self.sizes[data.name]
         count = {"forget.jsonl": rows[0], "retain.jsonl": rows[1], "full.jsonl": sum(rows)}[files]
         load = {key: value for key, value in asdict(self.asker.arguments(where)).items() if value is not None}
-        own = {key: load[key] for key in ("tokenizer", "gguf_file", "attn_implementation", "dtype") if key in load}
+        loading = {key: load[key] for key in ("tokenizer", "gguf_file", "attn_implementation", "dtype") if key in load}
         if load["trust_remote_code"]:
-            own["trust_remote_code"] = True
+            loading["trust_remote_code"] = True
         settings = {
             **QUIET,
             **steps_of(dict(flags), count, processes_of(recipe.launch) or 1),
-            **own,
+            **loading,
             "template": recipe.template,
         }
         settings["chat_kwargs"] = self.asker.chat_kwargs or None

@@ -206,11 +206,11 @@ class Asker:
 
     def arguments(self, model: str) -> ModelArguments:
         """How `gfast unlearn` would be told of a model."""
-        load, own = self.recipe.load, model == self.recipe.model
+        load, of_recipe = self.recipe.load, model == self.recipe.model
         return ModelArguments(
             model=model,
-            tokenizer=self.recipe.tokenizer if own else None,
-            gguf_file=self.recipe.gguf_file if own else None,
+            tokenizer=self.recipe.tokenizer if of_recipe else None,
+            gguf_file=self.recipe.gguf_file if of_recipe else None,
             dtype=load.dtype,
             attn_implementation=load.attn_implementation,
             trust_remote_code=load.trust_remote_code,

@@ -14,8 +14,8 @@ from gfast.geffect.live.processes import here
 
 def schedule_free(optimizer: Any) -> Any:
     """The optimizer itself, if it has a mode to train in and one in which parameters are its model's; else None."""
-    own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has both methods, whatever it wraps
-    return own if all(callable(getattr(own, name, None)) for name in ("train", "eval")) else None
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has both methods, whatever it wraps
+    return inner if all(callable(getattr(inner, name, None)) for name in ("train", "eval")) else None
 
 
 def refuse_flat(args: Any, optimizer: Any, deepspeed: bool) -> None:
@@ -38,14 +38,14 @@ def averaged(optimizer: Any) -> Iterator[None]:
     """The parameters as they are saved; then those that are trained again, to the bit: their way there and back rounds,
     so that they are copied.
     """
-    own = schedule_free(optimizer)
-    if own is None or not own.state:
+    inner = schedule_free(optimizer)
+    if inner is None or not inner.state:
         yield
         return
-    parameters = [p for group in own.param_groups for p in group["params"]]
+    parameters = [p for group in inner.param_groups for p in group["params"]]
     trained = [here(p.detach()).clone() for p in parameters]
-    training = any(group.get("train_mode", False) for group in own.param_groups)
-    own.eval()
+    training = any(group.get("train_mode", False) for group in inner.param_groups)
+    inner.eval()
     moved = training or any(  # which nothing does while a warm-up's rate is 0
         not torch.equal(here(p.detach()), trained_weights)
         for p, trained_weights in zip(parameters, trained, strict=True)
@@ -54,7 +54,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         if moved:
-            own.train()
+            inner.train()
             with torch.no_grad():
                 for parameter, trained_weights in zip(parameters, trained, strict=True):
                     here(parameter.detach()).copy_(trained_weights)
@@ -66,9 +66,9 @@ class SavesAveraged:
     """
 
     def _average(self) -> None:
-        own = schedule_free(getattr(self, "optimizer", None))
-        if own is not None:
-            own.eval()
+        inner = schedule_free(getattr(self, "optimizer", None))
+        if inner is not None:
+            inner.eval()
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's."""

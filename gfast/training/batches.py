@@ -119,8 +119,8 @@ def as_dealt(
 
 def caches_of(collator: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any]:
     """What gfast's collators join to the batches of each side."""
-    own = without_references(collator)
-    parts = {side: getattr(own, side) for side in SETS} if isinstance(own, ForgetRetainCollator) else {"forget": own}
+    bare = without_references(collator)
+    parts = {side: getattr(bare, side) for side in SETS} if isinstance(bare, ForgetRetainCollator) else {"forget": bare}
     return {
         side: part.reference
         for side, part in parts.items()
@@ -139,9 +139,9 @@ def for_evaluation(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[
     """The collator without the original's values, which an NLL has no use for, and caches have of the training data
     alone; and without the preferred answers of gfast's pairs, whose NLL is no part of that of the forget set.
     """
-    own = without_references(collator)
-    of_forget = own.forget if isinstance(own, ForgetRetainCollator) else own
-    return AnswersToForget(own) if isinstance(of_forget, Collator) else own
+    bare = without_references(collator)
+    of_forget = bare.forget if isinstance(bare, ForgetRetainCollator) else bare
+    return AnswersToForget(bare) if isinstance(of_forget, Collator) else bare
 
 
 class AnswersToForget:

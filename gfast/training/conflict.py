@@ -57,8 +57,8 @@ class ConflictWeights(TrainerCallback):
         due = state.global_step % self.every == 0 and state.global_step != self.step
         if self.by_sample is None or due:
             self.step = state.global_step
-            if (own := schedule_free(self.trainer.optimizer)) is not None:
-                own.train()  # at the weights that the step is taken at, whether they were saved before it or not
+            if (optimizer := schedule_free(self.trainer.optimizer)) is not None:
+                optimizer.train()  # at the weights that the step is taken at, whether they were saved before it or not
             with rng_kept(), gradients_kept(model), wrappers.own_precision(model):
                 self.measure(model)
 

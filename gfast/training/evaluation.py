@@ -38,9 +38,9 @@ def own_batches(samples: int, batch_size: int, processes: int, rank: int) -> tup
     (([[0, 1], [4]], 2), ([[2, 3], [0, 1]], 1))
     """
     batches = [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
-    own = batches[rank::processes]
+    share = batches[rank::processes]
     rounds = -(-len(batches) // processes)
-    return own + batches[: rounds - len(own)], len(own)
+    return share + batches[: rounds - len(share)], len(share)
 
 
 class OwnBatches(DataLoader):
@@ -218,14 +218,14 @@ class ExactEvaluation:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             exact = self._evaluation.metrics(self.accelerator, prefix)
-            own = next(cls for cls in type(self).__mro__ if "prediction_step" in vars(cls))
-            if exact and own is not ExactEvaluation:
+            definer = next(cls for cls in type(self).__mro__ if "prediction_step" in vars(cls))
+            if exact and definer is not ExactEvaluation:
                 logger.warning(
                     "gfast: %s_loss is the NLL that super().prediction_step found, over the tokens of the data set, "
                     "and not the mean of what prediction_step of %s returns: what that adds goes into metrics of its "
                     "own, in an evaluate() that calls super().evaluate(...)",
                     prefix,
-                    own.__name__,
+                    definer.__name__,
                 )
             output.metrics.update(exact)
         finally:

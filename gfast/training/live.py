@@ -80,8 +80,8 @@ class LiveSteps:
                     f"only {', '.join(parts)}; use gfast.data.ForgetRetain with ForgetRetainCollator"
                 )
         # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
-        own = self.trainer._own_loss_terms
-        self._apart = {side for parts in sides for side in parts if own or self.trainer.weighs(parts[side], side)}
+        terms = self.trainer._own_loss_terms
+        self._apart = {side for parts in sides for side in parts if terms or self.trainer.weighs(parts[side], side)}
         tokens = [count(NLL(), parts["retain"]) for parts in sides]
         counts = [count(NLL(), sides[-1]["forget"]), tokens[0], sum(tokens)]
         forget, first, retain = self.trainer._over_processes(counts)

@@ -279,12 +279,12 @@ def say_what_is_not_called(trainer: type, mixin: type) -> None:
     """A warning for a base with a loss of its own, in whose place gfast's stands. Libraries' are meant to go."""
     mro = trainer.__mro__
     for base in mro[mro.index(mixin) + 1 :]:
-        own = [name for name in ("compute_loss", "prediction_step", "get_batch_samples") if name in vars(base)]
-        if own and base.__module__.partition(".")[0] not in ("transformers", "trl", "gfast"):
+        overridden = [name for name in ("compute_loss", "prediction_step", "get_batch_samples") if name in vars(base)]
+        if overridden and base.__module__.partition(".")[0] not in ("transformers", "trl", "gfast"):
             logger.warning(
                 "gfast: %s of %s is not called: the loss of %s is gfast's alone. What it adds goes into "
                 "a compute_loss of a subclass, beside super().compute_loss(...)",
-                ", ".join(own),
+                ", ".join(overridden),
                 base.__name__,
                 trainer.__name__,
             )

@@ -62,15 +62,15 @@ def say_other_precision(caches: Mapping[str, Any], accelerator: Any, model: nn.M
     """A warning where values of the original are of another precision than the training's, of each side before it."""
     training = of_accelerator(accelerator)
     for side, cache in caches.items():
-        own = getattr(cache, "mixed_precision", None)
-        if own is not None and own != training:
-            is_new(model, own, training)  # a loss of theirs need not say it again
+        built_in = getattr(cache, "mixed_precision", None)
+        if built_in is not None and built_in != training:
+            is_new(model, built_in, training)  # a loss of theirs need not say it again
             _logger.warning(
                 "gfast: the original's values of the %s set were computed %s, and this training runs %s: they differ "
                 "by rounding where nothing has been trained yet, so that ratios to the original do not start at 1, nor "
                 "KL at 0. Build them with ReferenceCache.build(..., mixed_precision=%r)",
                 side,
-                words(own),
+                words(built_in),
                 words(training),
                 training,
             )

@@ -72,8 +72,10 @@ def values_of(
                 f"those of {type(hf.unwrap(model)).__name__} are not"
             )
         if not head:
-            own = {"ref_head": output.head.weight, "ref_head_bias": output.head.bias}
-            head |= output.head.over(output.value, lambda _: {n: _copied(x) for n, x in own.items() if x is not None})
+            head_values = {"ref_head": output.head.weight, "ref_head_bias": output.head.bias}
+            head |= output.head.over(
+                output.value, lambda _: {n: _copied(x) for n, x in head_values.items() if x is not None}
+            )
             form = (output.head.logit_scale, output.head.softcap or 0.0)
             head["ref_head_form"] = torch.tensor(form, dtype=torch.float64, device="cpu")
         values["ref_hidden"] = output.value  # [B, T, D]

@@ -208,9 +208,9 @@ class NLLCallback(Trajectory):
 
 
 def _shared_nll(model: nn.Module, batches: list[Mapping[str, Any]], processes: int, rank: int) -> float:
-    own, counted = own_batches(len(batches), 1, processes, rank)
-    sums = nll_sums(model, [batches[index] for (index,) in own[:counted]])
-    nll_sums(model, [batches[index] for (index,) in own[counted:]])  # other processes may wait for this one's forward
+    share, counted = own_batches(len(batches), 1, processes, rank)
+    sums = nll_sums(model, [batches[index] for (index,) in share[:counted]])
+    nll_sums(model, [batches[index] for (index,) in share[counted:]])  # other processes may wait for this one's forward
     if processes > 1:
         from accelerate.utils import reduce
 

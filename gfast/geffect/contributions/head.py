@@ -75,7 +75,7 @@ class HeadProduct:
             logits = logits + self.bias.index_select(0, ids).to(self.a.dtype)
         z = capped(logits, self.scale, self.softcap)
         m, log_total = self.stats[:, :1], self.stats[:, 1:]
-        own = self.labels[:, None] == ids
+        is_label = self.labels[:, None] == ids
         # 1 - p from log p: where p is near 1 it is all the signal there is
-        delta = torch.where(own, -torch.expm1(self.logp)[:, None], -torch.exp((z - m) - log_total))
+        delta = torch.where(is_label, -torch.expm1(self.logp)[:, None], -torch.exp((z - m) - log_total))
         return self.coef[:, None] * delta * cap_slope(z, self.scale, self.softcap)

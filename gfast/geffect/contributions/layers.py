@@ -128,7 +128,7 @@ class Sites:
     def names(self) -> dict[int, str]:
         """id of each parameter -> its name."""
         sites = ((site.module, site.parameters) for site in self.modules)
-        return {id(module._parameters[key]): name for module, own in sites for key, name in own.items()}
+        return {id(module._parameters[key]): name for module, attributes in sites for key, name in attributes.items()}
 
     def parameters_of(self, module: nn.Module | None) -> dict[str, str]:
         """Those of one module, as in `Site.parameters`."""
@@ -144,8 +144,8 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in groups.index}
     modules = []
     for path, module in model.named_modules():
-        own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
-        if not own:
+        attributes = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
+        if not attributes:
             continue
         kind, why = module_kinds.kind_of(module), f"gfast has no rule for a {type(module).__name__}"
         if module_kinds.is_routed(path):
@@ -156,14 +156,14 @@ def find_sites(model: nn.Module, groups: GroupMap, engine: str) -> Sites:
             kind, why = None, "an embedding with max_norm or scale_grad_by_freq has no gradient by rows"
         unit = norm_unit(module) if kind == "norm" else 1.0
         if kind is None or unit is None:
-            name = next(iter(own.values()))
+            name = next(iter(attributes.values()))
             shape = tuple(model.get_parameter(name).shape)
             raise ValueError(
                 f"gfast: the {engine} engine cannot attribute the trainable parameter {name!r} {shape} of the module "
                 f"{path!r}: {why}. Freeze it with requires_grad_(False), or use engine='stream' or 'token', or "
                 f"token_effect(...).samples() for effects of samples, which take any module"
             )
-        modules.append(Site(path, module, kind, own, unit))
+        modules.append(Site(path, module, kind, attributes, unit))
     return Sites(modules)
 
 
@@ -227,9 +227,9 @@ class Watch:
     def _before(
         self, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        own = {attribute: module._parameters[attribute] for attribute in site.parameters}
-        self.called.append((module, own))
-        module._parameters.update({key: nn.Parameter(p.detach(), requires_grad=False) for key, p in own.items()})
+        attributes = {attribute: module._parameters[attribute] for attribute in site.parameters}
+        self.called.append((module, attributes))
+        module._parameters.update({key: nn.Parameter(p.detach(), requires_grad=False) for key, p in attributes.items()})
         return self._expanded(args, kwargs) if site.kind == "embedding" else None
 
     def _expanded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

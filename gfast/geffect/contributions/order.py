@@ -75,8 +75,8 @@ class Order:
         flat = read.shape[0] == rows * length and length > 1
         if not flat and read.shape[0] != rows:
             return  # refused by its shape
-        own = read[row * length : (row + 1) * length] if flat else read[row : row + 1]
-        if own.shape == expected.shape and _alike(own, expected):
+        in_batch = read[row * length : (row + 1) * length] if flat else read[row : row + 1]
+        if in_batch.shape == expected.shape and _alike(in_batch, expected):
             return
         raise ValueError(
             f"gfast: the {self.engine} engine cannot attribute the module {site.name!r}: its rows are not the samples "
@@ -86,12 +86,12 @@ class Order:
         )
 
 
-def _alike(own: Tensor, expected: Tensor) -> bool:
+def _alike(in_batch: Tensor, expected: Tensor) -> bool:
     if not expected.is_floating_point():
-        return torch.equal(own, expected)
+        return torch.equal(in_batch, expected)
     limit = _APART.get(expected.dtype, _APART_16_BIT)
     # a NaN is no difference in order
-    return not (own.double() - expected.double()).norm() > limit * expected.double().norm()
+    return not (in_batch.double() - expected.double()).norm() > limit * expected.double().norm()
 
 
 def _whole_row(batch: Mapping[str, Any]) -> int | None:

@@ -212,8 +212,8 @@ class RowPass:
                 consume(names["bias"], RowSum(rows), place[part])
         logp, stats, coef = map(torch.cat, zip(*chunk_results, strict=True))
         if forward.tiled:
-            own = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
-            contribution = HeadProduct(chunks.hidden, chunks.labels, logp, stats, coef, *own)
+            head_parts = (head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
+            contribution = HeadProduct(chunks.hidden, chunks.labels, logp, stats, coef, *head_parts)
             consume(names["weight"], contribution, place)
         return logp
 

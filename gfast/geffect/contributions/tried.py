@@ -20,15 +20,15 @@ def _wide(tensor: Tensor) -> Tensor:
 @contextmanager
 def _with_weight(module: nn.Module, fill: float | Tensor, dtype: torch.dtype) -> Iterator[None]:
     """The module with another weight and a bias of zero, in `dtype`."""
-    own = dict(module._parameters)
+    parameters = dict(module._parameters)
     try:
-        for attribute, parameter in own.items():
+        for attribute, parameter in parameters.items():
             if parameter is not None:
                 value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
                 module._parameters[attribute] = value + fill if attribute == "weight" else value
         yield
     finally:
-        module._parameters.update(own)
+        module._parameters.update(parameters)
 
 
 def normalized(module: nn.Module, x: Tensor, unit: float) -> Tensor:

@@ -254,16 +254,16 @@ def _by_head(
     check_label_range("token_effect", labels, weight.shape[0])
     rows = ChunkedHead(value, weight, bias, labels, default_chunk_rows(*weight.shape, weight.device), None)
     rows.start_gradients(True, False, False)
-    own = {name: _directions_of(streams, getattr(head.module, name)) for name in ("weight", "bias")}
+    along = {name: _directions_of(streams, getattr(head.module, name)) for name in ("weight", "bias")}
     logp = value.new_empty(rows.rows, dtype=stats_dtype(value.dtype))
     for start, stop in row_chunks(rows.rows, rows.chunk):
         part, chunk = slice(start, stop), rows.logits(start, stop)
         logp[part] = _slopes(chunk, rows.labels[part], scale, softcap, loss_scale)  # chunk is b now, [chunk, V]
         rows.add_gradients(start, stop, chunk)
-        for stream, direction in own["weight"]:
+        for stream, direction in along["weight"]:
             # b . (G h) as (b G) . h: no second [chunk, V]
             effects[stream, part] += _row_dots(chunk @ direction.to(chunk.dtype), rows.hidden[part])
-        for stream, direction in own["bias"]:
+        for stream, direction in along["bias"]:
             effects[stream, part] += (chunk @ direction.to(chunk.dtype)).double()
     return logp, rows.grad_hidden
 

@@ -105,8 +105,8 @@ def refuse_inner(model: nn.Module) -> None:
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    kind, own = nn.parallel.DistributedDataParallel, {id(module) for module in model.modules()}
-    wrappers = [wrapper for wrapper in gc.get_objects() if type(wrapper) is kind and id(wrapper) not in own]
+    kind, inside = nn.parallel.DistributedDataParallel, {id(module) for module in model.modules()}
+    wrappers = [wrapper for wrapper in gc.get_objects() if type(wrapper) is kind and id(wrapper) not in inside]
     if any(module is model for wrapper in wrappers for module in wrapper.modules()):
         raise ValueError(
             "gfast: this model is inside a DistributedDataParallel, which reduces its gradients: give GEffectMonitor "
@@ -123,8 +123,8 @@ def refuse_hooks(model: nn.Module) -> None:
     wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
     for hook, _ in (each for wrapper in wrappers for each in getattr(wrapper, "_comm_hooks", ())):
         module, name = getattr(hook, "__module__", ""), getattr(hook, "__qualname__", repr(hook))
-        own = module.startswith("torch.distributed.algorithms.ddp_comm_hooks.")
-        if not (own and (name in _SUMS or module.rpartition(".")[2] in _SUMS)):
+        is_torchs = module.startswith("torch.distributed.algorithms.ddp_comm_hooks.")
+        if not (is_torchs and (name in _SUMS or module.rpartition(".")[2] in _SUMS)):
             raise ValueError(
                 f"gfast: the communication hook {name} of DistributedDataParallel may give another gradient than the "
                 f"mean over processes (compressed, with the error carried to the next), and a step with live effects "

@@ -145,10 +145,10 @@ class LiveStep:
         clip = 1.0 if max_norm is None else min(1.0, max_norm / (step_norm + 1e-6))
         nothing = torch.full((len(groups.names),), math.nan, dtype=torch.float64, device="cpu")
         if of == "forget":
-            retain, own = sums[:, UR] / (f * q), sums[:, UU].sqrt() / abs(f)
+            retain, norm = sums[:, UR] / (f * q), sums[:, UU].sqrt() / abs(f)
         else:
             retain = sums[:, RM] / (self.scale * q) if self.whole else nothing
-            own = sums[:, MM].clamp(min=0.0).sqrt() / self.scale
+            norm = sums[:, MM].clamp(min=0.0).sqrt() / self.scale
         unlearn, how, norms = nothing, {}, {}
         if monitor.unlearn and monitor.identity is not None:
             how["unlearn"] = f"the forget loss's own gradient, that of {objective}"
@@ -168,7 +168,7 @@ class LiveStep:
             which = "all" if monitor.held and not self.own_risk else "the first"
             how["retain"] += f", on {which} of {self.retains} micro-batches"
         norms["retain"] = sums[:, RR].sqrt() / abs(q)
-        norms["objective"] = clip * own
+        norms["objective"] = clip * norm
         if monitor.surgery is not None:
             how["surgery"] = str(monitor.surgery)
         label = str(objective) if of == "forget" else f"step of {objective}"

@@ -73,9 +73,11 @@ class GEffect(Effect):
         risk = self.norms.get(side, {})
         if "objective" not in self.norms or not risk:
             raise ValueError(f"gfast: cosine({side!r}) of {self.objective}: {_NEEDS_NORM}")
-        own = self.norms["objective"]
+        norms = self.norms["objective"]
         group = self._group(group)
-        scale = math.hypot(*own.values()) * math.hypot(*risk.values()) if group == "total" else own[group] * risk[group]
+        scale = (
+            math.hypot(*norms.values()) * math.hypot(*risk.values()) if group == "total" else norms[group] * risk[group]
+        )
         return self._at(side, group) / scale if scale else math.nan
 
     def standard_error(self, side: str, group: str | None = None) -> float:

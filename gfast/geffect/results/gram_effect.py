@@ -49,9 +49,9 @@ class GramEffect(Effect):
         """Cosines of the gradients of log p of pairs of forget samples over all parameters, [S_f, S_f]: 1 on the
         diagonal.
         """
-        own = self.total("unlearn")
-        norm = _norms(own)  # [S_f]
-        return -own / (norm[:, None] * norm)
+        unlearn = self.total("unlearn")
+        norm = _norms(unlearn)  # [S_f]
+        return -unlearn / (norm[:, None] * norm)
 
     def samples(self) -> SampleEffect:
         """The effect of each forget sample on the token-mean NLL of both sets, as `pg_effect` measures it, with the
@@ -67,8 +67,8 @@ class GramEffect(Effect):
         )
         whole = {group: float((-matrix.sum()).clamp(min=0).sqrt()) for group, matrix in self.unlearn.items()}
         norms = {"unlearn": {group: value / max(counts["unlearn"], 1) for group, value in whole.items()}}
-        own = {group: _norms(matrix) for group, matrix in self.unlearn.items()}
-        return SampleEffect(*parts, self.tokens["forget"], norms, str(NLL()), counts, sample_norms=own)
+        unlearn_norms = {group: _norms(matrix) for group, matrix in self.unlearn.items()}
+        return SampleEffect(*parts, self.tokens["forget"], norms, str(NLL()), counts, sample_norms=unlearn_norms)
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows {quantity, side, group, sample, other, value}: gram, and the tokens of each sample."""

@@ -325,11 +325,11 @@ def _callback(
     forget, options = sides["forget"], {}
     if forget.pairs:
         options["objective_batches"] = measured(forget, objective.forget, references.get("forget"))
-        own = measured(Originals(forget), None)
+        of_forget = measured(Originals(forget), None)
     else:
-        own = measured(forget, objective.forget, references.get("forget"))
+        of_forget = measured(forget, objective.forget, references.get("forget"))
     of_retain = measured(sides["retain"], objective.retain, references.get("retain"))
-    return GEffectCallback(every, own, of_retain, objective, reference=config.reference, **options)
+    return GEffectCallback(every, of_forget, of_retain, objective, reference=config.reference, **options)
 
 
 class Originals:
