@@ -44,6 +44,12 @@ def called(model: nn.Module, given: Mapping[str, Any], **options: Any) -> Any:
     try:
         return model(**given, **options)
     except RuntimeError as error:
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        if isinstance(tokens, Tensor) and not tokens.numel():
+            raise ValueError(
+                f"gfast: the batch has no tokens {tuple(tokens.shape)}, which {type(unwrap(model)).__name__} does not "
+                f"take: leave it out (under DDP and FSDP every process has to have a row, which needs no label)"
+            ) from error
         if "meta tensor" not in str(error):
             raise
         raise ValueError(no_values(model)) from error

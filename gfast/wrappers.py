@@ -73,6 +73,17 @@ def measured(model: nn.Module) -> nn.Module:
     return model
 
 
+def unreplicated(model: nn.Module) -> nn.Module:
+    """The model without DDP around it, which sends buffers at every call and waits for processes that may have fewer to
+    make, or none; but not past hooks of somebody's own.
+    """
+    while type(model) is nn.parallel.DistributedDataParallel:
+        if any(map(_foreign, (*model._forward_pre_hooks.values(), *model._forward_hooks.values()))):
+            break
+        model = model.module
+    return model
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model without torch.compile around it. Accelerate compiles what DDP has wrapped."""
     while _wrapped_key(model) == _COMPILED:
