@@ -258,6 +258,14 @@ def is_vocab_parallel(model: nn.Module, linear: nn.Module) -> bool:
     return alike and mesh.ndim == 1 and placements[0].is_shard(0) and all(map(_moves_layouts, around))
 
 
+def tensor_parallel_over(model: nn.Module) -> int:
+    """How many processes compute every answer of the model together: 1 without tensor parallelism."""
+    said = [getattr(module, "tp_size", None) for module in chain(model)]  # Hugging Face's, beside FSDP2 too
+    known = next((size for size in said if isinstance(size, int)), None)
+    meshes = {p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")}
+    return known or (1 if has_fsdp(model) else max((mesh.size() for mesh in meshes), default=1))
+
+
 def _moves_layouts(function: Any) -> bool:
     """A hook of torch's tensor parallelism, or a forward that Hugging Face's puts around the module's own."""
     places = ("torch.distributed.tensor", "transformers.distributed", "transformers.integrations.tensor_parallel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import distributed
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gfast
 from gfast.geffect.results.base import Effect
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, BalDRO, Mix
+from gfast.training.trajectory import _shared_nll
 from helpers import architectures
 from helpers.geffect_models import tiny
 from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, gradients, with_adapters
@@ -181,6 +183,9 @@ def sharded(rank: int, world: int) -> None:
         right = in_steps(tiny("llama").eval(), surgery)
         same(in_steps(in_sequence(tiny("llama").eval()), surgery), right, f"sequence parallel, {surgery}")
     cut = parallelize_module(tiny("llama"), init_device_mesh("cpu", (world,)), plans)
+    nll = [_shared_nll(m, data["forget"], SimpleNamespace(world_size=w, process_index=r))
+           for m, w, r in ((in_sequence(tiny("llama")), world, rank), (tiny("llama"), 1, 0))]  # fmt: skip
+    assert abs(nll[0] / nll[1] - 1) < 1e-9, nll  # each process all of the batches, which they run together
     refused("tensor parallelism", gfast.g_effect, cut, GA(), **data)
     refused(
         "FSDP1", gfast.g_effect, FullyShardedDataParallel(tiny("llama"), device_id=torch.device("cpu")), GA(), **data
