@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gfast.ops.checks import IGNORE_INDEX
 from gfast.wrappers import unwrap
 
 # Tables of positions that are no modules (GPT-J, CodeGen).
@@ -43,6 +44,12 @@ def called(model: nn.Module, given: Mapping[str, Any], **options: Any) -> Any:
     try:
         return model(**given, **options)
     except RuntimeError as error:
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        if isinstance(tokens, Tensor) and not tokens.numel():
+            raise ValueError(
+                f"gfast: the batch has no tokens {tuple(tokens.shape)}, which {type(unwrap(model)).__name__} does not "
+                f"take: leave it out (under DDP and FSDP every process has to have a row, which needs no label)"
+            ) from error
         if "meta tensor" not in str(error):
             raise
         raise ValueError(no_values(model)) from error
@@ -51,6 +58,18 @@ def called(model: nn.Module, given: Mapping[str, Any], **options: Any) -> Any:
         if why is None:
             raise
         raise ValueError(f"gfast: {why}") from error
+
+
+def refuse_beyond(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """ValueError for token ids and labels of a batch that a transformers model has no rows for."""
+    if not any(hasattr(type(module), "base_model_prefix") for module in model.modules()):
+        return
+    inner, labels = unwrap(model), batch["labels"][:, 1:]
+    size = rows_of(inner.get_output_embeddings())
+    bad = [] if size is None else labels[((labels < 0) | (labels >= size)) & (labels != IGNORE_INDEX)]
+    why = f"the batch has the label {int(bad[0])}, and the head has {size} rows" if len(bad) else _beyond(inner, batch)
+    if why is not None:
+        raise ValueError(f"gfast: {why}")
 
 
 def no_values(model: nn.Module) -> str:

@@ -73,6 +73,17 @@ def measured(model: nn.Module) -> nn.Module:
     return model
 
 
+def unreplicated(model: nn.Module) -> nn.Module:
+    """The model without DDP around it, which sends buffers at every call and waits for processes that may have fewer to
+    make, or none; but not past hooks of somebody's own.
+    """
+    while type(model) is nn.parallel.DistributedDataParallel:
+        if any(map(_foreign, (*model._forward_pre_hooks.values(), *model._forward_hooks.values()))):
+            break
+        model = model.module
+    return model
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model without torch.compile around it. Accelerate compiles what DDP has wrapped."""
     while _wrapped_key(model) == _COMPILED:
@@ -245,6 +256,14 @@ def is_vocab_parallel(model: nn.Module, linear: nn.Module) -> bool:
     around = [*linear._forward_hooks.values(), *linear._forward_pre_hooks.values()]
     around += [vars(linear)["forward"]] if "forward" in vars(linear) else []
     return alike and mesh.ndim == 1 and placements[0].is_shard(0) and all(map(_moves_layouts, around))
+
+
+def tensor_parallel_over(model: nn.Module) -> int:
+    """How many processes compute every answer of the model together: 1 without tensor parallelism."""
+    said = [getattr(module, "tp_size", None) for module in chain(model)]  # Hugging Face's, beside FSDP2 too
+    known = next((size for size in said if isinstance(size, int)), None)
+    meshes = {p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")}
+    return known or (1 if has_fsdp(model) else max((mesh.size() for mesh in meshes), default=1))
 
 
 def _moves_layouts(function: Any) -> bool:

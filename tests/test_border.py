@@ -292,6 +292,12 @@ def test_tokens_that_the_embedding_has_not(token):
         gfast.g_effect(tiny("llama"), GA(), forget=batch, retain=batch)
 
 
+def test_a_batch_without_rows_that_the_model_does_not_take():
+    batch = {key: value[:0] for key, value in DATA["forget"][0].items() if key != "ref_logp"}
+    with pytest.raises(ValueError, match=r"the batch has no tokens \(0, .*LlamaForCausalLM does not take"):
+        gfast.model_loss(tiny("llama"), batch, NLL())
+
+
 @pytest.mark.parametrize("engine", ["stream", "sample", "token", "gram"])
 def test_labels_of_32_bits(engine):
     batch = {key: value for key, value in DATA["forget"][0].items() if key != "ref_logp"}

@@ -111,6 +111,7 @@ class EvaluateCallback(TrainerCallback):
     def _evaluate(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         units, world = self.evaluation.units(), args.world_size
         in_step = wrappers.has_fsdp(model) or not wrappers.is_whole(next(model.parameters()))
+        in_step = in_step or wrappers.tensor_parallel_over(model) > 1
         share = units if in_step or world == 1 else units[args.process_index :: world]
         with rng_kept(), wrappers.own_precision(model), averaged(optimizer):
             measured = self._own(model, share, world)

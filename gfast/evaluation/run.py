@@ -185,6 +185,7 @@ class Evaluation:
             ValueError: of all units, before any pass, what `check_model` finds; a folder with results of another model
                 or of other questions.
         """
+        model = wrappers.unreplicated(model)
         if units is None:
             self.check_model(wrappers.measured(model))
         results, deciding = {}, [] if folder is None else self._of(model, weights)

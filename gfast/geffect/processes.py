@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 
 from gfast import sharded
 from gfast.geffect.data import BY_POSITION, NOT_BY_POSITION
+from gfast.model_settings import difference
 from gfast.packed import length_of, texts
 from gfast.tensor_files import hash_tensor
 
@@ -113,8 +114,8 @@ class Processes:
                 raise RuntimeError(f"process {rank} failed: {text}")
         return [message for message, _ in told]
 
-    def check_alike(self, batches: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """ValueError unless every process has the same batches."""
+    def check_alike(self, batches: Mapping[str, Sequence[Mapping[str, Any]]], asked: str) -> None:
+        """ValueError unless every process has the same batches, and was asked the same of them."""
         if self.size == 1:
             return
         digest = hashlib.sha256()
@@ -125,15 +126,36 @@ class Processes:
                         hash_tensor(digest, f"{source}|{index}|{key}", value)
                     elif length_of(value) is not None:
                         digest.update(f"{source}|{index}|{key}|{value!r}".encode())
-        told: list[Any] = [None] * self.size
-        distributed.all_gather_object(told, digest.hexdigest())
+        told = self._told(lambda: (digest.hexdigest(), asked))
         other = next((rank for rank, said in enumerate(told) if said != told[0]), None)
+        if other is not None and told[other][0] == told[0][0]:
+            raise ValueError(
+                f"gfast: process {other} measures {told[other][1]}, and process 0 {told[0][1]}: what several processes "
+                f"measure together is one effect. Give every one the same arguments"
+                + ("" if self.sharded else ", or processes='own' for an effect of each process's own")
+            )
         if other is not None:
             raise ValueError(
                 f"gfast: process {other} was given other batches than process 0. What several processes measure "
                 f"together is divided among them by gfast: give every one the same batches, in the same order"
                 + ("" if self.sharded else ", or processes='own' for an effect of each process's own")
             )
+
+    def check_same_model(self, squares: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+        """ValueError unless every process holds the same model: its weights' squared norms, and its settings."""
+        told = self._told(lambda: (dict(squares), settings))
+        known, first_settings = told[0]
+        for rank, (others, other_settings) in enumerate(told):
+            # they repeat to about 1e-8 between kinds of processors
+            pairs = {name: (known.get(name, -1.0), others.get(name, -1.0)) for name in (*known, *others)}
+            what = next((name for name, (x, y) in pairs.items() if abs(x - y) > 1e-7 * max(x, y)), None)
+            what = difference(first_settings, other_settings) if what is None else what
+            if what is not None:
+                raise ValueError(
+                    f"gfast: process {rank} holds another model than process 0 ({what}). What several "
+                    f"processes measure together is of one model: load or seed it alike in each (adapters begin with "
+                    f"random numbers), wrap it with DDP, or take processes='own' for an effect of each process's own"
+                )
 
     def divided(self, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """As many batches as there are processes, where there are fewer and their rows can be taken apart."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ import torch
 from torch import nn
 
 from gfast import hf, packed, peft_models, precision, wrappers
+from gfast.embedding_rows import refuse_beyond
 from gfast.geffect.backward import Passes
 from gfast.geffect.contributions.coverage import refuse_gradient_hooks
 from gfast.geffect.data import Data, Term, risk_terms, to_device
-from gfast.geffect.directions import DTYPES, Directions, collect, risk_counts
+from gfast.geffect.directions import DTYPES, Directions, collect, frozen_squares, parameter_squares, risk_counts
 from gfast.geffect.groups import GroupMap, assign
 from gfast.geffect.processes import Processes
 from gfast.geffect.storage import check_storage
+from gfast.model import check_batch
 from gfast.model_output import model_logp
+from gfast.model_settings import settings_of
 from gfast.model_state import measuring
 from gfast.objectives import NLL, Objective
 from gfast.ops.checks import IGNORE_INDEX
@@ -89,19 +93,32 @@ class Request:
                 that no group takes, an unknown grouping, dtype or storage, directions of something else.
         """
         processes = Processes.of(model, options.processes, options.engine)
-        wrappers.refuse_offloaded(model)
-        peft_models.refuse_merged(model)
         alone = wrappers.measured(model)  # DDP would wait for processes that measure nothing
-        wrappers.refuse_hooks_around(model, alone)
-        adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)
         used = [*used, *risk_terms(options.risk)]
-        data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
-        for term in used:
-            for batch in data.batches[term.source] if term.objective.needs & REFERENCE_KEYS else ():
-                precision.say_other(model, batch)
-        refuse_cut(alone, data.batches)
-        _say_what_has_no_label(data)
-        processes.check_alike(data.batches)
+
+        def checked() -> tuple[Data, GroupMap]:
+            """What one process may find wrong with what it was given, and another not."""
+            wrappers.refuse_offloaded(model)
+            peft_models.refuse_merged(model)
+            wrappers.refuse_hooks_around(model, alone)
+            adapters, fixed_width = peft_models.is_adapted(model), hf.depends_on_width(alone)
+            data = Data(forget, retain, objective_batches, used, adapters, fixed_width, options.reference)
+            for term in used:
+                for batch in data.batches[term.source] if term.objective.needs & REFERENCE_KEYS else ():
+                    precision.say_other(model, batch)
+            refuse_cut(alone, data.batches)
+            _say_what_has_no_label(data)
+            if processes.sharded:
+                _refuse_sharded(alone, used, data)
+            return data, assign(model, options.groups)
+
+        data, groups = processes.together(checked)
+        processes.check_alike(data.batches, _asked(used, groups, options))
+        if processes.replicated:
+            names = list(groups.index)
+            squares = dict(zip(names, parameter_squares(model, names, processes).tolist(), strict=True))
+            squares |= frozen_squares(model, names, processes)
+            processes.check_same_model(squares, settings_of(model))
         whole = _check_whole(used, data)
         data.batches |= {source: processes.divided(data.batches[source]) for source in SETS if source not in whole}
         if processes.sharded and options.storage not in ("device", "host"):
@@ -110,7 +127,7 @@ class Request:
                 'and a folder would be of one alone: use "device" or "host"'
             )
         hf.check_causal(alone, to_device(data.batches["forget"][0], next(model.parameters()).device))
-        request = cls(model, data, assign(model, options.groups), options, processes)
+        request = cls(model, data, groups, options, processes)
         if options.engine in ("sample", "token", "gram"):
             refuse_gradient_hooks(model, request.groups.index, options.engine)
         if options.directions is not None:
@@ -218,6 +235,23 @@ def _say_what_has_no_label(data: Data) -> None:
                 "answer?): its gradient is zero, and so is what is measured with it",
                 source,
             )
+
+
+def _refuse_sharded(model: nn.Module, used: Iterable[Term], data: Data) -> None:
+    """ValueError for what only the process that runs a batch would find wrong with it, while others wait for its part
+    of the weights.
+    """
+    for term in used:
+        for batch in data.batches[term.source]:
+            check_batch(model, term.own(batch), term.objective)
+            refuse_beyond(model, batch)
+
+
+def _asked(used: Iterable[Term], groups: GroupMap, options: Options) -> str:
+    """A measurement in words that are the same in every process that is asked for it."""
+    terms = ", ".join(dict.fromkeys(f"{term.objective} on the {term.source} data" for term in used))
+    told = f"{terms}, by {options.engine}, in {len(groups.names)} groups of {len(groups.index)} parameters"
+    return re.sub(r" at 0x[0-9a-f]+", "", told)
 
 
 def _check_whole(used: Iterable[Term], data: Data) -> set[str]:

@@ -21,6 +21,7 @@ from gfast.ops.weights import is_pair
 from gfast.packed import first_of_pairs
 from gfast.rotary import refuse_cut, stretches_beyond, unstretched
 from gfast.training.batches import for_evaluation, to_device
+from gfast.training.processes import shares_of
 
 if TYPE_CHECKING:
     from gfast.geffect.results import GEffect
@@ -49,7 +50,8 @@ class OwnBatches(DataLoader):
     Accelerate's own sharding would repeat samples at the end of the data set, and they would be counted twice.
     """
 
-    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], args: Any) -> None:
+    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], args: Any, shares: tuple[int, int]) -> None:
+        """`shares`: how many there are, and this process's."""
         if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise ValueError(
                 f"the evaluation data set is a {type(dataset).__name__}, which is read in order and not by index: "
@@ -58,8 +60,8 @@ class OwnBatches(DataLoader):
             )
         samples, batch_size = len(dataset), args.eval_batch_size
         if args.dataloader_drop_last:
-            samples -= samples % (batch_size * args.world_size)
-        indices, self.counted = own_batches(samples, batch_size, args.world_size, args.process_index)
+            samples -= samples % (batch_size * shares[0])
+        indices, self.counted = own_batches(samples, batch_size, *shares)
         options = {
             name: getattr(args, f"dataloader_{name}")
             for name in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -198,7 +200,8 @@ class ExactEvaluation:
         return dataset.at_epoch(0 if dataset is self.train_dataset else dataset.epoch)
 
     def _own_batches(self, dataset: Any) -> OwnBatches:
-        return OwnBatches(dataset, for_evaluation(self.data_collator), self.args)
+        shares = shares_of(self.model, self.args)
+        return OwnBatches(dataset, for_evaluation(self.data_collator), self.args, shares)
 
     @contextlib.contextmanager
     def _plain_collator(self) -> Iterator[None]:

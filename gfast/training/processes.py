@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from gfast import wrappers
+
 
 def together(action: Callable[[], Any] | None, processes: int) -> None:
     """Do what may fail in one process only (None: nothing is to be done in this one); where it fails, all of them
@@ -25,3 +29,11 @@ def together(action: Callable[[], Any] | None, processes: int) -> None:
             raise RuntimeError(told[0])
     if error is not None:
         raise error
+
+
+def shares_of(model: nn.Module, args: Any) -> tuple[int, int]:
+    """In how many shares processes divide batches among them, and which of these is this one's: those that hold a
+    tensor-parallel model together need the same, at the same time.
+    """
+    together_with = wrappers.tensor_parallel_over(model)
+    return max(args.world_size // together_with, 1), args.process_index // together_with

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfast import peft_models
+from gfast import peft_models, wrappers
 from gfast.data import fingerprint as dataset_fingerprint
 from gfast.files import DamagedFile, undamaged
 from gfast.given import whole
@@ -227,6 +227,7 @@ class ReferenceCache:
         what, batch_size = checked(what, layer), whole("batch_size", batch_size, least=1)
         check_reference_name(reference)
         check_precision(mixed_precision)
+        model = wrappers.unreplicated(model)
         adapted: bool | str = reference == "adapted" and peft_models.is_adapted(model)
         if reference != "adapted":
             peft_models.refuse_inner_adapters(model)

@@ -20,6 +20,7 @@ from gfast.rotary import refuse_cut
 from gfast.sides import SIDES
 from gfast.training.averaged import averaged
 from gfast.training.evaluation import nll_sums, own_batches
+from gfast.training.processes import shares_of
 from gfast.training.records import read_step, recorded_steps, run_name, say_other_training, write_record
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class NLLCallback(Trajectory):
             for side, batches in zip(SIDES, (self.forget, self.retain), strict=True):
                 batches = list(batches() if callable(batches) else batches)
                 refuse_cut(model, {side: batches}, afresh=True)
-                values[side] = _shared_nll(model, batches, args.world_size, args.process_index)
+                values[side] = _shared_nll(model, batches, args)
         trainer = calling_trainer()
         if trainer is not None:
             log_beside(trainer, {f"geffect/nll/{side}": value for side, value in values.items()})
@@ -207,11 +208,11 @@ class NLLCallback(Trajectory):
         logger.info("step %d, NLL: forget %.4f, retain %.4f", state.global_step, values["unlearn"], values["retain"])
 
 
-def _shared_nll(model: nn.Module, batches: list[Mapping[str, Any]], processes: int, rank: int) -> float:
-    share, counted = own_batches(len(batches), 1, processes, rank)
+def _shared_nll(model: nn.Module, batches: list[Mapping[str, Any]], args: Any) -> float:
+    share, counted = own_batches(len(batches), 1, *shares_of(model, args))
     sums = nll_sums(model, [batches[index] for (index,) in share[:counted]])
     nll_sums(model, [batches[index] for (index,) in share[counted:]])  # other processes may wait for this one's forward
-    if processes > 1:
+    if args.world_size > 1:
         from accelerate.utils import reduce
 
         sums = reduce(sums, "sum")

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import distributed
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import gfast
 from gfast.geffect.results.base import Effect
 from gfast.objectives import GA, KL, NLL, NPO, RMU, TNPO, BalDRO, Mix
+from gfast.training.trajectory import _shared_nll
 from helpers import architectures
 from helpers.geffect_models import tiny
-from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, with_adapters
+from helpers.wrappers_parallel import batch_of, by_accelerate, fsdp, gradients, with_adapters
 
 OBJECTIVES = [GA(), TNPO(), NPO(0.3), KL(), RMU(layer=2), Mix(NPO(0.5), NLL(), alpha=0.7)]
 ENGINES = ("sample", "token", "gram")
@@ -60,10 +67,42 @@ def left_as_found(model) -> list:
 def refused(words: str, function, *args, **options) -> None:
     try:
         function(*args, **options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a RuntimeError where another process has failed
         assert all(word in str(error) for word in words.split()), (words, str(error))
     else:
         raise AssertionError(f"not refused: {words}")
+
+
+def spoilt(data: dict, key: str, value: int) -> dict:
+    """The sets with one number of their second batch, which the second process runs, out of range."""
+    batch = data["forget"][1]
+    wrong = {**batch, key: batch[key].clone()}
+    wrong[key][0, 3] = value
+    return {**data, "forget": [data["forget"][0], wrong, *data["forget"][2:]]}
+
+
+def in_sequence(model):
+    """With the final norm on a share of the positions in each process: its gradient is a sum over the processes."""
+    mesh, head = init_device_mesh("cpu", (distributed.get_world_size(),)), dict(input_layouts=Shard(1))
+    model = parallelize_module(model, mesh, {"model.norm": PrepareModuleInput(
+        input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),))})  # fmt: skip
+    plan = {"model.norm": SequenceParallel(), "lm_head": ColwiseParallel(**head, output_layouts=Replicate())}
+    return parallelize_module(model, mesh, plan)
+
+
+def in_steps(model, surgery: str | None) -> dict:
+    """What a monitor measures of a step of several micro-batches, and the gradients that it leaves."""
+    monitor = gfast.GEffectMonitor(model, objective=TNPO(), surgery=surgery)
+    for seed in range(2):
+        monitor.forget(gfast.model_loss(model, batch_of(seed), TNPO()).loss / 2, factor=0.5)
+    for seed in range(2):
+        monitor.retain(gfast.model_loss(model, batch_of(7 + seed), NLL()), last=seed == 1)
+    effect = monitor.effect()
+    return {
+        "effect": {"retain": effect.retain, "norms": effect.norms},
+        "norm": effect.measured["step_norm"],
+        "grads": gradients(model),
+    }
 
 
 def meshed(model, shape: tuple[int, int], dimension: int = 0):
@@ -127,6 +166,11 @@ def sharded(rank: int, world: int) -> None:
     refused("folder device", gfast.g_effect, model, TNPO(), **data, direction_storage="./directions")
     refused("processes='own'", gfast.g_effect, model, GA(), **data, processes="own")
     refused("other batches", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9))
+    for key, words in (("labels", "the label 66 61 rows"), ("input_ids", "the token id 66 61 rows")):
+        refused(words, gfast.g_effect, model, GA(), **spoilt(data, key, 66))
+    lacks = {key: value for key, value in data["forget"][1].items() if key != "ref_logp"}
+    lacking = {**data, "forget": [data["forget"][0], lacks]}
+    refused("'ref_logp' batch 1", gfast.g_effect, model, TNPO(), **lacking)
     ignores = tiny("llama")
     fully_shard(ignores, ignored_params={ignores.lm_head.weight})
     refused("not the trainable parameter 'lm_head.weight'", gfast.g_effect, ignores, GA(), **data)
@@ -135,7 +179,13 @@ def sharded(rank: int, world: int) -> None:
     refused("replicate() DistributedDataParallel", gfast.g_effect, alike, GA(), **data)
     refused("replicate() DistributedDataParallel", gfast.GEffectMonitor, alike)
     plans = {"model.layers.0.mlp.up_proj": ColwiseParallel()}
+    for surgery in (None, "gru", "sago"):
+        right = in_steps(tiny("llama").eval(), surgery)
+        same(in_steps(in_sequence(tiny("llama").eval()), surgery), right, f"sequence parallel, {surgery}")
     cut = parallelize_module(tiny("llama"), init_device_mesh("cpu", (world,)), plans)
+    nll = [_shared_nll(m, data["forget"], SimpleNamespace(world_size=w, process_index=r))
+           for m, w, r in ((in_sequence(tiny("llama")), world, rank), (tiny("llama"), 1, 0))]  # fmt: skip
+    assert abs(nll[0] / nll[1] - 1) < 1e-9, nll  # each process all of the batches, which they run together
     refused("tensor parallelism", gfast.g_effect, cut, GA(), **data)
     refused(
         "FSDP1", gfast.g_effect, FullyShardedDataParallel(tiny("llama"), device_id=torch.device("cpu")), GA(), **data
@@ -173,6 +223,16 @@ def replicated(rank: int, world: int) -> None:
     assert left_as_found(model) == before
     refused("other batches processes='own'", gfast.g_effect, model, GA(), forget=batch_of(rank), retain=batch_of(9),
             processes="all")  # fmt: skip
+    empty = data if rank == 0 else {**data, "forget": []}
+    refused("forget= holds no batch", gfast.g_effect, model, GA(), **empty, processes="all")
+    refused("process 1 measures TNPO(beta=2.0) processes='own'", gfast.g_effect, model,
+            TNPO(beta=1.0 + rank), **data, processes="all")  # fmt: skip
+    other = tiny("llama")
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1 + rank)
+    refused("another model (model.norm.weight)", gfast.token_effect, other, **data, processes="all")
+    other.model.norm.requires_grad_(False)
+    refused("another model (model.norm.weight)", gfast.g_effect, other, GA(), **data, processes="all")
     refused("processes must be", gfast.g_effect, model, GA(), **data, processes="both")
 
 

@@ -190,7 +190,11 @@ def evaluated(folder: str, rank: int, world: int, port: int) -> None:
                   ddp_backend="gloo" if world > 1 else None)  # fmt: skip
     sets = [replace(one, generate=3) for one in sources.bundled(5)]
     callback = EvaluateCallback(1, sets, TOKENIZER, batch_size=2)
-    UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate, callbacks=[callback]).train()
+    trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=collate, callbacks=[callback])
+    trainer.train()
+    if rank == 0:  # alone, while the others are elsewhere
+        callback.evaluation.run(trainer.model_wrapped)
+        ReferenceCache.build(trainer.model_wrapped, datasets()[0], collator())
     write_json(Path(folder) / f"process-{rank}.json", {str(step): one for step, one in callback.summaries.items()})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from gfast.geffect.directions import GATHERED
-from gfast.geffect.live.processes import Processes, here
+from gfast.geffect.live.processes import Processes, here, reduce_partial
 from gfast.geffect.live.surgery import Surgery, average, combined, sign_aligned, units_of
 from gfast.geffect.live.updates import Updates
 from gfast.ops.grad_dot import dots_of_each
@@ -82,6 +82,11 @@ class Gradients:
         """The step is not: they stay what they were before it."""
         self._newest = {}
 
+    def reduce(self) -> None:
+        """Gradients of which a backward has left parts in the processes are their sums."""
+        for parameter in self.parameters if self.processes.mesh is not None else ():
+            reduce_partial(parameter)
+
     def none(self) -> bool:
         return all(parameter.grad is None for parameter in self.parameters)
 
@@ -113,6 +118,7 @@ class Gradients:
                 came.add(index)
                 if parameter.grad is None:
                     raise ValueError(_TAKEN.format(self.names[index]))
+                reduce_partial(parameter)
                 take(index)
 
             return run
@@ -130,6 +136,7 @@ class Gradients:
         if lost is not None:  # later than its own hooks: in those of another parameter
             raise ValueError(_TAKEN.format(self.names[lost]))
         for index in parts:
+            reduce_partial(self.parameters[index])
             take(index)
 
     def learn_parts(self) -> None:

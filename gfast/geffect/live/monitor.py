@@ -351,6 +351,7 @@ class GEffectMonitor:
             self.processes.zero.backward(loss, retain_graph)
         else:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
+            self.gradients.reduce()
 
     def _weights(self) -> list[tuple[int, bool]]:
         if self.processes.zero is not None:

@@ -142,6 +142,15 @@ def here(gradient: Tensor) -> Tensor:
     return local if local.layout == torch.strided else local.to_dense()
 
 
+def reduce_partial(parameter: Tensor) -> None:
+    """The gradient of a parameter spread over processes as that is: of what sequence parallelism has alike in all, such
+    as norms, a backward leaves each process its own part of the sum.
+    """
+    placements = getattr(parameter.grad, "placements", None)
+    if placements is not None and placements != parameter.placements:
+        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
+
 def like(parameter: Tensor, value: Tensor) -> Tensor:
     """A tensor where a parameter is, spread over processes as it is; `value` is whole, or this process's shard."""
     value = value.to(parameter.device)
