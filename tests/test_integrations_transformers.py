@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import integrations_parallel
 from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients, literal
-from helpers.training_tiny import collator, copied, datasets, tiny_model
+from helpers.training_tiny import collator, copied, datasets, pairing, tiny_model
 from test_training_parallel import together
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
@@ -110,6 +110,27 @@ def test_columns_that_gfast_reads_are_kept_and_a_mix_takes_both_sides(tmp_path):
     assert run.state.log_history[0]["retain_loss"] > 0
     with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):
         trained(tiny_model(), tmp_path, columns(data), Mix(GA(), NLL()))
+
+
+def test_a_run_that_goes_on_within_an_epoch_has_its_pairs(tmp_path):
+    def run(steps, start=None):
+        data, collate = pairing()
+        options = dict(max_steps=steps, save_strategy="steps", save_steps=4, per_device_train_batch_size=2)
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **options)
+        seen = []
+
+        def noted(items):
+            batch = collate(items)
+            seen.append((batch["forget"]["sample_id"].tolist(), batch["retain"]["sample_id"].tolist()))
+            return batch
+
+        trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=noted, objective=Mix(GA(), NLL()))
+        trainer.train(resume_from_checkpoint=start)
+        assert not data._held
+        return seen
+
+    whole, resumed = run(5), run(5, str(tmp_path / "checkpoint-4"))  # of three steps an epoch
+    assert resumed and resumed == whole[-len(resumed) :]
 
 
 def test_what_is_missing_or_without_effect_is_said_first(tmp_path, caplog):

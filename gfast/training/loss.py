@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gfast import wrappers
+from gfast.data import epoch_callback
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
@@ -175,6 +176,8 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         if joint_forward:
             refuse_joint(objectives, own_loss_terms, self.live is not None)
         self.add_callback(KnownOriginal())
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(epoch_callback(self.train_dataset))
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
