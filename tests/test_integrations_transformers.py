@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import integrations_parallel
 from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients, literal
-from helpers.training_tiny import collator, copied, datasets, pairing, tiny_model
+from helpers.training_tiny import collator, copied, datasets, pairing, parameters, tiny_model
 from test_training_parallel import together
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
@@ -295,6 +295,11 @@ def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
         func = gfast_loss_func(objective)
         run = trained(model, tmp_path, items, None, batch_size, accumulate, Trainer, compute_loss_func=func)
         assert_same(run.first.found, gradients(twin))
+    before = parameters(model)
+    unlabelled = [{**item, "labels": torch.full_like(item["labels"], -100)} for item in items]
+    run = trained(model, tmp_path, unlabelled, None, 2, 3, Trainer, compute_loss_func=func)
+    assert run.state.log_history[0]["loss"] == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in parameters(model).items())
 
 
 @pytest.mark.parametrize("known", [True, False])
