@@ -126,11 +126,25 @@ def test_a_run_that_goes_on_within_an_epoch_has_its_pairs(tmp_path):
 
         trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=noted, objective=Mix(GA(), NLL()))
         trainer.train(resume_from_checkpoint=start)
-        assert not data._held
         return seen
 
     whole, resumed = run(5), run(5, str(tmp_path / "checkpoint-4"))  # of three steps an epoch
     assert resumed and resumed == whole[-len(resumed) :]
+
+
+def test_data_are_free_after_a_training_that_ended_in_an_error(tmp_path):
+    data, collate = pairing()
+
+    def broken(items):
+        raise KeyboardInterrupt
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    for own in (broken, collate):
+        trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=own, objective=Mix(GA(), NLL()))
+        with pytest.raises(KeyboardInterrupt) if own is not collate else contextlib.nullcontext():
+            trainer.train()
+        data.set_epoch(7)
+        assert data.epoch == 7
 
 
 def test_what_is_missing_or_without_effect_is_said_first(tmp_path, caplog):

@@ -227,7 +227,10 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         self.terms.reset()
         for part in self._course:
             part.load(None)
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:  # after an error too: whoever trains on these data next sets their epochs
+            getattr(self.train_dataset, "release_epoch", lambda: None)()
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
