@@ -182,6 +182,17 @@ def test_a_batch_without_labels_has_no_effect_and_no_risk(retain_term, tmp_path)
     assert all("geffect_live/nll/retain" not in log for log in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_what_a_backward_does_not_reach_under_ddp_is_said(live, tmp_path, monkeypatch):
+    def forward(*args, **kwargs):
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+
+    model = tiny_model()
+    monkeypatch.setattr(model.model, "forward", forward)
+    with pytest.raises(ValueError, match="RMU and RR stop at a layer.* Give ddp_find_unused_parameters=True"):
+        trained(tmp_path, model, retain_term="nll", geffect_live=live)
+
+
 def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
     class Forget(GFastLossMixin, Trainer):
         objective = Mix(WGA(), NLL())

@@ -38,6 +38,7 @@ from gfast.training.options import (
     refuse_own_steps,
     refuse_reentrant,
     refuse_search,
+    said_unreached,
     say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
@@ -239,9 +240,10 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
                 f"{type(self).__name__} has a get_batch_samples of its own, so that nobody counted what the loss of a "
                 f"step is divided by: let it return super().get_batch_samples(...), or leave it out"
             )
-        if self.live is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        return self.live.training_step(model, inputs)
+        with said_unreached():
+            if self.live is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            return self.live.training_step(model, inputs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
