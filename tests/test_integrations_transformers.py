@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import integrations_parallel
 from helpers.literal_losses import LOGGED, FirstGradient, assert_same, gradients, literal
-from helpers.training_tiny import collator, copied, datasets, tiny_model
+from helpers.training_tiny import collator, copied, datasets, pairing, parameters, tiny_model
 from test_training_parallel import together
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
@@ -110,6 +110,41 @@ def test_columns_that_gfast_reads_are_kept_and_a_mix_takes_both_sides(tmp_path):
     assert run.state.log_history[0]["retain_loss"] > 0
     with pytest.raises(ValueError, match="has a retain term, but the batches hold only forget"):
         trained(tiny_model(), tmp_path, columns(data), Mix(GA(), NLL()))
+
+
+def test_a_run_that_goes_on_within_an_epoch_has_its_pairs(tmp_path):
+    def run(steps, start=None):
+        data, collate = pairing()
+        options = dict(max_steps=steps, save_strategy="steps", save_steps=4, per_device_train_batch_size=2)
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **options)
+        seen = []
+
+        def noted(items):
+            batch = collate(items)
+            seen.append((batch["forget"]["sample_id"].tolist(), batch["retain"]["sample_id"].tolist()))
+            return batch
+
+        trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=noted, objective=Mix(GA(), NLL()))
+        trainer.train(resume_from_checkpoint=start)
+        return seen
+
+    whole, resumed = run(5), run(5, str(tmp_path / "checkpoint-4"))  # of three steps an epoch
+    assert resumed and resumed == whole[-len(resumed) :]
+
+
+def test_data_are_free_after_a_training_that_ended_in_an_error(tmp_path):
+    data, collate = pairing()
+
+    def broken(items):
+        raise KeyboardInterrupt
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    for own in (broken, collate):
+        trainer = Forget(tiny_model(), args, train_dataset=data, data_collator=own, objective=Mix(GA(), NLL()))
+        with pytest.raises(KeyboardInterrupt) if own is not collate else contextlib.nullcontext():
+            trainer.train()
+        data.set_epoch(7)
+        assert data.epoch == 7
 
 
 def test_what_is_missing_or_without_effect_is_said_first(tmp_path, caplog):
@@ -274,6 +309,11 @@ def test_a_loss_func_is_the_gradient_of_one_big_batch(tmp_path, objective):
         func = gfast_loss_func(objective)
         run = trained(model, tmp_path, items, None, batch_size, accumulate, Trainer, compute_loss_func=func)
         assert_same(run.first.found, gradients(twin))
+    before = parameters(model)
+    unlabelled = [{**item, "labels": torch.full_like(item["labels"], -100)} for item in items]
+    run = trained(model, tmp_path, unlabelled, None, 2, 3, Trainer, compute_loss_func=func)
+    assert run.state.log_history[0]["loss"] == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in parameters(model).items())
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -97,7 +97,7 @@ def test_where_nothing_conflicts_the_step_is_the_plain_one_to_the_bit():
         model.zero_grad()
 
 
-@pytest.mark.parametrize("rule", ["gru", "retain:tensor", "sago"])
+@pytest.mark.parametrize("rule", ["gru", "retain:tensor", "pcgrad:tensor", "sago"])
 def test_without_a_retain_loss_the_risk_is_spared_but_not_descended(rule):
     model = tiny("llama", LAYERS)
     forget, retain = DATA[0]

@@ -157,6 +157,42 @@ def test_live_and_measured_effects_are_on_one_page(tmp_path):
     assert "<p>1 unlearning run followed over its optimizer steps" in (tmp_path / "page" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("retain_term", ["none", "nll", "kl"])
+def test_a_batch_without_labels_has_no_effect_and_no_risk(retain_term, tmp_path):
+    data, collate = pairing()
+    cache = ReferenceCache.build(tiny_model(), datasets()[1], collator(), what={"hidden"})
+
+    def empty(items):
+        batch = collate(items)
+        for side in batch if len(steps) in (0, 4) else ["forget"] if len(steps) == 1 else ["retain"]:
+            batch[side]["labels"][:] = -100
+        steps.append(0)
+        return batch
+
+    steps: list[int] = []
+    args = config(tmp_path, objective="GA", retain_term=retain_term, max_steps=3, geffect_live=True)
+    args.gradient_accumulation_steps = 2
+    references = {"retain": cache} if retain_term == "kl" else None
+    trainer = UnlearnTrainer(tiny_model(), args, train_dataset=data, data_collator=empty, references=references)
+    trainer.train()
+    # of the micro-batches (-, -), (-, r), (f, -), (f, -), (-, -), (f, -): the first retain one and all forget ones
+    for quantity, group in (("g_effect", "total"), ("risk", "")):
+        assert rows(tmp_path, quantity, "retain", group) == {}
+        assert rows(tmp_path, quantity, "unlearn", group).keys() == {1, 2}
+    assert all("geffect_live/nll/retain" not in log for log in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_a_backward_does_not_reach_under_ddp_is_said(live, tmp_path, monkeypatch):
+    def forward(*args, **kwargs):
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+
+    model = tiny_model()
+    monkeypatch.setattr(model.model, "forward", forward)
+    with pytest.raises(ValueError, match="RMU and RR stop at a layer.* Give ddp_find_unused_parameters=True"):
+        trained(tmp_path, model, retain_term="nll", geffect_live=live)
+
+
 def test_any_trainer_with_the_mixin_and_what_is_refused(tmp_path):
     class Forget(GFastLossMixin, Trainer):
         objective = Mix(WGA(), NLL())

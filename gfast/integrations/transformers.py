@@ -91,6 +91,7 @@ def gfast_loss_func(objective: Any, args: Any = None) -> Callable[..., Tensor]:
             )
         if num_items_in_batch is not None:
             _check_count(labels, num_items_in_batch, args, instead)
+            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)  # no label in a whole step: a loss of 0
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
         out = unlearn_loss(logits, target, objective, reduction="token_mean", normalizer=num_items_in_batch)
         return out.loss.clone()  # Trainer multiplies it in place

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,14 +83,27 @@ class LiveSteps:
         # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
         terms = self.trainer._own_loss_terms
         self._apart = {side for parts in sides for side in parts if terms or self.trainer.weighs(parts[side], side)}
-        tokens = [count(NLL(), parts["retain"]) for parts in sides]
-        counts = [count(NLL(), sides[-1]["forget"]), tokens[0], sum(tokens)]
-        forget, first, retain = self.trainer._over_processes(counts)
+        tokens = [[count(NLL(), parts[side]) for parts in sides] for side in ("forget", "retain")]
+        counts = [tokens[0][-1], sum(tokens[0]), tokens[1][0], sum(tokens[1])]
+        forget, all_forget, first, retain = self.trainer._over_processes(counts)
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
         # Of the micro-batches, in all processes, that a risk of its own is measured on: the last forget one, the first
         # retain one; all retain ones where surgery spares them without a retain loss.
         spared = self.surgery is not None and self.trainer.objective.retain is None
         self._risk_counts = {"forget": max(forget, 1), "retain": max(retain if spared else first, 1)}
+        held = spared or (self.surgery is not None and not self._retain_apart)  # surgery waits for all of them
+        on = {"unlearn": all_forget if self._free else forget, "retain": retain if held else first}
+        self._without = [side for side in SIDES if not on[side]]  # of no labels there is no risk, and no effect
+
+    @property
+    def _free(self) -> bool:
+        """Whether the forget loss is the risk's."""
+        return isinstance(self.trainer.objective.forget, (GA, NLL)) and "forget" not in self._apart
+
+    @property
+    def _retain_apart(self) -> bool:
+        """Whether the retain loss is not the risk, which is measured by a backward of its own."""
+        return self.trainer.objective.retain != NLL() or "retain" in self._apart
 
     def monitor(self, model: Any) -> GEffectMonitor:
         """The monitor of the model as the Trainer has wrapped it."""
@@ -97,11 +111,10 @@ class LiveSteps:
 
         if self._monitor is None or self._monitor.model is not model:
             forget, scaler = self.trainer.objective.forget, getattr(self.trainer.accelerator, "scaler", None)
-            free = isinstance(forget, (GA, NLL)) and "forget" not in self._apart  # the forget loss is the risk's
             label = str(forget) if "forget" in self._apart else forget  # of which nothing follows
             options = dict(objective=label, surgery=self.surgery, scaler=scaler)
             options["optimizer"] = self.trainer.optimizer if self.update else None
-            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or free, **options)
+            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or self._free, **options)
             if self._checkpoint is not None:
                 self._monitor.load_state_dict({name: self._checkpoint.get(name) for name in self._checkpoint.names})
                 self._checkpoint = None
@@ -177,10 +190,9 @@ class LiveSteps:
                 values.append(retain_loss.detach())
                 return retain_loss * self._processes
 
-            own = risk if first and (mix.retain != NLL() or "retain" in self._apart) else None
+            apart = risk if first and self._retain_apart else None
             share = self._first_share if self.surgery is None else 1.0  # surgery waits for all micro-batches
-            share = share or math.nan  # of no labels there is no effect
-            monitor.retain(loss, risk=own, factor=mix.alpha * share, last=last)
+            monitor.retain(loss, risk=apart, factor=mix.alpha * (share or 1.0), last=last)
             value = value + values[0] - trainer._constant()
         trainer.terms.add({"loss": value})
         if last:
@@ -230,19 +242,27 @@ class LiveSteps:
         self.effect, self.latest = None, {"dropped": 1.0}
         if monitor.dropped is not None:
             return
-        self.effect = effect = monitor.effect()
+        self.effect = effect = self._of_labels(monitor.effect())
         self.latest = {f"nll/{side}": value for side, value in effect.risks.items()}
         self.latest |= {side: effect.total(side) for side in effect.sides}
         self.latest |= {f"cosine/{side}": effect.cosine(side) for side in effect.sides if side in effect.norms}
         clip = monitor.effect(max_norm=norm).measured["clip"] if norm and norm > 0 else 1.0  # as Trainer clips
         self.latest |= {"step_norm": effect.measured["step_norm"], "clip": clip}
         if self.surgery is not None:
-            step = monitor.effect(of="step")
+            step = self._of_labels(monitor.effect(of="step"))
             self.latest |= {f"step/{side}": step.total(side) for side in step.sides}
 
         self.moved = monitor.update_effect() if self.update else None
         if self.moved is not None:
+            self.moved = self._of_labels(self.moved)
             self.latest |= {f"update/{side}": self.moved.total(side) for side in self.moved.sides}
+
+    def _of_labels(self, effect: GEffect) -> GEffect:
+        """An effect without the sides that no label was measured on: not measured, rather than 0."""
+        nothing = {side: dict.fromkeys(getattr(effect, side), math.nan) for side in self._without}
+        parts = effect.norms, effect.risks
+        norms, risks = ({name: x for name, x in part.items() if name not in nothing} for part in parts)
+        return replace(effect, **nothing, norms=norms, risks=risks)
 
     def rows(self) -> list[dict[str, Any]]:
         """Of the last step, as records have them."""

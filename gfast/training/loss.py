@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gfast import wrappers
+from gfast.data import epoch_callback
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
@@ -37,6 +38,7 @@ from gfast.training.options import (
     refuse_own_steps,
     refuse_reentrant,
     refuse_search,
+    said_unreached,
     say_other_labels,
     say_what_a_batch_is,
     say_what_is_not_called,
@@ -175,6 +177,8 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         if joint_forward:
             refuse_joint(objectives, own_loss_terms, self.live is not None)
         self.add_callback(KnownOriginal())
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(epoch_callback(self.train_dataset))
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
     token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
@@ -224,7 +228,10 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         self.terms.reset()
         for part in self._course:
             part.load(None)
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:  # after an error too: whoever trains on these data next sets their epochs
+            getattr(self.train_dataset, "release_epoch", lambda: None)()
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; with a live G-effect or surgery, the two backwards of `gfast.GEffectMonitor`."""
@@ -233,9 +240,10 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
                 f"{type(self).__name__} has a get_batch_samples of its own, so that nobody counted what the loss of a "
                 f"step is divided by: let it return super().get_batch_samples(...), or leave it out"
             )
-        if self.live is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        return self.live.training_step(model, inputs)
+        with said_unreached():
+            if self.live is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            return self.live.training_step(model, inputs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

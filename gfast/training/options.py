@@ -8,9 +8,10 @@ instead; all others are Trainer's own work and mean what they always mean.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -213,6 +214,21 @@ def refuse_reentrant(model: Any) -> None:
             "re-entrant checkpoints under DistributedDataParallel take one forward a backward, and a step has one of "
             "the forget and one of the retain batch: give gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
+
+
+@contextlib.contextmanager
+def said_unreached() -> Iterator[None]:
+    """ValueError, with what to do, for DDP's error about parameters that a backward has not reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction in the prior iteration" not in str(error):
+            raise
+        raise ValueError(
+            "DistributedDataParallel waits for the gradients of parameters that a backward of the step before has not "
+            "reached: RMU and RR stop at a layer, and live effects and surgery take the backwards of both sides apart. "
+            "Give ddp_find_unused_parameters=True, or train only parameters that every term reaches"
+        ) from error
 
 
 def refuse_ignored_with_data(args: Any, dataset: Any) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from gfast.data import epoch_callback
 from gfast.locks import claimed
 from gfast.objectives import Objective
 from gfast.training.along import asked_of_trainer
@@ -99,8 +98,6 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             self.add_callback(self.token_weights)
         if args.stop:
             self.add_callback(StopCallback(args.stop))
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(epoch_callback(self.train_dataset))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's train; `resume_from_checkpoint=True` takes the newest complete checkpoint, if there is one.

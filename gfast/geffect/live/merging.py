@@ -279,7 +279,7 @@ class Gradients:
         units = sorted({self.units[i] for i in pairs})
         place = torch.tensor([units.index(self.units[i]) for i in pairs], device=dots.device)
         sums = dots.new_zeros(len(units), dots.shape[1]).index_add_(0, place, dots)
-        factors = [factor[place] for factor in self.surgery.factors(sums[:, UR], sums[:, RR], sums[:, UU])]
+        factors = [factor[place] for factor in self.surgery.factors(sums[:, UR], sums[:, RR], sums[:, UU], adds)]
         return {
             i: combined(u, r, others[i], tuple(factor[n] for factor in factors), adds)
             for n, (i, (r, u)) in enumerate(pairs.items())

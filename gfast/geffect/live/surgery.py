@@ -31,7 +31,7 @@ class Surgery:
         sago:    m_i = r_i where u_i r_i < 0, else u_i
 
     and m = u + r where no condition is met. Where the step has no retain loss, only a risk, its gradient is the r of
-    the conditions and is not added.
+    the conditions, and neither it nor what pcgrad makes of it is added.
 
     Args:
         kind: "pcgrad" (Yu et al., arXiv 2001.06782: both gradients are projected), "retain" (only the forget gradient
@@ -79,11 +79,11 @@ class Surgery:
             return "sago"
         return f"{self.kind}:{self.scope}" + (f":{self.moving:g}" if self.kind == "gru" else "")
 
-    def factors(self, uv: Tensor, vv: Tensor, uu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, uv: Tensor, vv: Tensor, uu: Tensor, adds: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(a, b, c) of m = a u + b r + c v from a unit's dots (fp64); v is gru's average, else r."""
         ones, zero = torch.ones_like(uv), torch.zeros_like(uv)
         harm = torch.where((uv < 0) & (vv > 0), uv / vv.clamp(min=torch.finfo(vv.dtype).tiny), zero)
-        if self.kind == "pcgrad":
+        if self.kind == "pcgrad" and adds:
             back = torch.where((uv < 0) & (uu > 0), uv / uu.clamp(min=torch.finfo(uu.dtype).tiny), zero)
             return ones - back, ones, -harm
         return ones, ones, -harm
