@@ -24,7 +24,7 @@ from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
 from gfast.evaluation.generation import Generated, generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both, tokens_checksum
-from gfast.evaluation.scoring import Scored, can_share, score
+from gfast.evaluation.scoring import Scored, can_share, common, score
 from gfast.files import DamagedFile, read_json, write_json
 from gfast.given import whole
 from gfast.metrics.answers import OPTION_SETS
@@ -223,13 +223,12 @@ class Evaluation:
     def _shares(self, model: nn.Module, at_set: int) -> bool:
         # Asked of the same samples at every start, so that a resumed evaluation runs as it began.
         if at_set not in self._shared:
-            samples = self.samples[at_set]
-            several = any(len(sample.answers) > 1 for sample in samples)
-            # Of unlike lengths, so that the shorter one's prompt is padded.
-            most = max(len(sample.answers) for sample in samples)
-            probe = sorted((s for s in samples if len(s.answers) == most), key=lambda s: (len(s.prompt), s.index))
-            probe = probe if len(probe) < 3 else [probe[0], probe[-1]]
-            self._shared[at_set] = several and can_share(model, probe, self.pad_id)
+            # Of those that would share, so that a cache is tried, and of unlike lengths, so that the shorter is padded.
+            lengths = [(common(s), len(s.answers), -s.index, at) for at, s in enumerate(self.samples[at_set])]
+            sharing = [one for one in lengths if one[0] > 0]
+            ends = {at for *_, at in (min(sharing), max(sharing))} if sharing else set()
+            probe = [self.samples[at_set][at] for at in sorted(ends)]
+            self._shared[at_set] = bool(probe) and can_share(model, probe, self.pad_id)
         return self._shared[at_set]
 
     def _generations(self, model: nn.Module, eval_set: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:
