@@ -41,7 +41,7 @@ def generate(
     The model's own generation settings (sampling, penalties, minimal lengths) are put aside: the same model and prompt
     give the same text.
     """
-    how = {"max_new_tokens": limit, "eos_token_id": list(ends), "pad_token_id": pad_id}
+    how = {"max_new_tokens": limit, "eos_token_id": list(ends) or None, "pad_token_id": pad_id}
     if temperature is not None:
         how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     longest = max(map(len, prompts)) + limit

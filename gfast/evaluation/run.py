@@ -97,10 +97,22 @@ class Evaluation:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token."""
-        pairs = zip(self.sets, self.samples, strict=True)
-        tokens = {sample.right[1][-1] for eval_set, some in pairs if eval_set.generate for sample in some}
-        return tuple(sorted(tokens | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
+        """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token, and so
+        do answers of an `encode` that writes no end: those are words, which an answer may go on after.
+        """
+        added = getattr(self.tokenizer, "get_added_vocab", dict)().values()
+        marks = {*special_tokens(self.tokenizer).values(), *added}
+        tokens = {x for x in [self.tokenizer.eos_token_id] if x is not None}
+        for eval_set, some in zip(self.sets, self.samples, strict=True):
+            for sample in some if eval_set.generate else ():
+                *said, last = (label for label in sample.right[1] if label != IGNORE)
+                if last not in tokens and (last in marks or self._whole(said, sample.truth)):
+                    tokens.add(last)
+        return tuple(sorted(tokens))
+
+    def _whole(self, said: list[int], truth: str) -> bool:
+        """Whether tokens hold all of an answer, but for white space."""
+        return "".join(self.tokenizer.decode(said).split()).endswith("".join(truth.split()))
 
     def ends_for(self, model: nn.Module) -> tuple[int, ...]:
         """`ends`, and those at which the model itself would stop: of its generation settings (a chat model's name
