@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pandas
 import pytest
+from helpers.data_chat import wordpiece_tokenizer
 from helpers.training_tiny import TOKENIZER, tiny_model
 from test_evaluation import FIELDS, evaluation, sets
 
@@ -59,6 +60,15 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
         encoded(nothing, TOKENIZER)
     with pytest.raises(ValueError, match="tokens, more than 12"):
         encoded(sets()[0], TOKENIZER, max_length=12)
+
+
+def test_choices_that_are_the_same_tokens():
+    """Of a vocabulary without the letters: each would be as likely as the right one, and the accuracy 0."""
+    row = {"question": "Who?", "answer": "X", "perturbed_answer": ["Y", "Z"]}
+    encode = sources.Continuation(wordpiece_tokenizer(), ends=False)
+    one = EvaluationSet("wmdp", "mine", [row], perturbed="perturbed_answer", generate=0, choices=True, encode=encode)
+    with pytest.raises(ValueError, match="row 1: the tokenizer makes the same tokens of 'X', the right choice, and of"):
+        encoded(one, wordpiece_tokenizer())
 
 
 def test_rows_in_both_sets_are_said_once(caplog):

@@ -10,7 +10,7 @@ import transformers
 from helpers.training_tiny import TOKENIZER, tiny_model
 from test_evaluation import FIELDS, alone, evaluation, model_of, sets
 
-from gfast.evaluation import Evaluation, EvaluationSet, encoded, run
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, generation, run
 from gfast.evaluation.generation import generate
 from gfast.metrics.log import parse_log
 
@@ -28,7 +28,10 @@ def _bart():
 
 def _roformer():
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    return transformers.RoFormerForCausalLM(transformers.RoFormerConfig(vocab_size=40, is_decoder=True, **sizes))
+    model = transformers.RoFormerForCausalLM(transformers.RoFormerConfig(vocab_size=40, is_decoder=True, **sizes))
+    positions = model.roformer.encoder.embed_positions.weight
+    positions.data.add_(0.01 * torch.randn_like(positions))  # no longer alike wherever a text begins
+    return model
 
 
 def _not_a_number():
@@ -38,7 +41,7 @@ def _not_a_number():
 
 @pytest.mark.parametrize("make", [_rwkv, _bart, _roformer, _not_a_number])
 def test_a_generation_is_that_of_its_prompt_alone_where_padding_is_not_masked(make):
-    """RWKV's state takes in what is masked, and positions of BART's decoder count it; RoFormer's norms a little."""
+    """RWKV's state takes in what is masked, and positions of BART's decoder count it; RoFormer's a little."""
     torch.manual_seed(0)
     model = make().eval()
     for parameter in model.parameters():
@@ -46,6 +49,7 @@ def test_a_generation_is_that_of_its_prompt_alone_where_padding_is_not_masked(ma
     prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 9)]
     alone = [generate(model, [prompt], 6, [1], 0)[0] for prompt in prompts]
     assert generate(model, prompts, 6, [1], 0) == alone
+    assert not generation._alike[model]
 
 
 def test_a_model_that_fails_with_padding_answers_one_by_one(monkeypatch):

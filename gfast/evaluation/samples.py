@@ -139,7 +139,8 @@ def encoded(
     those of sets without an `encode` of their own.
 
     Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
-    with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.
+    with fewer than others, a right choice that has the tokens of a wrong one, an answer that was cut, an answer
+    without a label, or more tokens than `max_length`.
     """
     encode = eval_set.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
     rows = eval_set.rows
@@ -162,6 +163,11 @@ def encoded(
                         f"has {several[1]}: all rows need as many"
                     )
             sample = _sample(number, question, texts, encode, max_length)
+            if eval_set.choices and sample.fields["gt"][0] in sample.fields.get("perturb", ()):
+                raise ValueError(
+                    f"the tokenizer makes the same tokens of {texts['gt'][0]!r:.40}, the right choice, and of a wrong "
+                    "one, so that no model can tell them apart"
+                )
             if row.get(REWORDED) is not None:
                 ids, labels = encode(field_text(row, REWORDED), texts["gt"][0])
                 sample = replace(sample, reworded=(tuple(ids), tuple(labels)))
