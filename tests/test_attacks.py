@@ -46,6 +46,19 @@ def test_the_forget_set_is_split_into_what_is_learned_and_the_rest():
             Relearning(**settings)
 
 
+def test_what_is_relearned_is_what_is_measured(tmp_path):
+    (forget,) = [one for one in sources.bundled(3) if one.name == "forget"]
+    forget, plan = replace(forget, generate=0, perturbed=None, paraphrase=None), Relearning(1, rows=1, every=1)
+    others = [
+        {"asked": row["question"], "said": row["answer"], "question": "Who?", "answer": "I."} for row in forget.rows
+    ]
+    renamed = replace(forget, rows=others, question="asked", answer="said")
+    found = [relearn(tiny_model(), TOKENIZER, one, plan, tmp_path / str(len(one.rows[0]))) for one in (forget, renamed)]
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="writes its own prompts"):
+        relearn(tiny_model(), TOKENIZER, replace(forget, encode=sources.Continuation(TOKENIZER)), plan, tmp_path)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_relearning_and_its_effect(tmp_path, rank):
     (forget,) = [one for one in sources.bundled(6) if one.name == "forget"]

@@ -18,7 +18,7 @@ from gfast import metrics
 from gfast.data import bundled_perturbed
 from gfast.data.encode import make_encoder
 from gfast.deferred import DeferredLogits
-from gfast.evaluation import Evaluation, EvaluationSet, encoded, run, sources
+from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.generation import generate
 from gfast.evaluation.results import summarize
 from gfast.evaluation.scoring import can_share, score
@@ -155,29 +155,6 @@ def test_generation_is_greedy_whatever_the_models_settings():
         assert found.ended == (said[-1] in ends)
         assert found.ids == (said[:-1] if found.ended else said)
     assert model.generation_config is before
-
-
-def _rwkv():
-    sizes = dict(hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=64)
-    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=40, **sizes))
-
-
-def _bart():
-    sizes = dict(d_model=16, decoder_layers=2, decoder_ffn_dim=32, decoder_attention_heads=2)
-    config = transformers.BartConfig(vocab_size=40, is_decoder=True, is_encoder_decoder=False, **sizes)
-    return transformers.BartForCausalLM(config)
-
-
-@pytest.mark.parametrize("make", [_rwkv, _bart])
-def test_a_generation_is_that_of_its_prompt_alone_where_padding_is_not_masked(make):
-    """RWKV's state takes in what is masked, and positions of BART's decoder count it."""
-    torch.manual_seed(0)
-    model = make().eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4)
-    prompts = [torch.randint(2, 40, (length,)).tolist() for length in (3, 9, 5, 9)]
-    alone = [generate(model, [prompt], 6, [1], 0)[0] for prompt in prompts]
-    assert generate(model, prompts, 6, [1], 0) == alone
 
 
 def test_the_log_holds_what_was_measured():
@@ -378,13 +355,3 @@ def test_losses_that_exploded_are_still_a_log():
     values = log.sets["retain"].values
     assert (values["avg_paraphrased_loss"] - values["average_perturb_loss"].mean(1)).max() > 709
     assert 0 <= summarize(log, log)["sets"]["forget"]["truth_ratio"] <= 1
-
-
-def test_prompts_of_unlike_lengths_are_tried_with_a_cache(monkeypatch):
-    """Left padding is what a cache may not bear: two prompts of one length would not show it."""
-    tried = []
-    monkeypatch.setattr(run, "can_share", lambda model, probe, pad: tried.append({len(s.prompt) for s in probe}))
-    one = evaluation()
-    one.run(tiny_model())
-    prompts = [{len(sample.prompt) for sample in some} for some in one.samples]
-    assert tried == [{min(lengths), max(lengths)} for lengths in prompts] and all(len(pair) == 2 for pair in tried)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas
 import pytest
+from helpers.data_chat import wordpiece_tokenizer
 from helpers.training_tiny import TOKENIZER, tiny_model
 from test_evaluation import FIELDS, evaluation, sets
 
@@ -60,6 +62,15 @@ def test_an_answer_without_a_label_and_one_that_is_too_long():
         encoded(sets()[0], TOKENIZER, max_length=12)
 
 
+def test_choices_that_are_the_same_tokens():
+    """Of a vocabulary without the letters: each would be as likely as the right one, and the accuracy 0."""
+    row = {"question": "Who?", "answer": "X", "perturbed_answer": ["Y", "Z"]}
+    encode = sources.Continuation(wordpiece_tokenizer(), ends=False)
+    one = EvaluationSet("wmdp", "mine", [row], perturbed="perturbed_answer", generate=0, choices=True, encode=encode)
+    with pytest.raises(ValueError, match="row 1: the tokenizer makes the same tokens of 'X', the right choice, and of"):
+        encoded(one, wordpiece_tokenizer())
+
+
 def test_rows_in_both_sets_are_said_once(caplog):
     forget, retain = sources.bundled(4)[::-1]
     rows = [*retain.rows[:2], forget.rows[3], forget.rows[1]]
@@ -93,3 +104,26 @@ def test_names_and_numbers_of_an_evaluation(caplog):
     assert "min_k of the set forget is not in the log: row 5 has none" in caplog.text
     partial = columns([0, 1], [{"a": 1, "ps_exact": 0.5}, {"a": 2}])
     assert partial == {"index": [0, 1], "a": [1, 2], "extraction": {"ps_exact": [0.5]}}
+
+
+def test_a_word_does_not_end_an_answer():
+    """Of an encode that writes no end: what all answers end with is a part of them, unless it is only added."""
+    (one, _) = sets(3)
+    for added, ends in (("", ()), ("\n", tuple(TOKENIZER("\n", add_special_tokens=False).input_ids))):
+
+        def encode(question, answer, added=added):
+            ids, labels = sources.Continuation(TOKENIZER, ends=False)(question, answer)
+            more = TOKENIZER(added, add_special_tokens=False).input_ids
+            return ids + more, labels + more
+
+        own = replace(one, encode=encode)
+        work = Evaluation([own], [encoded(own, TOKENIZER)], TOKENIZER)
+        assert len({sample.right[1][-1] for sample in work.samples[0]}) == 1
+        assert work.ends == tuple(sorted({TOKENIZER.eos_token_id, *ends}))
+
+
+def test_rows_of_any_kind_are_read_once():
+    datasets, (one, _) = pytest.importorskip("datasets"), sets(4)
+    for held in (datasets.Dataset.from_list(one.rows), pandas.DataFrame(one.rows), iter(one.rows)):
+        own = replace(one, rows=held)
+        assert own.rows == one.rows and own.checksum() == one.checksum()

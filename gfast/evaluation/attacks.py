@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gfast.data import Collator, QADataset, batches
+from gfast.data.rows import as_rows
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.values import chosen, required
 from gfast.objectives import NLL
@@ -113,20 +114,27 @@ def relearn(
         that is descended, by layer group: a gradient step lowers the forget set's NLL by the learning rate times that,
         to first order. A model that is immune has 0 or less.
 
-    Errors: ValueError for rows that cannot be used, or 16-bit weights without LoRA; ImportError for LoRA without peft.
+    Errors: ValueError for rows that cannot be used, a set with prompts of its own, or 16-bit weights without LoRA;
+    ImportError for LoRA without peft.
     """
     check_trainable(model, plan)
+    if forget.encode is not None:
+        raise ValueError(
+            f"gfast: relearning: the set {forget.name} writes its own prompts (encode), and what is learned is written "
+            "by the template: other tokens than are measured. Give a set without encode"
+        )
     from transformers import PrinterCallback
 
     from gfast.geffect import g_effect
     from gfast.training import UnlearnConfig, UnlearnTrainer
 
     sets = split(forget, plan, data)
-    rows = list(data) if data is not None else list(sets[1].rows)
+    fields = {} if data is not None else {"question": forget.question, "answer": forget.answer}
+    rows = as_rows(data) if data is not None else sets[1].rows
     # Weights say how a text was to be forgotten, and an attack learns all of it.
     rows = [{key: value for key, value in row.items() if key != "weight"} for row in rows]
     options = {"template": template, "chat_kwargs": dict(chat_kwargs or {}), "max_length": None}
-    learned = QADataset(rows, tokenizer, **options)
+    learned = QADataset(rows, tokenizer, **fields, **options)
     others = QADataset(
         sets[0].rows, tokenizer, question=forget.question, answer=forget.answer, id_offset=len(rows), **options
     )

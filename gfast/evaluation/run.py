@@ -24,7 +24,7 @@ from gfast.data.ids import vocabulary_sizes
 from gfast.errors import NotFinite
 from gfast.evaluation.generation import Generated, generate, text_of
 from gfast.evaluation.samples import REWORDED, EvaluationSet, Sample, first_label, say_rows_in_both, tokens_checksum
-from gfast.evaluation.scoring import Scored, can_share, score
+from gfast.evaluation.scoring import Scored, can_share, common, score
 from gfast.files import DamagedFile, read_json, write_json
 from gfast.given import whole
 from gfast.metrics.answers import OPTION_SETS
@@ -97,10 +97,22 @@ class Evaluation:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token."""
-        pairs = zip(self.sets, self.samples, strict=True)
-        tokens = {sample.right[1][-1] for eval_set, some in pairs if eval_set.generate for sample in some}
-        return tuple(sorted(tokens | {x for x in [self.tokenizer.eos_token_id] if x is not None}))
+        """The tokens that end an answer: of sets that are generated. Whole texts and letters end with any token, and so
+        do answers of an `encode` that writes no end: those are words, which an answer may go on after.
+        """
+        added = getattr(self.tokenizer, "get_added_vocab", dict)().values()
+        marks = {*special_tokens(self.tokenizer).values(), *added}
+        tokens = {x for x in [self.tokenizer.eos_token_id] if x is not None}
+        for eval_set, some in zip(self.sets, self.samples, strict=True):
+            for sample in some if eval_set.generate else ():
+                *said, last = (label for label in sample.right[1] if label != IGNORE)
+                if last not in tokens and (last in marks or self._whole(said, sample.truth)):
+                    tokens.add(last)
+        return tuple(sorted(tokens))
+
+    def _whole(self, said: list[int], truth: str) -> bool:
+        """Whether tokens hold all of an answer, but for white space."""
+        return "".join(self.tokenizer.decode(said).split()).endswith("".join(truth.split()))
 
     def ends_for(self, model: nn.Module) -> tuple[int, ...]:
         """`ends`, and those at which the model itself would stop: of its generation settings (a chat model's name
@@ -224,13 +236,12 @@ class Evaluation:
     def _shares(self, model: nn.Module, at_set: int) -> bool:
         # Asked of the same samples at every start, so that a resumed evaluation runs as it began.
         if at_set not in self._shared:
-            samples = self.samples[at_set]
-            several = any(len(sample.answers) > 1 for sample in samples)
-            # Of unlike lengths, so that the shorter one's prompt is padded.
-            most = max(len(sample.answers) for sample in samples)
-            probe = sorted((s for s in samples if len(s.answers) == most), key=lambda s: (len(s.prompt), s.index))
-            probe = probe if len(probe) < 3 else [probe[0], probe[-1]]
-            self._shared[at_set] = several and can_share(model, probe, self.pad_id)
+            # Of those that would share, so that a cache is tried, and of unlike lengths, so that the shorter is padded.
+            lengths = [(common(s), len(s.answers), -s.index, at) for at, s in enumerate(self.samples[at_set])]
+            sharing = [one for one in lengths if one[0] > 0]
+            ends = {at for *_, at in (min(sharing), max(sharing))} if sharing else set()
+            probe = [self.samples[at_set][at] for at in sorted(ends)]
+            self._shared[at_set] = bool(probe) and can_share(model, probe, self.pad_id)
         return self._shared[at_set]
 
     def _generations(self, model: nn.Module, eval_set: EvaluationSet, samples: list[Sample]) -> list[dict[str, Any]]:

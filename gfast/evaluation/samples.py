@@ -25,7 +25,8 @@ class EvaluationSet:
 
     name: what the log calls the set: forget, retain, real_authors, world_facts, or another.
     config: which data these are, as far as p-values compare ("forget10_perturbed").
-    rows: dicts with the fields below; a row's number is its place. index: other numbers, if the rows are some of more.
+    rows: dicts with the fields below, in whatever `gfast.data.QADataset` takes; a row's number is its place. index:
+        other numbers, if the rows are some of more.
     paraphrase: field of the answer in other words, from which the truth ratio takes the right answer's loss; where it
         is the field `answer` itself, that loss is measured once.
     perturbed: field of the wrong answers, a list of texts. None: there are none, and no truth ratio.
@@ -47,9 +48,13 @@ class EvaluationSet:
     choices: bool = False
     encode: Callable[[str, str], tuple[list[int], list[int]]] | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        # Read once: of a generator nothing is left, and some data sets are cut into columns by rows[:n].
+        object.__setattr__(self, "rows", as_rows(self.rows))
+
     def checksum(self) -> str:
         """SHA-256 of the rows."""
-        text = json.dumps([list(self.index), *as_rows(self.rows)], sort_keys=True, default=str)
+        text = json.dumps([list(self.index), *self.rows], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -97,10 +102,7 @@ def say_rows_in_both(sets: Sequence[EvaluationSet]) -> None:
     """A warning, once, for rows of a forget set that are in another set too."""
 
     def rows_of(eval_set: EvaluationSet) -> list[dict[str, Any]]:
-        return [
-            {"question": row.get(eval_set.question), "answer": row.get(eval_set.answer)}
-            for row in as_rows(eval_set.rows)
-        ]
+        return [{"question": row.get(eval_set.question), "answer": row.get(eval_set.answer)} for row in eval_set.rows]
 
     for eval_set in sets:
         for other in sets if eval_set.name.rpartition("_")[2] == "forget" else ():
@@ -137,10 +139,11 @@ def encoded(
     those of sets without an `encode` of their own.
 
     Errors: ValueError, naming set and row (counted from 1), for a missing field, a row without perturbed answers or
-    with fewer than others, an answer that was cut, an answer without a label, or more tokens than `max_length`.
+    with fewer than others, a right choice that has the tokens of a wrong one, an answer that was cut, an answer
+    without a label, or more tokens than `max_length`.
     """
     encode = eval_set.encode or make_encoder(tokenizer, resolve_template(tokenizer, template), chat_kwargs)
-    rows = as_rows(eval_set.rows)
+    rows = eval_set.rows
     numbers = eval_set.index or tuple(range(len(rows)))
     samples, several = [], None
     for number, row in zip(numbers, rows, strict=True):
@@ -160,6 +163,11 @@ def encoded(
                         f"has {several[1]}: all rows need as many"
                     )
             sample = _sample(number, question, texts, encode, max_length)
+            if eval_set.choices and sample.fields["gt"][0] in sample.fields.get("perturb", ()):
+                raise ValueError(
+                    f"the tokenizer makes the same tokens of {texts['gt'][0]!r:.40}, the right choice, and of a wrong "
+                    "one, so that no model can tell them apart"
+                )
             if row.get(REWORDED) is not None:
                 ids, labels = encode(field_text(row, REWORDED), texts["gt"][0])
                 sample = replace(sample, reworded=(tuple(ids), tuple(labels)))

@@ -65,7 +65,7 @@ def score(model: nn.Module, samples: Sequence[Sample], pad_id: int, shared: bool
     # Behind the longest prompt the longest answer, padding included.
     apart = max(start for start, _ in answers) + max(end - start for start, end in answers) + 1 > reach(model)
     with torch.no_grad(), unstretched(model):
-        starts = [_common(sample) if shared and not apart else 0 for sample in samples]
+        starts = [common(sample) if shared and not apart else 0 for sample in samples]
         alone = [at for at, start in enumerate(starts) if start < 1]
         together = [at for at, start in enumerate(starts) if start >= 1]
         cache = _prompts(model, [samples[at].answers[0][0][: starts[at]] for at in together], pad_id)
@@ -91,11 +91,11 @@ def can_share(model: nn.Module, samples: Sequence[Sample], pad_id: int) -> bool:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         rounding = 3e-2 if next(model.parameters()).dtype.itemsize == 2 else 1e-4
-        apart, size = 0.0, 0.0
-        for one, other in zip(plain, shared, strict=True):
-            for a, b in zip(one, other, strict=True):
-                apart = max(apart, float((a.logp - b.logp).abs().max()))
-                size = max(size, float(a.logp.abs().max()))
+        pairs = [(a.logp, b.logp) for one, other in zip(plain, shared, strict=True)
+                 for a, b in zip(one, other, strict=True)]  # fmt: skip
+        # The tensors' maximum is NaN where one of them is, and Python's may not be.
+        apart = float(torch.cat([(a - b).abs() for a, b in pairs]).max())
+        size = float(torch.cat([a.abs() for a, _ in pairs]).max())
         if apart <= rounding * max(size, 1.0):
             return True
         reason = f"log-probabilities differ by up to {apart:.3g}"
@@ -105,7 +105,7 @@ def can_share(model: nn.Module, samples: Sequence[Sample], pad_id: int) -> bool:
     return False
 
 
-def _common(sample: Sample) -> int:
+def common(sample: Sample) -> int:
     """How many leading tokens all answers have in common. The token before the first label is left out: it scores."""
     if len(sample.answers) < 2:
         return 0
