@@ -96,7 +96,7 @@ class Request:
         alone = wrappers.measured(model)  # DDP would wait for processes that measure nothing
         used = [*used, *risk_terms(options.risk)]
 
-        def checked() -> tuple[Data, GroupMap]:
+        def checked() -> Data:
             """What one process may find wrong with what it was given, and another not."""
             wrappers.refuse_offloaded(model)
             peft_models.refuse_merged(model)
@@ -110,9 +110,15 @@ class Request:
             _say_what_has_no_label(data)
             if processes.sharded:
                 _refuse_sharded(alone, used, data)
-            return data, assign(model, options.groups)
+            return data
 
-        data, groups = processes.together(checked)
+        def assigned() -> GroupMap:
+            first = processes.divided(data.batches["forget"])[0]
+            hf.check_causal(alone, to_device(first, next(model.parameters()).device))
+            return assign(model, options.groups)
+
+        data = processes.together(checked)
+        groups = processes.together(assigned)
         processes.check_alike(data.batches, _asked(used, groups, options))
         if processes.replicated:
             names = list(groups.index)
@@ -126,7 +132,6 @@ class Request:
                 "gfast: direction_storage: each process has a shard of the directions of a model that FSDP2 shards, "
                 'and a folder would be of one alone: use "device" or "host"'
             )
-        hf.check_causal(alone, to_device(data.batches["forget"][0], next(model.parameters()).device))
         request = cls(model, data, groups, options, processes)
         if options.engine in ("sample", "token", "gram"):
             refuse_gradient_hooks(model, request.groups.index, options.engine)
