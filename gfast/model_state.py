@@ -149,18 +149,18 @@ def _not_reentrant(model: nn.Module) -> Iterator[None]:
     """A re-entrant checkpoint gives the parameters in it no gradient where none of its inputs asks for one: below them
     all is frozen (embeddings under adapters), or a batch has inputs_embeds. The other kind is exact there too.
     """
-    name, kept = "_gradient_checkpointing_func", []
+    name, reentrant = "_gradient_checkpointing_func", []
     for module in model.modules():
         function = vars(module).get(name)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
-            kept.append((module, function))
+            reentrant.append((module, function))
     try:
-        for module, function in kept:
+        for module, function in reentrant:
             if function.func is torch.utils.checkpoint.checkpoint:
                 setattr(module, name, functools.partial(function, use_reentrant=False))
         yield
     finally:
-        for module, function in kept:
+        for module, function in reentrant:
             setattr(module, name, function)
 
 
