@@ -156,7 +156,8 @@ def _not_reentrant(model: nn.Module) -> Iterator[None]:
             reentrant.append((module, function))
     try:
         for module, function in reentrant:
-            if function.func is torch.utils.checkpoint.checkpoint:
+            # its own, or one around it that takes the same option (transformers' offloading of activations)
+            if function.func is torch.utils.checkpoint.checkpoint or "use_reentrant" in function.keywords:
                 setattr(module, name, functools.partial(function, use_reentrant=False))
         yield
     finally:

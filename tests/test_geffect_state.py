@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -160,14 +162,21 @@ def test_a_pair_of_single_batches_stores_no_more_gradients_than_needed(monkeypat
         assert {side: pytest.approx(values, rel=1e-9) for side, values in other.norms.items()} == one.norms
 
 
+@pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize(("reentrant", "frozen"), [(True, False), (True, True), (False, False)])
-def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant, frozen):
-    """frozen: nothing below the blocks has a gradient, with which a re-entrant checkpoint gives theirs none either."""
+def test_gradient_checkpointing_stays_on_and_changes_nothing(reentrant, frozen, around):
+    """frozen: nothing below the blocks has a gradient, with which a re-entrant checkpoint gives theirs none either.
+    around: transformers' offloading of activations has a function of its own around PyTorch's checkpoint.
+    """
     model = tiny("llama")
     model.model.embed_tokens.requires_grad_(not frozen)
     expected = gfast.g_effect(model.eval(), [GA(), WGA()], **data())
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for module in model.modules() if around else ():
+        if (function := getattr(module, "_gradient_checkpointing_func", None)) is not None:
+            wrapped = functools.partial(lambda *args, **options: checkpoint(*args, **options), **function.keywords)
+            module._gradient_checkpointing_func = wrapped
     if frozen and hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()  # which newer versions of transformers enable by themselves
     ran = []
