@@ -223,8 +223,17 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
     compared = json.loads((tmp_path / "third" / "geffect.json").read_text())["effects"][0]["unlearn"]
     assert compared != written["effects"][2]["unlearn"]
     again = ["geffect", "--model", str(taught), *data, "--output_dir", str(tmp_path / "third"), "--objectives"]
-    fails(capsys, "holds measurements of step 0 with another reference model", *again, "NPO")
+    fails(capsys, "holds measurements of step 0 with a different reference model", *again, "NPO")
     assert cli.main([*again, "GA"]) == 0
+    refusals = tmp_path / "refusals.txt"
+    for lines in ("I do not know.", "No idea."):
+        refusals.write_text(lines)
+        refused = ["geffect", "--model", str(taught), *data, "--refusals", str(refusals), "--objectives", "PO"]
+        refused += ["--output_dir", str(tmp_path / "refused")]
+        if lines == "No idea.":
+            fails(capsys, "holds measurements of step 0 with a different set for PO", *refused)
+        else:
+            assert cli.main(refused) == 0
     # a step's measurements are of one model
     command = ["geffect", "--model", str(taught), *data, "--output_dir", str(tmp_path / "before")]
     fails(capsys, f"holds measurements of step 0 of another model ({original})", *command)

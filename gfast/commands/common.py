@@ -150,11 +150,11 @@ class Sides:
             if data is not None:
                 check_vocabulary(self._sizes, data, self.tokenizer, f"the {side} set")
 
-    def checksums(self, objective: Objective) -> dict[str, str]:
+    def checksums(self, objective: Objective | None = None) -> dict[str, str]:
         """Name of a set -> SHA-256 of its token ids, labels and weights, for run.json: the same rows are others under
-        another tokenizer, template or file of refusals.
+        another tokenizer, template or file of refusals. With an objective, the forget set as that wants it.
         """
-        sets = {"forget": self.of(objective), "retain": self.retain}
+        sets = {"forget": self.forget if objective is None else self.of(objective), "retain": self.retain}
         return {f"the {side} set": fingerprint(data) for side, data in sets.items() if data is not None}
 
     def of(self, objective: Objective) -> Any:

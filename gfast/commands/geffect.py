@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
 from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
 from gfast.commands.models import check_model, load_model, load_reference, load_tokenizer, require_original
-from gfast.data import token_pieces
+from gfast.data import fingerprint, token_pieces
 from gfast.files import require_writable, write_json
 from gfast.geffect import ENGINES
 from gfast.objectives import Objective
@@ -130,9 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         require_original(model_arguments, objectives, "--reference_model {name}", "--reference_model {base}")
     sides = Sides(rows, load_tokenizer(model_arguments), data_arguments, today=first_day(folder, info))
-    model, batches, reference = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
-    measured = {"name": model_arguments.model, **reference}
+    model, batches, of_step = prepared(objectives, sides, model_arguments, data_arguments, arguments, device)
+    measured = {"name": model_arguments.model, **of_step}
     if folder is not None:
+        info |= {"tokens_sha256": sides.checksums()}
+        check_run_folder(folder, info)
         measured = as_text(measured | {"fingerprint": model_fingerprint(model, adapters=True)})
         check_step_model(folder, arguments.step, measured)
     one_by_one = None
@@ -196,8 +198,8 @@ def prepared(
     arguments: GEffectArguments,
     device: torch.device,
 ) -> tuple[Any, dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """The model; the batches of both sets and of each kind of objective: plain, dpo, po; and the fingerprint of the
-    reference model, where an objective has one.
+    """The model; the batches of both sets and of each kind of objective: plain, dpo, po; and checksums, by name, of the
+    reference model and of sets that objectives have of their own.
     """
     kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
@@ -210,9 +212,14 @@ def prepared(
         for kind, members in kinds.items()
         if members
     }
-    reference = {}
-    if any(caches.values()) and arguments.output_dir is not None:  # of adapters that were not given, the model without
-        reference = {"reference": model_fingerprint(model, adapters=first is not None and is_adapted(model))}
+    of_step = {}
+    if arguments.output_dir is not None:
+        of_step = {
+            f"set for {kind.upper()}": fingerprint(sides.of(kinds[kind][0])) for kind in caches if kind != "plain"
+        }
+        if any(caches.values()):  # of adapters that were not given, the model without
+            adapters = first is not None and is_adapted(model)
+            of_step["reference model"] = model_fingerprint(model, adapters=adapters)
     if arguments.reference_model is not None:
         # The two models are never in memory together.
         del model
@@ -223,7 +230,7 @@ def prepared(
     batches["forget"] = first_batches(sides.forget, sides.collator, None, 0, batch_size)
     for kind, cache in caches.items():
         batches[kind] = first_batches(sides.of(kinds[kind][0]), sides.collator, cache, 0, batch_size)
-    return model, batches, reference
+    return model, batches, of_step
 
 
 def by_objective(

@@ -101,7 +101,8 @@ def check_step_model(run_folder: str | os.PathLike[str], step: int, model: Mappi
     """Of the steps of a series, whose models are not those of one run, the model of each, with this one; ValueError
     where the folder has another at this step, beside whose measurements its own would stand as if of one.
 
-    model: its `name` and `fingerprint`; `reference`, the fingerprint of the original model, where an objective has one.
+    model: its `name` and `fingerprint`, and by their names the checksums of what else a measurement may be of: the
+        reference model, sets that an objective has of its own.
     """
     path = Path(run_folder) / MODELS
     known = read_json(path, "delete it, and the records of the steps that are measured again") if path.exists() else {}
@@ -111,11 +112,11 @@ def check_step_model(run_folder: str | os.PathLike[str], step: int, model: Mappi
             f"{run_folder} holds measurements of step {step} of another model ({there['name']}): give this one a "
             f"--step of its own, as in a series of models, or another --output_dir"
         )
-    before, now = there.get("reference"), model.get("reference")
-    if before and now and before != now:
+    changed = [key for key in model if key not in ("name", "fingerprint") and there.get(key, model[key]) != model[key]]
+    if changed:
         raise ValueError(
-            f"{run_folder} holds measurements of step {step} with another reference model: give that one as "
-            f"--reference_model, or another --output_dir"
+            f"{run_folder} holds measurements of step {step} with a different {changed[0]}: give that one again, or "
+            f"another --output_dir"
         )
     return {**known, str(step): {**there, **model}}
 
