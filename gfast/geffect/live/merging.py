@@ -136,7 +136,6 @@ class Gradients:
         if lost is not None:  # later than its own hooks: in those of another parameter
             raise ValueError(_TAKEN.format(self.names[lost]))
         for index in parts:
-            reduce_partial(self.parameters[index])
             take(index)
 
     def learn_parts(self) -> None:
