@@ -232,7 +232,7 @@ def made(bench, tmp_path: Path, seconds: float = 60.0, **facts):
 
 
 class Clock:
-    """Stands in for on_gpu's time: it goes on by sleeps, and only while it may. A machine that stalls changes nothing."""
+    """Stands in for on_gpu's time: it goes on by sleeps while it may: a machine that stalls changes nothing."""
 
     def __init__(self, goes):
         self.now, self.goes = 0.0, goes
