@@ -232,6 +232,7 @@ def test_teaching_then_measuring(original, tmp_path, capsys):
         refused += ["--output_dir", str(tmp_path / "refused")]
         if lines == "No idea.":
             fails(capsys, "holds measurements of step 0 with a different set for PO", *refused)
+            fails(capsys, "--refusals has no use with GA()", *refused[:-3], "GA", *refused[-2:])
         else:
             assert cli.main(refused) == 0
     # a step's measurements are of one model

@@ -267,3 +267,24 @@ def _text(action: Any, value: Any) -> str:
     if isinstance(value, bool) and action.type is not string_to_bool:
         return "yes" if value else "no"
     return str(value)
+
+
+@dataclass
+class AlongArguments:
+    """What is asked of the model along the run."""
+
+    _argument_group_name = "evaluation"
+
+    evaluate_every: int = HfArg(
+        default=0,
+        help="Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
+        "report then has what the model keeps at equal forgetting.",
+    )
+    evaluate_rows: int = HfArg(default=0, help="Of the forget and retain sets only the first so many rows; 0: all.")
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "evaluate_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number, or 0")
+        if self.evaluate_rows and not self.evaluate_every:
+            raise ValueError("--evaluate_rows is of evaluations: give the steps between evaluations, --evaluate_every")

@@ -64,6 +64,10 @@ def show_log() -> None:
     logger.setLevel(logging.INFO)
 
 
+# objectives whose forget data hold refusals
+REFUSED = {"dpo": PreferenceDataset, "po": RefusalDataset}
+
+
 @dataclass
 class Rows:
     """Question/answer rows of both sides."""
@@ -105,6 +109,15 @@ def load_rows(arguments: DataArguments, need_retain: bool = True) -> Rows:
     if overlap := in_both(forget, retain, "retain"):
         say(f"WARNING: {overlap}. What is said of the retain set is said of them as well")
     return Rows(forget, retain)
+
+
+def check_refusals(arguments: DataArguments, objectives: Iterable[Objective]) -> None:
+    """ValueError for a file of refusals that no objective reads."""
+    objectives = list(objectives)
+    if arguments.refusals is not None and not any(objective.key in REFUSED for objective in objectives):
+        raise ValueError(
+            f"--refusals has no use with {', '.join(map(str, objectives))}: PO and DPO read refusals; leave it out"
+        )
 
 
 def rows_of(source: str, path: str | None, name: str) -> list[dict[str, Any]]:
@@ -159,7 +172,7 @@ class Sides:
 
     def of(self, objective: Objective) -> Any:
         """The forget data as `objective` wants it: pairs for DPO, refused questions for PO, else as it is."""
-        kind = {"dpo": PreferenceDataset, "po": RefusalDataset}.get(objective.key)
+        kind = REFUSED.get(objective.key)
         if kind is None:
             return self.forget
         lines = refusals(self.arguments.refusals)

@@ -29,7 +29,18 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
+from gfast.commands.common import (
+    REFUSED,
+    Sides,
+    as_text,
+    check_refusals,
+    device_name,
+    first_day,
+    load_rows,
+    run_info,
+    say,
+    show_log,
+)
 from gfast.commands.models import check_model, load_model, load_reference, load_tokenizer, require_original
 from gfast.data import fingerprint, token_pieces
 from gfast.files import require_writable, write_json
@@ -109,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     objectives = [parse_objective(text) for text in arguments.objectives]
     if arguments.per != "objective" and any(_kind(each) != "plain" for each in objectives):
         raise ValueError("DPO and PO have data of their own: --per sample and --per token look at the forget answers")
+    check_refusals(data_arguments, objectives)
     device, rank, world = joined(arguments.device)
     if rank == 0:
         show_log()
@@ -201,7 +213,7 @@ def prepared(
     """The model; the batches of both sets and of each kind of objective: plain, dpo, po; and checksums, by name, of the
     reference model and of sets that objectives have of their own.
     """
-    kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", "dpo", "po")}
+    kinds = {kind: [o for o in objectives if _kind(o) == kind] for kind in ("plain", *REFUSED)}
     cache_folder = None if data_arguments.reference_cache is None else Path(data_arguments.reference_cache)
     batch_size = arguments.batch_size
     first = arguments.reference_model
@@ -297,7 +309,7 @@ def token_texts(sides: Sides, rows: Any) -> list[dict[str, Any]]:
 
 
 def _kind(objective: Objective) -> str:
-    return objective.key if objective.key in ("dpo", "po") else "plain"
+    return objective.key if objective.key in REFUSED else "plain"
 
 
 def _rows(

@@ -21,18 +21,27 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gfast import peft_models
-from gfast.commands.arguments import CommandParser, DataArguments, ModelArguments
-from gfast.commands.common import Sides, as_text, device_name, first_day, load_rows, run_info, say, show_log
+from gfast.commands.arguments import AlongArguments, CommandParser, DataArguments, ModelArguments
+from gfast.commands.common import (
+    Sides,
+    as_text,
+    check_refusals,
+    device_name,
+    first_day,
+    load_rows,
+    run_info,
+    say,
+    show_log,
+)
 from gfast.commands.models import check_model, load_tokenizer, refuse_over_model, require_original
 from gfast.commands.shards import Shards
 from gfast.data import ForgetRetain, ForgetRetainCollator
@@ -86,27 +95,6 @@ WITHOUT_EVALUATION = (
 ).split()
 
 
-@dataclass
-class AlongArguments:
-    """What is asked of the model along the run."""
-
-    _argument_group_name = "evaluation"
-
-    evaluate_every: int = HfArg(
-        default=0,
-        help="Evaluate (gfast evaluate) before training, every so many steps and at the end; 0: never. gfast "
-        "report then has what the model keeps at equal forgetting.",
-    )
-    evaluate_rows: int = HfArg(default=0, help="Of the forget and retain sets only the first so many rows; 0: all.")
-
-    def __post_init__(self) -> None:
-        for name in ("evaluate_every", "evaluate_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number, or 0")
-        if self.evaluate_rows and not self.evaluate_every:
-            raise ValueError("--evaluate_rows is of evaluations: give the steps between evaluations, --evaluate_every")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return run(*parsed(argv), list(sys.argv[1:] if argv is None else argv))
 
@@ -158,6 +146,7 @@ def _train(
 ) -> int:
     objective = config.build_objective()
     mix = objective if isinstance(objective, Mix) else Mix(objective)
+    check_refusals(data_arguments, [mix.forget])
     live = config.live
     nll = {name for name in QUANTITIES if name.endswith("_nll")}
     measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
