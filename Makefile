@@ -12,7 +12,7 @@ CPU_TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU_TORCH := torch>=2.11
 
-.PHONY: test test-slow test-all demo docs install integrations lint cuda-check arm-check sanitize sanitize-threads fuzz clean
+.PHONY: test test-slow test-all demo docs install integrations deepspeed lint cuda-check arm-check sanitize sanitize-threads fuzz clean
 
 # All cores, a file at a time on one thread each, the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -54,6 +54,13 @@ $(STAMP): $(SOURCES)
 # Other libraries that gfast works inside of; without them their tests skip.
 integrations: install
 	$(PIP) -q $$($(PY) -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])')
+
+# The tests in DeepSpeed's own engine. It lies apart: where it can be imported, Accelerate, transformers and TRL do so.
+ENGINE := build/deepspeed
+deepspeed: install
+	$(PIP) -q --no-deps --upgrade --target $(ENGINE) deepspeed einops hjson msgpack ninja py-cpuinfo \
+	  || echo "DeepSpeed could not be installed: its tests skip"
+	PYTHONPATH=$(abspath $(ENGINE)) $(PYTEST) tests/test_wrappers_deepspeed.py tests/test_live_zero.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -14,7 +14,7 @@ from test_training_parallel import together
 
 from gfast.training.records import read_records
 
-pytest.importorskip("deepspeed")
+pytest.importorskip("deepspeed", reason="make deepspeed runs it")
 
 STAGES = [1, 2, 3]
 

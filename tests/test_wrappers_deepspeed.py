@@ -20,7 +20,7 @@ from gfast.commands.shards import _loaded_whole
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_have_the_gradient_of_both(stage):
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="make deepspeed runs it")
     in_processes(deepspeed_parallel.check, stage, world=2)
 
 
@@ -28,7 +28,7 @@ def test_two_processes_have_the_gradient_of_both(stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_train_as_one(tmp_path, stage):
     """UnlearnTrainer and the command, which reads the whole model before training shards it."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="make deepspeed runs it")
     runs = {1: tmp_path / "one", 2: tmp_path / "two"}
     together(partial(deepspeed_parallel.train, stage, str(saved_tiny(tmp_path / "start"))), runs)
     for name in ("WGA", "NPO", "command"):
