@@ -57,6 +57,7 @@ class Gradients:
         self.scale = 1.0  # a GradScaler's in this step
         self._newest: dict[int, Tensor] = {}  # what they become if the step is not dropped
         self.updates: Updates | None = None  # where the last update is dotted with the new gradients
+        self.updates_forget = False  # and with the forget gradients
         self._limit = GATHERED * max(here(p).nbytes for p in parameters)
         # Gradients or units are complete only at the end: those of all processes, or of all parameters.
         whole = surgery is not None and (surgery.scope == "global" or processes.sharded)
@@ -289,7 +290,7 @@ class Gradients:
         rows = _rows(gradients, us)
         if self.updates is not None:
             for index, row in rows.items():
-                u = [] if us[index] is None else [us[index]]
+                u = [us[index]] if self.updates_forget and us[index] is not None else []
                 row[RD : RD + 1 + len(u)] = self.updates.dots(index, [gradients[index], *u])
         return rows
 
@@ -298,7 +299,7 @@ class Gradients:
         rest = {i: u for i, u in self.aside.items() if i not in rows}
         for index, row in _rows(rest, rest).items():
             row[[UR, RR, RM, MM]] = 0.0
-            if self.updates is not None:
+            if self.updates is not None and self.updates_forget:
                 row[UD] = self.updates.dots(index, [rest[index]])[0]
             rows[index] = row
 

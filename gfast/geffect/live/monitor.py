@@ -117,6 +117,7 @@ class GEffectMonitor:
             self.scaler, parameters = zero, zero.shards
         self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward, self.held)
         self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
+        self.gradients.updates_forget = unlearn and self.identity is not None
         self._updates = None
         if optimizer is not None:
             self._updates = Updates(optimizer, names, parameters) if zero is None else MasterUpdates(zero)

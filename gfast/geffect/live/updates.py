@@ -108,18 +108,17 @@ class Updates:
         size, root = rate / (1.0 - beta1**count), math.sqrt(1.0 - beta2**count)
         decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
         shrink = rate * decay if decoupled else 0.0
-        xs = 2 if shrink else 1  # direction, weights
         scratch = torch.empty(min(CHUNK, len(momentum)), dtype=momentum.dtype, device=momentum.device)
-        parts = [torch.zeros(xs, len(flat), dtype=torch.float64, device=out.device)]
+        parts = [torch.zeros(len(flat), 3 if shrink else 2, dtype=torch.float64, device=out.device)]
         for start in range(0, len(momentum), CHUNK):
             at = slice(start, start + CHUNK)
             direction = scratch[: len(momentum[at])]
             torch.sqrt(square[at], out=direction)
             torch.div(momentum[at], direction.add_(group["eps"] * root), out=direction)
-            both, ys = [direction, weights[at]][:xs], [[g[at]] * xs for g in flat]
-            parts.append(grad_dots(both, ys, range(xs), xs)[:, : len(flat)])
-        sums = torch.stack(parts).sum(0)
-        out += sums[0] * (-size * root / (1.0 - shrink))
+            ys = [[direction] * len(flat), *([[weights[at]] * len(flat)] if shrink else [])]
+            parts.append(grad_dots([g[at] for g in flat], ys, range(len(flat)), len(flat)))  # each is read once
+        sums = torch.stack(parts).sum(0)  # [gradients, direction (weights) norm]
+        out += sums[:, 0] * (-size * root / (1.0 - shrink))
         if shrink:
-            out -= sums[1] * (shrink / (1.0 - shrink))
+            out -= sums[:, 1] * (shrink / (1.0 - shrink))
         return out
