@@ -57,3 +57,10 @@ def test_gru_under_fsdp2_goes_on_from_a_checkpoint(tmp_path):
     same(two, one)
     checkpoint = tmp_path / "two" / "checkpoint-1"
     assert {f"gru_average-{rank}-of-2.safetensors" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_scorer_under_fsdp2_is_that_of_one_process(tmp_path):
+    words = "+atwu:every=1,beta=0.1,lr=0.5"
+    one = run(tmp_path / "one", (3, f"none{words}", 1))
+    same(run(tmp_path / "two", (1, f"fsdp2{words}", 2), (3, f"fsdp2{words}", 2)), one)

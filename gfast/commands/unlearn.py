@@ -54,7 +54,7 @@ from gfast.training.along import in_own_precision, measurements
 from gfast.training.batches import needed_from_cache
 from gfast.training.clock import Clock
 from gfast.training.config import UnlearnConfig
-from gfast.training.conflict import check_conflict
+from gfast.training.conflict import check_weights
 from gfast.training.joint import refuse_joint
 from gfast.training.live import check_live, measured_live
 from gfast.training.options import refuse_ignored_with_data, refuse_no_step
@@ -299,7 +299,8 @@ def _refuse_what_the_trainer_would(mix: Mix, sides: Sides, config: UnlearnConfig
     refuse_no_step(config, sides.forget)
     refuse_ignored_with_data(config, _paired(sides.forget, sides.retain) if nested else sides.forget)
     if config.weights != "none":
-        check_conflict(mix.forget, config.weights_tau, config.weights_every)
+        numbers = config.weights_tau, config.weights_every
+        check_weights(config.weights, mix.forget, *numbers, config.own_loss_terms)
     if config.joint_forward:
         refuse_joint(
             [objective for objective in (mix.forget, mix.retain) if objective is not None],

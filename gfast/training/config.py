@@ -14,7 +14,7 @@ from gfast.given import fits
 from gfast.objectives import JSD, KL, NLL, REGISTRY, RR, Mix, Objective
 from gfast.objectives.registry import parse_objective
 from gfast.original import REFERENCES, check_reference_name
-from gfast.training.conflict import WEIGHTS
+from gfast.training.conflict import parse_weights
 from gfast.training.dual import check_dual, moves
 from gfast.training.options import COMPILATION, refuse_ignored_options
 from gfast.training.stop import parse_rules
@@ -108,11 +108,14 @@ class UnlearnConfig(TrainingArguments):
         default="none",
         metadata={
             "help": "Weights of the forget tokens beside the objective's own: none, or retain_conflict: tokens count "
-            "the less, the more their removal would harm the retain set (gfast.geffect.retain_conflict).",
-            "choices": WEIGHTS,
+            "the less, the more their removal would harm the retain set (gfast.geffect.retain_conflict); or atwu: by a "
+            "scorer that learns beside the model, with its numbers as in atwu:beta=5,every=10 "
+            "(gfast.training.scorer.ATWU).",
         },
     )
-    weights_every: int = field(default=50, metadata={"help": "Measure those weights anew every so many steps."})
+    weights_every: int = field(
+        default=50, metadata={"help": "Measure weights by retain conflict anew every so many steps."}
+    )
     weights_tau: float = field(
         default=1.0, metadata={"help": "Their temperature: large values leave all tokens a weight of 1."}
     )
@@ -190,8 +193,7 @@ class UnlearnConfig(TrainingArguments):
             self.label_names = ["labels"]
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; the data loader would only warn
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
+        parse_weights(self.weights)
         self._refuse_options_without_effect()
         if self.weights != "none" and self.geffect_every:
             raise ValueError(
@@ -232,10 +234,10 @@ class UnlearnConfig(TrainingArguments):
             )
         parts = (
             ("retain_term", ("alpha",), "; a parameter of the objective is given with it, as in WGA:alpha=0.5"),
-            ("weights", ("weights_every", "weights_tau"), ""),
+            ("weights", ("weights_every", "weights_tau"), " retain_conflict"),
         )
         for part, names, more in parts:
-            for name in names if getattr(self, part) == "none" else ():
+            for name in names if getattr(self, part).partition(":")[0] in ("none", "atwu") else ():
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(f"{name} is {getattr(self, name)}, and has no effect without --{part}{more}")
 

@@ -16,8 +16,9 @@ from gfast.model_state import gradients_kept, rng_kept
 from gfast.objectives import UNWEIGHTED, Objective
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.averaged import schedule_free
+from gfast.training.scorer import ATWU, ScorerWeights
 
-WEIGHTS = ("none", "retain_conflict")
+WEIGHTS = ("none", "retain_conflict", "atwu")
 FILE = "conflict_weights.safetensors"  # in a checkpoint
 
 
@@ -28,6 +29,8 @@ class ConflictWeights(TrainerCallback):
     All forget items are measured, against the retain items that the epoch pairs them with. Random states, gradients and
     modes are as before. A checkpoint has the weights that its next steps take.
     """
+
+    reads_answer = False  # the weights are there before the model runs
 
     def __init__(self, trainer: Any, every: int, tau: float) -> None:
         self.trainer, self.every, self.tau = trainer, every, tau
@@ -86,7 +89,7 @@ class ConflictWeights(TrainerCallback):
             for sample, labels, row in zip(batch["sample_id"].tolist(), batch["labels"].cpu(), weight, strict=True):
                 self.by_sample[sample] = row[1:][labels[1:] != -100]
 
-    def of(self, batch: Mapping[str, Any]) -> Tensor:
+    def of(self, batch: Mapping[str, Any], answer: Any = None) -> Tensor:
         """[B, T] of a forget batch, on its device."""
         if batch.get("weight") is not None:
             raise ValueError("weights='retain_conflict' gives the tokens weights, and the data has a 'weight' too")
@@ -103,11 +106,31 @@ class ConflictWeights(TrainerCallback):
         return torch.ones(labels.shape, device=labels.device).masked_scatter(valid, values)
 
 
-def check_conflict(objective: Objective, tau: float, every: int) -> None:
+def parse_weights(text: str) -> tuple[str, ATWU | None]:
+    """The name of weights as they are asked for, and ATWU's settings. ValueError for others than `WEIGHTS`."""
+    name, colon, settings = text.partition(":")
+    if name not in WEIGHTS or (colon and name != "atwu"):
+        raise ValueError(f"weights is {text!r}; choose one of {', '.join(WEIGHTS)}")
+    return name, ATWU.parse(settings) if name == "atwu" else None
+
+
+def check_weights(weights: str, objective: Objective, tau: float, every: int, own_loss_terms: bool) -> None:
     """ValueError for an objective whose tokens have no weights, or not those of the forget answers."""
+    name, atwu = parse_weights(weights)
     if isinstance(objective, UNWEIGHTED) or objective.needs & {"preferred", "refusal", "weight"}:
         raise ValueError(
-            f"weights='retain_conflict' is for objectives over the forget answers' own tokens, and {objective} is none"
+            f"weights={name!r} is for objectives over the forget answers' own tokens, and {objective} is none"
         )
     if every < 1 or not tau > 0:
         raise ValueError(f"weights_every is {every} and weights_tau {tau}; give 1 or more, and a positive number")
+    if atwu is not None and own_loss_terms:
+        raise ValueError(
+            "weights='atwu' weighs what one forward has answered, and own_loss_terms takes one of its own: leave one "
+            "of them out"
+        )
+
+
+def weights_of(trainer: Any, weights: str, every: int, tau: float) -> ConflictWeights | ScorerWeights:
+    """What gives a trainer's forget batches the weights that were asked for."""
+    _, atwu = parse_weights(weights)
+    return ConflictWeights(trainer, every, tau) if atwu is None else ScorerWeights(trainer, atwu)

@@ -15,7 +15,7 @@ from gfast.data import epoch_callback
 from gfast.hf import OWN_KEYS
 from gfast.model_output import ModelOutput
 from gfast.model_state import evaluating
-from gfast.objectives import PDU, RMU, RR, Mix, Objective, as_objective
+from gfast.objectives import NLL, PDU, RMU, RR, Mix, Objective, as_objective
 from gfast.original import check_reference_name, with_reference
 from gfast.packed import BOUNDS, check_pairs
 from gfast.sides import SETS
@@ -181,7 +181,7 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
             self.add_callback(epoch_callback(self.train_dataset))
         say_what_a_batch_is(self.args, objectives, self.accelerator.num_processes)
 
-    token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict.ConflictWeights`)
+    token_weights: Any = None  # gives forget batches weights (`gfast.training.conflict`)
 
     def weighs(self, batch: Mapping[str, Any], side: str) -> bool:
         """Whether the tokens of a batch have weights beside the objective's own."""
@@ -326,8 +326,8 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         """The loss of a side; with a risk_count also the NLL over that count, from the same forward. answer: what the
         model has answered already.
         """
-        from gfast.model import check_batch, loss_and_own_terms, loss_of_output
-        from gfast.model_output import model_logp
+        from gfast.model import check_batch, loss_and_own_terms, loss_of_output, output_loss
+        from gfast.model_output import model_logp, model_output
 
         batch = dict(batch)
         device = batch["labels"].device
@@ -348,13 +348,17 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
         if self._own_loss_terms and factor and not isinstance(objective, (RMU, RR)):
             own_terms = 1.0 / (factor * self._parts_of_step)
         if side == "forget" and self.token_weights is not None and stepping:
-            batch["weight"] = self.token_weights.of(batch)
+            if self.token_weights.reads_answer and answer is None:
+                answer = model_output(model, batch)
+            batch["weight"] = self.token_weights.of(batch, answer)
         options = dict(normalizer=normalizer, reference=self._reference)
         risk = own = None
         if answer is not None:
             if check_batch(model, batch, objective):
                 batch = with_reference(model, batch, objective, self._reference)
             out = loss_of_output(answer, batch, objective, normalizer=normalizer)
+            if risk_count is not None:
+                risk = output_loss(answer, {**batch, "weight": None}, NLL(), normalizer=risk_count).loss
         elif risk_count is None:
             out, own = loss_and_own_terms(model, batch, objective, own_terms != 0, **options)
         else:

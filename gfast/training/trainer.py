@@ -14,7 +14,7 @@ from gfast.locks import claimed
 from gfast.objectives import Objective
 from gfast.training.along import asked_of_trainer
 from gfast.training.config import UnlearnConfig
-from gfast.training.conflict import ConflictWeights, check_conflict
+from gfast.training.conflict import check_weights, weights_of
 from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
 from gfast.training.processes import together
@@ -93,8 +93,9 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
             self.add_callback(callback)
         self.add_callback(RecordTerms(self.terms, str(objective), args.record_every, self.accelerator))
         if args.weights != "none":
-            check_conflict(self.objective.forget, args.weights_tau, args.weights_every)
-            self.token_weights = ConflictWeights(self, args.weights_every, args.weights_tau)
+            every, tau = args.weights_every, args.weights_tau
+            check_weights(args.weights, self.objective.forget, tau, every, args.own_loss_terms)
+            self.token_weights = weights_of(self, args.weights, every, tau)
             self.add_callback(self.token_weights)
         if args.stop:
             self.add_callback(StopCallback(args.stop))

@@ -75,6 +75,13 @@ def train(folder: str, rank: int, world: int, port: int) -> None:
     batch = trainer.data_collator([data[0], data[1]])
     for name, module in (("wrapped", trainer.model_wrapped), ("bare", model)):
         metrics[f"after/{name}"] = trainer.compute_loss(module, batch).detach()
+    scored = tiny_model()
+    options = dict(objective="GA", retain_term="nll", optim="sgd", weights="atwu:every=1,beta=0.1,lr=0.5", max_steps=2)
+    options |= dict(per_device_train_batch_size=6 // world, ddp_backend="gloo" if world > 1 else None)
+    again = UnlearnTrainer(scored, config(f"{folder}-atwu", **options), train_dataset=data, data_collator=collate)
+    again.train()
+    metrics |= {f"atwu/{name}": value for name, value in parameters(scored).items()}
+    metrics["atwu/phi"] = again.token_weights.phi.detach()
     # Every process saves what it has: they must agree.
     save_file(parameters(model) | metrics, f"{folder}/process-{rank}.safetensors")
 

@@ -45,9 +45,10 @@ def real_fsdp2(efficient: bool = False) -> None:
 
 
 def check(folder: str, steps: int, engine: str, rank: int, world: int, port: int) -> None:
-    """Train up to a step, from the newest checkpoint if there is one. `engine` may have +SURGERY."""
+    """Train up to a step, from the newest checkpoint if there is one. `engine` may have +SURGERY or +WEIGHTS."""
     join(rank, world, port)
-    engine, _, surgery = engine.partition("+")
+    engine, _, more = engine.partition("+")
+    weights = more.startswith("atwu")
     if engine == "fsdp2":
         real_fsdp2()
     model = tiny_model()
@@ -64,7 +65,8 @@ def check(folder: str, steps: int, engine: str, rank: int, world: int, port: int
         save_strategy="steps",
         save_steps=1,
         max_grad_norm=0.0,
-        surgery=surgery or None,
+        surgery=None if weights else more or None,
+        weights=more if weights else "none",
         ddp_backend="gloo" if world > 1 else None,
     )
     items = [collate([data[row] for row in rows]) for rows in ((0, 1), (2, 3, 4))]

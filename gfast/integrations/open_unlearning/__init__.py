@@ -21,8 +21,9 @@ def register(replace: bool = False) -> list[str]:
     and all others of `gfast.integrations.open_unlearning.trainers.METHODS`.
 
     They take the arguments of open-unlearning's own, with the same defaults, and `reference`, `reference_path`,
-    `geffect_every`, `geffect_samples`, `geffect_live`, `surgery` and `joint_forward`. What open-unlearning makes of
-    its YAML's TrainingArguments is made so that every supported version of transformers takes it.
+    `geffect_every`, `geffect_samples`, `geffect_live`, `surgery`, `joint_forward` and `weights` (ATWU is
+    ``trainer=GFastGradDiff`` with ``+trainer.method_args.weights=atwu``). What open-unlearning makes of its YAML's
+    TrainingArguments is made so that every supported version of transformers takes it.
 
     Args:
         replace: take the stock names too, where open-unlearning has a trainer of that name.

@@ -96,7 +96,9 @@ LACKING = {
     "RMU": "its EMBED_DIFF retain loss needs hidden states of the original at every step; use gfast unlearn with RMU",
 }
 REFERENCES = ("auto", "cache", "adapters_off", "adapter:NAME")
-_OWN = ("reference", "reference_path", "geffect_every", "geffect_samples", "geffect_live", "surgery", "joint_forward")
+_OWN = tuple(
+    "reference reference_path geffect_every geffect_samples geffect_live surgery joint_forward weights".split()
+)
 
 
 def make_trainers(base: type) -> dict[str, type]:
@@ -137,6 +139,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             geffect_live: bool = False,
             surgery: str | None = None,
             joint_forward: bool = False,
+            weights: str = "none",
             **method: Any,
         ) -> None:
             skipped = method.pop(_FIRST, known.get(_FIRST, 0)) if _FIRST in known else 0
@@ -149,7 +152,7 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             _check_collator(data_collator)
             config = unlearn_config(args)
             config.geffect_live, config.surgery = bool(geffect_live), surgery
-            config.joint_forward = bool(joint_forward)
+            config.joint_forward, config.weights = bool(joint_forward), weights
             both = objective.retain is not None or config.geffect_live or surgery is not None
             data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both, skipped)
             collator = PlainOrPairs(tokenizer)
