@@ -12,10 +12,12 @@ import numpy
 import pytest
 import torch
 from helpers.compiled_exp import emulate_if_asked
+from helpers.interpreted import patch_language_once
 from helpers.marks import mark_slow
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    patch_language_once()
     emulate_if_asked()
 
 

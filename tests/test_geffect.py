@@ -267,20 +267,35 @@ def test_frozen_parameters_are_left_out():
         gfast.g_effect(model, GA(), **data)
 
 
+def low_and_exact(dtype: torch.dtype):
+    """A model, and the same weights in fp64."""
+    low, exact = tiny("tied_llama", LAYERS, dtype).eval(), tiny("tied_llama", LAYERS).eval()
+    exact.load_state_dict(low.state_dict())
+    return low, exact
+
+
+def low_data(seed: int):
+    return batches(seed, sizes=(1, 1, 1, 1, 1)), batches(seed + 1)
+
+
+@functools.cache
+def low_and_exact_truths(dtype: torch.dtype, name: str, seed: int):
+    """Plain gradients in a model's dtype and in fp64, whatever the directions are stored in."""
+    return [truth(model, name, *low_data(seed)) for model in low_and_exact(dtype)]
+
+
 @pytest.mark.parametrize("direction_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_by_the_law(dtype, direction_dtype):
     """By group and in total: at most twice the error of fp64 dot products of plain gradients in the model's dtype."""
-    low, exact = tiny("tied_llama", LAYERS, dtype).eval(), tiny("tied_llama", LAYERS).eval()
-    exact.load_state_dict(low.state_dict())
+    low, _ = low_and_exact(dtype)
     names, errors = ("ga", "wga", "tnpo", "npo"), []
     for seed in (1, 3, 5):
-        forget, retain = batches(seed, sizes=(1, 1, 1, 1, 1)), batches(seed + 1)
+        forget, retain = low_data(seed)
         objectives = [OBJECTIVES[name] for name in names]
         effects = gfast.g_effect(low, objectives, forget=forget, retain=retain, direction_dtype=direction_dtype)
         for name, effect in zip(names, effects, strict=True):
-            own, *risks = truth(exact, name, forget, retain)
-            plain_own, *plain_risks = truth(low, name, forget, retain)
+            (plain_own, *plain_risks), (own, *risks) = low_and_exact_truths(dtype, name, seed)
             for found, risk, plain_risk in zip((effect.unlearn, effect.retain), risks, plain_risks, strict=True):
                 stored = {key: grad.to(direction_dtype) for key, grad in plain_risk.items()}
                 expected = by_group(risk, own)

@@ -27,10 +27,10 @@ def measured(model, objectives, engine, **data):
     return gfast.g_effect(model, objectives, engine=engine, **data, **own)
 
 
-def assert_alike(model, engine, data, relative=1e-11):
+def assert_alike(model, engine, data, relative=1e-11, some=MANY):
     relative = 0.0 if engine == "sample" else relative  # the same products in the same order
-    together = measured(model, MANY, engine, **data)
-    for objective, found in zip(MANY, together, strict=True):
+    together = measured(model, some, engine, **data)
+    for objective, found in zip(some, together, strict=True):
         expected = measured(model, objective, engine, **data)
         for side in ("unlearn", "retain"):
             one, other = getattr(found, side), getattr(expected, side)
@@ -62,7 +62,7 @@ def test_other_ways_to_the_head(engine, way, monkeypatch):
     else:
         monkeypatch.setattr(row_pass, "repeatable", lambda output: False)
     for data in (full_data(), TWO):
-        assert_alike(tiny("tied_llama").eval(), engine, data)
+        assert_alike(tiny("tied_llama").eval(), engine, data, some=[MANY[0], MANY[2], MANY[-1]])  # of each kind one
 
 
 def test_one_forward_a_batch(monkeypatch):

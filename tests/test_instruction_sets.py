@@ -56,24 +56,36 @@ def environment(isa: str, threads: int) -> dict[str, str]:
     return {**os.environ, **chosen, **(LIBRARIES[isa] if threads > 1 else {})}
 
 
+# Says what the process computes with, then runs the tests of the first expression, or of the second without brgemm.
+RUN = """
+import sys, pytest
+from gfast.ops.dispatch import extension, has_cpu_kernel
+brgemm = has_cpu_kernel("mixed_mm")
+print(extension()[0].build_info()["instruction_set"], brgemm, flush=True)
+sys.exit(pytest.main([*sys.argv[3:], "-k", sys.argv[1 if brgemm else 2]]))
+"""
+
+
 def run_on(isa: str, threads: int, tests: dict[str, str]) -> None:
     """One process for all files: importing torch takes longer than most of them."""
     info, env = _C.build_info(), environment(isa, threads)
     if isa not in info["instruction_sets"] or (isa == info["instruction_set"] and threads == 1):
         pytest.skip(f"{isa} is not built, or is the one tested already")
-    probe = "from gfast.ops.dispatch import extension, has_cpu_kernel as has; "
-    probe += "print(extension()[0].build_info()['instruction_set'], has('mixed_mm'))"
-    done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
+
+    def expression(files: list[str]) -> str:
+        of_files = " or ".join(f"({file.removesuffix('.py')} and ({tests[file]}))" for file in files)
+        # by no instruction set of ours: Triton's kernels are interpreted, and the reference is the libraries'
+        return f"({of_files}) and not triton" + (" and not reference" if threads == 1 else "")
+
+    chosen = [expression([*tests]), expression(rest := [file for file in tests if file not in BRGEMM])]
+    words = [*chosen, "-v", "-p", "no:cacheprovider", *(str(HERE / file) for file in tests)]
+    done = subprocess.run([sys.executable, "-c", RUN, *words], env=env, capture_output=True, text=True)
     if "not available on this CPU" in done.stderr:
         pytest.skip(f"this CPU has no {isa}")
-    assert done.stdout.split()[0] == isa, done.stderr
-    files = [file for file in tests if file not in BRGEMM or "True" in done.stdout]
-    chosen = " or ".join(f"({file.removesuffix('.py')} and ({tests[file]}))" for file in files)
-    chosen = f"({chosen}) and not triton"  # its kernels are interpreted: by no instruction set of ours
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *(str(HERE / file) for file in files)]
-    done = subprocess.run([*command, "-k", chosen], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:]
-    for file in files:
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    used, brgemm = done.stdout.split(maxsplit=2)[:2]
+    assert used == isa
+    for file in tests if brgemm == "True" else rest:
         assert re.search(rf"{re.escape(file)}::\S+ PASSED", done.stdout), f"nothing of {file} ran"
 
 

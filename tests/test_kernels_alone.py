@@ -22,19 +22,32 @@ NATIVE = shutil.which("g++") if os.name == "posix" else None
 native = pytest.mark.skipif(NATIVE is None, reason="it takes g++")
 
 
-def built(compiler: str, folder: Path, csrc: Path = CSRC, flags: list[str] = FLAGS) -> Path:
-    """The program of tests/kernels_alone with the kernels."""
+# What the compiler makes of them in full is in gfast._C and tested there (test_instruction_sets.py).
+QUICK = ["-O1" if flag == "-O3" else flag for flag in FLAGS]
+
+
+def objects(compiler: str, folder: Path, flags: list[str], csrc: Path = CSRC, only: str = "*") -> dict[str, Path]:
+    """The kernels' sources compiled, and tests/kernels_alone beside all of them; by name."""
 
     def compiled(source: Path) -> Path:
         out = folder / f"{source.parent.name}_{source.stem}.o"
         subprocess.run([compiler, *flags, f"-I{csrc}", "-c", source, "-o", out], check=True)
         return out
 
-    sources = [HERE / "kernels_alone/kernels.cpp", *sorted(csrc.glob("cpu/kernels/*.cpp"))]
+    sources = [*sorted(csrc.glob(f"cpu/kernels/{only}.cpp")), *([HERE / "kernels_alone/kernels.cpp"] * (only == "*"))]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        objects = list(pool.map(compiled, sources))
-    subprocess.run([compiler, "-static", *objects, "-o", folder / "kernels"], check=True)
+        return dict(zip((source.stem for source in sources), pool.map(compiled, sources), strict=True))
+
+
+def linked(compiler: str, folder: Path, some: dict[str, Path]) -> Path:
+    """The program of tests/kernels_alone."""
+    subprocess.run([compiler, "-static", *some.values(), "-o", folder / "kernels"], check=True)
     return folder / "kernels"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> dict[str, Path]:
+    return objects(NATIVE, tmp_path_factory.mktemp("here"), QUICK)
 
 
 def assert_right(*command: object) -> None:
@@ -44,28 +57,28 @@ def assert_right(*command: object) -> None:
 
 @native
 @pytest.mark.slow
-def test_right_on_this_machine(tmp_path):
-    assert_right(built(NATIVE, tmp_path))
+def test_right_on_this_machine(here, tmp_path):
+    assert_right(linked(NATIVE, tmp_path, here))
 
 
 @native
 @pytest.mark.slow
-def test_a_wrong_kernel_is_found(tmp_path):
+def test_a_wrong_kernel_is_found(here, tmp_path):
     """Else the tests beside this one could not fail: one digit of the exponential's polynomial is changed."""
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")
     path = csrc / "cpu/kernels/exp.h"
     text = path.read_text()
     assert text.count("0x1.55548ap-3f") == 1
     path.write_text(text.replace("0x1.55548ap-3f", "0x1.56548ap-3f"))
-    quick = ["-O1" if flag == "-O3" else flag for flag in FLAGS]
-    done = subprocess.run([built(NATIVE, tmp_path, csrc, quick)], capture_output=True, text=True)
+    wrong = {name: objects(NATIVE, tmp_path, QUICK, csrc, name)[name] for name in ("rows", "kl")}
+    done = subprocess.run([linked(NATIVE, tmp_path, here | wrong)], capture_output=True, text=True)
     assert done.returncode == 1 and "FAILED weighted_rows" in done.stdout and "FAILED kl_rows" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(ARM is None, reason="it takes aarch64-linux-gnu-g++ (see make arm-check)")
 def test_right_on_64_bit_arm(tmp_path):
-    program = built(ARM, tmp_path)
+    program = linked(ARM, tmp_path, objects(ARM, tmp_path, FLAGS))
     if QEMU is None:
         pytest.skip("compiled, but not run: it takes qemu-aarch64 (see make arm-check)")
     assert_right(QEMU, program)

@@ -39,9 +39,15 @@ LONG = {  # valid labels of each sequence -> chunks of 8 rows: the first one lon
 }
 
 
+# dtypes, and whether 16 bits are multiplied as such: fp32 always is
+PRODUCTS = [
+    (torch.float32, True),
+    *((dtype, native) for dtype in (torch.bfloat16, torch.float16) for native in (True, False)),
+]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("native", [True, False], ids=["16-bit products", "fp32 products"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "native"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("objective", [NPO(0.3), SimNPO(2.0, 1.0)], ids=["npo", "simnpo"])
 @pytest.mark.parametrize("lengths", LONG, ids=str)
 def test_sequences_longer_than_a_chunk(lengths, objective, dtype, native, frozen, monkeypatch):

@@ -88,7 +88,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", out, sdist]
     # Quickly: what is tested is what gets into the wheel, and that it loads.
-    quick = "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DGFAST_ISAS=default"
+    quick = "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DGFAST_ISAS=default -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=0"
     env = {**os.environ, "GFAST_CUDA": "0", "MAX_JOBS": "2", "CMAKE_ARGS": quick}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -199,15 +199,6 @@ heavy = {"transformers", "datasets", "pandas", "matplotlib", "gfast._C", "gfast.
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     run_python(code, ROOT)
-
-
-def test_cuda_sources_compile_without_torch():
-    """The kernels alone, with nvcc, for one architecture (CI compiles all)."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    script = ROOT / "csrc/cuda/compile_check.sh"
-    result = subprocess.run(["bash", script, "90"], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_cmake_configures_with_cuda(tmp_path):

@@ -263,7 +263,7 @@ def planned(tmp_path, capsys, sizes, *words):
 
 @pytest.mark.slow
 def test_8b_on_one_card_of_40_gb_and_70b_on_eight_of_80(tmp_path, capsys):
-    found = planned(tmp_path, capsys, {}, "--machine", "A100-40")
+    found = planned(tmp_path, capsys, {}, "--machine", "A100-40", "--tokens", "512")
     fits = {row["name"]: row["fits"] for row in found["training"]}
     assert not fits["all weights, 8-bit AdamW, checkpoints"] and fits["LoRA of rank 16, AdamW, checkpoints"]
     assert found["recipe"].startswith("LoRA")

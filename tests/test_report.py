@@ -38,6 +38,12 @@ def built(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without figures, which take longer than all that is said."""
+    monkeypatch.setattr("gfast.report.html.drawings", lambda runs: [])
+
+
 class Page(HTMLParser):
     """Checks that tags close in order, and collects what the tests look at."""
 
@@ -156,7 +162,7 @@ def test_numbers_of_the_table(built):
     assert "never below 0" in table[3]
 
 
-def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
+def test_runs_are_compared_at_equal_forgetting(built, tmp_path, undrawn):
     ga, mix = json.loads((built / "table.json").read_text())
     # GA passes 2.1, the most that the other reaches, a seventieth of the way from step 5 to step 10
     assert ga["matched"] == pytest.approx({"forget_nll": 2.1, "retain_nll": 1 + 6 / 70, "step": 5 + 5 / 70})
@@ -171,12 +177,6 @@ def test_runs_are_compared_at_equal_forgetting(built, tmp_path):
     away = write_run(tmp_path / "nll", "NLL()", {0: (1.0, 1.0, 0.5, 0.5), 1: (1.0, 1.0, 0.1, 0.1)})
     build_report([away, built / "runs" / "ga"], tmp_path / "two")
     assert [one["matched"] for one in json.loads((tmp_path / "two" / "table.json").read_text())] == [None, None]
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages without figures, which take longer than all that is said."""
-    monkeypatch.setattr("gfast.report.html.drawings", lambda runs: [])
 
 
 def test_what_evaluations_say_at_equal_forgetting(tmp_path, undrawn):
@@ -324,7 +324,7 @@ def test_text_from_runs_and_data_is_escaped(tmp_path):
     assert "<script" not in row and row.replace("\\|", "").count("|") == len(COLUMNS) + 1
 
 
-def test_runs_of_one_objective_are_told_apart(tmp_path):
+def test_runs_of_one_objective_are_told_apart(tmp_path, undrawn):
     folders = [write_run(tmp_path / name, "GA()", GA_COURSE, lr=name) for name in ("seed0", "seed1")]
     assert [run.label for run in load_runs(folders)] == ["GA · seed0", "GA · seed1"]
     source = build_report(folders, tmp_path / "out").read_text()
@@ -339,7 +339,7 @@ def test_partial_runs_still_make_a_page(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["training.png"]
 
 
-def test_live_effects_of_one_side_beside_a_whole_run(tmp_path):
+def test_live_effects_of_one_side_beside_a_whole_run(tmp_path, undrawn):
     run = write_run(tmp_path / "run", "GA()", GA_COURSE)
     for step in (0, 1):
         common = {"run": "run", "objective": "GA() (live)", "step": step, "epoch": 0.0}

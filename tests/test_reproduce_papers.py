@@ -50,7 +50,7 @@ def test_the_papers_settings(paper, name, rate, tmp_path):
 
 # One objective of each kind, on 32 blocks. The others have other numbers, which the test above reads, as are those of
 # the other recipe.
-KINDS = "ga,wga-5,npo-0.5,tnpo-4,wtnpo,po,rmu-32,ga-gd,npo-kl,rmu-rr"
+KINDS = "ga,npo-0.5,wtnpo,po,rmu-32,ga-gd,npo-kl,rmu-rr"
 
 
 @pytest.mark.slow

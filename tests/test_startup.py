@@ -88,8 +88,8 @@ del sys.modules["peft"]
 
 @pytest.mark.slow
 def test_the_flags_of_a_training_load_no_more_than_transformers_own(tmp_path):
-    bare = loaded("from transformers import TrainingArguments", tmp_path)
-    assert loaded("import gfast.commands.unlearn", tmp_path) <= bare
+    code = "from transformers import TrainingArguments\nbare = loaded()\nimport gfast.commands.unlearn\n"
+    assert said(f"{code}print(*sorted(loaded() - bare), len(bare))", tmp_path).split()[0].isdigit()
 
 
 def test_a_measurement_loads_no_trainer(tmp_path):

@@ -17,7 +17,7 @@ import re
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from gfast.deferred import follow, holds_deferred
 from gfast.ops.chunks import row_chunks
@@ -92,13 +91,14 @@ class Streams(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, layout = pytree.tree_flatten((args, kwargs or {}))
-        where = [i for i, leaf in enumerate(leaves) if type(leaf) is Streams]
-        streams = sorted(set().union(*(leaves[i].parts for i in where)))
-        if func in _ASKS:
+        kwargs = kwargs or {}
+        given = [*_families(args), *_families(kwargs.values())]
+        streams = sorted(set().union(*(one.parts for one in given)))
+        on_meta = given[0].device.type == "meta" or getattr(kwargs.get("device"), "type", "") == "meta"
+        if func in _ASKS or on_meta:  # without numbers PyTorch asks what shape a sum with a zero has
             streams = streams[:1]
-        elif func is _aten.add.Tensor and len(where) == len(leaves) and _same(*leaves):
-            x, y = (leaf.parts for leaf in leaves)
+        elif func is _aten.add.Tensor and len(given) == len(args) and not kwargs and _same(*args):
+            x, y = (one.parts for one in given)
             return Streams({k: x[k] + y[k] if k in x and k in y else x.get(k, y.get(k)).clone() for k in streams})
         elif func._schema.is_mutable:
             if type(args[0]) is not Streams:
@@ -107,15 +107,11 @@ class Streams(Tensor):
 
         outs = []
         for stream in streams:
-            given = list(leaves)
-            for i in where:
-                part = leaves[i].parts.get(stream)
-                given[i] = leaves[i]._zeros() if part is None else part
-            stream_args, stream_kwargs = pytree.tree_unflatten(given, layout)
-            outs.append(func(*stream_args, **stream_kwargs))
+            options = {key: _in_stream(value, stream) for key, value in kwargs.items()}
+            outs.append(func(*(_in_stream(value, stream) for value in args), **options))
         if func._schema.is_mutable:
             return args[0]
-        base = leaves[where[0]]
+        base = given[0]
         if isinstance(outs[0], Tensor):
             return Streams(dict(zip(streams, outs, strict=True)), base)
         if isinstance(outs[0], (tuple, list)):
@@ -141,6 +137,25 @@ class Streams(Tensor):
             for member in members:
                 part = next(iter(member.parts.values()))
                 member.parts[stream] = room.as_strided(part.shape, part.stride(), part.storage_offset())
+
+
+def _families(values: Iterable[Any]) -> Iterator[Streams]:
+    """Those among an operation's arguments, and in lists of them."""
+    for value in values:
+        if type(value) is Streams:
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _families(value)
+
+
+def _in_stream(value: Any, stream: int) -> Any:
+    """What an operation is given in one stream in place of an argument."""
+    if type(value) is Streams:
+        part = value.parts.get(stream)
+        return value._zeros() if part is None else part
+    if type(value) in (list, tuple):
+        return type(value)(_in_stream(item, stream) for item in value)
+    return value
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
