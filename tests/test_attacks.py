@@ -89,6 +89,30 @@ def test_relearning_and_its_effect(tmp_path, rank):
     assert found["g_effect"]["total"] == pytest.approx(dot, rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_adapters_are_merged_before_a_relearning(tmp_path, rank):
+    """It begins at the model as it is with them, and learns with all weights, or with adapters over all of it."""
+    peft = pytest.importorskip("peft")
+    (forget,) = [one for one in sources.bundled(4) if one.name == "forget"]
+    forget, plan = replace(forget, generate=0, perturbed=None, paraphrase=None), Relearning(1, 2, 1e-2, lora_r=rank)
+
+    def adapted(**options):
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options)
+        return peft.get_peft_model(tiny_model(), lora)
+
+    merged = adapted().merge_and_unload().requires_grad_(True)
+    wanted = relearn(merged, TOKENIZER, forget, plan, tmp_path / "merged")
+    assert relearn(adapted(), TOKENIZER, forget, plan, tmp_path / "apart") == wanted
+    if not rank:
+        with pytest.raises(ValueError, match="merges the model's adapters.*bfloat16.*--dtype float32"):
+            relearn(adapted().to(torch.bfloat16), TOKENIZER, forget, plan, tmp_path)
+        off = adapted()
+        off.base_model.disable_adapter_layers()
+        with pytest.raises(ValueError, match="cannot be merged.*switched off.*without --relearn"):
+            relearn(off, TOKENIZER, forget, plan, tmp_path)
+
+
 def test_relearning_from_the_command_line(model, tmp_path, capsys):
     words = flags(model, tmp_path / "out", ds_size=5, relearn=2, relearn_rows=2, relearn_learning_rate=1e-2)
     assert cli.main(words) == 0

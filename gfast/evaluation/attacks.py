@@ -20,6 +20,7 @@ from gfast.data.rows import as_rows
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.values import chosen, required
 from gfast.objectives import NLL
+from gfast.peft_models import is_adapted
 
 logger = logging.getLogger("gfast")
 
@@ -78,15 +79,22 @@ def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, A
 
 def check_trainable(model: nn.Module, plan: Relearning) -> None:
     """ValueError where all parameters would be trained and some have 16 bits: a step of a usual learning rate is less
-    than their rounding, most would stay as they are, and the attack would look weaker than it is.
+    than their rounding, most would stay as they are, and the attack would look weaker than it is. Where adapters would
+    be merged into such weights: what was learned would be rounded away.
     """
-    trained = [p.dtype for p in model.parameters() if p.requires_grad]
+    adapted = _has_adapters(model)
+    trained = [p.dtype for p in model.parameters() if p.requires_grad or adapted]
     coarse = next((dtype for dtype in trained if dtype.itemsize < 4), None)
+    name = str(coarse).removeprefix("torch.")
+    if coarse is not None and adapted:
+        raise ValueError(
+            f"gfast: relearning merges the model's adapters into its weights, and those are {name}, in whose rounding "
+            "a part of the adapters is lost: load the model with --dtype float32"
+        )
     if coarse is not None and not plan.lora_r:
         raise ValueError(
-            f"gfast: relearning would train weights of {str(coarse).removeprefix('torch.')}, and a step of learning "
-            f"rate {plan.learning_rate:g} is lost in their rounding: load the model with --dtype float32, or give "
-            "--relearn_lora_r"
+            f"gfast: relearning would train weights of {name}, and a step of learning rate {plan.learning_rate:g} is "
+            "lost in their rounding: load the model with --dtype float32, or give --relearn_lora_r"
         )
 
 
@@ -102,7 +110,8 @@ def relearn(
     chat_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Fine-tune `model`, in place, and say what of the forget set comes back.
+    """Fine-tune `model`, in place, and say what of the forget set comes back. Adapters are merged into its weights first:
+    an attacker has all of them, and new adapters come to what the model is with those that it has.
 
     Args:
         forget: the forget set; data: rows of question and answer to learn instead of a part of it.
@@ -114,8 +123,8 @@ def relearn(
         that is descended, by layer group: a gradient step lowers the forget set's NLL by the learning rate times that,
         to first order. A model that is immune has 0 or less.
 
-    Errors: ValueError for rows that cannot be used, a set with prompts of its own, or 16-bit weights without LoRA;
-    ImportError for LoRA without peft.
+    Errors: ValueError for rows that cannot be used, a set with prompts of its own, 16-bit weights without LoRA or under
+    adapters, or adapters that cannot be merged; ImportError for LoRA without peft.
     """
     check_trainable(model, plan)
     if forget.encode is not None:
@@ -139,6 +148,10 @@ def relearn(
         sets[0].rows, tokenizer, question=forget.question, answer=forget.answer, id_offset=len(rows), **options
     )
     collate = Collator(tokenizer)
+    if _has_adapters(model):
+        model = _merged(model, "are what learns", "--relearn")
+        for parameter in model.parameters():  # PEFT has frozen them
+            parameter.requires_grad_(parameter.is_floating_point())
     if plan.lora_r:
         peft = required("peft", "peft", "relearning with LoRA")
         torch.manual_seed(plan.seed)
@@ -223,7 +236,7 @@ def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
     adapters that cannot be merged.
     """
     api = require_quantizer(bits, by)
-    model = _merged(model)
+    model = _merged(model, "are what is rounded", "--quantize")
     head = model.get_output_embeddings()
     wanted = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
@@ -245,17 +258,23 @@ def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
     return model
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def _has_adapters(model: nn.Module) -> bool:
+    return is_adapted(model) or any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def _merged(model: nn.Module, why: str, instead: str) -> nn.Module:
     """The model with its adapters in its weights."""
-    if not any(hasattr(module, "base_layer") for module in model.modules()):
+    if not _has_adapters(model):
         return model
     try:
+        if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+            raise ValueError("they are switched off, and PEFT would merge them all the same")
         return model.merge_and_unload()
     except Exception as error:  # adapters are of many kinds, and fail in as many ways
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"gfast: the model's adapters cannot be merged into its weights, which are what is rounded "
-            f"({type(error).__name__}: {reason}): merge them first, or evaluate without --quantize"
+            f"gfast: the model's adapters cannot be merged into its weights, which {why} "
+            f"({type(error).__name__}: {reason}): merge them first, or evaluate without {instead}"
         ) from error
 
 

@@ -236,7 +236,7 @@ def samples_table(log: Mapping[str, Any]) -> Any:
         for at, index in enumerate(log_set["index"]):
             row = {"set": name, "index": index}
             row |= {key: column[at] for key, column in log_set.items() if key not in ("index", "text", "extraction")}
-            row |= {key: value for key, value in texts.get(index, {}).items() if key != "index"}
+            row |= dict(sorted((key, value) for key, value in texts.get(index, {}).items() if key != "index"))
             rows.append(row)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return pyarrow.table({key: _floats([row.get(key) for row in rows]) for key in keys})
