@@ -110,8 +110,8 @@ def relearn(
     chat_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Fine-tune `model`, in place, and say what of the forget set comes back. Adapters are merged into its weights first:
-    an attacker has all of them, and new adapters come to what the model is with those that it has.
+    """Fine-tune `model`, in place, and say what of the forget set comes back. Adapters are merged into its weights
+    first: an attacker has all of them, and new adapters come to what the model is with those that it has.
 
     Args:
         forget: the forget set; data: rows of question and answer to learn instead of a part of it.
