@@ -93,6 +93,7 @@ class Study:
         partial = self.out / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         model.cpu().save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
         write_manifest(partial)
         os.replace(partial, folder)
         shutil.rmtree(args.output_dir, ignore_errors=True)
