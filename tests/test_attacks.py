@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from helpers.training_tiny import TOKENIZER, saved_tiny, tiny_model
 from test_cli_evaluate import fails, flags
 
@@ -172,6 +173,23 @@ def test_quantized_weights(bits, by):
         for seed in (0, 0, 1)
     ]
     assert marks[0] == marks[1] != marks[2]
+
+
+@pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_bitsandbytes_rounds_as_transformers_loads(bits, tmp_path):
+    """With inputs beyond the threshold of LLM.int8, and NF4 whose scales are not rounded once more."""
+    pytest.importorskip("bitsandbytes")
+    network, ids = tiny_model(hidden_size=64, intermediate_size=128).eval(), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter[3] *= 60 if "norm" in name else 1
+    network.save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **bits)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    with torch.no_grad():
+        wanted = loaded(input_ids=ids).logits
+        found = quantize(network, "8bit" if "load_in_8bit" in bits else "4bit", "bitsandbytes")(input_ids=ids).logits
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("by", QUANTIZERS)

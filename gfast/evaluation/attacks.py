@@ -296,10 +296,11 @@ def _check_sizes(layers: Mapping[str, nn.Linear], by: str) -> None:
 def _by_bitsandbytes(api: Any, module: nn.Linear, bits: str) -> nn.Module:
     sizes, weight = (module.in_features, module.out_features, module.bias is not None), module.weight.data.cpu()
     if bits == "8bit":
-        made = api.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        # LLM.int8 keeps inputs from 6 on apart, which the layer by itself does not.
+        made = api.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
         made.weight = api.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         made = api.nn.Linear4bit(*sizes, compute_dtype=module.weight.dtype, quant_type="nf4")
-        made.weight = api.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        made.weight = api.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
     made.bias = module.bias
     return made.to(module.weight.device).eval()  # the move rounds
