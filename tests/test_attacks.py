@@ -175,6 +175,30 @@ def test_quantized_weights(bits, by):
     assert marks[0] == marks[1] != marks[2]
 
 
+@pytest.mark.parametrize("by", QUANTIZERS)
+def test_what_is_rounded_is_all_that_a_model_multiplies_with(by):
+    pytest.importorskip(by)
+    ids = torch.arange(3, 20)[None]
+    sizes = dict(vocab_size=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()  # of Conv1D
+    network.transformer.h[1].mlp = network.transformer.h[0].mlp  # two names
+    with torch.no_grad():
+        before = network(input_ids=ids).logits
+        found = quantize(network, "8bit", by)(input_ids=ids).logits
+    assert 1e-4 < float((found - before).norm() / before.norm()) < 0.1
+    first, second = (block.mlp.c_fc for block in network.transformer.h)
+    assert first is second and isinstance(first, torch.nn.Linear) and first.out_features == 256
+    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn is rounded already"):
+        quantize(network, "8bit", by)
+    experts = dict(num_local_experts=4, num_key_value_heads=2, num_hidden_layers=1, num_attention_heads=2)
+    mixture = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, **experts)
+    )
+    if any(p.dim() == 3 for p in mixture.parameters()):  # of transformers 5
+        with pytest.raises(ValueError, match="75% of the weights of this model's layers are in others"):
+            quantize(mixture, "8bit", by)
+
+
 @pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
 def test_bitsandbytes_rounds_as_transformers_loads(bits, tmp_path):
     """With inputs beyond the threshold of LLM.int8, and NF4 whose scales are not rounded once more."""
