@@ -14,10 +14,13 @@ from test_cli_evaluate import fails, flags
 
 import gfast
 from gfast import cli, metrics
+from gfast.commands.arguments import ModelArguments
+from gfast.commands.models import load_reference
 from gfast.data import Collator, QADataset, batches
 from gfast.evaluation import sources
 from gfast.evaluation.attacks import QUANTIZERS, Relearning, quantize, relearn, split
 from gfast.files import read_json
+from gfast.peft_models import merged
 from gfast.training.fingerprints import model_fingerprint
 
 
@@ -235,6 +238,22 @@ def test_adapters_are_merged_before_weights_are_rounded(bits, by):
     inside = adapted().get_base_model()  # as transformers' add_adapter has them
     with pytest.raises(ValueError, match="adapters cannot be merged.*without --quantize"):
         quantize(inside, bits, by)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
+def test_a_tied_weight_that_an_adapter_changes_in_one_place_is_merged_there(targets, tmp_path):
+    """Into both it is another model: logits more than twice the size of the right ones away."""
+    peft, ids = pytest.importorskip("peft"), torch.arange(3, 20)[None]
+    torch.manual_seed(1)
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    network = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    network.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    reference = load_reference(ModelArguments(model=str(tmp_path / "base")), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        wanted = network(input_ids=ids).logits
+        for found in (reference, merged(network)):
+            assert torch.allclose(found(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize(("by", "odd", "instead"), [("bitsandbytes", 96, "--quantize_by torchao"),

@@ -21,7 +21,7 @@ from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.values import chosen, required
 from gfast.module_kinds import kind_of
 from gfast.objectives import NLL
-from gfast.peft_models import is_adapted
+from gfast.peft_models import is_adapted, merged
 
 logger = logging.getLogger("gfast")
 
@@ -313,9 +313,7 @@ def _merged(model: nn.Module, why: str, instead: str) -> nn.Module:
     if not _has_adapters(model):
         return model
     try:
-        if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-            raise ValueError("they are switched off, and PEFT would merge them all the same")
-        return model.merge_and_unload()
+        return merged(model)
     except Exception as error:  # adapters are of many kinds, and fail in as many ways
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
