@@ -29,6 +29,7 @@ from gfast.files import check_manifest, read_json, write_json, write_manifest
 from gfast.objectives import GA, KL, NLL, NPO, TNPO, WGA, Mix, Objective
 from gfast.training import GEffectCallback, ReferenceCache, UnlearnConfig, UnlearnTrainer, write_run_info
 from gfast.training.progress import Progress
+from gfast.training.resume import room_for
 
 OBJECTIVES: dict[str, Objective] = {
     "ga": GA(),
@@ -92,7 +93,9 @@ class Study:
         # A folder called model is always a whole model: it gets its name last.
         partial = self.out / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        model.cpu().save_pretrained(partial)
+        with room_for(folder, "the model is taught again"):
+            model.cpu().save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
         write_manifest(partial)
         os.replace(partial, folder)
         shutil.rmtree(args.output_dir, ignore_errors=True)

@@ -105,6 +105,27 @@ def other_adapter(model: nn.Module, name: str) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def merged(model: Any) -> nn.Module:
+    """The model with its adapters in its weights. A weight that an adapter changes in one place and another module
+    shares (tied embeddings under an adapter) becomes one of each first: merged into both it would be another model.
+
+    Errors: ValueError for adapters that are switched off; what PEFT raises for those that it cannot merge.
+    """
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise ValueError("they are switched off, and PEFT would merge them all the same")
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(parameter, []).append((module, name))
+    adapted = {module.base_layer for module in model.modules() if hasattr(module, "base_layer")}
+    for parameter, places in owners.items():
+        if len(places) > 1 and any(module in adapted for module, _ in places):
+            for module, name in places[1:]:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            model.config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
 def check_frozen_adapter(model: nn.Module, name: str) -> None:
     """ValueError unless the model with the adapter of that name stays as it is, whatever is trained."""
     peft = _peft_of(model)

@@ -8,15 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from helpers.training_tiny import TOKENIZER, saved_tiny, tiny_model
 from test_cli_evaluate import fails, flags
 
 import gfast
 from gfast import cli, metrics
+from gfast.commands.arguments import ModelArguments
+from gfast.commands.models import load_reference
 from gfast.data import Collator, QADataset, batches
 from gfast.evaluation import sources
 from gfast.evaluation.attacks import QUANTIZERS, Relearning, quantize, relearn, split
 from gfast.files import read_json
+from gfast.peft_models import merged
 from gfast.training.fingerprints import model_fingerprint
 
 
@@ -89,6 +93,30 @@ def test_relearning_and_its_effect(tmp_path, rank):
     assert found["g_effect"]["total"] == pytest.approx(dot, rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_adapters_are_merged_before_a_relearning(tmp_path, rank):
+    """It begins at the model as it is with them, and learns with all weights, or with adapters over all of it."""
+    peft = pytest.importorskip("peft")
+    (forget,) = [one for one in sources.bundled(4) if one.name == "forget"]
+    forget, plan = replace(forget, generate=0, perturbed=None, paraphrase=None), Relearning(1, 2, 1e-2, lora_r=rank)
+
+    def adapted(**options):
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options)
+        return peft.get_peft_model(tiny_model(), lora)
+
+    merged = adapted().merge_and_unload().requires_grad_(True)
+    wanted = relearn(merged, TOKENIZER, forget, plan, tmp_path / "merged")
+    assert relearn(adapted(), TOKENIZER, forget, plan, tmp_path / "apart") == wanted
+    if not rank:
+        with pytest.raises(ValueError, match="merges the model's adapters.*bfloat16.*--dtype float32"):
+            relearn(adapted().to(torch.bfloat16), TOKENIZER, forget, plan, tmp_path)
+        off = adapted()
+        off.base_model.disable_adapter_layers()
+        with pytest.raises(ValueError, match="cannot be merged.*switched off.*without --relearn"):
+            relearn(off, TOKENIZER, forget, plan, tmp_path)
+
+
 def test_relearning_from_the_command_line(model, tmp_path, capsys):
     words = flags(model, tmp_path / "out", ds_size=5, relearn=2, relearn_rows=2, relearn_learning_rate=1e-2)
     assert cli.main(words) == 0
@@ -151,6 +179,48 @@ def test_quantized_weights(bits, by):
 
 
 @pytest.mark.parametrize("by", QUANTIZERS)
+def test_what_is_rounded_is_all_that_a_model_multiplies_with(by):
+    pytest.importorskip(by)
+    ids = torch.arange(3, 20)[None]
+    sizes = dict(vocab_size=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()  # of Conv1D
+    network.transformer.h[1].mlp = network.transformer.h[0].mlp  # two names
+    with torch.no_grad():
+        before = network(input_ids=ids).logits
+        found = quantize(network, "8bit", by)(input_ids=ids).logits
+    assert 1e-4 < float((found - before).norm() / before.norm()) < 0.1
+    first, second = (block.mlp.c_fc for block in network.transformer.h)
+    assert first is second and isinstance(first, torch.nn.Linear) and first.out_features == 256
+    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn is rounded already"):
+        quantize(network, "8bit", by)
+    experts = dict(num_local_experts=4, num_key_value_heads=2, num_hidden_layers=1, num_attention_heads=2)
+    mixture = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, **experts)
+    )
+    if any(p.dim() == 3 for p in mixture.parameters()):  # of transformers 5
+        with pytest.raises(ValueError, match="75% of the weights of this model's layers are in others"):
+            quantize(mixture, "8bit", by)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 loads no bitsandbytes on a plain CPU")
+@pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_bitsandbytes_rounds_as_transformers_loads(bits, tmp_path):
+    """With inputs beyond the threshold of LLM.int8, and NF4 whose scales are not rounded once more."""
+    pytest.importorskip("bitsandbytes")
+    network, ids = tiny_model(hidden_size=64, intermediate_size=128).eval(), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter[3] *= 60 if "norm" in name else 1
+    network.save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **bits)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    with torch.no_grad():
+        wanted = loaded(input_ids=ids).logits
+        found = quantize(network, "8bit" if "load_in_8bit" in bits else "4bit", "bitsandbytes")(input_ids=ids).logits
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("by", QUANTIZERS)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_adapters_are_merged_before_weights_are_rounded(bits, by):
     """Rounded apart they are others: PEFT casts what an adapter is given to the type of its weights, int8."""
@@ -169,6 +239,22 @@ def test_adapters_are_merged_before_weights_are_rounded(bits, by):
     inside = adapted().get_base_model()  # as transformers' add_adapter has them
     with pytest.raises(ValueError, match="adapters cannot be merged.*without --quantize"):
         quantize(inside, bits, by)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
+def test_a_tied_weight_that_an_adapter_changes_in_one_place_is_merged_there(targets, tmp_path):
+    """Into both it is another model: logits more than twice the size of the right ones away."""
+    peft, ids = pytest.importorskip("peft"), torch.arange(3, 20)[None]
+    torch.manual_seed(1)
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    network = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    network.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    reference = load_reference(ModelArguments(model=str(tmp_path / "base")), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        wanted = network(input_ids=ids).logits
+        for found in (reference, merged(network)):
+            assert torch.allclose(found(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize(("by", "odd", "instead"), [("bitsandbytes", 96, "--quantize_by torchao"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import html
 import json
@@ -78,6 +79,17 @@ def test_a_run_that_passes_and_one_that_does_not(tmp_path, capsys):
         assert all(url.startswith("data:image/svg+xml;base64,") for _, _, url in page.urls)
         text = html.unescape(" ".join("".join(page.text).split()))
         assert [word for word in words if word not in text] == []
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(tmp_path, capsys, monkeypatch):
+    def refused(folder):
+        raise OSError(errno.EROFS, f"cannot write to the folder {folder}: Read-only; choose another one")
+
+    monkeypatch.setattr("gfast.files.require_writable", refused)
+    monkeypatch.setattr("gfast.report.audit.audit", pytest.fail)
+    for argv, folder in (([tmp_path], tmp_path), (["run", "--out", tmp_path / "out"], tmp_path / "out")):
+        assert cli.main(["audit", *map(str, argv)]) == 2
+        assert f"cannot write to the folder {folder}: Read-only" in capsys.readouterr().err
 
 
 def test_what_cannot_be_judged(tmp_path, capsys):

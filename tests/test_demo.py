@@ -8,6 +8,7 @@ import pytest
 
 from gfast import demo
 from gfast.commands.demo import main
+from gfast.files import MANIFEST, read_json
 from gfast.training import read_records
 
 
@@ -32,6 +33,7 @@ def test_everything_is_there(quick):
     rows = json.loads((quick / "table.json").read_text())
     assert [row["objective"] for row in rows] == [str(objective) for objective in demo.OBJECTIVES.values()]
     assert not (quick / "learning").exists() and (quick / "model" / "config.json").exists()
+    assert "tokenizer.json" in read_json(quick / "model" / MANIFEST)["files"]  # of a model that is whole, or not there
     page = (quick / "report.html").read_text()
     for name in demo.OBJECTIVES:
         assert f'href="runs/{name}/records/step-00000006.parquet"' in page

@@ -20,7 +20,7 @@ from gfast.data.encode import make_encoder
 from gfast.deferred import DeferredLogits
 from gfast.evaluation import Evaluation, EvaluationSet, encoded, sources
 from gfast.evaluation.generation import generate
-from gfast.evaluation.results import summarize
+from gfast.evaluation.results import samples_table, summarize
 from gfast.evaluation.scoring import can_share, score
 from gfast.metrics.log import parse_log
 
@@ -224,6 +224,8 @@ def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path):
         assert len(kept) == stop
         again = evaluation(extraction=("exact",)).run(model, folder)
         assert json.dumps(again, sort_keys=True) == json.dumps(whole, sort_keys=True)
+        tables = [samples_table(evaluation(extraction=("exact",)).log(one, "run", {})) for one in (again, whole)]
+        assert tables[0].equals(tables[1])  # its columns in one order too
         assert kept == {name: (folder / "parts" / name).stat().st_mtime_ns for name in kept}
 
 

@@ -14,6 +14,7 @@ import torch
 from helpers import files_shared
 from helpers.marks import slow_when
 from helpers.training_tiny import TOKENIZER, collator, config, datasets, pairing, server, tiny_model
+from safetensors import SafetensorError
 
 from gfast import cli, files
 from gfast.files import TEMPORARY_PREFIX, read_json, remove_partial_files, whole_file, write_json
@@ -21,7 +22,7 @@ from gfast.locks import RUN_LOCK, FolderInUse, claimed
 from gfast.tensor_files import write_tensors
 from gfast.training.records import read_records, write_record, write_run_info
 from gfast.training.reference import ReferenceCache
-from gfast.training.resume import last_checkpoint
+from gfast.training.resume import last_checkpoint, room_for
 from gfast.training.trainer import UnlearnTrainer
 
 STEPS = 40
@@ -247,6 +248,17 @@ def test_a_full_disk_while_training(tmp_path, context, limit, words):
         assert torch.equal(again.get_parameter(name), value), name
     found, expected = (read_records(tmp_path / which) for which in ("run", "whole"))
     assert found["value"].tolist() == expected["value"].tolist()
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left (os error 28)"), Exception("No space left (os error 28)")]
+)
+def test_a_full_disk_under_a_model_or_tokenizer_is_said(error):
+    """The errors of safetensors and tokenizers name no file."""
+    with pytest.raises(OSError, match="could not save the/model: .*No space left.* it is taught again") as said:
+        with room_for("the/model", "it is taught again"):
+            raise error
+    assert said.value.errno == errno.ENOSPC
 
 
 def test_a_run_goes_on_with_the_data_it_was_begun_with(tmp_path):

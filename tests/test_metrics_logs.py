@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,18 @@ def test_a_prompt_that_ends_elsewhere_is_said(tmp_path, caplog):
     log, other = loaded(tmp_path, "log", RAW["full"]), loaded(tmp_path, "longer", changed(longer))
     assert metrics.forget_quality(log, other).pvalue == 1
     assert "differ by -3 everywhere" in caplog.text
+
+
+def test_rows_that_were_asked_otherwise_are_said_once(tmp_path, caplog):
+    """Of the same length, so that nothing else shows it."""
+    log = loaded(tmp_path, "log", RAW["full"])
+    asked = [replace(log, source={"sets": {"forget": {"tokens_sha256": tokens}}}) for tokens in ("here", "there")]
+    for other in (log, asked[0]):
+        assert metrics.forget_quality(asked[0], other).pvalue == 1
+    assert not caplog.text
+    for _ in range(2):
+        assert metrics.forget_quality(*asked).pvalue == 1
+    assert caplog.text.count("as other token ids (another template") == 1
 
 
 def test_splits_that_logs_name(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from test_reproduce import written
 
 from gfast import cli
+from gfast.files import write_json
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,11 @@ def test_what_a_recipe_cannot_say(change, words, tmp_path, capsys):
     assert cli.main(["reproduce", str(recipe), change, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_an_adapter_are_not_mixed(tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "base"})
+    words = [f"model={tmp_path / 'adapter'}", "--out", str(tmp_path / "out")]
+    assert cli.main(["reproduce", str(written(tmp_path)), *words]) == 2
+    assert "calibrate mixes whole weights" in capsys.readouterr().err.strip().splitlines()[-1]

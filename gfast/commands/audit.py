@@ -13,6 +13,8 @@ and 2 where the run cannot be judged (no G-effect was recorded, a file is damage
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gfast.commands.parser import Parser
 
 
@@ -43,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     from gfast.report.audit import Criteria, audit
 
     criteria = Criteria(options.flat, options.harm, options.rise)
-    if options.out is not None:
-        require_writable(options.out)
+    if options.out is not None or Path(options.run).is_dir():
+        require_writable(options.run if options.out is None else options.out)
     page, record = audit(options.run, criteria, options.objective, options.beside, options.out)
     print(record["verdict"])
     print(f"Page to read and sign: {page}")

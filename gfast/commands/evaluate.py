@@ -378,15 +378,11 @@ def _sets(arguments: EvaluateArguments, tokenizer: Any, retain_log: EvaluationLo
 
 def _taught(folder: Path) -> Path:
     """The demo's small model, taught the bundled authors: an earlier call's, if the folder holds one."""
-    from gfast.data import demo_tokenizer
     from gfast.demo import Study
     from gfast.demo_plan import SMALL, Plan
 
     plan = Plan(**SMALL | dict(forget_rows=40, retain_rows=160, learned_below=0.3))
     if not folder.exists():
         say("No --model: a small one is taught the bundled authors first")
-    study = Study(plan, folder.parent, cpu=True)
-    study.learn()
-    if not (folder / "tokenizer_config.json").exists():
-        demo_tokenizer().save_pretrained(folder)
+    Study(plan, folder.parent, cpu=True).learn()
     return folder

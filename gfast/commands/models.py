@@ -22,6 +22,7 @@ from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.files import MANIFEST, check_manifest, read_json
 from gfast.objectives import Objective
+from gfast.peft_models import merged
 from gfast.training.batches import needed_from_cache
 from gfast.training.resume import last_checkpoint
 
@@ -156,7 +157,7 @@ def load_reference(arguments: ModelArguments, name: str) -> nn.Module:
     if adapter is None:
         return _whole(arguments, name, None)
     model = _with_adapter(arguments, adapter)
-    return _loaded("the adapter", name, lambda: model.merge_and_unload())
+    return _loaded("the adapter", name, lambda: merged(model))
 
 
 def _file(name: str, file: str) -> str | None:

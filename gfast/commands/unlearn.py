@@ -63,7 +63,7 @@ from gfast.training.processes import together
 from gfast.training.progress import Progress
 from gfast.training.records import DIVERGED, check_run_folder, write_diverged, write_run_info
 from gfast.training.reference import ReferenceCache
-from gfast.training.resume import checkpoint_to_resume
+from gfast.training.resume import checkpoint_to_resume, room_for
 from gfast.training.sharded_start import ShardedStart
 from gfast.training.stop import QUANTITIES, StopCallback, parse_rules, require_measured
 from gfast.training.trajectory import Trajectory, callbacks_of
@@ -231,7 +231,8 @@ def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: s
         (folder / MANIFEST).unlink(missing_ok=True)  # of a model that this one replaces
         (folder / DIVERGED).unlink(missing_ok=True)
     shards.gather_when_saved(trainer)
-    trainer.save_model()
+    with room_for(folder, "the run goes on from its last checkpoint"):
+        trainer.save_model()
     callbacks = callbacks_of(trainer)
     result = {
         "steps": steps,

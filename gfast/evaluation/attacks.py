@@ -19,7 +19,9 @@ from gfast.data import Collator, QADataset, batches
 from gfast.data.rows import as_rows
 from gfast.evaluation.samples import EvaluationSet
 from gfast.metrics.values import chosen, required
+from gfast.module_kinds import kind_of
 from gfast.objectives import NLL
+from gfast.peft_models import is_adapted, merged
 
 logger = logging.getLogger("gfast")
 
@@ -78,15 +80,22 @@ def split(forget: EvaluationSet, plan: Relearning, data: Sequence[Mapping[str, A
 
 def check_trainable(model: nn.Module, plan: Relearning) -> None:
     """ValueError where all parameters would be trained and some have 16 bits: a step of a usual learning rate is less
-    than their rounding, most would stay as they are, and the attack would look weaker than it is.
+    than their rounding, most would stay as they are, and the attack would look weaker than it is. Where adapters would
+    be merged into such weights: what was learned would be rounded away.
     """
-    trained = [p.dtype for p in model.parameters() if p.requires_grad]
+    adapted = _has_adapters(model)
+    trained = [p.dtype for p in model.parameters() if p.requires_grad or adapted]
     coarse = next((dtype for dtype in trained if dtype.itemsize < 4), None)
+    name = str(coarse).removeprefix("torch.")
+    if coarse is not None and adapted:
+        raise ValueError(
+            f"gfast: relearning merges the model's adapters into its weights, and those are {name}, in whose rounding "
+            "a part of the adapters is lost: load the model with --dtype float32"
+        )
     if coarse is not None and not plan.lora_r:
         raise ValueError(
-            f"gfast: relearning would train weights of {str(coarse).removeprefix('torch.')}, and a step of learning "
-            f"rate {plan.learning_rate:g} is lost in their rounding: load the model with --dtype float32, or give "
-            "--relearn_lora_r"
+            f"gfast: relearning would train weights of {name}, and a step of learning rate {plan.learning_rate:g} is "
+            "lost in their rounding: load the model with --dtype float32, or give --relearn_lora_r"
         )
 
 
@@ -102,7 +111,8 @@ def relearn(
     chat_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Fine-tune `model`, in place, and say what of the forget set comes back.
+    """Fine-tune `model`, in place, and say what of the forget set comes back. Adapters are merged into its weights
+    first: an attacker has all of them, and new adapters come to what the model is with those that it has.
 
     Args:
         forget: the forget set; data: rows of question and answer to learn instead of a part of it.
@@ -114,8 +124,8 @@ def relearn(
         that is descended, by layer group: a gradient step lowers the forget set's NLL by the learning rate times that,
         to first order. A model that is immune has 0 or less.
 
-    Errors: ValueError for rows that cannot be used, a set with prompts of its own, or 16-bit weights without LoRA;
-    ImportError for LoRA without peft.
+    Errors: ValueError for rows that cannot be used, a set with prompts of its own, 16-bit weights without LoRA or under
+    adapters, or adapters that cannot be merged; ImportError for LoRA without peft.
     """
     check_trainable(model, plan)
     if forget.encode is not None:
@@ -139,6 +149,10 @@ def relearn(
         sets[0].rows, tokenizer, question=forget.question, answer=forget.answer, id_offset=len(rows), **options
     )
     collate = Collator(tokenizer)
+    if _has_adapters(model):
+        model = _merged(model, "are what learns", "--relearn")
+        for parameter in model.parameters():  # PEFT has frozen them
+            parameter.requires_grad_(parameter.is_floating_point())
     if plan.lora_r:
         peft = required("peft", "peft", "relearning with LoRA")
         torch.manual_seed(plan.seed)
@@ -214,62 +228,111 @@ def require_quantizer(bits: str, by: str) -> Any:
 
 
 def quantize(model: nn.Module, bits: str, by: str = "torchao") -> nn.Module:
-    """Round the weights of every Linear but the output head to 4 or 8 bits, in place. Adapters are merged first: what
-    is rounded are the weights that the model computes with, and the model returned is without them.
+    """Round the weights of every Linear (GPT-2's Conv1D is one) but the output head to 4 or 8 bits, in place. Adapters
+    are merged first: what is rounded are the weights that the model computes with, and the model returned is without
+    them.
 
     by: torchao (8 bits a row, 4 bits in groups of 32) or bitsandbytes (LLM.int8, NF4 in blocks of 64).
 
-    Errors: ImportError, saying what to install, without that library; ValueError for sizes that it does not take, and
-    adapters that cannot be merged.
+    Errors: ImportError, saying what to install, without that library; ValueError for sizes that it does not take,
+    models whose weights are rounded already or are in other layers (a mixture's experts), and adapters that cannot be
+    merged.
     """
     api = require_quantizer(bits, by)
-    model = _merged(model)
-    head = model.get_output_embeddings()
-    wanted = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    }
+    model = _merged(model, "are what is rounded", "--quantize")
+    wanted = _linears(model)
     if bits == "4bit":
         _check_sizes(wanted, by)
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in wanted.items():  # one with several names has each
+        if module not in made:
+            made[module] = _as_linear(module) if kind_of(module) == "conv1d" else module
+        _replace(model, name, made[module])
     if by == "torchao":
         if bits == "8bit":
             config = api.Int8WeightOnlyConfig()
         else:
             granularity = required("torchao.quantization.granularity", "torchao", f"--quantize {bits}")
             config = api.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
-        api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
+        once = {name for name, _ in model.named_modules()} & wanted.keys()
+        api.quantize_(model, config, filter_fn=lambda module, name: name in once)
     else:
+        rounded = {module: _by_bitsandbytes(api, module, bits) for module in made.values()}
         for name, module in wanted.items():
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _by_bitsandbytes(api, module, bits))
-    logger.info("%d Linear layers hold weights of %s, by %s", len(wanted), bits, by)
+            _replace(model, name, rounded[made[module]])
+    logger.info("%d Linear layers hold weights of %s, by %s", len(made), bits, by)
     return model
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """What is rounded, by its names. ValueError where that is not nearly all of the matrices that the model multiplies
+    with, or was rounded before.
+    """
+    head = model.get_output_embeddings()
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (isinstance(module, nn.Linear) or kind_of(module) == "conv1d") and module is not head
+    }
+    for name, module in found.items():
+        if type(module.weight.data) is not torch.Tensor or not module.weight.is_floating_point():
+            raise ValueError(f"gfast: {name} is rounded already ({type(module).__name__}): evaluate without --quantize")
+    looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
+    known = {p for module in (*looked_up, *found.values()) for p in module.parameters(recurse=False)}
+    others = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and p not in known}
+    rest, rounded = sum(others.values()), sum(module.weight.numel() for module in {*found.values()})
+    if 10 * rest > rounded:  # a router, a convolution and the like are less
+        name = max(others, key=others.__getitem__)
+        raise ValueError(
+            f"gfast: --quantize rounds Linear layers, and {rest / (rest + rounded):.0%} of the weights of this model's "
+            f"layers are in others ({name}): most of it would be measured as it is. Evaluate without --quantize"
+        )
+    return found
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The Linear that computes what a Conv1D does."""
+    inputs, outputs = module.weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return is_adapted(model) or any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def _merged(model: nn.Module, why: str, instead: str) -> nn.Module:
     """The model with its adapters in its weights."""
-    if not any(hasattr(module, "base_layer") for module in model.modules()):
+    if not _has_adapters(model):
         return model
     try:
-        return model.merge_and_unload()
+        return merged(model)
     except Exception as error:  # adapters are of many kinds, and fail in as many ways
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"gfast: the model's adapters cannot be merged into its weights, which are what is rounded "
-            f"({type(error).__name__}: {reason}): merge them first, or evaluate without --quantize"
+            f"gfast: the model's adapters cannot be merged into its weights, which {why} "
+            f"({type(error).__name__}: {reason}): merge them first, or evaluate without {instead}"
         ) from error
 
 
-def _check_sizes(layers: Mapping[str, nn.Linear], by: str) -> None:
+def _check_sizes(layers: Mapping[str, nn.Module], by: str) -> None:
     """ValueError, naming the layer, for a number of inputs that `by` does not round to 4 bits."""
     for name, layer in layers.items():
-        if by == "torchao" and layer.in_features % 32:
+        inputs = layer.weight.shape[0 if kind_of(layer) == "conv1d" else 1]
+        if by == "torchao" and inputs % 32:
             raise ValueError(
-                f"gfast: {name} has {layer.in_features} inputs, and torchao takes multiples of 32 for 4 bits: "
-                "--quantize 8bit"
+                f"gfast: {name} has {inputs} inputs, and torchao takes multiples of 32 for 4 bits: --quantize 8bit"
             )
-        if by == "bitsandbytes" and layer.in_features % 64 and layer.weight.device.type == "cpu":
+        if by == "bitsandbytes" and inputs % 64 and layer.weight.device.type == "cpu":
             raise ValueError(
-                f"gfast: {name} has {layer.in_features} inputs, and bitsandbytes on a CPU takes multiples of 64 for 4 "
+                f"gfast: {name} has {inputs} inputs, and bitsandbytes on a CPU takes multiples of 64 for 4 "
                 "bits: --quantize_by torchao (multiples of 32), or --quantize 8bit"
             )
 
@@ -277,10 +340,11 @@ def _check_sizes(layers: Mapping[str, nn.Linear], by: str) -> None:
 def _by_bitsandbytes(api: Any, module: nn.Linear, bits: str) -> nn.Module:
     sizes, weight = (module.in_features, module.out_features, module.bias is not None), module.weight.data.cpu()
     if bits == "8bit":
-        made = api.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        # LLM.int8 keeps inputs from 6 on apart, which the layer by itself does not.
+        made = api.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
         made.weight = api.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         made = api.nn.Linear4bit(*sizes, compute_dtype=module.weight.dtype, quant_type="nf4")
-        made.weight = api.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        made.weight = api.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
     made.bias = module.bias
     return made.to(module.weight.device).eval()  # the move rounds

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from gfast import metrics
-from gfast.evaluation.samples import EvaluationSet, Sample
+from gfast.evaluation.samples import EvaluationSet, Sample, tokens_checksum
 from gfast.files import read_json, write_json, write_whole
 from gfast.metrics import EvaluationLog
 from gfast.metrics.answers import MEANS, UTILITY_SETS
 from gfast.metrics.log import LOG_FILE, LogSet
-from gfast.metrics.quality import check_comparable
+from gfast.metrics.quality import check_comparable, say_other_tokens
 from gfast.metrics.values import required
 
 # Of a set: name in the summary, heading of the table, and a plain mean of a field of the log where it is one.
@@ -117,6 +117,7 @@ def _check_set(eval_set: EvaluationSet, samples: Sequence[Sample], retain_log: E
     texts = [{"index": sample.index, "ground_truth": sample.truth} for sample in samples]
     here = LogSet(eval_set.name, tuple(sample.index for sample in samples), values, texts)
     check_comparable(here, there, "this evaluation", retain_log.path or "the retain log")
+    say_other_tokens(eval_set.name, tokens_checksum(samples), "this evaluation", retain_log)
 
 
 def _pair(log: EvaluationLog) -> list[Any]:
@@ -236,7 +237,7 @@ def samples_table(log: Mapping[str, Any]) -> Any:
         for at, index in enumerate(log_set["index"]):
             row = {"set": name, "index": index}
             row |= {key: column[at] for key, column in log_set.items() if key not in ("index", "text", "extraction")}
-            row |= {key: value for key, value in texts.get(index, {}).items() if key != "index"}
+            row |= dict(sorted((key, value) for key, value in texts.get(index, {}).items() if key != "index"))
             rows.append(row)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return pyarrow.table({key: _floats([row.get(key) for row in rows]) for key in keys})

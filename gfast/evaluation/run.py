@@ -293,7 +293,8 @@ class Evaluation:
                     for at, values in zip(unit.places, results[unit.name], strict=True):
                         rows[at].update(values)
             sets[eval_set.name] = columns([sample.index for sample in self.samples[at_set]], rows, eval_set.name)
-            described[eval_set.name] = {"config": eval_set.config, "rows": len(rows), "sha256": eval_set.checksum()}
+            sums = {"sha256": eval_set.checksum(), "tokens_sha256": tokens_checksum(self.samples[at_set])}
+            described[eval_set.name] = {"config": eval_set.config, "rows": len(rows), **sums}
         return {"run": run, "source": {"format": FORMAT, **source, "sets": described}, "sets": sets}
 
 

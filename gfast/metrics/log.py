@@ -82,9 +82,16 @@ class EvaluationLog:
 
     def config_of(self, name: str) -> str | None:
         """Which data a set is of, where the log says so."""
+        return self._described(name, "config")
+
+    def tokens_of(self, name: str) -> str | None:
+        """The checksum of what the model was given of a set, as token ids, where the log has it."""
+        return self._described(name, "tokens_sha256")
+
+    def _described(self, name: str, key: str) -> str | None:
         sets = self.source.get("sets")
         described = sets.get(name) if isinstance(sets, Mapping) else None
-        return str(described["config"]) if isinstance(described, Mapping) and "config" in described else None
+        return str(described[key]) if isinstance(described, Mapping) and key in described else None
 
     def of(self, name: str, needed_by: str) -> LogSet:
         """A set by its name; ValueError that says which metric lacks it."""

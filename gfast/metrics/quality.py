@@ -53,6 +53,7 @@ def forget_quality(
     one, other = (which.of("forget", "forget_quality") for which in (log, retain_log))
     check_comparable(one, other, log.path or "the log", retain_log.path or "the retain log")
     _check_sources(log, retain_log)
+    say_other_tokens("forget", log.tokens_of("forget"), log.path or "the log", retain_log)
     # The log of R, which keeps apart what R as a float would not.
     return same_distribution(ratios_of(one, mean, convention), ratios_of(other, mean, convention))
 
@@ -162,3 +163,19 @@ def _check_sources(log: EvaluationLog, other: EvaluationLog) -> None:
             f"gfast: {log.path or 'the log'} is of {names[0]} and {other.path or 'the retain log'} of {names[1]}; "
             f"p-values of different splits do not compare"
         )
+
+
+_said: set[tuple[str, ...]] = set()
+
+
+def say_other_tokens(name: str, tokens: str | None, path: str, other: EvaluationLog) -> None:
+    """A warning, once, where the rows of a set were given to two models as other token ids."""
+    there = other.tokens_of(name)
+    if None in (tokens, there) or tokens == there or (key := (name, str(tokens), str(there))) in _said:
+        return
+    _said.add(key)
+    logger.warning(
+        "gfast: the %s set was given to the model of %s and that of %s as other token ids (another template, other "
+        "chat_kwargs, another date or tokenizer): what tells the two apart may be how they were asked",
+        name, path, other.path or "the retain log",
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gfast.commands.common import say
-from gfast.commands.models import DECIDING, check_model, load_tokenizer
+from gfast.commands.models import DECIDING, check_model, find_adapter, load_tokenizer
 from gfast.data.encode import writes_date
 from gfast.evaluation.results import require_libraries
 from gfast.files import read_json, write_json
@@ -104,6 +104,11 @@ class Plan:
             inputs = {"sizes": recipe.model, "seed": recipe.seeds[0]}
             return self._add(Step("model", "a small Llama with random weights", inputs, (), WEIGHTS, run))
         arguments = self.asker.arguments(recipe.model)
+        if recipe.calibrate and find_adapter(arguments) is not None:
+            raise ValueError(
+                f"calibrate mixes whole weights, and {recipe.model} is an adapter: merge it into its base first "
+                "(PEFT's merge_and_unload), or leave calibrate out"
+            )
         self.config = check_model(arguments)
         self.tokenizer = load_tokenizer(arguments)
         return recipe.model

@@ -34,6 +34,7 @@ from gfast.progress import Bar
 from gfast.reproduce.recipe import Calibration, Data, Evaluated, Recipe
 from gfast.sides import SETS, SIDES
 from gfast.training.records import DIVERGED, read_diverged, read_records, write_diverged
+from gfast.training.resume import room_for
 from gfast.words import did_you_mean
 
 DATA_FILES = ("forget.jsonl", "retain.jsonl", "full.jsonl")
@@ -93,8 +94,9 @@ def fresh_model(sizes: Mapping[str, Any], seed: int, folder: Path) -> None:
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(fresh_config(sizes))
-    model.save_pretrained(folder)
-    demo_tokenizer().save_pretrained(folder)
+    with room_for(folder, "the model is made again"):
+        model.save_pretrained(folder)
+        demo_tokenizer().save_pretrained(folder)
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:

@@ -99,22 +99,29 @@ def saving(checkpoint: str | os.PathLike[str], mine: bool) -> Iterator[None]:
         # Over a checkpoint of the same step: killed half-way, its files would be of two runs.
         for name in (MANIFEST, STATE):
             (checkpoint / name).unlink(missing_ok=True)
-    try:
+    with room_for(checkpoint, "the run goes on from the checkpoint before it"):
         yield
         if mine:
             write_manifest(checkpoint)
+
+
+@contextlib.contextmanager
+def room_for(folder: str | os.PathLike[str], then: str) -> Iterator[None]:
+    """Around what libraries save: OSError, with the folder and what comes `then`, when the disk is full."""
+    try:
+        yield
     except Exception as error:
         if not _is_about_files(error):
             raise
+        reason = " ".join(str(error).split())
         raise OSError(
-            errno_of(error),
-            f"could not save {checkpoint}: {' '.join(str(error).split())}. Make room and start again: the run goes on "
-            "from the checkpoint before it",
+            errno_of(error), f"could not save {folder}: {reason}. Make room and start again: {then}"
         ) from error
 
 
 def _is_about_files(error: Exception) -> bool:
     from safetensors import SafetensorError
 
-    # torch.save says it with a RuntimeError of its file writer.
-    return isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error)
+    # torch.save says it with a RuntimeError of its file writer, and tokenizers with an Exception.
+    said = any(mark in str(error) for mark in ("inline_container", "os error"))
+    return isinstance(error, (OSError, SafetensorError)) or said
