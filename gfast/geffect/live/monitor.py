@@ -116,7 +116,6 @@ class GEffectMonitor:
                 refuse("DeepSpeed's engine scales losses itself: leave scaler= out")
             self.scaler, parameters = zero, zero.shards
         self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward, self.held)
-        self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
         self._updates = None
         if optimizer is not None:
             self._updates = Updates(optimizer, names, parameters) if zero is None else MasterUpdates(zero)
@@ -124,6 +123,12 @@ class GEffectMonitor:
         self.dropped: str | None = None
         self._said = False  # that the forget risk is lacking
         self._step = LiveStep()
+
+    @property
+    def identity(self) -> float | None:
+        """c where the forget gradient is c times the forget risk's."""
+        objective = self.objective
+        return identity_factor(Term(objective, "forget"), self.risk) if isinstance(objective, Objective) else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What goes on from step to step, for a checkpoint: gru's averages, by parameter; nothing of other surgery."""
