@@ -55,6 +55,7 @@ class Gradients:
         self._parts: set[int] = set()  # parameters whose gradient comes in parts: re-entrant checkpointing
         self.averages: dict[int, Tensor] = {}  # of gru, without a GradScaler's scale
         self.scale = 1.0  # a GradScaler's in this step
+        self.owed = False  # a backward of this step was one under DDP.no_sync()
         self._newest: dict[int, Tensor] = {}  # what they become if the step is not dropped
         self.updates: Updates | None = None  # where the last update is dotted with the new gradients
         self._limit = GATHERED * max(here(p).nbytes for p in parameters)
@@ -67,6 +68,7 @@ class Gradients:
         """No gradients, and nothing set aside."""
         self.aside.clear()
         self.torn.clear()
+        self.owed = False
         self.forget_averages()
         for parameter in self.parameters:
             parameter.grad = None
@@ -184,6 +186,7 @@ class Gradients:
         """
         if not self.aside:
             self.set_aside()
+        self._pay()
         if self.late:
             self.backward(loss)
             gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
@@ -199,6 +202,16 @@ class Gradients:
             )
         self._rest(rows)
         self.put_back()
+
+    def _pay(self) -> None:
+        """DDP looks for unused parameters, and wants a gradient of all that backwards without a reduction have reached,
+        whatever the next one reaches.
+        """
+        ddp, owed, self.owed = self.processes.replicated, self.owed, False
+        if owed and ddp.find_unused_parameters and not self.processes.silent:
+            for index in self.aside:
+                if self.parameters[index].grad is None:
+                    self.parameters[index].grad = torch.zeros_like(self.parameters[index])
 
     def _with_zeros(self, gradients: dict[int, Tensor], among: Iterable[int]) -> dict[int, Tensor]:
         """For surgery: a parameter that the retain loss does not reach has a gradient of zeros."""

@@ -200,8 +200,7 @@ class GEffectMonitor:
         shared = shares_forward(risk, self.processes.sharded)
         loss = value_of(loss, "forget loss")
         with self._undone():
-            ddp = self.processes.replicated
-            step.local |= ddp is not None and not ddp.require_backward_grad_sync
+            step.local |= self.processes.silent
             gradients.sweep(loss, None, retain_graph=shared)
             gradients.learn_parts()
             step.forgets, step.forget_factor = step.forgets + 1, factor
@@ -239,8 +238,7 @@ class GEffectMonitor:
         shared = check_retain(self, step, loss, risk, last)
         check_factor(factor)
         self._check_unchanged()
-        ddp = self.processes.replicated
-        step.local_retain = ddp is not None and not ddp.require_backward_grad_sync
+        step.local_retain = self.processes.silent
         if step.local_retain and last and self.held:
             refuse(
                 "surgery and accumulate='exact' work on the gradients of all processes: leave DDP.no_sync() for the "
@@ -355,6 +353,7 @@ class GEffectMonitor:
         if self.processes.zero is not None:
             self.processes.zero.backward(loss, retain_graph)
         else:
+            self.gradients.owed |= self.processes.silent
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
             self.gradients.reduce()
 
