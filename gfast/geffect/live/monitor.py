@@ -121,8 +121,7 @@ class GEffectMonitor:
             self._updates = Updates(optimizer, names, parameters) if zero is None else MasterUpdates(zero)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
-        self._said = False  # that the forget risk is lacking
-        self._step = LiveStep()
+        self._said, self._step = False, LiveStep()  # said: that the forget risk is lacking
 
     @property
     def identity(self) -> float | None:
@@ -354,7 +353,8 @@ class GEffectMonitor:
             self.processes.zero.backward(loss, retain_graph)
         else:
             self.gradients.owed |= self.processes.silent
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
+            with self.gradients.each_alone():
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
             self.gradients.reduce()
 
     def _weights(self) -> list[tuple[int, bool]]:
