@@ -14,6 +14,7 @@ from test_live import FORGET, RETAIN, loss
 import gfast
 from gfast.geffect import Surgery
 from gfast.objectives import GA, NLL, WGA
+from gfast.training.options import refuse_summed_again  # noqa: E402
 
 
 class Stopped(torch.autograd.Function):
@@ -202,9 +203,42 @@ def test_an_optimizer_that_steps_within_the_backward_is_refused(steps):
     model = tiny("llama")
     steps(model)
     monitor = gfast.GEffectMonitor(model, objective=GA())
-    with pytest.raises(ValueError, match=r"a hook has taken the gradient of '.*weight' within the backward"):
+    hook = "has a hook on its accumulated gradient" if steps is taken_at_once else "within the backward"
+    with pytest.raises(ValueError, match=hook):
         monitor.forget(loss(model, FORGET, GA()))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("surgery", [None, "pcgrad"])
+def test_a_hook_that_sums_over_processes_sees_each_backward_alone(surgery, monkeypatch):
+    """As transformers' tensor parallelism has it for norms: two processes here, alike, that have a half each."""
+    model, twin = tiny("llama"), tiny("llama")
+    norms = [name for name, _ in model.named_parameters() if "norm" in name]
+
+    def doubled(parameter):
+        parameter.grad.mul_(2)
+
+    for name in norms:
+        model.get_parameter(name).register_post_accumulate_grad_hook(doubled)
+        twin.get_parameter(name).register_hook(lambda gradient: 2 * gradient)
+    effects = []
+    for each in (twin, model):
+        monitor = gfast.GEffectMonitor(each, objective=GA(), surgery=surgery)
+        if each is model:
+            with pytest.raises(ValueError, match="norm.*has a hook on its accumulated gradient .*doubled: an"):
+                monitor.forget(loss(each, FORGET, GA()))
+            monkeypatch.setattr(doubled, "__module__", "transformers.distributed.tensor_parallel")
+        for _ in range(2):
+            monitor.forget(loss(each, FORGET, GA()).loss / 2)
+        for last in (False, True):
+            monitor.retain(loss(each, RETAIN, NLL()).loss / 2, last=last)
+        effects.append(monitor.effect())
+    refuse_summed_again(model, 1)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps with this tensor-parallel model"):
+        refuse_summed_again(model, 2)  # which a Trainer's plain steps would be
+    assert effects[1].retain == pytest.approx(effects[0].retain, rel=1e-12)
+    for name, right in twin.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, right.grad, rtol=1e-12, atol=1e-15)
 
 
 def test_communication_hooks_that_do_not_sum_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -122,6 +123,56 @@ def test_settings_are_those_of_the_step(closure):
         schedule.step()
 
 
+@pytest.mark.parametrize("kind", ["adamw, fused", "sgd, fused"])
+def test_a_step_that_a_scaler_skips_has_no_effect(kind):
+    """A fused optimizer is called even so, and its state is that of the step before, which a monitor may not know."""
+    model = tiny("llama").float()
+    optimizer, scaler = OPTIMIZERS[kind](model), torch.amp.GradScaler("cpu", init_scale=16.0)
+    monitors = [gfast.GEffectMonitor(model, optimizer=optimizer, scaler=scaler) for _ in range(2)]
+    found = []
+    for monitor, spoil in zip([monitors[0]] * 3 + [monitors[1]], (False, True, False, False), strict=True):
+        monitor.forget(loss(model, FORGET, GA()))
+        monitor.retain(loss(model, RETAIN, NLL()))
+        found.append(monitor.update_effect())
+        if spoil:
+            model.lm_head.weight.grad.fill_(torch.inf)
+            monitors[1] = gfast.GEffectMonitor(model, optimizer=optimizer, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if spoil:
+            monitors[1].forget(loss(model, FORGET, GA()))
+            monitors[1].retain(loss(model, RETAIN, NLL()))
+            assert monitors[1].update_effect() is None
+            optimizer.zero_grad()
+    assert found[0] is None and found[1].total("retain") != 0 and found[2] is None and found[3].total("retain") != 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_state_that_is_loaded_is_no_update(kind):
+    """A loop that goes back to a former step: what the loaded state tells of is not what the optimizer did last."""
+    model = tiny("llama")
+    optimizer = OPTIMIZERS[kind](model)
+    monitor = gfast.GEffectMonitor(model, optimizer=optimizer)
+    found = []
+    for step in range(3):
+        monitor.forget(loss(model, FORGET, GA()))
+        monitor.retain(loss(model, RETAIN, NLL()))
+        found.append(monitor.update_effect())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if step == 1:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+    assert found[0] is None and found[1].total("retain") != 0 and found[2] is None
+    monitor.forget(loss(model, FORGET, GA()))
+    optimizer.load_state_dict(saved[1])
+    with pytest.raises(ValueError, match="loaded after forget"):
+        monitor.retain(loss(model, RETAIN, NLL()))
+
+
 def test_optimizers_whose_update_is_not_in_their_state_are_refused():
     model = tiny("llama")
 
@@ -147,7 +198,8 @@ def test_the_optimizer_keeps_nothing_of_a_monitor_that_is_gone():
     model = tiny("llama")
     optimizer = torch.optim.AdamW(model.parameters())
     monitor = gfast.GEffectMonitor(model, optimizer=optimizer)
-    assert len(optimizer._optimizer_step_post_hooks) == 1
+    hooks = optimizer._optimizer_step_post_hooks, optimizer._optimizer_load_state_dict_post_hooks
+    assert [len(each) for each in hooks] == [1, 1]
     del monitor
     gc.collect()
-    assert not optimizer._optimizer_step_post_hooks
+    assert not any(hooks)

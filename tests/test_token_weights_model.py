@@ -173,6 +173,7 @@ def test_training_by_retain_conflict(tmp_path):
     """Two steps with weights measured before each, and before the first only, against a loop written out."""
     from helpers.training_tiny import config, copied, pairing, tiny_model
 
+    from gfast.data import ForgetRetain
     from gfast.geffect import retain_conflict
 
     start = tiny_model()
@@ -211,6 +212,10 @@ def test_training_by_retain_conflict(tmp_path):
     with pytest.raises(ValueError, match="train on gfast.data.ForgetRetain"):
         args = config(tmp_path / "y", **given | dict(retain_term="none"))
         gfast.UnlearnTrainer(model, args, train_dataset=data.forget, data_collator=collate.forget).train()
+    twice = ForgetRetain([*data.forget, {**data.forget[0], "sample_id": 3}], data.retain)
+    with pytest.raises(ValueError, match="two samples of the forget data have the sample_id 3"):
+        args = config(tmp_path / "z", **given)
+        gfast.UnlearnTrainer(model, args, train_dataset=twice, data_collator=collate).train()
 
 
 def test_a_run_by_retain_conflict_goes_on_with_the_weights_that_it_had(tmp_path):

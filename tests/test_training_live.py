@@ -122,6 +122,38 @@ def test_risks_of_several_processes_are_over_the_tokens_of_all(tmp_path):
     in_processes(training_parallel.live, str(tmp_path), world=2)
 
 
+def test_weights_that_some_steps_have_and_others_do_not(tmp_path):
+    """What follows of a gradient is asked anew in each step."""
+    data, collate = pairing()
+
+    def collator_with_weights(items):
+        batch = collate(items)
+        if int(batch["forget"]["sample_id"][0]) % 2:
+            batch["forget"]["weight"] = torch.full(batch["forget"]["labels"].shape, 0.25)
+        return batch
+
+    found, right = [], []
+
+    class Compared(UnlearnTrainer):
+        def training_step(self, model, inputs, *args):
+            batch, gradients = self.live.batches[0]["forget"], []
+            for objective, given in ((GA(), batch), (NLL(), {**batch, "weight": None})):
+                model.zero_grad()
+                gfast.model_loss(model, given, objective).loss.backward()
+                gradients.append([p.grad.double() for p in model.parameters()])
+            right.append(sum(float((u * r).sum()) for u, r in zip(*gradients, strict=True)))
+            model.zero_grad()
+            loss = super().training_step(model, inputs, *args)
+            found.append(self.live.latest["unlearn"])
+            weighted.append("weight" in batch)
+            return loss
+
+    weighted = []
+    args = config(tmp_path, retain_term="nll", max_steps=6, per_device_train_batch_size=1, geffect_live_unlearn=True)
+    Compared(tiny_model(), args, train_dataset=data, data_collator=collator_with_weights).train()
+    assert {*weighted} == {True, False} and found == pytest.approx(right, rel=1e-5)
+
+
 def test_a_loss_with_a_constant_is_logged_as_without(tmp_path):
     mix = Mix(PDU(retain_loss_eps=0.5), NLL(), alpha=2.0)
     logged = [

@@ -87,6 +87,11 @@ class ConflictWeights(TrainerCallback):
         self.by_sample = {}
         for batch, weight in zip(forget, weights, strict=True):
             for sample, labels, row in zip(batch["sample_id"].tolist(), batch["labels"].cpu(), weight, strict=True):
+                if sample in self.by_sample:
+                    raise ValueError(
+                        f"weights='retain_conflict': two samples of the forget data have the sample_id {sample}, and "
+                        "one would get the other's weights; give each data set its own id_offset"
+                    )
                 self.by_sample[sample] = row[1:][labels[1:] != -100]
 
     def of(self, batch: Mapping[str, Any], answer: Any = None) -> Tensor:

@@ -28,7 +28,7 @@ from gfast.objectives import GA, NLL, UNWEIGHTED, Mix, Objective
 from gfast.ops.reductions import LossOutput
 from gfast.original import with_reference
 from gfast.packed import count
-from gfast.sides import SIDES
+from gfast.sides import SETS, SIDES
 from gfast.tensor_files import TensorFile, write_tensors
 from gfast.training.records import run_name, write_record
 
@@ -82,10 +82,11 @@ class LiveSteps:
                 )
         # Sides whose loss has weights of its own, or the model's terms: its gradient is no risk's.
         terms = self.trainer._own_loss_terms
-        self._apart = {side for parts in sides for side in parts if terms or self.trainer.weighs(parts[side], side)}
-        tokens = [[count(NLL(), parts[side]) for parts in sides] for side in ("forget", "retain")]
-        counts = [tokens[0][-1], sum(tokens[0]), tokens[1][0], sum(tokens[1])]
-        forget, all_forget, first, retain = self.trainer._over_processes(counts)
+        apart = [terms or any(self.trainer.weighs(parts[side], side) for parts in sides) for side in SETS]
+        tokens = [[count(NLL(), parts[side]) for parts in sides] for side in SETS]
+        counts = [tokens[0][-1], sum(tokens[0]), tokens[1][0], sum(tokens[1]), *map(int, apart)]
+        forget, all_forget, first, retain, *apart = self.trainer._over_processes(counts)
+        self._apart = {side for side, processes in zip(SETS, apart, strict=True) if processes}
         self.batches, self._at, self._first_share = batches, 0, first / max(retain, 1)
         # Of the micro-batches, in all processes, that a risk of its own is measured on: the last forget one, the first
         # retain one; all retain ones where surgery spares them without a retain loss.
@@ -110,14 +111,16 @@ class LiveSteps:
         from gfast.geffect import GEffectMonitor
 
         if self._monitor is None or self._monitor.model is not model:
-            forget, scaler = self.trainer.objective.forget, getattr(self.trainer.accelerator, "scaler", None)
-            label = str(forget) if "forget" in self._apart else forget  # of which nothing follows
-            options = dict(objective=label, surgery=self.surgery, scaler=scaler)
-            options["optimizer"] = self.trainer.optimizer if self.update else None
-            self._monitor = GEffectMonitor(model, self.groups, self.unlearn or self._free, **options)
+            scaler = getattr(self.trainer.accelerator, "scaler", None)
+            optimizer = self.trainer.optimizer if self.update else None
+            options = dict(surgery=self.surgery, scaler=scaler, optimizer=optimizer)
+            self._monitor = GEffectMonitor(model, self.groups, **options)
             if self._checkpoint is not None:
                 self._monitor.load_state_dict({name: self._checkpoint.get(name) for name in self._checkpoint.names})
                 self._checkpoint = None
+        forget = self.trainer.objective.forget  # with weights in this step nothing follows of it
+        self._monitor.objective = str(forget) if "forget" in self._apart else forget
+        self._monitor.unlearn = self.unlearn or self._free
         return self._monitor
 
     def _averages(self, folder: str) -> Path:

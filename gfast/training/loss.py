@@ -38,6 +38,7 @@ from gfast.training.options import (
     refuse_own_steps,
     refuse_reentrant,
     refuse_search,
+    refuse_summed_again,
     said_unreached,
     say_other_labels,
     say_what_a_batch_is,
@@ -241,9 +242,11 @@ class GFastLossMixin(CountedSteps, ExactEvaluation, SavesAveraged):
                 f"step is divided by: let it return super().get_batch_samples(...), or leave it out"
             )
         with said_unreached():
-            if self.live is None:
-                return super().training_step(model, inputs, *args, **kwargs)
-            return self.live.training_step(model, inputs)
+            if self.live is not None:
+                return self.live.training_step(model, inputs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        refuse_summed_again(self.model, self._micro_batches)  # hooks that come with the first forward
+        return loss
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+from gfast.geffect.live.hooks import sums
 from gfast.given import fits
 from gfast.model_state import checkpoints_reentrantly
 from gfast.objectives import ETW, SHRED, JensUn, Weights
@@ -351,6 +352,18 @@ def refuse_own_steps(trainer: type, mixin: type) -> None:
             f"{cls.__name__} would not be called: leave geffect_live and surgery out (GEffectCallback measures beside "
             "any step), or take the step in a loop of your own with gfast.GEffectMonitor"
         )
+
+
+def refuse_summed_again(model: torch.nn.Module, micro_batches: int) -> None:
+    """ValueError where a backward would sum over processes again what the one before it has left."""
+    for name, parameter in model.named_parameters() if micro_batches > 1 else ():
+        if sums(parameter):
+            raise ValueError(
+                f"gradient_accumulation_steps with this tensor-parallel model: transformers sums the gradient of "
+                f"{name!r} over the processes after every backward, with what the micro-batches before have left "
+                f"there, so that it would be another gradient. Leave gradient_accumulation_steps 1, with a larger "
+                f"per_device_train_batch_size"
+            )
 
 
 def marked(tensor: Tensor) -> tuple[Tensor, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -90,4 +91,31 @@ def check(name: str, rank: int, world: int, port: int) -> None:
                 assert effect.norms.keys() == truth.norms.keys() - one_sided, (name, case)
             elif case != "unlearn":
                 assert effect.norms.keys() == truth.norms.keys(), (name, case)
+    if name == "ddp":
+        check_unreached(single, make().eval(), batches, rank)
     distributed.destroy_process_group()
+
+
+def check_unreached(single, inner, batches, rank: int) -> None:
+    """Micro-batches without a reduction, of which the last does not reach what those before it have reached."""
+    model = torch.nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+    forget, retain = (joined(list(some)) for some in zip(*batches, strict=True))
+
+    def hidden(model, batch):
+        ids = batch["input_ids"]
+        return lambda: model(input_ids=ids, output_hidden_states=True).hidden_states[1].square().mean()
+
+    for surgery, risk in ((None, False), ("retain", False), ("retain", True)):
+        found = []
+        for each, mine in ((single, (forget, retain)), (model, batches[rank])):
+            monitor = gfast.GEffectMonitor(each, objective=OBJECTIVE, surgery=surgery)
+            each.zero_grad()
+            with contextlib.nullcontext() if each is single or risk else model.no_sync():
+                monitor.forget(gfast.model_loss(each, mine[0], OBJECTIVE))
+                if surgery is not None and not risk:
+                    monitor.retain(hidden(each, mine[1]), last=False)
+            nll = partial(gfast.model_loss, each, mine[1], NLL()) if risk else None
+            monitor.retain(hidden(each, mine[1]), risk=nll)
+            found.append([p.grad.clone() for p in each.parameters()])
+        for ours, right in zip(*reversed(found), strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)

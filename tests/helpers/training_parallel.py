@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, Subset
 from gfast.data import batches
 from gfast.files import write_json
 from gfast.geffect import g_effect
-from gfast.objectives import GA, WGA, Mix
+from gfast.objectives import GA, NLL, WGA, Mix
 from gfast.sides import SETS
 from gfast.training.callback import GEffectCallback
 from gfast.training.reference import ReferenceCache
@@ -111,10 +111,12 @@ def one_job(folder: str, rank: int, world: int, port: int) -> None:
 
 
 def live(folder: str, rank: int, world: int, port: int) -> None:
-    """The live effect of a step of two micro-batches a process, with risks of their own, by g_effect on its batches."""
+    """The live effect of a step of two micro-batches a process, with risks of their own, by g_effect on its batches.
+    Tokens may have weights in one process alone.
+    """
     join(rank, world, port)
     start = tiny_model().double()
-    for mix in (Mix(WGA(), gamma=0.5), Mix(WGA(), WGA(0.5))):
+    for mix in (Mix(WGA(), gamma=0.5), Mix(WGA(), WGA(0.5)), Mix(GA(), NLL())):
         model, seen = copied(start), []
 
         class Seeing(UnlearnTrainer):
@@ -123,15 +125,26 @@ def live(folder: str, rank: int, world: int, port: int) -> None:
                 return super().training_step(model, inputs, *args, **kwargs)
 
         data, collate = pairing()
+        weighed = isinstance(mix.forget, GA)
+
+        def weighing(items, collate=collate, mine=weighed and rank == 1):
+            batch = collate(items)
+            for part in batch.values() if mine else ():
+                part["weight"] = 0.5 * torch.ones_like(part["labels"])
+            return batch
+
         args = config(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2, geffect_live_unlearn=True,
                       ddp_backend="gloo", optim="sgd")  # fmt: skip
-        trainer = Seeing(model, args, objective=mix, train_dataset=data, data_collator=collate)
+        trainer = Seeing(model, args, objective=mix, train_dataset=data, data_collator=weighing)
         trainer.train()
         every = [None] * world
         torch.distributed.all_gather_object(every, seen)
         firsts, lasts = [own[0]["retain"] for own in every], [own[-1]["forget"] for own in every]
         assert len({int((batch["labels"] != -100).sum()) for batch in firsts}) == world  # of unlike counts
         forgets = [batch["forget"] for own in every for batch in own]
+        if weighed:
+            forgets = [{"weight": torch.ones_like(batch["labels"]), **batch} for batch in forgets]
+            firsts, lasts = ([{**batch, "weight": None} for batch in batches] for batches in (firsts, lasts))
         found = trainer.live.effect
         for side, rows in (("retain", firsts), ("unlearn", lasts)):
             truth = g_effect(start.eval(), mix.forget, forget=forgets, retain=rows)

@@ -168,25 +168,50 @@ def compare_models(mesh) -> None:
 def compare_hugging_face(rank: int, world: int) -> None:
     """Models that Hugging Face loads by their tensor-parallel plan, where its version keeps DTensors."""
     try:
-        from transformers.distributed import DistributedConfig, tensor_parallel  # noqa: F401
+        from transformers.distributed import DistributedConfig, tensor_parallel
     except ImportError:
         return
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from helpers.small_models import SMALL
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    for tied in (False, True):
+    llama, qwen = (LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+    for (settings, kind), tied, check in (
+        (llama, False, same_as_whole),
+        (llama, True, same_as_whole),
+        (qwen, False, same_steps),
+    ):
+        if check is same_steps and not hasattr(tensor_parallel, "ReplicatedWithGradAllReduce"):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             shared = [folder]
             if rank == 0:
-                LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)).save_pretrained(folder)
+                kind(settings(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied)).save_pretrained(folder)
             distributed.broadcast_object_list(shared)
-            load = functools.partial(LlamaForCausalLM.from_pretrained, shared[0], dtype=torch.float64)
+            load = functools.partial(kind.from_pretrained, shared[0], dtype=torch.float64)
             truth_model, model = load(), load(distributed_config=DistributedConfig(tp_plan="auto"))
             distributed.barrier()  # before the folder goes
         assert isinstance(model.lm_head.weight.data, DTensor)
-        same_as_whole(model, truth_model)
+        check(model, truth_model)
+
+
+def same_steps(model, truth_model) -> None:
+    """Of two micro-batches a side, where hooks sum the gradients of the heads' norms over the processes."""
+    from helpers.small_models import batch_of
+
+    effects, batch = [], batch_of()
+    for each in (model, truth_model):
+        each.zero_grad()
+        monitor = gfast.GEffectMonitor(each)
+        for factor in (0.25, 0.75):
+            monitor.forget(factor * gfast.model_loss(each, batch, WGA()).loss)
+        for last in (False, True):
+            monitor.retain(0.5 * gfast.model_loss(each, batch, NLL()).loss, factor=0.5, last=last)
+        effects.append(monitor.effect().retain)
+    assert all(abs(effects[0][group] / right - 1) < 1e-8 for group, right in effects[1].items()), effects
+    for ours, right in zip(model.parameters(), truth_model.parameters(), strict=True):
+        torch.testing.assert_close(gathered(ours.grad), right.grad, rtol=1e-8, atol=1e-11)
 
 
 def check(rank: int, world: int, port: int) -> None:

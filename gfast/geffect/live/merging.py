@@ -8,6 +8,7 @@ one call, or of a unit of surgery.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from gfast.geffect.directions import GATHERED
+from gfast.geffect.live.hooks import added, each_alone
 from gfast.geffect.live.processes import Processes, here, reduce_partial
 from gfast.geffect.live.surgery import Surgery, average, combined, sign_aligned, units_of
 from gfast.geffect.live.updates import Updates
@@ -29,9 +31,8 @@ _UNREACHED = (
     "model is sharded by FSDP2, where every backward must reduce: leave set_requires_gradient_sync(True)"
 )
 _TAKEN = (
-    "gfast: a hook has taken the gradient of {!r} within the backward (an optimizer that steps there, such as LOMO, a "
-    "layerwise one, or one in register_post_accumulate_grad_hook?), so that the two gradients of a step are never "
-    "there together: step after the last retain()"
+    "gfast: a hook has taken the gradient of {!r} within the backward (an optimizer that steps there, such as LOMO?), "
+    "so that the two gradients of a step are never there together: step after the last retain()"
 )
 
 
@@ -55,6 +56,7 @@ class Gradients:
         self._parts: set[int] = set()  # parameters whose gradient comes in parts: re-entrant checkpointing
         self.averages: dict[int, Tensor] = {}  # of gru, without a GradScaler's scale
         self.scale = 1.0  # a GradScaler's in this step
+        self.owed = False  # a backward of this step was one under DDP.no_sync()
         self._newest: dict[int, Tensor] = {}  # what they become if the step is not dropped
         self.updates: Updates | None = None  # where the last update is dotted with the new gradients
         self.updates_forget = False  # and with the forget gradients
@@ -68,6 +70,7 @@ class Gradients:
         """No gradients, and nothing set aside."""
         self.aside.clear()
         self.torn.clear()
+        self.owed = False
         self.forget_averages()
         for parameter in self.parameters:
             parameter.grad = None
@@ -124,12 +127,13 @@ class Gradients:
 
             return run
 
-        handles = [p.register_post_accumulate_grad_hook(hook(index)) for index, p in enumerate(self.parameters)]
-        try:
-            self.backward(loss, retain_graph=retain_graph)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self.each_alone():
+            handles = [p.register_post_accumulate_grad_hook(hook(index)) for index, p in enumerate(self.parameters)]
+            try:
+                self.backward(loss, retain_graph=retain_graph)
+            finally:
+                for handle in handles:
+                    handle.remove()
         parts = [index for index in sorted(self._parts) if self.parameters[index].grad is not None]
         if not came and not parts:
             raise ValueError(_UNREACHED)
@@ -138,6 +142,10 @@ class Gradients:
             raise ValueError(_TAKEN.format(self.names[lost]))
         for index in parts:
             take(index)
+
+    def each_alone(self) -> AbstractContextManager[None]:
+        """Around a backward, whose gradients hooks may sum over processes."""
+        return each_alone(self.names, self.parameters)
 
     def learn_parts(self) -> None:
         """What came in parts in a backward whose gradients nobody has looked at yet is known from now on."""
@@ -154,7 +162,7 @@ class Gradients:
         """What was set aside, added to what has come since."""
         for index in list(self.aside):
             parameter, u = self.parameters[index], self.aside.pop(index)
-            parameter.grad = u if parameter.grad is None else _added(u, parameter.grad)
+            parameter.grad = u if parameter.grad is None else added(u, parameter.grad)
 
     def measure(self, loss: Tensor, rows: Rows, retain_graph: bool = False) -> None:
         """A backward whose gradients are dotted with the forget gradients and dropped; those are left as they are."""
@@ -185,6 +193,7 @@ class Gradients:
         """
         if not self.aside:
             self.set_aside()
+        self._pay()
         if self.late:
             self.backward(loss)
             gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
@@ -200,6 +209,16 @@ class Gradients:
             )
         self._rest(rows)
         self.put_back()
+
+    def _pay(self) -> None:
+        """DDP looks for unused parameters, and wants a gradient of all that backwards without a reduction have reached,
+        whatever the next one reaches.
+        """
+        ddp, owed, self.owed = self.processes.replicated, self.owed, False
+        if owed and ddp.find_unused_parameters and not self.processes.silent:
+            for index in self.aside:
+                if self.parameters[index].grad is None:
+                    self.parameters[index].grad = torch.zeros_like(self.parameters[index])
 
     def _with_zeros(self, gradients: dict[int, Tensor], among: Iterable[int]) -> dict[int, Tensor]:
         """For surgery: a parameter that the retain loss does not reach has a gradient of zeros."""
@@ -248,7 +267,7 @@ class Gradients:
         dots = self._dots(gradients)
         pairs = {i: (r, self.aside.pop(i, None)) for i, r in gradients.items()}
         if self.surgery is None:
-            merged = {i: r if u is None else _added(u, r) for i, (r, u) in pairs.items()}
+            merged = {i: r if u is None else added(u, r) for i, (r, u) in pairs.items()}
         else:
             merged = self._operated(pairs, dots, adds)
             ms, rs = [here(m) for m in merged.values()], [here(r) for r, _ in pairs.values()]
@@ -260,7 +279,7 @@ class Gradients:
             parameter = self.parameters[index]
             # a second part may have come while the first waited
             late = None if parameter.grad is gradients[index] else parameter.grad
-            parameter.grad = m if late is None else _added(m, late)
+            parameter.grad = m if late is None else added(m, late)
 
     def _operated(self, pairs: dict[int, tuple[Tensor, Tensor | None]], rows: Rows, adds: bool) -> dict[int, Tensor]:
         """Gradients after surgery, of whole units."""
@@ -330,11 +349,6 @@ def _rows(rs: dict[int, Tensor], us: dict[int, Tensor | None]) -> Rows:
         table[:, RR] = dots_of_each(r, [])[:, 0]
         out |= dict(zip(alone, table, strict=True))
     return out
-
-
-def _added(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in x's memory where it can be."""
-    return x.add_(y) if x.layout == y.layout == torch.strided else x + y
 
 
 def _dense(x: Tensor) -> Tensor:

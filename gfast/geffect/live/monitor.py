@@ -116,15 +116,18 @@ class GEffectMonitor:
                 refuse("DeepSpeed's engine scales losses itself: leave scaler= out")
             self.scaler, parameters = zero, zero.shards
         self.gradients = Gradients(names, parameters, self.processes, self.surgery, group_of, self._backward, self.held)
-        self.identity = identity_factor(Term(objective, "forget"), risk) if isinstance(objective, Objective) else None
-        self.gradients.updates_forget = unlearn and self.identity is not None
         self._updates = None
         if optimizer is not None:
             self._updates = Updates(optimizer, names, parameters) if zero is None else MasterUpdates(zero)
         self._finished: LiveStep | None = None
         self.dropped: str | None = None
-        self._said = False  # that the forget risk is lacking
-        self._step = LiveStep()
+        self._said, self._step = False, LiveStep()  # said: that the forget risk is lacking
+
+    @property
+    def identity(self) -> float | None:
+        """c where the forget gradient is c times the forget risk's."""
+        objective = self.objective
+        return identity_factor(Term(objective, "forget"), self.risk) if isinstance(objective, Objective) else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What goes on from step to step, for a checkpoint: gru's averages, by parameter; nothing of other surgery."""
@@ -186,6 +189,7 @@ class GEffectMonitor:
             step.weights = self._weights()
             step.updated = self._updates is not None and self._updates.begin()
             gradients.updates = self._updates if step.updated else None
+            gradients.updates_forget = self.unlearn and self.identity is not None
         self._check_unchanged()
         check_factor(factor)
         if step.forgets and factor != step.forget_factor:
@@ -196,8 +200,7 @@ class GEffectMonitor:
         shared = shares_forward(risk, self.processes.sharded)
         loss = value_of(loss, "forget loss")
         with self._undone():
-            ddp = self.processes.replicated
-            step.local |= ddp is not None and not ddp.require_backward_grad_sync
+            step.local |= self.processes.silent
             gradients.sweep(loss, None, retain_graph=shared)
             gradients.learn_parts()
             step.forgets, step.forget_factor = step.forgets + 1, factor
@@ -235,8 +238,7 @@ class GEffectMonitor:
         shared = check_retain(self, step, loss, risk, last)
         check_factor(factor)
         self._check_unchanged()
-        ddp = self.processes.replicated
-        step.local_retain = ddp is not None and not ddp.require_backward_grad_sync
+        step.local_retain = self.processes.silent
         if step.local_retain and last and self.held:
             refuse(
                 "surgery and accumulate='exact' work on the gradients of all processes: leave DDP.no_sync() for the "
@@ -351,7 +353,9 @@ class GEffectMonitor:
         if self.processes.zero is not None:
             self.processes.zero.backward(loss, retain_graph)
         else:
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
+            self.gradients.owed |= self.processes.silent
+            with self.gradients.each_alone():
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
             self.gradients.reduce()
 
     def _weights(self) -> list[tuple[int, bool]]:

@@ -66,6 +66,11 @@ class Processes:
             self._groups = [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim)]
         self._shards = shards  # by parameter, for every dimension of the mesh: is it cut along it?
 
+    @property
+    def silent(self) -> bool:
+        """Whether a backward would leave gradients to each process alone, under DDP.no_sync()."""
+        return self.replicated is not None and not self.replicated.require_backward_grad_sync
+
     def sums(self, table: Tensor) -> Tensor:
         """Rows [P, columns] of dot products of shards, summed over the processes that hold the others."""
         for dimension, group in enumerate(self._groups):

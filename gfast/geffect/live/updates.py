@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfast.geffect.live.losses import refuse
 from gfast.geffect.live.processes import here
 from gfast.ops.grad_dot import grad_dots
 
@@ -52,10 +53,15 @@ class Updates:
         # Rates of the last step, and the other settings of its group then; None: was not in it.
         self._taken: list[tuple[float, float, dict[str, Any]] | None] | None = None
         self._counts: dict[int, float] = {}
+        self._skipped: Tensor | None = None  # a GradScaler's flag: a fused optimizer may have taken no step in there
         self._fresh = False  # the counts are still those before that step
-        note = weakref.WeakMethod(self._note)  # the optimizer outlives its monitors
-        hook = optimizer.register_step_post_hook(lambda *_: None if note() is None else note()())
-        weakref.finalize(self, hook.remove)
+        for register, called in (
+            (optimizer.register_step_post_hook, self._note),
+            (optimizer.register_load_state_dict_post_hook, self._forget),
+        ):
+            method = weakref.WeakMethod(called)  # the optimizer outlives its monitors
+            hook = register(lambda *_, method=method: None if method() is None else method()())
+            weakref.finalize(self, hook.remove)
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         """id of a parameter -> its group, as they are now: load_state_dict makes new ones."""
@@ -65,25 +71,29 @@ class Updates:
         """After the optimizer's step, whose closure may have made the gradients: the rates and betas it was taken with,
         before a scheduler changes them."""
         self._fresh, groups = True, self._groups()
+        self._skipped = getattr(self.optimizer, "found_inf", None)
         rates = {
             id(group): (float(group["lr"]), float(group["weight_decay"]), dict(group)) for group in groups.values()
         }
         self._taken = [None if p.grad is None else rates[id(groups[id(p)])] for p in self.parameters]
+
+    def _forget(self) -> None:
+        """A state that was loaded is not what the last step left."""
+        self._taken = None
 
     def begin(self) -> bool:
         """Whether there was a step since the last time; its step counts are read, all at once."""
         if self._taken is None or not self._fresh:
             return self._taken is not None
         self._fresh = False
+        if self._skipped is not None and bool(self._skipped):
+            self._taken = None
+            return False
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         counts = [i for i, state in enumerate(states) if isinstance(state.get("step"), Tensor)]
         steps = [here(states[i]["step"]).float().reshape(()) for i in counts]  # fused, each where its parameter is
         steps = torch.stack([step.to(steps[0].device) for step in steps]).tolist() if steps else []
-        now = dict(zip(counts, steps, strict=True))
-        for index, count in now.items():  # a fused optimizer that found infinities has taken no step
-            if count == self._counts.get(index, 0.0):
-                self._taken[index] = None
-        self._counts = now
+        self._counts = dict(zip(counts, steps, strict=True))
         return True
 
     def end(self) -> None:
@@ -92,6 +102,8 @@ class Updates:
     @torch.no_grad()
     def dots(self, index: int, gradients: list[Tensor]) -> Tensor:
         """<gradient, update> of a parameter for each of some gradients, fp64, of this process's shard."""
+        if self._taken is None:
+            refuse("the optimizer's state was loaded after forget(): load it between steps, not within one")
         taken, parameter = self._taken[index], self.parameters[index]
         out = torch.zeros(len(gradients), dtype=torch.float64, device=here(parameter).device)
         state = self.optimizer.state.get(parameter, {})
