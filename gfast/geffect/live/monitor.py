@@ -213,9 +213,7 @@ class GEffectMonitor:
                 step.values["unlearn"] = risk.detach()
             step.gradients = gradients.marks()
 
-    def retain(
-        self, loss: Loss | None, *, risk: Loss | None = None, factor: float = 1.0, last: bool = True
-    ) -> None:  # fmt: skip
+    def retain(self, loss: Loss | None, *, risk: Loss | None = None, factor: float = 1.0, last: bool = True) -> None:
         """The backward of the retain loss, in which the effect is measured and the gradients become those of the step.
 
         Args:
