@@ -251,6 +251,8 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path):
         ),
         ("NPO", {"train_dataset": ou.data(pairs=True)}, "holds original, alternate and no input_ids: use GFastDPO"),
         ("DPO", {"train_dataset": ou.data()}, "DPO needs pairs"),
+        ("NPO", {"method": {"weights": "scorer"}}, "weights is 'scorer'; choose one of none, retain_conflict, atwu"),
+        ("NPO", {"method": {"weights": "atwu", "geffect_every": 1}}, "geffect_every measures the objective as it is"),
         ("NPO", {"data_collator": lambda items: items}, "the data_collator function would not be run"),
     ]
     for name, options, message in cases:
@@ -290,6 +292,8 @@ def test_adapters_are_their_own_original_and_the_effect_is_measured(tmp_path):
     assert set(cached.references) == {"forget"}
     live = ou.trained("GradAscent", tmp_path, tiny_model(), method={"geffect_live": True, "surgery": "gru"})
     assert "geffect_live/step/retain" in live.state.log_history[0]
+    scored = ou.trained("GradDiff", tmp_path, tiny_model(), method={"weights": "atwu:every=1"})
+    assert float(scored.token_weights.phi.abs().max()) > 0 and (tmp_path / "scorer.safetensors").exists()
     pairs = ou.trained("DPO", tmp_path, tiny_model(), method={"geffect_every": 3, "geffect_samples": 2})
     assert any(key.startswith("geffect/DPO") for key in pairs.state.log_history[0])
 

@@ -152,7 +152,12 @@ def _trainer(name: str, base: type, make: Callable[..., Objective], defaults: Ma
             _check_collator(data_collator)
             config = unlearn_config(args)
             config.geffect_live, config.surgery = bool(geffect_live), surgery
-            config.joint_forward, config.weights = bool(joint_forward), weights
+            config.joint_forward, config.weights = bool(joint_forward), str(weights)
+            if config.weights != "none" and geffect_every:
+                raise ValueError(
+                    f"geffect_every measures the objective as it is, and weights={config.weights!r} weighs its tokens "
+                    "anew along the run: leave geffect_every out; geffect_live measures the steps with their weights"
+                )
             both = objective.retain is not None or config.geffect_live or surgery is not None
             data, sides = paired(train_dataset, config.seed, isinstance(objective.forget, DPO), both, skipped)
             collator = PlainOrPairs(tokenizer)
