@@ -147,14 +147,8 @@ def _train(
     objective = config.build_objective()
     mix = objective if isinstance(objective, Mix) else Mix(objective)
     check_refusals(data_arguments, [mix.forget])
-    live = config.live
-    nll = {name for name in QUANTITIES if name.endswith("_nll")}
-    measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
-    if live and config.record_every:
-        apart = config.own_loss_terms or config.weights != "none"
-        measured |= measured_live(mix.forget, config.geffect_live_unlearn, apart)
-    require_measured(parse_rules(config.stop), measured)
-    need_retain = mix.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or live
+    require_measured(parse_rules(config.stop), _measured(config, mix))
+    need_retain = mix.retain is not None or config.geffect_every > 0 or config.nll_every > 0 or config.live
     rows = load_rows(data_arguments, need_retain)
     info = describe(model_arguments, data_arguments, along, config, rows, argv)
     shards = Shards(config)
@@ -208,9 +202,28 @@ def _train(
         callbacks=callbacks,
     )
     shards.check(trainer)
+    trainer.add_callback(clock := Clock())
+    _train_to_the_end(trainer, shards, folder, checkpoint)
+    _save(trainer, shards, folder, clock, str(objective))
+    return 0
+
+
+def _measured(config: UnlearnConfig, mix: Mix) -> set[str]:
+    """What rules of --stop can be about."""
+    nll = {name for name in QUANTITIES if name.endswith("_nll")}
+    measured = set(QUANTITIES) if config.geffect_every else nll if config.nll_every else set()
+    if config.live and config.record_every:
+        apart = config.own_loss_terms or config.weights != "none"
+        measured |= measured_live(mix.forget, config.geffect_live_unlearn, apart)
+    return measured
+
+
+def _train_to_the_end(trainer: Any, shards: Shards, folder: Path, checkpoint: Path | None) -> None:
+    """From a checkpoint, if there is one. A run that diverges leaves word of it, and an interrupted one says how far it
+    has come.
+    """
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}")
-    trainer.add_callback(clock := Clock())
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -219,8 +232,6 @@ def _train(
         if shards.main:
             write_diverged(folder, trainer.state.global_step, str(error))
         raise
-    _save(trainer, shards, folder, clock, str(objective))
-    return 0
 
 
 def _save(trainer: Any, shards: Shards, folder: Path, clock: Clock, objective: str) -> None:
