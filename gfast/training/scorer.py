@@ -30,6 +30,7 @@ class ATWU:
     .. math::
         g_i = \sigma(\phi^\top h_i + b), \qquad w_i = \mathrm{sg}(g_i\, p_i^{\beta g_i})
 
+    .. math::
         \mathcal L(\phi) = \frac1N \sum_i (1 - g_i) (-\log p_i) + \lambda_H \frac1N \sum_i H(g_i)
             + \lambda_B \frac1S \sum_s (m_s - m)^2 + \lambda_2 (\lVert \phi \rVert^2 + b^2)
 
@@ -43,15 +44,21 @@ class ATWU:
     Args:
         beta: how fast a forgotten token's weight falls; 0: not at all.
         every: optimizer steps from one step of the scorer to the next.
-        lr, momentum, weight_decay, max_norm: of its SGD, and what its gradient's norm is clipped to.
-        entropy, population, l2: :math:`\lambda_H, \lambda_B, \lambda_2`. budget: m.
+        lr: learning rate of its SGD.
+        momentum: of its SGD.
+        weight_decay: of its SGD, beside :math:`\lambda_2`.
+        max_norm: what its gradient's norm is clipped to.
+        entropy: :math:`\lambda_H`.
+        population: :math:`\lambda_B`.
+        l2: :math:`\lambda_2`.
+        budget: m, the share of a text's tokens that are to count.
 
     Raises:
-        ValueError: a number outside its range, by its symbol.
+        ValueError: a number outside its range, naming it.
 
     Source: arXiv 2606.06320, from its authors' code (the paper's text was not read): defaults of their configuration;
     their runs on TOFU have every=5, population=10, l2=1 and a rate that falls to 0. They train the scorer before
-    the model in a step, on each micro-batch's own mean, and count a text that is cut off as they do any other.
+    the model in a step, on each micro-batch's own mean.
 
     Example:
         >>> ATWU.parse("beta=2,every=5").beta
