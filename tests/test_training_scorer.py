@@ -141,10 +141,12 @@ def test_texts_of_a_packed_row_are_texts(tmp_path):
         for key in ("input_ids", "labels")
     }
     row["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    answer = model_output(trainer.model, batch)
+    of_row = torch.cat([x[:n] for x, n in zip(answer.value, lengths, strict=True)])[None]
     sums, weights = [], []
-    for given in (batch, row):
+    for given, answered in ((batch, answer), (row, answer._replace(value=of_row))):
         trainer.token_weights.load(None)
-        weight = trainer.token_weights.of(given, model_output(trainer.model, given))
+        weight = trainer.token_weights.of(given, answered)
         weights.append(weight[given["labels"] != -100])
         sums.append(trainer.token_weights._sums)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=0)
