@@ -23,7 +23,7 @@ from gfast.report.numbers import number
 from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
 from gfast.report.tables import COLUMNS, cells, reading, summarize
-from gfast.training.records import write_record
+from gfast.training.records import write_diverged, write_record
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,38 @@ def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     assert cells(summary)["retain_nll"].endswith("→ 8")
 
 
+@pytest.mark.parametrize("end", ["nan", "retain", "effect", "said"])
+def test_a_run_that_diverged_is_not_judged_by_what_it_was_on_its_way(tmp_path, end):
+    last = {"nan": [math.nan] * 4, "retain": (-1.0, 0.1, 30.0, math.inf), "effect": (math.nan, 0.1, 3.0, 0.1)}
+    run = write_run(tmp_path / "run", "GA()", {**MIX_COURSE, 20: last.get(end, (-1.0, 0.1, 3.0, 0.13))})
+    if end == "said":
+        write_diverged(run, 20, "the NLL of the forget set is nan")
+    seen = {"nan": "NLL on the forget set is nan", "retain": "NLL on the retain set is inf",
+            "effect": "G-effect on the forget set is nan", "said": "NLL of the forget set is nan"}[end]  # fmt: skip
+    said = reading(summarize(*load_runs([run])))
+    assert (said["verdict"], said["tone"]) == ("diverged", "bad") and f"At step 20 the {seen}." in said["text"]
+    # both sets at one step: forget 30 at step 20 is no price of retain 0.13 at step 10
+    cut = "on the retain set, by step 10: 0.005 nats lost"
+    assert (cut in said["text"]) == (end in ("nan", "retain"))
+    (once,) = load_runs([write_run(tmp_path / "once", "GA()", {0: (math.nan, 1.0, 0.1, 0.1)})])
+    assert reading(summarize(once))["verdict"] == "not finite"
+
+
+def test_ratios_are_of_steps_that_have_both_sides(tmp_path):
+    course = {0: (-4.0, -1.0, 0.1, 0.1), 5: (math.nan, -300.0, 1.0, 0.1), 9: (-4.0, 0.5, 2.0, 0.1)}
+    run = write_run(tmp_path / "run", "GA()", course)
+    row = {"run": "run", "objective": "GA()", "step": 10, "epoch": 0.0, "group": "total", "quantity": "g_effect"}
+    write_record(run, [row | {"side": "retain", "value": -500.0}])  # as a step whose forget batch has no label
+    summary = summarize(*load_runs([run]))
+    assert summary["damage_ratio"] == 1 / 8 and summary["effect_ratio"] == 0.5 / 8
+    assert summary["retain_damage"] == {"value": -500.0, "step": 10}
+    apart = tmp_path / "apart"
+    for step, side in ((1, "unlearn"), (2, "retain")):
+        write_record(apart, [row | {"step": step, "side": side, "value": -1.0}])
+    summary = summarize(*load_runs([apart]))
+    assert summary["damage_ratio"] is None and reading(summary)["verdict"] == "no step with both sides"
+
+
 def test_text_from_runs_and_data_is_escaped(tmp_path):
     evil = "<script>alert('x')</script> & $\\frac|1|$"
     folder = write_run(tmp_path / "ga", f"GA() {evil}", GA_COURSE, data=evil, config={evil: evil})
@@ -371,6 +403,7 @@ def test_bad_folders_are_named(tmp_path):
 
 def test_helpers():
     assert number(-0.00001234) == "−1.23e−5" and number(None) == "–" and number(12345.6) == "12346"
+    assert [number(value) for value in (999.4, 999.6, -999.6)] == ["999", "1000", "−1000"]
     assert linear_threshold(np.array([0.0, 1e-9, 1e4])) == 0.1
     assert wrap("NPO(beta=0.1) + KL") == "NPO(beta=0.1) + KL"
     assert wrap("SatImp(beta1=5.0, beta2=1.0) + 2 KL") == "SatImp(beta1=5.0,\nbeta2=1.0) + 2 KL"

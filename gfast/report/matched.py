@@ -121,7 +121,7 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     where they say the same as equal forgetting, there is nothing to compare, or the difference is not more than twice
     what seeds make of it (`deviation` over seeds, where there are several).
     """
-    there = [summary for summary in summaries if summary.get("matched")]
+    there = [summary for summary in summaries if summary.get("matched") and not summary.get("diverged")]
     if len(there) < 2:
         return ""
     ends = {summary["label"]: (summary["course"][-1][1], summary["course"][-1][2]) for summary in there}

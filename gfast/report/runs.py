@@ -13,6 +13,7 @@ import pandas as pd
 
 from gfast.files import files_like, readable
 from gfast.geffect.groups import depth
+from gfast.sides import SETS, SIDES
 
 # Titles and captions of the figures, formulas of the objectives.
 TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
@@ -66,6 +67,20 @@ class Run:
     def once(self) -> bool:
         """Whether it is one state of a model, as `gfast geffect` measures it: it has no course and no end to judge."""
         return len(self.steps) == 1
+
+    @property
+    def diverged(self) -> str | None:
+        """How it is seen that the model ended as one of NaN or infinite numbers; None where nothing says so."""
+        from gfast.training.records import read_diverged
+
+        if mark := None if self.seeds else read_diverged(self.folder):
+            return f"at step {mark['step']} {mark['why']}"
+        for quantity, group, what in (("risk", "", "NLL"), ("g_effect", "total", "G-effect")):
+            for side, name in zip(SIDES, SETS, strict=True):
+                steps, values = self.series(quantity, side, group)
+                if len(values) and not np.isfinite(values[-1]):
+                    return f"at step {steps[-1]} the {what} on the {name} set is {values[-1]}"
+        return None
 
     @property
     def evaluations(self) -> dict[int, dict[str, Any]]:
