@@ -130,6 +130,14 @@ def test_many_layer_groups_become_a_map(tmp_path):
     assert (tmp_path / "out" / "figures" / "geffect-groups.png").stat().st_size > 10_000
 
 
+def test_steps_are_read_off_one_axis(tmp_path):
+    """Only the lowest panels have numbers at it."""
+    courses = {"short": {0: GA_COURSE[0], 5: GA_COURSE[5]}, "long": {0: GA_COURSE[0], 400: GA_COURSE[10]}}
+    runs = load_runs([write_run(tmp_path / name, f"{name}()", course) for name, course in courses.items()])
+    for draw in (figures._draw_groups, figures._draw_totals):
+        assert len({ax.get_xlim() for ax in draw(runs, LIGHT).axes}) == 1
+
+
 def test_more_objectives_than_columns_without_norms(tmp_path):
 
     folders = [write_run(tmp_path / str(i), f"WGA(alpha={i}.0)", GA_COURSE) for i in range(7)]
@@ -325,6 +333,8 @@ def test_a_run_that_diverged_is_not_judged_by_what_it_was_on_its_way(tmp_path, e
     # both sets at one step: forget 30 at step 20 is no price of retain 0.13 at step 10
     cut = "on the retain set, by step 10: 0.005 nats lost"
     assert (cut in said["text"]) == (end in ("nan", "retain"))
+    nothing = write_run(tmp_path / "nothing", "GA()", dict.fromkeys((0, 1), [math.nan] * 4))
+    assert "nll" not in {drawing.name for drawing in drawings(load_runs([nothing]))}
     (once,) = load_runs([write_run(tmp_path / "once", "GA()", {0: (math.nan, 1.0, 0.1, 0.1)})])
     assert reading(summarize(once))["verdict"] == "not finite"
 
