@@ -200,7 +200,8 @@ def test_from_the_command_that_stops_to_the_page_that_is_signed(tmp_path, capsys
         list(found["fingerprints"]["model_files"]) == ["model.safetensors"] and len(found["fingerprints"]["data"]) == 2
     )
     (run / "result.json").unlink()
-    assert cli.main(["audit", str(run), "--rise", "1000"]) in (0, 1)
+    assert cli.main(["audit", str(run), "--rise", "1000"]) == 1
+    assert "the run did not finish (it left no result.json)" in capsys.readouterr().out
     assert read_json(run / "audit.json")["stopped"] == "rule 'unlearn_effect < 0 for 2' at step 2"
     # a log that goes on being written, as `gfast unlearn ... | tee run/log.txt` makes one, is nothing of the model
     manifest = read_json(run / "gfast-manifest.json")

@@ -23,7 +23,7 @@ from gfast.report.numbers import number
 from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
 from gfast.report.tables import COLUMNS, cells, reading, summarize
-from gfast.training.records import write_diverged, write_record
+from gfast.training.records import read_step, step_file, write_diverged, write_record
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,31 @@ def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other, undrawn):
         assert all(matched) == any(matched) == (name != "other")
         page = (tmp_path / name / "page" / "report.html").read_text()
         assert ("measured on different rows" in page) == (name == "other") == ("has the lowest" not in page)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_objectives_that_were_measured_along_one_training_are_one_run(tmp_path, undrawn, known):
+    """Its NLL is what the objective did that was trained, where that is known."""
+    one, other = write_run(tmp_path / "one", "GA()", GA_COURSE), write_run(tmp_path / "two", "NLL()", MIX_COURSE)
+    for step in GA_COURSE:
+        rows = read_step(one, step)
+        write_record(one, [row | {"objective": "NPO(beta=1.0)"} for row in rows if row["quantity"] != "loss"])
+    if not known:
+        (one / "run.json").unlink()
+        for step in GA_COURSE:
+            rows = [row for row in read_step(one, step) if row["quantity"] != "loss"]
+            step_file(one, step).unlink()
+            write_record(one, rows)
+    build_report([one], tmp_path / "page")
+    ga, npo = json.loads((tmp_path / "page" / "table.json").read_text())
+    assert (ga["matched"], npo["matched"]) == (None, None) and ga["damage_ratio"] == npo["damage_ratio"]
+    assert (npo["forget_nll"], npo["along"]) == ((None, "GA()") if known else (ga["forget_nll"], None))
+    said = reading(npo)
+    if known:
+        assert said["verdict"] == "would unlearn, heavy retain harm" and "along a training by GA()" in said["text"]
+    summaries = [summarize(run) for run in load_runs([one, other])]
+    match(summaries)
+    assert "which all of them reach, NLL has the lowest" in matched_sentence(summaries)
 
 
 def test_what_end_points_hide():

@@ -33,6 +33,7 @@ class Run:
     records: pd.DataFrame
     seeds: tuple[Run, ...] = ()  # of the mean of several runs: those runs
     of_batches: bool = False  # measured by training steps: its NLL is that of each step's batches, not of whole sets
+    along: str | None = None  # the objective of the training that it was only measured along, whose the NLL is
 
     def series(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one recorded quantity, ordered by step; both empty where it was not recorded.
@@ -152,9 +153,11 @@ def load_runs(folders: list[Path]) -> list[Run]:
         info = read_run_info(folder) if (folder / "run.json").exists() else {}
         # A folder may hold several objectives measured along one run (gfast geffect): each is a curve of its own.
         frame = read_records(folder)
+        trained = _trained(frame, info)
         for objective, rows in frame.groupby("objective", sort=False):
-            read.append((folder, str(objective), info, rows.reset_index(drop=True)))
-    labels = [_short(objective) for _, objective, _, _ in read]
+            along = None if str(objective) == trained else trained
+            read.append((folder, str(objective), info, rows.reset_index(drop=True), along))
+    labels = [_short(objective) for _, objective, *_ in read]
     names = distinct_names(folders)
     return [
         Run(
@@ -163,9 +166,17 @@ def load_runs(folders: list[Path]) -> list[Run]:
             label if labels.count(label) == 1 else f"{label} · {names[folder]}",
             *rest,
             of_batches=rest[0].endswith(LIVE),
+            along=None if rest[0].endswith(LIVE) else along,
         )
-        for label, (folder, *rest) in zip(labels, read, strict=True)
+        for label, (folder, *rest, along) in zip(labels, read, strict=True)
     ]
+
+
+def _trained(frame: pd.DataFrame, info: dict[str, Any]) -> str | None:
+    """Which of several objectives whose NLL is recorded a folder's training descends; None where nothing says so."""
+    names = set(frame.loc[frame["quantity"] == "risk", "objective"])
+    losses = frame.loc[frame["quantity"] == "loss", "objective"].unique()
+    return next((name for name in (info.get("objective"), *losses) if name in names), None)
 
 
 def measured_runs(folders: list[Path]) -> list[Run]:

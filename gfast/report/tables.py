@@ -46,7 +46,8 @@ def summarize(run: Run) -> dict[str, Any]:
     G-effect was never below zero). `damage_ratio` is the sum of the negative retain totals over the sum of the negative
     unlearn totals, `effect_ratio` the quotient of both sums, over the steps that have both. `nonfinite` counts recorded
     values that are not finite: they are left out. `diverged` says how it is seen that there are only such in the end.
-    Live effects have no NLL and no course here: theirs are of batches, those of other runs of whole sets.
+    Live effects have no NLL and no course here: theirs are of batches, those of other runs of whole sets. Nor has an
+    objective that was only measured along the training of another (`along`): they are what the other one did.
     """
     unlearn_steps, unlearn, bad_unlearn = _clean(run, "g_effect", "unlearn", "total")
     retain_steps, retain, bad_retain = _clean(run, "g_effect", "retain", "total")
@@ -63,8 +64,9 @@ def summarize(run: Run) -> dict[str, Any]:
         "once": run.once,
         "diverged": run.diverged,
         "of_answers": bool(run.effect_files("sample")),
-        "forget_nll": None if run.of_batches else _ends(run, "unlearn"),
-        "retain_nll": None if run.of_batches else _ends(run, "retain"),
+        "along": run.along,
+        "forget_nll": None if run.of_batches or run.along else _ends(run, "unlearn"),
+        "retain_nll": None if run.of_batches or run.along else _ends(run, "retain"),
         "unlearn_peak": _lowest(unlearn_steps, unlearn),
         "unlearn_negative": {"steps": int((unlearn < 0).sum()), "of": len(unlearn)} if len(unlearn) else None,
         "retain_damage": _lowest(retain_steps, retain),
@@ -74,7 +76,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "unlearn_total": float(unlearn.sum()) if len(unlearn) else None,
         "retain_total": float(retain.sum()) if len(retain) else None,
         "effect_ratio": float(spent.sum() / gained.sum()) if gained.sum() else None,
-        "course": [] if run.of_batches else _course(run),
+        "course": [] if run.of_batches or run.along else _course(run),
         "retention": [[step, retention(values)] for step, values in sorted(run.evaluations.items())],
         "measured_on": run.measured_on,
         "evaluated_on": next(({name: values.get("samples") for name, values in evaluation["sets"].items()}
@@ -216,6 +218,8 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
             )
     else:
         parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
+    if summary["along"]:
+        parts.insert(0, f"Measured along a training by {summary['along']}, which is what became of the NLL.")
     verdict, tone = _verdict(summary)
     parts += ["" if summary["once"] else _nll_sentence(summary), left_out]
     return {"verdict": verdict, "tone": tone, "text": " ".join(filter(None, parts))}
@@ -288,7 +292,7 @@ def _retain_sentence(summary: dict[str, Any]) -> str:
 
 def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     """The worse of two ratios decides: retain harm per unlearning, to first order (G-effect) and in NLL."""
-    once, course = summary["once"], summary["course"]
+    once, course = summary["once"] or summary["along"], summary["course"]
     forget = None if once else summary["forget_nll"]
     if not summary["unlearn_peak"] or (forget and forget["after"] <= forget["before"]):
         return "would not unlearn" if once else "did not unlearn", "bad"
