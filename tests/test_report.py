@@ -23,6 +23,7 @@ from gfast.report.numbers import number
 from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
 from gfast.report.tables import COLUMNS, cells, reading, summarize
+from gfast.sides import SIDES
 from gfast.training.records import read_step, step_file, write_diverged, write_record
 
 
@@ -345,15 +346,22 @@ def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     assert cells(summary)["retain_nll"].endswith("→ 8")
 
 
-@pytest.mark.parametrize("end", ["nan", "retain", "effect", "said"])
+@pytest.mark.parametrize("end", ["nan", "retain", "effect", "said", "loss"])
 def test_a_run_that_diverged_is_not_judged_by_what_it_was_on_its_way(tmp_path, end):
     last = {"nan": [math.nan] * 4, "retain": (-1.0, 0.1, 30.0, math.inf), "effect": (math.nan, 0.1, 3.0, 0.1)}
     run = write_run(tmp_path / "run", "GA()", {**MIX_COURSE, 20: last.get(end, (-1.0, 0.1, 3.0, 0.13))})
     if end == "said":
         write_diverged(run, 20, "the NLL of the forget set is nan")
-    seen = {"nan": "NLL on the forget set is nan", "retain": "NLL on the retain set is inf",
+    if end == "loss":  # and of no effect: steps whose gradients are not finite are dropped
+        last_step = {"run": "run", "step": 20, "epoch": 4.0, "quantity": "loss", "value": math.nan}
+        write_record(run, [last_step | {"objective": "GA()"}])
+        for step in (0, 5):
+            live = {"objective": "GA() (live)", "quantity": "g_effect", "group": "total", "value": -1.0, "step": step}
+            write_record(run, [last_step | live | {"side": side} for side in SIDES])
+        assert reading(summarize(load_runs([run])[1]))["verdict"] == "diverged"
+    seen = {"loss": "loss is nan", "nan": "NLL on the forget set is nan", "retain": "NLL on the retain set is inf",
             "effect": "G-effect on the forget set is nan", "said": "NLL of the forget set is nan"}[end]  # fmt: skip
-    said = reading(summarize(*load_runs([run])))
+    said = reading(summarize(load_runs([run])[0]))
     assert (said["verdict"], said["tone"]) == ("diverged", "bad") and f"At step 20 the {seen}." in said["text"]
     # both sets at one step: forget 30 at step 20 is no price of retain 0.13 at step 10
     cut = "on the retain set, by step 10: 0.005 nats lost"
