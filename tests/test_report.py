@@ -380,6 +380,11 @@ def test_ratios_are_of_steps_that_have_both_sides(tmp_path):
     summary = summarize(*load_runs([run]))
     assert summary["damage_ratio"] == 1 / 8 and summary["effect_ratio"] == 0.5 / 8
     assert summary["retain_damage"] == {"value": -500.0, "step": 10}
+    # by all of its steps the forget NLL rose, by those of both sets nothing did
+    both = [[0, 0.1, 0.1], [5, 0.1, 0.1]]
+    assert reading(summary | {"course": both, "damage_ratio": 0.2})["verdict"] == "unlearned, some retain harm"
+    worse = [[0, 0.1, 0.1], [5, 0.1, 0.5]]
+    assert reading(summary | {"course": worse, "damage_ratio": 0.2})["verdict"] == "unlearned, heavy retain harm"
     apart = tmp_path / "apart"
     for step, side in ((1, "unlearn"), (2, "retain")):
         write_record(apart, [row | {"step": step, "side": side, "value": -1.0}])

@@ -299,12 +299,12 @@ def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     ratios = [summary["damage_ratio"]]
     if len(course) > 1:
         gained, lost = (end - start for start, end in zip(course[0][1:], course[-1][1:], strict=True))
-        ratios.append(lost / gained if gained > 0 else math.inf)
+        ratios.append(lost / gained if gained > 0 else math.inf if lost > 0 else None)
     known = [ratio for ratio in ratios if ratio is not None]
     if not known:
         return "no step with both sides", "plain"
     ratio = max(known)
     for limit, words, tone in HARM:
-        if ratio < limit:
+        if ratio < limit or limit == math.inf:
             return f"{'would unlearn' if once else 'unlearned'}, {words} retain harm", tone
     raise AssertionError("the last limit of HARM is infinite")
