@@ -194,23 +194,23 @@ def read_step(run_folder: str | os.PathLike[str], step: int) -> list[dict[str, A
     return list({_key(row): row for row in rows}.values())
 
 
-def say_other_training(run_folder: str) -> None:
-    """A warning where a training begins in a folder that holds records of another. `gfast unlearn` knows by run.json
-    whose they are.
+def say_other_training(run_folder: str, step: int, end: int) -> None:
+    """A warning where a training that begins at this step and ends at that one does so in a folder that holds records
+    of another. `gfast unlearn` knows by run.json whose they are.
     """
     last = max(recorded_steps(run_folder), default=0)
-    if last and not (Path(run_folder) / "run.json").exists():
-        _say_other_training(run_folder, last)
+    if last > (end if step else 0) and not (Path(run_folder) / "run.json").exists():
+        _say_other_training(run_folder, last, f"ends at step {end}" if step else "begins at step 0")
 
 
 @functools.cache
-def _say_other_training(run_folder: str, last: int) -> None:
+def _say_other_training(run_folder: str, last: int, does: str) -> None:
     logging.getLogger("gfast").warning(
-        "gfast: %s holds records of steps up to %d, and this training begins at step 0: those that it does not come to "
-        "stay, and reports show both as one run. Give another output_dir, go on with resume_from_checkpoint=True, or "
-        "delete %s",
+        "gfast: %s holds records of steps up to %d, and this training %s: those that it does not come to stay, and "
+        "reports show both as one run. Give another output_dir, go on with resume_from_checkpoint=True, or delete %s",
         run_folder,
         last,
+        does,
         Path(run_folder) / "records",
     )
 
