@@ -366,6 +366,14 @@ def test_a_run_that_diverged_is_not_judged_by_what_it_was_on_its_way(tmp_path, e
     # both sets at one step: forget 30 at step 20 is no price of retain 0.13 at step 10
     cut = "on the retain set, by step 10: 0.005 nats lost"
     assert (cut in said["text"]) == (end in ("nan", "retain"))
+    others = [
+        write_run(tmp_path / name, f"{name}()", GA_COURSE | change)
+        for name, change in (("NLL", {}), ("PO", {10: (-1, 1, 8, 7)}))
+    ]
+    summaries = [summarize(run) for run in load_runs([run, *others]) if not run.of_batches]
+    match(summaries)
+    assert [bool(one["matched"]) for one in summaries] == [False, True, True]
+    assert "which all of those that did not diverge reach, NLL has the lowest" in matched_sentence(summaries)
     nothing = write_run(tmp_path / "nothing", "GA()", dict.fromkeys((0, 1), [math.nan] * 4))
     assert "nll" not in {drawing.name for drawing in drawings(load_runs([nothing]))}
     (once,) = load_runs([write_run(tmp_path / "once", "GA()", {0: (math.nan, 1.0, 0.1, 0.1)})])
