@@ -164,6 +164,9 @@ def test_effects_that_steps_measured(tmp_path):
         rows += [{"quantity": "risk", "side": "retain", "group": "", "value": 9.0**step}]  # of a batch: no rise
         rows += [{"quantity": "step_effect", "side": "retain", "value": 0.5}] if step > 1 else []
         write_record(run, [common | row for row in rows])
+    stop = {"quantity": "stop", "group": "retain_effect<0 for 2", "objective": "GA() + NLL() (live)", "step": 3}
+    write_record(run, [common | stop | {"value": 2.0}])  # by what step 4 measured, at the weights before it
+    assert audit(run)[1]["stopped"] == "rule 'retain_effect<0 for 2' at step 3"
     assert [one["update"] for one in audit(run)[1]["updates"]] == [1]  # those of the whole sets
     page, found = audit(run, objective="GA() + NLL() (live)")
     assert [one["faults"] for one in found["updates"]] == [
@@ -200,7 +203,8 @@ def test_from_the_command_that_stops_to_the_page_that_is_signed(tmp_path, capsys
         list(found["fingerprints"]["model_files"]) == ["model.safetensors"] and len(found["fingerprints"]["data"]) == 2
     )
     (run / "result.json").unlink()
-    assert cli.main(["audit", str(run), "--rise", "1000"]) in (0, 1)
+    assert cli.main(["audit", str(run), "--rise", "1000"]) == 1
+    assert "the run did not finish (it left no result.json)" in capsys.readouterr().out
     assert read_json(run / "audit.json")["stopped"] == "rule 'unlearn_effect < 0 for 2' at step 2"
     # a log that goes on being written, as `gfast unlearn ... | tee run/log.txt` makes one, is nothing of the model
     manifest = read_json(run / "gfast-manifest.json")

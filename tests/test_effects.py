@@ -382,6 +382,11 @@ def test_histories_add_up_over_steps(tmp_path):
     assert EffectHistory.from_records(both, objective=own).effects == again.effects
     with pytest.raises(ValueError, match="choose one with objective="):
         EffectHistory.from_records(both)
+    # A step without a label on either side recorded norms alone: it was not measured.
+    norm = {"objective": own, "step": 9, "quantity": "objective_norm", "side": "", "group": "deep", "value": 1.0}
+    assert EffectHistory.from_records([*records.to_dict("records"), norm]).steps == [0, 4, 5]
+    infinite = GEffect("GA()", {"a": math.inf, "b": -math.inf}, {"a": math.inf, "b": 1.0}, {})
+    assert math.isnan(infinite.total("unlearn")) and infinite.total("retain") == math.inf
     other = GEffect("NPO(beta=1.0)", effects[0].unlearn, effects[0].retain, NORMS)
     with pytest.raises(ValueError, match="of one objective, and these"):
         EffectHistory.of({0: effects[0], 1: other})

@@ -23,7 +23,8 @@ from gfast.report.numbers import number
 from gfast.report.runs import averaged, load_runs
 from gfast.report.style import DARK, LIGHT, linear_threshold, wrap
 from gfast.report.tables import COLUMNS, cells, reading, summarize
-from gfast.training.records import write_record
+from gfast.sides import SIDES
+from gfast.training.records import read_step, step_file, write_diverged, write_record
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,14 @@ def test_many_layer_groups_become_a_map(tmp_path):
     assert (tmp_path / "out" / "figures" / "geffect-groups.png").stat().st_size > 10_000
 
 
+def test_steps_are_read_off_one_axis(tmp_path):
+    """Only the lowest panels have numbers at it."""
+    courses = {"short": {0: GA_COURSE[0], 5: GA_COURSE[5]}, "long": {0: GA_COURSE[0], 400: GA_COURSE[10]}}
+    runs = load_runs([write_run(tmp_path / name, f"{name}()", course) for name, course in courses.items()])
+    for draw in (figures._draw_groups, figures._draw_totals):
+        assert len({ax.get_xlim() for ax in draw(runs, LIGHT).axes}) == 1
+
+
 def test_more_objectives_than_columns_without_norms(tmp_path):
 
     folders = [write_run(tmp_path / str(i), f"WGA(alpha={i}.0)", GA_COURSE) for i in range(7)]
@@ -223,6 +232,31 @@ def test_runs_measured_on_other_rows_are_not_compared(tmp_path, other, undrawn):
         assert ("measured on different rows" in page) == (name == "other") == ("has the lowest" not in page)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_objectives_that_were_measured_along_one_training_are_one_run(tmp_path, undrawn, known):
+    """Its NLL is what the objective did that was trained, where that is known."""
+    one, other = write_run(tmp_path / "one", "GA()", GA_COURSE), write_run(tmp_path / "two", "NLL()", MIX_COURSE)
+    for step in GA_COURSE:
+        rows = read_step(one, step)
+        write_record(one, [row | {"objective": "NPO(beta=1.0)"} for row in rows if row["quantity"] != "loss"])
+    if not known:
+        (one / "run.json").unlink()
+        for step in GA_COURSE:
+            rows = [row for row in read_step(one, step) if row["quantity"] != "loss"]
+            step_file(one, step).unlink()
+            write_record(one, rows)
+    build_report([one], tmp_path / "page")
+    ga, npo = json.loads((tmp_path / "page" / "table.json").read_text())
+    assert (ga["matched"], npo["matched"]) == (None, None) and ga["damage_ratio"] == npo["damage_ratio"]
+    assert (npo["forget_nll"], npo["along"]) == ((None, "GA()") if known else (ga["forget_nll"], None))
+    said = reading(npo)
+    if known:
+        assert said["verdict"] == "would unlearn, heavy retain harm" and "along a training by GA()" in said["text"]
+    summaries = [summarize(run) for run in load_runs([one, other])]
+    match(summaries)
+    assert "which all of them reach, NLL has the lowest" in matched_sentence(summaries)
+
+
 def test_what_end_points_hide():
     """The run with the lowest retain NLL at its end had only forgotten less."""
     courses = {
@@ -312,6 +346,60 @@ def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
     assert cells(summary)["retain_nll"].endswith("→ 8")
 
 
+@pytest.mark.parametrize("end", ["nan", "retain", "effect", "said", "loss"])
+def test_a_run_that_diverged_is_not_judged_by_what_it_was_on_its_way(tmp_path, end):
+    last = {"nan": [math.nan] * 4, "retain": (-1.0, 0.1, 30.0, math.inf), "effect": (math.nan, 0.1, 3.0, 0.1)}
+    run = write_run(tmp_path / "run", "GA()", {**MIX_COURSE, 20: last.get(end, (-1.0, 0.1, 3.0, 0.13))})
+    if end == "said":
+        write_diverged(run, 20, "the NLL of the forget set is nan")
+    if end == "loss":  # and of no effect: steps whose gradients are not finite are dropped
+        last_step = {"run": "run", "step": 20, "epoch": 4.0, "quantity": "loss", "value": math.nan}
+        write_record(run, [last_step | {"objective": "GA()"}])
+        for step in (0, 5):
+            live = {"objective": "GA() (live)", "quantity": "g_effect", "group": "total", "value": -1.0, "step": step}
+            write_record(run, [last_step | live | {"side": side} for side in SIDES])
+        assert reading(summarize(load_runs([run])[1]))["verdict"] == "diverged"
+    seen = {"loss": "loss is nan", "nan": "NLL on the forget set is nan", "retain": "NLL on the retain set is inf",
+            "effect": "G-effect on the forget set is nan", "said": "NLL of the forget set is nan"}[end]  # fmt: skip
+    said = reading(summarize(load_runs([run])[0]))
+    assert (said["verdict"], said["tone"]) == ("diverged", "bad") and f"At step 20 the {seen}." in said["text"]
+    # both sets at one step: forget 30 at step 20 is no price of retain 0.13 at step 10
+    cut = "on the retain set, by step 10: 0.005 nats lost"
+    assert (cut in said["text"]) == (end in ("nan", "retain"))
+    others = [
+        write_run(tmp_path / name, f"{name}()", GA_COURSE | change)
+        for name, change in (("NLL", {}), ("PO", {10: (-1, 1, 8, 7)}))
+    ]
+    summaries = [summarize(run) for run in load_runs([run, *others]) if not run.of_batches]
+    match(summaries)
+    assert [bool(one["matched"]) for one in summaries] == [False, True, True]
+    assert "which all of those that did not diverge reach, NLL has the lowest" in matched_sentence(summaries)
+    nothing = write_run(tmp_path / "nothing", "GA()", dict.fromkeys((0, 1), [math.nan] * 4))
+    assert "nll" not in {drawing.name for drawing in drawings(load_runs([nothing]))}
+    (once,) = load_runs([write_run(tmp_path / "once", "GA()", {0: (math.nan, 1.0, 0.1, 0.1)})])
+    assert reading(summarize(once))["verdict"] == "not finite"
+
+
+def test_ratios_are_of_steps_that_have_both_sides(tmp_path):
+    course = {0: (-4.0, -1.0, 0.1, 0.1), 5: (math.nan, -300.0, 1.0, 0.1), 9: (-4.0, 0.5, 2.0, 0.1)}
+    run = write_run(tmp_path / "run", "GA()", course)
+    row = {"run": "run", "objective": "GA()", "step": 10, "epoch": 0.0, "group": "total", "quantity": "g_effect"}
+    write_record(run, [row | {"side": "retain", "value": -500.0}])  # as a step whose forget batch has no label
+    summary = summarize(*load_runs([run]))
+    assert summary["damage_ratio"] == 1 / 8 and summary["effect_ratio"] == 0.5 / 8
+    assert summary["retain_damage"] == {"value": -500.0, "step": 10}
+    # by all of its steps the forget NLL rose, by those of both sets nothing did
+    both = [[0, 0.1, 0.1], [5, 0.1, 0.1]]
+    assert reading(summary | {"course": both, "damage_ratio": 0.2})["verdict"] == "unlearned, some retain harm"
+    worse = [[0, 0.1, 0.1], [5, 0.1, 0.5]]
+    assert reading(summary | {"course": worse, "damage_ratio": 0.2})["verdict"] == "unlearned, heavy retain harm"
+    apart = tmp_path / "apart"
+    for step, side in ((1, "unlearn"), (2, "retain")):
+        write_record(apart, [row | {"step": step, "side": side, "value": -1.0}])
+    summary = summarize(*load_runs([apart]))
+    assert summary["damage_ratio"] is None and reading(summary)["verdict"] == "no step with both sides"
+
+
 def test_text_from_runs_and_data_is_escaped(tmp_path):
     evil = "<script>alert('x')</script> & $\\frac|1|$"
     folder = write_run(tmp_path / "ga", f"GA() {evil}", GA_COURSE, data=evil, config={evil: evil})
@@ -371,6 +459,7 @@ def test_bad_folders_are_named(tmp_path):
 
 def test_helpers():
     assert number(-0.00001234) == "−1.23e−5" and number(None) == "–" and number(12345.6) == "12346"
+    assert [number(value) for value in (999.4, 999.6, -999.6)] == ["999", "1000", "−1000"]
     assert linear_threshold(np.array([0.0, 1e-9, 1e4])) == 0.1
     assert wrap("NPO(beta=0.1) + KL") == "NPO(beta=0.1) + KL"
     assert wrap("SatImp(beta1=5.0, beta2=1.0) + 2 KL") == "SatImp(beta1=5.0,\nbeta2=1.0) + 2 KL"

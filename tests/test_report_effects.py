@@ -8,7 +8,7 @@ from helpers.report_runs import GA_COURSE, write_run
 from gfast.files import write_json
 from gfast.geffect import TokenEffect
 from gfast.report import build_report
-from gfast.report.effects import WEIGHT_RANGES, weighted_samples
+from gfast.report.effects import WEIGHT_RANGES, last_tokens, weighted_samples
 from gfast.report.effects import _in as in_range
 from gfast.report.figures import drawings
 from gfast.report.runs import load_runs
@@ -67,6 +67,23 @@ def test_answers_that_harm_the_retain_set_most_are_named(with_effects):
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(sorted(retain.tolist()))
     first = int(retain.argmin())
     assert [text.get_text() for text in bars.get_yticklabels()] == [f"Who is {s}?" for s in (first, 1 - first)]
+
+
+@pytest.mark.parametrize("where", ["effects", "log-probs"])
+def test_effects_of_a_run_that_diverged_are_those_before(with_effects, tmp_path, where):
+    """Of the answers whose numbers are finite, and of the tokens at the last step where all are."""
+    tokens = effects_of_words(10, 400.0)
+    (tokens.retain["embed"] if where == "effects" else tokens.logp)[0][1] = float("nan")
+    tokens.to_parquet(effect_file(with_effects, "token", 10))
+    tokens.samples().to_parquet(effect_file(with_effects, "sample", 10))
+    (run,) = load_runs([with_effects])
+    assert [len(weight) for _, weight, *_ in weighted_samples(run)] == [2, 2, 1]
+    assert last_tokens(run)[0] == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gfast.report.html.drawings", lambda runs: drawings(runs)[-3:])
+        build_report([with_effects], tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert names == {"samples", "answers", "tokens"}
 
 
 def test_answers_measured_without_an_objective(tmp_path, with_effects):

@@ -21,7 +21,7 @@ from gfast.reproduce import page, work
 from gfast.reproduce.plan import Plan
 from gfast.reproduce.recipe import load_recipe
 from gfast.reproduce.steps import Steps
-from gfast.reproduce.summary import Results
+from gfast.reproduce.summary import Results, rank_correlation, ranked
 from gfast.training.records import read_records
 
 TRAINING = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "use_cpu": True, "lr_scheduler_type": "constant"}
@@ -177,6 +177,17 @@ def test_sentences_say_what_the_numbers_do(finished):
         for one in (equal, kept):
             assert more in one if more else "apart" not in one
         assert ("Each objective has one seed" in said[-1]) == (deviation is None)
+    # ends are those of the seeds, as in the table: their mean curve ends where the first of them was stopped
+    for row, ends in zip(results.rows[2:], ((1.1, 9.0, 8.0), (1.5, 2.0, 1.75)), strict=True):
+        row |= {key: (end, 0.0) for key, end in zip(("matched", "forget_nll", "retain_nll"), ends, strict=True)}
+    assert any("by its end point npo-kl looks gentlest (retain NLL 1.75)" in one for one in results.sentences())
+
+
+def test_a_rank_correlation_says_how_many_settings_it_is_of():
+    rows = [{"predicted": float(at), "matched": matched} for at, matched in enumerate((1.0, 2.0, None, 3.0))]
+    assert rank_correlation(rows) == 1.0
+    grid = {"rows": rows, "level": 2.0, "rank": 1.0, "ranked": len(ranked(rows)), "run": "ga", "step": 2}
+    assert "+1.00 (over 3 settings)" in page._grid_note(grid)
 
 
 def test_nothing_calibrates_to_nothing_and_a_step_that_fails_is_named(finished, tmp_path, monkeypatch, no_figures):

@@ -7,9 +7,11 @@ import json
 import os
 import sys
 
+import pyarrow
 import pytest
 
 from gfast import files
+from gfast.tables import write_table
 from gfast.training.records import (
     COLUMNS,
     read_records,
@@ -37,6 +39,20 @@ def test_rows_come_back_sorted_typed_and_once(tmp_path):
     assert frame["value"].isna().sum() == 1
     assert recorded_steps(tmp_path) == [3, 20]
     assert step_file(tmp_path, 20).name == "step-00000020.parquet"
+
+
+def test_a_run_whose_folder_was_renamed_goes_on_in_its_records(tmp_path):
+    """As one run: the step that is recorded again, under the folder's new name, stands there once."""
+    for step in (5, 9):
+        write_record(tmp_path / "old", [row(step, 1.0, run="old")])
+    (tmp_path / "old").rename(tmp_path / "new")
+    write_record(tmp_path / "new", [row(9, 3.0, run="new")])
+    assert read_records(tmp_path / "new")["value"].tolist() == [1.0, 3.0]
+    table = pyarrow.Table.from_pylist(
+        [row(9, 3.0, run="new", side="", group=""), row(9, 1.0, run="old", side="", group="")]
+    )
+    write_table(step_file(tmp_path / "new", 9), table)  # as earlier versions did
+    assert read_records(tmp_path / "new")["value"].tolist() == [1.0, 3.0]
 
 
 def test_a_folder_whose_name_is_no_utf8(tmp_path):

@@ -16,7 +16,7 @@ from gfast.objectives import GA
 from gfast.training.averaged import averaged, refuse_flat
 from gfast.training.callback import GEffectCallback
 from gfast.training.config import UnlearnConfig
-from gfast.training.records import read_records, read_step
+from gfast.training.records import read_records, read_step, write_record
 from gfast.training.trainer import UnlearnTrainer
 from gfast.training.trajectory import NLLCallback
 
@@ -72,7 +72,8 @@ def test_beside_the_g_effect(tmp_path):
                 make(every, [], [])
 
 
-def test_a_folder_of_another_training_says_so_and_lends_no_end(tmp_path, caplog):
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_folder_of_another_training_says_so_and_lends_no_end(tmp_path, caplog, goes_on):
     """The end of a run that is stopped early is its own, whatever the folder holds of that step."""
 
     class Stop(TrainerCallback):
@@ -81,16 +82,21 @@ def test_a_folder_of_another_training_says_so_and_lends_no_end(tmp_path, caplog)
 
     data, collate = pairing()
     for rate, every, more in ((1e-3, 1, []), (0.5, 0, [Stop()])):
-        args = config(tmp_path, optim="sgd", retain_term="nll", max_steps=4)
+        again = goes_on and bool(more)
+        args = config(tmp_path, optim="sgd", retain_term="nll", max_steps=3 if again else 4)
         args.learning_rate = rate
+        args.save_strategy, args.save_steps = ("steps" if goes_on else "no"), 1
         sides = [collator()([side[i] for i in range(6)]) for side in (data.forget, data.retain)]
         caplog.clear()
         trainer = UnlearnTrainer(
             tiny_model(), args, train_dataset=data, data_collator=collate,
             callbacks=[NLLCallback(every, [sides[0]], [sides[1]]), *more],
         )  # fmt: skip
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if again else None)
         assert ("holds records of steps up to 4" in caplog.text) == bool(more)
+        assert ("this training ends at step 3" in caplog.text) == again
+        if goes_on and not again:
+            write_record(tmp_path, [row | {"value": 99.0} for row in read_step(tmp_path, 2)])
     total, n = plain_nll(trainer.model.eval(), [sides[1]])
     found = [row["value"] for row in read_step(tmp_path, 2) if row["quantity"] == "risk" and row["side"] == "retain"]
     assert found == [pytest.approx(float(total.detach()) / n, rel=1e-5)]

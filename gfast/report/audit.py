@@ -145,7 +145,7 @@ def audit(
     folder = Path(run_folder)
     runs = load_runs([folder, *(Path(other) for other in beside)])
     of_folder = [each for each in runs if each.folder == folder]
-    run = _with_nll_of_sets(_chosen(of_folder, objective), of_folder)
+    run = replace(_with_nll_of_sets(_chosen(of_folder, objective), of_folder), along=None)
     result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
     total = result.get("steps") or max(int(each.steps[-1]) for each in of_folder)
     updates = [_update(run, step, criteria) for step in _measured(run) if step < total]
@@ -158,6 +158,8 @@ def audit(
     match(summaries)
     forget, retain = summaries[0]["forget_nll"], summaries[0]["retain_nll"]
     outcome = criteria.outcome(forget, retain, total)
+    if not result and (run.info.get("argv") or [])[:2] == ["gfast", "unlearn"]:  # which leaves one
+        outcome.insert(0, "the run did not finish (it left no result.json)")
     record = {
         "passed": not failed and not outcome,
         "verdict": _verdict(updates, failed, total, outcome),
@@ -224,7 +226,8 @@ def _stopped(runs: list[Run]) -> str | None:
     from gfast.training.stop import parse_rules
 
     rows = pd.concat([run.records for run in runs])
-    rows = rows[(rows["quantity"] == "stop") & (rows["step"] == rows["step"].max())]
+    # What a step measures is recorded at the step before it.
+    rows = rows[(rows["quantity"] == "stop") & (rows["step"] >= rows["step"].max() - 1)]
     held = [row for row in rows.itertuples() if row.value >= parse_rules(row.group)[0].times]
     return f"rule {held[0].group!r} at step {held[0].step}" if held else None
 

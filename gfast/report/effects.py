@@ -47,8 +47,8 @@ def objective_of(run: Run) -> Any:
 
 
 def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(step, weights [S], unlearn effects [S], retain effects [S]) of a run, samples without labels left out; empty
-    where the objective has no weight a sample or nothing was recorded.
+    """(step, weights [S], unlearn effects [S], retain effects [S]) of a run, without samples that have no label or a
+    value that is not finite; empty where the objective has no weight a sample or nothing was recorded.
     """
     objective, by_step = objective_of(run), []
     for step, effect in run.effects("sample") if objective is not None else ():
@@ -56,10 +56,20 @@ def weighted_samples(run: Run) -> list[tuple[int, np.ndarray, np.ndarray, np.nda
             weight = effect.weights(objective)
         except ValueError:
             return []
-        counted = (effect.tokens > 0).numpy()
-        sides = (effect.total(side).numpy()[counted] for side in SIDES)
-        by_step.append((step, weight.numpy()[counted], *sides))
+        values = [weight.numpy(), *(effect.total(side).numpy() for side in SIDES)]
+        counted = (effect.tokens > 0).numpy() & np.isfinite(values).all(axis=0)
+        if counted.any():
+            by_step.append((step, *(each[counted] for each in values)))
     return by_step
+
+
+def last_tokens(run: Run) -> tuple[int, Any] | None:
+    """The last step at which the effects of tokens were measured and are finite, and they; None where there is none."""
+    for step, effect in reversed(run.effects("token") if run.texts else []):
+        parts = [effect.total("retain"), *filter(None, (effect.logp, effect.ref_logp))]
+        if all(bool(each.isfinite().all()) for part in parts for each in part):
+            return step, effect
+    return None
 
 
 def draw_samples(runs: list[Run], theme: Theme) -> Figure:
@@ -161,9 +171,9 @@ def _joint(
 def draw_tokens(runs: list[Run], theme: Theme) -> Figure:
     """Answers with each token coloured by its effect on the retain set and sized by the weight the objective gives it.
 
-    Each run shows the last step at which tokens were measured.
+    Each run shows the last step at which tokens were measured, and their effects are finite.
     """
-    shown = [(run, run.effects("token")[-1], run.texts) for run in runs if run.effects("token") and run.texts]
+    shown = [(run, last, run.texts) for run in runs if (last := last_tokens(run))]
     every = np.concatenate([np.concatenate([t.numpy() for t in e.total("retain")]) for _, (_, e), _ in shown])
     top = np.abs(every).max(initial=1e-12)
     norm = SymLogNorm(linthresh=min(linear_threshold(every), top), vmin=-top, vmax=top)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from gfast.report.effects import draw_answers, draw_samples, draw_tokens, weighted_samples
+from gfast.report.effects import draw_answers, draw_samples, draw_tokens, last_tokens, weighted_samples
 from gfast.report.matched import match
 from gfast.report.runs import TEXTS, Run
 from gfast.report.style import (
@@ -90,16 +90,20 @@ def drawings(runs: list[Run]) -> list[Drawing]:
     """The figures that these runs have data for, in the order of the page."""
     groups = all_groups(runs)
     once, few = all(run.once for run in runs), len(groups) <= MAX_PANEL_GROUPS
+
+    def there(run: Run, *key: str) -> int:
+        return len(_finite(*run.series(*key))[0])
+
     drawn = {
         "geffect-once": _draw_once if groups and once else None,
         "geffect": _draw_totals if groups and not once else None,
         "geffect-groups": None if not groups or once and few else _draw_groups if few else _draw_heat,
-        "training": _draw_training if any(len(run.series(name)[0]) for run in runs for name in _TRAINING) else None,
-        "nll": _draw_nll if any(len(run.series("risk", side)[0]) > 1 for run in runs for side in SIDES) else None,
+        "training": _draw_training if any(there(run, name) for run in runs for name in _TRAINING) else None,
+        "nll": _draw_nll if any(there(run, "risk", side) > 1 for run in runs for side in SIDES) else None,
         "pareto": draw_pareto if any(len(summarize(run)["course"]) > 1 for run in runs) else None,
         "samples": draw_samples if any(weighted_samples(run) for run in runs) else None,
         "answers": draw_answers if any(run.effect_files("sample") and run.texts for run in runs) else None,
-        "tokens": draw_tokens if any(run.effect_files("token") and run.texts for run in runs) else None,
+        "tokens": draw_tokens if any(map(last_tokens, runs)) else None,
     }
     return [Drawing(name, **TEXTS["figures"][name], draw=draw) for name, draw in drawn.items() if draw is not None]
 
@@ -213,7 +217,7 @@ def _draw_once(runs: list[Run], theme: Theme) -> Figure:
 def _draw_groups(runs: list[Run], theme: Theme) -> Figure:
     groups = all_groups(runs)
     figure = Figure(figsize=(2.1 * len(groups) + 1.5, 1.55 * len(runs) + 0.9), layout="constrained")
-    grid = figure.subplots(len(runs), len(groups), squeeze=False, sharex="row", sharey=True)
+    grid = figure.subplots(len(runs), len(groups), squeeze=False, sharex=True, sharey=True)
     for row, run in zip(grid, runs, strict=True):
         for ax, group in zip(row, groups, strict=True):
             zero_line(ax, theme)
@@ -272,7 +276,7 @@ def _draw_heat(runs: list[Run], theme: Theme) -> Figure:
     bar = figure.colorbar(mesh, ax=list(grid.flat), fraction=0.04, pad=0.02)
     exponent = math.floor(math.log10(top))
     bar.set_ticks([-(10.0**exponent), 0, 10.0**exponent], labels=[power(-(10.0**exponent)), "0", power(10.0**exponent)])
-    bar.set_label("G-effect (below zero: a step raises this set's NLL)")
+    bar.set_label("G-effect (below zero:\na step raises this set's NLL)")
     return figure
 
 

@@ -24,7 +24,8 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     linearly between the evaluated steps, where there are more than two and all runs were asked as many samples.
 
     Without a level it is the largest forget NLL of the run that forgot least; runs whose forget NLL never rose (by
-    more than rounding) take no part. Runs that say that they were measured on different rows are not compared.
+    more than rounding) take no part, nor do those that diverged, whatever they were on their way. Runs that say that
+    they were measured on different rows are not compared.
 
     >>> runs = [{"course": [[0, 0.0, 0.1], [10, 4.0, 2.1]]}, {"course": [[0, 0.0, 0.1], [10, 2.0, 0.3]]}]
     >>> match(runs)
@@ -32,9 +33,11 @@ def match(summaries: Sequence[dict[str, Any]], level: float | None = None) -> No
     {'forget_nll': 2.0, 'retain_nll': 1.1, 'step': 5.0}
     """
     reached = {
-        at: max(forget for _, forget, _ in summary["course"]) for at, summary in enumerate(summaries) if _rises(summary)
+        at: max(forget for _, forget, _ in summary["course"])
+        for at, summary in enumerate(summaries)
+        if _rises(summary) and not summary.get("diverged")
     }
-    if level is None and len(reached) > 1:
+    if level is None and len({_training(summaries[at], at) for at in reached}) > 1:
         level = min(reached.values())
     asked = {str(summary["evaluated_on"]) for summary in summaries if summary.get("evaluated_on")}
     for at, summary in enumerate(summaries):
@@ -56,6 +59,18 @@ def on_other_rows(summaries: Sequence[dict[str, Any]]) -> bool:
     }
     first = next(iter(starts.values()), None)
     return any(not np.allclose(start, first, rtol=NOISE, atol=NOISE) for start in starts.values())
+
+
+def _training(summary: dict[str, Any], at: int) -> tuple[Any, str]:
+    """One for all objectives that were measured along one training."""
+    return summary.get("run", at), str(summary["course"])
+
+
+def _once_each(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first summary of each training."""
+    return list({_training(summary, at): summary for at, summary in reversed(list(enumerate(summaries)))}.values())[
+        ::-1
+    ]
 
 
 def _rises(summary: dict[str, Any]) -> bool:
@@ -95,15 +110,18 @@ def matched_sentence(summaries: Sequence[dict[str, Any]]) -> str:
         return (
             "These runs were measured on different rows (their settings say which), so that their NLL do not compare."
         )
+    summaries = _once_each(summaries)
     nlls = {summary["label"]: summary["matched"]["retain_nll"] for summary in summaries if summary.get("matched")}
     if len(nlls) < 2:
         return ""
     level = next(summary["matched"]["forget_nll"] for summary in summaries if summary.get("matched"))
+    runs = {summary.get("run", at) for at, summary in enumerate(summaries) if not summary.get("diverged")}
+    them = "those that did not diverge" if any(summary.get("diverged") for summary in summaries) else "them"
     least, most = min(nlls, key=nlls.__getitem__), max(nlls, key=nlls.__getitem__)
     if nlls[least] == nlls[most]:
         return f"At a forget NLL of {number(level)} all have one retain NLL ({number(nlls[least])})."
     return (
-        f"At a forget NLL of {number(level)}, which {'all' if len(nlls) == len(summaries) else len(nlls)} of them "
+        f"At a forget NLL of {number(level)}, which {'all' if len(nlls) == len(runs) else len(nlls)} of {them} "
         f"reach, {least} has the lowest retain NLL ({number(nlls[least])}) and {most} the highest "
         f"({number(nlls[most])}). Each is one run: how much of that is chance, only runs of several seeds can say."
     )
@@ -121,7 +139,7 @@ def lesson(summaries: Sequence[dict[str, Any]]) -> str:
     where they say the same as equal forgetting, there is nothing to compare, or the difference is not more than twice
     what seeds make of it (`deviation` over seeds, where there are several).
     """
-    there = [summary for summary in summaries if summary.get("matched")]
+    there = [summary for summary in _once_each(summaries) if summary.get("matched")]
     if len(there) < 2:
         return ""
     ends = {summary["label"]: (summary["course"][-1][1], summary["course"][-1][2]) for summary in there}

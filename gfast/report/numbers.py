@@ -16,5 +16,5 @@ def number(value: float | None) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{mantissa}e{int(exponent)}"
     else:
-        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
     return text.replace("-", "−")

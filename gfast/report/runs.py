@@ -13,6 +13,7 @@ import pandas as pd
 
 from gfast.files import files_like, readable
 from gfast.geffect.groups import depth
+from gfast.sides import SETS, SIDES
 
 # Titles and captions of the figures, formulas of the objectives.
 TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
@@ -32,6 +33,8 @@ class Run:
     records: pd.DataFrame
     seeds: tuple[Run, ...] = ()  # of the mean of several runs: those runs
     of_batches: bool = False  # measured by training steps: its NLL is that of each step's batches, not of whole sets
+    along: str | None = None  # the objective of the training that it was only measured along, whose the NLL is
+    ended: str | None = None  # how its folder says that the training diverged, whatever was measured along it
 
     def series(self, quantity: str, side: str = "", group: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one recorded quantity, ordered by step; both empty where it was not recorded.
@@ -66,6 +69,11 @@ class Run:
     def once(self) -> bool:
         """Whether it is one state of a model, as `gfast geffect` measures it: it has no course and no end to judge."""
         return len(self.steps) == 1
+
+    @property
+    def diverged(self) -> str | None:
+        """How it is seen that the model ended as one of NaN or infinite numbers; None where nothing says so."""
+        return self.ended or next(filter(None, (_broken(self, "g_effect", side, "total") for side in SIDES)), None)
 
     @property
     def evaluations(self) -> dict[int, dict[str, Any]]:
@@ -137,9 +145,11 @@ def load_runs(folders: list[Path]) -> list[Run]:
         info = read_run_info(folder) if (folder / "run.json").exists() else {}
         # A folder may hold several objectives measured along one run (gfast geffect): each is a curve of its own.
         frame = read_records(folder)
+        trained, ended = _trained(frame, info), _ended(folder, frame)
         for objective, rows in frame.groupby("objective", sort=False):
-            read.append((folder, str(objective), info, rows.reset_index(drop=True)))
-    labels = [_short(objective) for _, objective, _, _ in read]
+            along = None if str(objective) == trained else trained
+            read.append((folder, str(objective), info, rows.reset_index(drop=True), along, ended))
+    labels = [_short(objective) for _, objective, *_ in read]
     names = distinct_names(folders)
     return [
         Run(
@@ -148,9 +158,39 @@ def load_runs(folders: list[Path]) -> list[Run]:
             label if labels.count(label) == 1 else f"{label} · {names[folder]}",
             *rest,
             of_batches=rest[0].endswith(LIVE),
+            along=None if rest[0].endswith(LIVE) else along,
+            ended=ended,
         )
-        for label, (folder, *rest) in zip(labels, read, strict=True)
+        for label, (folder, *rest, along, ended) in zip(labels, read, strict=True)
     ]
+
+
+def _ended(folder: Path, frame: pd.DataFrame) -> str | None:
+    """How a folder says that its training diverged: diverged.json, or the last NLL or loss of its records."""
+    from gfast.training.records import read_diverged
+
+    if mark := read_diverged(folder):
+        return f"at step {mark['step']} {mark['why']}"
+    whole = Run(folder, "", "", "", {}, frame)
+    keys = *(("risk", side, "") for side in SIDES), ("loss", "", "")
+    return next(filter(None, (_broken(whole, *key) for key in keys)), None)
+
+
+def _broken(run: Run, quantity: str, side: str, group: str) -> str | None:
+    """That the last value of a quantity is not finite, in words."""
+    steps, values = run.series(quantity, side, group)
+    if not len(values) or np.isfinite(values[-1]):
+        return None
+    what = {"risk": "NLL", "g_effect": "G-effect", "loss": "loss"}[quantity]
+    where = f" on the {dict(zip(SIDES, SETS, strict=True))[side]} set" if side else ""
+    return f"at step {steps[-1]} the {what}{where} is {values[-1]}"
+
+
+def _trained(frame: pd.DataFrame, info: dict[str, Any]) -> str | None:
+    """Which of several objectives whose NLL is recorded a folder's training descends; None where nothing says so."""
+    names = set(frame.loc[frame["quantity"] == "risk", "objective"])
+    losses = frame.loc[frame["quantity"] == "loss", "objective"].unique()
+    return next((name for name in (info.get("objective"), *losses) if name in names), None)
 
 
 def measured_runs(folders: list[Path]) -> list[Run]:

@@ -44,14 +44,17 @@ def summarize(run: Run) -> dict[str, Any]:
 
     `unlearn_peak` and `retain_damage` are the lowest totals with their steps (`retain_damage` is None where the retain
     G-effect was never below zero). `damage_ratio` is the sum of the negative retain totals over the sum of the negative
-    unlearn totals, over the recorded steps. `nonfinite` counts recorded values that are not finite: they are left out.
-    Live effects have no NLL and no course here: theirs are of batches, those of other runs of whole sets.
+    unlearn totals, `effect_ratio` the quotient of both sums, over the steps that have both. `nonfinite` counts recorded
+    values that are not finite: they are left out. `diverged` says how it is seen that there are only such in the end.
+    Live effects have no NLL and no course here: theirs are of batches, those of other runs of whole sets. Nor has an
+    objective that was only measured along the training of another (`along`): they are what the other one did.
     """
     unlearn_steps, unlearn, bad_unlearn = _clean(run, "g_effect", "unlearn", "total")
     retain_steps, retain, bad_retain = _clean(run, "g_effect", "retain", "total")
     _, cosine, _ = _clean(run, "cosine", "retain", "total")
-    harm = np.abs(retain[retain < 0]).sum()
-    gain = np.abs(unlearn[unlearn < 0]).sum()
+    spent, gained = retain[np.isin(retain_steps, unlearn_steps)], unlearn[np.isin(unlearn_steps, retain_steps)]
+    harm = np.abs(spent[spent < 0]).sum()
+    gain = np.abs(gained[gained < 0]).sum()
     return {
         "run": run.name,
         "label": run.label,
@@ -59,19 +62,21 @@ def summarize(run: Run) -> dict[str, Any]:
         "recorded_steps": len(run.steps),
         "last_step": int(run.steps[-1]) if len(run.steps) else None,
         "once": run.once,
+        "diverged": run.diverged,
         "of_answers": bool(run.effect_files("sample")),
-        "forget_nll": None if run.of_batches else _ends(run, "unlearn"),
-        "retain_nll": None if run.of_batches else _ends(run, "retain"),
+        "along": run.along,
+        "forget_nll": None if run.of_batches or run.along else _ends(run, "unlearn"),
+        "retain_nll": None if run.of_batches or run.along else _ends(run, "retain"),
         "unlearn_peak": _lowest(unlearn_steps, unlearn),
         "unlearn_negative": {"steps": int((unlearn < 0).sum()), "of": len(unlearn)} if len(unlearn) else None,
         "retain_damage": _lowest(retain_steps, retain),
         "retain_negative": {"steps": int((retain < 0).sum()), "of": len(retain)} if len(retain) else None,
         "retain_lowest_cosine": float(cosine.min()) if len(cosine) else None,
-        "damage_ratio": float(harm / gain) if gain > 0 and len(retain) else None,
+        "damage_ratio": float(harm / gain) if gain > 0 else None,
         "unlearn_total": float(unlearn.sum()) if len(unlearn) else None,
         "retain_total": float(retain.sum()) if len(retain) else None,
-        "effect_ratio": float(retain.sum() / unlearn.sum()) if len(retain) and unlearn.sum() else None,
-        "course": [] if run.of_batches else _course(run),
+        "effect_ratio": float(spent.sum() / gained.sum()) if gained.sum() else None,
+        "course": [] if run.of_batches or run.along else _course(run),
         "retention": [[step, retention(values)] for step, values in sorted(run.evaluations.items())],
         "measured_on": run.measured_on,
         "evaluated_on": next(({name: values.get("samples") for name, values in evaluation["sets"].items()}
@@ -160,9 +165,10 @@ def markdown(summaries: Sequence[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(_escape(row[key]) for key, _ in columns) + " |")
     note = (
         "Retain harm per unlearning is the sum of the negative retain G-effects divided by the sum of the negative "
-        "unlearn G-effects over the recorded steps: 0 is no harm, 1 is as much harm as unlearning. Retain over unlearn "
-        "G-effect is the quotient of both sums. Retain NLL at equal forget NLL is interpolated along each run where "
-        "its forget NLL first reaches what all runs reach: end points compare who went further, not who is better."
+        "unlearn G-effects over the steps that have both: 0 is no harm, 1 is as much harm as unlearning. Retain over "
+        "unlearn G-effect is the quotient of both sums. Retain NLL at equal forget NLL is interpolated along each run "
+        "where its forget NLL first reaches what all runs reach: end points compare who went further, not who is "
+        "better."
     )
     if len(columns) > len(COLUMNS):
         note += " What evaluations along the run say is interpolated to the same step."
@@ -177,6 +183,16 @@ def _escape(text: str) -> str:
 def reading(summary: dict[str, Any]) -> dict[str, str]:
     """An honest reading of one run, from its numbers alone: `verdict` (a few words), `tone` and `text` (sentences)."""
     unlearn, retain = summary["unlearn_negative"], summary["retain_negative"]
+    left_out = (
+        f"{summary['nonfinite']} recorded values were not finite and are left out." if summary["nonfinite"] else ""
+    )
+    if summary["diverged"]:
+        said = [f"{summary['diverged'][0].upper()}{summary['diverged'][1:]}."]
+        if not summary["once"]:
+            said += [_unlearn_sentence(summary) if unlearn else "", _retain_sentence(summary) if retain else ""]
+            said += [_nll_sentence(summary), left_out]
+        verdict = "not finite" if summary["once"] else "diverged"
+        return {"verdict": verdict, "tone": "bad", "text": " ".join(filter(None, said))}
     if not unlearn or not retain:
         if summary["of_answers"]:
             said = (
@@ -202,19 +218,28 @@ def reading(summary: dict[str, Any]) -> dict[str, str]:
             )
     else:
         parts = [_unlearn_sentence(summary), _retain_sentence(summary)]
-    if forget and retain_nll and not summary["once"]:
-        gained, lost = forget["after"] - forget["before"], retain_nll["after"] - retain_nll["before"]
-        sentence = (
-            f"NLL went from {number(forget['before'])} to {number(forget['after'])} on the forget set and from "
-            f"{number(retain_nll['before'])} to {number(retain_nll['after'])} on the retain set"
-        )
-        if gained > 0 and lost > 0:
-            sentence += f": {number(lost / gained)} nats lost on retain for each nat forgotten"
-        parts.append(sentence + ".")
-    if summary["nonfinite"]:
-        parts.append(f"{summary['nonfinite']} recorded values were not finite and are left out.")
+    if summary["along"]:
+        parts.insert(0, f"Measured along a training by {summary['along']}, which is what became of the NLL.")
     verdict, tone = _verdict(summary)
-    return {"verdict": verdict, "tone": tone, "text": " ".join(parts)}
+    parts += ["" if summary["once"] else _nll_sentence(summary), left_out]
+    return {"verdict": verdict, "tone": tone, "text": " ".join(filter(None, parts))}
+
+
+def _nll_sentence(summary: dict[str, Any]) -> str:
+    """How both NLL went, between the first and the last step that have both; empty where there are not two."""
+    course = summary["course"]
+    if len(course) < 2:
+        return ""
+    (_, *before), (step, *after) = course[0], course[-1]
+    gained, lost = (end - start for start, end in zip(before, after, strict=True))
+    until = f", by step {step}" if step < summary["last_step"] else ""
+    sentence = (
+        f"NLL went from {number(before[0])} to {number(after[0])} on the forget set and from {number(before[1])} to "
+        f"{number(after[1])} on the retain set{until}"
+    )
+    if gained > 0 and lost > 0:
+        sentence += f": {number(lost / gained)} nats lost on retain for each nat forgotten"
+    return sentence + "."
 
 
 def comparison(summaries: Sequence[dict[str, Any]]) -> str:
@@ -267,16 +292,19 @@ def _retain_sentence(summary: dict[str, Any]) -> str:
 
 def _verdict(summary: dict[str, Any]) -> tuple[str, str]:
     """The worse of two ratios decides: retain harm per unlearning, to first order (G-effect) and in NLL."""
-    once = summary["once"]
-    forget, retain_nll = (None, None) if once else (summary["forget_nll"], summary["retain_nll"])
-    gained = forget["after"] - forget["before"] if forget else None
-    if not summary["unlearn_peak"] or (gained is not None and gained <= 0):
+    once, course = summary["once"] or summary["along"], summary["course"]
+    forget = None if once else summary["forget_nll"]
+    if not summary["unlearn_peak"] or (forget and forget["after"] <= forget["before"]):
         return "would not unlearn" if once else "did not unlearn", "bad"
     ratios = [summary["damage_ratio"]]
-    if gained is not None and retain_nll:
-        ratios.append((retain_nll["after"] - retain_nll["before"]) / gained)
-    ratio = max(r for r in ratios if r is not None)
+    if len(course) > 1:
+        gained, lost = (end - start for start, end in zip(course[0][1:], course[-1][1:], strict=True))
+        ratios.append(lost / gained if gained > 0 else math.inf if lost > 0 else None)
+    known = [ratio for ratio in ratios if ratio is not None]
+    if not known:
+        return "no step with both sides", "plain"
+    ratio = max(known)
     for limit, words, tone in HARM:
-        if ratio < limit:
+        if ratio < limit or limit == math.inf:
             return f"{'would unlearn' if once else 'unlearned'}, {words} retain harm", tone
     raise AssertionError("the last limit of HARM is infinite")

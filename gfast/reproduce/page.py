@@ -156,7 +156,7 @@ def _grid_note(grid: Mapping[str, Any]) -> str:
     if grid["rank"] is not None:
         note += (
             f"Rank correlation of the predicted ratio and the retain NLL of the real runs: {grid['rank']:+.2f} "
-            f"(over {len(grid['rows'])} settings)."
+            f"(over {grid['ranked']} settings)."
         )
     return note
 

@@ -45,8 +45,8 @@ CALIBRATED_COLUMNS = (
 NOTE = (
     "Mean ± standard deviation over {seeds} seeds. Retain NLL at equal forget NLL is interpolated along a run where "
     "its forget NLL first reaches {level}, and so is what evaluations along the run say, at that step; a dash: it "
-    "never does, or began there. Retain over unlearn G-effect is the quotient of both sums over the recorded steps. "
-    "Forget quality compares truth ratios with those of the retain model: 0 is alike."
+    "never does, or began there. Retain over unlearn G-effect is the quotient of both sums over the steps that have "
+    "both. Forget quality compares truth ratios with those of the retain model: 0 is alike."
 )
 CALIBRATED = (
     "Unlearned weights are mixed with those before unlearning, with the largest share that keeps {keep}; what "
@@ -221,9 +221,9 @@ class Results:
                     else f"There the {what} is that of all alike ({cell(retained[most])})."
                 )
         ends = [
-            {"label": name, "course": summarize(self.runs[name])["course"],
-             "matched": dict(zip(("retain_nll", "deviation"), matched[name], strict=True))}
-            for name in matched
+            {"label": row["name"], "course": [[0, row["forget_nll"][0], row["retain_nll"][0]]],  # its seeds' ends
+             "matched": dict(zip(("retain_nll", "deviation"), row["matched"], strict=True))}
+            for row in self.rows if row.get("matched")
         ]  # fmt: skip
         sentences += filter(None, [lesson(ends)])
         extracted = {row["name"]: row["calibrated_extraction"] for row in self.rows if row.get("calibrated_extraction")}
@@ -270,7 +270,14 @@ class Results:
                 "forget_nll": _end(summary, "forget"),
             })  # fmt: skip
         level = next((each["matched"]["forget_nll"] for each in summaries.values() if each["matched"]), None)
-        return {"rows": rows, "level": level, "rank": rank_correlation(rows), "run": grid.run, "step": grid.step}
+        return {
+            "rows": rows,
+            "level": level,
+            "rank": rank_correlation(rows),
+            "ranked": len(ranked(rows)),
+            "run": grid.run,
+            "step": grid.step,
+        }
 
     def sizes(self) -> list[dict[str, Any]]:
         """Forget sets of other sizes, with the recipe's own, compared by objective."""
@@ -328,9 +335,14 @@ def _end(summary: Mapping[str, Any], side: str) -> float | None:
     return ends["after"] if ends else None
 
 
+def ranked(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Predicted ratio and retain NLL of the settings that have both."""
+    return [(row["predicted"], row["matched"]) for row in rows if None not in (row["predicted"], row["matched"])]
+
+
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Spearman's, between the predicted ratio and the retain NLL of real runs; None for fewer than three."""
-    pairs = [(row["predicted"], row["matched"]) for row in rows if None not in (row["predicted"], row["matched"])]
+    pairs = ranked(rows)
     if len(pairs) < 3:
         return None
     from scipy.stats import spearmanr

@@ -3,7 +3,7 @@
 
 A run folder holds `run.json` (what the run is), `records/step-00000010.parquet` (what was measured at step 10) and the
 trainer's checkpoints. A file is written whole or not at all, and writing a step again replaces the rows with the same
-key, so a run that is killed and resumed neither loses nor doubles a step.
+key, so a run that is killed and resumed neither loses nor doubles a step, whatever its folder is called by then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import pandas
 
 COLUMNS = ("run", "objective", "step", "epoch", "quantity", "side", "group", "value")
-KEY = ("run", "objective", "step", "quantity", "side", "group")
+# A folder is one run: the name that a row has of it changes with that of the folder.
+KEY = ("objective", "step", "quantity", "side", "group")
 SORT = ("step", "run", "objective", "quantity", "side", "group")
 # What a run is does not depend on when, where or with which command line it was started.
 NOT_IN_FINGERPRINT = frozenset({"argv", "versions", "created", "fingerprint", "device", "data_sha256", "tokens_sha256"})
@@ -57,7 +58,7 @@ def token_texts_file(run_folder: str | os.PathLike[str]) -> Path:
     return Path(run_folder) / "effects" / "token-texts.json"
 
 
-def run_name(output_dir: str) -> str:
+def run_name(output_dir: str | os.PathLike[str]) -> str:
     """The name of a run in its records: that of its folder."""
     return readable(Path(output_dir).resolve().name)
 
@@ -69,7 +70,7 @@ def write_record(run_folder: str | os.PathLike[str], rows: Iterable[Mapping[str,
         run_folder: the run's folder; it is created if need be.
         rows: mappings with the keys run, objective, step, epoch, quantity, side, group, value (`side` and `group` may
             be missing: they are then ""), all of one step. Rows already in the step's file stay, unless a new row has
-            the same (run, objective, step, quantity, side, group): then the new one replaces it.
+            the same (objective, step, quantity, side, group): then the new one replaces it.
 
     Writers of one step, in threads or processes, wait for each other: nobody's rows are lost.
 
@@ -173,7 +174,7 @@ def read_records(run_folder: str | os.PathLike[str]) -> pandas.DataFrame:
     frame = pandas.DataFrame(rows, columns=list(COLUMNS))
     kinds = {"step": "int64", "epoch": "float64", "value": "float64", **dict.fromkeys(_TEXT, "str")}
     frame = frame.astype(kinds)
-    return frame.sort_values(list(SORT), kind="stable").drop_duplicates(list(KEY), keep="last").reset_index(drop=True)
+    return frame.sort_values(list(SORT), kind="stable").reset_index(drop=True)
 
 
 def recorded_steps(run_folder: str | os.PathLike[str]) -> list[int]:
@@ -187,26 +188,29 @@ def recorded_steps(run_folder: str | os.PathLike[str]) -> list[int]:
 def read_step(run_folder: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
     """The rows of one step, [] if nothing was recorded there; DamagedFile for a damaged file."""
     path = step_file(run_folder, step)
-    return _read_rows(path, step) if path.exists() else []
+    rows = _read_rows(path, step) if path.exists() else []
+    name = run_name(run_folder)
+    rows.sort(key=lambda row: row["run"] == name)  # of several with one key the one of the folder's present name
+    return list({_key(row): row for row in rows}.values())
 
 
-def say_other_training(run_folder: str) -> None:
-    """A warning where a training begins in a folder that holds records of another. `gfast unlearn` knows by run.json
-    whose they are.
+def say_other_training(run_folder: str, step: int, end: int) -> None:
+    """A warning where a training that begins at this step and ends at that one does so in a folder that holds records
+    of another. `gfast unlearn` knows by run.json whose they are.
     """
     last = max(recorded_steps(run_folder), default=0)
-    if last and not (Path(run_folder) / "run.json").exists():
-        _say_other_training(run_folder, last)
+    if last > (end if step else 0) and not (Path(run_folder) / "run.json").exists():
+        _say_other_training(run_folder, last, f"ends at step {end}" if step else "begins at step 0")
 
 
 @functools.cache
-def _say_other_training(run_folder: str, last: int) -> None:
+def _say_other_training(run_folder: str, last: int, does: str) -> None:
     logging.getLogger("gfast").warning(
-        "gfast: %s holds records of steps up to %d, and this training begins at step 0: those that it does not come to "
-        "stay, and reports show both as one run. Give another output_dir, go on with resume_from_checkpoint=True, or "
-        "delete %s",
+        "gfast: %s holds records of steps up to %d, and this training %s: those that it does not come to stay, and "
+        "reports show both as one run. Give another output_dir, go on with resume_from_checkpoint=True, or delete %s",
         run_folder,
         last,
+        does,
         Path(run_folder) / "records",
     )
 

@@ -105,8 +105,8 @@ class RecordTerms(TrainerCallback):
         self._learning_rate = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0 and state.is_world_process_zero:
-            say_other_training(str(args.output_dir))
+        if state.is_world_process_zero:
+            say_other_training(str(args.output_dir), state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Later the scheduler has moved on: this is the rate that the step is taken with.

@@ -50,18 +50,18 @@ class Trajectory(TrainerCallback):
         self.every, self.forget, self.retain = whole("every", every, meaning=between), forget, retain
         self.run_folder, self.run = run_folder, run
         self.seconds = 0.0  # of the training, that measurements took
-        self._before: frozenset[int] = frozenset()  # steps that were recorded when a training began at step 0
+        self._before: frozenset[int] = frozenset()  # steps that were recorded when a training began, of another one
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         # A fresh start is always measured: what the folder holds, of whatever step, may be of another model.
         step = state.global_step
-        if step == 0 and state.is_world_process_zero:
-            self._before = frozenset(recorded_steps(self._folder(args)))
-            say_other_training(str(self._folder(args)))
-        else:
-            self._before = frozenset()
+        self._before = frozenset()
+        if state.is_world_process_zero:  # one that goes on has the records up to its checkpoint
+            recorded = recorded_steps(self._folder(args))
+            self._before = frozenset(each for each in recorded if step == 0 or each > step)
+            say_other_training(str(self._folder(args)), step, state.max_steps)
         if step == 0 or (self._on_grid(step) and not self._is_measured(args, step)):
             self._timed(args, state, model, kwargs.get("optimizer"))
 

@@ -82,7 +82,12 @@ class EffectHistory(Effect):
                 "objective="
             )
         of_it = {step: [row for row in of_step if row["objective"] == objective] for step, of_step in by_step.items()}
-        by_step = {step: of_step for step, of_step in of_it.items() if of_step}
+        # A step that measured neither side has norms alone.
+        by_step = {
+            step: of_step
+            for step, of_step in of_it.items()
+            if any(row["quantity"] == "g_effect" and row["group"] != "total" for row in of_step)
+        }
         risks: dict[int, dict[str, float]] = {step: {} for step in by_step}
         for row in records if risk == "NLL()" else ():  # the callback records this one, whatever was measured
             if row["quantity"] == "risk" and row["objective"] == objective and row["step"] in risks:

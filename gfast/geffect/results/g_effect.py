@@ -59,7 +59,8 @@ class GEffect(Effect):
 
     def total(self, side: str) -> float:
         """The G-effect over all parameters: the sum over groups. `side` is "unlearn" or "retain"."""
-        return math.fsum(self._side(side).values())
+        values = list(self._side(side).values())
+        return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)  # fsum raises at inf - inf
 
     def cosine(self, side: str, group: str | None = None) -> float:
         """cos(grad R(D), grad L) within a group, or over all parameters (None or "total").
