@@ -208,6 +208,24 @@ def merged(model: Any) -> nn.Module:
     return model.merge_and_unload()
 
 
+def unsaved(model: nn.Module) -> list[str]:
+    """Of a model with adapters, the trained parameters that PEFT does not save: those of the base beside them."""
+    peft = _peft_of(model)
+    if not hasattr(peft, "get_base_model"):  # no adapters, or several kinds of them, which PEFT does not save at all
+        return []
+    from peft import get_peft_model_state_dict
+
+    trained = [(name, p.data_ptr()) for name, p in peft.named_parameters() if p.requires_grad]
+    for embeddings in (False, "auto"):  # "auto", as PEFT saves, may ask the hub
+        options = {"save_embedding_layers": embeddings}
+        saved = (get_peft_model_state_dict(peft, None, name, **options) for name in peft.peft_config)
+        kept = {tensor.data_ptr() for tensors in saved for tensor in tensors.values()}
+        trained = [(name, place) for name, place in trained if place not in kept]
+        if not trained:
+            break
+    return [name for name, _ in trained]
+
+
 def check_frozen_adapter(model: nn.Module, name: str) -> None:
     """ValueError unless the model with the adapter of that name stays as it is, whatever is trained."""
     peft = _peft_of(model)

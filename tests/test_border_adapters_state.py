@@ -158,3 +158,43 @@ def test_the_fingerprint_of_a_model_with_adapters_is_its_bases(kind):
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "down_proj" in name).add_(1e-3)
     assert model_fingerprint(model) != expected
+
+
+@pytest.mark.parametrize("kind", ["norm", "saved norm", "two at once"])
+def test_a_run_goes_on_only_from_a_checkpoint_that_has_all_that_is_trained(kind, tmp_path, caplog):
+    """PEFT saves adapters alone, and Trainer loads one of them."""
+    from helpers.training_tiny import config, pairing, tiny_model
+
+    from gfast.training import UnlearnTrainer
+
+    peft = pytest.importorskip("peft")
+    data, collate = pairing()
+
+    def trained(steps, resume=None):
+        more = {"modules_to_save": ["norm"]} if kind == "saved norm" else {}
+        settings = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", **more)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(tiny_model(), settings)
+        if kind == "norm":
+            model.base_model.model.model.norm.weight.requires_grad_(True)
+        if kind == "two at once":
+            model.add_adapter("two", settings)
+            model.base_model.set_adapter(["default", "two"])
+        args = config(tmp_path, objective="GA", max_steps=steps, save_strategy="steps", save_steps=1)
+        UnlearnTrainer(model, args, train_dataset=data, data_collator=collate).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = trained(2)
+    assert ("norm.weight' is trained beside the adapters" in caplog.text) == (kind == "norm")
+    checkpoint = str(tmp_path / "checkpoint-1")
+    if kind == "saved norm":
+        again = dict(trained(2, checkpoint).named_parameters())
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(again[name], parameter, rtol=0, atol=0)
+    else:
+        message = {
+            "norm": "norm.weight' is trained beside",
+            "two at once": r"\['default', 'two'\] are trained together",
+        }
+        with pytest.raises(ValueError, match=message[kind]):
+            trained(2, checkpoint)
