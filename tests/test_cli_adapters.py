@@ -144,6 +144,34 @@ def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, c
     fails(capsys, message, *geffect(original, folder, tmp_path / "out", objectives="GA"))
 
 
+@pytest.mark.parametrize("kind", ["fewer layers", "all layers"])
+def test_an_adapter_whose_weights_have_no_place_is_refused(original, tmp_path, capsys, kind):
+    """PEFT loads the others, and says nothing."""
+    peft = pytest.importorskip("peft")
+    base, folder = original, tmp_path / "adapter"
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", trainable_token_indices=[3])
+    model = peft.get_peft_model(type(tiny_model()).from_pretrained(original), config)
+    model.save_pretrained(folder)
+    if kind == "fewer layers":
+        base = tmp_path / "small"
+        small = model.unload()
+        small.model.layers = small.model.layers[:1]
+        small.config.num_hidden_layers = 1
+        if hasattr(small.config, "layer_types"):
+            small.config.layer_types = (small.config.layer_types or ["full_attention"])[:1]
+        small.save_pretrained(base)
+    command = geffect(original, folder, tmp_path / "out", objectives="GA", base_model=base, tokenizer=original)
+    if kind == "all layers":
+        assert cli.main(command) == 0
+    else:
+        message = "layers.1.self_attn.q_proj.lora_A.weight' and 1 more have no place in the model"
+        fails(
+            capsys,
+            message if "layers" in kind else "no weights for 'base_model.model.lm_head.modules_to_save",
+            *command,
+        )
+
+
 def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys):
     for command in (
         geffect(original, adapter, lora_r=4),

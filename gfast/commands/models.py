@@ -250,9 +250,31 @@ def _with_adapter(arguments: ModelArguments, adapter: Adapter, empty: bool = Fal
     with warnings.catch_warnings():
         # PEFT warns alone of an adapter whose weights have other names than this base's: it would be a fresh one.
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        model = _loaded(what, adapter.name, lambda: PeftModel.from_pretrained(base, adapter.name, is_trainable=True))
+
+        def load() -> nn.Module:
+            model = PeftModel.from_pretrained(base, adapter.name, is_trainable=True)
+            _check_places(model, adapter)
+            return model
+
+        model = _loaded(what, adapter.name, load)
     _name_base(model, adapter.base)
     return model.eval()  # as from_pretrained leaves a model
+
+
+def _check_places(model: nn.Module, adapter: Adapter) -> None:
+    """ValueError for weights of an adapter that have no place in the model, which PEFT leaves out without a word: of
+    layers that the base lacks.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(model, load_peft_weights(adapter.name, device="cpu"))
+    left = sorted(found.unexpected_keys)
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise ValueError(
+            f"its weights {left[0]!r}{more} have no place in the model: {adapter.base} is not the base that it was "
+            f"trained on (--base_model)"
+        )
 
 
 def _with_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
