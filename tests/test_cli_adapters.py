@@ -191,6 +191,11 @@ def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):
             both = batches(ref_logp=lambda batch, of=of: model_logp(of.eval(), batch))
         expected = gfast.g_effect(model, NPO(beta=0.5), **both)
         assert found["unlearn"] == pytest.approx(expected.unlearn, rel=1e-3)
+    # The same model to the bit, also where merging would round: at first all weights are 1.
+    own = {"reference_model": adapter, "dtype": "bfloat16"}
+    found = measured(original, tmp_path / "16-bit", adapter, objectives=["TNPO"], **own)
+    ones = measured(original, tmp_path / "16-bit-ga", adapter, dtype="bfloat16", objectives=["GA"])
+    assert found["unlearn"] == pytest.approx(ones["unlearn"], rel=1e-6)
     whole = measured(original, tmp_path / "third", original, objectives=["NPO"], reference_model=adapter)
     assert whole["unlearn"] != measured(original, tmp_path / "fourth", original, objectives=["NPO"])["unlearn"]
 

@@ -22,7 +22,6 @@ from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.files import MANIFEST, check_manifest, read_json
 from gfast.objectives import Objective
-from gfast.peft_models import merged
 from gfast.training.batches import needed_from_cache
 from gfast.training.resume import last_checkpoint
 
@@ -149,15 +148,12 @@ def load_model(arguments: ModelArguments, empty: bool = False) -> nn.Module:
 
 
 def load_reference(arguments: ModelArguments, name: str) -> nn.Module:
-    """An original model to compare with, `name`; an adapter is merged into its base, because an adapter that can be
-    switched off would be: its model is base and adapter together.
+    """An original model to compare with, `name`: of an adapter base and adapter together, as they are. Merged in 16
+    bits they would differ from that by rounding.
     """
     adapter = find_adapter(arguments, name)
     say(f"Reference model {name}" + (f" over {adapter.base}" if adapter is not None else ""))
-    if adapter is None:
-        return _whole(arguments, name, None)
-    model = _with_adapter(arguments, adapter)
-    return _loaded("the adapter", name, lambda: merged(model))
+    return _whole(arguments, name, None) if adapter is None else _with_adapter(arguments, adapter)
 
 
 def _file(name: str, file: str) -> str | None:
