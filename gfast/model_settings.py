@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gfast import wrappers
+from gfast import peft_models, wrappers
 
 # Of a configuration, what changes no answer to a text in evaluation mode, or what the weights say themselves.
 _NEUTRAL = frozenset(
@@ -35,6 +35,9 @@ def settings_of(model: nn.Module, adapters: bool | str = True) -> dict[str, Any]
             if isinstance(scale, (int, float)) and adapters in (True, name):
                 scales.setdefault(name, set()).add(float(scale))
     settings |= {f"the scaling of adapter {name}": sorted(values) for name, values in scales.items()}
+    on = peft_models.adapters_on(model) if adapters is True else None
+    if on is not None:
+        settings["the adapters that are on"] = on
     return json.loads(json.dumps(settings, default=str))
 
 

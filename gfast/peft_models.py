@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,12 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options that change the base, whatever the initialisation: KaSA cuts its smallest singular values off.
 _REWRITING_OPTIONS = ("loftq_config", "kasa_config", "layer_replication")
 
+# Methods whose adapters, while they are zero, change nothing, to the bit.
+_ADD_NOTHING = frozenset(
+    "LORA ADALORA LOHA LOKR VERA PVERA IA3 LN_TUNING TRAINABLE_TOKENS MISS HIRA SHIRA BEFT RANDLORA GLORA GRALORA "
+    "TINYLORA LILY ADAMSS PEANUT SUPERTUNING DELORA WAVEFT FOURIERFT C3A VBLORA UNILORA".split()
+)
+
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model has PEFT adapters that can be switched off."""
@@ -29,12 +35,10 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return () if peft is None else tuple(sorted(peft.active_adapters))
 
 
-def active_configs(model: nn.Module) -> dict[str, Any]:
-    """The adapters that the model has on, by name, with their configurations: one that is deleted and added anew under
-    the same name has another.
-    """
+def configs(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Adapters by name, with their configurations: one that is deleted and added anew has another."""
     known = getattr(_peft_of(model), "peft_config", {})
-    return {name: known.get(name) for name in active_adapters(model)}
+    return {name: known.get(name) for name in names}
 
 
 def base_module(model: nn.Module) -> nn.Module | None:
@@ -45,17 +49,80 @@ def base_module(model: nn.Module) -> nn.Module | None:
     return peft.get_base_model() if hasattr(peft, "get_base_model") else peft.model
 
 
-def adapter_prefix(model: nn.Module) -> str | None:
-    """What the names of the adapters' own parameters contain; None for a model without adapters."""
+def adapter_parameters(model: nn.Module) -> frozenset[int] | None:
+    """The ids of the parameters that the adapters bring, trained copies too; None for a model without adapters."""
     peft = _peft_of(model)
-    return None if peft is None else getattr(getattr(peft, "base_model", None), "prefix", None)
+    if peft is None:
+        return None
+    prefix = getattr(getattr(peft, "base_model", None), "prefix", None)
+    named = {
+        id(parameter)
+        for name, parameter in peft.named_parameters()
+        if prefix and any(part.startswith(prefix) for part in name.split("."))
+    }
+    return frozenset(named | {id(parameter) for parameter in _vanishing(peft)})
+
+
+def adapters_on(model: nn.Module) -> list[str] | None:
+    """The adapters that count in what the model computes, transformers' own too; None where it has no adapters."""
+    layers = [layer for layer in model.modules() if is_peft(layer) and type(_off(layer)) is bool]
+    on = {name for layer in layers if not is_off(layer) for name in _counting(layer)}
+    return sorted(on) if layers else None
+
+
+def is_off(layer: nn.Module) -> bool:
+    """Whether a module of PEFT's has its adapters switched off."""
+    return _off(layer) is True
+
+
+def _off(layer: nn.Module) -> Any:
+    return getattr(layer, "disable_adapters", None)  # of a model around transformers' a method of theirs
+
+
+def _counting(layer: nn.Module) -> Sequence[str]:
+    """The adapters that a layer computes with: those that are merged into it, or else the active ones."""
+    return list(getattr(layer, "merged_adapters", None) or _active(layer))
+
+
+def _active(layer: nn.Module) -> list[str]:
+    names = getattr(layer, "active_adapters", ())
+    return [names] if isinstance(names, str) else list(names)
+
+
+def adapted_embeddings(model: nn.Module) -> list[nn.Module]:
+    """PEFT's modules around an embedding: what they change shows in batches with the tokens of which they change it."""
+    return [m for m in model.modules() if is_peft(m) and isinstance(m, nn.Module) and _base_of(m, nn.Embedding)]
+
+
+def any_off(model: nn.Module) -> bool:
+    """Whether somebody has switched adapters of the model off."""
+    return any(is_peft(layer) and is_off(layer) for layer in model.modules())
+
+
+def embedding_rows(module: nn.Module) -> int:
+    """How many rows the embedding inside a module of PEFT's has."""
+    return _base_of(module, nn.Embedding).num_embeddings
+
+
+def _base_of(module: nn.Module, kind: type[nn.Module]) -> Any:
+    while is_peft(module):
+        inner = getattr(module, "original_module", None)
+        module = getattr(module, "base_layer", None) if inner is None else inner
+    return module if isinstance(module, kind) else None
+
+
+def invocations(model: nn.Module, names: Iterable[str]) -> list[list[int]]:
+    """The tokens behind which adapters of those names begin (activated LoRA); none for those that are always on."""
+    known = getattr(_peft_of(model), "peft_config", {})
+    return [list(found) for name in names if (found := getattr(known.get(name), "alora_invocation_tokens", None))]
 
 
 def own_loss_of_adapters(model: nn.Module) -> str | None:
     """The term that a PEFT method adds to the loss the model computes from labels, in words; None for most methods."""
     peft = _peft_of(model)
     kinds = {} if peft is None else {str(getattr(c, "peft_type", "")) for c in peft.peft_config.values()}
-    return "AdaLoRA's orthogonal regularisation" if any("ADALORA" in kind for kind in kinds) else None
+    terms = {"ADALORA": "AdaLoRA's orthogonal regularisation", "SHADOW": "ShadowPEFT's loss of its own path"}
+    return next((term for name, term in terms.items() if any(name in kind for kind in kinds)), None)
 
 
 def round_at_zero(model: nn.Module) -> bool:
@@ -64,10 +131,9 @@ def round_at_zero(model: nn.Module) -> bool:
     """
     peft = _peft_of(model)
     configs = {} if peft is None else peft.peft_config
-    exact = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "LN_TUNING")
     kinds = [str(getattr(config, "peft_type", "")).rpartition(".")[2] for config in configs.values()]
     rounds = any(getattr(c, "use_dora", False) or _start(c) == "orthogonal" for c in configs.values())
-    return rounds or any(kind not in exact for kind in kinds)
+    return rounds or any(kind not in _ADD_NOTHING for kind in kinds)
 
 
 @contextmanager
@@ -78,8 +144,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         yield
         return
     # PEFT sets requires_grad of all adapters on the way back, and switches on those that were off before
+    _refuse_unmerging(peft)
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-    off = [layer for layer in peft.modules() if is_peft(layer) and getattr(layer, "disable_adapters", None) is True]
+    off = [layer for layer in peft.modules() if is_peft(layer) and is_off(layer)]
     try:
         with peft.disable_adapter():
             yield
@@ -94,6 +161,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def other_adapter(model: nn.Module, name: str) -> Iterator[None]:
     """The model with another of its adapters active, and nothing else changed."""
     peft = _peft_of(model)
+    _refuse_unmerging(peft)
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
     active = list(peft.active_adapters)
     try:
@@ -109,10 +177,24 @@ def merged(model: Any) -> nn.Module:
     """The model with its adapters in its weights. A weight that an adapter changes in one place and another module
     shares (tied embeddings under an adapter) becomes one of each first: merged into both it would be another model.
 
-    Errors: ValueError for adapters that are switched off; what PEFT raises for those that it cannot merge.
+    Errors: ValueError for adapters that are switched off, that are merged already while others are active, or that lie
+    around other ones in one place; what PEFT raises for those that it cannot merge.
     """
-    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+    if any_off(model):
         raise ValueError("they are switched off, and PEFT would merge them all the same")
+    for name, module in model.named_modules():
+        inner = getattr(module, "base_layer", None)
+        if isinstance(inner, nn.Module) and is_peft(module) and is_peft(inner):
+            raise ValueError(
+                f"those of {name!r} lie around others ({type(inner).__name__}: trained tokens of a tied head, say), of "
+                f"which PEFT would leave some out. Save the model as it is, and merge by hand"
+            )
+        done = getattr(module, "merged_adapters", None) if is_peft(module) else None
+        if done and set(done) != set(_active(module)):
+            raise ValueError(
+                f"{sorted(done)} are merged already, with which the model computes, and PEFT would add those that are "
+                f"active, {sorted(_active(module))}: call unmerge_adapter() first, or make the merged ones active"
+            )
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -124,6 +206,24 @@ def merged(model: Any) -> nn.Module:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             model.config.tie_word_embeddings = False
     return model.merge_and_unload()
+
+
+def unsaved(model: nn.Module) -> list[str]:
+    """Of a model with adapters, the trained parameters that PEFT does not save: those of the base beside them."""
+    peft = _peft_of(model)
+    if not hasattr(peft, "get_base_model"):  # no adapters, or several kinds of them, which PEFT does not save at all
+        return []
+    from peft import get_peft_model_state_dict
+
+    trained = [(name, p.data_ptr()) for name, p in peft.named_parameters() if p.requires_grad]
+    for embeddings in (False, "auto"):  # "auto", as PEFT saves, may ask the hub
+        options = {"save_embedding_layers": embeddings}
+        saved = (get_peft_model_state_dict(peft, None, name, **options) for name in peft.peft_config)
+        kept = {tensor.data_ptr() for tensors in saved for tensor in tensors.values()}
+        trained = [(name, place) for name, place in trained if place not in kept]
+        if not trained:
+            break
+    return [name for name, _ in trained]
 
 
 def check_frozen_adapter(model: nn.Module, name: str) -> None:
@@ -172,6 +272,16 @@ def refuse_merged(model: nn.Module) -> None:
             raise ValueError(
                 f"gfast: adapters have been merged into {name!r} (merge_adapter), so that those of it that are trained "
                 f"have no gradient: call unmerge_adapter() first, or merge_and_unload() for a model without adapters"
+            )
+
+
+def _refuse_unmerging(peft: nn.Module) -> None:
+    """ValueError for merged adapters, which PEFT takes out of the base to switch them off, and does not put back."""
+    for name, module in peft.named_modules():
+        if is_peft(module) and getattr(module, "merged", False) is True:
+            raise ValueError(
+                f"gfast: adapters have been merged into {name!r} (merge_adapter), and the original is the model "
+                f"without them or with another: PEFT would take them out for good. Call unmerge_adapter() first"
             )
 
 
@@ -235,7 +345,7 @@ def active_module(module: nn.Module | None) -> nn.Module | None:
     if not isinstance(copies, nn.ModuleDict):
         return module
     active = [name for name in getattr(module, "active_adapters", ()) if name in copies]
-    off = getattr(module, "disable_adapters", False) or not active
+    off = is_off(module) or not active
     return module.original_module if off else copies[active[0]]
 
 

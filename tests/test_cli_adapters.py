@@ -144,6 +144,29 @@ def test_weights_that_would_be_random_are_refused(original, adapter, tmp_path, c
     fails(capsys, message, *geffect(original, folder, tmp_path / "out", objectives="GA"))
 
 
+@pytest.mark.parametrize("kind", ["fewer layers", "all layers"])
+def test_an_adapter_whose_weights_have_no_place_is_refused(original, tmp_path, capsys, kind):
+    """PEFT loads the others, and says nothing."""
+    peft = pytest.importorskip("peft")
+    base, folder = original, tmp_path / "adapter"
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", trainable_token_indices=[3])
+    model = peft.get_peft_model(type(tiny_model()).from_pretrained(original), config)
+    model.save_pretrained(folder)
+    if kind == "fewer layers":
+        base = tmp_path / "small"
+        small = model.unload()
+        small.model.layers = small.model.layers[:1]
+        small.config.num_hidden_layers = 1
+        if hasattr(small.config, "layer_types"):
+            small.config.layer_types = (small.config.layer_types or ["full_attention"])[:1]
+        small.save_pretrained(base)
+    command = geffect(original, folder, tmp_path / "out", objectives="GA", base_model=base, tokenizer=original)
+    if kind == "all layers":
+        assert cli.main(command) == 0
+    else:
+        fails(capsys, "layers.1.self_attn.q_proj.lora_A.weight' and 1 more have no place in the model", *command)
+
+
 def test_adapters_over_adapters_are_refused(original, adapter, tmp_path, capsys):
     for command in (
         geffect(original, adapter, lora_r=4),
@@ -168,6 +191,11 @@ def test_what_is_compared_with_is_named(original, adapter, tmp_path, capsys):
             both = batches(ref_logp=lambda batch, of=of: model_logp(of.eval(), batch))
         expected = gfast.g_effect(model, NPO(beta=0.5), **both)
         assert found["unlearn"] == pytest.approx(expected.unlearn, rel=1e-3)
+    # The same model to the bit, also where merging would round: at first all weights are 1.
+    own = {"reference_model": adapter, "dtype": "bfloat16"}
+    found = measured(original, tmp_path / "16-bit", adapter, objectives=["TNPO"], **own)
+    ones = measured(original, tmp_path / "16-bit-ga", adapter, dtype="bfloat16", objectives=["GA"])
+    assert found["unlearn"] == pytest.approx(ones["unlearn"], rel=1e-6)
     whole = measured(original, tmp_path / "third", original, objectives=["NPO"], reference_model=adapter)
     assert whole["unlearn"] != measured(original, tmp_path / "fourth", original, objectives=["NPO"])["unlearn"]
 

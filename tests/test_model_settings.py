@@ -71,6 +71,20 @@ def test_adapters_that_count_more(tmp_path):
     sets = dict(forget=batches(1), retain=batches(2))
     with pytest.raises(ValueError, match="the scaling of adapter default"):
         gfast.g_effect(two, WGA(), **sets, directions=gfast.risk_gradients(one, **sets))
+    two.load_state_dict(one.state_dict())
+    for model in (one, two):
+        model.add_adapter("other", model.peft_config["default"])
+    path.unlink()
+    gfast.ReferenceCache.build(one, datasets()[0], collator(), path, reference="adapted")
+    directions = gfast.risk_gradients(one, **sets)
+    for change, on in ((lambda: one.set_adapter("other"), "other"), (one.base_model.disable_adapter_layers, "")):
+        change()
+        for parameter in one.parameters():
+            parameter.requires_grad_(True)
+        with pytest.raises(ValueError, match=rf"adapters that are on was \['default'\] and is \['?{on}'?\]"):
+            gfast.ReferenceCache.load(path, model=one, adapted=True)
+        with pytest.raises(ValueError, match="directions"):
+            gfast.g_effect(one, WGA(), **sets, directions=directions)
     off = tmp_path / "off"
     gfast.ReferenceCache.build(tiny_model(), datasets()[0], collator(), off)
     gfast.ReferenceCache.load(off, model=two)  # off, they do not count

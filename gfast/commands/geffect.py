@@ -220,7 +220,9 @@ def prepared(
     model = (load_model(model_arguments) if first is None else load_reference(model_arguments, first)).to(device)
     sides.fit(model)
     caches = {
-        kind: sides.reference(model, members, "forget", cache_folder, batch_size)
+        kind: sides.reference(
+            model, members, "forget", cache_folder, batch_size, "auto" if first is None else "adapted"
+        )
         for kind, members in kinds.items()
         if members
     }

@@ -22,7 +22,6 @@ from gfast.commands.arguments import ModelArguments
 from gfast.commands.common import say
 from gfast.files import MANIFEST, check_manifest, read_json
 from gfast.objectives import Objective
-from gfast.peft_models import merged
 from gfast.training.batches import needed_from_cache
 from gfast.training.resume import last_checkpoint
 
@@ -149,15 +148,12 @@ def load_model(arguments: ModelArguments, empty: bool = False) -> nn.Module:
 
 
 def load_reference(arguments: ModelArguments, name: str) -> nn.Module:
-    """An original model to compare with, `name`; an adapter is merged into its base, because an adapter that can be
-    switched off would be: its model is base and adapter together.
+    """An original model to compare with, `name`: of an adapter base and adapter together, as they are. Merged in 16
+    bits they would differ from that by rounding.
     """
     adapter = find_adapter(arguments, name)
     say(f"Reference model {name}" + (f" over {adapter.base}" if adapter is not None else ""))
-    if adapter is None:
-        return _whole(arguments, name, None)
-    model = _with_adapter(arguments, adapter)
-    return _loaded("the adapter", name, lambda: merged(model))
+    return _whole(arguments, name, None) if adapter is None else _with_adapter(arguments, adapter)
 
 
 def _file(name: str, file: str) -> str | None:
@@ -250,9 +246,31 @@ def _with_adapter(arguments: ModelArguments, adapter: Adapter, empty: bool = Fal
     with warnings.catch_warnings():
         # PEFT warns alone of an adapter whose weights have other names than this base's: it would be a fresh one.
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        model = _loaded(what, adapter.name, lambda: PeftModel.from_pretrained(base, adapter.name, is_trainable=True))
+
+        def load() -> nn.Module:
+            model = PeftModel.from_pretrained(base, adapter.name, is_trainable=True)
+            _check_places(model, adapter)
+            return model
+
+        model = _loaded(what, adapter.name, load)
     _name_base(model, adapter.base)
     return model.eval()  # as from_pretrained leaves a model
+
+
+def _check_places(model: nn.Module, adapter: Adapter) -> None:
+    """ValueError for weights of an adapter that have no place in the model, which PEFT leaves out without a word: of
+    layers that the base lacks.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(model, load_peft_weights(adapter.name, device="cpu"))
+    left = sorted(found.unexpected_keys)
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise ValueError(
+            f"its weights {left[0]!r}{more} have no place in the model: {adapter.base} is not the base that it was "
+            f"trained on (--base_model)"
+        )
 
 
 def _with_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:

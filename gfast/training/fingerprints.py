@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 from torch import nn
 
 from gfast import peft_models, sharded, wrappers
 from gfast.tensor_files import hash_tensor
+
+# What PEFT puts into the name of a parameter of the base.
+_OF_BASE = re.compile(r"\.(?:(?:base_layer|original_module|token_adapter)\.)+")
 
 
 def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
@@ -39,15 +43,15 @@ def model_fingerprint(model: nn.Module, adapters: bool | str = False) -> str:
 
 
 def _parameters(model: nn.Module, adapters: bool | str) -> list[tuple[str, nn.Parameter]]:
-    prefix = None if adapters is True else peft_models.adapter_prefix(model)
+    own = None if adapters is True else peft_models.adapter_parameters(model)
     chosen = []
     for name, parameter in model.named_parameters():
-        if prefix is not None:
+        if own is not None:
             if isinstance(adapters, str) and adapters in name.split("."):
                 chosen.append((name, parameter))
                 continue
-            if prefix in name or ".modules_to_save." in name:
+            if id(parameter) in own:
                 continue
-            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            name = _OF_BASE.sub(".", name)
         chosen.append((name if adapters is True else wrappers.unwrap_name(name), parameter))
     return chosen

@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
+from gfast import peft_models
 from gfast.files import MANIFEST, DamagedFile, check_manifest, errno_of, read_json, write_manifest
 
 STATE = "trainer_state.json"
@@ -40,6 +43,29 @@ def last_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
         ((int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))), reverse=True
     )
     return next((entry for step, entry in numbered if (entry / MANIFEST).exists() or _is_complete(entry, step)), None)
+
+
+def check_adapters_saved(model: nn.Module, resumed: bool) -> None:
+    """A warning where PEFT's checkpoints and final adapter lack something that is trained; ValueError for a run that
+    would go on from one of them, or from one of which Trainer loads a part.
+    """
+    lost = peft_models.unsaved(model)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        text = (
+            f"the parameter {lost[0]!r}{more} is trained beside the adapters, and PEFT saves adapters alone: what is "
+            f"saved is not the model that was trained. Name its module in modules_to_save, freeze it, or save the "
+            f"whole model yourself (merge_and_unload, save_pretrained)"
+        )
+        if resumed:
+            raise ValueError(f"a run that goes on from a checkpoint of adapters would be another: {text}")
+        logger.warning("gfast: %s", text)
+    active = peft_models.active_adapters(model)
+    if resumed and len(active) > 1:
+        raise ValueError(
+            f"the adapters {list(active)} are trained together, and Trainer goes on with one of them only: load the "
+            f"checkpoint's adapters yourself and start a new run, or train one at a time"
+        )
 
 
 def _is_complete(checkpoint: Path, step: int) -> bool:

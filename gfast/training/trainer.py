@@ -19,7 +19,7 @@ from gfast.training.loss import GFastLossMixin
 from gfast.training.options import refuse_ignored_arguments, refuse_ignored_options, refuse_ignored_with_data
 from gfast.training.processes import together
 from gfast.training.reference import ReferenceCache
-from gfast.training.resume import check_checkpoint, checkpoint_to_resume, saving
+from gfast.training.resume import check_adapters_saved, check_checkpoint, checkpoint_to_resume, saving
 from gfast.training.stop import StopCallback
 from gfast.training.terms import RecordTerms
 from gfast.training.trajectory import callbacks_of
@@ -104,7 +104,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
         """Trainer's train; `resume_from_checkpoint=True` takes the newest complete checkpoint, if there is one.
 
         Errors: FolderInUse where another process trains into the output folder; DamagedFile for a checkpoint that is
-        not as it was saved.
+        not as it was saved; ValueError for one of adapters that lacks what is trained beside them.
         """
         for stop in [callback for callback in callbacks_of(self) if isinstance(callback, StopCallback)]:
             self.remove_callback(stop)
@@ -120,6 +120,7 @@ class UnlearnTrainer(GFastLossMixin, Trainer):
                 # Once a machine: each sees its own disk.
                 local = self.is_local_process_zero()
                 together((lambda: check_checkpoint(resume_from_checkpoint)) if local else None, processes)
+            check_adapters_saved(self.model, bool(resume_from_checkpoint))
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
