@@ -215,7 +215,9 @@ def unsaved(model: nn.Module) -> list[str]:
         return []
     from peft import get_peft_model_state_dict
 
-    trained = [(name, p.data_ptr()) for name, p in peft.named_parameters() if p.requires_grad]
+    # what has no memory here (on the meta device, sharded) is looked at where it has
+    here = [(name, p) for name, p in peft.named_parameters() if p.requires_grad and not p.is_meta]
+    trained = [(name, place) for name, p in here if (place := p.data_ptr())]
     for embeddings in (False, "auto"):  # "auto", as PEFT saves, may ask the hub
         options = {"save_embedding_layers": embeddings}
         saved = (get_peft_model_state_dict(peft, None, name, **options) for name in peft.peft_config)
